@@ -1,0 +1,96 @@
+"""`python -m data prepare|inspect|verify|index`: shards made, looked at, checked, indexed.
+
+A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from data.index import build_index, index_path
+from flamingo.errors import UserError
+
+SOURCES = {
+    "toy": "drawn scenes and characters whose text follows from the picture",
+    "digits": "scikit-learn's handwritten digits as pages with made-up names",
+}
+
+
+def parser(source: str | None = None) -> argparse.ArgumentParser:
+    """The command line. Only the module of `source` is imported for its options, so that the rest starts at once."""
+    top = argparse.ArgumentParser(prog="python -m data", description=(__doc__ or "").split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="write shards from a source")
+    sources = prepare.add_subparsers(dest="source", required=True)
+    for name, about in SOURCES.items():
+        one = sources.add_parser(name, help=about, description=about)
+        one.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+        if name == source:
+            import_module(f"data.prepare.{name}").add_arguments(one)
+    inspect = commands.add_parser("inspect", help="one page as a person would look at it")
+    inspect.add_argument("shard")
+    inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
+    inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
+    check = commands.add_parser("verify", help="find faults; status 1 when there are any")
+    check.add_argument("path", nargs="+", metavar="DIR|SHARD")
+    index = commands.add_parser("index", help="write the index of tars made elsewhere")
+    index.add_argument("shard", nargs="+")
+    return top
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print a page, or write it as HTML."""
+    from data.schema import read_page
+    from data.show import page_as_html, page_as_text
+
+    page = read_page(args.shard, args.row)
+    where = f"{args.shard}, row {args.row}"
+    if args.html is None:
+        print(page_as_text(page, where))
+    else:
+        Path(args.html).write_text(page_as_html(page, where), encoding="utf-8")
+        print(args.html)
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print the faults, one a line."""
+    from data.verify import verify as faults
+
+    found = 0
+    for path in args.path:
+        for fault in faults(path):
+            print(fault)
+            found += 1
+    print(f"{found} faults" if found else "no faults", file=sys.stderr)
+    return 1 if found else 0
+
+
+def index(args: argparse.Namespace) -> int:
+    """Build the index of every shard named."""
+    for shard in args.shard:
+        built = build_index(shard)
+        built.save(index_path(shard))
+        print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return the exit status."""
+    source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
+    args = parser(source).parse_args(argv)
+    try:
+        if args.command == "prepare":
+            import_module(f"data.prepare.{args.source}").run(args)
+            return 0
+        return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""Samples to the tensors of one objective: `FlamingoCollate`, `LanguageCollate`, `PairCollate`.
+
+A collate has two steps. `sample` runs for every sample alone, with that sample's own random numbers, and may raise
+`ContentError`; `batch` puts the results together. Pictures leave here as raw uint8 (a quarter of the bytes of floats on
+the way between processes); the model normalises them. A batch is ragged: pictures of all rows in one stack, with
+counts.
+
+Letters: B rows, T tokens (the longest row of the batch), I pictures of all rows, F frames, S side of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.decode import decode
+from data.errors import ContentError
+from data.page import Node, Picture, Text
+from data.reader import RawSample
+from data.spec import DatasetSpec
+from data.windows import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page, window_of
+
+
+class Transform(Protocol):
+    """A picture of any size to (3, S, S); `flamingo.processor.ImageTransform`."""
+
+    size: int
+
+    def __call__(self, image: Tensor, /) -> Tensor:
+        """The picture (C, h, w), both uint8, in the size that the encoder takes."""
+
+
+class Collate(Protocol):
+    """What the loader asks of an objective."""
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
+        """One sample, ready for `batch`. Raises ContentError when it cannot be used."""
+
+    def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
+        """The tensors of a batch."""
+
+
+def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
+    """Picture `number` of a sample as uint8 (3, S, S). Raises ContentError."""
+    size = transform.size
+    image = decode(raw.picture(number), at_least=size)
+    return image if image.shape[1:] == (size, size) else transform(image)
+
+
+def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
+    """Rows of different lengths to (B, T), padded on the right."""
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def attention_mask(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """(B, T) int64: 1 for tokens, 0 for padding."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
+class FlamingoCollate:
+    """Interleaved rows for `FlamingoForConditionalGeneration.forward`.
+
+    Tensors: input_ids, attention_mask, phi, labels (B, T) int64; pixel_values (I, F, 3, S, S) uint8; image_counts (B,)
+    int64. F is the dataset's `max_frames`: a longer clip gives a run of F frames of it, a shorter one (or a picture)
+    repeats its last frame.
+
+    `processor` is a FlamingoProcessor, or anything with its `encode_text`, `image_token_id`, `eoc_token_id`,
+    `image_transform` and `tokenizer` (eos_token_id, bos_token_id, pad_token_id).
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = processor.tokenizer
+        self.special = SpecialTokens(
+            image=processor.image_token_id,
+            eoc=processor.eoc_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            bos=tokenizer.bos_token_id,
+        )
+        self.encode = CachedEncoder(processor.encode_text)
+        self.transform: Transform = processor.image_transform
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
+        """A row and the frames of its pictures, F for each."""
+        draws = random.random(2).tolist()
+        nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
+        row = make_row(
+            tokenize_page(nodes, self.encode, self.special),
+            self.special,
+            max_tokens=spec.max_tokens,
+            max_images=spec.max_images,
+            window=spec.window,
+            labels=spec.labels,
+            next_image_probability=spec.next_image_probability,
+            draws=(draws[0], draws[1]),
+        )
+        frames: list[Tensor] = []
+        decoded: dict[int, Tensor] = {}  # a page may show one picture several times
+        for picture in row.pictures:
+            flip = spec.flip and random.random() < 0.5
+            for number in clip_frames(picture, spec, random):
+                if number not in decoded:
+                    decoded[number] = load_picture(raw, number, self.transform)
+                frames.append(decoded[number].flip(-1) if flip else decoded[number])
+        return row, frames
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        rows = [row for row, _ in samples]
+        frames = [frame for _, more in samples for frame in more]
+        size = self.transform.size
+        pixels = torch.stack(frames) if frames else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return {
+            "input_ids": pad_rows([row.ids for row in rows], self.special.pad),
+            "attention_mask": attention_mask([row.ids for row in rows]),
+            "phi": pad_rows([row.phi for row in rows], 0),
+            "labels": pad_rows([row.labels for row in rows], IGNORED),
+            "pixel_values": pixels.view(-1, spec.max_frames, 3, size, size),
+            "image_counts": torch.tensor([len(row.pictures) for row in rows]),
+        }
+
+
+def clip_frames(picture: Picture, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
+    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated."""
+    frames = list(picture.frames)
+    if len(frames) > spec.max_frames:
+        spare = len(frames) - spec.max_frames
+        start = int(random.integers(spare + 1)) if spec.window == "random" else 0
+        return frames[start : start + spec.max_frames]
+    return frames + frames[-1:] * (spec.max_frames - len(frames))
+
+
+class LanguageCollate:
+    """Rows of text only, for training a language model on the text of pages.
+
+    Text nodes that touch are joined as they are, as in a Flamingo row; where pictures lie between two texts stands a
+    line break; EOS ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
+    (B, T) int64. `tokenizer` is a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.eos, self.bos = int(tokenizer.eos_token_id), tokenizer.bos_token_id
+        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.tokenizer = tokenizer
+        self.encode = CachedEncoder(self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def sample(
+        self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, labels), both (T,). Raises ContentError for a page without text."""
+        ids: list[int] = []
+        learn: list[bool] = []
+        gap = False
+        for node in raw.nodes:
+            if isinstance(node, Picture):
+                gap = bool(ids)
+                continue
+            tokens = [*(self.encode("\n") if gap else ()), *self.encode(node.text)]
+            ids += tokens
+            learn += [node.loss] * len(tokens)
+            gap = False
+        if not ids:
+            raise ContentError("no text", "the page has pictures only")
+        ids.append(self.eos)
+        learn.append(True)
+        begin = [] if self.bos is None else [self.bos]
+        start, stop = window_of(len(ids), spec.max_tokens - len(begin), spec.window, random.random())
+        row = np.array(begin + ids[start:stop], dtype=np.int64)
+        return row, np.where([False] * len(begin) + learn[start:stop], row, IGNORED)
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        ids = [row for row, _ in samples]
+        labels = pad_rows([row for _, row in samples], IGNORED)
+        return {"input_ids": pad_rows(ids, self.pad), "attention_mask": attention_mask(ids), "labels": labels}
+
+
+class PairCollate:
+    """Pictures with their captions, for contrastive training with open_clip.
+
+    Tensors: image (B, 3, S, S) uint8, text (B, context) int64. `tokenizer` maps a list of B strings to (B, context).
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor], transform: Transform) -> None:
+        self.tokenizer, self.transform = tokenizer, transform
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
+        """The sample's first picture (of a clip, the first frame) and all of its text."""
+        first = next((node for node in raw.nodes if isinstance(node, Picture)), None)
+        text = caption(raw.nodes)
+        if first is None or not text:
+            raise ContentError("not a pair", "a picture and a text are needed")
+        image = load_picture(raw, first.frames[0], self.transform)
+        return image.flip(-1) if spec.flip and random.random() < 0.5 else image, text
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        return {"image": torch.stack([image for image, _ in samples]), "text": self.tokenizer([t for _, t in samples])}
+
+
+def caption(nodes: Sequence[Node]) -> str:
+    """All text of a page, without the spaces around it."""
+    return "".join(node.text for node in nodes if isinstance(node, Text)).strip()

@@ -1,0 +1,130 @@
+"""What a page is, in memory and as JSON: text and pictures in reading order.
+
+    {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},{"c":[1,2],"fps":1.0}],"meta":{}}
+
+`t` is text, `i` a picture, `c` a clip (several frames), both as indices into the page's pictures. A sample without
+such a JSON is a pair as img2dataset writes it: its picture, then its text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flamingo.errors import UserError
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A stretch of text. `loss=False` marks text that is read but never learnt (a question)."""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture (one frame) or a clip (several): indices into the page's `images`; `fps` is the clip's frame rate."""
+
+    frames: tuple[int, ...]
+    fps: float | None = None
+
+
+Node = Text | Picture
+
+
+@dataclass(slots=True)
+class Page:
+    """Text and pictures in reading order; `images` holds encoded bytes. An empty `key` is filled in by the writer."""
+
+    key: str
+    nodes: list[Node]
+    images: list[bytes]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def sniff(data: bytes) -> str | None:
+    """The extension that the bytes of a picture deserve, or None when they are no picture known here."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    return "bmp" if data[:2] == b"BM" else None
+
+
+def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
+    """The JSON member of a page."""
+    out: list[dict[str, Any]] = []
+    for node in nodes:
+        if isinstance(node, Text):
+            out.append({"t": node.text} if node.loss else {"t": node.text, "loss": False})
+        elif len(node.frames) == 1:
+            out.append({"i": node.frames[0]})
+        else:
+            out.append({"c": list(node.frames)} | ({} if node.fps is None else {"fps": node.fps}))
+    body = {"v": VERSION, "nodes": out, "meta": dict(meta)}
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
+    """The nodes of a decoded page JSON. Raises ValueError, with the node's number, where the format is not kept."""
+    if body.get("v") != VERSION:
+        raise ValueError(f"format version {body.get('v')!r}, this program reads {VERSION}")
+    if not isinstance(body["nodes"], list):
+        raise ValueError("'nodes' is not a list")
+    nodes: list[Node] = []
+    for number, item in enumerate(body["nodes"]):
+        if not isinstance(item, dict):
+            raise ValueError(f"node {number} is not an object")
+        if isinstance(text := item.get("t"), str):
+            nodes.append(Text(text, bool(item.get("loss", True))))
+            continue
+        frames = item.get("c", [item.get("i")])
+        if not isinstance(frames, list) or not frames or not all(type(f) is int and f >= 0 for f in frames):
+            raise ValueError(f"node {number} is neither text ('t'), a picture ('i') nor a clip ('c')")
+        nodes.append(Picture(tuple(frames), item.get("fps")))
+    return nodes
+
+
+def nodes_of(json_bytes: bytes | None, text: bytes | None, pictures: int) -> tuple[list[Node], dict[str, Any]]:
+    """Nodes and meta of a sample from its members: a page if the JSON has nodes, otherwise a pair.
+
+    Raises ValueError (in words for the reader) when the JSON is broken. Whether the pictures are all there is for the
+    caller to check with `check_pictures`: only it knows the shard and the row.
+    """
+    body: Any = {}
+    if json_bytes is not None:
+        try:
+            body = json.loads(json_bytes)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"JSON cannot be read ({error})") from None
+        if not isinstance(body, dict):
+            raise ValueError("JSON is not an object")
+        if "nodes" in body:
+            meta = body.get("meta", {})
+            return parse_nodes(body), meta if isinstance(meta, dict) else {}
+    nodes: list[Node] = [Picture((number,)) for number in range(pictures)]
+    if text is not None:
+        try:
+            nodes.append(Text(text.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text is not UTF-8 ({error})") from None
+    return nodes, body
+
+
+def check_pictures(nodes: Iterable[Node], present: Collection[int], where: str) -> None:
+    """Raise UserError, with both numbers, when the nodes name pictures that the sample does not have."""
+    used = {frame for node in nodes if isinstance(node, Picture) for frame in node.frames}
+    if missing := used - set(present):
+        raise UserError(
+            f"{where}: its <image> places ask for {max(used) + 1} pictures but the sample has {len(present)} (number "
+            f"{min(missing)} is missing); add the missing pictures or remove the places"
+        )

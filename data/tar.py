@@ -1,0 +1,111 @@
+"""The headers of a tar, read through a memory map: POSIX ustar, PAX and GNU long names.
+
+Some ten times faster than `tarfile`, and stricter: `tarfile` takes a file that stops between two members for a whole
+one, here the end mark is required.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flamingo.errors import UserError
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+ZEROS = bytes(512)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar: its name, where its bytes begin, and how many they are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def _number(raw: bytes) -> int:
+    """A tar header's number: octal digits, or base 256 when the first bit is set."""
+    if raw[0] in (0x80, 0xFF):
+        value = int.from_bytes(raw[1:], "big")
+        return value if raw[0] == 0x80 else value - (1 << 8 * (len(raw) - 1))
+    return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _string(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(body: bytes) -> dict[str, str]:
+    """The records "length key=value\\n" of a PAX header."""
+    records = {}
+    while body and body[0] != 0:
+        length = int(body[: body.index(b" ")])
+        key, _, value = body[body.index(b" ") + 1 : length - 1].partition(b"=")
+        records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        body = body[length:]
+    return records
+
+
+def walk(path: str | Path) -> Iterator[Member]:
+    """The regular members of an uncompressed tar, in its order.
+
+    Raises UserError, naming the tar, when it is missing, empty, compressed, truncated or not a tar. Member names are
+    only ever keys: nothing is extracted, so a name like `../x` or a link leads nowhere.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"shard {path} is empty (0 bytes); write or download it again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                yield from _walk(view, path)
+    except FileNotFoundError:
+        raise UserError(f"shard {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"shard {path} is a folder, a tar was expected") from None
+
+
+def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
+    for magic, kind in COMPRESSED.items():
+        if view[: len(magic)] == magic:
+            raise UserError(f"shard {path} is {kind}-compressed; decompress it first (offsets need a plain tar)")
+    end, at = len(view), 0
+    common: dict[str, str] = {}  # PAX records for all members that follow
+    own: dict[str, str] = {}  # and for the next one
+    while True:
+        header = view[at : at + 512]
+        if header == ZEROS:
+            return
+        if len(header) < 512:
+            raise UserError(f"shard {path} is truncated: it stops at byte {end} without the end mark of a tar")
+        try:
+            if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 256:
+                raise ValueError
+            size, kind_flag = _number(header[124:136]), header[156:157]
+        except ValueError:
+            raise UserError(f"shard {path} is no tar or damaged: no header at byte {at}") from None
+        records = common | own
+        if kind_flag not in b"xgLK" and "size" in records:
+            size = int(records["size"])
+        start = at + 512
+        has_body = kind_flag in b"\0000SxgLK7" or kind_flag not in b"123456"
+        at = start + (-(-size // 512) * 512 if has_body else 0)
+        if at > end and has_body and start + size > end:
+            raise UserError(f"shard {path} is truncated: byte {start + size} is needed, the file has {end}")
+        if kind_flag == b"x":
+            own |= _pax(view[start : start + size])
+        elif kind_flag == b"g":
+            common |= _pax(view[start : start + size])
+        elif kind_flag == b"L":
+            own["path"] = _string(view[start : start + size])
+        elif kind_flag == b"S" or any(name.startswith("GNU.sparse") for name in records):
+            raise UserError(f"shard {path} has sparse members, which are not supported; write it again without them")
+        elif kind_flag != b"K":
+            name, prefix = _string(header[:100]), _string(header[345:500])
+            name = records.get("path") or (f"{prefix}/{name}" if prefix else name)
+            own = {}
+            if kind_flag in b"07" or (kind_flag == b"\0" and not name.endswith("/")):
+                yield Member(name, start, size)

@@ -1,0 +1,112 @@
+"""Tasks whose demonstrations are other items with their answers: captions and question answering.
+
+Where the answers are a closed set they are ranked, by the sum of their tokens' log-probabilities, and there is nothing
+to parse; otherwise the answer is generated greedily.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from eval.demos import draw, hash_order
+from eval.metrics.text import SCORES
+from eval.task import Baselines, Document, Episode, TaskSpec, content_hash
+from flamingo.errors import UserError
+
+
+class DocumentTask:
+    """Queries and support are documents. `support=None` splits `documents`: the first in hash order ask."""
+
+    def __init__(
+        self, name: str, spec: TaskSpec, documents: Sequence[Document], support: Sequence[Document] | None = None
+    ) -> None:
+        self.name = name
+        self.max_new_tokens = spec.max_new_tokens
+        self.description: dict[str, object] = asdict(spec)
+        order = [documents[index] for index in hash_order([document.id for document in documents], "queries", name)]
+        queries = order[: spec.queries]
+        self._support = list(order[spec.queries :] if support is None else support)
+        self._queries = {document.id: document for document in queries}
+        if len(self._queries) != len(queries):
+            twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]
+            raise UserError(f"task {name}: the id {twice[0]!r} occurs twice among its queries; ids must be unique")
+        if not queries:
+            raise UserError(f"task {name}: its source {spec.source.path} holds no item to ask about")
+        self._spec = spec
+        self._score = SCORES[spec.metric]
+        # Paths stay out: the same data elsewhere is the same task.
+        definition = {key: value for key, value in self.description.items() if key not in ("source", "support")}
+        self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
+        self._answers = _answers_by_kind(self._support)
+
+    def query_ids(self) -> Sequence[str]:
+        """Ids in hash order."""
+        return list(self._queries)
+
+    def max_shots(self) -> int:
+        """Size of the support set."""
+        return len(self._support)
+
+    def episode(self, query_id: str, shots: int, seed: int) -> Episode:
+        """The query with `shots` demonstrations from the support set."""
+        query = self._queries[query_id]
+        demos = draw(self._support, query, shots, task_hash=self.hash, seed=seed, sampler=self._spec.demos)
+        return Episode(
+            query_id=query.id,
+            demos=tuple(document.turn for document in demos.documents),
+            demo_ids=tuple(document.id for document in demos.documents),
+            query=query.turn,
+            golds=query.golds,
+            kind=query.kind,
+            cluster=query.cluster,
+            candidates=self._candidates(query),
+            excluded=demos.excluded,
+        )
+
+    def _candidates(self, query: Document) -> tuple[str, ...]:
+        if self._spec.output != "rank":
+            return ()
+        if self._spec.candidates:
+            return tuple(self._spec.candidates)
+        found = self._answers.get(query.kind)
+        if not found:
+            raise UserError(
+                f"task {self.name}: output=rank has no candidates for kind {query.kind!r} (query {query.id}); "
+                "list `candidates` or enlarge the support set"
+            )
+        return tuple(sorted(found))
+
+    def score(self, answer: str, episode: Episode) -> float:
+        """The task's metric."""
+        return self._score(answer, episode.golds)
+
+    def baselines(self, query_ids: Sequence[str]) -> Baselines:
+        """Chance when ranked; constant: for every kind the support set's most frequent answer."""
+        queries = [self._queries[query_id] for query_id in query_ids]
+        chance = None
+        if self._spec.output == "rank":
+            chance = sum(1 / len(self._candidates(query)) for query in queries) / len(queries)
+        if not self._support:
+            return Baselines(chance, None, None)
+        overall = sum(self._answers.values(), Counter())
+        scores = [
+            self._score(_mode(self._answers.get(query.kind) or overall), query.golds) for query in queries
+        ]
+        return Baselines(chance, sum(scores) / len(scores), _mode(overall))
+
+
+def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:
+    return document.id, document.cluster, document.golds, document.turn.question
+
+
+def _answers_by_kind(support: Sequence[Document]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for document in support:
+        found.setdefault(document.kind, Counter())[document.golds[0]] += 1
+    return found
+
+
+def _mode(answers: Counter[str]) -> str:
+    return min(answers, key=lambda answer: (-answers[answer], answer))

@@ -1,0 +1,141 @@
+"""Prompts and answers to look at: an HTML page that needs nothing but itself, and one picture of a few prompts.
+
+Pictures stand in the prompt where the model saw them, enlarged without smoothing. Right and wrong answers are shown
+half and half where there are both, the first of each in the task's order: chosen by no one.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data.schema import sniff
+from eval.runner import Sample
+from eval.task import Picture
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+.sample { border: 1px solid #ccc; border-left: .5rem solid #c0392b; border-radius: .3rem; margin: .8rem 0; padding: .6rem; }
+.sample.right { border-left-color: #27864a; }
+.prompt { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-end; }
+figure { margin: 0; max-width: 11rem; } figure.query { outline: 2px solid #0072B2; outline-offset: 3px; }
+figcaption { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+img { height: 80px; image-rendering: pixelated; display: block; }
+.answer { margin: .5rem 0 0; } code { background: #f2f2f2; padding: 0 .2rem; white-space: pre-wrap; }
+small { color: #666; } table { border-collapse: collapse; } td, th { padding: .1rem .7rem; text-align: right; }
+"""
+MOST_SIDE = 256  # larger pictures are shown as thumbnails
+
+
+def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, half of them wrong where there are enough of both, in the task's order."""
+    right = [sample for sample in samples if sample.score >= 0.5]
+    wrong = [sample for sample in samples if sample.score < 0.5]
+    take_wrong = min(len(wrong), max(count // 2, count - len(right)))
+    chosen = {id(sample) for sample in right[: count - take_wrong] + wrong[:take_wrong]}
+    return [sample for sample in samples if id(sample) in chosen]
+
+
+def cells_to_show(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of the first seed and the real pictures, one list for each task and number of shots."""
+    groups: dict[tuple[str, int], list[Sample]] = {}
+    for sample in samples:
+        if sample.cell.pictures == "real" and sample.cell.seed == samples[0].cell.seed:
+            groups.setdefault((sample.cell.task, sample.cell.shots), []).append(sample)
+    return list(groups.values())
+
+
+def gallery_html(
+    results: Mapping[str, Any], samples: Sequence[Sample], pictures: Mapping[str, Picture], count: int = 8
+) -> str:
+    """The whole page as a string. `pictures` by SHA-256."""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Prompts and answers</title><style>{STYLE}</style>"]
+    parts.append("<h1>Prompts and answers</h1><p>Framed in blue: the query. Green: right, red: wrong. ")
+    parts.append(f"Model <code>{_text(results['model']['name'])}</code>, {_text(results['date'])}.</p>{_table(results)}")
+    for group in cells_to_show(samples):
+        cell = group[0].cell
+        right = sum(sample.score for sample in group)
+        parts.append(f"<h2>{_text(cell.task)}, {cell.shots} shots</h2><p>{right:g} of {len(group)} right; below, ")
+        parts.append("right and wrong ones half and half.</p>")
+        parts += [_sample(sample, pictures) for sample in choose(group, count)]
+    return "".join(parts) + "</html>\n"
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    lines = ["<table><tr><th>task<th>pictures<th>shots<th>score<th>95 % interval<th>chance<th>constant<th>n"]
+    for row in results["rows"]:
+        low, high = row["interval"]
+        cells = [row["task"], row["pictures"], str(row["shots"]), _percent(row["score"])]
+        cells += [f"{_percent(low)} to {_percent(high)}", _percent(row["chance"]), _percent(row["constant"]), str(row["n"])]
+        lines.append("<tr>" + "".join(f"<td>{_text(cell)}" for cell in cells))
+    return "".join(lines) + "</table>"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
+    figures = []
+    for number, (sha256, text) in enumerate(sample.turns):
+        frames = () if sha256 is None else pictures[sha256].frames
+        role = " class=query" if number == len(sample.turns) - 1 else ""
+        shown = "".join(f'<img alt="" src="{data_uri(frame)}">' for frame in frames)
+        figures.append(f"<figure{role}>{shown}<figcaption>{_text(text)}</figcaption></figure>")
+    said = f"said <code>{_text(sample.raw.strip())}</code>"
+    if sample.score < 1:
+        said += f", expected <code>{_text(' | '.join(sample.golds))}</code>"
+    if sample.log_probs:
+        ranked = sorted(zip(sample.log_probs, sample.candidates, strict=True), reverse=True)[:4]
+        said += " <small>" + _text(", ".join(f"{name} {value:.2f}" for value, name in ranked)) + "</small>"
+    state = " right" if sample.score >= 0.5 else ""
+    head = f"<div class='sample{state}'><div class=prompt>{''.join(figures)}</div>"
+    return f"{head}<p class=answer>{said} <small>{_text(sample.query_id)} {_text(sample.kind)}</small></p></div>"
+
+
+def data_uri(data: bytes) -> str:
+    """The picture's own bytes, or a JPEG thumbnail of a large one, as a data URI."""
+    kind = sniff(data)
+    image = Image.open(io.BytesIO(data))
+    if kind is None or max(image.size) > MOST_SIDE:
+        image = image.convert("RGB")
+        image.thumbnail((MOST_SIDE, MOST_SIDE))
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=85)
+        data, kind = buffer.getvalue(), "jpg"
+    return f"data:image/{'jpeg' if kind == 'jpg' else kind};base64,{base64.b64encode(data).decode()}"
+
+
+def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: int = 112) -> bytes:
+    """A PNG with one prompt a line, read from left to right: each picture with its text, then what the model said."""
+    font = ImageFont.load_default(size=13)
+    widest = max(len(sample.turns) for sample in samples)
+    step, line = side + 14, side + 66
+    sheet = Image.new("RGB", (step * widest + 190, line * len(samples) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, sample in enumerate(samples):
+        x, y = 8, 8 + row * line
+        for number, (sha256, text) in enumerate(sample.turns):
+            if sha256 is not None:
+                frame = Image.open(io.BytesIO(pictures[sha256].frames[0])).convert("RGB")
+                sheet.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
+            if number == len(sample.turns) - 1:
+                draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#0072B2", width=3)
+            draw.multiline_text((x, y + side + 4), textwrap.fill(text, 18), fill="#222222", font=font, spacing=2)
+            x += step
+        right = sample.score >= 0.5
+        said = textwrap.fill(sample.raw.strip(), 22) + ("" if right else f"\n(expected\n{textwrap.fill(sample.golds[0], 22)})")
+        draw.multiline_text((x + 4, y), said, fill="#27864a" if right else "#c0392b", font=font, spacing=2)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Scores, each a small pure function, and the intervals around their means."""

@@ -1,0 +1,61 @@
+"""VQA accuracy: the share of other annotators who gave the same answer, three being enough.
+
+The rule and its normalisation are those of Antol et al. 2015 as published with the data set, historic quirks included,
+because published figures have them: a comma between digits decides how *every* punctuation mark is treated, and the
+expression meant to keep the dot of a decimal number has its look-behind misspelt, so that any dot not followed by a
+digit goes. Each is marked below. Answers are normalised only where the annotators disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA = re.compile(r"(\d)(,)(\d)")
+_DOT = re.compile(r"(?!<=\d)(\.)(?!\d)")  # misspelt in the published scorer, see above
+_DOT_LIMIT = 32  # the scorer passes re.UNICODE (= 32) where the number of replacements goes
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "i'd've i'm i've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't "
+    "shan't she'd've should've shouldn't somebody'd somebody'll somebody's someone'd someone'll someone's something'd "
+    "something'll that'd that's there'd there're there's they'd they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're "
+    "why's won't would've wouldn't y'all you'd you'll you're you've"
+).split()
+_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED}
+
+
+def normalise(answer: str) -> str:
+    """`answer` without punctuation, articles and capitals, small numbers as digits, as the published scorer does."""
+    text = answer
+    digit_comma = _DIGIT_COMMA.search(answer) is not None
+    for mark in _PUNCTUATION:
+        if f"{mark} " in answer or f" {mark}" in answer or digit_comma:
+            text = text.replace(mark, "")
+        else:
+            text = text.replace(mark, " ")
+    text = _DOT.sub("", text, count=_DOT_LIMIT)
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
+    """Mean over annotators i of min(1, matches among the others / 3); a single gold answer is an exact match.
+
+    `golds` are the annotators' answers, ten in the published sets. "The others" is by position, never by value.
+    """
+    prediction, annotators = _flat(answer), [_flat(gold) for gold in golds]
+    if len(set(annotators)) > 1:
+        prediction, annotators = normalise(prediction), [normalise(gold) for gold in annotators]
+    if len(annotators) == 1:
+        return float(prediction == annotators[0])
+    matches = [float(gold == prediction) for gold in annotators]
+    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+def _flat(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()

@@ -1,0 +1,157 @@
+"""The model as the evaluation sees it: pictures to features, prompts to scores or text.
+
+`Responder` is the whole contract, small enough that a constant model for a test is ten lines and that other models can
+be evaluated by the same loop. `FlamingoResponder` is ours. Pictures are encoded once and travel as features from then
+on: the resampler's output does not depend on the prompt, so every shot count, seed and ablation shares it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from eval.prompts import Prompt, PromptBuilder
+from eval.task import Picture
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated text, and whether the model ended it (False: it ran into the limit of new tokens)."""
+
+    text: str
+    ended: bool
+
+
+class Responder(Protocol):
+    """What the loop needs of a model. L latents, Dv their width."""
+
+    builder: PromptBuilder
+
+    def encode(self, pictures: Sequence[Picture]) -> Tensor:
+        """(N, L, Dv) features of N pictures or clips."""
+        ...
+
+    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+        """For every prompt the log-probability of each of its candidates; `features` (sum of I, L, Dv) in prompt order."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+        """For every prompt its greedy continuation."""
+        ...
+
+
+class FlamingoResponder:
+    """A Flamingo and its processor behind `Responder`."""
+
+    def __init__(
+        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, device: str = "cpu"
+    ) -> None:
+        self._model = model.to(torch.device(device)).eval()
+        self._processor = processor
+        self._device = torch.device(device)
+        start = processor.row_start_ids
+        self.builder = PromptBuilder(processor, start=start, context=context_length(model))
+        tokenizer = processor.tokenizer
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._ends = {processor.eoc_token_id, tokenizer.eos_token_id}
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Picture]) -> Tensor:
+        """Decoded, transformed, encoded; pictures of one call have the same number of frames."""
+        stacks = [
+            torch.stack([self._processor.image_transform(_decode(frame)) for frame in picture.frames])
+            for picture in pictures
+        ]
+        return self._model.encode_media(torch.stack(stacks).to(self._device))
+
+    @torch.inference_mode()
+    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+        """Sums of token log-probabilities, each candidate ended by end-of-chunk."""
+        most = max(len(prompt.candidates) for prompt in prompts)
+        rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
+        # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
+        filled = [row + row[:1] * (most - len(row)) for row in rows]
+        scores = self._model.score_candidates(self._batch(prompts, features), filled).tolist()
+        return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+        """Greedy, until end-of-chunk or the end of text."""
+        batch = self._batch(prompts, features)
+        new = self._model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        return [self._completion(row) for row in new.tolist()]
+
+    def _completion(self, ids: list[int]) -> Completion:
+        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        text = self._processor.batch_decode([ids[:end]], skip_special_tokens=True)[0]
+        return Completion(text, end is not None)
+
+    def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
+        """Left-padded model inputs; `features` stand in for pixels."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids, dtype=torch.int64)
+            mask[row, longest - len(prompt.ids) :] = 1
+        counts = torch.tensor([len(prompt.pictures) for prompt in prompts])
+        batch = {"input_ids": ids, "attention_mask": mask, "image_counts": counts}
+        if len(features):
+            batch["media_features"] = features
+        return {name: value.to(self._device) for name, value in batch.items()}
+
+
+def context_length(model: FlamingoForConditionalGeneration) -> int | None:
+    """The longest row, in tokens, that the language model has positions for; None when it states none."""
+    config = model.language_model.config
+    return next((n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), None)
+
+
+def _decode(data: bytes) -> Tensor:
+    from flamingo.processor import ImageTransform
+
+    try:
+        return ImageTransform.to_rgb(Image.open(io.BytesIO(data)))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"a picture of {len(data)} bytes cannot be decoded ({error}); check the task's data") from None
+
+
+class FeatureCache:
+    """Features by SHA-256, kept for the whole run. `encoded` counts what the encoder was given."""
+
+    def __init__(self, responder: Responder, batch_size: int = 64) -> None:
+        self._responder = responder
+        self._batch_size = batch_size
+        self._features: dict[str, Tensor] = {}
+        self.pictures: dict[str, Picture] = {}
+        self.shown = 0
+
+    @property
+    def encoded(self) -> int:
+        """Distinct pictures encoded so far: each exactly once."""
+        return len(self._features)
+
+    def features(self, pictures: Sequence[Picture]) -> Tensor:
+        """(N, L, Dv), the missing ones encoded first. N = 0 gives (0, 0, 0)."""
+        self.shown += len(pictures)
+        missing = {picture.sha256: picture for picture in pictures if picture.sha256 not in self._features}
+        by_frames: dict[int, list[Picture]] = {}
+        for picture in missing.values():
+            by_frames.setdefault(len(picture.frames), []).append(picture)
+        for group in by_frames.values():
+            for start in range(0, len(group), self._batch_size):
+                chunk = group[start : start + self._batch_size]
+                for picture, feature in zip(chunk, self._responder.encode(chunk), strict=True):
+                    self._features[picture.sha256] = feature
+        self.pictures |= missing
+        if not pictures:
+            return torch.zeros(0, 0, 0)
+        return torch.stack([self._features[picture.sha256] for picture in pictures])

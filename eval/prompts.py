@@ -1,0 +1,115 @@
+"""From an episode to token ids and pictures, exactly as a training page would have them.
+
+A prompt is a list of text and picture chunks; ids and pictures come from the same list and are counted against each
+other. Text is tokenised node by node, as the loader does, and special ids are put between: strings are never joined and
+then tokenised, so a demonstration that contains "<image>" stays text.
+
+The query's turn ends where the answer begins. What "begins" means in tokens depends on the tokenizer (" dax" may be one
+token or two, and a lead " " may melt into it), so a ranked prompt takes the tokens that all candidates share into the
+prompt and keeps the rest, ended by the end-of-chunk token: without that end "tiger" would beat "tiger shark".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from eval.task import Episode, Picture, Turn
+from flamingo.errors import UserError
+
+
+class TextEncoder(Protocol):
+    """What prompts need of a processor."""
+
+    image_token_id: int
+    eoc_token_id: int
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids without any special token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with their pictures in order.
+
+    `turns` tell the same for people: each turn's picture and text, the query's last. `shots_kept` of the episode's
+    demonstrations fitted the context.
+    """
+
+    ids: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    turns: tuple[tuple[Picture | None, str], ...]
+    shots_kept: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with its longest candidate."""
+        return len(self.ids) + max((len(candidate) for candidate in self.candidates), default=0)
+
+
+class PromptBuilder:
+    """Builds prompts for one model. `start` are the ids that every row begins with; `context` its longest row."""
+
+    def __init__(self, encoder: TextEncoder, *, start: Sequence[int] = (), context: int | None = None) -> None:
+        self._encoder = encoder
+        self._start = tuple(start)
+        self._context = context
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of one text node, remembered: the same few nodes occur in thousands of prompts."""
+        if text not in self._known:
+            self._known[text] = tuple(self._encoder.encode_text(text)) if text else ()
+        return self._known[text]
+
+    def build(self, episode: Episode, max_new_tokens: int) -> Prompt:
+        """The prompt of an episode.
+
+        Where it would not fit the context together with the answer, whole demonstrations are dropped from the far end;
+        the query is never touched.
+
+        Raises:
+            UserError: the query alone does not fit.
+        """
+        lead, candidates = self._answer(episode)
+        room = max((len(candidate) for candidate in candidates), default=max_new_tokens)
+        query = [*self._opening(episode.query), *lead]
+        demos = [[*self._opening(turn), *self.encode(turn.text), self._encoder.eoc_token_id] for turn in episode.demos]
+        kept = len(demos)
+        while self._context is not None and self._length(demos[len(demos) - kept :], query) + room > self._context:
+            if kept == 0:
+                raise UserError(
+                    f"query {episode.query_id} needs {self._length([], query) + room} tokens without any "
+                    f"demonstration and the model's context is {self._context}; shorten the question or max_new_tokens"
+                )
+            kept -= 1
+        shown = episode.demos[len(episode.demos) - kept :]
+        ids = [*self._start, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
+        pictures = tuple(turn.picture for turn in [*shown, episode.query] if turn.picture is not None)
+        tags = ids.count(self._encoder.image_token_id)
+        assert tags == len(pictures), f"{tags} picture tokens and {len(pictures)} pictures, query {episode.query_id}"
+        turns = [(turn.picture, f"{turn.question}{turn.text}") for turn in shown]
+        turns.append((episode.query.picture, f"{episode.query.question}{episode.query.lead.rstrip()}"))
+        return Prompt(tuple(ids), pictures, candidates, tuple(turns), kept)
+
+    def _opening(self, turn: Turn) -> list[int]:
+        picture = [] if turn.picture is None else [self._encoder.image_token_id]
+        return [*picture, *self.encode(turn.question)]
+
+    def _answer(self, episode: Episode) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """(ids of the answer node that belong to the prompt, the candidates' ids after them)."""
+        if not episode.candidates:
+            # A lead's last space belongs to the token that follows it, for tokenizers that mark the beginning of words.
+            return self.encode(episode.query.lead.rstrip()), ()
+        turn = episode.query
+        whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
+        shared = len(os.path.commonprefix(whole)) if len(whole) > 1 else 0
+        eoc = self._encoder.eoc_token_id
+        return whole[0][:shared], tuple((*ids[shared:], eoc) for ids in whole)
+
+    def _length(self, demos: Sequence[Sequence[int]], query: Sequence[int]) -> int:
+        return len(self._start) + sum(len(demo) for demo in demos) + len(query)

@@ -1,0 +1,135 @@
+"""What a run leaves behind: `results.json`, `samples.jsonl` and the rows they are made of.
+
+A score stands in `results.json` with its 95 % interval, n, its baselines, and everything that would let it mislead: how
+often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations to the
+context. Files appear under their names only when they are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.metrics.interval import mean_interval
+from eval.model import FeatureCache
+from eval.runner import Grid, Sample
+from eval.task import Task, content_hash
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
+    """One row of the results: the samples of one task, number of shots and ablation, all seeds together."""
+    first = samples[0].cell
+    scores = [sample.score for sample in samples]
+    interval = mean_interval(scores, [sample.cluster for sample in samples])
+    baselines = task.baselines(list(dict.fromkeys(sample.query_id for sample in samples)))
+    demos = sorted((s.cell.seed, s.query_id, s.demo_ids) for s in samples)
+    return {
+        "task": first.task,
+        "shots": first.shots,
+        "pictures": first.pictures,
+        "score": _mean(scores),
+        "interval": [interval.low, interval.high],
+        "interval_method": interval.method,
+        "n": len(samples),
+        "n_pictures": len({sample.cluster for sample in samples}),
+        "chance": baselines.chance,
+        "constant": baselines.constant,
+        "constant_answer": baselines.constant_answer,
+        "score_by_seed": _by(samples, lambda sample: str(sample.cell.seed)),
+        "score_by_kind": _by(samples, lambda sample: sample.kind),
+        "parse_fail_rate": _mean([sample.parse_failed for sample in samples]),
+        "unended_rate": _mean([not sample.ended for sample in samples]),
+        "copy_rate": _mean([sample.copied for sample in samples]),
+        "copy_last_rate": _mean([sample.copied_last for sample in samples]),
+        "demos_shown": {str(k): n for k, n in sorted(Counter(s.shots_kept for s in samples).items())},
+        "prompts_cut": sum(sample.demos_dropped > 0 for sample in samples),
+        "leaks_refused": sum(sample.excluded for sample in samples),
+        "demo_ids_sha256": content_hash(demos),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _by(samples: Sequence[Sample], key: Callable[[Sample], str]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[float]] = {}
+    for sample in samples:
+        groups.setdefault(key(sample), []).append(sample.score)
+    return {name: {"score": _mean(groups[name]), "n": len(groups[name])} for name in sorted(groups)}
+
+
+def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
+    """All rows, in the order in which they were run."""
+    groups: dict[tuple[str, int, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.cell.task, sample.cell.shots, sample.cell.pictures), []).append(sample)
+    return [summarise(group, tasks[name]) for (name, _, _), group in groups.items()]
+
+
+def results_of(
+    samples: Sequence[Sample], tasks: Mapping[str, Task], grid: Grid, cache: FeatureCache,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `results.json`."""
+    rows = rows_of(samples, tasks)
+    return {
+        "format": FORMAT,
+        "rows": rows,
+        "tasks": {name: _describe(task, samples) for name, task in tasks.items()},
+        "decoding": {"strategy": "greedy", "ranking": "sum of log-probabilities with end of chunk"},
+        "shots": list(grid.shots),
+        "seeds": list(grid.seeds),
+        "limit": grid.limit,
+        "batch_size": grid.batch_size,
+        "pictures": {"shown": cache.shown, "distinct": len(cache.pictures), "encoded": cache.encoded},
+        **provenance,
+    }
+
+
+def _describe(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A task's definition and hash, and the longest prompt as an example of its form."""
+    prompts = [sample.prompt for sample in samples if sample.cell.task == task.name]
+    return {"hash": task.hash, "definition": task.description, "example_prompt": max(prompts, key=len, default="")}
+
+
+def sample_line(sample: Sample) -> dict[str, Any]:
+    """A sample as one JSON object; the cell's fields come first."""
+    fields = asdict(sample)
+    fields["pictures_sha256"] = [picture for picture, _ in fields.pop("turns") if picture is not None]
+    return {**fields.pop("cell"), "prompt": sample.prompt, **fields}
+
+
+def write_report(out: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Write `results.json` and `samples.jsonl` into `out`."""
+    lines = "".join(json.dumps(sample_line(sample), ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(out / "samples.jsonl", lines)
+    write_atomically(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The rows as lines of text for the terminal."""
+    lines = [f"{'task':<18}{'pictures':<11}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
+    for row in results["rows"]:
+        low, high = row["interval"]
+        chance = "-" if row["chance"] is None else f"{100 * row['chance']:.1f}"
+        lines.append(
+            f"{row['task']:<18}{row['pictures']:<11}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
+            f"{f'{100 * low:.1f} to {100 * high:.1f}':<17}{chance:>7}{row['n']:>7}"
+        )
+    return "\n".join(lines)

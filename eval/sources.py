@@ -1,0 +1,156 @@
+"""Where documents come from: shards written by `python -m data prepare`, or a table of one's own.
+
+A page is read as turns. Every picture (or clip) begins one; the text up to the next picture belongs to it, text out of
+the loss being its question and text in the loss its answer. So a page of three pictures gives three documents, each
+with exactly the text that training would have shown. Pictures are never decoded here.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.schema import Page, Text, read_manifest, read_pages
+from eval.task import Document, Picture, SourceSpec, TaskSpec, Turn
+from flamingo.errors import UserError
+
+FIELDS = ("question", "answer", "kind", "label")
+
+
+def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
+    """The documents of one source under the task's text format.
+
+    Raises:
+        UserError: the source is missing, empty or cannot be read, or a field is not there; naming the task.
+    """
+    if source.format not in FORMATS:
+        raise UserError(f"task {name}: source.format is {source.format!r}; known formats are {', '.join(FORMATS)}")
+    unknown = sorted(set(source.fields) - set(FIELDS))
+    if unknown:
+        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+    path = Path(source.path)
+    if not source.path or not path.exists():
+        raise UserError(f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path")
+    try:
+        items = list(islice(FORMATS[source.format](path, source), source.max_items))
+    except UserError as error:
+        raise UserError(f"task {name}: {error}") from None
+    if not items:
+        raise UserError(f"task {name}: {source.path} holds no picture with an answer")
+    return [_document(name, item, spec) for item in items]
+
+
+Item = dict[str, Any]
+"""id, picture, question, answers (accepted ones), kind, label, text (the answer's node as it stands in a page, or None)."""
+
+
+def _document(name: str, item: Item, spec: TaskSpec) -> Document:
+    golds = tuple(_between(answer, spec.lead, spec.tail) for answer in item["answers"])
+    question = spec.question.replace("{question}", item["question"])
+    turn = Turn(item["picture"], question, spec.lead, golds[0], spec.tail)
+    if spec.kind == "documents" and item["text"] not in (None, turn.text):
+        raise UserError(
+            f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
+            "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
+        )
+    return Document(item["id"], turn, golds, item["kind"], item["label"] or golds[0])
+
+
+def _between(answer: str, lead: str, tail: str) -> str:
+    """The answer without the task's fixed start and end, where it has them."""
+    return answer.removeprefix(lead).removesuffix(tail).strip()
+
+
+def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
+    for shard in shards_of(folder):
+        for page in read_pages(shard):
+            for number, (picture, question, answer) in enumerate(page_turns(page)):
+                facts = {"question": question, "answer": answer, "kind": str(page.meta.get("kind", ""))}
+                facts["label"] = _label(page.meta, answer)
+                for fact, key in source.fields.items():
+                    facts[fact] = str(_fact(page.meta, key, f"{shard}: page {page.key}"))
+                if facts["answer"]:
+                    yield {
+                        "id": f"{page.key}.{number}",
+                        "picture": picture,
+                        "question": facts["question"],
+                        "answers": [facts["answer"]],
+                        "kind": facts["kind"],
+                        "label": facts["label"],
+                        "text": None if "answer" in source.fields else answer,
+                    }
+
+
+def page_turns(page: Page) -> Iterator[tuple[Picture, str, str]]:
+    """(picture, question, answer) of every picture of a page; text before the first picture belongs to none."""
+    turns: list[tuple[Picture, list[str], list[str]]] = []
+    for node in page.nodes:
+        if not isinstance(node, Text):
+            turns.append((Picture(tuple(page.images[frame] for frame in node.frames)), [], []))
+        elif turns:
+            turns[-1][2 if node.loss else 1].append(node.text)
+    for picture, question, answer in turns:
+        yield picture, "".join(question), "".join(answer)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards that a folder's manifest lists, all present."""
+    parts: Mapping[str, Any] = read_manifest(folder)["parts"]
+    shards = [folder / entry["name"] for part in parts.values() for entry in part["shards"]]
+    for shard in shards:
+        if not shard.exists():
+            raise UserError(f"shard {shard} is listed in the folder's manifest and missing; prepare the data again")
+    return shards
+
+
+def read_names(name: str, source: SourceSpec) -> list[str]:
+    """All names that the pages of a folder list in their meta."""
+    folder = Path(source.path)
+    if not folder.exists():
+        raise UserError(f"task {name}: its names' folder {source.path} does not exist; prepare it or list `names`")
+    pages = (page for shard in shards_of(folder) for page in read_pages(shard))
+    return sorted({str(word) for page in islice(pages, source.max_items) for word in page.meta.get("names", [])})
+
+
+def _fact(meta: Mapping[str, Any], key: str, where: str) -> object:
+    if key not in meta:
+        raise UserError(f"{where} has no {key!r} in its meta, it has {', '.join(sorted(meta)) or 'nothing'}")
+    return meta[key]
+
+
+def _label(meta: Mapping[str, Any], answer: str) -> str:
+    """The picture's class: the page's only one, or, in a binding page, the class that goes by this name there."""
+    if "class" in meta:
+        return str(meta["class"])
+    named = dict(zip(meta.get("names", []), meta.get("classes", []), strict=False))
+    return str(named.get(answer.strip(), ""))
+
+
+def _from_csv(path: Path, source: SourceSpec) -> Iterator[Item]:
+    columns = {field: source.fields.get(field, field) for field in FIELDS}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        needed = {"picture", columns["answer"], *source.fields.values()}
+        missing = sorted(needed - set(reader.fieldnames or ()))
+        if missing:
+            raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(reader.fieldnames or ())}")
+        for number, row in enumerate(reader):
+            picture = path.parent / row["picture"]
+            if not picture.is_file():
+                raise UserError(f"{path}: row {number + 1} names the picture {picture}, which does not exist")
+            yield {
+                "id": row.get("id") or f"{path.stem}.{number}",
+                "picture": Picture((picture.read_bytes(),)),
+                "question": row.get(columns["question"]) or "",
+                # Several accepted answers stand in one cell, separated by bars; the first is the one shown.
+                "answers": (row[columns["answer"]] or "").split("|"),
+                "kind": row.get(columns["kind"]) or "",
+                "label": row.get(columns["label"]) or "",
+                "text": None,
+            }
+
+
+FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {"pages": _from_pages, "csv": _from_csv}

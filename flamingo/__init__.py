@@ -1,0 +1,38 @@
+"""Flamingo-style visual language models: load, prompt, generate, score, and the model that trains.
+
+The names exported here stay fixed. They are imported on first use, so that `import flamingo` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flamingo.config import FlamingoConfig as FlamingoConfig
+    from flamingo.errors import UserError as UserError
+    from flamingo.images import ImageTransform as ImageTransform
+    from flamingo.modeling import FlamingoForConditionalGeneration as FlamingoForConditionalGeneration
+    from flamingo.processor import FlamingoProcessor as FlamingoProcessor
+
+_WHERE = {
+    "FlamingoConfig": "config",
+    "FlamingoForConditionalGeneration": "modeling",
+    "FlamingoProcessor": "processor",
+    "ImageTransform": "images",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "FlamingoConfig",
+    "FlamingoForConditionalGeneration",
+    "FlamingoProcessor",
+    "ImageTransform",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'flamingo' has no attribute {name!r}")
+    return getattr(import_module(f"flamingo.{_WHERE[name]}"), name)

@@ -1,0 +1,105 @@
+"""`python -m flamingo doctor` says what is installed and what is missing; `python -m flamingo generate` speaks."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from flamingo.errors import UserError
+
+NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "numpy")
+OPTIONAL = {
+    "xformers": "attention on CUDA",
+    "webdataset": "training data",
+    "hydra-core": "train.py and python -m eval",
+    "scikit-learn": "the digits data set",
+    "matplotlib": "plots",
+    "tensorboard": "training curves",
+}
+
+
+def doctor() -> int:
+    """Print versions, devices and attention backends; return 1 if something needed is missing."""
+    missing = 0
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in NEEDED:
+        found = _version(name)
+        missing += found is None
+        print(f"  {name:16} {found or 'MISSING: pip install flamingo-vlm'}")
+    for name, use in OPTIONAL.items():
+        print(f"  {name:16} {_version(name) or 'not installed'} ({use})")
+    if missing:
+        return 1
+    import torch
+
+    print(f"cpu: {torch.get_num_threads()} threads; attention by torch's SDPA")
+    if not torch.cuda.is_available():
+        print("cuda: none")
+        return 0
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
+        print(f"cuda:{index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, bfloat16 {bf16}")
+    try:
+        import_module("xformers.ops")
+        print("attention on cuda: xformers")
+    except ImportError as error:
+        print(f"attention on cuda: UNAVAILABLE, xformers does not import ({error})")
+        return 1
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Load a saved model and print how it continues the prompt."""
+    import torch
+    from transformers.utils import logging
+
+    from flamingo.modeling import FlamingoForConditionalGeneration
+    from flamingo.processor import IMAGE_TOKEN, FlamingoProcessor
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    processor = FlamingoProcessor.from_pretrained(options.model)
+    model = FlamingoForConditionalGeneration.from_pretrained(options.model).to(options.device).eval()
+    prompt = options.prompt
+    if IMAGE_TOKEN not in prompt:
+        prompt = IMAGE_TOKEN * len(options.image) + prompt
+    inputs = processor(images=[options.image], text=[prompt]).to(options.device)
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=options.max_new_tokens, num_beams=options.beams)
+    print(processor.batch_decode(out)[0].strip())
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a `UserError` becomes one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m flamingo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="versions, devices, attention backends, what is missing")
+    speak = commands.add_parser("generate", help="continue a prompt about pictures")
+    speak.add_argument("--model", required=True, help="folder written by save_pretrained")
+    speak.add_argument("--image", action="append", default=[], help="file of a picture; again for the next one")
+    speak.add_argument("--prompt", default="", help="text; <image> marks the pictures, else they come first")
+    speak.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of the answer")
+    speak.add_argument("--beams", type=int, default=1, help="beams; 1 is greedy")
+    speak.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    options = parser.parse_args(arguments)
+    try:
+        return doctor() if options.command == "doctor" else generate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

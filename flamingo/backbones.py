@@ -1,0 +1,296 @@
+"""Turning names, folders and built modules into an encoder and a language model.
+
+Notable: a name that would need the network is refused at once and in one sentence where there is none, instead of
+after a minute of silent retries; what is in the local cache is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flamingo.config import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    FlamingoConfig,
+    VisionConfig,
+    every_n_layers,
+    num_decoder_layers,
+)
+from flamingo.errors import UserError
+from flamingo.images import ImageTransform
+from flamingo.processor import FlamingoProcessor
+from flamingo.vision import build_open_clip, describe_tower, token_width, vision_model_from_config
+
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+def load_vision(
+    vision: str | Path | nn.Module, *, pretrained: str | None = None, image_size: int | None = None, **options: Any
+) -> tuple[nn.Module, VisionConfig]:
+    """Return an encoder with its weights, and its config.
+
+    `vision` is an open_clip name (then `pretrained` is one of its tags, a file, or None for random weights), a folder
+    (open_clip's layout or transformers'), a transformers name, or a built module (then `image_size` is needed).
+
+    Raises:
+        UserError: unknown name or tag, missing files, no network.
+    """
+    if isinstance(vision, nn.Module):
+        if image_size is None:
+            raise UserError("a built vision module needs image_size=..., the side of its pictures in pixels")
+        return vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
+    path = Path(vision)
+    if path.is_dir():
+        return _vision_from_folder(path, image_size)
+    import open_clip
+
+    if str(vision) in open_clip.list_models():
+        return _vision_from_open_clip(str(vision), pretrained, image_size)
+    return _vision_from_transformers(str(vision), image_size)
+
+
+def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+    if not (path / OPEN_CLIP_CONFIG).is_file():
+        if (path / "config.json").is_file():
+            return _vision_from_transformers(str(path), image_size)
+        raise UserError(f"{path} holds no vision encoder: neither {OPEN_CLIP_CONFIG} nor config.json is there")
+    document = json.loads((path / OPEN_CLIP_CONFIG).read_text())
+    model_cfg, preprocess = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    if not (path / OPEN_CLIP_WEIGHTS).is_file():
+        raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
+    config = _open_clip_config(str(path), model_cfg, preprocess)
+    _check_size(config, image_size)
+    tower = build_open_clip(config.arch or {})
+    weights = load_file(path / OPEN_CLIP_WEIGHTS)
+    visual = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
+    try:
+        tower.load_state_dict(visual)
+    except RuntimeError as error:
+        raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {error}") from error
+    return tower.eval(), replace(config, width=token_width(tower, config.image_size))
+
+
+def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = dict(get_pretrained_cfg(name, pretrained)) if pretrained else {}
+    if pretrained and not tag and not Path(pretrained).is_file():
+        raise UserError(f"open_clip has no weights {pretrained!r} for {name}; known are {', '.join(tags) or 'none'}")
+    model_cfg = open_clip.get_model_config(name)
+    # The tag knows how its weights were trained; the name may be that of the plain-GELU architecture.
+    model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", model_cfg.get("quick_gelu", False)))
+    if image_size is not None:
+        model_cfg["vision_cfg"]["image_size"] = image_size
+    config = _open_clip_config(name, model_cfg, tag)
+    if pretrained is None:
+        tower = build_open_clip(config.arch or {})
+    else:
+        weights = pretrained if not tag else _cached_open_clip(name, pretrained, tag)
+        tower = open_clip.create_model(
+            name, pretrained=weights, force_quick_gelu=model_cfg["quick_gelu"], force_image_size=image_size
+        ).visual
+    return tower.eval(), replace(config, width=token_width(tower, config.image_size))
+
+
+def _cached_open_clip(name: str, pretrained: str, tag: dict[str, Any]) -> str:
+    """Return what to give open_clip as `pretrained`: the tag where the network is there, else the cached file."""
+    if hub_reachable():
+        return pretrained
+    from huggingface_hub import try_to_load_from_cache
+
+    repo = str(tag.get("hf_hub", "")).strip("/")
+    for file in (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"):
+        if repo.count("/") == 1 and isinstance(found := try_to_load_from_cache(repo, file), str):
+            return found
+    raise UserError(
+        f"the weights {pretrained!r} of open_clip's {name} are not in the local cache and the network is not "
+        "reachable; give vision= a local folder, or vision_pretrained= a file"
+    )
+
+
+def _open_clip_config(name: str, model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> VisionConfig:
+    size = model_cfg["vision_cfg"].get("image_size", 224)
+    mode = {"shortest": "crop", "squash": "squash", "longest": "pad"}[preprocess.get("resize_mode") or "shortest"]
+    return VisionConfig(
+        kind="open_clip",
+        name=name,
+        arch={key: model_cfg.get(key, False) for key in ("embed_dim", "vision_cfg", "quick_gelu")},
+        image_size=size if isinstance(size, int) else size[0],
+        mean=tuple(preprocess.get("mean") or OPENAI_MEAN),
+        std=tuple(preprocess.get("std") or OPENAI_STD),
+        resize_mode=mode,
+    )
+
+
+def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+    config = _from_hub(AutoConfig, name, "vision encoder")
+    vision_config = getattr(config, "vision_config", config)
+    model_class = type(vision_model_from_config_on_meta(vision_config))
+    tower = _from_hub(model_class, name, "vision encoder", config=vision_config).eval()
+    size = int(getattr(vision_config, "image_size", None) or image_size or 224)
+    described = describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
+    _check_size(described, image_size)
+    return tower, described
+
+
+def vision_model_from_config_on_meta(config: Any) -> PreTrainedModel:
+    """Return a transformers vision model without memory for its weights, to learn its class."""
+    with torch.device("meta"):
+        return vision_model_from_config(config)
+
+
+def _image_statistics(name: str) -> dict[str, Any]:
+    """Return mean and deviation of a transformers encoder's image processor where it has one, else CLIP's."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=not hub_reachable())
+    except (OSError, ValueError, ImportError):
+        return {}
+    return {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+
+
+def _check_size(config: VisionConfig, image_size: int | None) -> None:
+    if image_size not in (None, config.image_size):
+        raise UserError(f"{config.name} takes pictures of {config.image_size} px, not image_size={image_size}")
+
+
+def load_language(
+    language: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal LM with its weights, and its tokenizer; a built LM needs `tokenizer`."""
+    if isinstance(language, PreTrainedModel):
+        if tokenizer is None:
+            raise UserError("a built language model needs tokenizer=...")
+        lm = language
+    elif isinstance(language, nn.Module):
+        raise UserError(f"language= is a {type(language).__name__}; a transformers causal LM is needed")
+    else:
+        lm = _from_hub(AutoModelForCausalLM, str(language), "language model")
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return lm, tokenizer
+    return lm, _from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
+
+
+def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
+    """Call `cls.from_pretrained(name)` for a folder or a name on the hub; failures become one sentence."""
+    local = Path(name).is_dir()
+    online = not local and hub_reachable()
+    try:
+        return cls.from_pretrained(name, local_files_only=not online, **options)
+    except (OSError, ValueError) as error:
+        if local:
+            raise UserError(f"the folder {name} does not hold a usable {what}: {_first_line(error)}") from error
+        if not online:
+            raise UserError(
+                f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
+                "reachable; give a folder or a built module"
+            ) from error
+        raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Say whether the model hub answers at all; a proxy in the environment counts as yes, offline mode as no."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    endpoint = urlparse(constants.ENDPOINT)
+    try:
+        with socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=timeout):
+            return True
+    except OSError:
+        return False
+
+
+def from_backbones(
+    model_class: Any,
+    vision: Any,
+    language: Any,
+    *,
+    vision_pretrained: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    image_size: int | None = None,
+    cross_attn_every_n_layers: int = 1,
+    cross_attn_layers: list[int] | None = None,
+    resampler: Mapping[str, Any] | None = None,
+    cross_attention: Mapping[str, Any] | None = None,
+    max_frames: int | None = None,
+    decoder_layers_path: str | None = None,
+    vision_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[Any, FlamingoProcessor]:
+    """Return (model, processor) around an encoder and a causal LM; new parts start from `seed`, gates closed.
+
+    Args:
+        model_class: `FlamingoForConditionalGeneration`.
+        vision: open_clip name, folder, transformers name, or built module (then `image_size` in pixels).
+        language: folder, transformers name, or built causal LM (then `tokenizer`).
+        vision_pretrained: open_clip's tag or a file of weights; None: random weights.
+        tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
+        image_size: side of the pictures in pixels, where it is not the encoder's own.
+        cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
+        cross_attn_layers: those layers by number instead.
+        resampler: options of `ResamplerConfig`.
+        cross_attention: options of `CrossAttentionConfig`.
+        max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
+        decoder_layers_path: where the LM's layers are, if they are not found.
+        vision_options: for a built module: `mean`, `std`, `resize_mode` of `VisionConfig`.
+        seed: of the new parts' weights.
+
+    Raises:
+        UserError: a name that cannot be had, a missing argument, an option that does not exist.
+    """
+    tower, vision_config = load_vision(
+        vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
+    )
+    lm, lm_tokenizer = load_language(language, tokenizer)
+    transform = ImageTransform(
+        vision_config.image_size, vision_config.mean, vision_config.std, mode=vision_config.resize_mode
+    )
+    resampler = dict(resampler or {})
+    if max_frames is not None:
+        resampler["max_frames"] = max_frames
+    processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
+    rebuildable = type(lm.config) in AutoModelForCausalLM._model_mapping
+    config = FlamingoConfig(
+        vision_config=asdict(vision_config),
+        text_config=lm.config,
+        resampler_config=resampler,
+        cross_attention_config=dict(cross_attention or {}),
+        cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),
+        image_token_id=processor.image_token_id,
+        eoc_token_id=processor.eoc_token_id,
+        new_token_ids=processor.new_token_ids,
+        language_kind="transformers" if rebuildable else "module",
+        decoder_layers_path=decoder_layers_path,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config, vision_tower=tower, causal_lm=lm)
+    model.new_tokens.init_from(lm, seed=seed)
+    if model.generation_config.eos_token_id == [config.eoc_token_id] and processor.eos_token_id is not None:
+        model.generation_config.eos_token_id = [config.eoc_token_id, processor.eos_token_id]
+    model.generation_config.pad_token_id = processor.pad_token_id
+    return model.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

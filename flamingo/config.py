@@ -1,0 +1,218 @@
+"""Everything that decides the shape of a Flamingo, as data.
+
+Notable: the decoder layers that get a gated block are an explicit list (`cross_attn_layers`), because the families
+disagree about the first one: OpenFlamingo's interval n means layers n-1, 2n-1, ..., IDEFICS' means 0, n, 2n, ... The
+interval is only a way to write the list. Modules never see these classes; they take plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from flamingo.errors import UserError
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+VISION_KINDS = ("open_clip", "transformers", "module")
+_IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
+ACTIVATIONS = ("gelu", "relu", "silu", "squared_relu")
+
+
+@dataclass(kw_only=True, slots=True)
+class VisionConfig:
+    """The frozen encoder, resolved so far that it can be rebuilt without the network."""
+
+    kind: str = "open_clip"
+    """Who builds it: "open_clip" and "transformers" from `arch`; "module" was built by the caller and cannot be."""
+    name: str = ""
+    """Where it came from, for people and manifests."""
+    arch: dict[str, Any] | None = None
+    """open_clip: `embed_dim`, `vision_cfg`, `quick_gelu`; transformers: the config's dictionary."""
+    width: int = 0
+    """Width of a patch token."""
+    image_size: int = 224
+    """Side of the square picture it takes, in pixels."""
+    mean: tuple[float, ...] = OPENAI_MEAN
+    """Mean per channel that is subtracted, on the scale 0 to 1."""
+    std: tuple[float, ...] = OPENAI_STD
+    """Standard deviation per channel, on the scale 0 to 1."""
+    resize_mode: str = "crop"
+    """How a picture becomes square: "squash", "crop" (the centre) or "pad"."""
+
+    def __post_init__(self) -> None:
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+        _choice("vision_config.kind", self.kind, VISION_KINDS)
+        _choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad"))
+
+
+@dataclass(kw_only=True, slots=True)
+class ResamplerConfig:
+    """The Perceiver Resampler (paper, section 3.1.1); the defaults are OpenFlamingo's."""
+
+    depth: int = 6
+    """Number of layers."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one head."""
+    latents: int = 64
+    """Tokens per picture or clip that come out."""
+    width: int | None = None
+    """Width of the latents; None: the encoder's."""
+    ff_mult: float = 4.0
+    """Width of the feed-forward as a multiple of the model width."""
+    activation: str = "gelu"
+    """Of the feed-forward."""
+    max_frames: int | None = None
+    """Learned time embeddings for this many frames; None: none, frames are then a bag of patches."""
+
+    def __post_init__(self) -> None:
+        _choice("resampler_config.activation", self.activation, ACTIVATIONS)
+        for name in ("depth", "heads", "head_dim", "latents"):
+            _positive(f"resampler_config.{name}", getattr(self, name))
+
+
+@dataclass(kw_only=True, slots=True)
+class CrossAttentionConfig:
+    """The gated cross-attention block (paper, section 3.1.2); the defaults are OpenFlamingo's."""
+
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one head."""
+    ff_mult: float = 4.0
+    """Width of the feed-forward as a multiple of the LM's width."""
+    activation: str = "gelu"
+    """Of the feed-forward."""
+    mask_ffn_without_media: bool = False
+    """True: a token that sees no picture skips the feed-forward too, so a text-only row is the frozen LM's."""
+
+    def __post_init__(self) -> None:
+        _choice("cross_attention_config.activation", self.activation, ACTIVATIONS)
+        for name in ("heads", "head_dim"):
+            _positive(f"cross_attention_config.{name}", getattr(self, name))
+
+
+class FlamingoConfig(PreTrainedConfig):
+    """Configuration of `FlamingoForConditionalGeneration`.
+
+    `cross_attn_every_n_layers` may be given instead of `cross_attn_layers`; only the list is kept.
+
+    Raises:
+        UserError: an unknown key, a bad value, a layer that the LM does not have.
+    """
+
+    model_type = "flamingo"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    vision_config: dict[str, Any] | None = None
+    """A `VisionConfig` as a dictionary."""
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    """The language model's own transformers config."""
+    resampler_config: dict[str, Any] | None = None
+    """A `ResamplerConfig` as a dictionary."""
+    cross_attention_config: dict[str, Any] | None = None
+    """A `CrossAttentionConfig` as a dictionary."""
+    cross_attn_layers: list[int] | None = None
+    """Decoder layers with a gated block in front of them, counted from 0."""
+    image_token_id: int = 0
+    """Id of `<image>`."""
+    eoc_token_id: int = 0
+    """Id of `<|endofchunk|>`."""
+    new_token_ids: list[int] | None = None
+    """Ids whose rows are in the small trainable table instead of in the LM's, in the order of that table."""
+    language_kind: str = "transformers"
+    """"transformers": rebuilt from `text_config`; "module": built by the caller."""
+    decoder_layers_path: str | None = None
+    """Name of the LM's list of layers inside the LM, where it is not found by its length."""
+    tie_word_embeddings: bool = False
+    """Repeats the LM's flag: transformers looks for it here."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        every = kwargs.pop("cross_attn_every_n_layers", None)
+        self.vision_config = asdict(from_dict(VisionConfig, self.vision_config, "vision_config"))
+        self.resampler_config = asdict(from_dict(ResamplerConfig, self.resampler_config, "resampler_config"))
+        self.cross_attention_config = asdict(
+            from_dict(CrossAttentionConfig, self.cross_attention_config, "cross_attention_config")
+        )
+        if not isinstance(self.text_config, PreTrainedConfig):
+            options = dict(self.text_config or {})
+            self.text_config = AutoConfig.for_model(options.pop("model_type", "opt"), **options)
+        layers = num_decoder_layers(self.text_config)
+        if self.cross_attn_layers is None:
+            self.cross_attn_layers = every_n_layers(layers, 1 if every is None else every)
+        if bad := [i for i in self.cross_attn_layers if not 0 <= i < layers]:
+            raise UserError(f"cross_attn_layers names layer {bad[0]}, but the LM has layers 0 to {layers - 1}")
+        if self.new_token_ids is None:
+            self.new_token_ids = sorted({self.image_token_id, self.eoc_token_id})
+        if len(set(self.new_token_ids)) != len(self.new_token_ids):
+            raise UserError(f"new_token_ids has an id twice: {self.new_token_ids}")
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM
+        # may be built already and keeps its own.
+        kept = {name: getattr(self.text_config, name, None) for name in _IMPLEMENTATIONS}
+        super().__post_init__(**kwargs)
+        for name, value in kept.items():
+            if value is not None and getattr(self.text_config, name, None) is None:
+                setattr(self.text_config, name, value)
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The encoder, typed."""
+        return VisionConfig(**(self.vision_config or {}))
+
+    @property
+    def resampler(self) -> ResamplerConfig:
+        """The resampler, typed."""
+        return ResamplerConfig(**(self.resampler_config or {}))
+
+    @property
+    def cross_attention(self) -> CrossAttentionConfig:
+        """The gated blocks, typed."""
+        return CrossAttentionConfig(**(self.cross_attention_config or {}))
+
+
+def every_n_layers(num_layers: int, every: int) -> list[int]:
+    """Return OpenFlamingo's positions for an interval: before layers every-1, 2*every-1, ...
+
+    >>> every_n_layers(6, 2)
+    [1, 3, 5]
+    """
+    if not 1 <= every <= num_layers:
+        raise UserError(f"cross_attn_every_n_layers={every} must lie between 1 and the LM's {num_layers} layers")
+    return [i for i in range(num_layers) if (i + 1) % every == 0]
+
+
+def num_decoder_layers(text_config: PreTrainedConfig) -> int:
+    """Return how many decoder layers an LM of this config has, whatever its family calls the number."""
+    return int(text_config.get_text_config(decoder=True).num_hidden_layers)
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], options: Mapping[str, Any] | T | None, where: str) -> T:
+    """Build a dataclass from a mapping; an unknown key is named together with the known ones."""
+    if isinstance(options, cls):
+        return options
+    values: dict[str, Any] = dict(options or {})  # type: ignore[arg-type]
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if unknown := [key for key in values if key not in known]:
+        raise UserError(f"{where}.{unknown[0]} is not an option; known are {', '.join(known)}")
+    return cls(**values)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}={value} must be at least 1")

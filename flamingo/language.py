@@ -1,0 +1,236 @@
+"""The only file that knows where a causal LM keeps its layers and its embeddings.
+
+Notable: the blocks stand beside the LM, not in it. Forward pre-hooks on the decoder layers call them, so the LM keeps
+its class, its state dict and everything transformers can do with it. The rows of new tokens (`<image>`,
+`<|endofchunk|>`) are a small table of their own, put in place by hooks on the input embedding and on the head, so the
+frozen table needs no gradient and no optimizer state and is never resized.
+
+What the hooks need of the current call is in a `CallState`, one per thread: two threads may generate with one model.
+
+Letters: B batch, T text tokens, D width, V rows of the LM's table, n new tokens, N labelled positions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flamingo.config import num_decoder_layers
+from flamingo.cross_attention import KeysValues
+from flamingo.errors import UserError
+from flamingo.media import Segments
+
+
+@dataclass
+class Call:
+    """What the hooks need to know about the forward pass that is running in this thread."""
+
+    media: Float[Tensor, "I L E"]
+    """Latents of all pictures that the rows may see, those of earlier calls included."""
+    segments: Segments
+    cache: dict[str, KeysValues] | None
+    is_new: Bool[Tensor, "B T n"] | None = None
+    """Which token is which new token; None where no new token occurs."""
+    keep: Int[Tensor, "N"] | None = None
+    """Places in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
+
+
+class CallState(threading.local):
+    """The running call of each thread. A copy (deepcopy, pickle) starts without one."""
+
+    call: Call | None = None
+
+    def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
+        return (CallState, ())
+
+    @contextmanager
+    def running(self, call: Call) -> Iterator[None]:
+        """Make `call` the one that this thread's hooks see."""
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
+
+
+def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
+    """Return the list of decoder layers: the shallowest `nn.ModuleList` with as many entries as the LM has layers.
+
+    Raises:
+        UserError: there is none; `path` (config: `decoder_layers_path`) names it instead.
+    """
+    if path is not None:
+        try:
+            layers = lm.get_submodule(path)
+        except AttributeError as error:
+            raise UserError(f"decoder_layers_path={path!r} is not a module of {type(lm).__name__}") from error
+        if not isinstance(layers, nn.ModuleList):
+            raise UserError(f"decoder_layers_path={path!r} is a {type(layers).__name__}, not an nn.ModuleList")
+        return layers
+    wanted = num_decoder_layers(lm.config)
+    found = [
+        (name.count("."), module)
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted and "vision" not in name
+    ]
+    if not found:
+        raise UserError(
+            f"{type(lm).__name__} has no nn.ModuleList of {wanted} modules (its number of layers), so its decoder "
+            "layers were not found; name the list with decoder_layers_path"
+        )
+    return min(found, key=lambda item: item[0])[1]
+
+
+class NewTokens(nn.Module):
+    """The rows of the new tokens: n rows on the input side, n on the output side, one table for both if tied.
+
+    Both sides go through `forward`, so that FSDP2 may shard the module.
+    """
+
+    def __init__(self, ids: list[int], input_width: int, output_width: int, *, tied: bool) -> None:
+        super().__init__()
+        self.ids = tuple(ids)
+        self.input_rows = nn.Parameter(torch.empty(len(ids), input_width).normal_(std=0.02))
+        self.output_rows = None if tied else nn.Parameter(torch.empty(len(ids), output_width).normal_(std=0.02))
+
+    def forward(
+        self, x: Float[Tensor, "*batch D"], is_new: Bool[Tensor, "*batch n"] | None = None
+    ) -> Float[Tensor, "*batch E"]:
+        """Input side (`is_new` given): embeddings (B, T, D) with the new tokens' rows put in. Output side: logits."""
+        if is_new is not None:
+            rows = is_new.to(x.dtype) @ self.input_rows.to(x.dtype)
+            return torch.where(is_new.any(-1, keepdim=True), rows, x)
+        rows = self.input_rows if self.output_rows is None else self.output_rows
+        return x @ rows.to(x.dtype).T
+
+    def match(self, input_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T n"]:
+        """Return which token is which of the new ones."""
+        return torch.stack([input_ids == token for token in self.ids], dim=-1)
+
+    @torch.no_grad()
+    def init_from(self, lm: PreTrainedModel, *, seed: int) -> None:
+        """Start every row at the mean of the LM's rows plus noise of a tenth of their deviation."""
+        table, head = embedding_table(lm), output_head(lm)
+        generator = torch.Generator().manual_seed(seed)
+        for rows, source in ((self.input_rows, table.weight), (self.output_rows, head.weight)):
+            if rows is not None:
+                noise = torch.randn(rows.shape, generator=generator)
+                values = source.float()
+                rows.copy_(values.mean(0) + 0.1 * values.std() * noise.to(values.device))
+
+
+def embedding_table(lm: PreTrainedModel) -> Any:
+    """Return the LM's input embedding."""
+    return lm.get_input_embeddings()
+
+
+def output_head(lm: PreTrainedModel) -> Any:
+    """Return the LM's output layer (D to V)."""
+    head = lm.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(lm).__name__} has no output embedding; give a causal LM (AutoModelForCausalLM)")
+    return head
+
+
+def new_tokens_for(lm: PreTrainedModel, ids: list[int]) -> NewTokens:
+    """Return a table for `ids` that fits the LM, tied where the LM is tied."""
+    table, head = embedding_table(lm).weight, output_head(lm).weight
+    tied = bool(getattr(lm.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    beyond = sorted(i for i in ids if i >= len(head))
+    if beyond != list(range(len(head), len(head) + len(beyond))):
+        raise UserError(
+            f"new token ids {beyond} leave a gap behind the LM's {len(head)} rows; they must lie inside its table or "
+            "follow it directly"
+        )
+    return NewTokens(ids, table.shape[1], head.shape[1], tied=tied and table.shape[1] == head.shape[1])
+
+
+def attach(
+    lm: PreTrainedModel,
+    blocks: nn.ModuleDict,
+    new_tokens: NewTokens,
+    state: CallState,
+    *,
+    decoder_layers_path: str | None = None,
+) -> None:
+    """Register the hooks. Outside of a running call they do nothing, so the LM alone is just itself."""
+    layers = find_decoder_layers(lm, decoder_layers_path)
+    for key in blocks:
+        layers[int(key)].register_forward_pre_hook(_BlockHook(blocks, key, state), with_kwargs=True)
+    embedding_table(lm).register_forward_hook(_EmbeddingHook(new_tokens, state))
+    head = output_head(lm)
+    head.register_forward_pre_hook(_KeepHook(state))
+    head.register_forward_hook(_HeadHook(new_tokens, state))
+
+
+# The hooks are small objects and not closures, so that `copy.deepcopy(model)` copies what they point to as well: the
+# copy's layers call the copy's blocks.
+@dataclass(eq=False)
+class _BlockHook:
+    blocks: nn.ModuleDict
+    key: str
+    state: CallState
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.state.call
+        if call is None:
+            return None
+        # Every causal decoder of transformers passes the hidden states first; some by name.
+        block = partial(self.blocks[self.key], segments=call.segments, cache=call.cache, key=self.key)
+        if args:
+            return (block(args[0], call.media), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], call.media)}
+
+
+@dataclass(eq=False)
+class _EmbeddingHook:
+    new_tokens: NewTokens
+    state: CallState
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = self.state.call
+        if call is None or call.is_new is None:
+            return None
+        out = self.new_tokens(output, call.is_new)
+        return out
+
+
+@dataclass(eq=False)
+class _KeepHook:
+    state: CallState
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        call = self.state.call
+        if call is None or call.keep is None:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, call.keep)[None], *args[1:])
+
+
+@dataclass(eq=False)
+class _HeadHook:
+    new_tokens: NewTokens
+    state: CallState
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.state.call is None:
+            return None
+        logits = self.new_tokens(args[0])
+        size = output.shape[-1]
+        order = sorted(range(len(self.new_tokens.ids)), key=self.new_tokens.ids.__getitem__)
+        inside = [j for j in order if self.new_tokens.ids[j] < size]
+        if inside:
+            columns = torch.tensor([self.new_tokens.ids[j] for j in inside], device=output.device)
+            output = output.index_copy(-1, columns, logits[..., inside].to(output.dtype))
+        beyond = order[len(inside) :]
+        if not beyond:
+            return output
+        return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)

@@ -1,0 +1,131 @@
+"""Who sees what: which picture each text token attends to, as pure functions of tensors.
+
+Notable: nothing else in the library decides this. A batch's pictures are one flat stack of all rows' pictures, so
+there are two ways to name one: phi is 1-based within the row and 0 means none (the paper's symbol, section 3.1.3); a
+`slot` is 0-based in the flat stack and -1 means none.
+
+Letters: B batch rows, T text tokens, I pictures of all rows together, N tokens that see a picture, A pictures that are
+seen, S the most tokens that one picture has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from flamingo.errors import UserError
+
+
+def phi_from_ids(
+    input_ids: Int[Tensor, "B T"],
+    image_token_id: int,
+    *,
+    attend: str = "previous",
+    seen: Int[Tensor, "B"] | None = None,
+) -> Int[Tensor, "B T"]:
+    """Return which picture each token sees: 1-based within the row, 0 for none.
+
+    An `<image>` token sees its own picture. With `attend="previous"` (paper, section 3.1.3; the only way at
+    inference) the tokens after it see it until the next one comes; with `attend="next"` (the paper's p_next placement,
+    in which the text stands before its picture) they see the picture that follows, and none after the last one:
+
+        ids        a  <i>  b  c  <i>  d  e
+        previous   0   1   1  1   2   2  2
+        next       1   1   2  2   2   0  0
+
+    `seen` (B,) is the number of pictures in the part of the row that came before these ids (a continued cache).
+    """
+    is_image = input_ids == image_token_id
+    count = is_image.cumsum(dim=1)
+    if seen is not None:
+        count = count + seen[:, None]
+    if attend == "previous":
+        return count
+    if attend != "next":
+        raise UserError(f"attend={attend!r} must be 'previous' or 'next'")
+    following = count + (~is_image).long()
+    return following.masked_fill(following > count[:, -1:], 0)
+
+
+def visibility(phi: Int[Tensor, "B T"], num_images: int) -> Bool[Tensor, "B T M"]:
+    """Return the mask of which token sees which of its row's first `num_images` pictures.
+
+    One token sees one picture or none:
+
+        phi        0 1 1 2
+        picture 1  . x x .
+        picture 2  . . . x
+    """
+    index = torch.arange(1, num_images + 1, device=phi.device)
+    return phi[..., None] == index
+
+
+def slots_from_phi(phi: Int[Tensor, "B T"], pictures: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
+    """Return the place in the flat stack of the picture each token sees, -1 for none.
+
+    `pictures` (R, M) lists every row's pictures as places in the stack, padded with -1. B is a multiple of R: with
+    beams each prompt's row is repeated, and its pictures are not.
+
+        phi [0 1 1 2], pictures [3 4 -1]   ->   [-1 3 3 4]
+
+    A phi beyond the row's pictures sees none: -1 as well.
+    """
+    if pictures.shape[0] != phi.shape[0]:
+        pictures = pictures.repeat_interleave(phi.shape[0] // max(pictures.shape[0], 1), dim=0)
+    # Column 0 is "none", and so is the last one, where every number that is too high ends up.
+    padded = torch.nn.functional.pad(pictures, (1, 1), value=-1)
+    return padded.gather(1, phi.clamp(max=padded.shape[1] - 1))
+
+
+def picture_table(image_counts: Int[Tensor, "B"], start: int = 0) -> Int[Tensor, "B M"]:
+    """Return every row's pictures as places in the flat stack, padded with -1; the first one has place `start`.
+
+    counts [2 0 1]   ->   [[0 1] [-1 -1] [2 -1]]
+    """
+    width = int(image_counts.max()) if len(image_counts) else 0
+    column = torch.arange(width, device=image_counts.device)
+    first = image_counts.cumsum(0) - image_counts + start
+    return torch.where(column < image_counts[:, None], first[:, None] + column, -1)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The tokens of a batch grouped by the picture they see, made once per forward and shared by all blocks.
+
+    With slots [-1 0 0 2] over a stack of three pictures: tokens [1 2 3], pictures [0 2], lengths [2 1], and the padded
+    table of tokens [[0 1] [2 2]] over the N=3 tokens, from which `unpad` [0 1 2] reads them back.
+    """
+
+    tokens: Int[Tensor, "N"]
+    """Places in the flattened (B*T) text of the tokens that see a picture, one picture's after the other's."""
+    pictures: Int[Tensor, "A"]
+    """Places in the flat stack of the pictures that are seen by some token."""
+    lengths: list[int]
+    """How many tokens see each of them, (A,)."""
+    pad: Int[Tensor, "A S"]
+    """Each picture's tokens as indices into `tokens`; unused places repeat the last token and are never read."""
+    unpad: Int[Tensor, "N"]
+    """Where each token is in the flattened `pad`."""
+    sees: Bool[Tensor, "B T"]
+    """Which tokens see a picture at all."""
+    num_pictures: int
+    """Pictures in the flat stack, I."""
+
+
+def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segments:
+    """Group the tokens of a batch by the picture they see; `slots` as of `slots_from_phi`."""
+    flat = slots.flatten()
+    sees = slots >= 0
+    order = flat.argsort(stable=True)
+    tokens = order[flat.numel() - int(sees.sum()) :]
+    pictures, counts = flat[tokens].unique_consecutive(return_counts=True)
+    first = counts.cumsum(0) - counts
+    longest = int(counts.max()) if len(counts) else 0
+    column = torch.arange(longest, device=slots.device)
+    pad = first[:, None] + torch.minimum(column, (counts - 1)[:, None])
+    rank = torch.arange(len(pictures), device=slots.device).repeat_interleave(counts)
+    unpad = torch.arange(len(tokens), device=slots.device) - first[rank] + rank * longest
+    return Segments(tokens, pictures, counts.tolist(), pad, unpad, sees, num_pictures)

@@ -1,0 +1,224 @@
+"""Prompts of text and pictures to tensors, and tokens back to text.
+
+Notable: text is tokenised piece by piece and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
+tokens of a sentence do not depend on what stands beside it, and training pages and prompts agree. In chat-style lists
+and in `encode_text` such a tag inside a user's text is plain text; in a prompt given as one string it is the tag.
+
+Letters: B rows, T tokens, I pictures of all rows, F frames, C channels, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+
+from flamingo.errors import UserError
+from flamingo.images import ImageTransform, Picture, to_rgb
+
+IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
+PROCESSOR_FILE = "processor_config.json"
+
+Row = list[str | int]
+"""A row before tokenisation: texts, and ids of special tokens."""
+
+
+class FlamingoProcessor:
+    """Tokenizer and image transform of one model.
+
+    Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform, *, max_frames: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_transform = image_transform
+        self.max_frames = max_frames
+        added = [IMAGE_TOKEN, EOC_TOKEN]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = PAD_TOKEN
+            added.append(PAD_TOKEN)
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in added], special_tokens=True)
+        self.new_token_ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]  # type: ignore[arg-type]
+        self.image_token_id, self.eoc_token_id = self.new_token_ids[:2]
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self._tags = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(EOC_TOKEN)})")
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a piece of plain text: nothing is added, and a tag inside it is not special."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def __call__(
+        self,
+        images: Sequence[Any] | None = None,
+        text: str | Sequence[Any] | None = None,
+        *,
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """Return `input_ids`, `attention_mask` (B, T), `pixel_values` (I, F, C, S, S) uint8 and `image_counts` (B,).
+
+        Args:
+            images: for each row its pictures (PIL, path, bytes, array or uint8 (3, h, w) tensor); a list of frames is
+                a clip. For a single row the list of its pictures is enough.
+            text: for each row a string with `<image>` tags, or a chat-style list of `{"type": "image" | "video" |
+                "text", ...}` (or of messages with such a `content`), which may carry its pictures itself.
+            padding_side: "left" to generate, "right" to train.
+
+        Raises:
+            UserError: a row's tags and pictures differ in number, or a picture cannot be decoded; names the row.
+        """
+        single = isinstance(text, str) or (
+            isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping)
+        )
+        texts: list[Any] = [text] if single else list(text or [])
+        if not texts:
+            raise UserError("the processor needs text, one string or chat-style list a row")
+        given = _pictures_by_row(images, len(texts))
+        rows, pictures = [], []
+        for index, (item, own) in enumerate(zip(texts, given, strict=True)):
+            row, inline = self._parse(item, index)
+            if inline and own:
+                raise UserError(f"row {index} has pictures both in its chat-style list and in images=")
+            rows.append(row)
+            pictures.append(inline or own)
+            tags = sum(piece == self.image_token_id for piece in row)
+            if tags != len(pictures[-1]):
+                raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(pictures[-1])} pictures")
+        data = self.pad([self._ids(row) for row in rows], padding_side)
+        data["pixel_values"] = self._pixels(pictures)
+        data["image_counts"] = torch.tensor([len(row) for row in pictures])
+        return BatchFeature(data)
+
+    def pad(self, ids: Sequence[Sequence[int]], padding_side: str = "left") -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` (B, T) of rows of different lengths."""
+        if padding_side not in ("left", "right"):
+            raise UserError(f"padding_side={padding_side!r} must be 'left' or 'right'")
+        length = max(len(row) for row in ids)
+        input_ids = torch.full((len(ids), length), self.pad_token_id)
+        mask = torch.zeros_like(input_ids)
+        for out, seen, row in zip(input_ids, mask, ids, strict=True):
+            place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            out[place] = torch.tensor(row, dtype=torch.long)
+            seen[place] = 1
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+    def prompt(
+        self, demos: Sequence[tuple[Picture | None, str]], query: tuple[Picture | None, str]
+    ) -> tuple[list[Picture], str]:
+        """Return the pictures and the text of a few-shot prompt; a picture of None makes a text-only example.
+
+        Two demonstrations "A cat." and "A dog." and the query "A" give
+        `<image>A cat.<|endofchunk|><image>A dog.<|endofchunk|><image>A`, as in the training pages.
+        """
+        chunks = [*demos, query]
+        for _, text in chunks:
+            if self._tags.search(text):
+                raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
+        pictures = [picture for picture, _ in chunks if picture is not None]
+        return pictures, EOC_TOKEN.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        """Return the text of each row of ids, without special tokens unless `skip_special_tokens=False`."""
+        return self.tokenizer.batch_decode(ids, **{"skip_special_tokens": True, **options})
+
+    def decode(self, ids: Any, **options: Any) -> Any:
+        """Return the text of one row of ids, without special tokens unless `skip_special_tokens=False`."""
+        return self.tokenizer.decode(ids, **{"skip_special_tokens": True, **options})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and `processor_config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        document = {"max_frames": self.max_frames, "image_transform": asdict(self.image_transform)}
+        (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FlamingoProcessor:
+        """Read what `save_pretrained` wrote."""
+        file = Path(folder) / PROCESSOR_FILE
+        if not file.is_file():
+            raise UserError(f"{folder} holds no Flamingo processor: {PROCESSOR_FILE} is missing")
+        document = json.loads(file.read_text())
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return cls(tokenizer, ImageTransform(**document["image_transform"]), max_frames=document["max_frames"])
+
+    def _parse(self, item: Any, index: int) -> tuple[Row, list[Any]]:
+        """Return a row's pieces, and the pictures that a chat-style list carries."""
+        if isinstance(item, str):
+            ids = {IMAGE_TOKEN: self.image_token_id, EOC_TOKEN: self.eoc_token_id}
+            return [ids.get(piece, piece) for piece in self._tags.split(item) if piece], []
+        row: Row = []
+        pictures = []
+        for node in _nodes(item):
+            kind = node.get("type")
+            if kind == "text":
+                row.append(str(node["text"]))
+            elif kind in ("image", "video"):
+                row += [self.eoc_token_id, self.image_token_id] if row else [self.image_token_id]
+                if (picture := node.get(kind)) is not None:
+                    pictures.append(list(picture) if kind == "video" else picture)
+            else:
+                raise UserError(f"row {index} has a part of type {kind!r}; known are text, image and video")
+        return row, pictures
+
+    def _ids(self, row: Row) -> list[int]:
+        ids = [] if self.bos_token_id is None else [self.bos_token_id]
+        for piece in row:
+            ids += [piece] if isinstance(piece, int) else self.encode_text(piece)
+        return ids
+
+    def _pixels(self, pictures: list[list[Any]]) -> Tensor:
+        clips: list[Tensor] = []
+        frames = 0
+        for r, row in enumerate(pictures):
+            for j, item in enumerate(row):
+                clip = self._clip(item, f"picture {j} of row {r}")
+                if clips and len(clip) != frames:
+                    raise UserError(
+                        f"picture {j} of row {r} has {len(clip)} frames, the ones before it {frames}; "
+                        "one batch takes one number of frames"
+                    )
+                frames = len(clip)
+                clips.append(clip)
+        size = self.image_transform.size
+        return torch.stack(clips) if clips else torch.zeros(0, 1, 3, size, size, dtype=torch.uint8)
+
+    def _clip(self, item: Any, where: str) -> Tensor:
+        """Return (F, C, S, S); of a clip longer than `max_frames`, frames at equal distances."""
+        frames = list(item) if isinstance(item, list | tuple) else [item]
+        if not frames:
+            raise UserError(f"{where} is a clip without frames")
+        if self.max_frames is not None and len(frames) > self.max_frames:
+            places = torch.linspace(0, len(frames) - 1, self.max_frames).round().long().tolist()
+            frames = [frames[i] for i in places]
+        return torch.stack([self.image_transform(to_rgb(frame, where)) for frame in frames])
+
+
+def _nodes(item: Any) -> list[Mapping[str, Any]]:
+    """Return the parts of a chat-style row; messages (`role`, `content`) are put one after the other."""
+    nodes: list[Mapping[str, Any]] = []
+    for node in item:
+        content: Any = node.get("content", [node])
+        nodes += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return nodes
+
+
+def _pictures_by_row(images: Sequence[Any] | None, rows: int) -> list[list[Any]]:
+    if images is None:
+        return [[] for _ in range(rows)]
+    listed = list(images)
+    if rows == 1 and not (len(listed) == 1 and isinstance(listed[0], list | tuple)):
+        return [listed]
+    if len(listed) != rows:
+        raise UserError(f"images has {len(listed)} lists for {rows} rows of text; give one list a row")
+    return [[] if row is None else list(row) if isinstance(row, list | tuple) else [row] for row in listed]

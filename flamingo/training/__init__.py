@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, parallel plan, checkpoints, metrics. The engine that uses them is `train.py`."""

@@ -1,0 +1,129 @@
+"""The run folder and what is printed about a run."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from flamingo.errors import UserError
+from flamingo.training import state
+from flamingo.training.config import TrainConfig, differences
+from flamingo.training.parallel import Processes, whole
+
+
+def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
+    """Makes the run folder ready and returns the checkpoint to resume, if any.
+
+    A folder that holds another run is refused rather than continued or overwritten. `config.yaml` is written once.
+
+    Raises:
+        UserError: the folder belongs to a run whose updates differ, or cannot be written.
+    """
+    run_dir = Path(config.run.dir)
+    described, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
+    if described.exists() and config.run.resume == "auto":
+        changed = differences(yaml.safe_load(described.read_text()), config.as_dict())
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run with another config: {', '.join(changed[:3])}"
+                f"{' and more' if len(changed) > 3 else ''}: choose another run.dir, or run.resume=never to start anew"
+            )
+    try:
+        if processes.is_main:
+            if config.run.resume == "never":
+                for stale in (checkpoints, run_dir / "model", run_dir / "tensorboard", run_dir / "tokenizer"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Floats and tuples as YAML understands them, so that a later start compares equal.
+            write_atomically(described, yaml.safe_dump(_plain(config.as_dict()), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be written ({error}): choose another folder") from error
+    processes.sum([0.0])  # nobody looks for checkpoints before the folder is ready
+    return state.newest(checkpoints)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:
+    """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(weights, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def describe(model: nn.Module, part_of: Callable[[str], str], processes: Processes) -> str:
+    """Parameters of each part, trained and frozen, and where the run computes."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        row = rows.setdefault(part_of(name), [0, 0])
+        row[0 if parameter.requires_grad else 1] += parameter.numel()
+    lines = [f"  {part:<16} {trained:>14,} trained {frozen:>14,} frozen" for part, (trained, frozen) in rows.items()]
+    where = f"{processes.size} process(es) on {processes.device.type}, {torch.get_num_threads()} threads each"
+    return "\n".join([f"{where}, torch {torch.__version__}, Python {platform.python_version()}", *lines])
+
+
+def gate_values(model: nn.Module) -> dict[str, float]:
+    """Mean |tanh| of the attention and feed-forward gates: 0 = the frozen LM alone."""
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("attn_gate", "ff_gate"):
+            found.setdefault(f"gate/{leaf.removesuffix('_gate')}", []).append(whole(parameter.detach()).float())
+    return {name: float(torch.cat(gates).tanh().abs().mean()) for name, gates in found.items()}
+
+
+class Throughput:
+    """Tokens and pictures a second over all processes, and the share of time spent waiting for data."""
+
+    def __init__(self, processes: Processes) -> None:
+        """Starts counting now."""
+        self._processes = processes
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._tokens = self._images = 0
+        self._waited = 0.0
+
+    def add(self, batches: Iterable[Mapping[str, Tensor]], waited: float) -> None:
+        """One step: its batches on this process and the seconds it waited for them."""
+        self._waited += waited
+        for tensors in batches:
+            if "attention_mask" in tensors:
+                self._tokens += int(tensors["attention_mask"].sum())
+            pictures = tensors.get("pixel_values", tensors.get("image"))
+            self._images += 0 if pictures is None else int(pictures.shape[0])
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading. Called by every process."""
+        tokens, images = self._processes.sum([float(self._tokens), float(self._images)])
+        seconds = max(1e-9, time.perf_counter() - self._began)
+        share = self._waited / seconds
+        self._reset()
+        return {
+            "tokens_per_s": tokens / seconds,
+            "images_per_s": images / seconds,
+            "data_wait": min(1.0, share),
+        }

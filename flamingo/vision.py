@@ -1,0 +1,134 @@
+"""Frozen vision encoders behind one call: pixels in, patch tokens out.
+
+Notable, each learned the hard way:
+- open_clip's `output_tokens` gives the tokens BEFORE the final norm up to 2.22 and AFTER it since 2.23. What Flamingo
+  models were trained on are those before it, so `forward_intermediates(normalize_intermediates=False)` is asked, which
+  is the same in every version and for every tower.
+- The OpenAI weights were trained with QuickGELU. `ViT-L-14` with the tag `openai` builds plain GELU in open_clip 3 and
+  only warns; here the tag decides.
+- The pictures come as uint8 and are normalised here, so that nothing between the shard and the encoder has to know the
+  encoder's mean and deviation.
+
+Letters: I pictures, F frames, C channels, S side in pixels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from flamingo.config import VisionConfig
+from flamingo.errors import UserError
+
+
+class VisionEncoder(nn.Module):
+    """An encoder of any library: `(I, F, C, S, S)` pixels to `(I, F, P, D)` patch tokens before the final norm.
+
+    `tower` is open_clip's `visual`, a transformers vision model, or any module that maps (N, C, S, S) to (N, P, D) or
+    to an object with `last_hidden_state`. uint8 pixels are raw RGB and are normalised with `config.mean` and
+    `config.std`; floating-point pixels are taken as normalised already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: nn.Module, config: VisionConfig) -> None:
+        super().__init__()
+        self.tower = tower
+        self.image_size = config.image_size
+        self.frozen = True
+        self.register_buffer("mean", torch.tensor(config.mean))
+        self.register_buffer("std", torch.tensor(config.std))
+
+    def forward(self, pixel_values: Shaped[Tensor, "I F C S S"]) -> Float[Tensor, "I F P D"]:
+        """Return the patch tokens of every frame; without gradients where the encoder is frozen."""
+        images, frames = pixel_values.shape[:2]
+        pixels = pixel_values.flatten(0, 1)
+        dtype = next(self.tower.parameters()).dtype
+        if pixels.dtype == torch.uint8:
+            shape = (1, -1, 1, 1)
+            pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = patch_tokens(self.tower, pixels.to(dtype))
+        return tokens.unflatten(0, (images, frames))
+
+
+def patch_tokens(tower: Any, pixels: Float[Tensor, "N C S S"]) -> Float[Tensor, "N P D"]:
+    """Return a tower's patch tokens, without class and register tokens, before its final norm where it has one."""
+    if hasattr(tower, "forward_intermediates"):
+        out = tower.forward_intermediates(
+            pixels, indices=1, intermediates_only=True, normalize_intermediates=False, output_fmt="NCHW"
+        )
+        out = out["image_intermediates"] if isinstance(out, dict) else out
+        return out[-1].flatten(2).transpose(1, 2)
+    out = tower(pixels)
+    tokens = getattr(out, "last_hidden_state", out)
+    if tokens.ndim == 4:  # convolutional: (N, D, h, w)
+        return tokens.flatten(2).transpose(1, 2)
+    patch = getattr(getattr(tower, "config", None), "patch_size", None)
+    if isinstance(patch, int):
+        grid = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        tokens = tokens[:, tokens.shape[1] - grid :]
+    return tokens
+
+
+def token_width(tower: nn.Module, image_size: int, channels: int = 3) -> int:
+    """Return the width D of a tower's patch tokens, by running it once on a black picture."""
+    parameter = next(tower.parameters())
+    with torch.no_grad():
+        black = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+        tokens = patch_tokens(tower, black)
+    return int(tokens.shape[-1])
+
+
+def build_tower(config: VisionConfig) -> nn.Module:
+    """Return the encoder that a config describes, with random weights.
+
+    Raises:
+        UserError: the encoder was built by the caller, who then has to pass it again.
+    """
+    if config.kind == "open_clip":
+        return build_open_clip(config.arch or {})
+    if config.kind == "transformers":
+        options = dict(config.arch or {})
+        return vision_model_from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    raise UserError(
+        f"the vision encoder {config.name!r} was built by the caller and cannot be rebuilt from the config; "
+        "pass it as vision=..."
+    )
+
+
+def build_open_clip(arch: dict[str, Any]) -> nn.Module:
+    """Return open_clip's image tower alone, with random weights; `arch` as in `VisionConfig.arch`."""
+    from open_clip.model import _build_vision_tower
+
+    vision_cfg = dict(arch["vision_cfg"])
+    vision_cfg["timm_model_pretrained"] = False
+    return _build_vision_tower(arch["embed_dim"], vision_cfg, quick_gelu=bool(arch.get("quick_gelu", False)))
+
+
+def vision_model_from_config(config: Any) -> PreTrainedModel:
+    """Return a transformers vision model with random weights; of a dual encoder the image half."""
+    return AutoModel.from_config(getattr(config, "vision_config", config))
+
+
+def describe_tower(tower: nn.Module, *, name: str, image_size: int, **overrides: Any) -> VisionConfig:
+    """Return the config of a module that the caller built; a transformers model can be rebuilt from it."""
+    options: dict[str, Any] = {"kind": "module", "name": name, "image_size": image_size}
+    if isinstance(tower, PreTrainedModel):
+        options |= {"kind": "transformers", "arch": tower.config.to_dict()}
+    options |= overrides
+    return VisionConfig(width=token_width(tower, image_size), **options)
+
+
+def repair_buffers(module: Any) -> None:
+    """Recompute a timm module's unsaved buffers, which loading through the meta device leaves as garbage."""
+    if hasattr(module, "init_non_persistent_buffers"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module.init_non_persistent_buffers()

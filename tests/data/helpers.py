@@ -1,0 +1,97 @@
+"""Pages, pictures and a byte tokenizer for the tests of the data engine."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from data.page import Node, Page, Picture, Text
+from data.schema import ShardWriter
+
+SIDE = 8
+
+
+def png(value: int, side: int = SIDE) -> bytes:
+    """A grey picture whose every pixel has this value."""
+    return encoded(Image.new("RGB", (side, side), (value, value, value)), "PNG")
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def numbered_page(first: int, pictures: int, key: str = "", words: int = 1) -> Page:
+    """Picture of brightness v followed by the text "v v ...", for v = first, first + 1, ..."""
+    nodes: list[Node] = []
+    for number in range(pictures):
+        nodes += [Picture((number,)), Text(" ".join([str(first + number)] * words))]
+    return Page(key, nodes, [png((first + number) % 256) for number in range(pictures)])
+
+
+def write_pages(folder: Path, prefix: str = "pages", count: int = 20, per_shard: int = 4, pictures: int = 2) -> Path:
+    """`count` numbered pages, no two alike."""
+    with ShardWriter(folder, prefix, per_shard) as writer:
+        for number in range(count):
+            writer.write(numbered_page(number * pictures, pictures, words=1 + number % 3))
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, `<eos>` and `<pad>`, no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+class Grow:
+    """A transform of the kind the loader takes: any picture to (3, size, size) by nearest neighbour."""
+
+    def __init__(self, size: int = SIDE) -> None:
+        self.size = size
+
+    def __call__(self, image: torch.Tensor, /) -> torch.Tensor:
+        rows = torch.arange(self.size) * image.shape[1] // self.size
+        columns = torch.arange(self.size) * image.shape[2] // self.size
+        return image[:, rows][:, :, columns]
+
+
+class ByteProcessor:
+    """What the loader asks of a FlamingoProcessor, over bytes."""
+
+    image_token_id, eoc_token_id = 258, 259
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.tokenizer = byte_tokenizer()
+        assert self.tokenizer.eos_token_id == 256
+        if bos is not None:
+            self.tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        self.image_transform = Grow()
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two batches have the same tensors, to the byte."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Smooth random colours in a mode of Pillow."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+Damage = Callable[[bytes], bytes]

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo.attention import attend, attend_segments, attend_segments_slow
+from flamingo.media import segments_from_slots
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [[-1, 0, 0, 0, 1], [2, 2, 3, 3, 3]],
+        [[0, 0, 0, 1, 1, 1]],
+        [[-1, -1], [-1, 3]],
+        [[3, 1, 3, 1, 0]],
+    ],
+    ids=["ragged", "even", "one token", "out of order"],
+)
+def test_segments_are_their_slow_twin(slots: list[list[int]]) -> None:
+    """Values and gradients, for pictures that few, equally many or no tokens see."""
+    segments = segments_from_slots(torch.tensor(slots), 4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((len(segments.tokens), 2, 8), (4, 3, 2, 8), (4, 3, 2, 8))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    fast, slow = attend_segments(*inputs, segments), attend_segments_slow(*inputs, segments)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    weight = torch.randn(fast.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (fast, slow)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_no_token_gives_zero_gradients_not_none() -> None:
+    segments = segments_from_slots(torch.full((2, 3), -1), 0)
+    q = torch.zeros(0, 2, 8, requires_grad=True)
+    k, v = (torch.zeros(0, 4, 2, 8, requires_grad=True) for _ in range(2))
+    out = attend_segments(q, k, v, segments)
+    assert out.shape == (0, 2, 8)
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_attend_is_softmax_attention() -> None:
+    q, k, v = (torch.randn(2, n, 3, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 5))
+    weights = (torch.einsum("bshk,blhk->bhsl", q, k) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(attend(q, k, v), torch.einsum("bhsl,blhk->bshk", weights, v))

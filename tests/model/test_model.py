@@ -1,0 +1,353 @@
+"""Equalities of the whole model, on every verified LM family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, UserError
+from tests.model import tiny
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+text_rows = torch.tensor([[1, 40, 41, 42, 43], [1, 50, 51, 52, 53]])
+
+
+@families
+def test_closed_gates_are_the_frozen_lm_exactly(family: str) -> None:
+    model, processor = tiny.flamingo(family, gates=0.0)
+    inputs = tiny.batch(processor)
+    with torch.no_grad():
+        ours = model(**inputs, use_cache=False).logits[..., : tiny.TOKENS]
+        plain = tiny.lm(family)
+        # The new tokens' embeddings are not the LM's; give it the same input by its embeddings.
+        embedded = plain.get_input_embeddings()(inputs["input_ids"].clamp(max=tiny.TOKENS - 1))
+        embedded = model.new_tokens(embedded, model.new_tokens.match(inputs["input_ids"]))
+        mask = inputs["attention_mask"]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        theirs = plain(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        assert torch.equal(ours, theirs)
+        assert torch.equal(
+            model(input_ids=text_rows, image_counts=torch.tensor([0, 0])).logits[..., : tiny.TOKENS],
+            plain(input_ids=text_rows).logits,
+        )
+
+
+@families
+def test_the_lm_stays_an_ordinary_lm(family: str, tmp_path: object) -> None:
+    """Same class, same state dict, loadable by transformers, and outside of a call the same function."""
+    model, processor = tiny.flamingo(family)
+    plain = tiny.lm(family)
+    model(**tiny.batch(processor))
+    lm = model.language_model
+    assert type(lm) is type(plain)
+    assert list(lm.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(lm(input_ids=text_rows).logits, plain(input_ids=text_rows).logits)
+    lm.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=text_rows).logits, plain(input_ids=text_rows).logits)
+
+
+@families
+def test_changing_a_picture_changes_only_what_may_see_it_and_follows(family: str) -> None:
+    model, processor = tiny.flamingo(family)
+    inputs = tiny.batch(processor, [0])
+    with torch.no_grad():
+        before = model(**inputs).logits[0]
+        inputs["pixel_values"][1] = tiny.picture(99)
+        after = model(**inputs).logits[0]
+    second = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0]
+    changed = (before != after).any(-1)
+    assert not changed[:second].any()
+    assert changed[second:].all()
+
+
+@families
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_does_not_depend_on_its_batch_mates(family: str, side: str) -> None:
+    model, processor = tiny.flamingo(family)
+    with torch.no_grad():
+        whole = tiny.batch(processor, padding_side=side)
+        together = model(**whole).logits
+        for row in range(3):
+            alone = model(**tiny.batch(processor, [row])).logits[0]
+            mine = together[row][whole["attention_mask"][row].bool()]
+            torch.testing.assert_close(mine, alone, rtol=0, atol=2e-5)
+
+
+@families
+def test_cached_is_uncached(family: str) -> None:
+    """Token by token with the cache alone: it remembers the pictures, and how many have come."""
+    model, processor = tiny.flamingo(family)
+    inputs = tiny.batch(processor)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prompt = ids.shape[1] - 4  # the third row's padding and all second pictures lie before
+    counts = inputs["image_counts"]
+    with torch.no_grad():
+        full = model(**inputs, use_cache=False).logits
+        pictures = {"pixel_values": inputs["pixel_values"], "image_counts": counts}
+        out = model(input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **pictures)
+        for t in range(prompt, ids.shape[1]):
+            out = model(
+                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values
+            )
+            torch.testing.assert_close(out.logits[:, 0], full[:, t], rtol=0, atol=2e-5)
+
+
+def test_a_later_turn_brings_new_pictures() -> None:
+    """Pictures given with a cache are numbered on, in rows that had different numbers before."""
+    model, processor = tiny.flamingo()
+    first = processor(images=[[tiny.picture(1), tiny.picture(2)], []], text=["<image>a<image>b", "plain text"[:4]])
+    image = model.config.image_token_id
+    turn = torch.tensor([[image, 60, 61], [62, image, 63]])
+    pixels = torch.stack([tiny.picture(3), tiny.picture(4)])[:, None]
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    with torch.no_grad():
+        start = model(**first, use_cache=True)
+        ours = model(
+            input_ids=turn,
+            attention_mask=mask,
+            past_key_values=start.past_key_values,
+            pixel_values=pixels,
+            image_counts=torch.tensor([1, 1]),
+        ).logits
+        together = torch.cat([first["pixel_values"], pixels])[[0, 1, 2, 3]]
+        full = model(
+            input_ids=torch.cat([first["input_ids"], turn], 1),
+            attention_mask=mask,
+            pixel_values=together,
+            image_counts=torch.tensor([3, 1]),
+        ).logits
+    torch.testing.assert_close(ours, full[:, -3:], rtol=0, atol=2e-5)
+
+
+def labels_of(inputs: dict[str, torch.Tensor], image: int) -> torch.Tensor:
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return labels.masked_fill(labels == image, -100)
+
+
+@families
+def test_loss_over_labelled_positions_is_the_loss_over_all(family: str) -> None:
+    model, processor = tiny.flamingo(family)
+    inputs = dict(tiny.batch(processor, padding_side="right"))
+    labels = labels_of(inputs, model.config.image_token_id)
+    out = model(**inputs, labels=labels)
+    lean = model(**inputs, labels=labels, skip_logits=True)
+    assert lean.logits is None
+    torch.testing.assert_close(out.loss, lean.loss)
+    logits = out.logits[:, :-1].log_softmax(-1)
+    targets = labels[:, 1:]
+    picked = logits.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    by_hand = -(picked * (targets != -100)).sum()
+    torch.testing.assert_close(out.loss, by_hand / (targets != -100).sum())
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=7).loss, by_hand / 7)
+
+
+@families
+def test_only_what_trains_gets_gradients(family: str) -> None:
+    model, processor = tiny.flamingo(family)
+    inputs = dict(tiny.batch(processor, padding_side="right"))
+    model.train()
+    model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
+    for name, parameter in model.named_parameters():
+        trains = model.part_of(name) in ("resampler", "cross_attention", "new_tokens")
+        assert parameter.requires_grad == trains, name
+        assert (parameter.grad is not None) == trains, name
+        if trains and "frame_embeddings" not in name:
+            assert bool(parameter.grad.abs().sum() > 0), name  # type: ignore[union-attr]
+    assert not model.language_model.training
+    assert not model.vision_encoder.training
+
+
+def test_a_batch_without_pictures_gives_zero_gradients_for_the_same_parameters() -> None:
+    """Else processes of a sharded run would wait for one another for ever."""
+    model, _ = tiny.flamingo()
+    model.train()
+    counts = torch.tensor([0, 0])
+    out = model(input_ids=text_rows, image_counts=counts, labels=text_rows)
+    out.loss.backward()
+    missing = [name for name, p in model.trainable_parameters() if p.grad is None]
+    assert missing == []
+    with torch.no_grad():
+        model.eval()
+        torch.testing.assert_close(model(input_ids=text_rows, image_counts=counts, labels=text_rows).loss, out.loss)
+
+
+def test_recomputation_changes_nothing() -> None:
+    for family in tiny.FAMILIES:
+        gradients = []
+        for recompute in (False, True):
+            model, processor = tiny.flamingo(family)
+            if recompute:
+                model.activation_checkpointing_enable()
+            model.train()
+            inputs = dict(tiny.batch(processor, padding_side="right"))
+            model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
+            gradients.append({name: p.grad for name, p in model.trainable_parameters()})
+            layer = (
+                next(m for m in model.language_model.modules() if hasattr(m, "_gradient_checkpointing_func"))
+                if recompute
+                else None
+            )
+            assert layer is None or layer.training
+        torch.testing.assert_close(*gradients)
+
+
+def test_mask_ffn_without_media_makes_a_text_row_the_frozen_lm() -> None:
+    model, processor = tiny.flamingo(cross_attention={"heads": 2, "head_dim": 8, "mask_ffn_without_media": True})
+    with torch.no_grad():
+        ours = model(input_ids=text_rows, image_counts=torch.tensor([0, 0])).logits[..., : tiny.TOKENS]
+        assert torch.equal(ours, tiny.lm("llama")(input_ids=text_rows).logits)
+
+
+def test_explicit_phi_wins() -> None:
+    model, processor = tiny.flamingo()
+    inputs = dict(tiny.batch(processor, [0]))
+    phi = torch.zeros_like(inputs["input_ids"])
+    with torch.no_grad():
+        none = model(**inputs, phi=phi).logits
+        inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+        assert torch.equal(none, model(**inputs, phi=phi).logits)
+        assert not torch.equal(none, model(**inputs).logits)
+
+
+def test_a_copy_is_independent() -> None:
+    model, processor = tiny.flamingo()
+    inputs = tiny.batch(processor)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).logits, before)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [tiny.TOKENS, tiny.TOKENS + 2, tiny.TOKENS + 20], ids=["beyond", "half", "inside"])
+def test_new_tokens_inside_or_beyond_the_table(vocab: int, tied: bool) -> None:
+    """Their rows are their own wherever their ids lie; training moves them and nothing of the LM."""
+    model, processor = tiny.flamingo("llama", vocab=vocab, tied=tied)
+    assert model.config.new_token_ids == [tiny.TOKENS, tiny.TOKENS + 1, tiny.TOKENS + 2]
+    assert (model.new_tokens.output_rows is None) == tied
+    inputs = dict(tiny.batch(processor, padding_side="right"))
+    table = model.language_model.get_input_embeddings().weight.detach().clone()
+    out = model(**inputs, output_hidden_states=True)
+    assert out.logits.shape[-1] == max(vocab, tiny.TOKENS + 3)
+    rows = model.new_tokens.input_rows if tied else model.new_tokens.output_rows
+    torch.testing.assert_close(out.logits[..., tiny.TOKENS : tiny.TOKENS + 3], out.hidden_states[-1] @ rows.T)
+    model.train()
+    optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=0.1)
+    before = [p.detach().clone() for p in model.new_tokens.parameters()]
+    model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
+    optimizer.step()
+    assert all(bool((a != b).any(1).any()) for a, b in zip(before, model.new_tokens.parameters(), strict=True))
+    assert torch.equal(model.language_model.get_input_embeddings().weight, table)
+
+
+def test_new_rows_start_at_the_tables_mean_and_are_seeded() -> None:
+    model, _ = tiny.flamingo("llama", seed=3)
+    again, _ = tiny.flamingo("llama", seed=3)
+    other, _ = tiny.flamingo("llama", seed=4)
+    rows = model.new_tokens.input_rows
+    table = model.language_model.get_input_embeddings().weight
+    assert torch.equal(rows, again.new_tokens.input_rows)
+    assert not torch.equal(rows, other.new_tokens.input_rows)
+    assert float((rows - table.mean(0)).std()) == pytest.approx(0.1 * float(table.std()), rel=0.3)
+
+
+@families
+def test_save_then_load_is_the_same(family: str, tmp_path: object) -> None:
+    model, processor = tiny.flamingo(family)
+    inputs = tiny.batch(processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)  # type: ignore[arg-type]
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+        ours = model.generate(**inputs, max_new_tokens=5)
+        assert torch.equal(ours, loaded.generate(**inputs, max_new_tokens=5))
+
+
+def test_a_built_module_that_cannot_be_rebuilt(tmp_path: object) -> None:
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 24, 14, stride=14)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.conv(pixels)
+
+    options = {"image_size": tiny.SIZE, "tokenizer": tiny.tokenizer()}
+    model, processor = FlamingoForConditionalGeneration.from_backbones(Patches(), tiny.lm("opt"), **options)
+    with pytest.raises(UserError, match="vision module was built by you"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, built_modules=True)
+    with pytest.raises(UserError, match="pass it as vision="):
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path, vision=Patches())
+    inputs = tiny.batch(processor)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_freezing_is_a_policy() -> None:
+    model, _ = tiny.flamingo("opt")
+    model.freeze({"language": "train", "resampler": "frozen"})
+    parts = {model.part_of(name) for name, _ in model.trainable_parameters()}
+    assert parts == {"language", "cross_attention", "new_tokens"}
+    model.train()
+    assert model.language_model.training
+    assert not model.resampler.training
+    with pytest.raises(UserError, match="vison="):
+        model.freeze({"vison": "train"})
+    with pytest.raises(UserError, match="'thaw'"):
+        model.freeze({"vision": "thaw"})
+
+
+def test_mistakes_are_one_sentence() -> None:
+    model, processor = tiny.flamingo()
+    inputs = dict(tiny.batch(processor))
+    with pytest.raises(UserError, match="row 1 has 1 <image> tags but 2 pictures"):
+        model(**{**inputs, "image_counts": torch.tensor([1, 2, 0])} | {"phi": None})
+    with pytest.raises(UserError, match="sum to 4, but 3 pictures"):
+        model(**{**inputs, "image_counts": torch.tensor([2, 2, 0])})
+    with pytest.raises(UserError, match="3 pictures for 3 rows need image_counts"):
+        model(**{**inputs, "image_counts": None})
+    with pytest.raises(UserError, match="encoder takes 28 px"):
+        model.encode_media(torch.zeros(1, 1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(UserError, match="layers 0 to 3"):
+        tiny.flamingo(cross_attn_layers=[5])
+    with pytest.raises(UserError, match=r"resampler_config\.dept is not an option"):
+        FlamingoConfig(text_config=tiny.lm_config("opt"), resampler_config={"dept": 2})
+    with pytest.raises(UserError, match="decoder_layers_path='nowhere'"):
+        tiny.flamingo(decoder_layers_path="nowhere")
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "mpt"])
+def test_builds_on_the_meta_device_at_full_size(family: str) -> None:
+    """The paper's and OpenFlamingo's shapes cost nothing to look at: CLIP ViT-L/14 and a 7B-shaped LM."""
+    from transformers import AutoConfig
+
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    own = {
+        "gpt2": {"n_embd": 4096, "n_layer": 32, "n_head": 32},
+        "mpt": {"d_model": 4096, "n_layers": 32, "n_heads": 32},
+    }
+    arch = {"embed_dim": 768, "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}}
+    config = FlamingoConfig(
+        vision_config={"arch": {**arch, "quick_gelu": True}, "width": 1024},
+        text_config=AutoConfig.for_model(family, **own.get(family, shape)),
+        cross_attn_every_n_layers=4,
+        image_token_id=50002,
+        eoc_token_id=50001,
+    )
+    with torch.device("meta"):
+        model = FlamingoForConditionalGeneration(config)
+    assert sorted(map(int, model.cross_attn_blocks)) == list(range(3, 32, 4))
+    assert sum(p.numel() for p in model.parameters()) > 6e9
+    assert all(p.is_meta for p in model.parameters())

@@ -1,0 +1,58 @@
+"""Groups of the optimizer and the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flamingo.training.optim import lr_scale, parameter_groups, set_lr
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.latents = nn.Parameter(torch.zeros(4, 3))
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+
+
+def test_decay_only_on_matrices_and_factor_by_part() -> None:
+    model = Toy()
+    groups = parameter_groups(
+        model.named_parameters(),
+        lr=0.1,
+        weight_decay=0.5,
+        lr_factors={"gates": 10.0, "resampler": 0.5},
+        part_of=lambda name: "resampler" if name == "latents" else "cross_attention",
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
+    }
+    assert found == {
+        "proj.weight": (0.1, 0.5),
+        "proj.bias": (0.1, 0.0),
+        "norm.weight": (0.1, 0.0),
+        "norm.bias": (0.1, 0.0),
+        "attn_gate": (1.0, 0.0),
+        "latents": (0.05, 0.0),
+    }
+    optimizer = torch.optim.AdamW(groups)
+    assert set_lr(optimizer, 0.5) == pytest.approx(0.5)
+    assert set_lr(optimizer, 1.0) == pytest.approx(1.0)  # always from the initial rate, never compounding
+
+
+def test_schedule() -> None:
+    def at(step: int, schedule: str) -> float:
+        return lr_scale(step, steps=100, warmup_steps=10, schedule=schedule, final_ratio=0.1)
+
+    assert [at(step, "constant") for step in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert at(10, "cosine") == 1.0
+    assert at(55, "cosine") == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert at(100, "cosine") == pytest.approx(0.1)

@@ -1,0 +1,106 @@
+"""A tiny real world for the engine's tests: shards, a tokenizer, backbones, and configs around them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.page import Page, Picture, Text
+from data.schema import ShardWriter
+from data.toy.vocabulary import write_tokenizer
+from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.training.config import (
+    DataConfig,
+    LanguageSource,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    VisionSource,
+)
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (230, 230, 230)}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0},
+    "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def png(colour: tuple[int, int, int], rng: np.random.Generator) -> bytes:
+    pixels = np.clip(rng.integers(-20, 20, (16, 16, 3)) + np.array(colour), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_world(root: Path) -> Path:
+    """`pages` (0 to 2 pictures each), `textless` (pictures only now and then), `pairs`, `tokenizer`."""
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    with ShardWriter(root / "pages", "pages", 12) as writer:
+        for index in range(48):
+            page = Page("", [], [])
+            for picture in range(index % 3):
+                name = names[int(rng.integers(len(names)))]
+                page.nodes += [Picture((picture,)), Text(f"a big {name} square")]
+                page.images.append(png(COLOURS[name], rng))
+            if not page.nodes:
+                page.nodes.append(Text("two small green stars at the top left"))
+            writer.write(page)
+    with ShardWriter(root / "pairs", "pairs", 16, layout="pairs") as writer:
+        for index in range(32):
+            name = names[index % 4]
+            writer.write(Page("", [Picture((0,)), Text(f"a {name} square")], [png(COLOURS[name], rng)]))
+    with ShardWriter(root / "words", "words", 16) as writer:
+        for index in range(32):
+            writer.write(Page("", [Text(f"a {names[index % 4]} circle left of a {names[index // 4 % 4]} ring")], []))
+    write_tokenizer(root / "tokenizer")
+    return root
+
+
+def config(world: Path, run_dir: Path, objective: str, **run: Any) -> TrainConfig:
+    """A run of a few updates on the world."""
+    datasets: dict[str, dict[str, dict[str, Any]]] = {
+        "contrastive": {"pairs": {"shards": [str(world / "pairs")], "batch_size": 8, "kind": "pairs"}},
+        "language": {"words": {"shards": [str(world / "words")], "batch_size": 8, "max_tokens": 32}},
+        "flamingo": {
+            "pages": {"shards": [str(world / "pages")], "batch_size": 8, "max_tokens": 32},
+            "pairs": {"shards": [str(world / "pairs")], "batch_size": 4, "kind": "pairs", "weight": 0.5},
+        },
+    }
+    return TrainConfig(
+        objective=objective,
+        model=ModelConfig(
+            vision=VisionSource(config=CLIP),
+            language=LanguageSource(config=LLAMA, tokenizer=str(world / "tokenizer")),
+            resampler=ResamplerConfig(depth=1, heads=2, head_dim=16, latents=4, ff_mult=2),
+            cross_attention=CrossAttentionConfig(heads=2, head_dim=16, ff_mult=2),
+        ),
+        data=DataConfig(datasets=datasets[objective]),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.01),
+        run=RunConfig(
+            **{
+                "dir": str(run_dir),
+                "steps": 4,
+                "log_every": 1,
+                "checkpoint_every": 2,
+                "tensorboard": False,
+                "threads": 1,
+                "device": "cpu",
+                **run,
+            }
+        ),
+    )
