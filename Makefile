@@ -5,6 +5,15 @@ PYTHON ?= python3
 PY      = $(VENV)/bin/python
 OUT    ?= runs/demo
 
+# For trying the whole way in a minute: make demo OUT=runs/try TOY_ARGS='--scale 0.01' TRAIN_ARGS='run.steps=5' ...
+TOY_ARGS    ?=
+DIGITS_ARGS ?=
+TRAIN_ARGS  ?=
+EVAL_ARGS   ?=
+TASKS       ?= [toy_caption,toy_vqa,toy_binding,digits_binding]
+# The experiments of the demo read and write below this folder.
+export DEMO = $(OUT)
+
 .PHONY: help setup test test-fast check demo clean
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,6 +37,24 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Every step goes on where it was stopped, and is done at once when it is complete.
+demo: setup $(OUT)/data/.complete
+	$(PY) train.py experiment=demo_language $(TRAIN_ARGS)
+	$(PY) train.py experiment=demo_vision $(TRAIN_ARGS)
+	$(PY) train.py experiment=demo $(TRAIN_ARGS)
+	$(PY) -m eval task=$(TASKS) pictures=[real,shuffled,blank] \
+	  model=$(OUT)/flamingo/model data=$(OUT)/data out=$(OUT)/eval $(EVAL_ARGS)
+	@echo
+	@echo "Look at  $(OUT)/eval/gallery.html     prompts, pictures and answers"
+	@echo "         $(OUT)/eval/curve.png        accuracy against shots"
+	@echo "         $(OUT)/flamingo/loss.png     the loss of each data set"
+	@echo "         $(OUT)/eval/results.json     every figure, with its interval"
+
+$(OUT)/data/.complete:
+	$(PY) -m data prepare toy --out $(OUT)/data/toy $(TOY_ARGS)
+	$(PY) -m data prepare digits --out $(OUT)/data/digits $(DIGITS_ARGS)
+	@touch $@
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache

@@ -16,9 +16,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hydra
 import torch
@@ -28,12 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.utils.logging import disable_progress_bar
 
 from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
-from data.loader import MixLoader
-from data.page import Text
-from data.reader import ShardReader
-from data.spec import DatasetSpec, open_corpus
+from data.loader import MixLoader, page_texts
+from data.spec import DatasetSpec
 from flamingo.errors import UserError
 from flamingo.training import build, state
 from flamingo.training.config import TrainConfig, flatten
@@ -41,22 +42,36 @@ from flamingo.training.curves import draw_losses
 from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
 from flamingo.training.optim import lr_scale, parameter_groups, set_lr
 from flamingo.training.parallel import set_threads, shard, start_processes, stop_processes, whole
-from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values
+from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values, same_backbones
 from flamingo.training.setups import SETUPS, Setup
 
 CONFIGS = Path(__file__).resolve().parent / "hydra"
+T = TypeVar("T")
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 # How each objective turns pages into tensors.
 COLLATES: dict[str, Callable[[Setup], Collate]] = {
     "language": lambda setup: LanguageCollate(setup.tokenizer),
-    "contrastive": lambda setup: PairCollate(setup.pairs, setup.transform),
+    "contrastive": lambda setup: PairCollate(required(setup.pairs), required(setup.transform)),
     "flamingo": lambda setup: FlamingoCollate(setup.processor),
 }
 
 
+def required(value: T | None) -> T:
+    """What this objective's setup always has."""
+    assert value is not None
+    return value
+
+
 def train(config: TrainConfig) -> Path:
     """Runs the config to its last step; returns the folder of the finished model."""
+    with ExitStack() as cleanup:
+        cleanup.callback(stop_processes)
+        return run(config, cleanup)
+
+
+def run(config: TrainConfig, cleanup: ExitStack) -> Path:
+    """The whole run; what must be closed, also after an error, is given to `cleanup`."""
     sharded = config.run.parallel == "fsdp" or (config.run.parallel == "auto" and config.run.precision == "bf16")
     processes = start_processes(config.run.device, need_group=sharded)
     sharded = sharded or processes.size > 1
@@ -94,12 +109,13 @@ def train(config: TrainConfig) -> Path:
         part_of=setup.part_of,
     )
     trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
+    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     # Restore.
     step = 0
     if checkpoint is not None:
         extra = state.load(checkpoint, model, optimizer)
+        same_backbones(extra["frozen"], setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
         step = int(extra["step"])
     model.train()
@@ -113,6 +129,8 @@ def train(config: TrainConfig) -> Path:
         if config.run.tensorboard:
             sinks.append(TensorBoard(run_dir / "tensorboard", resume_step=step))
         progress = ProgressLine(config.objective, config.run.steps, step)
+        for closing in (*sinks, progress):
+            cleanup.callback(closing.close)
 
     # Loop.
     rates = Throughput(processes)
@@ -167,13 +185,14 @@ def train(config: TrainConfig) -> Path:
             if progress is not None:
                 progress.update(step, f"loss {values['loss']:.3f}")
         if step % config.run.checkpoint_every == 0 or last:
-            extra = {"step": step, "loader": loader.state_dict()}
+            extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
             state.save(run_dir / "checkpoints", step, model, optimizer, extra, keep_last=config.run.keep_last)
 
     # Save.
-    for closing in (*sinks, *([progress] if progress is not None else [])):
-        closing.close()
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if progress is not None:
+        progress.close()
+    everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=everything)
     finished = run_dir / "model"
     if processes.is_main:
         for (name, reason), number in loader.bad.by_reason().items():
@@ -193,23 +212,12 @@ def dataset_specs(config: TrainConfig) -> list[DatasetSpec]:
             if key not in known:
                 raise UserError(f"data.datasets.{name}.{key} is no field of a dataset{nearest(key, known)}")
         try:
-            merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), {"name": name, **values})
+            given: dict[str, Any] = {"name": name, **values}
+            merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
             specs.append(OmegaConf.to_object(merged))
         except OmegaConfBaseException as error:
             raise UserError(f"data.datasets.{name}: {first_line(error)}") from error
     return specs  # type: ignore[return-value]
-
-
-def page_texts(specs: list[DatasetSpec]) -> Iterator[str]:
-    """The text of every page of the mixture, for training a tokenizer."""
-    for spec in specs:
-        corpus = open_corpus(spec)
-        reader = ShardReader(corpus.indexes)
-        for number, rows in enumerate(corpus.counts):
-            for row in range(rows):
-                raw = reader.sample(number, corpus.row(number, row))
-                yield "".join(node.text for node in raw.nodes if isinstance(node, Text))
-        reader.close()
 
 
 def compose(overrides: list[str]) -> TrainConfig:
@@ -271,6 +279,7 @@ def sweep(composed: DictConfig) -> None:
 
 def main() -> None:
     """The command line; a user's mistake is one line and exit status 2."""
+    disable_progress_bar()  # transformers' own, one for every file it reads or writes
     try:
         if any(argument.startswith("-") for argument in sys.argv[1:]):
             sweep()
@@ -279,8 +288,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        stop_processes()
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ from data.page import Node, Picture, Text
 from data.reader import RawSample
 from data.spec import DatasetSpec
 from data.windows import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page, window_of
+from flamingo.errors import UserError
 
 
 class Transform(Protocol):
     """A picture of any size to (3, S, S); `flamingo.processor.ImageTransform`."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """S, in pixels."""
 
     def __call__(self, image: Tensor, /) -> Tensor:
         """The picture (C, h, w), both uint8, in the size that the encoder takes."""
@@ -79,6 +82,8 @@ class FlamingoCollate:
 
     def __init__(self, processor: Any) -> None:
         tokenizer = processor.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-text token; set its eos_token")
         self.special = SpecialTokens(
             image=processor.image_token_id,
             eoc=processor.eoc_token_id,

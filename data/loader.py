@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.collate import Collate
 from data.errors import BadSample, BadSampleCounter, ContentError
+from data.page import Text
 from data.plan import SAMPLE, Plan, Slot, dataset_seed, stream
 from data.reader import ShardReader
 from data.spec import Corpus, DatasetSpec, open_corpus
@@ -298,3 +299,15 @@ class MixLoader:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
+    """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
+    for spec in specs:
+        corpus = open_corpus(spec)
+        reader = ShardReader(corpus.indexes)
+        for shard, rows in enumerate(corpus.counts):
+            for number in range(rows):
+                nodes = reader.sample(shard, corpus.row(shard, number)).nodes
+                yield "".join(node.text for node in nodes if isinstance(node, Text))
+        reader.close()

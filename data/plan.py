@@ -27,6 +27,7 @@ from flamingo.errors import UserError
 
 # What a stream of random numbers is for; part of its key, so that no two uses share numbers.
 SHARDS, BLOCK, REPLACEMENT, SAMPLE = 1, 2, 3, 4
+NEAR_ATTEMPTS = 4  # replacements sought nearby before the whole dataset is drawn from
 
 
 def stream(seed: int, purpose: int, *coordinates: int) -> np.random.Generator:
@@ -129,9 +130,14 @@ class Plan:
         return lane, lane_position + inside
 
     def replacement(self, lane: int, n: int, attempt: int) -> Slot:
-        """What stands in for sample n of a lane when it is bad: drawn from the same block, always the same."""
+        """What stands in for sample n of a lane when it is bad: the same one always, for the same attempt (from 1).
+
+        The first attempts draw from the sample's own block, whose shards are open; later ones from everywhere.
+        """
         epoch, offset = divmod(n, self.length)
-        first, last = self._segment(epoch, lane, lane * self.length + offset)
+        first, last = 0, self.total
+        if attempt <= NEAR_ATTEMPTS:
+            first, last = self._segment(epoch, lane, lane * self.length + offset)
         at = first + int(stream(self.seed, REPLACEMENT, lane, n, attempt).integers(last - first))
         return self._locate(epoch, at)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = Path(__file__).resolve().parents[1] / "hydra"
-GROUPS_OF_TRAINING = {path.name for path in CONFIG.iterdir() if path.is_dir()} - {"task"}
 HELP = """python -m eval model=FOLDER task=[NAME,...] [key=value ...]
 
 few-shot evaluation: writes results.json, samples.jsonl, curve.png, gallery.html and gallery.png into out.
@@ -23,9 +22,8 @@ settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE change
 """
 
 
-def load_config(arguments: Sequence[str]) -> Any:  # noqa: ANN401
+def load_config(arguments: Sequence[str]) -> Any:
     """The checked `EvalConfig` of a command line. Raises UserError in one sentence."""
-    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -37,27 +35,45 @@ def load_config(arguments: Sequence[str]) -> Any:  # noqa: ANN401
 
     names = sorted(path.stem for path in (CONFIG / "task").glob("*.yaml"))
     try:
-        parsed = OverridesParser.create().parse_overrides(list(arguments))
-        # `model` and `data` are plain settings here and groups of the trainer: hydra would look for a file of that name.
-        plain = [override for override in parsed if override.key_or_group in GROUPS_OF_TRAINING]
-        rest = [str(override.input_line) for override in parsed if override not in plain]
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+        # Only the choice of tasks is hydra's: `model` and `data` are names of the trainer's groups too, and settings
+        # checked against the classes may be given whether or not a YAML mentions them.
+        chosen = [str(override.input_line) for override in overrides if override.key_or_group == "task"]
         with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            composed = compose("eval", overrides=rest)
+            composed = compose("eval", overrides=chosen)
+        OmegaConf.set_struct(composed, False)  # so that a task's `fields` may grow; the classes refuse unknown keys
         typed = OmegaConf.merge(OmegaConf.structured(EvalConfig), composed)
-        for override in plain:
-            OmegaConf.update(typed, str(override.key_or_group), override.value())
-        config = OmegaConf.to_object(typed)
+        for override in overrides:
+            if override.key_or_group != "task":
+                key, value = _setting(override)
+                OmegaConf.update(typed, key, value, force_add=False)
+        config: Any = OmegaConf.to_object(typed)
+    except UserError:
+        raise
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or _one_line(error)
         raise UserError(f"{key} is missing; add {key}=VALUE") from None
     except (ConfigKeyError, ConfigTypeError) as error:
-        raise UserError(f"unknown key {error.full_key!r} in the config; `python -m eval --help` lists the keys") from None
+        raise UserError(
+            f"unknown key {error.full_key!r} in the config; `python -m eval --help` lists the keys"
+        ) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {_one_line(error)}") from None
-    except (HydraException, yaml.YAMLError, ValueError) as error:
+    except (HydraException, ValueError) as error:
         raise UserError(_hydra_sentence(error, names)) from None
     config.check()
     return config
+
+
+def _setting(override: Any) -> tuple[str, Any]:
+    """(key, value) of one `key=value`; a single value stands for a list of one."""
+    from flamingo.errors import UserError
+
+    key = str(override.key_or_group)
+    if override.is_delete() or override.is_sweep_override():
+        raise UserError(f"{override.input_line}: write key=value, and lists in brackets, for example shots=[0,4]")
+    value = override.value()
+    return key, [value] if key in ("shots", "pictures") and not isinstance(value, list) else value
 
 
 def _hydra_sentence(error: Exception, names: list[str]) -> str:
@@ -74,9 +90,10 @@ def _one_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_responder(config: Any) -> Any:  # noqa: ANN401
+def load_responder(config: Any) -> Any:
     """The model of `config.model` as a `FlamingoResponder`. Raises UserError when there is none."""
-    from eval.config import DTYPES
+    import torch
+
     from eval.model import FlamingoResponder
     from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
     from flamingo.errors import UserError
@@ -88,14 +105,14 @@ def load_responder(config: Any) -> Any:  # noqa: ANN401
             "save_pretrained or train.py wrote"
         )
     try:
-        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[config.dtype])
+        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         processor = FlamingoProcessor.from_pretrained(folder)
     except OSError as error:
         raise UserError(f"model={config.model} cannot be loaded: {_one_line(error)}") from None
     return FlamingoResponder(model, processor, config.device_name())
 
 
-def evaluate(config: Any, command: Sequence[str]) -> dict[str, Any]:  # noqa: ANN401
+def evaluate(config: Any, command: Sequence[str]) -> dict[str, Any]:
     """Run what the config asks for and write every output. Returns the content of results.json."""
     from eval.build import build_task, check_shots
     from eval.gallery import cells_to_show, choose, gallery_html, strip_png
@@ -139,7 +156,7 @@ class progress_bar:  # noqa: N801
         self._progress.start()
         return self._advance
 
-    def _advance(self, cell: Any, done: int) -> None:  # noqa: ANN401
+    def _advance(self, cell: Any, done: int) -> None:
         what = f"{cell.task}, {cell.shots} shots, {cell.pictures}"
         self._progress.update(self._id, advance=done, description=what)
 

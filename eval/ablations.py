@@ -34,7 +34,9 @@ def _shuffled(episode: Episode, seed: int) -> Episode:
 
 def _blank(episode: Episode, seed: int) -> Episode:
     turns = [*episode.demos, episode.query]
-    return _with(episode, [turn if turn.picture is None else replace(turn, picture=blank(turn.picture)) for turn in turns])
+    return _with(
+        episode, [turn if turn.picture is None else replace(turn, picture=blank(turn.picture)) for turn in turns]
+    )
 
 
 def _text_only(episode: Episode, seed: int) -> Episode:

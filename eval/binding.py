@@ -68,18 +68,17 @@ class BindingTask:
         """`shots` examples of each of the ways; demonstrations are in prompt order."""
         position, query = self._queries[query_id]
         rng = generator("episode", self.hash, seed, query_id)
-        classes = [query.label, *self._draw_classes(rng.permutation(len(self._classes)), query.label)]
-        names = self._draw_names(rng.permutation(len(self._names)))
+        classes = [query.label, *self._draw_classes(rng.permutation(len(self._classes)).tolist(), query.label)]
+        names = self._draw_names(rng.permutation(len(self._names)).tolist())
         label_names = dict(zip(classes, names, strict=True))
         drawn, excluded = zip(*(self._draw_pictures(label, query, shots, seed) for label in classes), strict=True)
         rounds: list[list[Document]] = []
         for number in range(shots):  # round 0 stands next to the query
-            order = generator("round", self.hash, seed, query_id, number).permutation(self._ways)
+            order = generator("round", self.hash, seed, query_id, number).permutation(self._ways).tolist()
             if number == 0:  # the name shown last is the right one for exactly one query in `ways`
                 last = position % self._ways
-                rest = [int(way) for way in order if way != last]
-                order = [*rest, last]  # type: ignore[assignment]
-            rounds.append([drawn[int(way)][number] for way in order])
+                order = [*(way for way in order if way != last), last]
+            rounds.append([drawn[way][number] for way in order])
         demos = [document for one_round in reversed(rounds) for document in one_round]
         # Rotated by another digit of the position, so that first and last are balanced independently of each other.
         turn = position // self._ways % self._ways
@@ -101,13 +100,13 @@ class BindingTask:
 
     def _draw_classes(self, order: Sequence[int], query_label: str) -> list[str]:
         labels = list(self._classes)
-        return [labels[int(i)] for i in order if labels[int(i)] != query_label][: self._ways - 1]
+        return [labels[i] for i in order if labels[i] != query_label][: self._ways - 1]
 
     def _draw_names(self, order: Sequence[int]) -> list[str]:
         """The first names in `order` that share neither beginning nor end, so that each is told by its first token."""
         chosen: list[str] = []
         for index in order:
-            name = self._names[int(index)]
+            name = self._names[index]
             if all(name[:2] != other[:2] and name[-2:] != other[-2:] for other in chosen):
                 chosen.append(name)
             if len(chosen) == self._ways:

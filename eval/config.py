@@ -1,17 +1,15 @@
-"""The settings of a run, typed. Each YAML under `hydra/` that concerns evaluation is one of these classes or a `TaskSpec`."""
+"""The settings of a run, typed: `hydra/eval.yaml` is an `EvalConfig`, a file under `hydra/task/` a `TaskSpec`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from eval.ablations import ABLATIONS
 from eval.task import TaskSpec
 from flamingo.errors import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +66,7 @@ class EvalConfig:
             raise UserError(f"gallery={self.gallery}; it must be 0 or more")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}; use one of {', '.join(DTYPES)}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        if self.device.startswith("cuda") and not _gpu_available():
             raise UserError(f"device={self.device}, and torch sees no GPU here; use device=cpu")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise UserError(f"device={self.device}; use auto, cpu, cuda or cuda:N")
@@ -77,4 +75,10 @@ class EvalConfig:
         """`device` with auto resolved."""
         if self.device != "auto":
             return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if _gpu_available() else "cpu"
+
+
+def _gpu_available() -> bool:
+    import torch  # only here, so that a mistake in the config is told at once
+
+    return torch.cuda.is_available()

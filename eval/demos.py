@@ -5,7 +5,8 @@ whatever the batch size, the order or the limit, on one process or eight; the pu
 stream, where each of these changes them. Demonstrations are nested: the k-shot prompt shows the last k of the
 (k + 1)-shot prompt, so a curve over shots is paired and the pictures of the longest prompt serve all shorter ones.
 
-The leakage guard refuses the query itself and any identical picture (equal SHA-256), under whatever name, and counts it.
+The leakage guard refuses the query itself and any identical picture (equal SHA-256), under whatever name, and counts
+it.
 """
 
 from __future__ import annotations

@@ -91,10 +91,10 @@ class DocumentTask:
         if not self._support:
             return Baselines(chance, None, None)
         overall = sum(self._answers.values(), Counter())
-        scores = [
-            self._score(_mode(self._answers.get(query.kind) or overall), query.golds) for query in queries
-        ]
-        return Baselines(chance, sum(scores) / len(scores), _mode(overall))
+        said = {query.kind: _mode(self._answers.get(query.kind) or overall) for query in queries}
+        scores = [self._score(said[query.kind], query.golds) for query in queries]
+        answer = ", ".join(sorted({said[kind] if not kind else f"{kind}: {said[kind]}" for kind in said}))
+        return Baselines(chance, sum(scores) / len(scores), answer)
 
 
 def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:

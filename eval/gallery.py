@@ -21,7 +21,7 @@ from eval.task import Picture
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-.sample { border: 1px solid #ccc; border-left: .5rem solid #c0392b; border-radius: .3rem; margin: .8rem 0; padding: .6rem; }
+.sample { border: 1px solid #ccc; border-left: .5rem solid #c0392b; margin: .8rem 0; padding: .6rem; }
 .sample.right { border-left-color: #27864a; }
 .prompt { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-end; }
 figure { margin: 0; max-width: 11rem; } figure.query { outline: 2px solid #0072B2; outline-offset: 3px; }
@@ -55,9 +55,13 @@ def gallery_html(
     results: Mapping[str, Any], samples: Sequence[Sample], pictures: Mapping[str, Picture], count: int = 8
 ) -> str:
     """The whole page as a string. `pictures` by SHA-256."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Prompts and answers</title><style>{STYLE}</style>"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Prompts and answers</title><style>{STYLE}</style>"
+    ]
     parts.append("<h1>Prompts and answers</h1><p>Framed in blue: the query. Green: right, red: wrong. ")
-    parts.append(f"Model <code>{_text(results['model']['name'])}</code>, {_text(results['date'])}.</p>{_table(results)}")
+    parts.append(
+        f"Model <code>{_text(results['model']['name'])}</code>, {_text(results['date'])}.</p>{_table(results)}"
+    )
     for group in cells_to_show(samples):
         cell = group[0].cell
         right = sum(sample.score for sample in group)
@@ -72,7 +76,12 @@ def _table(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         low, high = row["interval"]
         cells = [row["task"], row["pictures"], str(row["shots"]), _percent(row["score"])]
-        cells += [f"{_percent(low)} to {_percent(high)}", _percent(row["chance"]), _percent(row["constant"]), str(row["n"])]
+        cells += [
+            f"{_percent(low)} to {_percent(high)}",
+            _percent(row["chance"]),
+            _percent(row["constant"]),
+            str(row["n"]),
+        ]
         lines.append("<tr>" + "".join(f"<td>{_text(cell)}" for cell in cells))
     return "".join(lines) + "</table>"
 
@@ -106,7 +115,7 @@ def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
 def data_uri(data: bytes) -> str:
     """The picture's own bytes, or a JPEG thumbnail of a large one, as a data URI."""
     kind = sniff(data)
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if kind is None or max(image.size) > MOST_SIDE:
         image = image.convert("RGB")
         image.thumbnail((MOST_SIDE, MOST_SIDE))
@@ -134,7 +143,9 @@ def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: 
             draw.multiline_text((x, y + side + 4), textwrap.fill(text, 18), fill="#222222", font=font, spacing=2)
             x += step
         right = sample.score >= 0.5
-        said = textwrap.fill(sample.raw.strip(), 22) + ("" if right else f"\n(expected\n{textwrap.fill(sample.golds[0], 22)})")
+        said = textwrap.fill(sample.raw.strip(), 22) + (
+            "" if right else f"\n(expected\n{textwrap.fill(sample.golds[0], 22)})"
+        )
         draw.multiline_text((x + 4, y), said, fill="#27864a" if right else "#c0392b", font=font, spacing=2)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)

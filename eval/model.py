@@ -7,13 +7,11 @@ on: the resampler's output does not depend on the prompt, so every shot count, s
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from eval.prompts import Prompt, PromptBuilder
@@ -40,7 +38,7 @@ class Responder(Protocol):
         ...
 
     def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
-        """For every prompt the log-probability of each of its candidates; `features` (sum of I, L, Dv) in prompt order."""
+        """For every prompt the log-probability of each candidate; `features` (sum of I, L, Dv) in prompt order."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
@@ -54,23 +52,25 @@ class FlamingoResponder:
     def __init__(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, device: str = "cpu"
     ) -> None:
-        self._model = model.to(torch.device(device)).eval()
+        self._model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
         self._processor = processor
         self._device = torch.device(device)
-        start = processor.row_start_ids
+        start = () if processor.bos_token_id is None else (processor.bos_token_id,)
         self.builder = PromptBuilder(processor, start=start, context=context_length(model))
-        tokenizer = processor.tokenizer
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._ends = {processor.eoc_token_id, tokenizer.eos_token_id}
+        self._ends = {processor.eoc_token_id, processor.eos_token_id}
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Decoded, transformed, encoded; pictures of one call have the same number of frames."""
-        stacks = [
-            torch.stack([self._processor.image_transform(_decode(frame)) for frame in picture.frames])
-            for picture in pictures
-        ]
-        return self._model.encode_media(torch.stack(stacks).to(self._device))
+        return self._model.encode_media(torch.cat([self._pixels(picture) for picture in pictures]).to(self._device))
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        """(1, F, C, S, S) by the processor itself, so a clip is thinned out here as anywhere else."""
+        item = picture.frames[0] if len(picture.frames) == 1 else list(picture.frames)
+        try:
+            return self._processor(images=[[item]], text=["<image>"])["pixel_values"]
+        except UserError as error:
+            raise UserError(f"picture sha256 {picture.sha256[:12]} of the task's data: {error}") from None
 
     @torch.inference_mode()
     def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
@@ -79,7 +79,8 @@ class FlamingoResponder:
         rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
         # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
         filled = [row + row[:1] * (most - len(row)) for row in rows]
-        scores = self._model.score_candidates(self._batch(prompts, features), filled).tolist()
+        # Two candidates of every prompt in one pass: the pictures' keys and values are then computed once.
+        scores = self._model.score_candidates(self._batch(prompts, features), filled, batch_size=2 * len(prompts)).tolist()
         return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
 
     @torch.inference_mode()
@@ -91,19 +92,13 @@ class FlamingoResponder:
 
     def _completion(self, ids: list[int]) -> Completion:
         end = next((place for place, token in enumerate(ids) if token in self._ends), None)
-        text = self._processor.batch_decode([ids[:end]], skip_special_tokens=True)[0]
+        text = self._processor.decode(ids[:end])
         return Completion(text, end is not None)
 
     def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
         """Left-padded model inputs; `features` stand in for pixels."""
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids, dtype=torch.int64)
-            mask[row, longest - len(prompt.ids) :] = 1
         counts = torch.tensor([len(prompt.pictures) for prompt in prompts])
-        batch = {"input_ids": ids, "attention_mask": mask, "image_counts": counts}
+        batch = {**self._processor.pad([prompt.ids for prompt in prompts]), "image_counts": counts}
         if len(features):
             batch["media_features"] = features
         return {name: value.to(self._device) for name, value in batch.items()}
@@ -112,16 +107,9 @@ class FlamingoResponder:
 def context_length(model: FlamingoForConditionalGeneration) -> int | None:
     """The longest row, in tokens, that the language model has positions for; None when it states none."""
     config = model.language_model.config
-    return next((n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), None)
-
-
-def _decode(data: bytes) -> Tensor:
-    from flamingo.processor import ImageTransform
-
-    try:
-        return ImageTransform.to_rgb(Image.open(io.BytesIO(data)))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"a picture of {len(data)} bytes cannot be decoded ({error}); check the task's data") from None
+    return next(
+        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), None
+    )
 
 
 class FeatureCache:

@@ -1,7 +1,7 @@
 """The curve of the score against the number of shots, with everything it must be compared with.
 
-One panel a task: the line with real pictures and its 95 % band, one line for each ablation, chance and the best constant
-answer as flat lines. The horizontal axis is categorical: 0, 1, 2, 4, 8 are equally far apart.
+One panel a task: the line with real pictures and its 95 % intervals, one line for each ablation, chance and the best
+constant answer as flat lines. The horizontal axis is categorical: 0, 1, 2, 4, 8 are equally far apart.
 """
 
 from __future__ import annotations
@@ -57,8 +57,15 @@ def _panel(panel: Axes, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         below = [max(0.0, 100 * (row["score"] - row["interval"][0])) for row in line]
         above = [max(0.0, 100 * (row["interval"][1] - row["score"])) for row in line]
         panel.errorbar(
-            x, y, yerr=[below, above], color=COLOURS.get(pictures), marker=MARKS.get(pictures), markersize=4, capsize=2.5,
-            linewidth=1.8 if pictures == "real" else 1.1, label=LABELS.get(pictures, pictures),
+            x,
+            y,
+            yerr=[below, above],
+            color=COLOURS.get(pictures),
+            marker=MARKS.get(pictures),
+            markersize=4,
+            capsize=2.5,
+            linewidth=1.8 if pictures == "real" else 1.1,
+            label=LABELS.get(pictures, pictures),
             zorder=3 if pictures == "real" else 2,
         )
     for key, style in (("chance", ":"), ("constant", "--")):

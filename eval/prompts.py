@@ -11,7 +11,6 @@ prompt and keeps the rest, ended by the end-of-chunk token: without that end "ti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,9 +106,15 @@ class PromptBuilder:
             return self.encode(episode.query.lead.rstrip()), ()
         turn = episode.query
         whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
-        shared = len(os.path.commonprefix(whole)) if len(whole) > 1 else 0
+        shared = _shared_start(whole) if len(whole) > 1 else 0
         eoc = self._encoder.eoc_token_id
         return whole[0][:shared], tuple((*ids[shared:], eoc) for ids in whole)
 
     def _length(self, demos: Sequence[Sequence[int]], query: Sequence[int]) -> int:
         return len(self._start) + sum(len(demo) for demo in demos) + len(query)
+
+
+def _shared_start(rows: Sequence[Sequence[int]]) -> int:
+    """How many first elements all rows have in common; (1, 2, 3) and (1, 2) share 2."""
+    columns = zip(*rows, strict=False)
+    return next((place for place, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))

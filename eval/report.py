@@ -1,14 +1,13 @@
 """What a run leaves behind: `results.json`, `samples.jsonl` and the rows they are made of.
 
 A score stands in `results.json` with its 95 % interval, n, its baselines, and everything that would let it mislead: how
-often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations to the
-context. Files appear under their names only when they are whole.
+often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations to
+the context. Files appear under their names only when they are whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +27,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
@@ -83,7 +82,10 @@ def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[s
 
 
 def results_of(
-    samples: Sequence[Sample], tasks: Mapping[str, Task], grid: Grid, cache: FeatureCache,
+    samples: Sequence[Sample],
+    tasks: Mapping[str, Task],
+    grid: Grid,
+    cache: FeatureCache,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `results.json`."""

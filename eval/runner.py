@@ -1,7 +1,7 @@
 """The only loop: task x shots x seed x ablation.
 
-It knows no task by name and no model by class. Prompts of a cell are sorted by length into batches, so little is padded;
-samples come back in the task's order. Nothing a sample is made of depends on which other samples share its batch.
+It knows no task by name and no model by class. Prompts of a cell are sorted by length into batches, so little is
+padded; samples come back in the task's order. Nothing of a sample depends on which others share its batch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,12 @@ def check_context(tasks: Mapping[str, Task], grid: Grid, responder: Responder) -
 
 
 def run_cell(
-    task: Task, cell: Cell, responder: Responder, cache: FeatureCache, query_ids: Sequence[str], batch_size: int,
+    task: Task,
+    cell: Cell,
+    responder: Responder,
+    cache: FeatureCache,
+    query_ids: Sequence[str],
+    batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """The samples of one cell, in the order of `query_ids`. `on_batch` hears how many more are done."""
@@ -141,7 +146,13 @@ def _answer(raw: str, episode: Episode) -> str:
 
 
 def _sample(
-    task: Task, cell: Cell, episode: Episode, prompt: Prompt, raw: str, answer: str, ended: bool,
+    task: Task,
+    cell: Cell,
+    episode: Episode,
+    prompt: Prompt,
+    raw: str,
+    answer: str,
+    ended: bool,
     log_probs: tuple[float, ...] = (),
 ) -> Sample:
     demos = episode.demos[len(episode.demos) - prompt.shots_kept :]
@@ -150,7 +161,7 @@ def _sample(
         cell=cell,
         query_id=episode.query_id,
         demo_ids=episode.demo_ids[len(episode.demo_ids) - prompt.shots_kept :],
-        turns=tuple((picture and picture.sha256, text) for picture, text in prompt.turns),
+        turns=tuple((None if picture is None else picture.sha256, text) for picture, text in prompt.turns),
         raw=raw,
         answer=answer,
         golds=episode.golds,
@@ -170,7 +181,9 @@ def _sample(
 
 
 def run(
-    tasks: Mapping[str, Task], grid: Grid, responder: Responder,
+    tasks: Mapping[str, Task],
+    grid: Grid,
+    responder: Responder,
     on_batch: Callable[[Cell, int], None] = lambda cell, done: None,
 ) -> tuple[list[Sample], FeatureCache]:
     """All cells. The cache that comes back knows every picture shown and how many were encoded."""

@@ -33,7 +33,9 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
         raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
     path = Path(source.path)
     if not source.path or not path.exists():
-        raise UserError(f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path")
+        raise UserError(
+            f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path"
+        )
     try:
         items = list(islice(FORMATS[source.format](path, source), source.max_items))
     except UserError as error:
@@ -44,7 +46,7 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
 
 
 Item = dict[str, Any]
-"""id, picture, question, answers (accepted ones), kind, label, text (the answer's node as it stands in a page, or None)."""
+"""id, picture, question, answers (accepted ones), kind, label, text (the answer's node as a page has it, or None)."""
 
 
 def _document(name: str, item: Item, spec: TaskSpec) -> Document:
@@ -91,7 +93,7 @@ def page_turns(page: Page) -> Iterator[tuple[Picture, str, str]]:
         if not isinstance(node, Text):
             turns.append((Picture(tuple(page.images[frame] for frame in node.frames)), [], []))
         elif turns:
-            turns[-1][2 if node.loss else 1].append(node.text)
+            (turns[-1][2] if node.loss else turns[-1][1]).append(node.text)
     for picture, question, answer in turns:
         yield picture, "".join(question), "".join(answer)
 
@@ -136,7 +138,9 @@ def _from_csv(path: Path, source: SourceSpec) -> Iterator[Item]:
         needed = {"picture", columns["answer"], *source.fields.values()}
         missing = sorted(needed - set(reader.fieldnames or ()))
         if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(reader.fieldnames or ())}")
+            raise UserError(
+                f"{path} has no column {missing[0]!r}; its columns are {', '.join(reader.fieldnames or ())}"
+            )
         for number, row in enumerate(reader):
             picture = path.parent / row["picture"]
             if not picture.is_file():

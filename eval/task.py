@@ -5,9 +5,9 @@ batch or the ablation; an episode is a plain value, so the same one can be shown
 
 A prompt is a sequence of turns, each a picture and the text that belongs to it. The text of a turn has four parts:
 `question` is given and never learnt ("what colour is the circle?"), `lead` is a fixed start of the answer which the
-query's prompt carries as well (" It is a"), `answer` is what the model must say and is judged by ("red"), `tail` a fixed
-end ("."). The question is a text node of its own; lead, answer and tail are one node. As in a training page each node is
-tokenised alone: this makes prompts equal to training pages, token by token.
+query's prompt carries as well (" It is a"), `answer` is what the model must say and is judged by ("red"), `tail` a
+fixed end ("."). The question is a text node of its own; lead, answer and tail are one node. As in a training page each
+node is tokenised alone: this makes prompts equal to training pages, token by token.
 """
 
 from __future__ import annotations

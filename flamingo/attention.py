@@ -37,7 +37,7 @@ def attend_segments(
     """Attention of every query to the L keys of its own picture; query n belongs to `segments.tokens[n]`."""
     if not segments.lengths:
         return q * (k.sum() + v.sum())  # no rows; keeps keys and values in the graph, with gradients of zero
-    if len(segments.lengths) != segments.num_pictures:
+    if not segments.is_whole_stack:
         k, v = k.index_select(0, segments.pictures), v.index_select(0, segments.pictures)
     if q.is_cuda and _xformers_takes(q):
         return _attend_xformers(q, k, v, segments.lengths)

@@ -83,37 +83,49 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
     return tower.eval(), replace(config, width=token_width(tower, config.image_size))
 
 
-def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+def open_clip_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> VisionConfig:
+    """Return the config of an open_clip encoder by its name, without building it; `width` is 0 for timm's towers.
+
+    Raises:
+        UserError: an unknown tag.
+    """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    tags = open_clip.list_pretrained_tags_by_model(name)
     tag = dict(get_pretrained_cfg(name, pretrained)) if pretrained else {}
     if pretrained and not tag and not Path(pretrained).is_file():
-        raise UserError(f"open_clip has no weights {pretrained!r} for {name}; known are {', '.join(tags) or 'none'}")
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise UserError(f"open_clip has no weights {pretrained!r} for {name}; known are {tags or 'none'}")
     model_cfg = open_clip.get_model_config(name)
     # The tag knows how its weights were trained; the name may be that of the plain-GELU architecture.
     model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", model_cfg.get("quick_gelu", False)))
     if image_size is not None:
         model_cfg["vision_cfg"]["image_size"] = image_size
-    config = _open_clip_config(name, model_cfg, tag)
+    return _open_clip_config(name, model_cfg, tag)
+
+
+def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+    import open_clip
+
+    config = open_clip_config(name, pretrained, image_size)
+    arch = config.arch or {}
     if pretrained is None:
-        tower = build_open_clip(config.arch or {})
+        tower = build_open_clip(arch)
     else:
-        weights = pretrained if not tag else _cached_open_clip(name, pretrained, tag)
-        tower = open_clip.create_model(
-            name, pretrained=weights, force_quick_gelu=model_cfg["quick_gelu"], force_image_size=image_size
-        ).visual
+        weights = pretrained if Path(pretrained).is_file() else _cached_open_clip(name, pretrained)
+        options = {"force_quick_gelu": arch["quick_gelu"], "force_image_size": image_size}
+        tower = open_clip.create_model(name, pretrained=weights, **options).visual
     return tower.eval(), replace(config, width=token_width(tower, config.image_size))
 
 
-def _cached_open_clip(name: str, pretrained: str, tag: dict[str, Any]) -> str:
+def _cached_open_clip(name: str, pretrained: str) -> str:
     """Return what to give open_clip as `pretrained`: the tag where the network is there, else the cached file."""
     if hub_reachable():
         return pretrained
     from huggingface_hub import try_to_load_from_cache
+    from open_clip.pretrained import get_pretrained_cfg
 
-    repo = str(tag.get("hf_hub", "")).strip("/")
+    repo = str(get_pretrained_cfg(name, pretrained).get("hf_hub", "")).strip("/")
     for file in (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"):
         if repo.count("/") == 1 and isinstance(found := try_to_load_from_cache(repo, file), str):
             return found

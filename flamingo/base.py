@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         self.vision_encoder.frozen = self.policy["vision"] == "frozen"
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Any:
         """Switch to training mode; frozen parts stay in eval mode."""
         super().train(mode)
         for attribute, part in PARTS.items():
@@ -134,7 +134,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, *args: Any, vision: nn.Module | None = None, language: Any = None, **options: Any
-    ) -> Self:
+    ) -> Any:
         """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none."""
         built = {"vision_tower": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}

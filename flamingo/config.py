@@ -7,7 +7,7 @@ interval is only a way to write the list. Modules never see these classes; they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -35,18 +35,21 @@ class VisionConfig:
     arch: dict[str, Any] | None = None
     """open_clip: `embed_dim`, `vision_cfg`, `quick_gelu`; transformers: the config's dictionary."""
     width: int = 0
-    """Width of a patch token."""
+    """Width of a patch token; may be left out where `arch` says it."""
     image_size: int = 224
     """Side of the square picture it takes, in pixels."""
-    mean: tuple[float, ...] = OPENAI_MEAN
+    mean: Sequence[float] = OPENAI_MEAN
     """Mean per channel that is subtracted, on the scale 0 to 1."""
-    std: tuple[float, ...] = OPENAI_STD
+    std: Sequence[float] = OPENAI_STD
     """Standard deviation per channel, on the scale 0 to 1."""
     resize_mode: str = "crop"
     """How a picture becomes square: "squash", "crop" (the centre) or "pad"."""
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if not self.width and self.arch:
+            plain = self.arch.get("vision_cfg", {}).get("width") or self.arch.get("hidden_size")
+            self.width = int(plain or 0)  # timm towers do not say; `backbones.load_vision` runs them once
         _choice("vision_config.kind", self.kind, VISION_KINDS)
         _choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad"))
 
@@ -102,7 +105,19 @@ class CrossAttentionConfig:
 class FlamingoConfig(PreTrainedConfig):
     """Configuration of `FlamingoForConditionalGeneration`.
 
-    `cross_attn_every_n_layers` may be given instead of `cross_attn_layers`; only the list is kept.
+    Args:
+        vision_config: the fields of a `VisionConfig`.
+        text_config: the language model's own transformers config.
+        resampler_config: the fields of a `ResamplerConfig`.
+        cross_attention_config: the fields of a `CrossAttentionConfig`.
+        cross_attn_layers: decoder layers with a gated block in front of them, counted from 0.
+        cross_attn_every_n_layers: writes that list as OpenFlamingo does; not kept.
+        image_token_id: id of `<image>`.
+        eoc_token_id: id of `<|endofchunk|>`.
+        new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
+        language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
+        decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
+        kwargs: of any transformers config.
 
     Raises:
         UserError: an unknown key, a bad value, a layer that the LM does not have.
@@ -111,71 +126,67 @@ class FlamingoConfig(PreTrainedConfig):
     model_type = "flamingo"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
-    vision_config: dict[str, Any] | None = None
-    """A `VisionConfig` as a dictionary."""
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    """The language model's own transformers config."""
-    resampler_config: dict[str, Any] | None = None
-    """A `ResamplerConfig` as a dictionary."""
-    cross_attention_config: dict[str, Any] | None = None
-    """A `CrossAttentionConfig` as a dictionary."""
-    cross_attn_layers: list[int] | None = None
-    """Decoder layers with a gated block in front of them, counted from 0."""
-    image_token_id: int = 0
-    """Id of `<image>`."""
-    eoc_token_id: int = 0
-    """Id of `<|endofchunk|>`."""
-    new_token_ids: list[int] | None = None
-    """Ids whose rows are in the small trainable table instead of in the LM's, in the order of that table."""
-    language_kind: str = "transformers"
-    """"transformers": rebuilt from `text_config`; "module": built by the caller."""
-    decoder_layers_path: str | None = None
-    """Name of the LM's list of layers inside the LM, where it is not found by its length."""
-    tie_word_embeddings: bool = False
-    """Repeats the LM's flag: transformers looks for it here."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        every = kwargs.pop("cross_attn_every_n_layers", None)
-        self.vision_config = asdict(from_dict(VisionConfig, self.vision_config, "vision_config"))
-        self.resampler_config = asdict(from_dict(ResamplerConfig, self.resampler_config, "resampler_config"))
-        self.cross_attention_config = asdict(
-            from_dict(CrossAttentionConfig, self.cross_attention_config, "cross_attention_config")
+    def __init__(
+        self,
+        *,
+        vision_config: Mapping[str, Any] | VisionConfig | None = None,
+        text_config: Mapping[str, Any] | PreTrainedConfig | None = None,
+        resampler_config: Mapping[str, Any] | ResamplerConfig | None = None,
+        cross_attention_config: Mapping[str, Any] | CrossAttentionConfig | None = None,
+        cross_attn_layers: list[int] | None = None,
+        cross_attn_every_n_layers: int = 1,
+        image_token_id: int = 0,
+        eoc_token_id: int = 0,
+        new_token_ids: list[int] | None = None,
+        language_kind: str = "transformers",
+        decoder_layers_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
+        self.resampler_config = asdict(from_dict(ResamplerConfig, resampler_config, "resampler_config"))
+        options = from_dict(CrossAttentionConfig, cross_attention_config, "cross_attention_config")
+        self.cross_attention_config = asdict(options)
+        if not isinstance(text_config, PreTrainedConfig):
+            own = dict(text_config or {})
+            text_config = AutoConfig.for_model(own.pop("model_type", "opt"), **own)
+        self.text_config = text_config
+        layers = num_decoder_layers(text_config)
+        self.cross_attn_layers = (
+            every_n_layers(layers, cross_attn_every_n_layers) if cross_attn_layers is None else list(cross_attn_layers)
         )
-        if not isinstance(self.text_config, PreTrainedConfig):
-            options = dict(self.text_config or {})
-            self.text_config = AutoConfig.for_model(options.pop("model_type", "opt"), **options)
-        layers = num_decoder_layers(self.text_config)
-        if self.cross_attn_layers is None:
-            self.cross_attn_layers = every_n_layers(layers, 1 if every is None else every)
         if bad := [i for i in self.cross_attn_layers if not 0 <= i < layers]:
             raise UserError(f"cross_attn_layers names layer {bad[0]}, but the LM has layers 0 to {layers - 1}")
-        if self.new_token_ids is None:
-            self.new_token_ids = sorted({self.image_token_id, self.eoc_token_id})
+        self.image_token_id, self.eoc_token_id = image_token_id, eoc_token_id
+        self.new_token_ids = sorted({image_token_id, eoc_token_id}) if new_token_ids is None else list(new_token_ids)
         if len(set(self.new_token_ids)) != len(self.new_token_ids):
             raise UserError(f"new_token_ids has an id twice: {self.new_token_ids}")
-        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        _choice("language_kind", language_kind, ("transformers", "module"))
+        self.language_kind = language_kind
+        self.decoder_layers_path = decoder_layers_path
+        # transformers looks for the LM's flag here.
+        kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM
         # may be built already and keeps its own.
-        kept = {name: getattr(self.text_config, name, None) for name in _IMPLEMENTATIONS}
-        super().__post_init__(**kwargs)
+        kept = {name: getattr(text_config, name, None) for name in _IMPLEMENTATIONS}
+        super().__init__(**kwargs)
         for name, value in kept.items():
-            if value is not None and getattr(self.text_config, name, None) is None:
-                setattr(self.text_config, name, value)
+            if value is not None and getattr(text_config, name, None) is None:
+                setattr(text_config, name, value)
 
     @property
     def vision(self) -> VisionConfig:
         """The encoder, typed."""
-        return VisionConfig(**(self.vision_config or {}))
+        return VisionConfig(**self.vision_config)
 
     @property
     def resampler(self) -> ResamplerConfig:
         """The resampler, typed."""
-        return ResamplerConfig(**(self.resampler_config or {}))
+        return ResamplerConfig(**self.resampler_config)
 
     @property
     def cross_attention(self) -> CrossAttentionConfig:
         """The gated blocks, typed."""
-        return CrossAttentionConfig(**(self.cross_attention_config or {}))
+        return CrossAttentionConfig(**self.cross_attention_config)
 
 
 def every_n_layers(num_layers: int, every: int) -> list[int]:

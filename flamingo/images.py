@@ -9,6 +9,7 @@ Letters: C channels (3, RGB), h and w the picture's own size, S side in pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class ImageTransform:
     """
 
     size: int
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
+    mean: Sequence[float] = OPENAI_MEAN
+    std: Sequence[float] = OPENAI_STD
     mode: str = "crop"
     interpolation: str = "bicubic"
 

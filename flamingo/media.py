@@ -97,22 +97,25 @@ class Segments:
 
     With slots [-1 0 0 2] over a stack of three pictures: tokens [1 2 3], pictures [0 2], lengths [2 1], and the padded
     table of tokens [[0 1] [2 2]] over the N=3 tokens, from which `unpad` [0 1 2] reads them back.
+
+    Where one picture has many more tokens than the mean, the groups are cut into pieces of about the mean, so that the
+    padded table stays small: slots [0 0 0 0 0 0 0 0 0 1] give pictures [0 0 1] and lengths [5 4 1].
     """
 
     tokens: Int[Tensor, "N"]
     """Places in the flattened (B*T) text of the tokens that see a picture, one picture's after the other's."""
     pictures: Int[Tensor, "A"]
-    """Places in the flat stack of the pictures that are seen by some token."""
+    """For each group the place of its picture in the flat stack."""
     lengths: list[int]
-    """How many tokens see each of them, (A,)."""
+    """How many tokens are in each group, (A,)."""
     pad: Int[Tensor, "A S"]
-    """Each picture's tokens as indices into `tokens`; unused places repeat the last token and are never read."""
+    """Each group's tokens as indices into `tokens`; unused places repeat the last token and are never read."""
     unpad: Int[Tensor, "N"]
     """Where each token is in the flattened `pad`."""
     sees: Bool[Tensor, "B T"]
     """Which tokens see a picture at all."""
-    num_pictures: int
-    """Pictures in the flat stack, I."""
+    is_whole_stack: bool
+    """Whether `pictures` is just 0, 1, 2, ... to the end of the stack."""
 
 
 def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segments:
@@ -122,10 +125,24 @@ def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segment
     order = flat.argsort(stable=True)
     tokens = order[flat.numel() - int(sees.sum()) :]
     pictures, counts = flat[tokens].unique_consecutive(return_counts=True)
-    first = counts.cumsum(0) - counts
     longest = int(counts.max()) if len(counts) else 0
+    whole = len(counts) == num_pictures
+    if longest > 1.5 * len(tokens) / max(len(counts), 1):
+        pictures, counts, longest = _in_pieces(pictures, counts, -(-len(tokens) // len(counts)))
+        whole = False
+    first = counts.cumsum(0) - counts
     column = torch.arange(longest, device=slots.device)
     pad = first[:, None] + torch.minimum(column, (counts - 1)[:, None])
     rank = torch.arange(len(pictures), device=slots.device).repeat_interleave(counts)
     unpad = torch.arange(len(tokens), device=slots.device) - first[rank] + rank * longest
-    return Segments(tokens, pictures, counts.tolist(), pad, unpad, sees, num_pictures)
+    return Segments(tokens, pictures, counts.tolist(), pad, unpad, sees, whole)
+
+
+def _in_pieces(
+    pictures: Int[Tensor, "A"], counts: Int[Tensor, "A"], size: int
+) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"], int]:
+    """Cut groups of `counts` tokens into pieces of at most `size`."""
+    pieces = (counts + size - 1) // size
+    group = torch.arange(len(counts), device=counts.device).repeat_interleave(pieces)
+    nth = torch.arange(len(group), device=counts.device) - (pieces.cumsum(0) - pieces)[group]
+    return pictures[group], (counts[group] - nth * size).clamp(max=size), size

@@ -34,18 +34,25 @@ class FlamingoProcessor:
     """Tokenizer and image transform of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
+    `new_tokens` says which ones were added when a saved tokenizer has them already.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_transform: ImageTransform, *, max_frames: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_transform: ImageTransform,
+        *,
+        max_frames: int | None = None,
+        new_tokens: Sequence[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.image_transform = image_transform
         self.max_frames = max_frames
-        added = [IMAGE_TOKEN, EOC_TOKEN]
+        added = list(new_tokens) or [IMAGE_TOKEN, EOC_TOKEN]
         if tokenizer.pad_token is None:
             tokenizer.pad_token = PAD_TOKEN
             added.append(PAD_TOKEN)
+        self.new_tokens = added
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in added], special_tokens=True)
         self.new_token_ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]  # type: ignore[arg-type]
         self.image_token_id, self.eoc_token_id = self.new_token_ids[:2]
@@ -139,7 +146,11 @@ class FlamingoProcessor:
         """Write the tokenizer and `processor_config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(str(folder))
-        document = {"max_frames": self.max_frames, "image_transform": asdict(self.image_transform)}
+        document = {
+            "max_frames": self.max_frames,
+            "new_tokens": self.new_tokens,
+            "image_transform": asdict(self.image_transform),
+        }
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
@@ -150,7 +161,8 @@ class FlamingoProcessor:
             raise UserError(f"{folder} holds no Flamingo processor: {PROCESSOR_FILE} is missing")
         document = json.loads(file.read_text())
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return cls(tokenizer, ImageTransform(**document["image_transform"]), max_frames=document["max_frames"])
+        transform = ImageTransform(**document.pop("image_transform"))
+        return cls(tokenizer, transform, **document)
 
     def _parse(self, item: Any, index: int) -> tuple[Row, list[Any]]:
         """Return a row's pieces, and the pictures that a chat-style list carries."""

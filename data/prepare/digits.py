@@ -1,6 +1,6 @@
 """scikit-learn's bundled photographs of handwritten digits (1,797 of 8x8 pixels) as interleaved pages.
 
-    OUT/train/binding   pages "<digit>a kibo <digit>a lumo ...": made-up names that hold for the page
+    OUT/train/binding   pages "<digit> kibo <digit> lumo ...": made-up names that hold for the page
     OUT/train/pairs     <digit> the digit seven
     OUT/heldout         one page for each picture kept out of training: its digit, and names kept out of training
 
@@ -25,7 +25,6 @@ from flamingo.errors import UserError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELDOUT_SHARE = 0.3
-PROMPT = "a"  # between a picture and its name, as in the toy's binding pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with ShardWriter(out / "heldout", "digits-heldout", per_shard, meta=made) as writer:
         for index, digit in enumerate(heldout):
             names = draw_names(stream(args.seed, "digits/heldout", index), "heldout", 2)
-            nodes: list[Node] = [Picture((0,)), Text(PROMPT, loss=False), Text(f" {WORDS[digit.number]}")]
+            nodes: list[Node] = [Picture((0,)), Text(f" {WORDS[digit.number]}")]
             writer.write(Page("", nodes, [digit.png], {"class": str(digit.number), "names": names}))
     print(f"{args.pages} binding pages, {len(train)} pairs, {len(heldout)} held-out pictures in {out}")
 
@@ -117,6 +116,6 @@ def binding_page(
             number = len(page.images)
             page.images.append(pools[way][int(next(fresh[way]))].png)
             shown[way].append(number)
-        page.nodes += [Picture((number,)), Text(PROMPT, loss=False), Text(f" {names[way]}", loss=known)]
+        page.nodes += [Picture((number,)), Text(f" {names[way]}", loss=known)]
     page.meta["answer"] = names[order[-1]]
     return page

@@ -17,11 +17,9 @@ import numpy as np
 from data.toy import glyphs, textpages
 from data.toy.clips import clip_caption, draw_clip
 from data.toy.glyphs import Glyph, draw_glyph
-from data.toy.names import draw_names, syllables
+from data.toy.names import FIRST, SECOND, draw_names
 from data.toy.scenes import Scene, ask, caption, draw_scene
 from data.toy.streams import stream
-
-ARTICLE = "a"  # stands between a picture and its name in binding pages, and is the prompt there
 
 Part = tuple[str, bool] | tuple[int, ...]
 
@@ -59,7 +57,7 @@ def scene_pair(rng: np.random.Generator, split: str) -> Draft:
 @cache
 def class_name(number: int) -> str:
     """The three-syllable name of a glyph class, for contrastive training; no page calls a glyph by it."""
-    parts = syllables()
+    parts = FIRST + SECOND
     return "".join(parts[i] for i in stream(0, "class name", number).permutation(len(parts))[:3])
 
 
@@ -121,7 +119,6 @@ def binding_page(
         else:
             earlier[way].append(len(draft.pictures))
             draft.show(draw_glyph(rng, numbers[way]))
-        draft.say(ARTICLE, loss=False)
         draft.say(f" {chosen[way]}", loss=known)
     return draft
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.toy.names import draw_names, syllables
+from data.toy.names import FIRST, SECOND, draw_names
 from data.toy.scenes import COLOURS, SHAPES, ask, caption, draw_scene
 
 KINDS = ("describe", "ask", "binding")
@@ -31,7 +31,7 @@ def ask_text(rng: np.random.Generator, count: int = 3) -> list[tuple[str, bool]]
 
 
 def _vocabulary() -> list[str]:
-    return [*syllables(), *SHAPES, *COLOURS]
+    return [*FIRST, *SECOND, *SHAPES, *COLOURS]
 
 
 def binding_text(
@@ -53,7 +53,7 @@ def binding_text(
     for row, way in enumerate(order):
         shown = rng.permutation(picks[way])[: max(size, 1)] if size > 1 else picks[way][:1]
         description = " ".join(pool[i] for i in shown)
-        nodes.append((f"{chr(10) if row else ''}{description} a", False))
+        nodes.append((f"{chr(10) if row else ''}{description}", False))
         nodes.append((f" {chosen[way]}", int(way) in seen))
         seen.add(int(way))
     return nodes

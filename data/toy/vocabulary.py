@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.toy.clips import MOTIONS
-from data.toy.names import CONSONANTS, VOWELS, syllables
+from data.toy.names import FIRST, SECOND
 from data.toy.scenes import COLOURS, COUNTS, PLACES, PLURALS, SHAPES
 
 PAD, EOS = "<pad>", "</s>"
@@ -31,8 +31,9 @@ def words() -> list[str]:
 
 def _merges() -> list[tuple[str, str]]:
     """Merges in order of priority: syllables, syllables after a space, then each word from left to right."""
-    merges = [(c, v) for c in CONSONANTS for v in VOWELS]
-    merges += [(_SPACE, part) for part in syllables()]
+    parts = sorted({*FIRST, *SECOND})
+    merges = [(part[0], part[1]) for part in parts]
+    merges += [(_SPACE, part) for part in parts]
     for word in words():
         for spelling in (_SPACE + word, word):
             pieces = _apply(list(spelling), merges)

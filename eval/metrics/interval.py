@@ -42,12 +42,11 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
     return Interval(max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale)), "wilson")
 
 
-def cluster_bootstrap(
-    scores: Sequence[float], clusters: Sequence[str], resamples: int = RESAMPLES
-) -> Interval:
+def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap of the mean of `scores`, whole clusters drawn with replacement.
 
-    The clusters are sorted first and the generator is keyed by a constant, so the order of the samples has no influence.
+    The clusters are sorted first and the generator is keyed by a constant, so the order of the samples has no
+    influence.
     """
     if not scores:
         raise ValueError("an interval needs at least one sample, got none")

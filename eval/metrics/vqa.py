@@ -25,8 +25,8 @@ _CONTRACTED = (
     "something'll that'd that's there'd there're there's they'd they'll they're they've 'twas wasn't we'd've we've "
     "weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're "
     "why's won't would've wouldn't y'all you'd you'll you're you've"
-).split()
-_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED}
+)
+_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
 def normalise(answer: str) -> str:

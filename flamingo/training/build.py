@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -53,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer by folder or hub name; a missing padding token becomes the end of text.
 
     Raises:
@@ -67,13 +68,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 class PairTokenizer:
     """Texts to `(B, context)` ids for open_clip's text tower: text, end of text, padding."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, context_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
         """`context_length` counts the end of text."""
         self._tokenizer, self._context = tokenizer, context_length
 
@@ -87,7 +88,7 @@ class PairTokenizer:
         return rows
 
 
-def build_contrastive(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[nn.Module, dict[str, Any]]:
+def build_contrastive(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, dict[str, Any]]:
     """An open_clip model of random weights from `{embed_dim, vision_cfg, text_cfg}`, completed by the tokenizer's ids.
 
     Returns the model and the completed config. The temperature becomes a vector of one element: FSDP2 has no scalars.
@@ -114,7 +115,7 @@ def build_contrastive(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 
 
 def export_contrastive(
-    state: dict[str, Tensor], config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path
+    state: dict[str, Tensor], config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Writes open_clip's own local folder: `open_clip.create_model("local-dir:FOLDER")` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def export_contrastive(
     (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2))
 
 
-def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A causal LM of random weights from `{model_type, ...}`; its vocabulary is the tokenizer's.
 
     Raises:
@@ -144,7 +145,7 @@ def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -
     }
     try:
         described = AutoConfig.for_model(config["model_type"], **{"vocab_size": len(tokenizer), **ids, **fields})
-        return AutoModelForCausalLM.from_config(described)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(described)
     except (TypeError, ValueError) as error:
         raise UserError(f"model.language.config is not accepted by transformers: {error}") from error
 

@@ -101,7 +101,8 @@ class OptimConfig:
     """AdamW, warm-up, then constant or cosine."""
 
     lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    beta1: float = 0.9
+    beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     """On matrices only: never on norms, biases, gates, latents and new-token rows."""

@@ -61,7 +61,7 @@ class TensorBoard:
         """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Adds one scalar per value."""

@@ -7,7 +7,7 @@ loss means the same for any number of processes and micro-batches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
@@ -17,6 +17,7 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "
 IGNORE = -100
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the training engine needs to know about a loss."""
 

@@ -51,6 +51,21 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
     return state.newest(checkpoints)
 
 
+def same_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuses a checkpoint whose frozen weights were others: what it trained would be meaningless beside these.
+
+    Raises:
+        UserError: naming the part.
+    """
+    titles = {"vision": "vision encoder", "language": "language model"}
+    for part in sorted(saved.keys() | now.keys()):
+        if saved.get(part) != now.get(part):
+            raise UserError(
+                f"checkpoint {checkpoint} belongs to another {titles.get(part, part)} (fingerprint {saved.get(part)}, "
+                f"this one has {now.get(part)}): give the one it was trained with, or choose another run.dir"
+            )
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from flamingo.backbones import load_language
+from flamingo.checkpoint import manifest_of
 from flamingo.processor import FlamingoProcessor, ImageTransform
 from flamingo.training import build
 from flamingo.training.config import ModelConfig
@@ -33,10 +34,12 @@ class Setup:
     """Parameter name to part of the model."""
     export: Callable[[dict[str, Tensor], Path], Any]
     """Writes the whole state dict into a folder."""
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     processor: FlamingoProcessor | None = None
     pairs: build.PairTokenizer | None = None
     transform: ImageTransform | None = None
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Frozen part to a fingerprint of its weights: they are not in a checkpoint, so it must say whose they were."""
 
 
 def language_setup(
@@ -105,6 +108,7 @@ def flamingo_setup(
         processor.tokenizer,
         processor=processor,
         transform=processor.image_transform,
+        frozen=manifest_of(flamingo)["fingerprints"],
     )
 
 

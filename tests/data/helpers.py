@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.page import Node, Page, Picture, Text
 from data.schema import ShardWriter
+from flamingo.images import ImageTransform
+from flamingo.processor import FlamingoProcessor
 
 SIDE = 8
 
@@ -55,32 +56,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-class Grow:
-    """A transform of the kind the loader takes: any picture to (3, size, size) by nearest neighbour."""
-
-    def __init__(self, size: int = SIDE) -> None:
-        self.size = size
-
-    def __call__(self, image: torch.Tensor, /) -> torch.Tensor:
-        rows = torch.arange(self.size) * image.shape[1] // self.size
-        columns = torch.arange(self.size) * image.shape[2] // self.size
-        return image[:, rows][:, :, columns]
-
-
-class ByteProcessor:
-    """What the loader asks of a FlamingoProcessor, over bytes."""
-
-    image_token_id, eoc_token_id = 258, 259
-
-    def __init__(self, bos: int | None = None) -> None:
-        self.tokenizer = byte_tokenizer()
-        assert self.tokenizer.eos_token_id == 256
-        if bos is not None:
-            self.tokenizer.add_special_tokens({"bos_token": "<bos>"})
-        self.image_transform = Grow()
-
-    def encode_text(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def byte_processor() -> FlamingoProcessor:
+    """A processor over bytes and pictures of SIDE pixels."""
+    return FlamingoProcessor(byte_tokenizer(), ImageTransform(SIDE, mode="squash"))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -92,6 +70,3 @@ def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image
     """Smooth random colours in a mode of Pillow."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-Damage = Callable[[bytes], bytes]

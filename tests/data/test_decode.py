@@ -12,6 +12,7 @@ from PIL import Image
 
 from data.decode import decode
 from data.errors import ContentError
+from flamingo.images import to_rgb
 from tests.data.helpers import encoded, random_image
 
 
@@ -72,6 +73,13 @@ def test_exif_rotation_is_applied(form: str) -> None:
     assert decoded.shape == (3, 16, 8)
     assert decoded[:, :6].min() > 200  # now the upper half
     assert decoded[:, 10:].max() < 50
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_the_rule_is_the_processors(mode: str) -> None:
+    image = random_image(mode, (31, 17), seed=3)
+    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
+    assert torch.equal(decode(data), to_rgb(data))
 
 
 def test_animation_gives_its_first_frame() -> None:

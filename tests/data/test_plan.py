@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.plan import Plan, default_lanes, stream
+from data.plan import NEAR_ATTEMPTS, Plan, default_lanes, stream
 from flamingo.errors import UserError
 
 
@@ -77,8 +77,8 @@ def test_replacement_is_a_function_of_its_place_and_stays_in_the_block() -> None
         shard = plan.at(1, n).shard
         tries = [plan.replacement(1, n, attempt) for attempt in range(1, 9)]
         assert tries == [again.replacement(1, n, attempt) for attempt in range(1, 9)]
-        assert {slot.shard for slot in tries} == {shard}
-        assert len({slot.row for slot in tries}) > 1
+        assert {slot.shard for slot in tries[:NEAR_ATTEMPTS]} == {shard}
+        assert len(set(tries)) > 2
 
 
 def test_streams_of_different_purposes_share_nothing() -> None:

@@ -54,7 +54,7 @@ def test_bos_begins_every_row_and_counts_as_a_token() -> None:
 
 
 def test_text_out_of_the_loss_takes_its_end_mark_with_it() -> None:
-    nodes = [Picture((0,)), Text("q", loss=False), Text("a"), Picture((1,)), Text("q", loss=False)]
+    nodes: list[Node] = [Picture((0,)), Text("q", loss=False), Text("a"), Picture((1,)), Text("q", loss=False)]
     row = row_of(nodes)
     assert row.labels.tolist() == [IGNORED, IGNORED, 97, 1001, *[IGNORED] * 4]
 

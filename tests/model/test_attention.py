@@ -14,8 +14,9 @@ from flamingo.media import segments_from_slots
         [[0, 0, 0, 1, 1, 1]],
         [[-1, -1], [-1, 3]],
         [[3, 1, 3, 1, 0]],
+        [[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]],
     ],
-    ids=["ragged", "even", "one token", "out of order"],
+    ids=["ragged", "even", "one token", "out of order", "pieces"],
 )
 def test_segments_are_their_slow_twin(slots: list[list[int]]) -> None:
     """Values and gradients, for pictures that few, equally many or no tokens see."""

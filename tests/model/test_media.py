@@ -25,6 +25,9 @@ def test_worked_rows() -> None:
     assert segments.lengths == [2, 1]
     assert segments.pad.tolist() == [[0, 1], [2, 2]]
     assert segments.unpad.tolist() == [0, 1, 2]
+    pieces = segments_from_slots(torch.tensor([[0] * 9 + [1]]), 2)
+    assert pieces.pictures.tolist() == [0, 0, 1]
+    assert pieces.lengths == [5, 4, 1]
 
 
 def test_unknown_attend() -> None:

@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "hydra" / "experiment").glob("*.yaml"))
 
 
+def check(arguments: list[str]) -> None:
+    """What train.py does with its arguments before anything is loaded."""
+    config = compose(arguments)
+    dataset_specs(config)
+    raise UserError("; ".join(config.problems()))
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_valid(name: str) -> None:
     config = compose([f"experiment={name}"])
@@ -43,9 +50,7 @@ def test_every_group_file_composes(group: str) -> None:
 )
 def test_a_wrong_argument_is_named(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        config = compose(arguments)
-        dataset_specs(config)
-        raise UserError("; ".join(config.problems()))
+        check(arguments)
     message = str(caught.value)
     assert expected in message
     assert "\n" not in message

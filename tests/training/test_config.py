@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from flamingo.training.config import FreezePolicy, ModelConfig, RunConfig, TrainConfig, VisionSource, differences, flatten
+from flamingo.training.config import (
+    FreezePolicy,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    VisionSource,
+    differences,
+    flatten,
+)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -35,7 +35,8 @@ def test_objective_learns_and_writes_a_whole_run_folder(world: Path, tmp_path: P
     curve = losses(tmp_path)
     assert len(curve) == 30
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
-    assert {path.name for path in tmp_path.iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints", "model", "loss.png"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= {"config.yaml", "metrics.jsonl", "checkpoints", "model", "loss.png"}
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "images_per_s", "data_wait"} <= set(line)
 
@@ -96,9 +97,20 @@ def test_a_folder_of_another_run_is_refused_and_can_be_restarted(world: Path, tm
     assert len(losses(tmp_path)) == 1
 
 
+def test_a_checkpoint_of_another_language_model_is_refused(world: Path, tmp_path: Path) -> None:
+    train(config(world, tmp_path / "lm", "language", steps=1))
+    settings = config(world, tmp_path / "run", "flamingo", steps=1)
+    settings.model.language.name = str(tmp_path / "lm" / "model")
+    train(settings)
+    train(config(world, tmp_path / "lm", "language", steps=2))  # the folder's weights are now others
+    settings.run.steps = 2
+    with pytest.raises(UserError, match="belongs to another language model"):
+        train(settings)
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, "language", steps=5, checkpoint_every=1)
-    settings.optim.lr = 1e38
+    settings.optim.lr = 1e18
     with pytest.raises(UserError, match=r"update \d+: the gradient is not finite, and no weight was changed"):
         train(settings)
     (keys,) = tmp_path.glob("nonfinite-step-*.json")

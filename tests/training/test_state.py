@@ -13,10 +13,10 @@ from flamingo.errors import UserError
 from flamingo.training import state
 
 
-def small(seed: int, *, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
+def small(seed: int, *, width: int = 4) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
-    model[0].bias.requires_grad_(False)
+    model.get_parameter("0.bias").requires_grad_(False)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
@@ -38,7 +38,7 @@ def test_resumed_is_uninterrupted_bit_for_bit_with_dropout(tmp_path: Path) -> No
     expected = steps(model, optimizer, 4)
     other, fresh = small(1)
     with torch.no_grad():
-        other[0].bias.copy_(model[0].bias)  # frozen weights are not in a checkpoint
+        other.get_parameter("0.bias").copy_(model.get_parameter("0.bias"))  # frozen weights are not in a checkpoint
     newest = state.newest(tmp_path)
     assert newest is not None
     assert state.load(newest, other, fresh) == {"step": 3, "loader": {"at": 7}}
@@ -61,7 +61,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     model, optimizer = small(0)
     steps(model, optimizer, 1)
     path = state.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
-    model[0].bias.requires_grad_(True)
+    model.get_parameter("0.bias").requires_grad_(True)
     with pytest.raises(UserError, match=r"train different parameters .* the first is 0\.bias"):
         state.load(path, model, torch.optim.AdamW(model.parameters()))
 

@@ -86,8 +86,8 @@ def config(world: Path, run_dir: Path, objective: str, **run: Any) -> TrainConfi
         model=ModelConfig(
             vision=VisionSource(config=CLIP),
             language=LanguageSource(config=LLAMA, tokenizer=str(world / "tokenizer")),
-            resampler=ResamplerConfig(depth=1, heads=2, head_dim=16, latents=4, ff_mult=2),
-            cross_attention=CrossAttentionConfig(heads=2, head_dim=16, ff_mult=2),
+            resampler=ResamplerConfig(depth=1, heads=2, head_dim=16, latents=4, ff_mult=2.0),
+            cross_attention=CrossAttentionConfig(heads=2, head_dim=16, ff_mult=2.0),
         ),
         data=DataConfig(datasets=datasets[objective]),
         optim=OptimConfig(lr=3e-3, weight_decay=0.01),

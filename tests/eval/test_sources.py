@@ -1,0 +1,135 @@
+"""Tasks from files: shards and tables, and one sentence for everything that is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.page import Page, Picture, Text
+from data.schema import ShardWriter
+from eval.build import build_task, check_shots
+from eval.sources import page_turns, read_documents
+from eval.task import SourceSpec, TaskSpec
+from flamingo.errors import UserError
+from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
+
+
+def test_a_page_of_several_pictures_is_as_many_turns() -> None:
+    pictures = [png(COLOURS["red"], i) for i in range(4)]
+    nodes = [
+        Text("before"),
+        Picture((1,)),
+        Text("what?", loss=False),
+        Text(" a"),
+        Picture((0, 2)),
+        Text("b"),
+        Text("c"),
+    ]
+    turns = list(page_turns(Page("key", nodes, pictures)))
+    assert [(question, answer) for _, question, answer in turns] == [("what?", " a"), ("", "bc")]
+    assert [picture.frames for picture, _, _ in turns] == [(pictures[1],), (pictures[0], pictures[2])]
+
+
+def test_documents_carry_the_text_of_the_page_or_the_facts_named(tmp_path: Path) -> None:
+    source = SourceSpec(path=str(write_scenes(tmp_path / "scenes", 8)))
+    caption = read_documents("t", TaskSpec(source=source), source)[0]
+    assert (caption.turn.question, caption.turn.text, caption.golds) == ("", "a red square", ("a red square",))
+    source.fields = {"question": "question", "answer": "answer"}
+    answer = read_documents("t", TaskSpec(lead=" ", question="Q: {question}", tail="."), source)[0]
+    assert (answer.turn.question, answer.turn.text, answer.golds) == ("Q: what colour?", " red.", ("red",))
+    assert len({document.id for document in read_documents("t", TaskSpec(source=source), source)}) == 8
+
+
+def test_a_text_form_that_training_never_showed_is_refused(tmp_path: Path) -> None:
+    source = SourceSpec(path=str(write_scenes(tmp_path / "scenes", 4)))
+    with pytest.raises(UserError, match=r"'a red square' .* would be shown as ' a red square'"):
+        read_documents("t", TaskSpec(lead=" "), source)
+
+
+def test_binding_pool_and_names_come_from_meta(tmp_path: Path) -> None:
+    pool = SourceSpec(path=str(write_pool(tmp_path / "pool")))
+    spec = TaskSpec(kind="binding", source=pool, names_source=pool, question="a", lead=" ", min_pictures=6, queries=99)
+    task = build_task("b", spec)
+    assert (len(task.query_ids()), task.max_shots()) == (24, 5)
+    check_shots({"b": task}, [0, 5])
+    with pytest.raises(UserError, match="shots=6 is more than task b can give: its data allow 5"):
+        check_shots({"b": task}, [0, 6])
+    with pytest.raises(UserError, match="0 classes of at least 7 pictures"):
+        build_task("b", TaskSpec(kind="binding", source=pool, names_source=pool, min_pictures=7))
+
+
+def test_classes_of_binding_pages_go_by_the_page_names(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "pages", "pages") as writer:
+        nodes = [n for i in range(2) for n in (Picture((i,)), Text("a", loss=False), Text(" kibo" if i else " lumo"))]
+        pictures = [png(COLOURS["red"], i) for i in range(2)]
+        writer.write(Page("", nodes, pictures, {"names": ["kibo", "lumo"], "classes": [7, 9]}))
+    source = SourceSpec(path=str(tmp_path / "pages"))
+    found = read_documents("t", TaskSpec(kind="binding", lead=" "), source)
+    assert [document.label for document in found] == ["9", "7"]
+
+
+def write_table(folder: Path, text: str) -> SourceSpec:
+    folder.mkdir(exist_ok=True)
+    for seed, name in enumerate(("one", "two")):
+        (folder / f"{name}.png").write_bytes(png(COLOURS["red"], seed))
+    (folder / "table.csv").write_text(text)
+    return SourceSpec(format="csv", path=str(folder / "table.csv"))
+
+
+def test_a_table_is_a_task(tmp_path: Path) -> None:
+    source = write_table(
+        tmp_path, "picture,question,answer,kind\none.png,what?,red|crimson,colour\ntwo.png,how many?,1,count\n"
+    )
+    task = build_task("mine", TaskSpec(source=source, queries=1, lead=" ", metric="vqa_accuracy"))
+    episode = task.episode(task.query_ids()[0], 1, seed=0)
+    assert {episode.query.question, episode.demos[0].question} == {"what?", "how many?"}
+    assert set(episode.golds) <= {"red", "crimson", "1"}
+    assert task.score("red" if "red" in episode.golds else "1", episode) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,reply\none.png,red\n", "no column 'answer'; its columns are picture, reply"),
+        ("picture,answer\nthree.png,red\n", r"row 1 names the picture .*three.png, which does not exist"),
+        ("picture,answer\n", "holds no picture with an answer"),
+        ("picture,answer,id\none.png,a,x\ntwo.png,b,x\n", "the id 'x' occurs twice"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_task("mine", TaskSpec(source=write_table(tmp_path, text)))
+
+
+def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
+    def build(path: Path, **fields: str) -> None:
+        build_task("t", TaskSpec(source=SourceSpec(path=str(path), fields=fields)))
+
+    with pytest.raises(UserError, match="nowhere do not exist"):
+        build(tmp_path / "nowhere")
+    scenes = write_scenes(tmp_path / "scenes", 8)
+    with pytest.raises(UserError, match=r"no 'kin' in its meta, it has answer, caption, kind, question"):
+        build(scenes, kind="kin")
+    with pytest.raises(UserError, match=r"source.fields has 'gold'"):
+        build(scenes, gold="answer")
+    next(scenes.glob("*.tar")).unlink()
+    with pytest.raises(UserError, match=r"task t: .*\.tar is listed in the folder's manifest and missing"):
+        build(scenes)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"task t: .*_dataset.json does not exist"):
+        build(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "x"}, "task.t.kind is 'x'"),
+        ({"metric": "x"}, "exact_match"),
+        ({"ways": 1}, "at least 2"),
+        ({"queries": 0}, "1"),
+    ],
+)
+def test_impossible_values_name_their_key(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_task("t", TaskSpec(**change))
