@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -220,42 +221,47 @@ def dataset_specs(config: TrainConfig) -> list[DatasetSpec]:
     return specs  # type: ignore[return-value]
 
 
-def compose(overrides: list[str]) -> TrainConfig:
+def compose(arguments: list[str]) -> TrainConfig:
     """`key=value` arguments to a typed config.
 
+    hydra composes the groups (`experiment=...`); values are then set on the typed result, whose tables may grow.
+
     Raises:
-        UserError: an unknown key or group, a value of the wrong type, a missing value.
+        UserError: an unknown key or group, a value of the wrong type.
     """
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return typed(hydra.compose("train", overrides=overrides))
-        except HydraException as error:
-            raise UserError(explain(error)) from error
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        groups = [o for o in overrides if o.key_or_group.startswith("hydra.") or (CONFIGS / o.key_or_group).is_dir()]
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = hydra.compose("train", overrides=[str(override.input_line) for override in groups])
+        OmegaConf.set_struct(composed, False)  # the schema stays: only its own tables take new keys
+        for override in overrides:
+            if override not in groups:
+                key = override.key_or_group
+                merge = OmegaConf.select(composed, key) is not None  # omegaconf cannot merge onto nothing
+                OmegaConf.update(composed, key, override.value(), merge=merge)
+        return typed(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
 
 
 def typed(composed: DictConfig) -> TrainConfig:
     """The composed YAML as `TrainConfig`."""
-    known = [field.name for field in fields(TrainConfig)]
-    if extra := [str(key) for key in composed if key not in known]:
-        raise UserError(f"{extra[0]} is no key of the config{nearest(extra[0], known)}")
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {first_line(error)}") from error
+    if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
+        raise UserError(f"{extra[0]} is no key of the config")
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, TrainConfig)
     return config
 
 
 def explain(error: Exception) -> str:
-    """hydra's message in one line that names the key."""
+    """hydra's or omegaconf's message in one line that names the key."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
     if wrong_type:
         return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Could not override '([^']+)'", text):
+    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
         known = list(flatten(OmegaConf.to_container(OmegaConf.structured(TrainConfig))))  # type: ignore[arg-type]
-        dataset = unknown[1].rpartition(".")[0]
-        known += [f"{dataset}.{field.name}" for field in fields(DatasetSpec)]
         return f"{unknown[1]} is no key of the config{nearest(unknown[1], known)}"
     return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
 

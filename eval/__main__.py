@@ -41,11 +41,11 @@ def load_config(arguments: Sequence[str]) -> Any:
         chosen = [str(override.input_line) for override in overrides if override.key_or_group == "task"]
         with initialize_config_dir(str(CONFIG), version_base="1.3"):
             composed = compose("eval", overrides=chosen)
-        OmegaConf.set_struct(composed, False)  # so that a task's `fields` may grow; the classes refuse unknown keys
+        OmegaConf.set_struct(composed, None)  # so that a task's `fields` may grow; the classes refuse unknown keys
         typed = OmegaConf.merge(OmegaConf.structured(EvalConfig), composed)
         for override in overrides:
             if override.key_or_group != "task":
-                key, value = _setting(override)
+                key, value = _setting(override, list(typed.task))
                 OmegaConf.update(typed, key, value, force_add=False)
         config: Any = OmegaConf.to_object(typed)
     except UserError:
@@ -58,20 +58,25 @@ def load_config(arguments: Sequence[str]) -> Any:
             f"unknown key {error.full_key!r} in the config; `python -m eval --help` lists the keys"
         ) from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_one_line(error)}") from None
+        text = _one_line(error)
+        if " not in '" in text:  # in a class: `Key 'x' not in 'EvalConfig'`
+            text = "is no setting; `python -m eval --help` lists them"
+        raise UserError(f"{error.full_key}: {text}") from None
     except (HydraException, ValueError) as error:
         raise UserError(_hydra_sentence(error, names)) from None
     config.check()
     return config
 
 
-def _setting(override: Any) -> tuple[str, Any]:
-    """(key, value) of one `key=value`; a single value stands for a list of one."""
+def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
+    """(key, value) of one `key=value`; a single value stands for a list of one. `tasks` are those chosen."""
     from flamingo.errors import UserError
 
     key = str(override.key_or_group)
     if override.is_delete() or override.is_sweep_override():
         raise UserError(f"{override.input_line}: write key=value, and lists in brackets, for example shots=[0,4]")
+    if key.startswith("task.") and key.split(".")[1] not in tasks:
+        raise UserError(f"{key} is of a task that is not chosen; chosen are {', '.join(tasks)}")
     value = override.value()
     return key, [value] if key in ("shots", "pictures") and not isinstance(value, list) else value
 
@@ -90,20 +95,30 @@ def _one_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def check_model_folder(model: str) -> Path:
+    """The folder, if a model is in it; UserError otherwise."""
+    from flamingo.errors import UserError
+
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model={model} is no folder with a saved model (config.json is missing); give the folder that "
+            "save_pretrained or train.py wrote"
+        )
+    return folder
+
+
 def load_responder(config: Any) -> Any:
-    """The model of `config.model` as a `FlamingoResponder`. Raises UserError when there is none."""
+    """The model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
     import torch
+    from transformers.utils import logging
 
     from eval.model import FlamingoResponder
     from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
     from flamingo.errors import UserError
 
-    folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={config.model} is no folder with a saved model (config.json is missing); give the folder that "
-            "save_pretrained or train.py wrote"
-        )
+    folder = check_model_folder(config.model)
+    logging.disable_progress_bar()  # the bar of the evaluation is the one to watch
     try:
         model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         processor = FlamingoProcessor.from_pretrained(folder)
@@ -115,13 +130,14 @@ def load_responder(config: Any) -> Any:
 def evaluate(config: Any, command: Sequence[str]) -> dict[str, Any]:
     """Run what the config asks for and write every output. Returns the content of results.json."""
     from eval.build import build_task, check_shots
-    from eval.gallery import cells_to_show, choose, gallery_html, strip_png
+    from eval.gallery import choose_for_strip, gallery_html, strip_png
     from eval.plots import curve_png
     from eval.provenance import provenance
     from eval.report import results_of, write_atomically, write_report
     from eval.runner import Grid, run
 
     start = time.perf_counter()
+    check_model_folder(config.model)
     tasks = {name: build_task(name, spec) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
     grid = Grid(config.shots, config.seeds, config.pictures, config.limit, config.batch_size)
@@ -136,8 +152,7 @@ def evaluate(config: Any, command: Sequence[str]) -> dict[str, Any]:
     write_atomically(out / "curve.png", curve_png(results))
     if config.gallery:
         write_atomically(out / "gallery.html", gallery_html(results, samples, cache.pictures, config.gallery))
-        few = [sample for group in cells_to_show(samples) for sample in choose(group, 2) if len(sample.turns) <= 9]
-        write_atomically(out / "gallery.png", strip_png(few[:12], cache.pictures))
+        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.pictures))
     return results
 
 
@@ -176,7 +191,6 @@ def main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
-    from eval.report import table
     from flamingo.errors import UserError
 
     try:
@@ -185,6 +199,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from eval.report import table
+
     print(table(results))
     pictures = results["pictures"]
     print(

@@ -125,6 +125,23 @@ def data_uri(data: bytes) -> str:
     return f"data:image/{'jpeg' if kind == 'jpg' else kind};base64,{base64.b64encode(data).decode()}"
 
 
+def choose_for_strip(samples: Sequence[Sample], each: int = 3, widest: int = 9) -> list[Sample]:
+    """`each` samples of every task, with the most shots whose prompts have at most `widest` turns."""
+    best: dict[str, list[Sample]] = {}
+    for group in cells_to_show(samples):
+        if max(len(sample.turns) for sample in group) <= widest or group[0].cell.task not in best:
+            best[group[0].cell.task] = max(best.get(group[0].cell.task, []), group, key=_shots)
+    return [sample for group in best.values() for sample in choose(group, each)]
+
+
+def _shots(group: Sequence[Sample]) -> int:
+    return group[0].cell.shots if group else -1
+
+
+def _lines(text: str, most: int = 3) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 22, max_lines=most, placeholder=" …") or ["(nothing)"]
+
+
 def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: int = 112) -> bytes:
     """A PNG with one prompt a line, read from left to right: each picture with its text, then what the model said."""
     font = ImageFont.load_default(size=13)
@@ -143,10 +160,8 @@ def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: 
             draw.multiline_text((x, y + side + 4), textwrap.fill(text, 18), fill="#222222", font=font, spacing=2)
             x += step
         right = sample.score >= 0.5
-        said = textwrap.fill(sample.raw.strip(), 22) + (
-            "" if right else f"\n(expected\n{textwrap.fill(sample.golds[0], 22)})"
-        )
-        draw.multiline_text((x + 4, y), said, fill="#27864a" if right else "#c0392b", font=font, spacing=2)
+        said = [*_lines(sample.raw), *([] if right else ["", "expected:", *_lines(sample.golds[0])])]
+        draw.multiline_text((x + 4, y), "\n".join(said), fill="#27864a" if right else "#c0392b", font=font, spacing=2)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from safetensors.torch import load_file
@@ -30,6 +27,7 @@ from flamingo.config import (
     num_decoder_layers,
 )
 from flamingo.errors import UserError
+from flamingo.hub import from_hub, hub_reachable
 from flamingo.images import ImageTransform
 from flamingo.processor import FlamingoProcessor
 from flamingo.vision import build_open_clip, describe_tower, token_width, vision_model_from_config
@@ -150,10 +148,10 @@ def _open_clip_config(name: str, model_cfg: dict[str, Any], preprocess: dict[str
 
 
 def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
-    config = _from_hub(AutoConfig, name, "vision encoder")
+    config = from_hub(AutoConfig, name, "vision encoder")
     vision_config = getattr(config, "vision_config", config)
     model_class = type(vision_model_from_config_on_meta(vision_config))
-    tower = _from_hub(model_class, name, "vision encoder", config=vision_config).eval()
+    tower = from_hub(model_class, name, "vision encoder", config=vision_config).eval()
     size = int(getattr(vision_config, "image_size", None) or image_size or 224)
     described = describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
     _check_size(described, image_size)
@@ -193,43 +191,10 @@ def load_language(
     elif isinstance(language, nn.Module):
         raise UserError(f"language= is a {type(language).__name__}; a transformers causal LM is needed")
     else:
-        lm = _from_hub(AutoModelForCausalLM, str(language), "language model")
+        lm = from_hub(AutoModelForCausalLM, str(language), "language model")
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return lm, tokenizer
-    return lm, _from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
-
-
-def _from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
-    """Call `cls.from_pretrained(name)` for a folder or a name on the hub; failures become one sentence."""
-    local = Path(name).is_dir()
-    online = not local and hub_reachable()
-    try:
-        return cls.from_pretrained(name, local_files_only=not online, **options)
-    except (OSError, ValueError) as error:
-        if local:
-            raise UserError(f"the folder {name} does not hold a usable {what}: {_first_line(error)}") from error
-        if not online:
-            raise UserError(
-                f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
-                "reachable; give a folder or a built module"
-            ) from error
-        raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Say whether the model hub answers at all; a proxy in the environment counts as yes, offline mode as no."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True
-    endpoint = urlparse(constants.ENDPOINT)
-    try:
-        with socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=timeout):
-            return True
-    except OSError:
-        return False
+    return lm, from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
 
 
 def from_backbones(
@@ -302,7 +267,3 @@ def from_backbones(
         model.generation_config.eos_token_id = [config.eoc_token_id, processor.eos_token_id]
     model.generation_config.pad_token_id = processor.pad_token_id
     return model.eval(), processor
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

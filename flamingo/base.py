@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
+from flamingo.hub import hub_reachable
 from flamingo.language import NewTokens
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, repair_buffers
@@ -58,6 +59,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
+    resampler: PerceiverResampler
+    cross_attn_blocks: nn.ModuleDict
+    new_tokens: NewTokens
     policy: dict[str, str]
 
     @torch.no_grad()
@@ -136,6 +140,10 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         cls, folder: str | Path, *args: Any, vision: nn.Module | None = None, language: Any = None, **options: Any
     ) -> Any:
         """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none."""
+        if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not hub_reachable()):
+            raise UserError(
+                f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
+            )
         built = {"vision_tower": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
         return super().from_pretrained(folder, *args, **options)

@@ -63,7 +63,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = causal_lm
         self.resampler = PerceiverResampler(config.vision.width, **asdict(config.resampler))
-        width = config.text_config.get_text_config(decoder=True).hidden_size  # type: ignore[union-attr]
+        width = config.text_config.get_text_config(decoder=True).hidden_size
         self.cross_attn_blocks = nn.ModuleDict(
             {
                 str(i): GatedCrossAttentionBlock(
@@ -133,7 +133,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         if self.training and torch.is_grad_enabled():
             # One black picture that nobody sees: in a sharded run every process must call the same modules and give
             # gradients (of zeros) for the same parameters, whether its batch has pictures or not.
-            return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0]
+            return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
         latents = self.resampler.latents
         return latents.new_zeros(0, *latents.shape)
 

@@ -2,7 +2,7 @@
 
     OUT/train/scene_pairs, glyph_pairs            picture and text, for the contrastive encoder
     OUT/train/text                                text alone, for the language model
-    OUT/train/captions, vqa, binding, clips       pages, for Flamingo
+    OUT/train/captions, vqa, naming, binding, clips pages, for Flamingo
     OUT/heldout/scene_pairs, glyph_pairs, ...     labelled pictures and pages of other streams, for evaluation
     OUT/tokenizer                                 the tokenizer that knows the toy's words
 
@@ -30,6 +30,7 @@ TRAIN = {
     "text": 20_000,
     "captions": 10_000,
     "vqa": 6_000,
+    "naming": 6_000,
     "binding": 12_000,
     "clips": 2_000,
 }

@@ -7,7 +7,7 @@ that no training page has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,10 +17,11 @@ import numpy as np
 from data.toy import glyphs, textpages
 from data.toy.clips import clip_caption, draw_clip
 from data.toy.glyphs import Glyph, draw_glyph
-from data.toy.names import FIRST, SECOND, draw_names
+from data.toy.names import FIRST, SECOND, draw_names, names
 from data.toy.scenes import Scene, ask, caption, draw_scene
 from data.toy.streams import stream
 
+FAMILIAR = 100  # the first so many glyph classes of training have lasting names
 Part = tuple[str, bool] | tuple[int, ...]
 
 
@@ -95,32 +96,69 @@ def question_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     return draft
 
 
-def binding_page(
-    rng: np.random.Generator, split: str, ways: int = 2, shots: int = 4, repeats: float = 0.5
+def _stream_of_names(
+    rng: np.random.Generator, numbers: Sequence[int], chosen: Sequence[str], order: np.ndarray, repeats: float, known: bool
 ) -> Draft:
-    """`ways` glyph classes under made-up names, `shots` examples of each in random order, and one query at the end.
-
-    Every picture after a class's first is, with probability `repeats`, an exact repetition of an earlier one of its
-    class: matching equal pictures is learnt first and carries the rest (Singh et al. 2025, arXiv 2501.06256). A name's
-    first mention cannot be known and is not in the loss; every later one is, the query's among them.
-    """
-    pool = glyphs.classes(split)
-    numbers = [pool[i] for i in rng.choice(len(pool), size=ways, replace=False)]
-    chosen = draw_names(rng, split, ways)
-    order = rng.permutation(np.repeat(np.arange(ways), shots))
-    order = np.append(order, rng.integers(ways))
-    draft = Draft(meta={"classes": numbers, "names": chosen, "answer": chosen[order[-1]], "shots": shots})
-    earlier: list[list[int]] = [[] for _ in range(ways)]
+    """Glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_page`."""
+    draft = Draft(meta={"classes": list(numbers), "names": list(chosen), "answer": chosen[order[-1]]})
+    earlier: list[list[int]] = [[] for _ in numbers]
     for way in order:
-        known = bool(earlier[way])
-        if known and rng.random() < repeats:
-            again = earlier[way][int(rng.integers(len(earlier[way])))]
-            draft.parts.append((again,))
+        seen = bool(earlier[way])
+        if seen and rng.random() < repeats:
+            draft.parts.append((earlier[way][int(rng.integers(len(earlier[way])))],))
         else:
             earlier[way].append(len(draft.pictures))
             draft.show(draw_glyph(rng, numbers[way]))
-        draft.say(f" {chosen[way]}", loss=known)
+        draft.say(f" {chosen[way]}", loss=known or seen)
     return draft
+
+
+def binding_page(
+    rng: np.random.Generator, split: str, ways: int = 2, shots: int = 4, repeats: float = 0.5
+) -> Draft:
+    """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the page's made-up name of its class.
+
+    A training page draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting. A
+    held-out page has exactly `shots` examples of each class and one query, whatever `repeats` is no two pictures alike.
+
+    In training every picture after a class's first is, with probability `repeats`, an exact repetition of an earlier
+    one of its class: matching equal pictures is learnt first and carries the rest (Singh et al. 2025, arXiv
+    2501.06256). A name's first mention cannot be known and is not in the loss; every later one is.
+    """
+    pool = glyphs.classes(split)
+    first = FAMILIAR if split == "train" else 0  # the familiar classes keep their own names
+    numbers = [pool[first + int(i)] for i in rng.choice(len(pool) - first, size=ways, replace=False)]
+    if split == "train":
+        order = rng.integers(ways, size=ways * shots + 1)
+    else:
+        order = np.append(rng.permutation(np.repeat(np.arange(ways), shots)), rng.integers(ways))
+    repeats = repeats if split == "train" else 0.0
+    draft = _stream_of_names(rng, numbers, draw_names(rng, split, ways), order, repeats, known=False)
+    draft.meta["shots"] = shots
+    return draft
+
+
+@cache
+def familiar_name(number: int) -> str:
+    """The lasting name of a familiar class: a training name, each class another one."""
+    return names("train")[number]
+
+
+def naming_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
+    """A binding page of familiar classes under their lasting names, which all are in the loss.
+
+    Without these pages the pictures of binding pages stay noise: nothing depends on a picture until examples are
+    matched, and nothing can be matched until pictures are told apart. A lasting name gives the direct reason to tell
+    them apart, and binding follows within a few hundred steps.
+    """
+    del split
+    while True:
+        numbers = [int(i) for i in rng.choice(FAMILIAR, size=ways, replace=False)]
+        chosen = [familiar_name(number) for number in numbers]
+        if len({name[:2] for name in chosen}) == len({name[2:] for name in chosen}) == ways:
+            break
+    order = rng.integers(ways, size=ways * shots + 1)
+    return _stream_of_names(rng, numbers, chosen, order, repeats, known=True)
 
 
 def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
@@ -148,6 +186,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
     "glyph_pairs": glyph_pair,
     "captions": caption_page,
     "vqa": question_page,
+    "naming": naming_page,
     "binding": binding_page,
     "clips": clip_pair,
     "text": text_page,

@@ -234,7 +234,7 @@ def test_bad_pictures_are_replaced_alike_everywhere_and_counted(tmp_path: Path) 
     assert {sample.key for sample in loader.bad.by_sample} == names
     assert loader.bad.by_reason() == {("d", "undecodable"): loader.bad.total}
     assert loader.bad.seen == 120
-    again = MixLoader(specs, COLLATE, max_bad_rate=0.1, world_size=1, micro_batches=5, num_workers=1)
+    again = MixLoader(specs, COLLATE, max_bad_rate=0.1, micro_batches=5)
     assert rows_of(take(again, 6)) == expected
     assert not any(row[0] in names for step in expected for row in step["d"])
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tests of few-shot evaluation."""

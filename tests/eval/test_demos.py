@@ -28,7 +28,7 @@ def test_generator_depends_on_every_part_and_on_no_global_state() -> None:
     first = generator("demos", "hash", 0, "q").integers(1 << 40, size=4).tolist()
     generator("something else").integers(10)
     assert generator("demos", "hash", 0, "q").integers(1 << 40, size=4).tolist() == first
-    others = [
+    others: list[tuple[str | int, ...]] = [
         ("demos", "hash", 1, "q"),
         ("demos", "hash", 0, "r"),
         ("demos", "hasi", 0, "q"),

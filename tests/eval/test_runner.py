@@ -105,7 +105,8 @@ def test_dropped_demonstrations_are_counted_and_a_wrong_label_is_refused() -> No
 
 
 def test_cell_keeps_the_order_of_the_queries_and_tells_its_progress() -> None:
-    task, looker, done = tasks()["ranked"], Looker(), []
+    task, looker = tasks()["ranked"], Looker()
+    done: list[int] = []
     queries = list(task.query_ids())[:10][::-1]
     cell = Cell("ranked", 2, 0, "real")
     samples = run_cell(task, cell, looker, FeatureCache(looker), queries, 4, done.append)

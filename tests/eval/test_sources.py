@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.page import Page, Picture, Text
+from data.page import Node, Page, Picture, Text
 from data.schema import ShardWriter
 from eval.build import build_task, check_shots
 from eval.sources import page_turns, read_documents
@@ -17,7 +17,7 @@ from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
 
 def test_a_page_of_several_pictures_is_as_many_turns() -> None:
     pictures = [png(COLOURS["red"], i) for i in range(4)]
-    nodes = [
+    nodes: list[Node] = [
         Text("before"),
         Picture((1,)),
         Text("what?", loss=False),
@@ -61,7 +61,9 @@ def test_binding_pool_and_names_come_from_meta(tmp_path: Path) -> None:
 
 def test_classes_of_binding_pages_go_by_the_page_names(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "pages", "pages") as writer:
-        nodes = [n for i in range(2) for n in (Picture((i,)), Text("a", loss=False), Text(" kibo" if i else " lumo"))]
+        nodes: list[Node] = [
+            n for i in range(2) for n in (Picture((i,)), Text("a", loss=False), Text(" kibo" if i else " lumo"))
+        ]
         pictures = [png(COLOURS["red"], i) for i in range(2)]
         writer.write(Page("", nodes, pictures, {"names": ["kibo", "lumo"], "classes": [7, 9]}))
     source = SourceSpec(path=str(tmp_path / "pages"))
@@ -109,7 +111,7 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere do not exist"):
         build(tmp_path / "nowhere")
     scenes = write_scenes(tmp_path / "scenes", 8)
-    with pytest.raises(UserError, match=r"no 'kin' in its meta, it has answer, caption, kind, question"):
+    with pytest.raises(UserError, match=r"no 'kin' in its meta, it has answer, caption, kind, question, question_kind"):
         build(scenes, kind="kin")
     with pytest.raises(UserError, match=r"source.fields has 'gold'"):
         build(scenes, gold="answer")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.schema import Page, Picture, ShardWriter, Text
+from data.page import Node, Page, Picture, Text
+from data.schema import ShardWriter
 from eval.model import Completion
 from eval.prompts import Prompt, PromptBuilder
 from eval.task import Document, Turn
@@ -48,12 +49,8 @@ def write_scenes(folder: Path, count: int = 40) -> Path:
         for document in colour_documents(count):
             colour, picture = document.golds[0], document.turn.picture
             assert picture is not None
-            meta = {
-                "kind": document.kind,
-                "question": "what colour?",
-                "answer": colour,
-                "caption": f"a {colour} square",
-            }
+            meta = {"kind": document.kind, "caption": f"a {colour} square"}
+            meta |= {"question": "what colour?", "question_kind": "colour", "answer": colour}
             writer.write(Page("", [Picture((0,)), Text(f"a {colour} square")], list(picture.frames), meta))
     return folder
 
@@ -63,7 +60,7 @@ def write_pool(folder: Path, per_class: int = 6) -> Path:
     with ShardWriter(folder, "pool") as writer:
         for index in range(per_class * len(COLOURS)):
             colour = list(COLOURS)[index % len(COLOURS)]
-            nodes = [Picture((0,)), Text("a", loss=False), Text(f" {colour}")]
+            nodes: list[Node] = [Picture((0,)), Text("a", loss=False), Text(f" {colour}")]
             names = [NAMES[index % len(NAMES)], NAMES[(index + 1) % len(NAMES)]]
             writer.write(Page("", [*nodes], [png(COLOURS[colour], 500 + index)], {"class": colour, "names": names}))
     return folder

@@ -23,11 +23,11 @@ def test_segments_are_their_slow_twin(slots: list[list[int]]) -> None:
     segments = segments_from_slots(torch.tensor(slots), 4)
     generator = torch.Generator().manual_seed(0)
     shapes = ((len(segments.tokens), 2, 8), (4, 3, 2, 8), (4, 3, 2, 8))
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    fast, slow = attend_segments(*inputs, segments), attend_segments_slow(*inputs, segments)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    fast, slow = attend_segments(q, k, v, segments), attend_segments_slow(q, k, v, segments)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
     weight = torch.randn(fast.shape, generator=generator, dtype=torch.float64)
-    gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (fast, slow)]
+    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (fast, slow)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 

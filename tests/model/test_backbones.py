@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -17,7 +18,7 @@ from flamingo.config import VisionConfig
 from flamingo.vision import VisionEncoder, patch_tokens
 from tests.model import tiny
 
-MODEL_CFG = {
+MODEL_CFG: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": tiny.SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
@@ -112,7 +113,7 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path_factory: pytest.TempPa
     with pytest.raises(UserError, match="no weights 'opnai'"):
         load_vision("ViT-L-14", pretrained="opnai")
     (folder / "open_clip_model.safetensors").unlink()
-    with pytest.raises(UserError, match="weights; open_clip_model.safetensors is missing"):
+    with pytest.raises(UserError, match=r"weights; open_clip_model\.safetensors is missing"):
         load_vision(folder)
 
 

@@ -110,7 +110,8 @@ def test_block_is_the_formula(mask_ffn: bool) -> None:
 
 
 def test_a_token_without_picture_gets_exactly_zero_from_attention() -> None:
-    block = randomised(GatedCrossAttentionBlock(16, 12, heads=2, head_dim=4)).float()
+    block = GatedCrossAttentionBlock(16, 12, heads=2, head_dim=4)
+    randomised(block).float()
     generator = torch.Generator().manual_seed(7)
     x, media = torch.randn(2, 4, 16, generator=generator), torch.randn(2, 4, 12, generator=generator)
     slots = torch.tensor([[-1, -1, 0, 0], [-1, 1, 1, 1]])

@@ -81,7 +81,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = tiny.flamingo("llama")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    from torchvision.transforms.v2.functional import to_pil_image
+    from torchvision.transforms.v2.functional import to_pil_image  # type: ignore[import-untyped]
 
     to_pil_image(tiny.picture(0, 40)).save(tmp_path / "a.png")
     options = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "5"]

@@ -31,7 +31,7 @@ def trimmed(ids: torch.Tensor, model: FlamingoForConditionalGeneration) -> list[
 
 @families
 @ways
-def test_left_padded_batch_is_one_by_one(family: str, options: dict[str, int]) -> None:
+def test_left_padded_batch_is_one_by_one(family: str, options: dict[str, Any]) -> None:
     model, processor = tiny.flamingo(family)
     together = model.generate(**tiny.batch(processor), max_new_tokens=8, **options)
     each = options.get("num_return_sequences", 1)
@@ -46,7 +46,8 @@ def test_left_padded_batch_is_one_by_one(family: str, options: dict[str, int]) -
 def test_with_cache_is_without(family: str) -> None:
     model, processor = tiny.flamingo(family)
     inputs = tiny.batch(processor)
-    for options in ({}, {"num_beams": 3}):
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}]
+    for options in ways:
         with_cache = model.generate(**inputs, max_new_tokens=8, **options)
         assert torch.equal(with_cache, model.generate(**inputs, max_new_tokens=8, use_cache=False, **options))
 
@@ -94,7 +95,7 @@ def test_sampling_follows_the_seed() -> None:
 
 def favour(model: FlamingoForConditionalGeneration, token: int) -> None:
     """Make the model want one token above all, through the new tokens' table."""
-    index = model.config.new_token_ids.index(token)  # type: ignore[union-attr]
+    index = model.config.new_token_ids.index(token)
     rows = model.new_tokens.output_rows
     assert rows is not None
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_each_picture_is_encoded_once_and_projected_once() -> None:
     model.vision_encoder.register_forward_pre_hook(
         lambda _, args: counts.update(pictures=counts["pictures"] + len(args[0]))
     )
-    block = model.cross_attn_blocks["1"]
+    block: Any = model.cross_attn_blocks["1"]
     block.attn.k_proj.register_forward_pre_hook(lambda *_: counts.update(projections=counts["projections"] + 1))
     model.generate(**tiny.batch(processor), max_new_tokens=6, num_beams=4, min_new_tokens=6)
     assert counts == {"pictures": 3, "projections": 1}

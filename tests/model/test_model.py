@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_closed_gates_are_the_frozen_lm_exactly(family: str) -> None:
 
 
 @families
-def test_the_lm_stays_an_ordinary_lm(family: str, tmp_path: object) -> None:
+def test_the_lm_stays_an_ordinary_lm(family: str, tmp_path: Path) -> None:
     """Same class, same state dict, loadable by transformers, and outside of a call the same function."""
     model, processor = tiny.flamingo(family)
     plain = tiny.lm(family)
@@ -233,10 +235,12 @@ def test_new_tokens_inside_or_beyond_the_table(vocab: int, tied: bool) -> None:
     assert model.config.new_token_ids == [tiny.TOKENS, tiny.TOKENS + 1, tiny.TOKENS + 2]
     assert (model.new_tokens.output_rows is None) == tied
     inputs = dict(tiny.batch(processor, padding_side="right"))
-    table = model.language_model.get_input_embeddings().weight.detach().clone()
+    embedding: Any = model.language_model.get_input_embeddings()
+    table = embedding.weight.detach().clone()
     out = model(**inputs, output_hidden_states=True)
     assert out.logits.shape[-1] == max(vocab, tiny.TOKENS + 3)
     rows = model.new_tokens.input_rows if tied else model.new_tokens.output_rows
+    assert rows is not None
     torch.testing.assert_close(out.logits[..., tiny.TOKENS : tiny.TOKENS + 3], out.hidden_states[-1] @ rows.T)
     model.train()
     optimizer = torch.optim.SGD([p for _, p in model.trainable_parameters()], lr=0.1)
@@ -244,7 +248,7 @@ def test_new_tokens_inside_or_beyond_the_table(vocab: int, tied: bool) -> None:
     model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
     optimizer.step()
     assert all(bool((a != b).any(1).any()) for a, b in zip(before, model.new_tokens.parameters(), strict=True))
-    assert torch.equal(model.language_model.get_input_embeddings().weight, table)
+    assert torch.equal(embedding.weight, table)
 
 
 def test_new_rows_start_at_the_tables_mean_and_are_seeded() -> None:
@@ -252,18 +256,19 @@ def test_new_rows_start_at_the_tables_mean_and_are_seeded() -> None:
     again, _ = tiny.flamingo("llama", seed=3)
     other, _ = tiny.flamingo("llama", seed=4)
     rows = model.new_tokens.input_rows
-    table = model.language_model.get_input_embeddings().weight
+    embedding: Any = model.language_model.get_input_embeddings()
+    table = embedding.weight
     assert torch.equal(rows, again.new_tokens.input_rows)
     assert not torch.equal(rows, other.new_tokens.input_rows)
     assert float((rows - table.mean(0)).detach().std()) == pytest.approx(0.1 * float(table.detach().std()), rel=0.3)
 
 
 @families
-def test_save_then_load_is_the_same(family: str, tmp_path: object) -> None:
+def test_save_then_load_is_the_same(family: str, tmp_path: Path) -> None:
     model, processor = tiny.flamingo(family)
     inputs = tiny.batch(processor)
     model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)  # type: ignore[arg-type]
+    processor.save_pretrained(tmp_path)
     loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
@@ -271,7 +276,7 @@ def test_save_then_load_is_the_same(family: str, tmp_path: object) -> None:
         assert torch.equal(ours, loaded.generate(**inputs, max_new_tokens=5))
 
 
-def test_a_built_module_that_cannot_be_rebuilt(tmp_path: object) -> None:
+def test_a_built_module_that_cannot_be_rebuilt(tmp_path: Path) -> None:
     class Patches(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,7 +285,7 @@ def test_a_built_module_that_cannot_be_rebuilt(tmp_path: object) -> None:
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return self.conv(pixels)
 
-    options = {"image_size": tiny.SIZE, "tokenizer": tiny.tokenizer()}
+    options: dict[str, Any] = {"image_size": tiny.SIZE, "tokenizer": tiny.tokenizer()}
     model, processor = FlamingoForConditionalGeneration.from_backbones(Patches(), tiny.lm("opt"), **options)
     with pytest.raises(UserError, match="vision module was built by you"):
         model.save_pretrained(tmp_path)
@@ -331,8 +336,13 @@ def test_builds_on_the_meta_device_at_full_size(family: str) -> None:
     """The paper's and OpenFlamingo's shapes cost nothing to look at: CLIP ViT-L/14 and a 7B-shaped LM."""
     from transformers import AutoConfig
 
-    shape = {"hidden_size": 4096, "vocab_size": 50257, "num_hidden_layers": 32, "num_attention_heads": 32}
-    own = {
+    shape: dict[str, Any] = {
+        "hidden_size": 4096,
+        "vocab_size": 50257,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    own: dict[str, dict[str, Any]] = {
         "gpt2": {"n_embd": 4096, "n_layer": 32, "n_head": 32},
         "mpt": {"d_model": 4096, "n_layers": 32, "n_heads": 32},
     }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_padding(processor: FlamingoProcessor) -> None:
 def test_chat_style_is_the_same_as_a_string(processor: FlamingoProcessor) -> None:
     first, second = tiny.picture(0), tiny.picture(1)
     plain = processor(images=[[first, second]], text=["<image>A cat.<|endofchunk|><image>A"])
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"type": "image", "image": first},
         {"type": "text", "text": "A cat."},
         {"type": "image", "image": second},

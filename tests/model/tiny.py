@@ -38,12 +38,17 @@ def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def lm_config(family: str, vocab: int = TOKENS, tied: bool | None = None) -> PreTrainedConfig:
-    ids = {"vocab_size": vocab, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ids: dict[str, Any] = {"vocab_size": vocab, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if tied is not None:
         ids["tie_word_embeddings"] = tied
-    base = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 128}
+    base: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    }
     if family == "gpt2":
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        none: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=128, **none, **ids)
     if family == "opt":
         return OPTConfig(ffn_dim=64, word_embed_proj_dim=32, dropout=0.1, **base, **ids)
@@ -64,7 +69,12 @@ def lm(family: str, vocab: int = TOKENS, tied: bool | None = None) -> PreTrained
 
 def vision() -> CLIPVisionModel:
     torch.manual_seed(1)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return CLIPVisionModel(CLIPVisionConfig(image_size=SIZE, patch_size=14, **sizes)).eval()
 
 

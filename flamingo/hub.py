@@ -1,0 +1,51 @@
+"""The model hub, where there is one: a name that needs the network is refused at once where there is none.
+
+Without this, transformers and open_clip try again, silently, for up to a minute each.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from flamingo.errors import UserError
+
+
+def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
+    """Call `cls.from_pretrained(name)` for a folder or a name on the hub; failures become one sentence."""
+    local = Path(name).is_dir()
+    online = not local and hub_reachable()
+    try:
+        return cls.from_pretrained(name, local_files_only=not online, **options)
+    except (OSError, ValueError) as error:
+        if local:
+            raise UserError(f"the folder {name} does not hold a usable {what}: {_first_line(error)}") from error
+        if not online:
+            raise UserError(
+                f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
+                "reachable; give a folder or a built module"
+            ) from error
+        raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Say whether the model hub answers at all; a proxy in the environment counts as yes, offline mode as no."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    endpoint = urlparse(constants.ENDPOINT)
+    try:
+        with socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=timeout):
+            return True
+    except OSError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

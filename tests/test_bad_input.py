@@ -1,0 +1,94 @@
+"""What a user gets wrong, through the commands a user types: one clear line, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.errors import UserError
+from tests.training.world import config, write_world
+from train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_world(tmp_path_factory.mktemp("world"))
+    train(config(root, root / "run", "flamingo", steps=1))
+    return root
+
+
+def refused(*arguments: str) -> str:
+    """Runs a command that must fail as promised; returns its one line."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def training(world: Path, shards: Path, *more: str) -> list[str]:
+    return [
+        "train.py",
+        "objective=language",
+        f"model.language.tokenizer={world / 'tokenizer'}",
+        "model.language.config={model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 1}",
+        f"data.datasets={{words: {{shards: [{shards}], batch_size: 2}}}}",
+        f"run.dir={world / 'never'}",
+        *more,
+    ]
+
+
+def test_a_missing_shard(world: Path) -> None:
+    assert "gone.tar does not exist" in refused(*training(world, world / "gone.tar"))
+
+
+def test_a_truncated_shard(world: Path, tmp_path: Path) -> None:
+    (whole,) = sorted((world / "words").glob("*-000000.tar"))
+    cut = tmp_path / whole.name
+    shutil.copy(whole.with_name(whole.name + ".idx"), tmp_path)
+    cut.write_bytes(whole.read_bytes()[:-4096])
+    line = refused(*training(world, cut))
+    assert cut.name in line
+    assert "truncated" in line or "changed" in line
+
+
+def test_an_unknown_key_and_a_wrong_value(world: Path) -> None:
+    shards = world / "words"
+    assert "run.stepps is no key" in refused(*training(world, shards, "run.stepps=3"))
+    assert "run.precision=fp8 is not one of fp32, bf16" in refused(*training(world, shards, "run.precision=fp8"))
+
+
+def test_a_name_that_needs_the_network(world: Path) -> None:
+    line = refused(*training(world, world / "words", "model.language.name=facebook/opt-125m"))
+    assert "facebook/opt-125m" in line
+    assert "network" in line
+
+
+def test_a_picture_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n but no more than that")
+    model = str(world / "run" / "model")
+    line = refused("-m", "flamingo", "generate", "--model", model, "--image", str(broken), "--prompt", "<image>a")
+    assert "broken.png" in line
+
+
+def test_more_tags_than_pictures_in_row_3(world: Path) -> None:
+    processor = FlamingoProcessor.from_pretrained(world / "run" / "model")
+    picture = Image.new("RGB", (16, 16))
+    with pytest.raises(UserError, match=r"row 3.* 2 .*<image>.* 1 "):
+        processor(text=["<image>a"] * 3 + ["<image>a<image>b"], images=[[picture]] * 4)
+
+
+def test_a_model_folder_that_is_none(world: Path) -> None:
+    assert "config.json is missing" in refused("-m", "eval", f"model={world}", f"data={world}", "task=toy_caption")
+    with pytest.raises((UserError, OSError)):
+        FlamingoForConditionalGeneration.from_pretrained(world)
