@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.utils.logging import disable_progress_bar
 
 from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
-from data.loader import MixLoader, page_texts
-from data.spec import DatasetSpec
+from data.loader import MixLoader
+from data.spec import DatasetSpec, page_texts
 from flamingo.errors import UserError
 from flamingo.training import build, state
 from flamingo.training.config import TrainConfig, flatten

@@ -11,64 +11,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.batch import Batch, StepBatches
 from data.collate import Collate
 from data.errors import BadSample, BadSampleCounter, ContentError
-from data.page import Text
 from data.plan import SAMPLE, Plan, Slot, dataset_seed, stream
 from data.reader import ShardReader
 from data.spec import Corpus, DatasetSpec, open_corpus
-from data.windows import IGNORED
 from flamingo.errors import UserError
 
 STATE_VERSION = 1
 ATTEMPTS = 8  # replacements tried for a bad sample
 Place = tuple[int, int, int]  # dataset, step, micro-batch
-
-
-@dataclass(slots=True)
-class Batch:
-    """The rows of one dataset for one micro-batch of one rank."""
-
-    dataset: str
-    tensors: dict[str, Tensor]
-    keys: list[str]
-    bad: list[BadSample] = field(default_factory=list)
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """Rows, tokens without padding, tokens with a label, pictures (frames are not counted), replaced samples."""
-        tensors = self.tensors
-        counts = {"rows": len(self.keys), "bad": len(self.bad)}
-        if "attention_mask" in tensors:
-            counts["tokens"] = int(tensors["attention_mask"].sum())
-            counts["labels"] = int((tensors["labels"] != IGNORED).sum())
-        pictures = tensors.get("pixel_values", tensors.get("image"))
-        return counts | {"images": 0 if pictures is None else len(pictures)}
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on a device."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
-        return Batch(self.dataset, moved, self.keys, self.bad)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the DataLoader)."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
-        return Batch(self.dataset, pinned, self.keys, self.bad)
-
-
-@dataclass(slots=True)
-class StepBatches:
-    """All that a rank needs for one step: for each dataset its micro-batches, in the order of the mixture."""
-
-    step: int
-    batches: dict[str, list[Batch]]
 
 
 @dataclass(slots=True)
@@ -299,15 +258,3 @@ class MixLoader:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
-    """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
-    for spec in specs:
-        corpus = open_corpus(spec)
-        reader = ShardReader(corpus.indexes)
-        for shard, rows in enumerate(corpus.counts):
-            for number in range(rows):
-                nodes = reader.sample(shard, corpus.row(shard, number)).nodes
-                yield "".join(node.text for node in nodes if isinstance(node, Text))
-        reader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.index import JSON, TEXT, TarIndex, open_index
+from data.page import Text
 from data.plan import default_lanes
+from data.reader import ShardReader
 from data.schema import MANIFEST, read_manifest
 from data.windows import LABEL_POLICIES, WINDOWS
 from flamingo.errors import UserError
@@ -139,3 +142,15 @@ def open_corpus(spec: DatasetSpec) -> Corpus:
     if corpus.counts.sum() == 0:
         raise UserError(f"dataset {spec.name!r} has no sample of kind {spec.kind!r} in its {len(indexes)} shards")
     return corpus
+
+
+def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
+    """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
+    for spec in specs:
+        corpus = open_corpus(spec)
+        reader = ShardReader(corpus.indexes)
+        for shard, rows in enumerate(corpus.counts):
+            for number in range(rows):
+                nodes = reader.sample(shard, corpus.row(shard, number)).nodes
+                yield "".join(node.text for node in nodes if isinstance(node, Text))
+        reader.close()

@@ -259,6 +259,18 @@ def from_backbones(
         language_kind="transformers" if rebuildable else "module",
         decoder_layers_path=decoder_layers_path,
     )
+    return _assemble(model_class, config, tower, lm, processor, seed), processor
+
+
+def _assemble(
+    model_class: Any,
+    config: FlamingoConfig,
+    tower: nn.Module,
+    lm: PreTrainedModel,
+    processor: FlamingoProcessor,
+    seed: int,
+) -> Any:
+    """The model around both backbones, its new parts drawn from `seed` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config, vision_tower=tower, causal_lm=lm)
@@ -266,4 +278,4 @@ def from_backbones(
     if model.generation_config.eos_token_id == [config.eoc_token_id] and processor.eos_token_id is not None:
         model.generation_config.eos_token_id = [config.eoc_token_id, processor.eos_token_id]
     model.generation_config.pad_token_id = processor.pad_token_id
-    return model.eval(), processor
+    return model.eval()

@@ -68,12 +68,12 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a checkpoint lacks; the backbones initialise themselves."""
         if isinstance(module, GatedCrossAttentionBlock):
-            init.zeros_(module.attn_gate)
-            init.zeros_(module.ff_gate)
+            init.constant_(module.attn_gate, module.gate_init)
+            init.constant_(module.ff_gate, module.gate_init)
         elif isinstance(module, PerceiverResampler):
-            init.normal_(module.latents)
+            init.normal_(module.latents, std=module.init_std)
             if module.frame_embeddings is not None:
-                init.normal_(module.frame_embeddings)
+                init.normal_(module.frame_embeddings, std=module.init_std)
         elif isinstance(module, NewTokens):
             init.normal_(module.input_rows, std=0.02)
             if module.output_rows is not None:

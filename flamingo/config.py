@@ -68,6 +68,8 @@ class ResamplerConfig:
     """Tokens per picture or clip that come out."""
     width: int | None = None
     """Width of the latents; None: the encoder's."""
+    init_std: float = 1.0
+    """Deviation of the initial latents and time embeddings. At small widths 1 drowns the picture: see LOG.md."""
     ff_mult: float = 4.0
     """Width of the feed-forward as a multiple of the model width."""
     activation: str = "gelu"
@@ -93,6 +95,8 @@ class CrossAttentionConfig:
     """Width of the feed-forward as a multiple of the LM's width."""
     activation: str = "gelu"
     """Of the feed-forward."""
+    gate_init: float = 0.0
+    """Where both gates start. 0 (the paper): the model is the frozen LM at first; open gates learn sooner."""
     mask_ffn_without_media: bool = False
     """True: a token that sees no picture skips the feed-forward too, so a text-only row is the frozen LM's."""
 

@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):
-    """`x + tanh(attn_gate) * attn(x, media)`, then `x + tanh(ff_gate) * mlp(x)`; both gates start at 0.
+    """`x + tanh(attn_gate) * attn(x, media)`, then `x + tanh(ff_gate) * mlp(x)`; both gates start at `gate_init`.
 
     A token that sees no picture gets exactly zero from the attention. The feed-forward runs for every token, as in the
     paper, OpenFlamingo and IDEFICS; with `mask_ffn_without_media` such a token skips it too.
@@ -65,14 +65,16 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         head_dim: int = 64,
         ff_mult: float = 4.0,
         activation: str = "gelu",
+        gate_init: float = 0.0,
         mask_ffn_without_media: bool = False,
     ) -> None:
         super().__init__()
+        self.gate_init = gate_init
         self.attn = CrossAttention(width, media_width, heads=heads, head_dim=head_dim)
         self.mlp = FeedForward(width, ff_mult=ff_mult, act=activation)
         # One number each, in one dimension: FSDP2 cannot shard a scalar.
-        self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff_gate = nn.Parameter(torch.zeros(1))
+        self.attn_gate = nn.Parameter(torch.full((1,), gate_init))
+        self.ff_gate = nn.Parameter(torch.full((1,), gate_init))
         self.mask_ffn_without_media = mask_ffn_without_media
 
     def forward(

@@ -109,12 +109,14 @@ class PerceiverResampler(nn.Module):
         ff_mult: float = 4.0,
         activation: str = "gelu",
         max_frames: int | None = None,
+        init_std: float = 1.0,
     ) -> None:
         super().__init__()
+        self.init_std = init_std
         self.in_proj = None if width is None else nn.Linear(vision_width, width, bias=False)
         width = vision_width if width is None else width
-        self.latents = nn.Parameter(torch.randn(latents, width))
-        self.frame_embeddings = nn.Parameter(torch.randn(max_frames, width)) if max_frames else None
+        self.latents = nn.Parameter(torch.randn(latents, width) * init_std)
+        self.frame_embeddings = nn.Parameter(torch.randn(max_frames, width) * init_std) if max_frames else None
         self.layers = nn.ModuleList(
             PerceiverLayer(width, heads=heads, head_dim=head_dim, ff_mult=ff_mult, act=activation) for _ in range(depth)
         )

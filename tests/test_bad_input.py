@@ -42,7 +42,7 @@ def training(world: Path, shards: Path, *more: str) -> list[str]:
         f"model.language.tokenizer={world / 'tokenizer'}",
         "model.language.config={model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 1}",
         f"data.datasets={{words: {{shards: [{shards}], batch_size: 2}}}}",
-        f"run.dir={world / 'never'}",
+        f"run.dir={world / f'never-{len(list(world.iterdir()))}'}",
         *more,
     ]
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
-    """(training, held-out) digits as PNGs of `size` pixels a side, dark on light, held-out ones by class."""
+    """(training, held-out) digits as PNGs of `size` pixels a side, held-out ones by class."""
     from sklearn.datasets import load_digits as bundled  # takes a second: only when it is needed
 
     table = bundled()
@@ -90,8 +90,8 @@ def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
 
 
 def encode(image: np.ndarray, size: int) -> bytes:
-    """An (8, 8) picture of ink from 0 to 16 as a PNG of an RGB picture with dark ink."""
-    grey = Image.fromarray(np.uint8(255 - np.clip(image * 15.9375, 0, 255)))
+    """An (8, 8) picture of ink from 0 to 16 as a PNG of an RGB picture, the ink bright as in the original."""
+    grey = Image.fromarray(np.uint8(np.clip(image * 15.9375, 0, 255)))
     file = io.BytesIO()
     grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -100,10 +100,10 @@ def encode(image: np.ndarray, size: int) -> bytes:
 def binding_page(
     digits: list[Digit], random: np.random.Generator, *, ways: int, shots: int, repeats: float, split: str = "train"
 ) -> Page:
-    """`ways` digits under names of `split`, `shots` pictures of each in random order, then one more of one of them."""
+    """`ways` digits under names of `split`, ways * shots + 1 pictures in random order."""
     classes = random.choice(len(WORDS), size=ways, replace=False)
     names = draw_names(random, split, ways)
-    order = np.append(random.permutation(np.repeat(np.arange(ways), shots)), random.integers(ways))
+    order = random.integers(ways, size=ways * shots + 1)  # in a balanced order the rarer name could be counted out
     pools = [[digit for digit in digits if digit.number == number] for number in classes]
     fresh = [iter(random.permutation(len(pool))) for pool in pools]
     page = Page("", [], [], {"classes": [str(number) for number in classes], "names": names, "shots": shots})
