@@ -193,13 +193,16 @@ class MixLoader:
                 generator=torch.Generator(),  # or it would draw from the global one
             )
         )
-        while True:
-            step = self.step
-            batches = {
-                source.spec.name: [self._checked(next(arriving)) for _ in range(micro)] for source in self.sources
-            }
-            self.step = step + 1
-            yield StepBatches(step, batches)
+        try:
+            while True:
+                step = self.step
+                batches = {
+                    source.spec.name: [self._checked(next(arriving)) for _ in range(micro)] for source in self.sources
+                }
+                self.step = step + 1
+                yield StepBatches(step, batches)
+        finally:
+            del arriving  # ends the workers now, not when the last traceback that knows them is collected
 
     def _checked(self, item: Batch | Failure) -> Batch:
         if isinstance(item, Failure):

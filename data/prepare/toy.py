@@ -1,7 +1,7 @@
 """`python -m data prepare toy`: the drawn world as shards, a folder for each use.
 
     OUT/train/scene_pairs, glyph_pairs            picture and text, for the contrastive encoder
-    OUT/train/text                                text alone, for the language model
+    OUT/train/text, names                         text alone, for the language model
     OUT/train/captions, vqa, naming, binding, clips pages, for Flamingo
     OUT/heldout/scene_pairs, glyph_pairs, ...     labelled pictures and pages of other streams, for evaluation
     OUT/tokenizer                                 the tokenizer that knows the toy's words
@@ -25,10 +25,11 @@ from flamingo.errors import UserError
 
 # Pages per folder. Training on these sees each page a few times; twice as many changes no figure (LOG.md).
 TRAIN = {
-    "glyph_pairs": 60_000,
-    "scene_pairs": 20_000,
-    "text": 20_000,
-    "captions": 10_000,
+    "glyph_pairs": 40_000,
+    "scene_pairs": 40_000,
+    "text": 8_000,
+    "names": 24_000,
+    "captions": 12_000,
     "vqa": 6_000,
     "naming": 6_000,
     "binding": 12_000,
@@ -42,6 +43,7 @@ HELDOUT = {
     "binding": 500,
     "clips": 200,
     "text": 500,
+    "names": 500,
 }
 
 _CHUNK = 250  # pages made by one call of a process

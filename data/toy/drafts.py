@@ -171,14 +171,26 @@ def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
     return draft
 
 
-def text_page(rng: np.random.Generator, split: str) -> Draft:
-    """A page without pictures, half of them binding pages in words."""
-    del split
-    kind = ("describe", "ask", "binding", "binding")[int(rng.integers(4))]
+def _text_draft(kind: str, nodes: Sequence[tuple[str, bool]]) -> Draft:
     draft = Draft(meta={"kind": kind})
-    for text, loss in textpages.draw_text(rng, kind):
+    for text, loss in nodes:
         draft.say(text, loss)
     return draft
+
+
+def text_page(rng: np.random.Generator, split: str) -> Draft:
+    """A page without pictures: captions, or captions with questions and answers."""
+    del split
+    if rng.random() < 0.5:
+        return _text_draft("describe", textpages.describe_text(rng))
+    return _text_draft("ask", textpages.ask_text(rng))
+
+
+def names_page(rng: np.random.Generator, split: str) -> Draft:
+    """A page without pictures from which looking back is learnt: a repeated line, or a binding page in words."""
+    if rng.random() < 1 / 3:
+        return _text_draft("repeat", textpages.repeat_text(rng))
+    return _text_draft("binding", textpages.binding_text(rng, split))
 
 
 MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
@@ -190,6 +202,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
     "binding": binding_page,
     "clips": clip_pair,
     "text": text_page,
+    "names": names_page,
 }
 
 

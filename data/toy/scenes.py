@@ -30,8 +30,9 @@ PLACES = {
     "at the bottom left": (9.5, 22.5),
     "at the bottom right": (22.5, 22.5),
 }
-# Radii in pixels by number of shapes: (small, big). The ratio stays about 1.7 whatever the kind, so a size can be told.
-_RADII = {1: (4.2, 7.4), 2: (3.6, 6.2), 3: (3.6, 6.2), 4: (3.6, 6.2)}
+# Radii in pixels by number of shapes: (small, big). A small star must differ from a small cross
+# in 32 pixels, and a small shape of one kind of scene from a big one of another.
+_RADII = {1: (4.6, 7.8), 2: (4.4, 6.8), 3: (4.4, 6.8), 4: (4.4, 6.8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def _shape(rng: np.random.Generator, words: tuple[str, str, bool], x: float, y: 
     shape, colour, big = words
     dx, dy, swell, turn = rng.uniform(-1.0, 1.0, size=4)
     radius = _RADII[total][big] * (1.0 + 0.07 * swell)
-    return Shape(shape, colour, big, float(x + 1.2 * dx), float(y + 1.2 * dy), float(radius), float(0.25 * turn))
+    return Shape(shape, colour, big, float(x + 0.8 * dx), float(y + 0.8 * dy), float(radius), float(0.25 * turn))
 
 
 def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:

@@ -1,8 +1,7 @@
 """Pages of text alone, from which the language model learns the toy's language and to learn in context.
 
-A frozen language model can only bind a name to a picture if it already binds names to descriptions: `binding_text` is
-the binding page with a description where a picture would stand. Descriptions of one class are not equal, they share
-most of their words in any order, so that the model learns to match by likeness and not by exact repetition only.
+A language model can only bind a name to a picture if it can look back for what followed the same thing before:
+`repeat_text` and `binding_text` (a binding page with a word where a picture would stand) teach it that.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ import numpy as np
 
 from data.toy.names import FIRST, SECOND, draw_names
 from data.toy.scenes import COLOURS, SHAPES, ask, caption, draw_scene
-
-KINDS = ("describe", "ask", "binding")
-
 
 def describe_text(rng: np.random.Generator, count: int = 4) -> list[tuple[str, bool]]:
     """Captions, one a line. Returns (text, counts in the loss) nodes, as all makers here do."""
@@ -34,37 +30,28 @@ def _vocabulary() -> list[str]:
     return [*FIRST, *SECOND, *SHAPES, *COLOURS]
 
 
-def binding_text(
-    rng: np.random.Generator, split: str = "train", ways: int = 2, shots: int = 4, words: int = 3
-) -> list[tuple[str, bool]]:
-    """`ways` x `shots` descriptions with names and one more, in random order.
+def repeat_text(rng: np.random.Generator, least: int = 4, most: int = 16) -> list[tuple[str, bool]]:
+    """`least` to `most` random words on one line, and the same line again: what comes next is found by looking back."""
+    pool = _vocabulary()
+    line = " ".join(pool[i] for i in rng.permutation(len(pool))[: int(rng.integers(least, most + 1))])
+    return [(f"{line}\n{line}", True)]
 
-    A class is a set of random words; a description shows 1 to `words` of them. Only names that the page has shown
-    before count in the loss: the first one cannot be known.
+
+def binding_text(rng: np.random.Generator, split: str = "train", ways: int = 6, lines: int = 10) -> list[tuple[str, bool]]:
+    """`lines` lines, each a random word and the name that it has on this page, of 2 to `ways` words in random order.
+
+    Only names that the page has shown before count in the loss: a first one cannot be known. Two words alone teach too
+    little (either name is right half of the time), hence up to `ways`.
     """
     pool = _vocabulary()
-    chosen = draw_names(rng, split, ways)
-    picks = rng.permutation(len(pool))[: ways * words].reshape(ways, words)
-    order = rng.permutation(np.repeat(np.arange(ways), shots))
-    order = np.append(order, rng.integers(ways))
+    count = int(rng.integers(2, ways + 1))
+    chosen = draw_names(rng, split, count)
+    picks = rng.permutation(len(pool))[:count]
     seen: set[int] = set()
     nodes: list[tuple[str, bool]] = []
-    size = int(rng.integers(1, words + 1))
-    for row, way in enumerate(order):
-        shown = rng.permutation(picks[way])[: max(size, 1)] if size > 1 else picks[way][:1]
-        description = " ".join(pool[i] for i in shown)
-        nodes.append((f"{chr(10) if row else ''}{description}", False))
-        nodes.append((f" {chosen[way]}", int(way) in seen))
-        seen.add(int(way))
+    for line, way in enumerate(rng.integers(count, size=lines).tolist()):
+        newline = "\n" if line else ""
+        nodes.append((f"{newline}{pool[picks[way]]}", False))
+        nodes.append((f" {chosen[way]}", way in seen))
+        seen.add(way)
     return nodes
-
-
-def draw_text(rng: np.random.Generator, kind: str) -> list[tuple[str, bool]]:
-    """A text page of a kind, training names only."""
-    if kind == "describe":
-        return describe_text(rng)
-    if kind == "ask":
-        return ask_text(rng)
-    if kind == "binding":
-        return binding_text(rng)
-    raise ValueError(f"a text page is one of {', '.join(KINDS)}, not {kind!r}")

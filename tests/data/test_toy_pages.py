@@ -13,7 +13,7 @@ from data.toy.drafts import FAMILIAR, MAKERS, binding_page, class_name, familiar
 from data.toy.names import FIRST, SECOND, draw_names, names
 from data.toy.pages import make_pages
 from data.toy.streams import stream
-from data.toy.textpages import binding_text, draw_text
+from data.toy.textpages import binding_text, repeat_text
 from data.toy.vocabulary import build_tokenizer, words, write_tokenizer
 from flamingo.errors import UserError
 
@@ -68,7 +68,7 @@ def test_pages_are_pure_functions_of_their_index(kind: str) -> None:
     together = make_pages(1, "train", kind, range(6))
     alone = make_pages(1, "train", kind, range(4, 5))[0]
     assert (together[4].nodes, together[4].meta) == (alone.nodes, alone.meta)
-    assert make_draft(1, "train", kind, 4).pictures != make_draft(1, "heldout", kind, 4).pictures or kind == "text"
+    assert make_draft(1, "train", kind, 4).pictures != make_draft(1, "heldout", kind, 4).pictures or kind in ("text", "names")
     shown = {frame for node in alone.nodes if isinstance(node, Picture) for frame in node.frames}
     assert shown == set(range(len(alone.images)))
 
@@ -119,7 +119,7 @@ def test_class_names_tell_the_classes_apart() -> None:
 
 
 def test_binding_in_words_repeats_the_descriptions() -> None:
-    nodes = binding_text(stream(1, "t", 0), ways=2, shots=4, words=1)
+    nodes = binding_text(stream(1, "t", 0), ways=4)
     spoken: dict[str, str] = {}
     for (description, in_loss), (name, name_in_loss) in zip(nodes[::2], nodes[1::2], strict=True):
         assert not in_loss
@@ -127,9 +127,14 @@ def test_binding_in_words_repeats_the_descriptions() -> None:
         assert spoken.setdefault(description.strip(), name) == name
 
 
-def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="not 'poem'"):
-        draw_text(stream(0, "t", 0), "poem")
+def test_a_repeated_line_is_repeated() -> None:
+    ((text, in_loss),) = repeat_text(stream(1, "t", 0))
+    first, second = text.split("\n")
+    assert first == second
+    assert in_loss
+
+
+def test_unknown_splits_are_refused() -> None:
     with pytest.raises(ValueError, match="train or heldout"):
         make_draft(0, "test", "captions", 0)
 
