@@ -31,8 +31,8 @@ TRAIN = {
     "names": 24_000,
     "captions": 12_000,
     "vqa": 6_000,
-    "naming": 6_000,
-    "binding": 12_000,
+    "naming": 10_000,
+    "binding": 10_000,
     "clips": 2_000,
 }
 HELDOUT = {

@@ -18,7 +18,7 @@ from data.toy import glyphs, textpages
 from data.toy.clips import clip_caption, draw_clip
 from data.toy.glyphs import Glyph, draw_glyph
 from data.toy.names import FIRST, SECOND, draw_names, names
-from data.toy.scenes import Scene, ask, caption, draw_scene
+from data.toy.scenes import Scene, ask, caption, draw_scene, shapes_caption
 from data.toy.streams import stream
 
 FAMILIAR = 100  # the first so many glyph classes of training have lasting names
@@ -39,16 +39,20 @@ class Draft:
         self.pictures.extend(pictures)
 
     def say(self, text: str, loss: bool = True) -> None:
+        """Add text; `loss` says whether it is learnt."""
         self.parts.append((text, loss))
 
 
 def scene_pair(rng: np.random.Generator, split: str) -> Draft:
-    """A scene and its caption; the label of a held-out one also has a question."""
-    del split
+    """A scene and its caption; the label of a held-out one also has a question.
+
+    Half of the training pairs name the shapes alone. With full captions colours and places are enough to tell the texts
+    of a batch apart, and the contrastive encoder never learns the shapes of small things.
+    """
     scene = draw_scene(rng)
     draft = Draft()
     draft.show(scene)
-    draft.say(caption(scene))
+    draft.say(shapes_caption(scene) if split == "train" and rng.random() < 0.5 else caption(scene))
     kind, question, answer = ask(scene, rng)
     draft.meta = {"kind": scene.kind, "caption": caption(scene)}
     draft.meta |= {"question_kind": kind, "question": question, "answer": answer}
@@ -97,7 +101,12 @@ def question_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
 
 
 def _stream_of_names(
-    rng: np.random.Generator, numbers: Sequence[int], chosen: Sequence[str], order: np.ndarray, repeats: float, known: bool
+    rng: np.random.Generator,
+    numbers: Sequence[int],
+    chosen: Sequence[str],
+    order: np.ndarray,
+    repeats: float,
+    known: bool,
 ) -> Draft:
     """Glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_page`."""
     draft = Draft(meta={"classes": list(numbers), "names": list(chosen), "answer": chosen[order[-1]]})
@@ -113,9 +122,7 @@ def _stream_of_names(
     return draft
 
 
-def binding_page(
-    rng: np.random.Generator, split: str, ways: int = 2, shots: int = 4, repeats: float = 0.5
-) -> Draft:
+def binding_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 4, repeats: float = 0.5) -> Draft:
     """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the page's made-up name of its class.
 
     A training page draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting. A

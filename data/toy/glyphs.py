@@ -59,7 +59,7 @@ def strokes(number: int) -> np.ndarray:
     path = np.stack(found)
     low, high = path.min(axis=(0, 1)), path.max(axis=(0, 1))
     half = (high - low) / 2
-    # The longer side fills the square; the shorter one is stretched, at most twice, so that few classes are mere slivers.
+    # The longer side fills the square; the shorter one is stretched, at most twice, so that few classes are slivers.
     return (path - (low + high) / 2) / np.maximum(half, half.max() / 2)
 
 

@@ -23,7 +23,9 @@ SECOND = _SYLLABLES[1::2]
 HELDOUT_SHARE = 0.2
 
 # Words of the toy, or their beginnings: captions must not contain a name, and a name must stay two tokens.
-_WORDS = frozenset({"like", "name", "none", "some", "more", "same", "size", "zero", "five", "nine", "digi", "seve", "movi"})
+_WORDS = frozenset(
+    ["like", "name", "none", "some", "more", "same", "size", "zero", "five", "nine", "digi", "seve", "movi"]
+)
 
 
 @cache

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.schema import Node, Page, Picture, Text
-from data.toy.draw import draw_glyphs, draw_scenes
 from data.toy.drafts import Draft, Part, make_draft
+from data.toy.draw import draw_glyphs, draw_scenes
 from data.toy.glyphs import Glyph
 from data.toy.png import encode_png
 from data.toy.scenes import SIZE, Scene

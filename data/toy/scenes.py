@@ -49,14 +49,17 @@ class Shape:
 
     @property
     def size(self) -> str:
+        """Its size in words."""
         return "big" if self.big else "small"
 
     @property
     def plural(self) -> str:
+        """The word for several of it."""
         return PLURALS[self.shape]
 
     @property
     def words(self) -> str:
+        """Size, colour and shape, as captions say them."""
         return f"{self.size} {self.colour} {self.shape}"
 
 
@@ -85,7 +88,8 @@ def _shape(rng: np.random.Generator, words: tuple[str, str, bool], x: float, y: 
 def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
     """A random scene of `kind` (one, count, left, above), or of a random kind."""
     kind = kind or ("one", "count", "left", "above")[int(rng.integers(4))]
-    ground = tuple(int(level) for level in rng.integers(0, 56, size=3))
+    red, green, blue = rng.integers(0, 56, size=3).tolist()
+    ground = (red, green, blue)
     words = _words(rng)
     if kind == "one":
         place = tuple(PLACES)[int(rng.integers(len(PLACES)))]
@@ -117,6 +121,17 @@ def caption(scene: Scene) -> str:
         return f"{COUNTS[len(scene.shapes)]} {first.size} {first.colour} {first.plural}"
     relation = "left of" if scene.kind == "left" else "above"
     return f"a {first.words} {relation} a {scene.shapes[1].words}"
+
+
+def shapes_caption(scene: Scene) -> str:
+    """A caption that leaves sizes and colours out: true of many scenes, so only the shapes tell them apart."""
+    first = scene.shapes[0]
+    if scene.kind == "one":
+        return f"a {first.shape} {scene.place}"
+    if scene.kind == "count":
+        return f"{COUNTS[len(scene.shapes)]} {first.plural}"
+    relation = "left of" if scene.kind == "left" else "above"
+    return f"a {first.shape} {relation} a {scene.shapes[1].shape}"
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from data.toy.names import FIRST, SECOND, draw_names
 from data.toy.scenes import COLOURS, SHAPES, ask, caption, draw_scene
 
+
 def describe_text(rng: np.random.Generator, count: int = 4) -> list[tuple[str, bool]]:
     """Captions, one a line. Returns (text, counts in the loss) nodes, as all makers here do."""
     return [("\n".join(caption(draw_scene(rng)) for _ in range(count)), True)]
@@ -37,7 +38,9 @@ def repeat_text(rng: np.random.Generator, least: int = 4, most: int = 16) -> lis
     return [(f"{line}\n{line}", True)]
 
 
-def binding_text(rng: np.random.Generator, split: str = "train", ways: int = 6, lines: int = 10) -> list[tuple[str, bool]]:
+def binding_text(
+    rng: np.random.Generator, split: str = "train", ways: int = 6, lines: int = 10
+) -> list[tuple[str, bool]]:
     """`lines` lines, each a random word and the name that it has on this page, of 2 to `ways` words in random order.
 
     Only names that the page has shown before count in the loss: a first one cannot be known. Two words alone teach too

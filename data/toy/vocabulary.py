@@ -20,7 +20,9 @@ PAD, EOS = "<pad>", "</s>"
 
 _SPACE = "Ġ"  # how byte-level BPE writes the space before a word
 _DIGITS = ("five", "six", "seven", "eight", "nine")
-_QUESTIONS = "what where how many colour shape is it are they the there big small or a of left above yes no in at moving"
+_QUESTIONS = (
+    "what where how many colour shape is it are they the there big small or a of left above yes no in at moving"
+)
 
 
 def words() -> list[str]:

@@ -64,7 +64,7 @@ def test_every_shape_shows_its_colour_where_the_scene_says(kind: str) -> None:
 def test_shapes_lie_inside_the_picture_and_do_not_touch() -> None:
     for scene in _scenes(400):
         for i, a in enumerate(scene.shapes):
-            assert 0 <= a.x - 0.8 * a.radius
+            assert a.x - 0.8 * a.radius >= 0
             assert a.x + 0.8 * a.radius <= SIZE
             for b in scene.shapes[:i]:
                 assert np.hypot(a.x - b.x, a.y - b.y) > 0.9 * (a.radius + b.radius)
