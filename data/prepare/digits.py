@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare digits`."""
     parser.add_argument("--pages", type=int, default=4000, help="binding pages for training")
     parser.add_argument("--ways", type=int, default=2, help="digits in a page")
-    parser.add_argument("--shots", type=int, default=4, help="examples of each, before the query")
+    parser.add_argument("--shots", type=int, default=3, help="examples of each, on average")
     parser.add_argument("--repeats", type=float, default=0.5, help="share of exact repetitions of an earlier picture")
     parser.add_argument("--size", type=int, default=32, help="side of the pictures, in pixels")
     parser.add_argument("--seed", type=int, default=0)

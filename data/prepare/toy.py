@@ -2,7 +2,8 @@
 
     OUT/train/scene_pairs, glyph_pairs            picture and text, for the contrastive encoder
     OUT/train/text, names                         text alone, for the language model
-    OUT/train/captions, vqa, naming, binding, clips pages, for Flamingo
+    OUT/train/captions, vqa, long, naming,
+              binding, clips                      pages, for Flamingo
     OUT/heldout/scene_pairs, glyph_pairs, ...     labelled pictures and pages of other streams, for evaluation
     OUT/tokenizer                                 the tokenizer that knows the toy's words
 
@@ -23,14 +24,15 @@ from data.toy.pages import make_pages
 from data.toy.vocabulary import write_tokenizer
 from flamingo.errors import UserError
 
-# Pages per folder. Training on these sees each page a few times; twice as many changes no figure (LOG.md).
+# Pages per folder: the demo's training sees each of them two to five times.
 TRAIN = {
-    "glyph_pairs": 40_000,
-    "scene_pairs": 40_000,
+    "glyph_pairs": 32_000,
+    "scene_pairs": 32_000,
     "text": 8_000,
     "names": 24_000,
     "captions": 12_000,
     "vqa": 6_000,
+    "long": 2_000,
     "naming": 10_000,
     "binding": 10_000,
     "clips": 2_000,
@@ -40,6 +42,7 @@ HELDOUT = {
     "scene_pairs": 1_000,
     "captions": 200,
     "vqa": 500,
+    "long": 100,
     "binding": 500,
     "clips": 200,
     "text": 500,

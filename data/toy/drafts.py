@@ -76,27 +76,46 @@ def glyph_pair(rng: np.random.Generator, split: str) -> Draft:
     return draft
 
 
+def _show_and_say(draft: Draft, rng: np.random.Generator, asked: bool) -> None:
+    """A scene with its caption, or with a question, which is not in the loss, and its answer."""
+    scene = draw_scene(rng)
+    draft.show(scene)
+    if asked:
+        _, question, answer = ask(scene, rng)
+        draft.say(question, loss=False)
+        draft.say(f" {answer}")
+    else:
+        draft.say(caption(scene))
+
+
 def caption_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     """One to `most` scenes with captions."""
     del split
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
-        scene = draw_scene(rng)
-        draft.show(scene)
-        draft.say(caption(scene))
+        _show_and_say(draft, rng, asked=False)
     return draft
 
 
 def question_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
-    """One to `most` scenes, each with a question, which is not in the loss, and its answer."""
+    """One to `most` scenes, each with a question and its answer."""
     del split
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
-        scene = draw_scene(rng)
-        _, question, answer = ask(scene, rng)
-        draft.show(scene)
-        draft.say(question, loss=False)
-        draft.say(f" {answer}")
+        _show_and_say(draft, rng, asked=True)
+    return draft
+
+
+def long_page(rng: np.random.Generator, split: str, count: int = 9) -> Draft:
+    """As many scenes as the longest prompt shows, all with captions or all with questions.
+
+    A model that has only seen short pages loses its way in prompts of eight demonstrations.
+    """
+    del split
+    draft = Draft()
+    asked = bool(rng.integers(2))
+    for _ in range(count):
+        _show_and_say(draft, rng, asked)
     return draft
 
 
@@ -122,7 +141,7 @@ def _stream_of_names(
     return draft
 
 
-def binding_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 4, repeats: float = 0.5) -> Draft:
+def binding_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
     """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the page's made-up name of its class.
 
     A training page draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting. A
@@ -205,6 +224,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
     "glyph_pairs": glyph_pair,
     "captions": caption_page,
     "vqa": question_page,
+    "long": long_page,
     "naming": naming_page,
     "binding": binding_page,
     "clips": clip_pair,
