@@ -106,7 +106,7 @@ def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
         other = _words(rng)
     spots = []
     for along in (8.5, 23.5):
-        across = float(rng.uniform(11, 21))
+        across = float(rng.uniform(14, 18))
         spots.append((along, across) if kind == "left" else (across, along))
     first, second = (_shape(rng, w, x, y, 2) for w, (x, y) in zip((words, other), spots, strict=True))
     return Scene(kind, (first, second), ground)
