@@ -18,7 +18,7 @@ HYDRA_MAY = {"train.py", "eval/__main__.py"}
 def sources() -> Iterator[tuple[str, ast.Module, str]]:
     for top in ("flamingo", "data", "eval", "train.py", "benchmarks", "tests"):
         path = ROOT / top
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for file in sorted(path.rglob("*.py")) if path.suffix != ".py" else [path]:
             text = file.read_text()
             yield file.relative_to(ROOT).as_posix(), ast.parse(text), text
 

@@ -66,14 +66,14 @@ def test_a_binding_page_names_every_picture_rightly(digits: Path) -> None:
     for page in read_pages(digits / "train/binding/digits-binding-000000.tar"):
         called = dict(zip(page.meta["classes"], page.meta["names"], strict=True))
         turns = [page.nodes[at : at + 2] for at in range(0, len(page.nodes), 2)]
-        assert len(turns) == 9
+        assert len(turns) == 7
         mentioned = set()
         for picture, name in turns:
             assert isinstance(picture, Picture)
             expected = called[classes[page.images[picture.frames[0]]]]
             assert name == Text(f" {expected}", loss=expected in mentioned)
             mentioned.add(expected)
-        assert mentioned == set(page.meta["names"])
+        assert mentioned <= set(page.meta["names"])
 
 
 def test_the_same_digits_again(digits: Path, tmp_path: Path) -> None:

@@ -126,16 +126,11 @@ def test_a_later_turn_brings_new_pictures() -> None:
     torch.testing.assert_close(ours, full[:, -3:], rtol=0, atol=2e-5)
 
 
-def labels_of(inputs: dict[str, torch.Tensor], image: int) -> torch.Tensor:
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    return labels.masked_fill(labels == image, -100)
-
-
 @families
 def test_loss_over_labelled_positions_is_the_loss_over_all(family: str) -> None:
     model, processor = tiny.flamingo(family)
     inputs = dict(tiny.batch(processor, padding_side="right"))
-    labels = labels_of(inputs, model.config.image_token_id)
+    labels = tiny.labels_of(inputs, model.config.image_token_id)
     out = model(**inputs, labels=labels)
     lean = model(**inputs, labels=labels, skip_logits=True)
     assert lean.logits is None
@@ -153,7 +148,7 @@ def test_only_what_trains_gets_gradients(family: str) -> None:
     model, processor = tiny.flamingo(family)
     inputs = dict(tiny.batch(processor, padding_side="right"))
     model.train()
-    model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
+    model(**inputs, labels=tiny.labels_of(inputs, model.config.image_token_id)).loss.backward()
     for name, parameter in model.named_parameters():
         trains = model.part_of(name) in ("resampler", "cross_attention", "new_tokens")
         assert parameter.requires_grad == trains, name
@@ -187,7 +182,7 @@ def test_recomputation_changes_nothing() -> None:
                 model.activation_checkpointing_enable()
             model.train()
             inputs = dict(tiny.batch(processor, padding_side="right"))
-            model(**inputs, labels=labels_of(inputs, model.config.image_token_id)).loss.backward()
+            model(**inputs, labels=tiny.labels_of(inputs, model.config.image_token_id)).loss.backward()
             gradients.append({name: p.grad for name, p in model.trainable_parameters()})
             recomputed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
             assert len(recomputed) == (4 if recompute else 0) + 2 + 2  # LM layers, blocks, resampler layers

@@ -115,3 +115,8 @@ def batch(processor: FlamingoProcessor, rows: list[int] | None = None, **options
     rows = [0, 1, 2] if rows is None else rows
     images = [[picture(10 * row + j) for j in range(COUNTS[row])] for row in rows]
     return processor(images=images, text=[TEXTS[row] for row in rows], **options)
+
+
+def labels_of(inputs: dict[str, torch.Tensor], image: int) -> torch.Tensor:
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return labels.masked_fill(labels == image, -100)
