@@ -29,7 +29,7 @@ def test_demo_runs_end_to_end_and_again_at_once(tmp_path: Path) -> None:
         "DIGITS_ARGS=--pages 40",
         "TRAIN_ARGS=run.steps=2 run.log_every=1 run.tensorboard=false",
         "TASKS=[toy_caption,toy_vqa,digits_binding]",
-        "EVAL_ARGS=limit=4 shots=[0,1] gallery=2",
+        "EVAL_ARGS=limit=4 shots=[0,1] gallery=2 task.toy_caption.queries=8 task.toy_vqa.queries=8",
     ]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-3000:]
