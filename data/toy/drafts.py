@@ -106,19 +106,6 @@ def question_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     return draft
 
 
-def long_page(rng: np.random.Generator, split: str, count: int = 9) -> Draft:
-    """As many scenes as the longest prompt shows, all with captions or all with questions.
-
-    A model that has only seen short pages loses its way in prompts of eight demonstrations.
-    """
-    del split
-    draft = Draft()
-    asked = bool(rng.integers(2))
-    for _ in range(count):
-        _show_and_say(draft, rng, asked)
-    return draft
-
-
 def _stream_of_names(
     rng: np.random.Generator,
     numbers: Sequence[int],
@@ -185,6 +172,20 @@ def naming_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int 
             break
     order = rng.integers(ways, size=ways * shots + 1)
     return _stream_of_names(rng, numbers, chosen, order, repeats, known=True)
+
+
+def long_page(rng: np.random.Generator, split: str, scenes: int = 9, shots: int = 8) -> Draft:
+    """A page as long as the longest prompt: scenes with captions, scenes with questions, or a binding page.
+
+    A model that has only seen short pages loses its way in prompts of eight demonstrations.
+    """
+    what = int(rng.integers(3))
+    if what == 2:
+        return binding_page(rng, split, shots=shots)
+    draft = Draft()
+    for _ in range(scenes):
+        _show_and_say(draft, rng, asked=what == 1)
+    return draft
 
 
 def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
