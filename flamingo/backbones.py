@@ -235,20 +235,16 @@ def from_backbones(
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    tower, vision_config = load_vision(
+    tower, described = load_vision(
         vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
     )
     lm, lm_tokenizer = load_language(language, tokenizer)
-    transform = ImageTransform(
-        vision_config.image_size, vision_config.mean, vision_config.std, mode=vision_config.resize_mode
-    )
-    resampler = dict(resampler or {})
-    if max_frames is not None:
-        resampler["max_frames"] = max_frames
+    resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
+    transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)
     processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
     rebuildable = type(lm.config) in AutoModelForCausalLM._model_mapping
     config = FlamingoConfig(
-        vision_config=asdict(vision_config),
+        vision_config=asdict(described),
         text_config=lm.config,
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),

@@ -160,69 +160,54 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         Args:
             input_ids: tokens; each `<image>` stands for one picture or clip.
             attention_mask: (B, past + T), 0 for padding.
-            pixel_values: all rows' pictures in order; None or empty for none.
+            pixel_values: all rows' pictures in order; None or empty for none. Instead: `media_features` from
+                `encode_media`, or `media_cache`, what `media_cache()` returned.
             image_counts: pictures of each row; may be left out for one row.
-            phi: the picture each token sees, 1-based within its row, 0 none; without it `<image>` tokens are counted.
+            phi: the picture each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
             past_key_values: the cache of earlier calls; it remembers their pictures too.
             use_cache: make and return such a cache; off by default in training and with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
-            media_features: (I, L, E) from `encode_media`, instead of `pixel_values`.
-            media_cache: instead of both: what `media_cache()` returned.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
             logits_to_keep: only the last so many positions' logits; 0 all.
-            skip_logits: with labels, return no logits and run the head over labelled positions only; by default in
-                training.
+            skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
             kwargs: go to the language model.
 
         Raises:
             UserError: the pictures do not match the counts or the `<image>` tags (names the row).
         """
-        rows, length = input_ids.shape
-        use_cache = (not self.training and labels is None) if use_cache is None else use_cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         pictures = {"pixel_values": pixel_values, "media_features": media_features, "image_counts": image_counts}
-        media = self._media_of(rows, media_cache, past_key_values, pictures)
+        media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:
             phi = phi_from_ids(input_ids, self.config.image_token_id, seen=media.seen if past else None)
             generation.check_counts(phi, media)
-        if use_cache:
-            if past_key_values is None:
-                past_key_values = DynamicCache(config=self.config.get_text_config(decoder=True))
-            media.seen = phi.amax(1)
-            past_key_values.media = media  # type: ignore[attr-defined]
-        skip_logits = (self.training and labels is not None) if skip_logits is None else skip_logits
-        keep = None
-        if skip_logits:
-            if labels is None:
-                raise ValueError("skip_logits needs labels")
-            keep = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero()[:, 0]
+        lean = (self.training and labels is not None) if skip_logits is None else skip_logits
+        keep = _labelled(labels) if lean else None
         if self._lm_takes_positions:
-            if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            kwargs["position_ids"] = position_ids
+            kwargs["position_ids"] = _positions(position_ids, attention_mask, input_ids.shape[1])
         if self._lm_takes_logits_to_keep and keep is None:
             kwargs["logits_to_keep"] = logits_to_keep
+        cached = (not self.training and labels is None) if use_cache is None else use_cache
+        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
+        out = self._run_language_model(input_ids, phi, media, keep, kwargs)
+        loss = None if labels is None else _loss(out.logits, labels, keep, num_items_in_batch)
+        return _output(out, loss, media, lean)
+
+    def _run_language_model(
+        self, input_ids: Tensor, phi: Tensor, media: MediaCache, keep: Tensor | None, options: dict[str, Any]
+    ) -> Any:
+        """Run the LM while the hooks know this call's pictures; makes the cache that is asked for and missing."""
+        if options["use_cache"]:
+            if options["past_key_values"] is None:
+                options["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
+            media.seen = phi.amax(1)
+            options["past_key_values"].media = media
         is_new = self.new_tokens.match(input_ids)
         segments = segments_from_slots(slots_from_phi(phi, media.pictures), len(media.features))
-        call = Call(media.features, segments, media.keys_values if use_cache else None, is_new, keep)
-        with self._state.running(call):
-            out = self.language_model(
-                input_ids=input_ids.masked_fill(is_new.any(-1), 0),
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        loss = None if labels is None else _loss(out.logits, labels, keep, num_items_in_batch)
-        return FlamingoOutput(
-            loss=loss,
-            logits=None if skip_logits else out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            media_features=media.features,
-        )
+        keys_values = media.keys_values if options["use_cache"] else None
+        with self._state.running(Call(media.features, segments, keys_values, is_new, keep)):
+            return self.language_model(input_ids=input_ids.masked_fill(is_new.any(-1), 0), **options)
 
     def _media_of(
         self, rows: int, given: MediaCache | None, past: Cache | None, pictures: dict[str, Tensor | None]
@@ -271,6 +256,32 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.generation.score_candidates`."""
         return generation.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def _labelled(labels: Tensor | None) -> Tensor:
+    """Return the places in the flattened (B*T) text whose next token has a label."""
+    if labels is None:
+        raise ValueError("skip_logits needs labels")
+    return (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero()[:, 0]
+
+
+def _positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
+    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are no padding."""
+    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return given
+
+
+def _output(out: Any, loss: Tensor | None, media: MediaCache, lean: bool) -> FlamingoOutput:
+    """Return what the LM gave, with the loss and the pictures of this call."""
+    return FlamingoOutput(
+        loss=loss,
+        logits=None if lean else out.logits,
+        past_key_values=out.past_key_values,
+        hidden_states=out.hidden_states,
+        attentions=out.attentions,
+        media_features=media.features,
+    )
 
 
 def _loss(logits: Tensor, labels: Tensor, keep: Tensor | None, num_items: Tensor | int | None) -> Tensor:
