@@ -45,7 +45,8 @@ def draw_losses(metrics: Path, picture: Path, *, title: str) -> None:
         (line,) = axes.plot(steps, smooth(values), label=name.removeprefix("loss/"))
         axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
     axes.set(title=title, xlabel="update", ylabel="loss (nats per label)")
-    axes.grid(alpha=0.3)
+    axes.set_yscale("log")  # an untrained model starts far above where it ends
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     temporary = picture.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
