@@ -29,6 +29,7 @@ from transformers import (
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
+from flamingo.hub import from_hub
 from flamingo.language import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
@@ -60,12 +61,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it is neither a folder here nor can the hub be reached.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer {name!r} is no folder here and cannot be fetched: give a folder, or run with a network"
-        ) from error
+    tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, name, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
