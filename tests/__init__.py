@@ -1,1 +1,1 @@
-"""TODO."""
+"""Equalities on tiny real inputs."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tests of shards, order and loader."""
