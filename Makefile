@@ -1,5 +1,5 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
-# make learn   the same for longer (20 to 25 minutes): names made up for a page begin to be bound to unknown characters
+# make learn   the same for longer (some 25 minutes): names made up for a page begin to be bound to unknown characters
 # make test    set up, then run all tests
 VENV   ?= .venv
 PYTHON ?= python3
