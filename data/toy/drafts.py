@@ -18,7 +18,7 @@ from data.toy import glyphs, textpages
 from data.toy.clips import clip_caption, draw_clip
 from data.toy.glyphs import Glyph, draw_glyph
 from data.toy.names import FIRST, SECOND, draw_names, names
-from data.toy.scenes import Scene, ask, caption, draw_scene, shapes_caption
+from data.toy.scenes import Scene, ask, caption, draw_scene
 from data.toy.streams import stream
 
 FAMILIAR = 100  # the first so many glyph classes of training have lasting names
@@ -52,7 +52,7 @@ def scene_pair(rng: np.random.Generator, split: str) -> Draft:
     scene = draw_scene(rng)
     draft = Draft()
     draft.show(scene)
-    draft.say(shapes_caption(scene) if split == "train" and rng.random() < 0.5 else caption(scene))
+    draft.say(caption(scene, shapes_only=split == "train" and rng.random() < 0.5))
     kind, question, answer = ask(scene, rng)
     draft.meta = {"kind": scene.kind, "caption": caption(scene)}
     draft.meta |= {"question_kind": kind, "question": question, "answer": answer}

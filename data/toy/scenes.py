@@ -112,26 +112,16 @@ def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
     return Scene(kind, (first, second), ground)
 
 
-def caption(scene: Scene) -> str:
-    """The one right caption."""
-    first = scene.shapes[0]
-    if scene.kind == "one":
-        return f"a {first.words} {scene.place}"
+def caption(scene: Scene, *, shapes_only: bool = False) -> str:
+    """The one right caption; `shapes_only` leaves sizes and colours out, so that only the shapes tell scenes apart."""
+    first, last = scene.shapes[0], scene.shapes[-1]
     if scene.kind == "count":
-        return f"{COUNTS[len(scene.shapes)]} {first.size} {first.colour} {first.plural}"
-    relation = "left of" if scene.kind == "left" else "above"
-    return f"a {first.words} {relation} a {scene.shapes[1].words}"
-
-
-def shapes_caption(scene: Scene) -> str:
-    """A caption that leaves sizes and colours out: true of many scenes, so only the shapes tell them apart."""
-    first = scene.shapes[0]
+        what = first.plural if shapes_only else f"{first.size} {first.colour} {first.plural}"
+        return f"{COUNTS[len(scene.shapes)]} {what}"
+    one, other = (shape.shape if shapes_only else shape.words for shape in (first, last))
     if scene.kind == "one":
-        return f"a {first.shape} {scene.place}"
-    if scene.kind == "count":
-        return f"{COUNTS[len(scene.shapes)]} {first.plural}"
-    relation = "left of" if scene.kind == "left" else "above"
-    return f"a {first.shape} {relation} a {scene.shapes[1].shape}"
+        return f"a {one} {scene.place}"
+    return f"a {one} {'left of' if scene.kind == 'left' else 'above'} a {other}"
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:
