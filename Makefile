@@ -1,18 +1,22 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
-# make learn   the same for longer (some 25 minutes): names made up for a page begin to be bound to unknown characters
+# make learn   the same for longer (40 minutes): names made up for a page are bound to characters never seen in training
 # make test    set up, then run all tests
 VENV   ?= .venv
 PYTHON ?= python3
 PY      = $(VENV)/bin/python
-OUT    ?= runs/demo
 WHICH  ?= demo
+OUT    ?= runs/$(WHICH)
 
 # For trying the whole way in a minute: make demo OUT=runs/try TOY_ARGS='--scale 0.01' TRAIN_ARGS='run.steps=5' ...
-TOY_ARGS    ?=
+demo_TOY    = --kinds scene_pairs text captions vqa long clips --scale 1.5
+learn_TOY   = --scale 2
+demo_TASKS  = [toy_caption,toy_vqa,digits_naming]
+learn_TASKS = [toy_caption,toy_vqa,toy_binding,digits_binding]
+TOY_ARGS    ?= $($(WHICH)_TOY)
 DIGITS_ARGS ?=
 TRAIN_ARGS  ?=
 EVAL_ARGS   ?=
-TASKS       ?= [toy_caption,toy_vqa,toy_binding,digits_binding]
+TASKS       ?= $($(WHICH)_TASKS)
 # The experiments of the demo read and write below this folder.
 export DEMO = $(OUT)
 
@@ -42,7 +46,7 @@ check: setup
 
 # Every step goes on where it was stopped, and is done at once when it is complete.
 demo: setup $(OUT)/data/.complete
-	$(PY) train.py experiment=demo_language $(TRAIN_ARGS)
+	$(PY) train.py experiment=$(WHICH)_language $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH)_vision $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH) $(TRAIN_ARGS)
 	$(PY) -m eval task=$(TASKS) pictures=[real,shuffled,blank] \
@@ -54,7 +58,7 @@ demo: setup $(OUT)/data/.complete
 	@echo "         $(OUT)/eval/results.json     every figure, with its interval"
 
 learn:
-	$(MAKE) demo WHICH=learn OUT=runs/learn
+	$(MAKE) demo WHICH=learn
 
 $(OUT)/data/.complete:
 	$(PY) -m data prepare toy --out $(OUT)/data/toy $(TOY_ARGS)

@@ -15,20 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_demo_runs_end_to_end_and_again_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["demo", "learn"])
+def test_demo_runs_end_to_end_and_again_at_once(tmp_path: Path, which: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     out = tmp_path / "demo"
     command = [
         "make",
         "demo",
+        f"WHICH={which}",
         f"VENV={sys.prefix}",
         f"--assume-old={sys.prefix}/.installed",  # this environment is the installation
         f"OUT={out}",
         "TOY_ARGS=--scale 0.02 --processes 1",
         "DIGITS_ARGS=--pages 40",
         "TRAIN_ARGS=run.steps=2 run.log_every=1 run.tensorboard=false",
-        "TASKS=[toy_caption,toy_vqa,digits_binding]",
+        f"TASKS=[toy_caption,toy_vqa,{'digits_naming' if which == 'demo' else 'digits_binding'}]",
         "EVAL_ARGS=limit=4 shots=[0,1] gallery=2 task.toy_caption.queries=8 task.toy_vqa.queries=8",
     ]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

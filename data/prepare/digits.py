@@ -1,5 +1,6 @@
 """scikit-learn's bundled photographs of handwritten digits (1,797 of 8x8 pixels) as interleaved pages.
 
+    OUT/train/naming    pages "<digit> seven <digit> two ...": digits under the names they have
     OUT/train/binding   pages "<digit> kibo <digit> lumo ...": made-up names that hold for the page
     OUT/train/pairs     <digit> the digit seven
     OUT/heldout         one page for each picture kept out of training: its digit, and names kept out of training
@@ -37,7 +38,7 @@ class Digit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare digits`."""
-    parser.add_argument("--pages", type=int, default=4000, help="binding pages for training")
+    parser.add_argument("--pages", type=int, default=4000, help="binding pages for training, and as many naming pages")
     parser.add_argument("--ways", type=int, default=2, help="digits in a page")
     parser.add_argument("--shots", type=int, default=3, help="examples of each, on average")
     parser.add_argument("--repeats", type=float, default=0.5, help="share of exact repetitions of an earlier picture")
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
         for index in range(args.pages):
             random = stream(args.seed, "digits/binding", index)
             writer.write(binding_page(train, random, ways=args.ways, shots=args.shots, repeats=args.repeats))
+    with ShardWriter(out / "train" / "naming", "digits-naming", per_shard, meta=made) as writer:
+        for index in range(args.pages):
+            writer.write(naming_page(train, stream(args.seed, "digits/naming", index)))
     with ShardWriter(out / "train" / "pairs", "digits-pairs", per_shard, layout="pairs", meta=made) as writer:
         for digit in train:
             page = Page("", [Picture((0,)), Text(f"the digit {WORDS[digit.number]}")], [digit.png])
@@ -70,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
             names = draw_names(stream(args.seed, "digits/heldout", index), "heldout", 2)
             nodes: list[Node] = [Picture((0,)), Text(f" {WORDS[digit.number]}")]
             writer.write(Page("", nodes, [digit.png], {"class": str(digit.number), "names": names}))
-    print(f"{args.pages} binding pages, {len(train)} pairs, {len(heldout)} held-out pictures in {out}")
+    pages = f"{args.pages} naming and {args.pages} binding pages"
+    print(f"{pages}, {len(train)} pairs, {len(heldout)} held-out pictures in {out}")
 
 
 def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
@@ -95,6 +100,15 @@ def encode(image: np.ndarray, size: int) -> bytes:
     file = io.BytesIO()
     grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def naming_page(digits: list[Digit], random: np.random.Generator, most: int = 9) -> Page:
+    """One to `most` different pictures of any digits, each with the digit's name."""
+    chosen = [digits[int(i)] for i in random.choice(len(digits), size=int(random.integers(1, most + 1)), replace=False)]
+    nodes: list[Node] = []
+    for number, digit in enumerate(chosen):
+        nodes += [Picture((number,)), Text(f" {WORDS[digit.number]}")]
+    return Page("", nodes, [digit.png for digit in chosen], {"classes": [str(digit.number) for digit in chosen]})
 
 
 def binding_page(

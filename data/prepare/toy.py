@@ -3,7 +3,7 @@
     OUT/train/scene_pairs, glyph_pairs            picture and text, for the contrastive encoder
     OUT/train/text, names                         text alone, for the language model
     OUT/train/captions, vqa, long, naming,
-              binding, clips                      pages, for Flamingo
+              binding, long_binding, clips        pages, for Flamingo
     OUT/heldout/scene_pairs, glyph_pairs, ...     labelled pictures and pages of other streams, for evaluation
     OUT/tokenizer                                 the tokenizer that knows the toy's words
 
@@ -32,9 +32,10 @@ TRAIN = {
     "names": 24_000,
     "captions": 12_000,
     "vqa": 6_000,
-    "long": 2_000,
+    "long": 1_400,
     "naming": 10_000,
     "binding": 10_000,
+    "long_binding": 700,
     "clips": 2_000,
 }
 HELDOUT = {

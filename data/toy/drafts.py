@@ -174,18 +174,22 @@ def naming_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int 
     return _stream_of_names(rng, numbers, chosen, order, repeats, known=True)
 
 
-def long_page(rng: np.random.Generator, split: str, scenes: int = 9, shots: int = 8) -> Draft:
-    """A page as long as the longest prompt: scenes with captions, scenes with questions, or a binding page.
+def long_page(rng: np.random.Generator, split: str, scenes: int = 9) -> Draft:
+    """A page as long as a prompt of eight demonstrations: scenes with captions, or scenes with questions.
 
-    A model that has only seen short pages loses its way in prompts of eight demonstrations.
+    A model that has only seen short pages loses its way in long prompts.
     """
-    what = int(rng.integers(3))
-    if what == 2:
-        return binding_page(rng, split, shots=shots)
+    del split
+    asked = bool(rng.integers(2))
     draft = Draft()
     for _ in range(scenes):
-        _show_and_say(draft, rng, asked=what == 1)
+        _show_and_say(draft, rng, asked=asked)
     return draft
+
+
+def long_binding_page(rng: np.random.Generator, split: str) -> Draft:
+    """A binding page as long as a prompt of eight examples a name."""
+    return binding_page(rng, split, shots=8)
 
 
 def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
@@ -228,6 +232,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
     "long": long_page,
     "naming": naming_page,
     "binding": binding_page,
+    "long_binding": long_binding_page,
     "clips": clip_pair,
     "text": text_page,
     "names": names_page,

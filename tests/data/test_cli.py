@@ -11,6 +11,7 @@ import pytest
 
 from data.index import index_path
 from data.page import Node, Page, Picture, Text
+from data.prepare.digits import WORDS
 from data.schema import ShardWriter, read_manifest, read_pages
 from data.toy.names import names
 from tests.data.helpers import png, write_pages
@@ -40,7 +41,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
     done = run("prepare", "digits", "--out", out, "--pages", "30", "--pages-per-shard", "20", "--seed", "1")
     assert done.returncode == 0, done.stderr
-    assert "30 binding pages, 1258 pairs, 539 held-out pictures" in done.stdout
+    assert "30 naming and 30 binding pages, 1258 pairs, 539 held-out pictures" in done.stdout
     return out
 
 
@@ -49,8 +50,9 @@ def test_digits_are_split_by_picture_and_by_name(digits: Path) -> None:
     assert len(binding) == 20
     heldout = [page for shard in sorted((digits / "heldout").glob("*.tar")) for page in read_pages(shard)]
     pairs = [page for shard in sorted((digits / "train/pairs").glob("*.tar")) for page in read_pages(shard)]
+    naming = [page for shard in sorted((digits / "train/naming").glob("*.tar")) for page in read_pages(shard)]
     kept_out = {page.images[0] for page in heldout}
-    assert not kept_out & {image for page in [*binding, *pairs] for image in page.images}
+    assert not kept_out & {image for page in [*binding, *naming, *pairs] for image in page.images}
     assert len(kept_out) == 539
     assert {name for page in binding for name in page.meta["names"]} <= set(names("train"))
     assert {name for page in heldout for name in page.meta["names"]} <= set(names("heldout"))
@@ -74,6 +76,16 @@ def test_a_binding_page_names_every_picture_rightly(digits: Path) -> None:
             assert name == Text(f" {expected}", loss=expected in mentioned)
             mentioned.add(expected)
         assert mentioned <= set(page.meta["names"])
+
+
+def test_a_naming_page_says_what_the_digits_are(digits: Path) -> None:
+    pairs = [page for shard in (digits / "train/pairs").glob("*.tar") for page in read_pages(shard)]
+    classes = {page.images[0]: int(page.meta["class"]) for page in pairs}
+    pages = list(read_pages(digits / "train/naming/digits-naming-000000.tar"))
+    assert 1 < len({len(page.images) for page in pages}) <= 9
+    for page in pages:
+        said = [node.text for node in page.nodes if isinstance(node, Text)]
+        assert said == [f" {WORDS[classes[image]]}" for image in page.images]
 
 
 def test_the_same_digits_again(digits: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_settings_of_tasks_and_lists() -> None:
     ("arguments", "message"),
     [
         ([], "model is missing"),
-        (["model=m", "task=nope"], "unknown task 'nope'; the tasks are csv, digits_binding"),
+        (["model=m", "task=nope"], "unknown task 'nope'; the tasks are csv, digits_binding, digits_naming"),
         (["model=m", "task=[toy_vqa,nope]"], "unknown task 'nope'"),
         (["model=m", "tassk=1"], "tassk"),
         (["model=m", "+shot=1"], "shot"),
