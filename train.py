@@ -30,7 +30,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils.logging import disable_progress_bar
 
 from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
@@ -42,7 +41,7 @@ from flamingo.training.config import TrainConfig, flatten
 from flamingo.training.curves import draw_losses
 from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
 from flamingo.training.optim import lr_scale, parameter_groups, set_lr
-from flamingo.training.parallel import set_threads, shard, start_processes, stop_processes, whole
+from flamingo.training.parallel import leave, set_threads, shard, start_processes, stop_processes, whole
 from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values, same_backbones
 from flamingo.training.setups import SETUPS, Setup
 
@@ -192,8 +191,7 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
     # Save.
     if progress is not None:
         progress.close()
-    everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = get_model_state_dict(model, options=everything)
+    weights = state.whole_weights(model)
     finished = run_dir / "model"
     if processes.is_main:
         for (name, reason), number in loader.bad.by_reason().items():
@@ -201,6 +199,7 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
         export(setup.export, weights, finished)
         draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{config.objective} ({run_dir})")
         print(f"model in {finished}, losses in {run_dir / 'loss.png'}", flush=True)
+    processes.wait()  # nobody leaves while the model is being written
     return finished
 
 
@@ -217,7 +216,7 @@ def dataset_specs(config: TrainConfig) -> list[DatasetSpec]:
             merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
             specs.append(OmegaConf.to_object(merged))
         except OmegaConfBaseException as error:
-            raise UserError(f"data.datasets.{name}: {first_line(error)}") from error
+            raise UserError(f"data.datasets.{name}: {str(error).strip().splitlines()[0]}") from error
     return specs  # type: ignore[return-value]
 
 
@@ -272,11 +271,6 @@ def nearest(key: str, known: list[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return str(error).strip().splitlines()[0]
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def sweep(composed: DictConfig) -> None:
     """hydra's own entry, for `-m` (sweeps, launchers) and its `--help`, `--cfg job`."""
@@ -286,14 +280,16 @@ def sweep(composed: DictConfig) -> None:
 def main() -> None:
     """The command line; a user's mistake is one line and exit status 2."""
     disable_progress_bar()  # transformers' own, one for every file it reads or writes
+    status = 0
     try:
         if any(argument.startswith("-") for argument in sys.argv[1:]):
             sweep()
         else:
             train(compose(sys.argv[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    leave(status)
 
 
 if __name__ == "__main__":

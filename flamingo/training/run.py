@@ -47,7 +47,7 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
             write_atomically(described, yaml.safe_dump(_plain(config.as_dict()), sort_keys=False))
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written ({error}): choose another folder") from error
-    processes.sum([0.0])  # nobody looks for checkpoints before the folder is ready
+    processes.wait()  # nobody looks for checkpoints before the folder is ready
     return state.newest(checkpoints)
 
 

@@ -55,7 +55,7 @@ def language_setup(
         folder = run_dir / "tokenizer"
         if processes.is_main and not folder.exists():
             build.train_tokenizer(texts(), language.vocab_size).save_pretrained(str(folder))
-        processes.sum([0.0])  # the others wait here until it is written
+        processes.wait()  # the others, until it is written
         tokenizer = build.load_tokenizer(str(folder))
     if not language.name:
         lm = build.build_language(language.config or {}, tokenizer)

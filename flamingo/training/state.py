@@ -119,6 +119,11 @@ def save(
     return path
 
 
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """All weights, frozen ones too, unsharded and on the CPU of the first process. Called by every process."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restores a checkpoint in place, on any number of processes; returns what was saved as `extra`.
 
