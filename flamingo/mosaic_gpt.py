@@ -30,12 +30,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flamingo.mosaic_gpt_config import MosaicGPTConfig
 
 
-def alibi_slopes(heads: int, bias_max: float = 8.0) -> Float[Tensor, "H"]:
+def alibi_slopes(heads: int, bias_max: float | int = 8) -> Float[Tensor, "H"]:
     """Return what a key loses per token of distance: 2 ** -(bias_max * h / H) for h = 1 ... H.
 
     For any number of heads, unlike the later MPT's, which interleaves two sets where H is no power of two.
     """
-    return 2.0 ** -(torch.arange(1, heads + 1, dtype=torch.float32) * (bias_max / heads))
+    return 2.0 ** -(torch.arange(1, heads + 1, dtype=torch.float64) * (bias_max / heads))
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def alibi_bias(
@@ -77,7 +81,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the mixed values (B, T, H, W) and the attention weights (B, H, T, K)."""
     scores = query @ key.transpose(-1, -2) * scaling + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = scores.softmax(-1, dtype=_precise(scores.dtype)).to(value.dtype)
     mixed = F.dropout(weights, p=dropout, training=module.training) @ value
     return mixed.transpose(1, 2), weights
 
@@ -222,7 +226,7 @@ class MosaicGPTModel(MosaicGPTPreTrainedModel):
             length, offset = cache.get_mask_sizes(x.shape[1], 0)
         queries = torch.arange(x.shape[1], device=x.device) + past
         keys = torch.arange(length, device=x.device) + offset
-        slopes = alibi_slopes(self.config.n_heads, self.config.alibi_bias_max).to(x.device)
+        slopes = alibi_slopes(self.config.n_heads, self.config.alibi_bias_max).to(x.device, _precise(x.dtype))
         return alibi_bias(slopes, queries, keys, attention_mask, x.dtype)
 
 
@@ -248,7 +252,7 @@ class MosaicGPTForCausalLM(MosaicGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (B, T, V), of the last `logits_to_keep` tokens where that is not 0; `labels` are shifted here."""
+        """Return logits (B, T, V), or of the last `logits_to_keep` tokens; `labels` are shifted here."""
         out = self.transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,
