@@ -188,7 +188,7 @@ def _image_statistics(name: str) -> dict[str, Any]:
 
 
 def load_language(
-    language: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+    language: str | Path | nn.Module, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal LM with its weights, and its tokenizer; a built LM needs `tokenizer`."""
     if isinstance(language, PreTrainedModel):

@@ -137,7 +137,7 @@ class NewTokens(nn.Module):
     def init_from(self, lm: PreTrainedModel, *, seed: int) -> None:
         """Start every row at the mean of the LM's rows plus noise of a tenth of their deviation.
 
-        Where the LM's table is packed (4 bits) and cannot be read, the rows keep their random start.
+        Where the LM's table is packed (8 or 4 bits) and cannot be read, the rows keep their random start.
         """
         generator = torch.Generator().manual_seed(seed)
         for rows, module in ((self.input_rows, embedding_table(lm)), (self.output_rows, output_head(lm))):
@@ -187,7 +187,9 @@ def place_beside(lm: PreTrainedModel, blocks: nn.ModuleDict, *, decoder_layers_p
 
 
 def _segments_on(segments: Segments, device: torch.device) -> Segments:
-    moved = {name: value.to(device) for name, value in vars(segments).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(segments).items() if isinstance(value, Tensor)
+    }
     return replace(segments, **moved)
 
 

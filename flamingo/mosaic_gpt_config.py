@@ -80,7 +80,7 @@ class MosaicGPTConfig(PreTrainedConfig):
         self.attn_pdrop, self.resid_pdrop, self.emb_pdrop = attn_pdrop, resid_pdrop, emb_pdrop
         self.attn_qk_ln, self.attn_clip_qkv, self.softmax_scale = attn_qk_ln, attn_clip_qkv, softmax_scale
         self.alibi_bias_max, self.use_cache = alibi_bias_max, use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
 
 AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)

@@ -40,10 +40,10 @@ def table_shape(module: Any) -> tuple[int, int]:
 
 def table_values(module: Any) -> Float[Tensor, "V D"] | None:
     """Return the rows of an embedding or an output layer in float32; None where they are packed."""
-    weight = module.weight() if callable(module.weight) else module.weight  # torch's quantised Linear has a method
-    weight = weight.dequantize() if weight.is_quantized else weight
-    readable = weight.is_floating_point() and tuple(weight.shape) == table_shape(module)
-    return weight.detach().float() if readable else None
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_quantized or not weight.is_floating_point():
+        return None
+    return weight.detach().float() if tuple(weight.shape) == table_shape(module) else None
 
 
 def embedding_scale(table: Any) -> Tensor | None:

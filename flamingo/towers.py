@@ -110,7 +110,7 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
     if tagged != model and tagged not in timm.list_pretrained():
         tags = ", ".join(known.split(".", 1)[-1] for known in timm.list_pretrained(f"{model}.*"))
         raise UserError(f"timm has no weights {pretrained!r} for {model}; known are {tags or 'none'}")
-    described = timm.get_pretrained_cfg(tagged)
+    described: Any = timm.get_pretrained_cfg(tagged)
     native = int(described.input_size[-1])
     vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": native}
     arch = {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}

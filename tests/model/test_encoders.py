@@ -173,10 +173,11 @@ def test_positions_of_transformers_are_those_of_open_clip() -> None:
 
 def test_timm_by_name_and_bare() -> None:
     """The paper's family: convolutions, so any size, and no final norm."""
-    tower, config = load_vision("timm/test_nfnet", image_size=96)
+    loaded: Any = load_vision("timm/test_nfnet", image_size=96)
+    tower, config = loaded
     assert (config.kind, config.image_size, config.width, config.mean) == ("open_clip", 96, 192, (0.5, 0.5, 0.5))
     bare: Any = timm.create_model("test_nfnet", num_classes=0)
-    again = build_tower(config)
+    again: Any = build_tower(config)
     for target in (bare, again.trunk):
         target.load_state_dict(tower.trunk.state_dict())
     with torch.no_grad():
