@@ -80,25 +80,29 @@ def conformance(options: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from flamingo.conformance import CHECKS, conform
+    from flamingo.conformance import CHECKS, TOLERANCE, conform
     from flamingo.conformance_sharded import two_processes
     from flamingo.families import FAMILIES, loaded_lm
 
     logging.disable_progress_bar()
+    known = [*CHECKS, "two_processes"]
+    if unknown := [check for check in options.checks or () if check not in known]:
+        raise UserError(f"--checks {unknown[0]}: there is no such check; checks are {', '.join(known)}")
     makes = {name: partial(loaded_lm, name) for name in options.language or FAMILIES}
     for make in makes.values():
         make()  # a name that cannot be had is said before anything is checked
-    wanted = options.checks or [*CHECKS, "two_processes"]
-    print("  ".join([f"{'language model':16}", *wanted]))
+    wanted = [check for check in known if check in (options.checks or known)]
+    print("  ".join([f"{'language model':16}", *(f"{check:>9}" for check in wanted)]))
     sharded = two_processes(makes) if "two_processes" in wanted else {}
-    failed = 0
+    failures = []
     for name, make in makes.items():
         outcomes = [*conform(make, [check for check in wanted if check in CHECKS])]
         outcomes += [sharded[name]] if name in sharded else []
-        cells = [f"{'ok' if outcome.passed else 'FAILED'} ({outcome.note})" for outcome in outcomes]
+        cells = [f"{o.note if o.passed else 'FAILED':>{max(9, len(o.check))}}" for o in outcomes]
         print("  ".join([f"{name:16}", *cells]), flush=True)
-        failed += sum(not outcome.passed for outcome in outcomes)
-    return int(failed > 0)
+        failures += [f"{name}, {o.check}: {o.note}" for o in outcomes if not o.passed]
+    print("\n".join(failures) or f"all passed: equal, or different by at most {TOLERANCE:g} of the largest value")
+    return int(bool(failures))
 
 
 def main(arguments: list[str] | None = None) -> int:

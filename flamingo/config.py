@@ -206,8 +206,15 @@ def every_n_layers(num_layers: int, every: int) -> list[int]:
 
 
 def num_decoder_layers(text_config: PreTrainedConfig) -> int:
-    """Return how many decoder layers an LM of this config has, whatever its family calls the number."""
-    return int(text_config.get_text_config(decoder=True).num_hidden_layers)
+    """Return how many decoder layers an LM of this config has, whatever its family calls the number.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    own = text_config.get_text_config(decoder=True)
+    if not isinstance(number := getattr(own, "num_hidden_layers", None), int):
+        raise UserError(f"{type(own).__name__} does not say how many layers the LM has; set num_hidden_layers in it")
+    return number
 
 
 T = TypeVar("T")

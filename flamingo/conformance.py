@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flamingo.families import MakeLM, page, subject
+from flamingo.language import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.tables import embedding_scale, embedding_table, output_head, table_shape
 
@@ -56,7 +57,7 @@ def closed_gates(make: MakeLM) -> str:
     text = page(model, [2])
     ours = model(**text, use_cache=False).logits[..., :rows]
     _same(ours, plain(input_ids=text["input_ids"], use_cache=False).logits, "a text-only row and the LM alone")
-    return "equal bits"
+    return "exact"
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def generation(make: MakeLM) -> str:
         ours = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=beams)
         theirs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=beams, use_cache=False)
         _same(ours, theirs, f"tokens of {beams} beams with and without a cache")
-    return f"{ours.numel()} tokens"
+    return "equal"
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def batched(make: MakeLM) -> str:
 
 
 def recomputed(make: MakeLM) -> str:
-    """Gradient checkpointing changes neither loss nor gradients, and keeps nothing below the first block."""
+    """Gradient checkpointing reaches the LM's layers and changes neither loss nor gradients."""
     (loss, plain), (again, recomputed) = (gradients(subject(make), (0, 1, 2), recompute=way) for way in (False, True))
     close(again, loss, "loss with and without recomputation")
     if list(recomputed) != list(plain):
@@ -155,7 +156,7 @@ def untouched(make: MakeLM) -> str:
     if told["missing_keys"] or told["unexpected_keys"]:
         raise ConformanceError(f"saving the LM lost or added keys: {told}")
     _same(again.eval()(input_ids=text).logits, wanted, "the LM after saving and loading, and before")
-    return f"{len(list(plain.state_dict()))} keys"
+    return "exact"
 
 
 @torch.no_grad()
@@ -169,7 +170,7 @@ def saved(make: MakeLM) -> str:
         model.save_pretrained(folder, built_modules=built)
         loaded = FlamingoForConditionalGeneration.from_pretrained(folder, language=make() if built else None)
     _same(loaded.eval()(**inputs).logits, wanted, "logits after saving and loading, and before")
-    return "equal bits"
+    return "exact"
 
 
 @torch.no_grad()
@@ -193,8 +194,8 @@ def compiled(make: MakeLM) -> str:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if not graphs:
             raise ConformanceError("torch.compile compiled nothing")
-        difference = close(ours, wanted, "compiled and eager logits")
-        return f"one graph, {difference}" if whole else f"{graphs} graphs ({reason}), {difference}"
+        close(ours, wanted, "compiled and eager logits")
+        return "one graph" if whole else f"{graphs} graphs: {reason}"
     raise AssertionError("unreachable")
 
 
@@ -222,6 +223,9 @@ def gradients(
     if recompute:
         model.activation_checkpointing_enable()
     model.train()
+    layers = find_decoder_layers(model.language_model)
+    if recompute and not all(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        raise ConformanceError("the LM's layers do not recompute their activations")
     inputs: Any = page(model, rows, side="right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     out = model(**inputs, labels=labels, num_items_in_batch=10)

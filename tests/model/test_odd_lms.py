@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedConfig
 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.families import tiny_lm
@@ -145,6 +145,13 @@ def test_of_two_lists_of_one_length_the_layers_are_found() -> None:
     lm.adapters = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
     assert find_decoder_layers(lm) is lm.model.layers
     assert find_decoder_layers(lm, "adapters") is lm.adapters
+
+
+def test_a_config_without_a_number_of_layers() -> None:
+    lm: Any = tiny.lm("llama")
+    lm.config = PreTrainedConfig()
+    with pytest.raises(UserError, match="PreTrainedConfig does not say how many layers the LM has"):
+        around(lm)
 
 
 def test_the_named_list_wins() -> None:
