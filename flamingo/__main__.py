@@ -74,6 +74,37 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def conformance(options: argparse.Namespace) -> int:
+    """Print a table of language models and checks; return 1 if one fails."""
+    from functools import partial
+
+    from transformers.utils import logging
+
+    from flamingo.conformance import CHECKS, TOLERANCE, conform
+    from flamingo.conformance_sharded import two_processes
+    from flamingo.families import FAMILIES, loaded_lm
+
+    logging.disable_progress_bar()
+    known = [*CHECKS, "two_processes"]
+    if unknown := [check for check in options.checks or () if check not in known]:
+        raise UserError(f"--checks {unknown[0]}: there is no such check; checks are {', '.join(known)}")
+    makes = {name: partial(loaded_lm, name) for name in options.language or FAMILIES}
+    for make in makes.values():
+        make()  # a name that cannot be had is said before anything is checked
+    wanted = [check for check in known if check in (options.checks or known)]
+    print("  ".join([f"{'language model':16}", *(f"{check:>9}" for check in wanted)]))
+    sharded = two_processes(makes) if "two_processes" in wanted else {}
+    failures = []
+    for name, make in makes.items():
+        outcomes = [*conform(make, [check for check in wanted if check in CHECKS])]
+        outcomes += [sharded[name]] if name in sharded else []
+        cells = [f"{o.note if o.passed else 'FAILED':>{max(9, len(o.check))}}" for o in outcomes]
+        print("  ".join([f"{name:16}", *cells]), flush=True)
+        failures += [f"{name}, {o.check}: {o.note}" for o in outcomes if not o.passed]
+    print("\n".join(failures) or f"all passed: equal, or different by at most {TOLERANCE:g} of the largest value")
+    return int(bool(failures))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a `UserError` becomes one line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m flamingo", description=__doc__)
@@ -86,9 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
     speak.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of the answer")
     speak.add_argument("--beams", type=int, default=1, help="beams; 1 is greedy")
     speak.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    conform = commands.add_parser("conformance", help="does a language model work inside a Flamingo?")
+    conform.add_argument("language", nargs="*", help="families, folders or names; all families by default")
+    conform.add_argument("--checks", nargs="+", help="some checks only, by name")
     options = parser.parse_args(arguments)
+    run = {"doctor": lambda options: doctor(), "generate": generate, "conformance": conformance}[options.command]
     try:
-        return doctor() if options.command == "doctor" else generate(options)
+        return run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

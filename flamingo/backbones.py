@@ -29,8 +29,11 @@ from flamingo.config import (
 from flamingo.errors import UserError
 from flamingo.hub import from_hub, hub_reachable
 from flamingo.images import ImageTransform
+from flamingo.language import place_beside
 from flamingo.processor import FlamingoProcessor
-from flamingo.vision import build_open_clip, describe_tower, token_width, vision_model_from_config
+from flamingo.tables import embedding_table
+from flamingo.towers import TIMM, checked_width, load_timm, resize_tower
+from flamingo.vision import build_open_clip, describe_tower, vision_model_from_config
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -40,8 +43,9 @@ def load_vision(
 ) -> tuple[nn.Module, VisionConfig]:
     """Return an encoder with its weights, and its config.
 
-    `vision` is an open_clip name (then `pretrained` is one of its tags, a file, or None for random weights), a folder
-    (open_clip's layout or transformers'), a transformers name, or a built module (then `image_size` is needed).
+    `vision` is an open_clip name (then `pretrained` is one of its tags, a file, or None for random weights), `timm/`
+    with one of timm's names (likewise), a folder (open_clip's layout or transformers'), a transformers name, or a built
+    module (then `image_size` is needed). Another `image_size` than the encoder's own interpolates its positions.
 
     Raises:
         UserError: unknown name or tag, missing files, no network.
@@ -49,6 +53,7 @@ def load_vision(
     if isinstance(vision, nn.Module):
         if image_size is None:
             raise UserError("a built vision module needs image_size=..., the side of its pictures in pixels")
+        checked_width(vision, image_size, type(vision).__name__)
         return vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
     path = Path(vision)
     if path.is_dir():
@@ -57,6 +62,8 @@ def load_vision(
 
     if str(vision) in open_clip.list_models():
         return _vision_from_open_clip(str(vision), pretrained, image_size)
+    if str(vision).startswith(TIMM):
+        return load_timm(str(vision), pretrained, image_size)
     return _vision_from_transformers(str(vision), image_size)
 
 
@@ -70,7 +77,6 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
     if not (path / OPEN_CLIP_WEIGHTS).is_file():
         raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
     config = _open_clip_config(str(path), model_cfg, preprocess)
-    _check_size(config, image_size)
     tower = build_open_clip(config.arch or {})
     weights = load_file(path / OPEN_CLIP_WEIGHTS)
     visual = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
@@ -78,7 +84,11 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
         tower.load_state_dict(visual)
     except RuntimeError as error:
         raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {error}") from error
-    return tower.eval(), replace(config, width=token_width(tower, config.image_size))
+    if image_size not in (None, config.image_size):
+        resize_tower(tower, image_size)
+        model_cfg["vision_cfg"]["image_size"] = image_size
+        config = _open_clip_config(str(path), model_cfg, preprocess)
+    return tower.eval(), replace(config, width=checked_width(tower, config.image_size, config.name))
 
 
 def open_clip_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> VisionConfig:
@@ -113,7 +123,7 @@ def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | 
         weights = pretrained if Path(pretrained).is_file() else _cached_open_clip(name, pretrained)
         options = {"force_quick_gelu": arch["quick_gelu"], "force_image_size": image_size}
         tower = open_clip.create_model(name, pretrained=weights, **options).visual
-    return tower.eval(), replace(config, width=token_width(tower, config.image_size))
+    return tower.eval(), replace(config, width=checked_width(tower, config.image_size, name))
 
 
 def _cached_open_clip(name: str, pretrained: str) -> str:
@@ -153,9 +163,11 @@ def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Mod
     model_class = type(vision_model_from_config_on_meta(vision_config))
     tower = from_hub(model_class, name, "vision encoder", config=vision_config).eval()
     size = int(getattr(vision_config, "image_size", None) or image_size or 224)
-    described = describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
-    _check_size(described, image_size)
-    return tower, described
+    if image_size not in (None, size):
+        resize_tower(tower, image_size)
+        size = int(image_size)
+    checked_width(tower, size, name)
+    return tower, describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
 
 
 def vision_model_from_config_on_meta(config: Any) -> PreTrainedModel:
@@ -175,13 +187,8 @@ def _image_statistics(name: str) -> dict[str, Any]:
     return {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
 
 
-def _check_size(config: VisionConfig, image_size: int | None) -> None:
-    if image_size not in (None, config.image_size):
-        raise UserError(f"{config.name} takes pictures of {config.image_size} px, not image_size={image_size}")
-
-
 def load_language(
-    language: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+    language: str | Path | nn.Module, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal LM with its weights, and its tokenizer; a built LM needs `tokenizer`."""
     if isinstance(language, PreTrainedModel):
@@ -271,6 +278,10 @@ def _assemble(
         torch.manual_seed(seed)
         model = model_class(config, vision_tower=tower, causal_lm=lm)
     model.new_tokens.init_from(lm, seed=seed)
+    if getattr(lm, "hf_device_map", None):
+        for part in (model.vision_encoder, model.resampler, model.new_tokens):
+            part.to(embedding_table(lm).weight.device)
+        place_beside(lm, model.cross_attn_blocks, decoder_layers_path=config.decoder_layers_path)
     if model.generation_config.eos_token_id == [config.eoc_token_id] and processor.eos_token_id is not None:
         model.generation_config.eos_token_id = [config.eoc_token_id, processor.eos_token_id]
     model.generation_config.pad_token_id = processor.pad_token_id

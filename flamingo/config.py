@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+import flamingo.mosaic_gpt_config  # noqa: F401  (makes its model type known to transformers)
 from flamingo.errors import UserError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -205,8 +206,15 @@ def every_n_layers(num_layers: int, every: int) -> list[int]:
 
 
 def num_decoder_layers(text_config: PreTrainedConfig) -> int:
-    """Return how many decoder layers an LM of this config has, whatever its family calls the number."""
-    return int(text_config.get_text_config(decoder=True).num_hidden_layers)
+    """Return how many decoder layers an LM of this config has, whatever its family calls the number.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    own = text_config.get_text_config(decoder=True)
+    if not isinstance(number := getattr(own, "num_hidden_layers", None), int):
+        raise UserError(f"{type(own).__name__} does not say how many layers the LM has; set num_hidden_layers in it")
+    return number
 
 
 T = TypeVar("T")

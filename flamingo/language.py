@@ -15,19 +15,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+import flamingo.mosaic_gpt  # noqa: F401  (makes its model type known to transformers)
 from flamingo.config import num_decoder_layers
 from flamingo.cross_attention import KeysValues
 from flamingo.errors import UserError
 from flamingo.media import Segments
+from flamingo.tables import embedding_scale, embedding_table, output_head, table_shape, table_values
 
 
 @dataclass
@@ -65,9 +67,12 @@ class CallState(threading.local):
 def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
     """Return the list of decoder layers: the shallowest `nn.ModuleList` with as many entries as the LM has layers.
 
+    Of several such lists, one of layers that transformers can recompute (every decoder's are) comes first.
+
     Raises:
         UserError: there is none; `path` (config: `decoder_layers_path`) names it instead.
     """
+    wanted = num_decoder_layers(lm.config)
     if path is not None:
         try:
             layers = lm.get_submodule(path)
@@ -75,19 +80,24 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
             raise UserError(f"decoder_layers_path={path!r} is not a module of {type(lm).__name__}") from error
         if not isinstance(layers, nn.ModuleList):
             raise UserError(f"decoder_layers_path={path!r} is a {type(layers).__name__}, not an nn.ModuleList")
+        if len(layers) != wanted:
+            raise UserError(f"decoder_layers_path={path!r} has {len(layers)} modules, but the LM has {wanted} layers")
         return layers
-    wanted = num_decoder_layers(lm.config)
     found = [
-        (name.count("."), module)
+        (not all(isinstance(layer, GradientCheckpointingLayer) for layer in module), name.count("."), module)
         for name, module in lm.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == wanted and "vision" not in name
     ]
     if not found:
+        lists = [
+            f"{name!r} ({len(module)})" for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)
+        ]
         raise UserError(
-            f"{type(lm).__name__} has no nn.ModuleList of {wanted} modules (its number of layers), so its decoder "
-            "layers were not found; name the list with decoder_layers_path"
+            f"the decoder layers of {type(lm).__name__} were not found: it has no nn.ModuleList of {wanted} modules, "
+            f"its config's number of layers; its lists are {', '.join(lists) or 'none'}; name the right one with "
+            "decoder_layers_path='...'"
         )
-    return min(found, key=lambda item: item[0])[1]
+    return min(found, key=lambda item: item[:2])[-1]
 
 
 class NewTokens(nn.Module):
@@ -103,14 +113,21 @@ class NewTokens(nn.Module):
         self.output_rows = None if tied else nn.Parameter(torch.empty(len(ids), output_width).normal_(std=0.02))
 
     def forward(
-        self, x: Float[Tensor, "*batch D"], is_new: Bool[Tensor, "*batch n"] | None = None
+        self,
+        x: Float[Tensor, "*batch D"],
+        is_new: Bool[Tensor, "*batch n"] | None = None,
+        scale: Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "*batch E"]:
-        """Input side (`is_new` given): embeddings (B, T, D) with the new tokens' rows put in. Output side: logits."""
+        """Input side (`is_new` given): embeddings (B, T, D) with the new tokens' rows put in. Output side: logits.
+
+        `scale` is what the LM's own embedding multiplies its rows with (`embedding_scale`).
+        """
         if is_new is not None:
-            rows = is_new.to(x.dtype) @ self.input_rows.to(x.dtype)
+            rows = is_new.to(x.dtype) @ self.input_rows.to(x)
+            rows = rows if scale is None else rows * scale.to(x)
             return torch.where(is_new.any(-1, keepdim=True), rows, x)
         rows = self.input_rows if self.output_rows is None else self.output_rows
-        return x @ rows.to(x.dtype).T
+        return x @ rows.to(x).T
 
     def match(self, input_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T n"]:
         """Return which token is which of the new ones."""
@@ -118,40 +135,29 @@ class NewTokens(nn.Module):
 
     @torch.no_grad()
     def init_from(self, lm: PreTrainedModel, *, seed: int) -> None:
-        """Start every row at the mean of the LM's rows plus noise of a tenth of their deviation."""
-        table, head = embedding_table(lm), output_head(lm)
+        """Start every row at the mean of the LM's rows plus noise of a tenth of their deviation.
+
+        Where the LM's table is packed (8 or 4 bits) and cannot be read, the rows keep their random start.
+        """
         generator = torch.Generator().manual_seed(seed)
-        for rows, source in ((self.input_rows, table.weight), (self.output_rows, head.weight)):
+        for rows, module in ((self.input_rows, embedding_table(lm)), (self.output_rows, output_head(lm))):
             if rows is not None:
                 noise = torch.randn(rows.shape, generator=generator)
-                values = source.float()
-                rows.copy_(values.mean(0) + 0.1 * values.std() * noise.to(values.device))
-
-
-def embedding_table(lm: PreTrainedModel) -> Any:
-    """Return the LM's input embedding."""
-    return lm.get_input_embeddings()
-
-
-def output_head(lm: PreTrainedModel) -> Any:
-    """Return the LM's output layer (D to V)."""
-    head = lm.get_output_embeddings()
-    if head is None:
-        raise UserError(f"{type(lm).__name__} has no output embedding; give a causal LM (AutoModelForCausalLM)")
-    return head
+                if (values := table_values(module)) is not None:
+                    rows.copy_(values.mean(0) + 0.1 * values.std() * noise.to(values.device))
 
 
 def new_tokens_for(lm: PreTrainedModel, ids: list[int]) -> NewTokens:
     """Return a table for `ids` that fits the LM, tied where the LM is tied."""
-    table, head = embedding_table(lm).weight, output_head(lm).weight
+    table, head = table_shape(embedding_table(lm)), table_shape(output_head(lm))
     tied = bool(getattr(lm.config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    beyond = sorted(i for i in ids if i >= len(head))
-    if beyond != list(range(len(head), len(head) + len(beyond))):
+    beyond = sorted(i for i in ids if i >= head[0])
+    if beyond != list(range(head[0], head[0] + len(beyond))):
         raise UserError(
-            f"new token ids {beyond} leave a gap behind the LM's {len(head)} rows; they must lie inside its table or "
+            f"new token ids {beyond} leave a gap behind the LM's {head[0]} rows; they must lie inside its table or "
             "follow it directly"
         )
-    return NewTokens(ids, table.shape[1], head.shape[1], tied=tied and table.shape[1] == head.shape[1])
+    return NewTokens(ids, table[1], head[1], tied=tied and table[1] == head[1])
 
 
 def attach(
@@ -165,11 +171,26 @@ def attach(
     """Register the hooks. Outside of a running call they do nothing, so the LM alone is just itself."""
     layers = find_decoder_layers(lm, decoder_layers_path)
     for key in blocks:
-        layers[int(key)].register_forward_pre_hook(_BlockHook(blocks, key, state), with_kwargs=True)
+        hook = _BlockHook(blocks, key, state, mapped=bool(getattr(lm, "hf_device_map", None)))
+        layers[int(key)].register_forward_pre_hook(hook, with_kwargs=True)
     embedding_table(lm).register_forward_hook(_EmbeddingHook(new_tokens, state))
     head = output_head(lm)
     head.register_forward_pre_hook(_KeepHook(state))
     head.register_forward_hook(_HeadHook(new_tokens, state))
+
+
+def place_beside(lm: PreTrainedModel, blocks: nn.ModuleDict, *, decoder_layers_path: str | None = None) -> None:
+    """Put each block on the device of its decoder layer, for an LM that is spread over several devices."""
+    layers = find_decoder_layers(lm, decoder_layers_path)
+    for key, block in blocks.items():
+        block.to(next(layers[int(key)].parameters()).device)
+
+
+def _segments_on(segments: Segments, device: torch.device) -> Segments:
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(segments).items() if isinstance(value, Tensor)
+    }
+    return replace(segments, **moved)
 
 
 # The hooks are small objects and not closures, so that `copy.deepcopy(model)` copies what they point to as well: the
@@ -179,16 +200,22 @@ class _BlockHook:
     blocks: nn.ModuleDict
     key: str
     state: CallState
+    mapped: bool
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.state.call
         if call is None:
             return None
         # Every causal decoder of transformers passes the hidden states first; some by name.
-        block = partial(self.blocks[self.key], segments=call.segments, cache=call.cache, key=self.key)
-        if args:
-            return (block(args[0], call.media), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], call.media)}
+        x = args[0] if args else kwargs["hidden_states"]
+        block: Any = self.blocks[self.key]
+        # A block may be in float32 between layers that are stored in bfloat16: it computes in its own. Under a device
+        # map x still is where the layer before was. (Elsewhere a gate's device says nothing: FSDP2 may offload it.)
+        where = block.attn_gate.device if self.mapped else x.device
+        media = call.media.to(where, block.attn_gate.dtype)
+        segments = _segments_on(call.segments, where) if self.mapped else call.segments
+        out = block(x.to(media), media, segments=segments, cache=call.cache, key=self.key).to(x.dtype)
+        return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
 
 
 @dataclass(eq=False)
@@ -200,8 +227,7 @@ class _EmbeddingHook:
         call = self.state.call
         if call is None or call.is_new is None:
             return None
-        out = self.new_tokens(output, call.is_new)
-        return out
+        return self.new_tokens(output, call.is_new, scale=embedding_scale(module))
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ Letters: I pictures, F frames, C channels, S side in pixels, P patches, D width.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -61,9 +62,10 @@ class VisionEncoder(nn.Module):
 def patch_tokens(tower: Any, pixels: Float[Tensor, "N C S S"]) -> Float[Tensor, "N P D"]:
     """Return a tower's patch tokens, without class and register tokens, before its final norm where it has one."""
     if hasattr(tower, "forward_intermediates"):
-        out = tower.forward_intermediates(
-            pixels, indices=1, intermediates_only=True, normalize_intermediates=False, output_fmt="NCHW"
-        )
+        # A bare timm model calls it `norm`, open_clip's towers `normalize_intermediates`.
+        names = inspect.signature(tower.forward_intermediates).parameters
+        raw: dict[str, Any] = {"norm" if "norm" in names else "normalize_intermediates": False}
+        out = tower.forward_intermediates(pixels, indices=1, intermediates_only=True, output_fmt="NCHW", **raw)
         out = out["image_intermediates"] if isinstance(out, dict) else out
         return out[-1].flatten(2).transpose(1, 2)
     out = tower(pixels)
@@ -109,7 +111,12 @@ def build_open_clip(arch: dict[str, Any]) -> nn.Module:
 
     vision_cfg = dict(arch["vision_cfg"])
     vision_cfg["timm_model_pretrained"] = False
-    return _build_vision_tower(arch["embed_dim"], vision_cfg, quick_gelu=bool(arch.get("quick_gelu", False)))
+    tower = _build_vision_tower(arch["embed_dim"], vision_cfg, quick_gelu=bool(arch.get("quick_gelu", False)))
+    # timm builds its own size whatever the config says; open_clip resizes after loading weights, and not here.
+    native = getattr(getattr(getattr(tower, "trunk", None), "patch_embed", None), "img_size", None)
+    if native is not None and tuple(native) != tuple(tower.image_size):
+        tower.set_input_size(tower.image_size)
+    return tower
 
 
 def vision_model_from_config(config: Any) -> PreTrainedModel:

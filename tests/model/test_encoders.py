@@ -1,0 +1,230 @@
+"""Encoders of every library, small: their tokens, another resolution, and save and load in a Flamingo."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.eva import Eva, _create_eva
+from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from flamingo import FlamingoForConditionalGeneration, UserError
+from flamingo.backbones import load_vision
+from flamingo.config import VisionConfig
+from flamingo.towers import resize_tower, resized_positions
+from flamingo.vision import build_tower, patch_tokens
+from tests.model import tiny
+
+SIZE, PATCH, WIDTH = 64, 16, 32
+SMALL: dict[str, Any] = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "img_size": SIZE}
+
+
+@register_model
+def flamingo_tiny_eva02(pretrained: bool = False, **kwargs: Any) -> Eva:
+    """As EVA02's CLIP towers are: rotary positions in a buffer that no checkpoint has."""
+    own = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4), "swiglu_mlp": True, "scale_mlp": True}
+    return _create_eva("eva02_tiny_patch14_224", pretrained=pretrained, **{**SMALL, **own, **kwargs})
+
+
+@register_model
+def flamingo_tiny_siglip(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    own = {"class_token": False, "global_pool": "map"}
+    return _create_vision_transformer(
+        "vit_base_patch16_siglip_224", pretrained=pretrained, **{**SMALL, **own, **kwargs}
+    )
+
+
+VIT = {"image_size": SIZE, "layers": 2, "width": WIDTH, "head_width": 16, "patch_size": PATCH}
+TIMM = {"image_size": SIZE, "timm_proj": "linear", "timm_pool": ""}
+# name -> (config of the open_clip tower, tokens at 64 px, their width)
+TOWERS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "ViT": (VIT, 16, WIDTH),
+    "CoCa": ({**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}, 16, WIDTH),
+    "EVA": (
+        {"image_size": SIZE, "timm_model_name": "flamingo_tiny_eva02", "timm_pool": "token", "timm_proj": ""},
+        16,
+        WIDTH,
+    ),
+    "SigLIP": (
+        {"image_size": SIZE, "timm_model_name": "flamingo_tiny_siglip", "timm_pool": "map", "timm_proj": "none"},
+        16,
+        WIDTH,
+    ),
+    "ConvNeXt": ({**TIMM, "timm_model_name": "test_convnext"}, 4, 64),
+    "NFNet": ({**TIMM, "timm_model_name": "test_nfnet"}, 4, 192),
+}
+
+
+def arch(name: str, **options: Any) -> dict[str, Any]:
+    return {"embed_dim": 16, "vision_cfg": {**TOWERS[name][0], **options}, "quick_gelu": name == "ViT"}
+
+
+def open_clip_tower(name: str) -> Any:
+    torch.manual_seed(0)
+    config = VisionConfig(kind="open_clip", arch=arch(name), image_size=SIZE, width=1)
+    return build_tower(config).eval()
+
+
+def transformers_tower(name: str) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "image_size": SIZE, "patch_size": PATCH}
+    if name == "CLIP":
+        return CLIPVisionModel(CLIPVisionConfig(**sizes)).eval()
+    return SiglipVisionModel(SiglipVisionConfig(**sizes)).eval()
+
+
+def folder_of(name: str, path: Path) -> Path:
+    """The tower as open_clip lays a model out in a folder."""
+    visual = {f"visual.{key}": value.contiguous() for key, value in open_clip_tower(name).state_dict().items()}
+    save_file(visual, path / "open_clip_model.safetensors")
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": arch(name)}))
+    return path
+
+
+def pixels(size: int = SIZE) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("size", [SIZE, 96])
+def test_open_clip_in_a_flamingo(name: str, size: int, tmp_path: Path) -> None:
+    """Right tokens at either size, and the same after saving and loading, rotary and other unsaved buffers included."""
+    _, tokens, width = TOWERS[name]
+    (tmp_path / "encoder").mkdir()
+    model, processor = FlamingoForConditionalGeneration.from_backbones(
+        folder_of(name, tmp_path / "encoder"), tiny.lm("opt"), tokenizer=tiny.tokenizer(), image_size=size
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("_gate"):
+                parameter.fill_(0.7)
+    assert (model.config.vision.image_size, model.config.vision.width) == (size, width)
+    inputs = processor(images=[[tiny.picture(0, 80)]], text=["<image>a"])
+    features = model.vision_encoder(inputs["pixel_values"])
+    assert features.shape == (1, 1, tokens * (size // 32) ** 2 // 4, width)
+    assert float(features.std(dim=2).mean()) > 1e-3
+    model.save_pretrained(tmp_path / "saved")
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.vision_encoder(inputs["pixel_values"]), features)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
+@pytest.mark.parametrize("size", [SIZE, 96])
+def test_transformers_in_a_flamingo(name: str, size: int, tmp_path: Path) -> None:
+    transformers_tower(name).save_pretrained(tmp_path / "encoder")
+    model, processor = FlamingoForConditionalGeneration.from_backbones(
+        tmp_path / "encoder", tiny.lm("opt"), tokenizer=tiny.tokenizer(), image_size=size
+    )
+    inputs = processor(images=[[tiny.picture(0, 80)]], text=["<image>a"])
+    features = model.vision_encoder(inputs["pixel_values"])
+    assert features.shape == (1, 1, (size // PATCH) ** 2, WIDTH)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.vision_encoder(inputs["pixel_values"]), features)
+
+
+@pytest.mark.parametrize("size", [96, 48, 70])
+def test_positions_are_interpolated_as_open_clip_does(size: int, tmp_path: Path) -> None:
+    """Larger, smaller, and no multiple of the patch; open_clip's own loading with another size is the reference."""
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(embed_dim=16, vision_cfg=VIT, text_cfg=text, quick_gelu=True)
+    document = {"model_cfg": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text, "quick_gelu": True}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
+    weights = {name: value.contiguous() for name, value in clip.state_dict().items()}
+    save_file(weights, tmp_path / "open_clip_model.safetensors")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=size).visual.eval()
+    ours, config = load_vision(tmp_path, image_size=size)
+    assert config.image_size == size
+    with torch.no_grad():
+        assert torch.equal(patch_tokens(ours, pixels(size)), patch_tokens(theirs, pixels(size)))
+        assert patch_tokens(ours, pixels(size)).shape[1] == (size // PATCH) ** 2
+
+
+def test_positions_of_transformers_are_those_of_open_clip() -> None:
+    clip, siglip = transformers_tower("CLIP"), transformers_tower("SigLIP")
+    for tower, prefix in ((clip, 1), (siglip, 0)):
+        before = copy.deepcopy(tower.embeddings.position_embedding.weight)
+        resize_tower(tower, 96)
+        after = tower.embeddings.position_embedding.weight
+        torch.testing.assert_close(after, resized_positions(before, 6, prefix=prefix))
+        assert torch.equal(after[:prefix], before[:prefix])
+        assert tower.config.image_size == 96
+    with torch.no_grad():
+        assert patch_tokens(clip, pixels(96)).shape == (2, 36, WIDTH)
+    # A picture that changes slowly is kept: the middle of the grid, away from its edges, to which a ramp is linear.
+    ramp = torch.arange(8.0)[:, None].expand(8, 8).reshape(64, 1)
+    larger = resized_positions(ramp, 16, prefix=0).view(16, 16)
+    torch.testing.assert_close(larger[4:12, 3], (torch.arange(4.0, 12) + 0.5) / 2 - 0.5, rtol=0, atol=1e-4)
+
+
+def test_timm_by_name_and_bare() -> None:
+    """The paper's family: convolutions, so any size, and no final norm."""
+    loaded: Any = load_vision("timm/test_nfnet", image_size=96)
+    tower, config = loaded
+    assert (config.kind, config.image_size, config.width, config.mean) == ("open_clip", 96, 192, (0.5, 0.5, 0.5))
+    bare: Any = timm.create_model("test_nfnet", num_classes=0)
+    again: Any = build_tower(config)
+    for target in (bare, again.trunk):
+        target.load_state_dict(tower.trunk.state_dict())
+    with torch.no_grad():
+        wanted = bare.eval().forward_intermediates(pixels(96), intermediates_only=True)[-1].flatten(2).transpose(1, 2)
+        for one in (tower, bare, again.eval()):
+            torch.testing.assert_close(patch_tokens(one, pixels(96)), wanted)
+    built, described = load_vision(bare, image_size=96)
+    assert built is bare
+    assert (described.kind, described.width) == ("module", 192)
+    assert timm.is_model("dm_nfnet_f6")
+
+
+def test_timm_weights_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source: Any = timm.create_model("test_nfnet")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    tower, _ = load_vision("timm/test_nfnet", pretrained=str(tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(patch_tokens(tower, pixels()), patch_tokens(source.eval(), pixels()))
+    save_file({"stem.conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises((UserError, RuntimeError), match=r"does not fit|size mismatch"):
+        load_vision("timm/test_nfnet", pretrained=str(tmp_path / "other.safetensors"))
+
+
+MISTAKES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: load_vision("timm/no_such_net"), "timm has no model 'no_such_net'"),
+    (
+        lambda: load_vision("timm/test_nfnet", pretrained="in22k"),
+        "no weights 'in22k' for test_nfnet; known are r160_in1k",
+    ),
+    (lambda: load_vision("timm/test_nfnet", pretrained="r160_in1k"), "the network is not reachable"),
+    (
+        lambda: load_vision("timm/test_vit", image_size=100),
+        "multiples of its patch, 16 px; image_size=100 is none, 96 is",
+    ),
+    (lambda: load_vision(open_clip_tower("ViT"), image_size=96), "resize_tower.module, 96. interpolates"),
+]
+
+
+@pytest.mark.parametrize(("load", "sentence"), MISTAKES)
+def test_mistakes_are_one_sentence(load: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load()
+
+
+def test_a_built_module_can_be_resized_first() -> None:
+    tower = open_clip_tower("ViT")
+    resize_tower(tower, 96)
+    _, config = load_vision(tower, image_size=96)
+    assert (config.image_size, config.width) == (96, WIDTH)
