@@ -1,4 +1,6 @@
-"""`python -m flamingo doctor` says what is installed and what is missing; `python -m flamingo generate` speaks."""
+"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks; `convert` takes released
+checkpoints of OpenFlamingo, Otter and IDEFICS.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from flamingo.convert_cli import add_arguments, run
 from flamingo.errors import UserError
 
 NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "numpy")
@@ -86,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     speak.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of the answer")
     speak.add_argument("--beams", type=int, default=1, help="beams; 1 is greedy")
     speak.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add_arguments(commands.add_parser("convert", help="a released checkpoint to a folder that from_pretrained loads"))
     options = parser.parse_args(arguments)
     try:
+        if options.command == "convert":
+            return run(options)
         return doctor() if options.command == "doctor" else generate(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -44,6 +44,8 @@ from flamingo.processor import EOC_TOKEN, IMAGE_TOKEN, FlamingoProcessor
 from flamingo.vision import build_open_clip, token_width
 
 PAD_TOKEN = "<PAD>"
+GPT_NEOX_HEAD = "language_model.embed_out.weight"
+"""Its name when the 4B releases were saved; today's transformers has `lm_head`."""
 SAME_ROWS = 0.005
 """How far, relative to their norm, the rows of old tokens may be from the LM's: rounding to 16 bits stays below."""
 
@@ -111,14 +113,6 @@ def from_openflamingo(
     here = (() if has_vision else ("vision_encoder.",)) + (() if has_lm else ("language_model.",))
     load_clean(model, clean, loaded=here)
     return model, processor
-
-
-def from_otter(state_dict: Mapping[str, Tensor], **options: Any) -> Converted:
-    """Return (model, processor) of an Otter checkpoint; options as of `from_openflamingo`.
-
-    It is OpenFlamingo with other names, CLIP by transformers, optional frame embeddings and the new token `<answer>`.
-    """
-    return from_openflamingo(state_dict, **{"extra_tokens": ("<answer>",), **options})
 
 
 def _vision(
@@ -240,6 +234,8 @@ def _take_table(
     Only the rows of `new_ids` may differ from the LM's, unless the checkpoint has the whole LM or `any_rows` may.
     """
     table, head = _names(lm)
+    if GPT_NEOX_HEAD in clean and head == "language_model.lm_head.weight":
+        clean[head] = clean.pop(GPT_NEOX_HEAD)
     if head not in clean and table in clean and len(clean[table]) <= len(output_head(lm).weight) and not has_lm:
         clean[head] = output_head(lm).weight.detach()[: len(clean[table])]  # frozen and not grown, so not saved
     for name in (table, head):

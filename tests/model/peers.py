@@ -128,6 +128,8 @@ def trained_only(model: Any, *, head: bool = False) -> dict[str, Tensor]:
     `head`: with a frozen head called `lm_head`, which the filter drops together with its new rows (LLaMA).
     """
     state = dict(model.state_dict())
+    if model.lang_encoder.config.model_type == "gpt_neox":  # of that time; has "embed" in its name, so is kept
+        state["lang_encoder.embed_out.weight"] = state.pop("lang_encoder.lm_head.weight")
     for name, parameter in model.named_parameters():
         kept = "embed" in name or (head and "lm_head" in name)
         if not kept and not parameter.requires_grad:
@@ -146,3 +148,12 @@ def exact_norms(model: nn.Module) -> nn.Module:
                 norm.weight = weight
                 setattr(module, name, norm)
     return model
+
+
+def plain_gelu(visual: Any) -> Any:
+    """The tower with the activation that open_clip 3 builds for a name without `quickgelu`."""
+    for module in visual.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "QuickGELU":
+                setattr(module, name, nn.GELU())
+    return visual
