@@ -22,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -39,24 +40,43 @@ FAKE_TOKEN, END_OF_UTTERANCE = "<fake_token_around_image>", "<end_of_utterance>"
 def from_idefics(
     state_dict: Mapping[str, Tensor],
     *,
-    config: Mapping[str, Any] | PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | str,
+    config: Mapping[str, Any] | PreTrainedConfig | None = None,
+    vision: PreTrainedModel | PreTrainedConfig | None = None,
+    language: PreTrainedModel | PreTrainedConfig | None = None,
+    cross_attn_every_n_layers: int | None = None,
+    image_size: int | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Converted:
     """Return (model, processor) with the source's logits.
 
     Args:
         state_dict: the checkpoint's tensors, as `flamingo.convert.files.read_checkpoint` gives them.
-        config: IDEFICS' own, the `config.json` beside the weights.
         tokenizer: IDEFICS' own, with its `<image>`; built, a folder or a name.
+        config: IDEFICS' own, the `config.json` beside the weights.
+        vision: without it: a CLIP's vision model or its config; the weights are the checkpoint's.
+        language: likewise a LLaMA or its config.
+        cross_attn_every_n_layers: checked, where it is given; blocks are before layers 0, n, 2n, ...
+        image_size: checked likewise; side of the pictures in pixels.
         dtype: of the whole model; None: the checkpoint's.
 
     Raises:
         UserError: a key, shape, option or token that is not accounted for; named.
     """
-    source = config if isinstance(config, IdeficsConfig) else IdeficsConfig(**_plain(config))
+    clean = translate(state_dict, IDEFICS)
+    if config is None:
+        if vision is None or language is None:
+            raise UserError("from_idefics needs config=..., or vision= and language= with the backbones' configs")
+        config = _inferred(clean, getattr(vision, "config", vision), getattr(language, "config", language))
+    source: Any = config if isinstance(config, IdeficsConfig) else IdeficsConfig(**_plain(config))
     _check(source)
-    clean = renumber_blocks(translate(state_dict, IDEFICS), source.cross_layer_interval)
+    given = {"cross_layer_interval": cross_attn_every_n_layers, "vision_config.image_size": image_size}
+    for (name, value), own in zip(
+        given.items(), (source.cross_layer_interval, source.vision_config.image_size), strict=True
+    ):
+        if value not in (None, own):
+            raise UserError(f"IDEFICS' {name} is {own}, not {value}")
+    clean = renumber_blocks(clean, source.cross_layer_interval)
     layers = list(range(0, source.num_hidden_layers, source.cross_layer_interval))
     if (found := block_layers(clean)) != layers:
         raise UserError(
@@ -74,6 +94,39 @@ def from_idefics(
     model = assemble(_flamingo_config(source, lm.config, processor), tower, lm, processor, to)
     load_clean(model, clean, loaded=())
     return model, processor
+
+
+def _inferred(clean: Mapping[str, Tensor], clip: Any, llama: Any) -> IdeficsConfig:
+    """Return IDEFICS' config from the tensors' shapes and the configs of both backbones.
+
+    A resampler's head is 96 wide, as in the releases, unless its norms of queries and keys say otherwise.
+    """
+    if not block_layers(clean) or "resampler.latents" not in clean:
+        raise UserError("the checkpoint has no resampler or no gated blocks; is it IDEFICS'?")
+    norm, gate = clean.get("resampler.layers.0.attn.q_norm.weight"), clean["cross_attn_blocks.0.attn_gate"]
+    head_dim = 96 if norm is None else len(norm)
+    perceiver = {
+        "resampler_depth": len({name.split(".")[2] for name in clean if name.startswith("resampler.layers.")}),
+        "resampler_head_dim": head_dim,
+        "resampler_n_heads": len(clean["resampler.layers.0.attn.q_proj.weight"]) // head_dim,
+        "resampler_n_latents": len(clean["resampler.latents"]),
+        "qk_layer_norms_perceiver": norm is not None,
+    }
+    same = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
+    vision = {name: getattr(clip, name) for name in (*same, "hidden_act", "layer_norm_eps")}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    more = ("hidden_act", "max_position_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id")
+    return IdeficsConfig(
+        **{name: getattr(llama, name) for name in (*names, *more)},
+        vocab_size=len(clean["language_model.model.embed_tokens.weight"]),
+        additional_vocab_size=len(clean.get("new_tokens.input_rows", ())),
+        cross_layer_interval=llama.num_hidden_layers // len(block_layers(clean)),
+        qk_layer_norms="cross_attn_blocks.0.attn.q_norm.weight" in clean,
+        alpha_type="vector" if len(gate) > 1 else "float",
+        use_resampler=True,
+        vision_config={"embed_dim": clip.hidden_size, **vision},
+        perceiver_config=perceiver,
+    )
 
 
 def clip_config(source: Any) -> CLIPVisionConfig:

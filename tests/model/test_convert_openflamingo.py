@@ -214,3 +214,5 @@ def test_files(state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureF
     assert "give --preset, or --vision" in capsys.readouterr().err
     assert main([*options, "--preset", "idefics-9b"]) == 2
     assert "there is no preset 'idefics-9b' of openflamingo" in capsys.readouterr().err
+    assert main([*options, "--preset", "openflamingo-9b"]) == 2  # tests have no network
+    assert "network is not reachable" in capsys.readouterr().err

@@ -38,8 +38,13 @@ def tokenizer() -> Any:
 
 
 def config(every: int = 2, **options: Any) -> IdeficsConfig:
-    perceiver = {"qk_layer_norms_perceiver": options.pop("perceiver_norms", True), "resampler_depth": 2,
-                 "resampler_head_dim": 12, "resampler_n_heads": 2, "resampler_n_latents": 4}  # fmt: skip
+    perceiver = {
+        "qk_layer_norms_perceiver": options.pop("perceiver_norms", True),
+        "resampler_depth": 2,
+        "resampler_head_dim": options.pop("head_dim", 12),
+        "resampler_n_heads": 2,
+        "resampler_n_latents": 4,
+    }
     vision = {"embed_dim": 24, "image_size": peers.SIZE, "intermediate_size": 48, "patch_size": 14,
               "num_attention_heads": 2, "num_hidden_layers": 2}  # fmt: skip
     values = {"alpha_type": "float", "qk_layer_norms": True, "rms_norm_eps": 1e-4, **options}
