@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="file, or folder with shards and config.json")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not hold a model yet")
     parser.add_argument("--preset", help=f"a released model's numbers: {', '.join(PRESETS)}")
-    parser.add_argument("--vision", help="encoder: open_clip name, transformers name, or folder")
+    parser.add_argument("--vision", help="encoder: open_clip name (OpenAI's have -quickgelu), or folder")
     parser.add_argument("--vision-pretrained", help="open_clip's tag, or a file of weights")
     parser.add_argument("--language", help="base language model: name or folder")
     parser.add_argument("--tokenizer", help="name or folder; by default the language model's or the checkpoint's")

@@ -15,7 +15,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from flamingo.convert import from_idefics
 from flamingo.convert.keys import IDEFICS, renumber_blocks, translate
-from flamingo.media import phi_from_ids
+from flamingo.media import phi_from_ids, seen_after
 from tests.model import peers, tiny
 from tests.model.test_parity_openflamingo import padded, show
 
@@ -123,6 +123,17 @@ def test_nothing_is_seen_behind_the_end_of_a_sequence() -> None:
     expected, _ = image_attention_mask_for_packed_input_ids(ids, tokens, "pt")
     assert torch.equal(phi_from_ids(ids, image, reset_token_id=end), expected + 1)
     assert not torch.equal(phi_from_ids(ids, image), expected + 1)
+
+
+def test_the_part_before_may_have_ended() -> None:
+    ids = torch.tensor([[5, 9, 6, 2, 7, 9, 8], [2, 5, 9, 2, 5, 5, 5]])
+    phi = phi_from_ids(ids, 9, reset_token_id=2)
+    assert phi.tolist() == [[0, 1, 1, 1, 0, 2, 2], [0, 0, 1, 1, 0, 0, 0]]
+    for cut in range(1, 7):
+        seen = seen_after(phi[:, :cut], ids[:, :cut], 2)
+        rest = phi_from_ids(ids[:, cut:], 9, seen=seen, reset_token_id=2)
+        assert torch.equal(rest, phi[:, cut:])
+        assert torch.equal(seen_after(rest, ids[:, cut:], 2, seen), torch.tensor([2, -1]))
 
 
 def test_generation_continues_behind_the_end_of_a_sequence() -> None:
