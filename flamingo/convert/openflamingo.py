@@ -81,12 +81,14 @@ def from_openflamingo(
         extra_tokens: further new tokens, in the order in which the source's tokenizer got them.
         final_norm: the model was trained on the tokens after the encoder's final norm (open_clip 2.23 and later).
         allow_changed_embeddings: take rows of old tokens that are not the LM's (they were trained too).
-        dtype: of the whole model; None: the checkpoint's.
+        dtype: of the whole model; None: a built LM's, else the checkpoint's.
 
     Raises:
         UserError: a key or shape that is not accounted for, another LM, a tokenizer that does not fit; named.
     """
     clean = translate(state_dict, OPENFLAMINGO)
+    if dtype is None and isinstance(language, PreTrainedModel):
+        dtype = embedding_table(language).weight.dtype
     to = dtype_of(clean, dtype)
     tower, described = _vision(clean, vision, vision_pretrained, image_size, vision_options or {}, to)
     described = replace(described, final_norm=final_norm)
@@ -94,8 +96,7 @@ def from_openflamingo(
     layers = _layers(clean, lm, cross_attn_every_n_layers)
     size, heads = _resampler_shape(clean), {"heads": 8, "head_dim": 64}
     processor = _processor(lm_tokenizer, described, extra_tokens, size.get("max_frames"))
-    tokens, new_ids = len(processor.tokenizer), processor.new_token_ids
-    _take_table(clean, lm, tokens, new_ids, has_lm=has_lm, any_rows=allow_changed_embeddings)
+    _take_table(clean, lm, processor, has_lm=has_lm, any_rows=allow_changed_embeddings)
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
@@ -110,8 +111,8 @@ def from_openflamingo(
     model = assemble(config, tower, lm, processor, to)
     _add_new_rows(clean, model)
     has_vision = any(name.startswith("vision_encoder.") for name in clean)
-    here = (() if has_vision else ("vision_encoder.",)) + (() if has_lm else ("language_model.",))
-    load_clean(model, clean, loaded=here)
+    parts = {"vision_encoder.": has_vision, "language_model.": has_lm}
+    load_clean(model, clean, loaded=tuple(part for part, held in parts.items() if not held))
     return model, processor
 
 
@@ -131,11 +132,12 @@ def _vision(
         config = replace(config, width=token_width(tower, config.image_size))
     else:
         tower, config = load_vision(vision, pretrained=pretrained, image_size=image_size, **options)
-        tower = copy.deepcopy(tower) if held and isinstance(vision, nn.Module) else tower
+        if tower is vision and (held or next(tower.parameters()).dtype != dtype):
+            tower = copy.deepcopy(tower)  # the caller's
     if held and any(key.startswith("vision_model.") for key in tower.state_dict()):
         for name in held:  # transformers before 5.23 keeps CLIP's encoder under this name
             clean[name.replace("tower.", "tower.vision_model.", 1)] = clean.pop(name)
-    return (tower if isinstance(vision, nn.Module) and not held else tower.to(dtype)), config
+    return tower.to(dtype), config
 
 
 def _is_open_clip(name: str) -> bool:
@@ -152,7 +154,9 @@ def _language(
     has_lm = any(".layers." in n or ".blocks." in n or ".h." in n for n in clean if n.startswith("language_model."))
     if isinstance(language, PreTrainedModel):
         lm, lm_tokenizer = load_language(language, tokenizer)
-        return copy.deepcopy(lm), lm_tokenizer, has_lm
+        lm = copy.deepcopy(lm)
+        same = embedding_table(lm).weight.dtype == dtype  # then it may be one that cannot be cast, a quantised one
+        return lm if same else lm.to(dtype), lm_tokenizer, has_lm  # type: ignore[arg-type]
     config = language
     if not isinstance(language, PreTrainedConfig):
         if not has_lm:
@@ -227,12 +231,13 @@ def _names(lm: PreTrainedModel) -> tuple[str, str]:
 
 
 def _take_table(
-    clean: dict[str, Tensor], lm: PreTrainedModel, tokens: int, new_ids: list[int], *, has_lm: bool, any_rows: bool
+    clean: dict[str, Tensor], lm: PreTrainedModel, processor: FlamingoProcessor, *, has_lm: bool, any_rows: bool
 ) -> None:
     """Give the LM as many rows as the checkpoint's table has, after checking that it is this LM's table.
 
-    Only the rows of `new_ids` may differ from the LM's, unless the checkpoint has the whole LM or `any_rows` may.
+    Only the new tokens' rows may differ from the LM's, unless the checkpoint has the whole LM or `any_rows` may.
     """
+    tokens, new_ids = len(processor.tokenizer), processor.new_token_ids
     table, head = _names(lm)
     if GPT_NEOX_HEAD in clean and head == "language_model.lm_head.weight":
         clean[head] = clean.pop(GPT_NEOX_HEAD)

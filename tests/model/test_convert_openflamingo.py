@@ -177,10 +177,19 @@ def test_backbones_that_do_not_belong_to_it(state: dict[str, Tensor]) -> None:
     longer.add_tokens(["one", "two"])
     with pytest.raises(UserError, match=r"table has 262 rows, but the tokenizer 264 tokens"):
         convert(state, tokenizer=longer)
+
+
+def test_one_dtype_throughout(state: dict[str, Tensor]) -> None:
+    """A built LM's, unless another is asked for; a checkpoint that was rounded to 16 bits is no other model's."""
     rounded = {name: value.bfloat16() for name, value in state.items()}
-    model, _ = convert(rounded)  # rounding is no other model
-    assert model.resampler.latents.dtype == torch.bfloat16
-    assert model.vision_encoder.mean.dtype == torch.float32
+    lm, visual = peers.language("gpt_neox"), peers.clip().visual
+    for dtype in (torch.float32, torch.bfloat16):
+        model, processor = convert(rounded, language=lm, vision=visual, dtype=None if dtype == torch.float32 else dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model.vision_encoder.mean.dtype == torch.float32
+        batch = processor(images=[[tiny.picture(0)]], text=["<image>a"])
+        assert torch.isfinite(model(**batch).logits).all()
+    assert {p.dtype for p in (*lm.parameters(), *visual.parameters())} == {torch.float32}
 
 
 def test_files(state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
