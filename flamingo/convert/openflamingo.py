@@ -97,23 +97,28 @@ def from_openflamingo(
     size, heads = _resampler_shape(clean), {"heads": 8, "head_dim": 64}
     processor = _processor(lm_tokenizer, described, extra_tokens, size.get("max_frames"))
     _take_table(clean, lm, processor, has_lm=has_lm, any_rows=allow_changed_embeddings)
-    config = FlamingoConfig(
-        vision_config=asdict(described),
+    parts = {"resampler_config": {**size, **heads}, "cross_attention_config": heads, "cross_attn_layers": layers}
+    config = _config(described, lm, processor, parts)
+    model = assemble(config, tower, lm, processor, to)
+    _add_new_rows(clean, model)
+    has_vision = any(name.startswith("vision_encoder.") for name in clean)
+    held = {"vision_encoder.": has_vision, "language_model.": has_lm}
+    load_clean(model, clean, loaded=tuple(part for part, is_held in held.items() if not is_held))
+    return model, processor
+
+
+def _config(
+    vision: VisionConfig, lm: PreTrainedModel, processor: FlamingoProcessor, parts: dict[str, Any]
+) -> FlamingoConfig:
+    return FlamingoConfig(
+        vision_config=asdict(vision),
         text_config=lm.config,
-        resampler_config={**size, **heads},
-        cross_attention_config=heads,
-        cross_attn_layers=layers,
         image_token_id=processor.image_token_id,
         eoc_token_id=processor.eoc_token_id,
         new_token_ids=processor.new_token_ids,
         language_kind="transformers" if type(lm.config) in AutoModelForCausalLM._model_mapping else "module",
+        **parts,
     )
-    model = assemble(config, tower, lm, processor, to)
-    _add_new_rows(clean, model)
-    has_vision = any(name.startswith("vision_encoder.") for name in clean)
-    parts = {"vision_encoder.": has_vision, "language_model.": has_lm}
-    load_clean(model, clean, loaded=tuple(part for part, held in parts.items() if not held))
-    return model, processor
 
 
 def _vision(
