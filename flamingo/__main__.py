@@ -1,4 +1,6 @@
-"""`python -m flamingo doctor` says what is installed and what is missing; `python -m flamingo generate` speaks."""
+"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks; `convert` takes released
+checkpoints of OpenFlamingo, Otter and IDEFICS; `conformance` puts language models through the library's equalities.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from flamingo.convert_cli import add_arguments
+from flamingo.convert_cli import run as convert
 from flamingo.errors import UserError
 
 NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "numpy")
@@ -120,10 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     conform = commands.add_parser("conformance", help="does a language model work inside a Flamingo?")
     conform.add_argument("language", nargs="*", help="families, folders or names; all families by default")
     conform.add_argument("--checks", nargs="+", help="some checks only, by name")
+    add_arguments(commands.add_parser("convert", help="a released checkpoint to a folder that from_pretrained loads"))
     options = parser.parse_args(arguments)
-    run = {"doctor": lambda options: doctor(), "generate": generate, "conformance": conformance}[options.command]
+    known = {"doctor": lambda options: doctor(), "generate": generate, "conformance": conformance, "convert": convert}
     try:
-        return run(options)
+        return known[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_KINDS = ("open_clip", "transformers", "module")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 ACTIVATIONS = ("gelu", "relu", "silu", "squared_relu")
+NORMS = ("layernorm", "rmsnorm")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +46,11 @@ class VisionConfig:
     """Standard deviation per channel, on the scale 0 to 1."""
     resize_mode: str = "crop"
     """How a picture becomes square: "squash", "crop" (the centre) or "pad"."""
+    class_token: bool = False
+    """True: the encoder's class (and register) tokens stand in front of the patch tokens, as in IDEFICS."""
+    final_norm: bool = False
+    """True: tokens after the encoder's final norm. No release has it; a model that was trained with open_flamingo on
+    open_clip 2.23 or later does."""
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -77,9 +83,12 @@ class ResamplerConfig:
     """Of the feed-forward."""
     max_frames: int | None = None
     """Learned time embeddings for this many frames; None: none, frames are then a bag of patches."""
+    qk_norm: str | None = None
+    """Norm of each head's queries and keys: "layernorm" (IDEFICS), "rmsnorm"; None: none."""
 
     def __post_init__(self) -> None:
         _choice("resampler_config.activation", self.activation, ACTIVATIONS)
+        _choice("resampler_config.qk_norm", self.qk_norm, (*NORMS, None))
         for name in ("depth", "heads", "head_dim", "latents"):
             _positive(f"resampler_config.{name}", getattr(self, name))
 
@@ -98,12 +107,27 @@ class CrossAttentionConfig:
     """Of the feed-forward."""
     gate_init: float = 0.0
     """Where both gates start. 0 (the paper): the model is the frozen LM at first; open gates learn sooner."""
+    gate: str = "scalar"
+    """One number a gate ("scalar"), or one for each unit of the LM's width ("vector", an option of IDEFICS)."""
+    norm: str = "layernorm"
+    """In front of the attention and of the feed-forward: "layernorm", "rmsnorm" (IDEFICS)."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm of the block."""
+    qk_norm: str | None = None
+    """Norm of each head's queries and keys: "rmsnorm" (IDEFICS), "layernorm"; None: none."""
+    gated_ff: bool = False
+    """True: the feed-forward is `down(act(gate(x)) * up(x))` (SwiGLU with "silu", IDEFICS)."""
+    ff_width: int | None = None
+    """Width of the feed-forward in units, instead of `ff_mult`."""
     mask_ffn_without_media: bool = False
     """True: a token that sees no picture skips the feed-forward too, so a text-only row is the frozen LM's."""
 
     def __post_init__(self) -> None:
         _choice("cross_attention_config.activation", self.activation, ACTIVATIONS)
-        for name in ("heads", "head_dim"):
+        _choice("cross_attention_config.gate", self.gate, ("scalar", "vector"))
+        _choice("cross_attention_config.norm", self.norm, NORMS)
+        _choice("cross_attention_config.qk_norm", self.qk_norm, (*NORMS, None))
+        for name in ("heads", "head_dim", "ff_width"):
             _positive(f"cross_attention_config.{name}", getattr(self, name))
 
 
@@ -122,6 +146,8 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
         language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
         decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
+        media_reset_token_id: id of a token behind which no picture is seen until the next `<image>` (IDEFICS: the end
+            of a sequence); None: a picture stays in sight until the next one.
         kwargs: of any transformers config.
 
     Raises:
@@ -145,6 +171,7 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: list[int] | None = None,
         language_kind: str = "transformers",
         decoder_layers_path: str | None = None,
+        media_reset_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
@@ -168,6 +195,7 @@ class FlamingoConfig(PreTrainedConfig):
         _choice("language_kind", language_kind, ("transformers", "module"))
         self.language_kind = language_kind
         self.decoder_layers_path = decoder_layers_path
+        self.media_reset_token_id = media_reset_token_id
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM
@@ -231,11 +259,11 @@ def from_dict(cls: type[T], options: Mapping[str, Any] | T | None, where: str) -
     return cls(**values)
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        raise UserError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
         raise UserError(f"{name}={value} must be at least 1")

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.attention import attend_segments
 from flamingo.media import Segments
-from flamingo.resampler import FeedForward
+from flamingo.resampler import FeedForward, norm_layer
 
 KeysValues = tuple[Tensor, Tensor]
 """A block's projected media, twice (I, L, H, K)."""
@@ -25,24 +25,38 @@ KeysValues = tuple[Tensor, Tensor]
 class CrossAttention(nn.Module):
     """Text tokens attend to the latents of the one picture they see; the media are not normalised again."""
 
-    def __init__(self, width: int, media_width: int, *, heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        media_width: int,
+        *,
+        heads: int,
+        head_dim: int,
+        norm: str = "layernorm",
+        eps: float = 1e-5,
+        qk_norm: str | None = None,
+    ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm_layer(norm, width, eps)
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(media_width, inner, bias=False)
         self.v_proj = nn.Linear(media_width, inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = norm_layer(qk_norm, head_dim, eps) if qk_norm else None
+        self.k_norm = norm_layer(qk_norm, head_dim, eps) if qk_norm else None
 
     def project(self, media: Float[Tensor, "I L E"]) -> KeysValues:
         """Return the keys and values of the media, twice (I, L, H, K)."""
-        keys, values = self.k_proj(media), self.v_proj(media)
-        return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
+        keys, values = (proj(media).unflatten(-1, (self.heads, -1)) for proj in (self.k_proj, self.v_proj))
+        return keys if self.k_norm is None else self.k_norm(keys), values
 
     def forward(self, x: Float[Tensor, "N D"], keys_values: KeysValues, segments: Segments) -> Float[Tensor, "N D"]:
         """Return the update for the N tokens of `segments.tokens`, without gate and residual."""
         q = self.q_proj(self.norm(x)).unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
         return self.o_proj(attend_segments(q, *keys_values, segments).flatten(-2))
 
 
@@ -66,15 +80,25 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         ff_mult: float = 4.0,
         activation: str = "gelu",
         gate_init: float = 0.0,
+        gate: str = "scalar",
+        norm: str = "layernorm",
+        norm_eps: float = 1e-5,
+        qk_norm: str | None = None,
+        gated_ff: bool = False,
+        ff_width: int | None = None,
         mask_ffn_without_media: bool = False,
     ) -> None:
         super().__init__()
         self.gate_init = gate_init
-        self.attn = CrossAttention(width, media_width, heads=heads, head_dim=head_dim)
-        self.mlp = FeedForward(width, ff_mult=ff_mult, act=activation)
-        # One number each, in one dimension: FSDP2 cannot shard a scalar.
-        self.attn_gate = nn.Parameter(torch.full((1,), gate_init))
-        self.ff_gate = nn.Parameter(torch.full((1,), gate_init))
+        self.attn = CrossAttention(
+            width, media_width, heads=heads, head_dim=head_dim, norm=norm, eps=norm_eps, qk_norm=qk_norm
+        )
+        inner = int(width * ff_mult) if ff_width is None else ff_width
+        self.mlp = FeedForward(width, inner, act=activation, norm=norm, eps=norm_eps, gated=gated_ff)
+        # A scalar gate is one number in one dimension: FSDP2 cannot shard a tensor of none.
+        size = 1 if gate == "scalar" else width
+        self.attn_gate = nn.Parameter(torch.full((size,), gate_init))
+        self.ff_gate = nn.Parameter(torch.full((size,), gate_init))
         self.mask_ffn_without_media = mask_ffn_without_media
 
     def forward(

@@ -67,19 +67,27 @@ def left_padded(
     return [tensor.gather(1, order) for tensor in (input_ids, attention_mask, *others)]
 
 
+def count_phi(
+    config: FlamingoConfig, input_ids: Int[Tensor, "B T"], *, seen: Int[Tensor, "B"] | None = None
+) -> Int[Tensor, "B T"]:
+    """Return the picture each token sees at inference, by counting `<image>` as the config says."""
+    return phi_from_ids(input_ids, config.image_token_id, seen=seen, reset_token_id=config.media_reset_token_id)
+
+
 def token_phi(phi: Int[Tensor, "B P"], length: int) -> Int[Tensor, "B T"]:
     """Return a prompt's explicit phi continued to `length` tokens: new tokens see what the last one saw."""
     missing = length - phi.shape[1]
     return torch.cat([phi, phi[:, -1:].expand(-1, missing)], dim=1) if missing > 0 else phi
 
 
-def check_counts(phi: Int[Tensor, "B T"], media: MediaCache) -> None:
-    """Compare the `<image>` tags that were counted in each row with its pictures.
+def check_counts(phi: Int[Tensor, "B T"], media: MediaCache, seen: Int[Tensor, "B"] | None = None) -> None:
+    """Compare the `<image>` tags that were counted in each row, in these tokens and before, with its pictures.
 
     Raises:
         UserError: they differ; names the row and both numbers.
     """
     tags, pictures = phi.amax(1), (media.pictures >= 0).sum(1)
+    tags = tags if seen is None else torch.maximum(tags, seen.abs())
     tags = tags[:: max(len(tags) // max(len(pictures), 1), 1)]
     if len(wrong := (tags != pictures).nonzero()[:, 0]):
         row = int(wrong[0])
@@ -122,7 +130,7 @@ def generate(
     past = kwargs.get("past_key_values")
     media = model._media_of(len(ids), kwargs.pop("media_cache", None), past, pictures)
     if phi is None and getattr(past, "media", None) is None:
-        check_counts(phi_from_ids(ids, model.config.image_token_id), media)
+        check_counts(count_phi(model.config, ids), media)
     if mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
         ids, mask, *moved = left_padded(ids, mask, *(() if phi is None else (phi,)))
         phi = moved[0] if moved else None
@@ -178,7 +186,7 @@ def score_candidates(
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     phi = inputs.get("phi")
-    phi = phi_from_ids(ids, model.config.image_token_id) if phi is None else phi
+    phi = count_phi(model.config, ids) if phi is None else phi
     media = model.media_cache(
         len(ids), **{k: inputs.get(k) for k in ("pixel_values", "media_features", "image_counts")}
     )

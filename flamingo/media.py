@@ -25,6 +25,7 @@ def phi_from_ids(
     *,
     attend: str = "previous",
     seen: Int[Tensor, "B"] | None = None,
+    reset_token_id: int | None = None,
 ) -> Int[Tensor, "B T"]:
     """Return which picture each token sees: 1-based within the row, 0 for none.
 
@@ -37,17 +38,53 @@ def phi_from_ids(
         next       1   1   2  2   2   0  0
 
     `seen` (B,) is the number of pictures in the part of the row that came before these ids (a continued cache).
+
+    Behind a `reset_token_id` (IDEFICS: the end of a sequence) no picture is seen until the next one comes. The part
+    before may have ended so: `seen` is negative then (`seen_after`).
+
+        ids        a  <i>  b  </s>  c  <i>  d
+        previous   0   1   1   1    0   2   2
     """
     is_image = input_ids == image_token_id
     count = is_image.cumsum(dim=1)
     if seen is not None:
-        count = count + seen[:, None]
+        count = count + seen.abs()[:, None]
     if attend == "previous":
-        return count
+        if reset_token_id is None:
+            return count
+        return count.masked_fill(_behind_reset(is_image, input_ids == reset_token_id, seen), 0)
     if attend != "next":
         raise UserError(f"attend={attend!r} must be 'previous' or 'next'")
     following = count + (~is_image).long()
     return following.masked_fill(following > count[:, -1:], 0)
+
+
+def seen_after(
+    phi: Int[Tensor, "B T"],
+    input_ids: Int[Tensor, "B T"],
+    reset_token_id: int | None = None,
+    before: Int[Tensor, "B"] | None = None,
+) -> Int[Tensor, "B"]:
+    """Return the number of pictures that each row has had, negative where a reset token hides them from what follows.
+
+    `before` is the same for the part in front of these tokens.
+    """
+    count = phi.amax(1)
+    if reset_token_id is None:
+        return count
+    if before is not None:
+        count = torch.maximum(count, before.abs())  # all of these tokens may stand behind a reset
+    return torch.where((phi[:, -1] == 0) | (input_ids[:, -1] == reset_token_id), -count, count)
+
+
+def _behind_reset(
+    is_image: Bool[Tensor, "B T"], is_reset: Bool[Tensor, "B T"], seen: Int[Tensor, "B"] | None
+) -> Bool[Tensor, "B T"]:
+    """Say which tokens have a reset token between them and the last picture; the reset token itself has not."""
+    place = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
+    image, reset = ((mask * place).cummax(dim=1).values for mask in (is_image, is_reset))
+    behind = torch.nn.functional.pad(reset, (1, -1)) > image
+    return behind if seen is None else behind | ((seen < 0)[:, None] & (image == 0))
 
 
 def visibility(phi: Int[Tensor, "B T"], num_images: int) -> Bool[Tensor, "B T M"]:

@@ -30,7 +30,7 @@ from flamingo.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
 from flamingo.generation import MediaCache
 from flamingo.language import Call, CallState, attach, new_tokens_for
-from flamingo.media import phi_from_ids, segments_from_slots, slots_from_phi
+from flamingo.media import seen_after, segments_from_slots, slots_from_phi
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -180,8 +180,9 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         pictures = {"pixel_values": pixel_values, "media_features": media_features, "image_counts": image_counts}
         media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:
-            phi = phi_from_ids(input_ids, self.config.image_token_id, seen=media.seen if past else None)
-            generation.check_counts(phi, media)
+            seen = media.seen if past else None
+            phi = generation.count_phi(self.config, input_ids, seen=seen)
+            generation.check_counts(phi, media, seen)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         keep = _labelled(labels) if lean else None
         if self._lm_takes_positions:
@@ -201,7 +202,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         if options["use_cache"]:
             if options["past_key_values"] is None:
                 options["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
-            media.seen = phi.amax(1)
+            media.seen = seen_after(phi, input_ids, self.config.media_reset_token_id, media.seen)
             options["past_key_values"].media = media
         is_new = self.new_tokens.match(input_ids)
         segments = segments_from_slots(slots_from_phi(phi, media.pictures), len(media.features))
@@ -248,7 +249,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         if phi is not None:
             inputs["phi"] = generation.token_phi(phi, input_ids.shape[1])[:, -new:]
         elif input_ids.shape[1] == past + new:
-            inputs["phi"] = phi_from_ids(input_ids, self.config.image_token_id)[:, -new:]
+            inputs["phi"] = generation.count_phi(self.config, input_ids)[:, -new:]
         return inputs
 
     def score_candidates(

@@ -34,7 +34,9 @@ class FlamingoProcessor:
     """Tokenizer and image transform of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
-    `new_tokens` says which ones were added when a saved tokenizer has them already.
+    `new_tokens` says which ones were added when a saved tokenizer has them already; the first two are the tag of a
+    picture and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
+    in front of and behind every picture, once between two of them (IDEFICS).
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class FlamingoProcessor:
         *,
         max_frames: int | None = None,
         new_tokens: Sequence[str] = (),
+        around_image: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_transform = image_transform
@@ -59,7 +62,12 @@ class FlamingoProcessor:
         self.pad_token_id: int = tokenizer.pad_token_id
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self._tags = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(EOC_TOKEN)})")
+        self.eoc_token = added[1]
+        self.around_image = around_image
+        self._tag_ids = {added[0]: self.image_token_id, self.eoc_token: self.eoc_token_id}
+        if around_image is not None:
+            self._tag_ids[around_image] = int(tokenizer.convert_tokens_to_ids(around_image))  # type: ignore[arg-type]
+        self._tags = re.compile(f"({'|'.join(map(re.escape, self._tag_ids))})")
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a piece of plain text: nothing is added, and a tag inside it is not special."""
@@ -132,7 +140,7 @@ class FlamingoProcessor:
             if self._tags.search(text):
                 raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
         pictures = [picture for picture, _ in chunks if picture is not None]
-        return pictures, EOC_TOKEN.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
+        return pictures, self.eoc_token.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """Return the text of each row of ids, without special tokens unless `skip_special_tokens=False`."""
@@ -149,6 +157,7 @@ class FlamingoProcessor:
         document = {
             "max_frames": self.max_frames,
             "new_tokens": self.new_tokens,
+            "around_image": self.around_image,
             "image_transform": asdict(self.image_transform),
         }
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(document, indent=2) + "\n")
@@ -167,8 +176,7 @@ class FlamingoProcessor:
     def _parse(self, item: Any, index: int) -> tuple[Row, list[Any]]:
         """Return a row's pieces, and the pictures that a chat-style list carries."""
         if isinstance(item, str):
-            ids = {IMAGE_TOKEN: self.image_token_id, EOC_TOKEN: self.eoc_token_id}
-            return [ids.get(piece, piece) for piece in self._tags.split(item) if piece], []
+            return [self._tag_ids.get(piece, piece) for piece in self._tags.split(item) if piece], []
         row: Row = []
         pictures = []
         for node in _nodes(item):
@@ -185,9 +193,20 @@ class FlamingoProcessor:
 
     def _ids(self, row: Row) -> list[int]:
         ids = [] if self.bos_token_id is None else [self.bos_token_id]
-        for piece in row:
+        for piece in row if self.around_image is None else self._surrounded(row, self._tag_ids[self.around_image]):
             ids += [piece] if isinstance(piece, int) else self.encode_text(piece)
         return ids
+
+    def _surrounded(self, row: Row, around: int) -> Row:
+        """Return the row with the id `around` on both sides of each picture, where it is not there already."""
+        out: Row = []
+        for piece in row:
+            if piece == self.image_token_id and out[-1:] != [around]:
+                out.append(around)
+            if piece == around and out[-1:] == [around]:
+                continue
+            out += [piece, around] if piece == self.image_token_id else [piece]
+        return out
 
     def _pixels(self, pictures: list[list[Any]]) -> Tensor:
         clips: list[Tensor] = []

@@ -32,26 +32,35 @@ def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-class FeedForward(nn.Module):
-    """Pre-norm feed-forward without biases: `down(act(up(norm(x))))`."""
+def norm_layer(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
+    """Return a norm over the last axis by its name in the config."""
+    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[kind](width, eps=eps)
 
-    def __init__(self, width: int, *, ff_mult: float, act: str) -> None:
+
+class FeedForward(nn.Module):
+    """Pre-norm feed-forward without biases: `down(act(up(norm(x))))`, or `down(act(gate(y)) * up(y))`, y = norm(x)."""
+
+    def __init__(
+        self, width: int, inner: int, *, act: str, norm: str = "layernorm", eps: float = 1e-5, gated: bool = False
+    ) -> None:
         super().__init__()
-        inner = int(width * ff_mult)
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm_layer(norm, width, eps)
+        self.gate_proj = nn.Linear(width, inner, bias=False) if gated else None
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.act = activation(act)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return the update, without the residual."""
-        return self.down_proj(self.act(self.up_proj(self.norm(x))))
+        x = self.norm(x)
+        up = self.up_proj(x)
+        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
 
 
 class PerceiverAttention(nn.Module):
     """Latents attend to the patches and to themselves."""
 
-    def __init__(self, width: int, *, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, *, heads: int, head_dim: int, qk_norm: str | None = None) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
@@ -61,6 +70,8 @@ class PerceiverAttention(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=False)
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = norm_layer(qk_norm, head_dim) if qk_norm else None
+        self.k_norm = norm_layer(qk_norm, head_dim) if qk_norm else None
 
     def forward(self, media: Float[Tensor, "I P D"], latents: Float[Tensor, "I L D"]) -> Float[Tensor, "I L D"]:
         """Return the update of the latents, without the residual."""
@@ -70,16 +81,20 @@ class PerceiverAttention(nn.Module):
             projection(x).unflatten(-1, (self.heads, -1))
             for projection, x in ((self.q_proj, latents), (self.k_proj, keys), (self.v_proj, keys))
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class PerceiverLayer(GradientCheckpointingLayer):
     """One resampler layer; it can be recomputed in the backward pass."""
 
-    def __init__(self, width: int, *, heads: int, head_dim: int, ff_mult: float, act: str) -> None:
+    def __init__(
+        self, width: int, *, heads: int, head_dim: int, ff_mult: float, act: str, qk_norm: str | None = None
+    ) -> None:
         super().__init__()
-        self.attn = PerceiverAttention(width, heads=heads, head_dim=head_dim)
-        self.mlp = FeedForward(width, ff_mult=ff_mult, act=act)
+        self.attn = PerceiverAttention(width, heads=heads, head_dim=head_dim, qk_norm=qk_norm)
+        self.mlp = FeedForward(width, int(width * ff_mult), act=act)
 
     def forward(self, latents: Float[Tensor, "I L D"], media: Float[Tensor, "I P D"]) -> Float[Tensor, "I L D"]:
         """Return the new latents."""
@@ -110,6 +125,7 @@ class PerceiverResampler(nn.Module):
         activation: str = "gelu",
         max_frames: int | None = None,
         init_std: float = 1.0,
+        qk_norm: str | None = None,
     ) -> None:
         super().__init__()
         self.init_std = init_std
@@ -118,7 +134,8 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(latents, width) * init_std)
         self.frame_embeddings = nn.Parameter(torch.randn(max_frames, width) * init_std) if max_frames else None
         self.layers = nn.ModuleList(
-            PerceiverLayer(width, heads=heads, head_dim=head_dim, ff_mult=ff_mult, act=activation) for _ in range(depth)
+            PerceiverLayer(width, heads=heads, head_dim=head_dim, ff_mult=ff_mult, act=activation, qk_norm=qk_norm)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
 

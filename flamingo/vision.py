@@ -28,7 +28,8 @@ from flamingo.errors import UserError
 
 
 class VisionEncoder(nn.Module):
-    """An encoder of any library: `(I, F, C, S, S)` pixels to `(I, F, P, D)` patch tokens before the final norm.
+    """An encoder of any library: `(I, F, C, S, S)` pixels to `(I, F, P, D)` tokens, as a rule the patch tokens alone
+    and before the final norm; `config.class_token` and `config.final_norm` say otherwise.
 
     `tower` is open_clip's `visual`, a transformers vision model, or any module that maps (N, C, S, S) to (N, P, D) or
     to an object with `last_hidden_state`. uint8 pixels are raw RGB and are normalised with `config.mean` and
@@ -42,6 +43,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.tower = tower
         self.image_size = config.image_size
+        self.class_token, self.final_norm = config.class_token, config.final_norm
         self.frozen = True
         self.register_buffer("mean", torch.tensor(config.mean))
         self.register_buffer("std", torch.tensor(config.std))
@@ -55,28 +57,56 @@ class VisionEncoder(nn.Module):
             shape = (1, -1, 1, 1)
             pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = patch_tokens(self.tower, pixels.to(dtype))
+            tokens = patch_tokens(
+                self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm
+            )
         return tokens.unflatten(0, (images, frames))
 
 
-def patch_tokens(tower: Any, pixels: Float[Tensor, "N C S S"]) -> Float[Tensor, "N P D"]:
-    """Return a tower's patch tokens, without class and register tokens, before its final norm where it has one."""
+def patch_tokens(
+    tower: Any, pixels: Float[Tensor, "N C S S"], *, class_token: bool = False, final_norm: bool = False
+) -> Float[Tensor, "N P D"]:
+    """Return a tower's patch tokens before its final norm, where it has one, or after it (`final_norm`).
+
+    With `class_token`, its class and register tokens stand in front of them (P counts them then).
+
+    Raises:
+        UserError: the tower has no such tokens, or no final norm that could be applied.
+    """
     if hasattr(tower, "forward_intermediates"):
         # A bare timm model calls it `norm`, open_clip's towers `normalize_intermediates`.
         names = inspect.signature(tower.forward_intermediates).parameters
-        raw: dict[str, Any] = {"norm" if "norm" in names else "normalize_intermediates": False}
-        out = tower.forward_intermediates(pixels, indices=1, intermediates_only=True, output_fmt="NCHW", **raw)
+        options: dict[str, Any] = {"norm" if "norm" in names else "normalize_intermediates": final_norm}
+        if class_token and "output_extra_tokens" in names:
+            options["output_extra_tokens"] = True
+        out = tower.forward_intermediates(pixels, indices=1, intermediates_only=True, output_fmt="NCHW", **options)
+        prefix = out.get("image_intermediates_prefix") if isinstance(out, dict) else None
         out = out["image_intermediates"] if isinstance(out, dict) else out
-        return out[-1].flatten(2).transpose(1, 2)
+        tokens = out[-1].flatten(2).transpose(1, 2)
+        if not class_token:
+            return tokens
+        if not prefix:
+            raise UserError(f"vision_config.class_token: {type(tower).__name__} has no class token")
+        return torch.cat([prefix[-1], tokens], dim=1)
     out = tower(pixels)
     tokens = getattr(out, "last_hidden_state", out)
     if tokens.ndim == 4:  # convolutional: (N, D, h, w)
         return tokens.flatten(2).transpose(1, 2)
-    patch = getattr(getattr(tower, "config", None), "patch_size", None)
-    if isinstance(patch, int):
+    config = getattr(tower, "config", None)
+    if final_norm:
+        tokens = _clip_final_norm(tower, tokens)
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and not class_token:
         grid = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         tokens = tokens[:, tokens.shape[1] - grid :]
     return tokens
+
+
+def _clip_final_norm(tower: Any, tokens: Tensor) -> Tensor:
+    """Apply transformers' CLIP's final norm, which its `last_hidden_state` has not gone through."""
+    if getattr(getattr(tower, "config", None), "model_type", "") != "clip_vision_model":
+        raise UserError(f"vision_config.final_norm is for open_clip's towers and CLIP, not {type(tower).__name__}")
+    return getattr(tower, "vision_model", tower).post_layernorm(tokens)
 
 
 def token_width(tower: nn.Module, image_size: int, channels: int = 3) -> int:
