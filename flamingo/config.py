@@ -121,6 +121,7 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
         language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
         decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
+        attend_all_previous: a token sees the pictures before its own as well; no released model does.
         kwargs: of any transformers config.
 
     Raises:
@@ -144,6 +145,7 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: list[int] | None = None,
         language_kind: str = "transformers",
         decoder_layers_path: str | None = None,
+        attend_all_previous: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
@@ -167,6 +169,7 @@ class FlamingoConfig(PreTrainedConfig):
         _choice("language_kind", language_kind, ("transformers", "module"))
         self.language_kind = language_kind
         self.decoder_layers_path = decoder_layers_path
+        self.attend_all_previous = attend_all_previous
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM
