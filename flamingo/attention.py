@@ -72,7 +72,7 @@ def attend_segments_slow(
 
 def pictures_seen(segments: Segments, num_pictures: int) -> Bool[Tensor, "N I"]:
     """Return the mask of which query sees which picture of the flat stack."""
-    lengths = torch.tensor(segments.lengths, device=segments.pictures.device)
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.pictures.device)
     place = torch.arange(num_pictures, device=segments.pictures.device)
     if segments.reach is None or segments.upto is None:
         return segments.pictures.repeat_interleave(lengths)[:, None] == place
@@ -89,7 +89,7 @@ def attention_weights(
 
     The slow way, which copies the keys for every query; for maps to look at.
     """
-    lengths = torch.tensor(segments.lengths, device=q.device)
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
     places = segments.pictures[:, None] if segments.reach is None else segments.reach
     places = places.repeat_interleave(lengths, dim=0)
     keys = k[places.clamp(min=0)]
