@@ -8,11 +8,11 @@ Letters: B batch, T text tokens, P tokens of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -143,3 +143,20 @@ def _prompt_cache(
         return None
     cache.batch_repeat_interleave(copies)
     return cache
+
+
+def transition_scores(
+    sequences: Int[Tensor, "B T"], scores: Sequence[Tensor], beam_indices: Tensor | None, normalize_logits: bool
+) -> Float[Tensor, "B S"]:
+    """Return the score with which each of the last S tokens was chosen, 0 behind the end of a beam.
+
+    transformers' own counts the columns by the LM's vocabulary, which has no rows for the new tokens.
+    """
+    stacked = torch.stack(tuple(scores)).float()  # (S, beams, V)
+    stacked = stacked.log_softmax(-1) if normalize_logits else stacked
+    if beam_indices is None:
+        beam_indices = torch.arange(stacked.shape[1], device=stacked.device)[:, None].expand(-1, len(stacked))
+    steps = int((beam_indices >= 0).sum(-1).max())
+    beams, tokens = beam_indices[:, :steps], sequences[:, sequences.shape[1] - steps :]
+    chosen = stacked[torch.arange(steps, device=stacked.device), beams.clamp(min=0), tokens]
+    return chosen.masked_fill(beams < 0, 0.0)

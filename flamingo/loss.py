@@ -43,9 +43,10 @@ def nll_in_chunks(
     new_logits: Float[Tensor, "N n"],
     targets: Int[Tensor, "N"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, "N"]:
-    """Return the negative log-likelihood of each target, in float32."""
+    """Return the negative log-likelihood of each target, in float32; `chunk` is `CHUNK` by default."""
+    chunk = CHUNK if chunk is None else chunk
 
     def piece(hidden: Tensor, new_logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden, new_logits).float(), targets, reduction="none")

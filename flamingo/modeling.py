@@ -273,6 +273,12 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             inputs["phi"] = count_phi(self.config, input_ids)[:, -new:]
         return inputs
 
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Any, beam_indices: Tensor | None = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """Return the scores of the chosen tokens; see `flamingo.generation.transition_scores`."""
+        return generation.transition_scores(sequences, scores, beam_indices, normalize_logits)
+
     def score_candidates(
         self, prompt_inputs: Mapping[str, Any], candidates: scoring.Candidates, *, batch_size: int = scoring.BATCH
     ) -> Float[Tensor, "B n"]:
