@@ -193,9 +193,9 @@ class _BlockHook:
             return None
         # Every causal decoder of transformers passes the hidden states first; some by name.
         block = partial(self.blocks[self.key], segments=call.segments, cache=call.cache, key=self.key)
-        if args:
-            return (block(args[0], call.media), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": block(kwargs["hidden_states"], call.media)}
+        x = args[0] if args else kwargs["hidden_states"]
+        out = block(x, call.media).to(x.dtype)  # a block in float32 stands between layers that may be in bfloat16
+        return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
 
 
 @dataclass(eq=False)
