@@ -33,9 +33,9 @@ def jobs(name: str, size: Size) -> Iterator[tuple[str, dict[str, int], tuple[tup
     elif name == "ranking":
         yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"))
     elif name == "train_step":
-        yield "train_step", {}, (*LIBRARIES, ("ours", "bf16"))
+        yield "train_step", {}, (*LIBRARIES, ("ours", "fused"), ("ours", "bf16"))
     elif name == "shots":
-        for shots in (1, size.shots // 4, size.shots):
+        for shots in (1, size.shots // 2, size.shots):
             yield "decode_step", {"shots": shots}, LIBRARIES
     else:
         for pictures in size.cost_pictures:

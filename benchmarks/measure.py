@@ -145,7 +145,7 @@ WHAT: dict[str, Callable[[Library, Size, argparse.Namespace], Found]] = {
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """The most memory that this process has held so far, with Python and the libraries."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -176,12 +176,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     size = SIZES[options.size]
+    imported = peak_bytes()
     library = build(options.library, size, options.variant)
     if options.what != "train_step":
         library.model.requires_grad_(False)  # FlopCounterMode stumbles over parameters that are passed on as they are
     built = peak_bytes()
     found = WHAT[options.what](library, size, options)
-    print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built} | found))
+    print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | found))
 
 
 if __name__ == "__main__":

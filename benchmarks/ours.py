@@ -15,7 +15,10 @@ from flamingo import FlamingoConfig, FlamingoForConditionalGeneration
 
 
 class Ours:
-    """Everything through the public methods; `variant` "bf16" stores the frozen weights in bfloat16."""
+    """Everything through the public methods.
+
+    `variant` "bf16" stores the frozen weights in bfloat16; "fused" takes torch's fused AdamW.
+    """
 
     def __init__(self, size: Size, variant: str = "fp32") -> None:
         tower, lm = backbones(size)
@@ -33,7 +36,7 @@ class Ours:
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):
                     parameter.copy_(seeded(name, parameter.shape))
-        self.bf16 = variant == "bf16"
+        self.bf16, self.fused = variant == "bf16", variant == "fused"
         if self.bf16:
             self.model.vision_encoder.tower.to(torch.bfloat16)
             self.model.language_model.to(torch.bfloat16)
@@ -78,7 +81,7 @@ class Ours:
         self.model.train()
         parameters = [parameter for _, parameter in self.model.trainable_parameters()]
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=self.fused)
         ids, labels = (torch.stack([getattr(row, name) for row in rows]) for name in ("ids", "labels"))
         with self._casting():
             loss = self.model(input_ids=ids, labels=labels, **self._pictures(rows)).loss

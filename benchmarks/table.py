@@ -15,7 +15,7 @@ TITLES = {
 }
 AT_MOST = {"decode_step": 1 / 3, "first_token": 0.4, "ranking": 1 / 15, "train_step": 0.65}
 """Shares of the peer's time that are wanted."""
-MEMORY_AT_MOST = {"fp32": 0.75, "bf16": 0.5}
+MEMORY_AT_MOST = {"fp32": 0.75, "fused": 0.75, "bf16": 0.5}
 
 Result = dict[str, Any]
 

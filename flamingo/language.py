@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from flamingo.config import num_decoder_layers
 from flamingo.cross_attention import KeysValues
 from flamingo.errors import UserError
-from flamingo.loss import nll_in_chunks
+from flamingo.loss import chunk_of, nll_in_chunks
 from flamingo.media import Segments
 
 
@@ -238,8 +238,15 @@ class _HeadHook:
             return self._with_new(output, self.new_tokens(args[0]))
         # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
         kept, call.kept = call.kept, None
-        head = partial(self._logits, module)
-        call.nll = nll_in_chunks(head, kept, self.new_tokens(kept), call.targets.to(kept.device))
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        call.nll = nll_in_chunks(
+            partial(self._logits, module),
+            kept,
+            self.new_tokens(kept),
+            call.targets.to(kept.device),
+            chunk=chunk_of(output.shape[-1], kept.device),
+            frozen_head=frozen,
+        )
         return call.nll[None, :, None]
 
     def _logits(self, head: nn.Module, hidden: Tensor, new_logits: Tensor) -> Tensor:

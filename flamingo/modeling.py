@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
@@ -30,7 +31,7 @@ from flamingo.encoding import EncodesMedia
 from flamingo.errors import UserError
 from flamingo.generation import count_phi
 from flamingo.language import Call, CallState, attach, new_tokens_for
-from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels, nll_in_chunks
+from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.media_cache import MediaCache, check_counts
 from flamingo.resampler import PerceiverResampler
@@ -222,7 +223,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             return mean_nll(out.logits.flatten(), number), out
         logits = out.logits.flatten(0, -2)
         logits = logits if lean else logits[places]
-        return mean_nll(nll_in_chunks(lambda x, _: x, logits, logits[:, :0], targets), number), out
+        return mean_nll(F.cross_entropy(logits.float(), targets, reduction="none"), number), out
 
     def _output(
         self, out: Any, loss: Tensor | None, phi: Tensor, media: MediaCache, segments: Segments, lean: bool

@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration
 from flamingo import loss as loss_module
-from flamingo.loss import mean_nll, next_labels, nll_in_chunks
+from flamingo.loss import chunk_of, mean_nll, next_labels, nll_in_chunks
 from tests.model import tiny
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("number", [0, 1, 5, 6, 13])
-def test_chunks_are_the_whole(number: int) -> None:
+def test_chunks_are_the_whole(number: int, frozen: bool) -> None:
     """Values, gradients of the hidden states, of the head and of the new tokens' rows; the last chunk may be short."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, rows = (
@@ -30,10 +31,13 @@ def test_chunks_are_the_whole(number: int) -> None:
         return torch.cat([x @ weight.T, new], dim=-1)
 
     whole = F.cross_entropy(head(hidden, hidden @ rows.T).float(), targets, reduction="none")
-    pieces = nll_in_chunks(head, hidden, hidden @ rows.T, targets, chunk=5)
+    if frozen:
+        weight.requires_grad_(False)
+    pieces = nll_in_chunks(head, hidden, hidden @ rows.T, targets, chunk=5, frozen_head=frozen)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6)
     factors = torch.arange(1.0, number + 1)
-    ours, theirs = (torch.autograd.grad((out * factors).sum(), (hidden, weight, rows)) for out in (pieces, whole))
+    learning = (hidden, rows) if frozen else (hidden, weight, rows)
+    ours, theirs = (torch.autograd.grad((out * factors).sum(), learning) for out in (pieces, whole))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -45,27 +49,32 @@ def test_never_more_logits_than_a_chunk() -> None:
 
     def head(x: Tensor, new: Tensor) -> Tensor:
         sizes.append(len(x))
-        return x.repeat(1, 3)
+        return torch.cat([x.repeat(1, 3), new], dim=-1)
 
     nll = nll_in_chunks(head, hidden, hidden[:, :0], torch.zeros(23, dtype=torch.long), chunk=10)
     assert sizes == [10, 10, 3]
     nll.sum().backward()
     assert sizes == [10, 10, 3, 10, 10]  # all but the last again
+    sizes.clear()
+    nll_in_chunks(head, hidden, hidden[:, :0], torch.zeros(23, dtype=torch.long), chunk=10, frozen_head=True).sum()
+    assert sizes == [10, 10, 3]
+    assert chunk_of(50274, torch.device("cpu")) * 50274 * 4 <= 24 * 2**20
     torch.testing.assert_close(mean_nll(nll, None), nll.mean())
     torch.testing.assert_close(mean_nll(nll, 2), nll.sum() / 2)
     assert next_labels(torch.tensor([[1, 2, -100], [3, -100, 4]])).tolist() == [2, -100, -100, -100, 4, -100]
 
 
+@pytest.mark.parametrize("language", ["frozen", "train"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_training_step_in_chunks_has_the_gradients_of_whole_logits(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, language: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The LM trains as well, so that its head's gradient is compared too; no logits of all labels are made."""
+    """With the head frozen and training (its gradient is compared too); no logits of all labels are made."""
     results = []
     largest: list[int] = []
     for lean in (True, False):
         model, processor = tiny.flamingo(family, tied=False)
-        model.freeze({"language": "train"})
+        model.freeze({"language": language})
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -77,7 +86,7 @@ def test_a_training_step_in_chunks_has_the_gradients_of_whole_logits(
         labels = tiny.labels_of(inputs, model.config.image_token_id)
         if lean:
             with monkeypatch.context() as patch:
-                patch.setattr(loss_module, "CHUNK", 4)
+                patch.setattr(loss_module, "CHUNK_BYTES", {"cpu": 4 * 4 * tiny.TOKENS})
                 head: Any = model.language_model.get_output_embeddings()
                 head.register_forward_pre_hook(lambda _, args: largest.append(len(args[0][0])))
                 loss = model(**inputs, labels=labels).loss
