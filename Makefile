@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
 # make learn   the same for longer (some 25 minutes): names made up for a page begin to be bound to unknown characters
 # make test    set up, then run all tests
+# make bench   the same work here and in open_flamingo 2.0.1: time, memory, multiply-adds (BENCH_ARGS='decode_step --size tiny')
 VENV   ?= .venv
 PYTHON ?= python3
 PY      = $(VENV)/bin/python
@@ -12,11 +13,12 @@ TOY_ARGS    ?=
 DIGITS_ARGS ?=
 TRAIN_ARGS  ?=
 EVAL_ARGS   ?=
+BENCH_ARGS  ?=
 TASKS       ?= [toy_caption,toy_vqa,toy_binding,digits_binding]
 # The experiments of the demo read and write below this folder.
 export DEMO = $(OUT)
 
-.PHONY: help setup test test-fast check demo learn clean
+.PHONY: help setup test test-fast check bench demo learn clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -39,6 +41,11 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The peer asks for versions that no longer install; without its dependencies it runs beside ours.
+bench: setup
+	$(PY) -m pip install --quiet --no-deps open_flamingo==2.0.1 einops-exts
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 # Every step goes on where it was stopped, and is done at once when it is complete.
 demo: setup $(OUT)/data/.complete

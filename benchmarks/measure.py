@@ -70,7 +70,9 @@ def counted(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def generation(library: Library, work: Row, new_tokens: int, beams: int, repeats: int) -> tuple[list[float], Any, Any]:
+def generation(
+    library: Library, work: Row, new_tokens: int, beams: int, repeats: int
+) -> tuple[list[list[float]], list[float], list[int]]:
     """Seconds and operations of every token, and the tokens."""
     tokens: list[int] = []
     seconds: list[list[float]] = []
@@ -78,20 +80,17 @@ def generation(library: Library, work: Row, new_tokens: int, beams: int, repeats
         clock = Stamps(time.perf_counter)
         tokens = library.generate(work, new_tokens, beams, clock)
         seconds.append(clock.steps())
-    flop: list[float] = []
-    if new_tokens:
-        with FlopCounterMode(display=False) as counter:
-            count = Stamps(counter.get_total_flops)
-            library.generate(work, new_tokens, beams, count)
-        flop = count.steps()
-    return seconds[1:], flop, tokens  # type: ignore[return-value]
+    with FlopCounterMode(display=False) as counter:
+        count = Stamps(counter.get_total_flops)
+        library.generate(work, new_tokens, beams, count)
+    return seconds[1:], count.steps(), tokens
 
 
 def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
     """Each token behind the first."""
     work = prompt(size, options.shots)
     seconds, flop, tokens = generation(library, work, size.new_tokens + 1, 1, options.repeats)
-    each = [step for run in seconds for step in run[1:]]  # type: ignore[attr-defined]
+    each = [step for run in seconds for step in run[1:]]
     needed = arithmetic.decode_step(size, options.shots)
     return {"seconds": each, "flop": sum(flop[1:]) / size.new_tokens, "needed": needed, "values": tokens}
 
@@ -99,7 +98,7 @@ def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Fo
 def first_token(library: Library, size: Size, options: argparse.Namespace) -> Found:
     """From the pictures' pixels to the first token, three beams."""
     seconds, flop, tokens = generation(library, prompt(size, options.shots), 1, 3, options.repeats)
-    first = [run[0] for run in seconds]  # type: ignore[index]
+    first = [run[0] for run in seconds]
     return {"seconds": first, "flop": flop[0], "needed": arithmetic.first_token(size, options.shots), "values": tokens}
 
 

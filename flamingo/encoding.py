@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from flamingo.base import FlamingoPreTrainedModel
 from flamingo.errors import UserError
-from flamingo.media_cache import MediaCache
+from flamingo.media_cache import MediaCache, PictureInputs
 from flamingo.pictures import distinct, encode, flat_frames, frames_of
 
 
@@ -74,16 +74,14 @@ class EncodesMedia(FlamingoPreTrainedModel):
         latents = self.resampler.latents
         return latents.new_zeros(0, *latents.shape)
 
-    def _media_of(
-        self, rows: int, given: MediaCache | None, past: Cache | None, inputs: dict[str, Tensor | None]
-    ) -> MediaCache:
+    def _media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: PictureInputs) -> MediaCache:
         """Return the pictures of this call: given, encoded now, remembered by the cache, or the last two together."""
         if given is not None:
             return given
         remembered: MediaCache | None = getattr(past, "media", None)
-        if remembered is not None and inputs["pixel_values"] is None and inputs["media_features"] is None:
+        if remembered is not None and inputs.pixel_values is None and inputs.media_features is None:
             return remembered
-        new = self.media_cache(rows, **inputs)
+        new = self.media_cache(rows, **inputs._asdict())
         if remembered is None:
             return new
         return remembered.extended(new.features, (new.pictures >= 0).sum(1))

@@ -21,13 +21,10 @@ from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.media import phi_from_ids
 from flamingo.media_cache import MediaCache as MediaCache
-from flamingo.media_cache import check_counts
+from flamingo.media_cache import PictureInputs, check_counts
 
 if TYPE_CHECKING:
     from flamingo.modeling import FlamingoForConditionalGeneration
-
-PICTURE_INPUTS = ("pixel_values", "media_features", "image_counts", "frame_counts")
-"""What the processor says about pictures, and what may stand for it."""
 
 
 def count_phi(
@@ -87,7 +84,7 @@ def generate(
     ids = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids is None:
         raise UserError("generate needs input_ids, as from the processor")
-    pictures = {name: kwargs.pop(name, None) for name in PICTURE_INPUTS}
+    pictures = PictureInputs(**{name: kwargs.pop(name, None) for name in PictureInputs._fields})
     mask, phi = kwargs.pop("attention_mask", None), kwargs.pop("phi", None)
     past = kwargs.get("past_key_values")
     media = model._media_of(len(ids), kwargs.pop("media_cache", None), past, pictures)

@@ -11,6 +11,7 @@ Letters: B batch, T text tokens, R rows of the prompt, I pictures, M most pictur
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,15 @@ from torch import Tensor
 from flamingo.cross_attention import KeysValues
 from flamingo.errors import UserError
 from flamingo.media import picture_table
+
+
+class PictureInputs(NamedTuple):
+    """What a call says about its pictures, as `FlamingoForConditionalGeneration.forward` takes it."""
+
+    pixel_values: Tensor | None = None
+    media_features: Tensor | None = None
+    image_counts: Tensor | None = None
+    frame_counts: Tensor | None = None
 
 
 @dataclass

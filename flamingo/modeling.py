@@ -33,7 +33,7 @@ from flamingo.generation import count_phi
 from flamingo.language import Call, CallState, attach, new_tokens_for
 from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.media_cache import MediaCache, check_counts
+from flamingo.media_cache import MediaCache, PictureInputs, check_counts
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -150,9 +150,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Raises:
             UserError: the pictures do not match the counts or the `<image>` tags (names the row).
         """
-        given = {"pixel_values": pixel_values, "media_features": media_features, "image_counts": image_counts}
-        given["frame_counts"] = frame_counts
-        media = self._media_of(len(input_ids), media_cache, past_key_values, given)
+        pictures = PictureInputs(pixel_values, media_features, image_counts, frame_counts)
+        media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:
             past = past_key_values is not None and past_key_values.get_seq_length()
             phi = count_phi(self.config, input_ids, seen=media.seen if past else None)
@@ -165,12 +164,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         call = self._call(input_ids, phi, media, kwargs, output_cross_attentions)
-        if labels is None and lean:
-            raise ValueError("skip_logits needs labels")
-        if labels is None:
-            loss, out = None, self._run_language_model(input_ids, call, kwargs)
-        else:
-            loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
+        loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
         return self._output(out, loss, phi, media, call.segments, lean)
 
     def _call(self, input_ids: Tensor, phi: Tensor, media: MediaCache, options: dict[str, Any], maps: bool) -> Call:
@@ -200,11 +194,15 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         input_ids: Tensor,
         call: Call,
         options: dict[str, Any],
-        labels: Tensor,
+        labels: Tensor | None,
         number: Tensor | int | None,
         lean: bool,
-    ) -> tuple[Tensor, Any]:
-        """Run the LM; return the loss and what the LM gave, in a lean call without logits of all positions."""
+    ) -> tuple[Tensor | None, Any]:
+        """Run the LM; return the loss, if there are labels, and what the LM gave, if `lean` without all its logits."""
+        if labels is None:
+            if lean:
+                raise ValueError("skip_logits needs labels")
+            return None, self._run_language_model(input_ids, call, options)
         targets = next_labels(labels)
         places = (targets != IGNORED).nonzero()[:, 0]
         targets = targets[places]

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.errors import UserError
-from flamingo.generation import PICTURE_INPUTS, count_phi, left_padded, token_phi
-from flamingo.media_cache import MediaCache, check_counts
+from flamingo.generation import count_phi, left_padded, token_phi
+from flamingo.media_cache import MediaCache, PictureInputs, check_counts
 from flamingo.trie import Trie
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _prompt(model: FlamingoForConditionalGeneration, inputs: Mapping[str, Any]) 
     """Read the caller's inputs; his cache and what it remembers of pictures are branched, not used."""
     ids, past = inputs["input_ids"], inputs.get("past_key_values")
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
-    pictures = {name: inputs.get(name) for name in PICTURE_INPUTS}
+    pictures = PictureInputs(**{name: inputs.get(name) for name in PictureInputs._fields})
     media = model._media_of(len(ids), inputs.get("media_cache"), past, pictures).branch()
     before = 0 if past is None else past.get_seq_length()
     if phi is None:
