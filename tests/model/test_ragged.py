@@ -203,6 +203,7 @@ def test_all_previous_pictures_are_seen_with_the_switch() -> None:
     model, processor = tiny.flamingo(cross_attn_layers=[3])
     assert not model.config.attend_all_previous
     model.config.attend_all_previous = True
+    assert type(model.config).from_dict(model.config.to_dict()).attend_all_previous
     inputs = processor(images=[frames(1, 2)], text=["ab<image>cd<image>ef"])
     with torch.no_grad():
         whole = model(**inputs, output_cross_attentions=True)
