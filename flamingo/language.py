@@ -247,7 +247,7 @@ class _HeadHook:
             chunk=chunk_of(output.shape[-1], kept.device),
             frozen_head=frozen,
         )
-        return call.nll[None, :, None]
+        return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
 
     def _logits(self, head: nn.Module, hidden: Tensor, new_logits: Tensor) -> Tensor:
         return self._with_new(head.forward(hidden), new_logits)
