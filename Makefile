@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
 # make learn   the same for longer (40 minutes): names made up for a page are bound to characters never seen in training
 # make test    set up, then run all tests
+# make bench   the same work here and in open_flamingo 2.0.1: time, memory, multiply-adds (BENCH_ARGS='decode_step --size tiny')
 VENV   ?= .venv
 PYTHON ?= python3
 PY      = $(VENV)/bin/python
@@ -16,11 +17,12 @@ TOY_ARGS    ?= $($(WHICH)_TOY)
 DIGITS_ARGS ?=
 TRAIN_ARGS  ?=
 EVAL_ARGS   ?=
+BENCH_ARGS  ?=
 TASKS       ?= $($(WHICH)_TASKS)
 # The experiments of the demo read and write below this folder.
 export DEMO = $(OUT)
 
-.PHONY: help setup test test-fast check demo learn clean
+.PHONY: help setup test test-fast check bench demo learn clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -44,6 +46,9 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+bench: setup
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 # Every step goes on where it was stopped, and is done at once when it is complete.
 demo: setup $(OUT)/data/.complete

@@ -5,14 +5,18 @@ over all pictures. On CUDA that is xformers' memory-efficient kernel with a `Blo
 are laid out as one padded table per picture and torch's SDPA runs over it (xformers has no CPU operator). Both are
 tested, values and gradients, against a slow twin that follows the formula.
 
-Letters: N queries, A pictures, L latents, H heads, K width of a head.
+Where a token sees all previous pictures, which no released model does, SDPA runs over each row with a mask.
+
+Letters: N queries, A groups of them, I pictures, M most pictures of a row, L latents, H heads, K width of a head.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flamingo.errors import UserError
@@ -34,9 +38,13 @@ def attend_segments(
     v: Float[Tensor, "I L H K"],
     segments: Segments,
 ) -> Float[Tensor, "N H K"]:
-    """Attention of every query to the L keys of its own picture; query n belongs to `segments.tokens[n]`."""
+    """Attention of every query to the L keys of each picture it sees; query n belongs to `segments.tokens[n]`."""
     if not segments.lengths:
         return q * (k.sum() + v.sum())  # no rows; keeps keys and values in the graph, with gradients of zero
+    if segments.maps is not None:
+        segments.maps.append(attention_weights(q, k, segments))
+    if segments.reach is not None:
+        return _attend_rows(q, k, v, segments)
     if not segments.is_whole_stack:
         k, v = k.index_select(0, segments.pictures), v.index_select(0, segments.pictures)
     if q.is_cuda and _xformers_takes(q):
@@ -55,20 +63,82 @@ def attend_segments_slow(
     segments: Segments,
 ) -> Float[Tensor, "N H K"]:
     """The twin of `attend_segments` for tests: all keys of all pictures, and a mask."""
-    lengths = torch.tensor(segments.lengths, device=q.device)
-    owner = segments.pictures.repeat_interleave(lengths)
     scores = torch.einsum("nhk,ilhk->nhil", q, k) * q.shape[-1] ** -0.5
-    hidden = owner[:, None] != torch.arange(k.shape[0], device=q.device)
+    hidden = ~pictures_seen(segments, len(k))
     scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
     weights = scores.flatten(2).softmax(-1).unflatten(2, scores.shape[2:])
     return torch.einsum("nhil,ilhk->nhk", weights, v)
 
 
+def pictures_seen(segments: Segments, num_pictures: int) -> Bool[Tensor, "N I"]:
+    """Return the mask of which query sees which picture of the flat stack."""
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.pictures.device)
+    place = torch.arange(num_pictures, device=segments.pictures.device)
+    if segments.reach is None or segments.upto is None:
+        return segments.pictures.repeat_interleave(lengths)[:, None] == place
+    upto = segments.upto.flatten()[segments.unpad]
+    reach = segments.reach.repeat_interleave(lengths, dim=0)
+    reach = reach.masked_fill(torch.arange(reach.shape[1], device=reach.device) >= upto[:, None], -1)
+    return (reach[..., None] == place).any(1)
+
+
+def attention_weights(
+    q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], segments: Segments
+) -> Float[Tensor, "N H W"]:
+    """Return how each query's attention is spread over the latents it sees: W = L, or M * L of its row's pictures.
+
+    The slow way, which copies the keys for every query; for maps to look at.
+    """
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
+    places = segments.pictures[:, None] if segments.reach is None else segments.reach
+    places = places.repeat_interleave(lengths, dim=0)
+    keys = k[places.clamp(min=0)]
+    scores = torch.einsum("nhk,nmlhk->nhml", q, keys) * q.shape[-1] ** -0.5
+    if segments.upto is not None:
+        column = torch.arange(places.shape[1], device=q.device)
+        hidden = column >= segments.upto.flatten()[segments.unpad][:, None]
+        scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
+    return scores.flatten(2).softmax(-1)
+
+
+def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) -> tuple[Float[Tensor, "B H T W"], ...]:
+    """Return each block's weights (N, H, W) in their places in the text, zero for tokens that see nothing.
+
+    Where no token of the call sees a picture the blocks left no weights; then there is one head of zeros, `width` wide.
+    """
+    rows, length = segments.sees.shape
+    if not maps:
+        return (torch.zeros(rows, 1, length, width, device=segments.sees.device),) * blocks
+    out = []
+    for weights in maps:
+        flat = weights.new_zeros(rows * length, *weights.shape[1:])
+        flat = flat.index_copy(0, segments.tokens.to(weights.device), weights)
+        out.append(flat.unflatten(0, (rows, length)).transpose(1, 2))
+    return tuple(out)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Every row's queries over all keys of the row's pictures, with a mask of how many of them each sees."""
+    assert segments.reach is not None
+    assert segments.upto is not None
+    reach = segments.reach.clamp(min=0)
+    keys, values = (x[reach].flatten(1, 2).transpose(1, 2) for x in (k, v))
+    owner = torch.arange(reach.shape[1], device=q.device).repeat_interleave(k.shape[1])
+    seen = owner < segments.upto[..., None]
+    padded = q.index_select(0, segments.pad.flatten()).unflatten(0, segments.pad.shape).transpose(1, 2)
+    out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=seen[:, None])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, segments.unpad)
+
+
 def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    ops = _xformers()
-    bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, [k.shape[1]] * len(lengths))
     keys, values = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-    return ops.memory_efficient_attention(q[None], keys, values, attn_bias=bias)[0]
+    bias = block_diagonal_bias(lengths, k.shape[1])
+    return _xformers().memory_efficient_attention(q[None], keys, values, attn_bias=bias)[0]
+
+
+def block_diagonal_bias(lengths: list[int], latents: int) -> Any:
+    """Return xformers' bias under which group after group of `lengths` queries sees `latents` keys of its own."""
+    return _xformers().fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, [latents] * len(lengths))
 
 
 def _xformers_takes(q: Tensor) -> bool:
@@ -76,7 +146,7 @@ def _xformers_takes(q: Tensor) -> bool:
     return q.shape[-1] % 8 == 0 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _xformers():  # type: ignore[no-untyped-def]
+def _xformers() -> Any:
     try:
         import xformers.ops as ops
     except ImportError as error:

@@ -148,6 +148,7 @@ class FlamingoConfig(PreTrainedConfig):
         decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
         media_reset_token_id: id of a token behind which no picture is seen until the next `<image>` (IDEFICS: the end
             of a sequence); None: a picture stays in sight until the next one.
+        attend_all_previous: a token sees the pictures before its own as well; no released model does.
         kwargs: of any transformers config.
 
     Raises:
@@ -172,6 +173,7 @@ class FlamingoConfig(PreTrainedConfig):
         language_kind: str = "transformers",
         decoder_layers_path: str | None = None,
         media_reset_token_id: int | None = None,
+        attend_all_previous: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
@@ -196,6 +198,7 @@ class FlamingoConfig(PreTrainedConfig):
         self.language_kind = language_kind
         self.decoder_layers_path = decoder_layers_path
         self.media_reset_token_id = media_reset_token_id
+        self.attend_all_previous = attend_all_previous
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ import flamingo.mosaic_gpt  # noqa: F401  (makes its model type known to transfo
 from flamingo.config import num_decoder_layers
 from flamingo.cross_attention import KeysValues
 from flamingo.errors import UserError
+from flamingo.loss import chunk_of, nll_in_chunks
 from flamingo.media import Segments
 from flamingo.tables import embedding_scale, embedding_table, output_head, table_shape, table_values
 
@@ -44,6 +46,12 @@ class Call:
     """Which token is which new token; None where no new token occurs."""
     keep: Int[Tensor, "N"] | None = None
     """Places in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
+    targets: Int[Tensor, "N"] | None = None
+    """Tokens that are right at those places; the head then gives their losses (1, N, 1) and never all the logits."""
+    kept: Float[Tensor, "N D"] | None = None
+    """Hidden states at those places, on their way from the head's input to the losses."""
+    nll: Float[Tensor, "N"] | None = None
+    """The losses as they left the head."""
 
 
 class CallState(threading.local):
@@ -238,7 +246,10 @@ class _KeepHook:
         call = self.state.call
         if call is None or call.keep is None:
             return None
-        return (args[0].flatten(0, 1).index_select(0, call.keep)[None], *args[1:])
+        kept = args[0].flatten(0, 1).index_select(0, call.keep.to(args[0].device))
+        if call.targets is not None:
+            call.kept, kept = kept, kept[:0]
+        return (kept[None], *args[1:])
 
 
 @dataclass(eq=False)
@@ -247,9 +258,29 @@ class _HeadHook:
     state: CallState
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.state.call is None:
+        call = self.state.call
+        if call is None:
             return None
-        logits = self.new_tokens(args[0])
+        if call.targets is None or call.kept is None:
+            return self._with_new(output, self.new_tokens(args[0]))
+        # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
+        kept, call.kept = call.kept, None
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        call.nll = nll_in_chunks(
+            partial(self._logits, module),
+            kept,
+            self.new_tokens(kept),
+            call.targets.to(kept.device),
+            chunk=chunk_of(output.shape[-1], kept.device),
+            frozen_head=frozen,
+        )
+        return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+
+    def _logits(self, head: nn.Module, hidden: Tensor, new_logits: Tensor) -> Tensor:
+        return self._with_new(head.forward(hidden), new_logits)
+
+    def _with_new(self, output: Tensor, logits: Tensor) -> Tensor:
+        """Put the new tokens' logits in their columns, and behind the LM's."""
         size = output.shape[-1]
         order = sorted(range(len(self.new_tokens.ids)), key=self.new_tokens.ids.__getitem__)
         inside = [j for j in order if self.new_tokens.ids[j] < size]

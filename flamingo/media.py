@@ -63,16 +63,17 @@ def seen_after(
     phi: Int[Tensor, "B T"],
     input_ids: Int[Tensor, "B T"],
     reset_token_id: int | None = None,
-    before: Int[Tensor, "B"] | None = None,
+    before: Int[Tensor, "R"] | None = None,
 ) -> Int[Tensor, "B"]:
     """Return the number of pictures that each row has had, negative where a reset token hides them from what follows.
 
-    `before` is the same for the part in front of these tokens.
+    `before` is the same for the part in front of these tokens; with beams each of its R rows stands for B / R.
     """
     count = phi.amax(1)
     if reset_token_id is None:
         return count
     if before is not None:
+        before = before.repeat_interleave(len(count) // max(len(before), 1))
         count = torch.maximum(count, before.abs())  # all of these tokens may stand behind a reset
     return torch.where((phi[:, -1] == 0) | (input_ids[:, -1] == reset_token_id), -count, count)
 
@@ -87,17 +88,17 @@ def _behind_reset(
     return behind if seen is None else behind | ((seen < 0)[:, None] & (image == 0))
 
 
-def visibility(phi: Int[Tensor, "B T"], num_images: int) -> Bool[Tensor, "B T M"]:
+def visibility(phi: Int[Tensor, "B T"], num_images: int, *, all_previous: bool = False) -> Bool[Tensor, "B T M"]:
     """Return the mask of which token sees which of its row's first `num_images` pictures.
 
-    One token sees one picture or none:
+    One token sees one picture or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
 
-        phi        0 1 1 2
-        picture 1  . x x .
-        picture 2  . . . x
+        phi        0 1 1 2        all_previous   0 1 1 2
+        picture 1  . x x .                       . x x x
+        picture 2  . . . x                       . . . x
     """
     index = torch.arange(1, num_images + 1, device=phi.device)
-    return phi[..., None] == index
+    return index <= phi[..., None] if all_previous else phi[..., None] == index
 
 
 def slots_from_phi(phi: Int[Tensor, "B T"], pictures: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
@@ -153,6 +154,12 @@ class Segments:
     """Which tokens see a picture at all."""
     is_whole_stack: bool
     """Whether `pictures` is just 0, 1, 2, ... to the end of the stack."""
+    reach: Int[Tensor, "A M"] | None = None
+    """Where tokens see several pictures: a group is a row of the batch, these are its pictures, -1 for none."""
+    upto: Int[Tensor, "A S"] | None = None
+    """And this is how many of them, from the first, each token of `pad` sees."""
+    maps: list[Tensor] | None = None
+    """Where each block leaves its attention weights (N, H, L or M * L), if they are asked for."""
 
 
 def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segments:
@@ -167,12 +174,37 @@ def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segment
     if longest > 1.5 * len(tokens) / max(len(counts), 1):
         pictures, counts, longest = _in_pieces(pictures, counts, -(-len(tokens) // len(counts)))
         whole = False
+    return Segments(tokens, pictures, counts.tolist(), *_padded(counts, longest), sees, whole)
+
+
+def segments_of_rows(phi: Int[Tensor, "B T"], pictures: Int[Tensor, "R M"]) -> Segments:
+    """Group the tokens by row, each of which sees its row's pictures 1 to phi; `pictures` as of `slots_from_phi`.
+
+    phi [0 1 1 2], pictures [3 4 -1]   ->   tokens [1 2 3], reach [[3 4 -1]], upto [[1 1 2]]
+    """
+    if pictures.shape[0] != phi.shape[0]:
+        pictures = pictures.repeat_interleave(phi.shape[0] // max(pictures.shape[0], 1), dim=0)
+    upto = torch.minimum(phi, (pictures >= 0).sum(1, keepdim=True))
+    sees = upto > 0
+    counts = sees.sum(1)
+    rows = counts.nonzero()[:, 0]
+    counts = counts[rows]
+    tokens = sees.flatten().nonzero()[:, 0]
+    pad, unpad = _padded(counts, int(counts.max()) if len(counts) else 0)
+    reach, upto = pictures[rows], upto.flatten()[tokens][pad]
+    return Segments(
+        tokens, reach[:, 0] if reach.numel() else rows, counts.tolist(), pad, unpad, sees, False, reach, upto
+    )
+
+
+def _padded(counts: Int[Tensor, "A"], longest: int) -> tuple[Int[Tensor, "A S"], Int[Tensor, "N"]]:
+    """Return `pad` and `unpad` of groups of `counts` tokens that stand one behind the other."""
     first = counts.cumsum(0) - counts
-    column = torch.arange(longest, device=slots.device)
+    column = torch.arange(longest, device=counts.device)
     pad = first[:, None] + torch.minimum(column, (counts - 1)[:, None])
-    rank = torch.arange(len(pictures), device=slots.device).repeat_interleave(counts)
-    unpad = torch.arange(len(tokens), device=slots.device) - first[rank] + rank * longest
-    return Segments(tokens, pictures, counts.tolist(), pad, unpad, sees, whole)
+    rank = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    unpad = torch.arange(len(rank), device=counts.device) - first[rank] + rank * longest
+    return pad, unpad
 
 
 def _in_pieces(

@@ -82,6 +82,9 @@ class FlamingoProcessor:
     ) -> BatchFeature:
         """Return `input_ids`, `attention_mask` (B, T), `pixel_values` (I, F, C, S, S) uint8 and `image_counts` (B,).
 
+        Where the pictures and clips have different numbers of frames, `pixel_values` is the stack of all their frames
+        (N, C, S, S), and `frame_counts` (I,) says how many each has.
+
         Args:
             images: for each row its pictures (PIL, path, bytes, array or uint8 (3, h, w) tensor); a list of frames is
                 a clip. For a single row the list of its pictures is enough.
@@ -110,7 +113,7 @@ class FlamingoProcessor:
             if tags != len(pictures[-1]):
                 raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(pictures[-1])} pictures")
         data = self.pad([self._ids(row) for row in rows], padding_side)
-        data["pixel_values"] = self._pixels(pictures)
+        data |= self._pixels(pictures)
         data["image_counts"] = torch.tensor([len(row) for row in pictures])
         return BatchFeature(data)
 
@@ -208,21 +211,16 @@ class FlamingoProcessor:
             out += [piece, around] if piece == self.image_token_id else [piece]
         return out
 
-    def _pixels(self, pictures: list[list[Any]]) -> Tensor:
-        clips: list[Tensor] = []
-        frames = 0
-        for r, row in enumerate(pictures):
-            for j, item in enumerate(row):
-                clip = self._clip(item, f"picture {j} of row {r}")
-                if clips and len(clip) != frames:
-                    raise UserError(
-                        f"picture {j} of row {r} has {len(clip)} frames, the ones before it {frames}; "
-                        "one batch takes one number of frames"
-                    )
-                frames = len(clip)
-                clips.append(clip)
-        size = self.image_transform.size
-        return torch.stack(clips) if clips else torch.zeros(0, 1, 3, size, size, dtype=torch.uint8)
+    def _pixels(self, pictures: list[list[Any]]) -> dict[str, Tensor]:
+        clips = [
+            self._clip(item, f"picture {j} of row {r}") for r, row in enumerate(pictures) for j, item in enumerate(row)
+        ]
+        if not clips:
+            size = self.image_transform.size
+            return {"pixel_values": torch.zeros(0, 1, 3, size, size, dtype=torch.uint8)}
+        if len({len(clip) for clip in clips}) == 1:
+            return {"pixel_values": torch.stack(clips)}
+        return {"pixel_values": torch.cat(clips), "frame_counts": torch.tensor([len(clip) for clip in clips])}
 
     def _clip(self, item: Any, where: str) -> Tensor:
         """Return (F, C, S, S); of a clip longer than `max_frames`, frames at equal distances."""

@@ -138,6 +138,8 @@ def test_whole_model(family: str, every: int, dtype: torch.dtype) -> None:
     other = theirs(vision_x, batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
     mine.loss.backward()
     other.loss.backward()
+    # Both compute the loss in float32, whatever the model is in, and sum it in different orders.
+    limit = max(limit, 1e-6)
     assert show("  loss", (mine.loss, other.loss)) <= limit
     state = peers.gradients(theirs)
     new_parts = {name: grad for name, grad in state.items() if name.startswith(("perceiver.", "lang_encoder.gated"))}

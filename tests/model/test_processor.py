@@ -83,8 +83,10 @@ def test_clips(processor: FlamingoProcessor) -> None:
     assert batch["pixel_values"][0, :, 0, 0, 0].tolist() == [0, 2, 4]
     video = processor(text=[[{"type": "video", "video": frames}, {"type": "text", "text": "runs"}]])
     assert torch.equal(video["pixel_values"], batch["pixel_values"])
-    with pytest.raises(UserError, match="picture 1 of row 0 has 1 frames, the ones before it 2"):
-        processor(images=[[frames[:2], frames[0]]], text=["<image><image>"])
+    mixed = processor(images=[[frames[:2], frames[0]], [frames[2:]]], text=["<image><image>", "<image>"])
+    assert mixed["frame_counts"].tolist() == [2, 1, 3]
+    assert mixed["pixel_values"].shape == (6, 3, tiny.SIZE, tiny.SIZE)
+    assert mixed["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 0, 2, 3, 4]
 
 
 def test_mistakes_name_the_row(processor: FlamingoProcessor) -> None:

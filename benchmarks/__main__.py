@@ -1,0 +1,102 @@
+"""Run measurements, each in a process of its own, and print the table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sizes import SIZES, Size
+from benchmarks.table import print_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost")
+LIBRARIES = (("peer", "fp32"), ("ours", "fp32"))
+
+
+def jobs(name: str, size: Size) -> Iterator[tuple[str, dict[str, int], tuple[tuple[str, str], ...]]]:
+    """What to measure under a name, with which options, of which libraries and variants."""
+    if name == "decode_step":
+        yield "decode_step", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
+    elif name == "first_token":
+        yield "first_token", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
+    elif name == "ranking":
+        yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"))
+    elif name == "train_step":
+        yield "train_step", {}, (*LIBRARIES, ("ours", "fused"), ("ours", "bf16"))
+    elif name == "shots":
+        for shots in (1, size.shots // 2, size.shots):
+            yield "decode_step", {"shots": shots}, LIBRARIES
+    else:
+        for pictures in size.cost_pictures:
+            for tokens in size.cost_tokens:
+                yield "forward", {"pictures": pictures, "tokens": tokens}, LIBRARIES
+
+
+def measure(what: str, own: dict[str, int], library: str, variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one measurement; what went wrong in it ends everything, with its own words."""
+    given = {**own, "library": library, "variant": variant, "size": options.size}
+    given |= {"repeats": options.repeats, "threads": options.threads}
+    command = [sys.executable, "-m", "benchmarks.measure", what]
+    command += [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "open_clip")}
+    return {"date": datetime.now(UTC).date().isoformat(), "cpu": cpu, "threads": options.threads, **versions}
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs behind a warm-up; the median is shown")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--without-peer", action="store_true", help="measure this library alone")
+    parser.add_argument("--out", type=Path, help="the JSON; runs/bench/SIZE.json by default")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"{sorted(unknown)[0]!r} is no measurement; known are {', '.join(NAMES)}")
+    if not options.without_peer and importlib.util.find_spec("open_flamingo") is None:
+        parser.error("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1 einops-exts")
+    results: list[dict[str, Any]] = []
+    for name in options.names or NAMES:
+        for what, own, libraries in jobs(name, SIZES[options.size]):
+            for library, variant in libraries:
+                if library == "peer" and options.without_peer:
+                    continue
+                print(f"{name} {own} {library} {variant} ...", file=sys.stderr, flush=True)
+                found = measure(what, own, library, variant, options)
+                results.append({"name": name, **own, "library": library, "variant": variant, **found})
+    out = options.out or ROOT / "runs" / "bench" / f"{options.size}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"size": options.size, "torch_threads": options.threads, "machine": machine(options), "results": results}
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    print_tables(document)
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,201 @@
+"""One measurement of one library, in a process of its own; prints one line of JSON.
+
+python -m benchmarks.measure decode_step --library ours --size tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import arithmetic
+from benchmarks.sizes import SIZES, Size
+from benchmarks.work import Row, class_names, prompt, row, training_steps
+
+Found = dict[str, Any]
+"""seconds (a list), flop (of one of what was timed), needed (the same by arithmetic), values (to compare)."""
+
+
+class Library(Protocol):
+    """What is measured."""
+
+    model: Any
+
+    def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]: ...
+    def rank(self, row: Row, names: list[list[int]]) -> list[float]: ...
+    def forward(self, row: Row) -> Tensor: ...
+    def train_step(self, rows: list[Row]) -> float: ...
+
+
+class Stamps:
+    """A logits processor that notes a clock, or the operations so far, at every new token."""
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self.read = read
+        self.at: list[float] = [read()]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.at.append(self.read())
+        return scores
+
+    def steps(self) -> list[float]:
+        """What each token took; the first took the whole prompt."""
+        return [after - before for before, after in zip(self.at, self.at[1:], strict=False)]
+
+
+def timed(work: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
+    """Seconds of `repeats` calls behind a warm-up, and what the last call gave."""
+    result = work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - start)
+    return seconds, result
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, taught the one operation it does not know: the encoder's whole attention layer."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._native_multi_head_attention: _attention_layer}
+    )
+
+
+def _attention_layer(query: tuple[int, int, int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Projections to queries, keys and values, both products, projection back; `query` is a shape (B, T, D)."""
+    batch, tokens, width = query
+    return batch * (8 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def counted(work: Callable[[], Any]) -> int:
+    """Operations of one call."""
+    with counter() as counting:
+        work()
+    return counting.get_total_flops()
+
+
+def generation(
+    library: Library, work: Row, new_tokens: int, beams: int, repeats: int
+) -> tuple[list[list[float]], list[float], list[int]]:
+    """Seconds and operations of every token, and the tokens."""
+    tokens: list[int] = []
+    seconds: list[list[float]] = []
+    for _ in range(repeats + 1):
+        clock = Stamps(time.perf_counter)
+        tokens = library.generate(work, new_tokens, beams, clock)
+        seconds.append(clock.steps())
+    with counter() as counting:
+        count = Stamps(counting.get_total_flops)
+        library.generate(work, new_tokens, beams, count)
+    return seconds[1:], count.steps(), tokens
+
+
+def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
+    """Each token behind the first."""
+    work = prompt(size, options.shots)
+    seconds, flop, tokens = generation(library, work, size.new_tokens + 1, 1, options.repeats)
+    each = [step for run in seconds for step in run[1:]]
+    needed = arithmetic.decode_step(size, options.shots)
+    return {"seconds": each, "flop": sum(flop[1:]) / size.new_tokens, "needed": needed, "values": tokens}
+
+
+def first_token(library: Library, size: Size, options: argparse.Namespace) -> Found:
+    """From the pictures' pixels to the first token, three beams."""
+    seconds, flop, tokens = generation(library, prompt(size, options.shots), 1, 3, options.repeats)
+    first = [run[0] for run in seconds]
+    return {"seconds": first, "flop": flop[0], "needed": arithmetic.first_token(size, options.shots), "values": tokens}
+
+
+def ranking(library: Library, size: Size, options: argparse.Namespace) -> Found:
+    """All names behind one prompt, from the pictures' pixels on."""
+    work, names = prompt(size, options.shots), class_names(size)
+    seconds, scores = timed(lambda: library.rank(work, names), options.repeats)
+    flop = counted(lambda: library.rank(work, names))
+    return {"seconds": seconds, "flop": flop, "needed": arithmetic.ranking(size, options.shots), "values": scores}
+
+
+def train_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
+    """Forward, backward, clip and AdamW, over rows of different numbers of pictures."""
+    steps = training_steps(size)
+    losses = [library.train_step(steps[0])]
+    seconds = []
+    for rows in steps[1:]:
+        start = time.perf_counter()
+        losses.append(library.train_step(rows))
+        seconds.append(time.perf_counter() - start)
+    peak = peak_bytes()
+    flop = counted(lambda: [library.train_step(rows) for rows in steps[1:]]) / len(steps[1:])
+    needed = arithmetic.train_step(size)
+    return {"seconds": seconds, "flop": flop, "needed": needed, "values": losses, "peak_bytes": peak}
+
+
+def forward(library: Library, size: Size, options: argparse.Namespace) -> Found:
+    """One document without a cache, with all its logits."""
+    work = row(size, options.pictures, options.tokens, seed=0)
+    seconds, logits = timed(lambda: library.forward(work), options.repeats)
+    flop = counted(lambda: library.forward(work))
+    needed = arithmetic.forward(size, options.pictures, options.tokens)
+    return {"seconds": seconds, "flop": flop, "needed": needed, "values": logits[:256].tolist()}
+
+
+WHAT: dict[str, Callable[[Library, Size, argparse.Namespace], Found]] = {
+    "decode_step": decode_step,
+    "first_token": first_token,
+    "ranking": ranking,
+    "train_step": train_step,
+    "forward": forward,
+}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far, with Python and the libraries."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build(library: str, size: Size, variant: str) -> Library:
+    """The library with its model."""
+    if library == "ours":
+        from benchmarks.ours import Ours
+
+        return Ours(size, variant)
+    from benchmarks.peer import Peer
+
+    return Peer(size, variant)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--library", choices=["ours", "peer"], required=True)
+    parser.add_argument("--variant", default="fp32", help="ours: fp32, bf16; peer: fp32, copied_cache")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    size = SIZES[options.size]
+    imported = peak_bytes()
+    library = build(options.library, size, options.variant)
+    if options.what != "train_step":
+        library.model.requires_grad_(False)  # FlopCounterMode stumbles over parameters that are passed on as they are
+    built = peak_bytes()
+    found = WHAT[options.what](library, size, options)
+    print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | found))
+
+
+if __name__ == "__main__":
+    main()

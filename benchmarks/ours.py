@@ -1,0 +1,92 @@
+"""This library at the work of `measure.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from benchmarks.sizes import Size
+from benchmarks.weights import backbones, seeded, vision_arch
+from benchmarks.work import Row, image_id
+from flamingo import FlamingoConfig, FlamingoForConditionalGeneration
+
+
+class Ours:
+    """Everything through the public methods.
+
+    `variant` "bf16" stores the frozen weights in bfloat16; "fused" takes torch's fused AdamW.
+    """
+
+    def __init__(self, size: Size, variant: str = "fp32") -> None:
+        tower, lm = backbones(size)
+        resampler = {"depth": size.depth, "latents": size.latents, "heads": size.heads, "head_dim": size.head_dim}
+        config = FlamingoConfig(
+            vision_config={"arch": vision_arch(size), "image_size": size.image_size},
+            text_config=lm.config,
+            resampler_config=resampler,
+            cross_attention_config={"heads": size.heads, "head_dim": size.head_dim},
+            image_token_id=image_id(size),
+            eoc_token_id=image_id(size) + 1,
+        )
+        self.model = FlamingoForConditionalGeneration(config, vision_tower=tower, causal_lm=lm).eval()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if self.model.part_of(name) not in ("vision", "language"):
+                    parameter.copy_(seeded(name, parameter.shape))
+        self.bf16, self.fused = variant == "bf16", variant == "fused"
+        if self.bf16:
+            self.model.vision_encoder.tower.to(torch.bfloat16)
+            self.model.language_model.to(torch.bfloat16)
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def _pictures(self, rows: list[Row]) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.cat([row.pictures for row in rows])[:, None],
+            "image_counts": torch.tensor([len(row.pictures) for row in rows]),
+        }
+
+    def _casting(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]:
+        """New tokens; `stamp` is called at each."""
+        with self._casting():
+            out = self.model.generate(
+                row.ids[None],
+                **self._pictures([row]),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                num_beams=beams,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([stamp]),
+            )
+        return out[0].tolist()
+
+    def rank(self, row: Row, names: list[list[int]]) -> list[float]:
+        """Log-probability of each name behind the prompt."""
+        with self._casting():
+            return self.model.score_candidates({"input_ids": row.ids[None], **self._pictures([row])}, names)[0].tolist()
+
+    def forward(self, row: Row) -> Tensor:
+        """Logits of the last position, of a pass that gives all."""
+        with torch.no_grad(), self._casting():
+            out = self.model(input_ids=row.ids[None], **self._pictures([row]), use_cache=False)
+            return out.logits[0, -1].float()
+
+    def train_step(self, rows: list[Row]) -> float:
+        """Forward, backward, clip, AdamW; the loss."""
+        self.model.train()
+        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=self.fused)
+        ids, labels = (torch.stack([getattr(row, name) for row in rows]) for name in ("ids", "labels"))
+        with self._casting():
+            loss = self.model(input_ids=ids, labels=labels, **self._pictures(rows)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())

@@ -1,0 +1,99 @@
+"""Shapes of the models and of the work, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model and how hard it is worked. Widths are those of the transformers' residual streams."""
+
+    vision_width: int
+    vision_layers: int
+    patch: int
+    image_size: int
+    lm_width: int
+    lm_layers: int
+    lm_heads: int
+    vocab: int
+    latents: int
+    depth: int
+    """Layers of the resampler."""
+    shots: int
+    rank_shots: int
+    names: int
+    new_tokens: int
+    """Decode steps that are timed."""
+    batch: int
+    tokens: int
+    """Of a training row."""
+    counts: tuple[tuple[int, ...], ...]
+    """Pictures of the training rows, step by step; the first step warms up and is not timed."""
+    cost_pictures: tuple[int, ...]
+    cost_tokens: tuple[int, ...]
+    heads: int = 8
+    head_dim: int = 64
+    """Of resampler and gated blocks; open_flamingo has no other."""
+    ff_mult: int = 4
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of a picture."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def inner(self) -> int:
+        """Width of queries, keys and values."""
+        return self.heads * self.head_dim
+
+
+# Rows of 1 to 5 pictures, 2.5 on the average, behind a warm-up.
+COUNTS = ((2, 3), (1, 4), (5, 1), (2, 3), (3, 1), (2, 3))
+
+SIZES = {
+    # ViT-B/32 at 224 px; an OPT of 12 layers x 768.
+    "small": Size(
+        vision_width=768,
+        vision_layers=12,
+        patch=32,
+        image_size=224,
+        lm_width=768,
+        lm_layers=12,
+        lm_heads=12,
+        vocab=50272,
+        latents=64,
+        depth=6,
+        shots=32,
+        rank_shots=4,
+        names=100,
+        new_tokens=8,
+        batch=2,
+        tokens=256,
+        counts=COUNTS,
+        cost_pictures=(1, 5, 32),
+        cost_tokens=(256, 1024, 2048),
+    ),
+    # To see that everything runs, in seconds.
+    "tiny": Size(
+        vision_width=64,
+        vision_layers=2,
+        patch=16,
+        image_size=32,
+        lm_width=64,
+        lm_layers=2,
+        lm_heads=2,
+        vocab=512,
+        latents=64,
+        depth=6,
+        shots=4,
+        rank_shots=2,
+        names=12,
+        new_tokens=3,
+        batch=2,
+        tokens=48,
+        counts=COUNTS[:3],
+        cost_pictures=(1, 5),
+        cost_tokens=(64, 128),
+    ),
+}

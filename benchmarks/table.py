@@ -1,0 +1,80 @@
+"""Results as tables of Markdown, ours as a share of the peer's."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+TITLES = {
+    "decode_step": "decode step",
+    "first_token": "time to first token, beam 3",
+    "ranking": "ranking of class names",
+    "train_step": "training step",
+    "shots": "decode step",
+    "cost": "forward pass",
+}
+AT_MOST = {"decode_step": 1 / 3, "first_token": 0.4, "ranking": 1 / 15, "train_step": 0.65}
+"""Shares of the peer's time that are wanted at the size small."""
+MEMORY_AT_MOST = {"fp32": 0.75, "fused": 0.75, "bf16": 0.5}
+
+Result = dict[str, Any]
+
+
+def largest_difference(result: Result, reference: Result) -> str:
+    """Between what both computed: logits, scores, losses; for tokens whether they are the same."""
+    a, b = result["values"], reference["values"]
+    if all(isinstance(x, int) for x in a):
+        return "same tokens" if a == b else "other tokens"
+    return f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}"
+
+
+def title(result: Result) -> str:
+    """What was measured, with its options."""
+    own = [f"{result[key]} {key}" for key in ("shots", "pictures", "tokens") if key in result]
+    return ", ".join([TITLES[result["name"]], *own])
+
+
+def verdict(share: float, limit: float | None) -> str:
+    """The wanted share, and whether it is reached."""
+    return "" if limit is None else f"{limit:.3f}: {'yes' if share <= limit else 'NO'}"
+
+
+def row(result: Result, reference: Result | None, judge: bool) -> list[str]:
+    """One line of the table."""
+    seconds = median(result["seconds"])
+    cells = [title(result), f"{result['library']} {result['variant']}", f"{1000 * seconds:.1f}"]
+    cells += [f"{result['flop'] / 1e9:.3g}", f"{result['flop'] / max(result['needed'], 1):.2f}"]
+    cells += [f"{result['peak_bytes'] / 2**30:.2f}"]
+    if reference is None or reference is result:
+        return [*cells, "1", "", ""]
+    share = seconds / median(reference["seconds"])
+    limit = AT_MOST.get(result["name"]) if judge and result["library"] == "ours" else None
+    return [*cells, f"{share:.3f}", verdict(share, limit), largest_difference(result, reference)]
+
+
+def memory(result: Result, reference: Result | None, judge: bool) -> list[list[str]]:
+    """Lines on the peak of a training step."""
+    if reference is None or result["name"] != "train_step" or result is reference:
+        return []
+    share = result["peak_bytes"] / reference["peak_bytes"]
+    limit = MEMORY_AT_MOST[result["variant"]] if judge else None
+    cells = ["peak memory of that step", f"{result['library']} {result['variant']}", "", "", ""]
+    peak = f"{result['peak_bytes'] / 2**30:.2f}"
+    return [[*cells, peak, f"{share:.3f}", verdict(share, limit), ""]]
+
+
+def print_tables(document: dict[str, Any]) -> None:
+    """Print all results, each beside the peer's of the same work."""
+    about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
+    print(f"size {document['size']}; {about}\n")
+    head = ["", "library", "ms", "GFLOP", "x needed", "peak GiB", "share of peer's", "wanted", "difference"]
+    lines = [head, ["---"] * len(head)]
+    results: list[Result] = document["results"]
+    judge = document["size"] == "small"
+    for result in results:
+        same = [r for r in results if title(r) == title(result) and r["name"] == result["name"]]
+        reference = next((r for r in same if (r["library"], r["variant"]) == ("peer", "fp32")), None)
+        lines.append(row(result, reference, judge))
+        lines += memory(result, reference, judge)
+    for line in lines:
+        print("| " + " | ".join(line) + " |")

@@ -1,0 +1,103 @@
+"""The benchmark: its arithmetic is what is counted, both libraries compute the same, and its command runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.ours import Ours
+from benchmarks.sizes import SIZES
+from benchmarks.table import print_tables
+from benchmarks.work import IGNORED, class_names, image_id, prompt, training_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = SIZES["tiny"]
+peer = pytest.mark.skipif(
+    importlib.util.find_spec("open_flamingo") is None,
+    reason="pip install --no-deps open_flamingo==2.0.1 einops-exts",
+)
+
+
+def options(**own: int) -> argparse.Namespace:
+    return argparse.Namespace(**{"repeats": 1, "shots": 2, "pictures": 3, "tokens": 64, **own})
+
+
+def test_the_work() -> None:
+    row = prompt(TINY, 3)
+    assert int((row.ids == image_id(TINY)).sum()) == len(row.pictures) == 4
+    assert set(row.labels[row.ids == image_id(TINY)].tolist()) == {IGNORED}
+    counts = [len(row.pictures) for rows in training_steps(SIZES["small"])[1:] for row in rows]
+    assert sum(counts) / len(counts) == 2.5
+    assert (min(counts), max(counts)) == (1, 5)
+    assert len(class_names(SIZES["small"])) == 100
+
+
+@pytest.mark.parametrize("what", ["decode_step", "first_token", "ranking", "forward"])
+def test_we_do_what_is_needed_and_no_more(what: str) -> None:
+    """Counted operations against the arithmetic; full instead of causal attention is the little that is above."""
+    library = Ours(TINY)
+    library.model.requires_grad_(False)
+    found = measure.WHAT[what](library, TINY, options())
+    assert 0.99 <= found["flop"] / found["needed"] <= 1.02
+    assert found["seconds"]
+    assert min(found["seconds"]) > 0
+
+
+def test_a_training_step_does_little_more_than_is_needed() -> None:
+    found = measure.train_step(Ours(TINY), TINY, options())
+    assert 0.99 <= found["flop"] / found["needed"] <= 1.1
+    assert len(found["values"]) == len(TINY.counts)
+
+
+@pytest.mark.slow
+@peer
+def test_both_compute_the_same() -> None:
+    """Logits, tokens, losses, and scores in both ways of the peer, which does far more work for them."""
+    from benchmarks.peer import Peer
+
+    results: dict[str, dict[str, Any]] = {}
+    for library in (Ours(TINY), Peer(TINY)):
+        losses = measure.train_step(library, TINY, options())
+        library.model.eval().requires_grad_(False)
+        found = {what: measure.WHAT[what](library, TINY, options()) for what in measure.WHAT if what != "train_step"}
+        results[type(library).__name__] = {"train_step": losses, **found}
+    ours, theirs = results["Ours"], results["Peer"]
+    for what in ("train_step", "ranking", "forward"):
+        difference = torch.tensor(ours[what]["values"]) - torch.tensor(theirs[what]["values"])
+        assert float(difference.abs().max()) < 1e-4, what
+    for what in ("decode_step", "first_token"):
+        assert ours[what]["values"] == theirs[what]["values"]
+        assert theirs[what]["flop"] > 2.5 * ours[what]["flop"]
+    copied = Peer(TINY, "copied_cache").rank(prompt(TINY, 2), class_names(TINY))
+    fresh = torch.tensor(Ours(TINY).rank(prompt(TINY, 2), class_names(TINY)))
+    torch.testing.assert_close(torch.tensor(copied), fresh, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "benchmarks", "decode_step", "--size", "tiny", "--without-peer"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--repeats", "1", "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "decode step, 4 shots | ours fp32" in done.stdout
+    document = json.loads(out.read_text())
+    assert [result["variant"] for result in document["results"]] == ["fp32", "bf16"]
+    own = document["results"][0]
+    document["size"] = "small"
+    document["results"] = [{**own, "library": "peer", "seconds": [10.0]}, own]
+    print_tables(document)
+    assert "0.333: yes | same tokens" in capsys.readouterr().out
+    wrong = subprocess.run([*command[:3], "decode"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "known are decode_step, first_token" in wrong.stderr
