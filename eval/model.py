@@ -79,10 +79,7 @@ class FlamingoResponder:
         rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
         # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
         filled = [row + row[:1] * (most - len(row)) for row in rows]
-        # Two candidates of every prompt in one pass: the pictures' keys and values are then computed once.
-        scores = self._model.score_candidates(
-            self._batch(prompts, features), filled, batch_size=2 * len(prompts)
-        ).tolist()
+        scores = self._model.score_candidates(self._batch(prompts, features), filled).tolist()
         return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
 
     @torch.inference_mode()
