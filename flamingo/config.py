@@ -270,3 +270,7 @@ def _choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> No
 def _positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"{name}={value} must be at least 1")
+
+
+# A tokenizer that lies beside a saved model is loaded by way of the folder's config.
+AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
+import flamingo.config  # noqa: F401  (makes the model type of a saved folder known to transformers)
 from flamingo.errors import UserError
 from flamingo.images import ImageTransform, Picture, to_rgb
 
