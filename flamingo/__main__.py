@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from flamingo.convert_cli import add_arguments
@@ -39,6 +38,8 @@ def doctor() -> int:
         return 1
     import torch
 
+    from flamingo.attention import xformers_error
+
     print(f"cpu: {torch.get_num_threads()} threads; attention by torch's SDPA")
     if not torch.cuda.is_available():
         print("cuda: none")
@@ -47,12 +48,8 @@ def doctor() -> int:
         device = torch.cuda.get_device_properties(index)
         bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
         print(f"cuda:{index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, bfloat16 {bf16}")
-    try:
-        import_module("xformers.ops")
-        print("attention on cuda: xformers")
-    except ImportError as error:
-        print(f"attention on cuda: UNAVAILABLE, xformers does not import ({error})")
-        return 1
+    error = xformers_error()
+    print("attention on cuda: " + ("xformers" if error is None else f"torch's SDPA, slower: no xformers ({error})"))
     return 0
 
 

@@ -1,9 +1,9 @@
 """The one place where attention is computed for the resampler and the gated blocks.
 
 Notable: a text token attends to the L latents of its one picture, so the work is block-diagonal and never a masked row
-over all pictures. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere the tokens
-are laid out as one padded table per picture and torch's SDPA runs over it (xformers has no CPU operator). Both are
-tested, values and gradients, against a slow twin that follows the formula.
+over all pictures. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
+xformers is not installed, the tokens are laid out as one padded table per picture and torch's SDPA runs over it
+(xformers has no CPU operator). Both are tested, values and gradients, against a slow twin that follows the formula.
 
 Where a token sees all previous pictures, which no released model does, SDPA runs over each row with a mask.
 
@@ -12,6 +12,8 @@ Letters: N queries, A groups of them, I pictures, M most pictures of a row, L la
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +21,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flamingo.errors import UserError
 from flamingo.media import Segments
 
 
@@ -143,15 +144,19 @@ def block_diagonal_bias(lengths: list[int], latents: int) -> Any:
 
 def _xformers_takes(q: Tensor) -> bool:
     """xformers' kernels want heads in multiples of 8 and no float64; the rest goes to SDPA."""
-    return q.shape[-1] % 8 == 0 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    fits = q.shape[-1] % 8 == 0 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and xformers_error() is None
+
+
+@cache
+def xformers_error() -> str | None:
+    """Return why xformers cannot be used, None when it can; without it SDPA serves CUDA as it serves the CPU."""
+    try:
+        _xformers()
+    except (ImportError, OSError) as error:  # OSError: a library built for another CUDA
+        return str(error)
+    return None
 
 
 def _xformers() -> Any:
-    try:
-        import xformers.ops as ops
-    except ImportError as error:
-        raise UserError(
-            f"attention on CUDA needs xformers, which does not import here ({error}); install the xformers release "
-            f"that was built for torch {torch.__version__}"
-        ) from error
-    return ops
+    return import_module("xformers.ops")

@@ -119,9 +119,12 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                     if "drop" in name and isinstance(value, float):
                         setattr(layer, name, 0.0)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute the layers' activations in the backward pass: LM layers, blocks and resampler layers."""
-        super().activation_checkpointing_enable(*args, **kwargs)
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name since transformers 5.23
+        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not."""
+        super()._set_gradient_checkpointing(*args, **kwargs)
         self.train(self.training)
 
     def enable_input_require_grads(self) -> None:
