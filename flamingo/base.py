@@ -6,12 +6,14 @@ activations never asks the input embeddings for gradients, so nothing is kept or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +22,7 @@ from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
 from flamingo.hub import hub_reachable
-from flamingo.language import NewTokens
+from flamingo.language import CallState, NewTokens
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, repair_buffers
 
@@ -57,6 +59,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    _state: CallState
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
     resampler: PerceiverResampler
@@ -122,10 +125,22 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name since transformers 5.23
         activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
         """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not."""
-        super()._set_gradient_checkpointing(*args, **kwargs)
+        super()._set_gradient_checkpointing(enable, partial(self._recompute, gradient_checkpointing_func), **options)
         self.train(self.training)
+
+    def _recompute(self, recompute: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+        """Run a layer whose hooks know of this call again when they run again, as before transformers 5.23 they do."""
+        call = self._state.call
+
+        def again(*args: Any) -> Any:
+            with self._state.running(call):
+                return layer(*args)
+
+        return recompute(again, *args)
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: non-reentrant recomputation does not need it, and it would walk back through frozen layers."""

@@ -63,13 +63,13 @@ class CallState(threading.local):
         return (CallState, ())
 
     @contextmanager
-    def running(self, call: Call) -> Iterator[None]:
+    def running(self, call: Call | None) -> Iterator[None]:
         """Make `call` the one that this thread's hooks see."""
-        self.call = call
+        before, self.call = self.call, call
         try:
             yield
         finally:
-            self.call = None
+            self.call = before
 
 
 def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.ModuleList:

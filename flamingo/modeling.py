@@ -47,6 +47,8 @@ class FlamingoOutput(CausalLMOutputWithPast):
     `attend_all_previous` the last axis holds the latents of all pictures of the row, one after the other.)
     """
 
+    loss: Tensor | None = None  # transformers before 5.23 declares these two as float32
+    logits: Tensor | None = None
     media_features: Tensor | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
     phi: Tensor | None = None
