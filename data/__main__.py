@@ -1,4 +1,4 @@
-"""`python -m data prepare|inspect|verify|index`: shards made, looked at, checked, indexed.
+"""`python -m data prepare|merge|inspect|verify|index`: shards made, joined, looked at, checked, indexed.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
 """
@@ -11,12 +11,8 @@ from importlib import import_module
 from pathlib import Path
 
 from data.index import build_index, index_path
+from data.prepare import DRAWN, SOURCES
 from flamingo.errors import UserError
-
-SOURCES = {
-    "toy": "drawn scenes and characters whose text follows from the picture",
-    "digits": "scikit-learn's handwritten digits as pages with made-up names",
-}
 
 
 def parser(source: str | None = None) -> argparse.ArgumentParser:
@@ -29,7 +25,12 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
         one = sources.add_parser(name, help=about, description=about)
         one.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
         if name == source:
+            if name not in DRAWN:
+                import_module("data.prepare.engine").add_arguments(one)
             import_module(f"data.prepare.{name}").add_arguments(one)
+    merge = commands.add_parser("merge", help="join what `prepare --part i/n` wrote")
+    merge.add_argument("folder", nargs="+", metavar="DIR")
+    merge.add_argument("--out", metavar="DIR", help="folder for the whole (default: the first DIR)")
     inspect = commands.add_parser("inspect", help="one page as a person would look at it")
     inspect.add_argument("shard")
     inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
@@ -84,7 +85,13 @@ def main(argv: list[str]) -> int:
     args = parser(source).parse_args(argv)
     try:
         if args.command == "prepare":
-            import_module(f"data.prepare.{args.source}").run(args)
+            if args.source in DRAWN:
+                import_module(f"data.prepare.{args.source}").run(args)
+            else:
+                import_module("data.prepare.engine").run(args.source, args)
+            return 0
+        if args.command == "merge":
+            import_module("data.prepare.merge").merge(args.folder, args.out)
             return 0
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:
