@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from data.prepare import DRAWN, SOURCES
 from flamingo.errors import UserError
 
 
-def parser(source: str | None = None) -> argparse.ArgumentParser:
-    """The command line. Only the module of `source` is imported for its options, so that the rest starts at once."""
+def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
+    """The command line. Only what is asked for is imported for its options, so that the rest starts at once."""
     top = argparse.ArgumentParser(prog="python -m data", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="write shards from a source")
@@ -35,6 +37,8 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
     inspect.add_argument("shard")
     inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
     inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
+    if inspecting:
+        import_module("data.sampled").add_sampling_arguments(inspect)
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
     index = commands.add_parser("index", help="write the index of tars made elsewhere")
@@ -44,15 +48,23 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print a page, or write it as HTML."""
+    from data.page import Page
     from data.schema import read_page
     from data.show import page_as_html, page_as_text
 
     page = read_page(args.shard, args.row)
     where = f"{args.shard}, row {args.row}"
+    as_text: Callable[[Page, str], str] = page_as_text
+    as_html: Callable[[Page, str], str] = page_as_html
+    if args.sampled:
+        from data.sampled import sample_page, sampled_as_html, sampled_as_text
+
+        row = sample_page(page, args)
+        as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
     if args.html is None:
-        print(page_as_text(page, where))
+        print(as_text(page, where))
     else:
-        Path(args.html).write_text(page_as_html(page, where), encoding="utf-8")
+        Path(args.html).write_text(as_html(page, where), encoding="utf-8")
         print(args.html)
     return 0
 
@@ -82,7 +94,7 @@ def index(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
-    args = parser(source).parse_args(argv)
+    args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
         if args.command == "prepare":
             if args.source in DRAWN:

@@ -87,7 +87,7 @@ def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
                 except (ValueError, RecursionError) as error:
                     yield where, error
     except (zipfile.BadZipFile, EOFError, gzip.BadGzipFile, NotImplementedError) as error:
-        raise UserError(f"{unit.path} is damaged or incomplete ({error}); download it again") from None
+        raise UserError(f"{unit.path} is damaged or incomplete ({one_line(error)}); download it again") from None
     except OSError as error:
         raise UserError(f"{unit.path} cannot be read ({error.strerror or error})") from None
 
@@ -193,7 +193,9 @@ class _Scanner:
                     break
             except (json.JSONDecodeError, RecursionError) as error:
                 if not self._more():
-                    raise UserError(f"{self.path} has broken JSON at byte {self.base + self.at} ({error})") from None
+                    raise UserError(
+                        f"{self.path} has broken JSON at byte {self.base + self.at} ({one_line(error)})"
+                    ) from None
         offset, size = self.base + self.at, end - self.at
         self.at = end
         return value, offset, size
@@ -217,7 +219,9 @@ def array_items(unit: Unit) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(b"[" + raw + b"]")
     except ValueError as error:
-        raise UserError(f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({error})") from None
+        raise UserError(
+            f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({one_line(error)})"
+        ) from None
     label, _, first = unit.label.rpartition(" from item ")
     for number, value in enumerate(values, int(first)):
         yield f"{label} item {number}", value
@@ -241,7 +245,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
                 if end is not None and at >= end:
                     return
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no table in UTF-8 near byte {at} ({error})") from None
+            raise UserError(f"{path} is no table in UTF-8 near byte {at} ({one_line(error)})") from None
 
 
 def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
@@ -263,6 +267,11 @@ def in_chunks(names: Sequence[str], size: int, describe: Callable[[str], int]) -
     for first in range(0, len(names), size):
         some = tuple(names[first : first + size])
         yield Unit(f"{some[0]} and {len(some) - 1} more", "", first, first + len(some), sum(map(describe, some)), some)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, fit to stand in a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def required(module: str, purpose: str) -> Any:

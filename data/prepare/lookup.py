@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from data.prepare.inputs import input_files
+from data.prepare.inputs import input_files, one_line
 from data.prepare.pictures import PictureFolder
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
@@ -147,4 +147,6 @@ def _map_entries(path: Path) -> Iterator[Entry]:
                     raise ValueError("a row without 'url' and 'path'")
                 yield url, name, -1, -1
         except (ValueError, csv.Error) as error:
-            raise UserError(f"map {path} cannot be used ({error}); give it the columns url and path") from None
+            raise UserError(
+                f"map {path} cannot be used ({one_line(error)}); give it the columns url and path"
+            ) from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.page import Node, Page, Picture, Text
-from data.prepare.inputs import file_units, required
+from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.pictures import PictureRule, add_picture_arguments
 from data.prepare.sentences import add_text
@@ -48,7 +48,9 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
                 names = file.schema_arrow.names
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         except (ValueError, OSError) as error:
-            raise UserError(f"{unit.path} is no parquet file, or truncated ({error}); download it again") from None
+            raise UserError(
+                f"{unit.path} is no parquet file, or truncated ({one_line(error)}); download it again"
+            ) from None
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
         begin, count = 0, 0
@@ -76,7 +78,7 @@ def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple
                     yield f"{Path(unit.path).name} row {first}", row
                     first += 1
     except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{unit.path} is damaged ({error}); download it again") from None
+        raise UserError(f"{unit.path} is damaged ({one_line(error)}); download it again") from None
 
 
 def units(args: argparse.Namespace) -> list[Unit]:

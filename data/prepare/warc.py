@@ -13,7 +13,7 @@ from typing import Any
 
 from data.page import Page
 from data.prepare.dom import decode_html
-from data.prepare.inputs import file_units, required
+from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import Entry, build_lookup, build_url_lookup, open_lookup
 from data.prepare.units import Tally, Unit
 from data.prepare.web import add_web_arguments, check_web_arguments, lookup_of, web_page
@@ -22,6 +22,7 @@ from flamingo.errors import UserError
 LAYOUT = "interleaved"
 SUFFIXES = (".warc", ".warc.gz", ".warc.lz4", ".warc.zst")
 HTML = ("text/html", "application/xhtml+xml")
+MAX_RECORD = 100_000_000  # bytes; what is larger is no page and no picture
 MAX_HTML = 10_000_000  # bytes; nothing larger is a page to be read
 
 
@@ -43,19 +44,22 @@ def begin(args: argparse.Namespace, work: Path) -> None:
     if args.images:
         build_url_lookup(work / "pictures.sqlite", args.images)
     elif not (work / "pictures.sqlite").exists():
-        build_lookup(work / "pictures.sqlite", _spooled(file_units(args.inputs, SUFFIXES), work / "pictures.bin"))
+        build_lookup(work / "pictures.sqlite", _spooled(args, work / "pictures.bin"))
 
 
-def _spooled(files: list[Unit], spool: Path) -> Iterator[Entry]:
+def _spooled(args: argparse.Namespace, spool: Path) -> Iterator[Entry]:
     with spool.open("wb") as out:
-        for unit in files:
-            for record, _ in responses(unit):
-                url = record.headers.get("WARC-Target-URI")
-                if url and (record.http_content_type or "").startswith("image/"):
-                    body = record.reader.read()
-                    yield url, str(spool), out.tell(), len(body)
-                    out.write(body)
-                    out.flush()
+        for unit in file_units(args.inputs, SUFFIXES):
+            try:
+                for record, _ in responses(unit):
+                    url = record.headers.get("WARC-Target-URI")
+                    if url and (record.http_content_type or "").startswith("image/"):
+                        body = record.reader.read()
+                        yield url, str(spool), out.tell(), len(body)
+                        out.write(body)
+            except UserError:
+                if not args.skip_bad_files:  # it is counted when its pages are asked for
+                    raise
 
 
 def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
@@ -64,12 +68,21 @@ def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
     number = -1
     try:
         with Path(unit.path).open("rb") as file:
-            records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.response, auto_decode="all")
+            records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.response, parse_http=False)
             for number, record in enumerate(records):
+                size = int(record.headers.get("Content-Length") or -1)
+                if size > MAX_RECORD:
+                    continue
+                record.freeze()  # all of it, to see whether it is all there: the parser takes what a cut file has
+                if record.content_length != size:
+                    raise ValueError(f"a record of {size} bytes ends after {record.content_length}")
+                record.parse_http(auto_decode="all")
                 if record.http_headers is not None and record.http_headers.status_code == 200:
                     yield record, number
     except (OSError, EOFError, ValueError, RuntimeError) as error:
-        raise UserError(f"{unit.path} is damaged after response {number} ({error}); download it again") from None
+        raise UserError(
+            f"{unit.path} is damaged at response {max(number, 0)} ({one_line(error)}); download it again"
+        ) from None
     if number < 0:
         raise UserError(f"{unit.path} has no response record; is it a WARC file and not a WET or WAT one?")
 

@@ -95,7 +95,7 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
     clip, single, frames, from_array = done.pages
     assert [node for node in clip.nodes if isinstance(node, Picture)] == [Picture((0, 1), 1.0)]
     assert clip.nodes[1].text == "it brightens"  # type: ignore[union-attr]
-    assert [brightness(image) // 10 for image in clip.images] == [2, 4]
+    assert [abs(brightness(image) - grey) <= 3 for image, grey in zip(clip.images, (20, 40), strict=True)] == [True] * 2
     assert clip.meta == {"key": "000_000", "url": "http://v", "clips": [[0, 2]]}
     assert single.nodes[0] == Picture((0,))
     assert flat(frames) == [(jpeg(0), jpeg(1)), "frames"]
