@@ -51,9 +51,9 @@ def decode_html(raw: bytes, charset: str | None = None) -> str:
         if raw.startswith(mark):
             return raw[len(mark) :].decode(name, "replace")
     found = CHARSET.search(raw[:4096])
-    for name in (charset, found[1].decode("ascii") if found else None, "utf-8"):
+    for said in (charset, found[1].decode("ascii") if found else None, "utf-8"):
         try:
-            return raw.decode(name or "utf-8")
+            return raw.decode(said or "utf-8")
         except (LookupError, UnicodeDecodeError):
             continue
     return raw.decode("cp1252", "replace")

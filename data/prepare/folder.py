@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from data.page import Page, Picture, Text
-from data.prepare.inputs import in_chunks, input_files
+from data.prepare.inputs import folder_units, input_files
 from data.prepare.pictures import PictureFolder, PictureRule, add_picture_arguments
 from data.prepare.units import Dropped, Tally, Unit
 from flamingo.errors import UserError
@@ -41,8 +41,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
         if not Path(item).is_dir():
             raise UserError(f"input {item} is no folder; give the folder of the documents")
         names = [label for label, _ in input_files([item], SUFFIXES)]
-        for one in in_chunks(names, IN_A_UNIT, lambda name, root=item: (Path(root) / name).stat().st_size):
-            found.append(Unit(one.label, item, one.begin, one.end, one.size, one.names))
+        found += folder_units(item, names, IN_A_UNIT)
     return found
 
 

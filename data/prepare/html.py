@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from data.page import Page
 from data.prepare.dom import decode_html
-from data.prepare.inputs import in_chunks, input_files
+from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.pictures import PictureFolder
 from data.prepare.units import Dropped, Tally, Unit
@@ -37,11 +37,9 @@ def units(args: argparse.Namespace) -> list[Unit]:
     check_web_arguments(args)
     found: list[Unit] = []
     for item in args.inputs:
-        root = item if Path(item).is_dir() else ""
-        if root:
+        if Path(item).is_dir():
             names = [label for label, _ in input_files([item], SUFFIXES)]
-            parts = list(in_chunks(names, IN_A_UNIT, lambda name, root=item: (Path(root) / name).stat().st_size))
-            found += [Unit(one.label, root, one.begin, one.end, one.size, one.names) for one in parts]
+            found += folder_units(item, names, IN_A_UNIT)
             continue
         for label, path in input_files([item], SUFFIXES):
             found.append(Unit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +262,14 @@ def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
     return units
 
 
-def in_chunks(names: Sequence[str], size: int, describe: Callable[[str], int]) -> Iterator[Unit]:
-    """Units of `size` files each; `describe` gives the size of a file in bytes."""
-    for first in range(0, len(names), size):
-        some = tuple(names[first : first + size])
-        yield Unit(f"{some[0]} and {len(some) - 1} more", "", first, first + len(some), sum(map(describe, some)), some)
+def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Unit]:
+    """Units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
+    units = []
+    for first in range(0, len(names), each):
+        some = tuple(names[first : first + each])
+        size = sum((Path(root) / name).lstat().st_size for name in some)
+        units.append(Unit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
+    return units
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from data.index import PICTURE_SUFFIX
 from data.page import Page, Picture, Text
-from data.prepare.inputs import csv_rows, csv_units, file_units, in_chunks, input_files
+from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.pictures import PictureFolder, PictureRule, add_picture_arguments
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
@@ -57,8 +57,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
             names = sorted(_picture_names(path))
             if not names:
                 raise UserError(f"folder {item} holds neither tars nor pictures; correct the path")
-            parts = in_chunks(names, IN_A_UNIT, lambda name, root=path: os.lstat(root / name).st_size)
-            found += [Unit(one.label, item, one.begin, one.end, one.size, one.names) for one in parts]
+            found += folder_units(path, names, IN_A_UNIT)
         else:
             found += file_units([item], (".tar",))
     return found

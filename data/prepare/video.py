@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.index import PICTURE_SUFFIX
 from data.page import Page, Picture, Text
 from data.prepare.clips import frames_of
-from data.prepare.inputs import file_units, in_chunks
+from data.prepare.inputs import file_units, folder_units
 from data.prepare.pictures import PictureFolder, PictureRule, add_picture_arguments
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
@@ -55,8 +55,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
         )
         if not names:
             raise UserError(f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path")
-        for one in in_chunks(names, IN_A_UNIT, lambda name, root=path: os.lstat(root / name).st_size):
-            found.append(Unit(one.label, item, one.begin, one.end, one.size, one.names))
+        found += folder_units(path, names, IN_A_UNIT)
     return found
 
 
@@ -77,7 +76,7 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
             tally.drop_page(dropped.reason, where)
             continue
         clip = Picture(tuple(range(len(frames))), args.fps if len(frames) > 1 else None)
-        meta = {name: facts[name] for name in ("key", "file", "url", "clips") if name in facts}
+        meta: dict[str, Any] = {name: facts[name] for name in ("key", "file", "url", "clips") if name in facts}
         yield Page("", [clip, Text(caption.strip())], frames, meta)
 
 
@@ -90,7 +89,7 @@ def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
         def read(sample: Any = sample) -> Any:
             facts = {"key": sample.key} | json_of(sample, json.loads)
             caption = _utf8(sample.read("txt")) if "txt" in sample.members else None
-            return caption, facts, {suffix: lambda s=suffix: sample.read(s) for suffix in sample.members}
+            return caption, facts, {suffix: partial(sample.read, suffix) for suffix in sample.members}
 
         yield sample.where, read
 
@@ -101,7 +100,8 @@ def _from_folder(unit: Unit) -> Iterator[tuple[str, Read]]:
 
         def read(name: str = name) -> Any:
             stem, _, suffix = name.rpartition(".")
-            caption, facts = None, {}
+            caption: str | None = None
+            facts: Any = {}
             try:
                 caption = _utf8(folder.read(f"{stem}.txt"))
             except Dropped as dropped:
