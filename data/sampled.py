@@ -88,7 +88,7 @@ class Saved:
 
     def text(self, token: int) -> str:
         """What a token says."""
-        return {self.image: "<image>", self.eoc: "<EOC>"}.get(token) or self.tokenizer.decode([token])
+        return {self.image: "<image>", self.eoc: "<EOC>"}.get(token) or str(self.tokenizer.decode([token]))
 
 
 @dataclass(slots=True)

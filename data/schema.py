@@ -24,7 +24,7 @@ from typing import Any
 
 from data.errors import ContentError
 from data.index import build_index, index_path, open_index
-from data.page import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff
+from data.page import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff, to_utf8
 from data.reader import ShardReader
 from flamingo.errors import UserError
 
@@ -68,9 +68,9 @@ def _members(page: Page, layout: str) -> list[tuple[str, bytes]]:
     texts = [node.text for node in page.nodes if isinstance(node, Text)]
     if len(page.images) != 1 or len(texts) != 1 or page.nodes != [Picture((0,)), page.nodes[-1]]:
         raise UserError(f"page {page.key!r} is no pair: a pair is one picture followed by one text")
-    members = [(str(kinds[0]), page.images[0]), ("txt", texts[0].encode())]
+    members = [(str(kinds[0]), page.images[0]), ("txt", to_utf8(texts[0]))]
     if page.meta:
-        members.append(("json", json.dumps(page.meta, ensure_ascii=False, separators=(",", ":")).encode()))
+        members.append(("json", to_utf8(json.dumps(page.meta, ensure_ascii=False, separators=(",", ":")))))
     return members
 
 

@@ -54,13 +54,14 @@ def decode_html(raw: bytes, charset: str | None = None) -> str:
     for said in (charset, found[1].decode("ascii") if found else None, "utf-8"):
         try:
             return raw.decode(said or "utf-8")
-        except (LookupError, UnicodeDecodeError):
+        except (LookupError, ValueError):
             continue
     return raw.decode("cp1252", "replace")
 
 
 def read_dom(html: str, url: str = "") -> list[WebPart]:
     """Paragraphs and pictures of a page at `url`, in order."""
+    html = html.encode("utf-8", "replace").decode()  # no half surrogate pairs, which some charsets let through
     parser = required("selectolax.lexbor", "reading HTML").LexborHTMLParser(html)
     base = parser.css_first("base[href]")
     where = _join(url, base.attributes.get("href") or "") if base is not None else url

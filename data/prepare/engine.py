@@ -20,11 +20,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -36,6 +38,7 @@ from data.schema import ShardWriter, read_manifest, replace_part, write_part
 from flamingo.errors import UserError
 
 WORK = ".prepare"
+GO_ON = "finished units are kept, start the same command again to go on"
 Record = dict[str, Any]
 
 
@@ -80,9 +83,12 @@ def run(source: str, args: argparse.Namespace) -> None:
     if hasattr(module, "begin") and len(done) < len(mine):
         module.begin(args, work)
     todo = [number for number in mine if number not in done]
-    for number, record in _records(source, args, [(number, units[number]) for number in todo], workers):
-        done[number] = record
-        _progress(len(done), len(mine), last=len(done) == len(mine))
+    try:
+        for number, record in _records(source, args, [(number, units[number]) for number in todo], workers):
+            done[number] = record
+            _progress(len(done), len(mine), last=len(done) == len(mine))
+    except KeyboardInterrupt:
+        raise UserError(f"stopped with {len(done)} of {len(mine)} units done; {GO_ON}") from None
     facts = {"source": source, "fingerprint": print_of, "units": len(units), "layout": module.LAYOUT}
     facts["options"] = options_of(args)
     records = {number: done[number] for number in mine}
@@ -209,12 +215,15 @@ def _records(
             finished, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield futures.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(f"a worker was killed (out of memory?); {GO_ON}, with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _die_with_parent() -> None:
     """In a worker: end as soon as the parent is gone, so that no orphan writes beside the run that goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     parent = parent_process()
     assert parent is not None
 

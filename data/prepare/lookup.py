@@ -7,6 +7,7 @@ folder).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -29,7 +30,7 @@ def _hash(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=12).digest()
 
 
-def build_lookup(path: Path, entries: Iterable[Entry], root: str = "") -> None:
+def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: str = "") -> None:
     """Write the lookup under its name when it is whole. Of names that occur twice the first is kept."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -40,7 +41,7 @@ def build_lookup(path: Path, entries: Iterable[Entry], root: str = "") -> None:
         base.execute("CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT)")
         base.execute("CREATE TABLE places (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
         base.execute("BEGIN")
-        base.execute("INSERT INTO files VALUES (0, ?)", (root,))
+        base.execute("INSERT INTO files VALUES (0, ?), (-1, ?)", (root, stamp))
         last, number = None, 0
         for name, file, offset, size in entries:
             if file != last:
@@ -111,18 +112,25 @@ def build_url_lookup(path: Path, images: Sequence[str]) -> None:
     maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
     if maps and len(images) > 1:
         raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")
-    if path.exists():
-        return
+    if maps and not maps[0].is_file():
+        raise UserError(f"--images {maps[0]} does not exist; correct the path")
+    files = [(str(maps[0]), maps[0])] if maps else input_files(images, (".tar",))
+    stamp = json.dumps([(str(file.resolve()), file.stat().st_size) for _, file in files])
+    if path.exists() and _stamp_of(path) == stamp:
+        return  # from before the run was stopped
     if maps:
-        if not maps[0].is_file():
-            raise UserError(f"--images {maps[0]} does not exist; correct the path")
-        build_lookup(path, _map_entries(maps[0]), str(maps[0].parent))
+        build_lookup(path, _map_entries(maps[0]), str(maps[0].parent), stamp)
     else:
-        build_lookup(path, _tar_entries(images))
+        build_lookup(path, _tar_entries(files), stamp=stamp)
 
 
-def _tar_entries(images: Sequence[str]) -> Iterator[Entry]:
-    for label, tar in input_files(images, (".tar",)):
+def _stamp_of(path: Path) -> str:
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        return str(base.execute("SELECT path FROM files WHERE id = -1").fetchone()[0])
+
+
+def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
+    for label, tar in files:
         for sample in tar_samples(tar, label, Tally()):
             suffix = sample.first_picture()
             try:

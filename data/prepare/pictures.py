@@ -7,7 +7,6 @@ import base64
 import binascii
 import io
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from data.prepare.units import Dropped
 from flamingo.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, struct.error, EOFError)
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
@@ -75,7 +73,7 @@ class PictureRule:
                 width, height = image.size
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise Dropped(f"picture of more than {self.max_pixels} pixels") from None
-        except UNREADABLE:
+        except Exception:  # what a decoder raises over foreign bytes is not known beforehand
             raise Dropped("picture cannot be decoded") from None
         short, long = sorted((width, height))
         if width * height > self.max_pixels:
@@ -96,7 +94,7 @@ class PictureRule:
                 if not self.decode:
                     image.draft("L", (64, 64))  # a JPEG unfolds to an eighth; others ignore it
                 extremes = image.convert("RGB").getextrema()
-        except UNREADABLE:
+        except Exception:
             raise Dropped("picture cannot be decoded") from None
         if not self.plain and all(low == high for low, high in extremes):  # type: ignore[misc]
             raise Dropped("picture of a single colour")
@@ -122,7 +120,9 @@ class PictureFolder:
     def read(self, *names: str) -> bytes:
         """The bytes of the first of these that exists. Raises Dropped."""
         for name in names:
-            if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:  # noqa: PTH117
+            if not _can_be_a_name(name):
+                continue
+            if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):  # noqa: PTH117
                 raise Dropped("picture's name leads out of its folder")
             path = self.root / name
             try:
@@ -139,6 +139,14 @@ class PictureFolder:
                     raise Dropped("picture is missing") from None
                 raise UserError(f"{path} cannot be read ({error.strerror})") from None
         raise Dropped("picture is missing")
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether a file could be called this: no NUL, no half surrogate pair."""
+    try:
+        return "\0" not in name and bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
 
 
 def from_base64(text: Any) -> bytes:

@@ -62,12 +62,16 @@ class Tally:
     def drop_page(self, reason: str, where: str) -> None:
         """Count a page that is left out."""
         self.dropped_pages[reason] += 1
-        self.first.setdefault(f"page: {reason}", where)
+        self._remember(f"page: {reason}", where)
 
     def drop_picture(self, reason: str, where: str) -> None:
         """Count a picture that is left out of its page."""
         self.dropped_pictures[reason] += 1
-        self.first.setdefault(f"picture: {reason}", where)
+        self._remember(f"picture: {reason}", where)
+
+    def _remember(self, name: str, where: str) -> None:
+        if name not in self.first:  # printable, whatever a file or an address is called
+            self.first[name] = where[:200].encode("utf-8", "replace").decode()
 
     def add(self, other: Tally) -> None:
         """Add the counts of a later piece."""

@@ -201,6 +201,30 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_killed_worker_and_ctrl_c_are_one_sentence(tmp_path: Path, interrupt: bool) -> None:
+    tars = write_tars(tmp_path / "in", tars=30, pairs=200)
+    command = [sys.executable, "-m", "data", "prepare", "pairs", str(tars), "--out", str(tmp_path / "out"), *SMALL]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/pairs-*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if interrupt:
+        process.send_signal(signal.SIGINT)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    lines = [line for line in err.strip().split("\n") if not line.endswith("units done")]
+    assert len(lines) == 1, err
+    assert ("stopped with" if interrupt else "a worker was killed (out of memory?)") in lines[0]
+    assert "start the same command again to go on" in lines[0]
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -133,6 +133,16 @@ def test_pictures_are_judged_by_their_header(tmp_path: Path, images: Path) -> No
     }
 
 
+def test_half_surrogates_and_names_that_cannot_be_printed(tmp_path: Path, images: Path) -> None:
+    odd = document(["A \ud83d cat."], ("0.jpg", 0, 0.3), url="http://x/\udcff")
+    lost = document(["B."], ("\ud83d.jpg", 0, 0.3))
+    long = document(["B."], ("x" * 5000, 0, 0.3))
+    done = prepare(tmp_path / "out", "mmc4", jsonl(tmp_path / "x\udcff.jsonl", odd, lost, long), "--images", images)
+    assert [flat(page) for page in done.pages] == [[jpeg(0), "A ? cat."]]
+    assert done.dropped_pictures == {"picture is missing": 2}
+    assert "(first: x?.jsonl byte" in done.report
+
+
 def test_mistakes(tmp_path: Path, images: Path) -> None:
     path, out = jsonl(tmp_path / "x.jsonl", document(["A."], ("0.jpg", 0, 0.3))), tmp_path / "out"
     assert "not multiplied by 100" in refusal(out, "mmc4", path, "--images", images, "--min-similarity", 24)

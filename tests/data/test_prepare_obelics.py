@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from data.prepare import obelics
+from data.prepare.lookup import Lookup, build_url_lookup
 from data.prepare.obelics import END
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 from tests.data.test_index import make_tar
@@ -110,6 +112,20 @@ def test_pictures_by_a_map(tmp_path: Path) -> None:
     assert "give it the columns url and path" in refusal(
         tmp_path / "o", "obelics", path, "--images", tmp_path / "files" / "map.tsv"
     )
+
+
+def test_other_pictures_after_a_stop_are_looked_up_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", row(image(0), text("One.")))
+    facts = json.dumps({"url": "http://x/0.jpg?a=1"}).encode()
+    for number in (0, 1):
+        make_tar(tmp_path / f"{number}.tar", [("k.jpg", jpeg(number) + bytes(number)), ("k.json", facts)])
+    for number in (0, 0, 1):
+        build_url_lookup(tmp_path / "l.sqlite", [str(tmp_path / f"{number}.tar")])
+        with contextlib.closing(Lookup(tmp_path / "l.sqlite")) as lookup:
+            assert lookup.read("http://x/0.jpg?a=1") == jpeg(number) + bytes(number)
+            assert "http://x/1.jpg" not in lookup
+    done = prepare(tmp_path / "out", "obelics", path, "--images", tmp_path / "1.tar")
+    assert flat(done.pages[0]) == [jpeg(1) + b"\0", "One."]
 
 
 def test_pictures_inside_the_parquet(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def test_charsets() -> None:
     declared = "<meta charset='windows-1251'><p>больше</p>"
     assert decode_html(declared.encode("cp1251")) == declared
     assert decode_html("<p>“x”</p>".encode("cp1252"), "no-such-charset") == "<p>“x”</p>"
+    assert decode_html(b"<p>x</p>" * 20, "idna") == "<p>x</p>" * 20
+    assert read_dom(decode_html(rb"<p>a \ud83d</p>", "unicode_escape")) == ["a ?"]
 
 
 def test_the_measures_against_worked_examples() -> None:
