@@ -210,5 +210,5 @@ def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None
         return
     body = {"v": VERSION, "parts": dict(sorted(parts.items()))}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
     partial.replace(path)

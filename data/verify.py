@@ -41,14 +41,14 @@ def verify(path: str | Path) -> Iterator[str]:
 
 def verify_manifest(folder: Path) -> Iterator[str]:
     """What does not agree between a folder and its manifest."""
-    if (folder / ".prepare").exists():
-        yield f"folder {folder} holds an unfinished preparation; start the same command again to finish it"
-        return
     try:
         parts = read_manifest(folder)["parts"]
         listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
         if not listed and next(folder.glob("_part-*-of-*.json"), None):
             yield f"folder {folder} holds parts that are not joined; join them: python -m data merge {folder}"
+            return
+        if (folder / ".prepare").exists():
+            yield f"folder {folder} holds an unfinished preparation; start the same command again to finish it"
             return
     except UserError as error:
         yield str(error)

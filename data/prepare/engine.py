@@ -4,7 +4,7 @@ The input is cut into units (a file, or a range of one), in an order that depend
 shards of its own, `{source}-{unit:06d}-{shard:06d}.tar`, written by one process; so the shards are the same bytes for
 every number of workers and of parts, and the only state is the list of finished units:
 
-    OUT/.prepare/{source}-{unit:06d}.json   a finished unit: its shards, checksums and counts
+    OUT/.prepare/*/{source}-000012.json     a finished unit: its shards, checksums and counts
     OUT/_part-003-of-100.json               with --part 3/100: all of that part's units; `merge` joins the parts
     OUT/_dataset.json                       the manifest, written last
 
@@ -62,7 +62,8 @@ def run(source: str, args: argparse.Namespace) -> None:
     """Prepare as the command line says, and print what was kept and dropped. Raises UserError."""
     if args.pages_per_shard < 1 or args.mb_per_shard < 1:
         raise UserError("--pages-per-shard and --mb-per-shard must be at least 1")
-    workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if args.workers is None else args.workers
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")
     if hasattr(args, "min_side"):
@@ -74,7 +75,7 @@ def run(source: str, args: argparse.Namespace) -> None:
     mine = list(range(part[0] - 1, len(units), part[1]) if part else range(len(units)))
     if not args.restart and _complete(out, source, part, print_of):
         return
-    work = out / WORK / (f"part-{part[0]}-of-{part[1]}" if part else "all")
+    work = out / WORK / (f"{source}-{part[0]}-of-{part[1]}" if part else f"{source}-all")
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, print_of, args.restart)
     replace_part(out, source, None)
@@ -99,8 +100,14 @@ def run(source: str, args: argparse.Namespace) -> None:
         write_json(name, {"v": 1, "part": list(part), **facts, "records": records})
         print("\n".join([f"{name}: {_headline(source, records)}", *total(records).report()]))
     shutil.rmtree(work)
+    if part is None:
+        tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Remove the folder of the state when nothing is left in it (parts leave that to `merge`)."""
     with contextlib.suppress(OSError):
-        (out / WORK).rmdir()  # unless other parts are at work
+        (out / WORK).rmdir()
 
 
 def part_name(part: tuple[int, int]) -> str:
@@ -170,7 +177,7 @@ def _headline(source: str, records: dict[int, Record]) -> str:
 def _claim(work: Path, print_of: str, restart: bool) -> None:
     """Make sure that what is in the work folder belongs to this preparation."""
     mark = work / "fingerprint"
-    if mark.exists() and mark.read_text() != print_of:
+    if restart or (mark.exists() and mark.read_text() != print_of):
         if not restart:
             raise UserError(
                 f"{work.parent.parent} holds an unfinished preparation with other inputs or options; give those again "

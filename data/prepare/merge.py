@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.index import index_path
-from data.prepare.engine import Record, finish
+from data.prepare.engine import Record, finish, tidy
 from flamingo.errors import UserError
 
 SAME = ("source", "fingerprint", "units", "layout", "options")
@@ -53,6 +53,7 @@ def merge(folders: list[str], out: str | None) -> None:
                 for entry in record["shards"]:
                     _bring(folder / entry["name"], target / entry["name"], entry["bytes"])
         finish(target, {key: group[0][1][key] for key in SAME}, records)
+        tidy(target)
 
 
 def _check(source: str, parts: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.page import Page
+from data.page import Page, to_utf8
 from flamingo.errors import UserError
 
 # Options that say where things are or how fast to go. They change no page, so they are not in the manifest.
@@ -141,5 +141,5 @@ def fingerprint(source: str, options: dict[str, Any], units: list[Unit]) -> str:
 def write_json(path: Path, body: Any) -> None:
     """Write JSON under its name only when it is whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
     partial.replace(path)

@@ -103,6 +103,7 @@ def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) 
     status, report, _ = command("merge", shared)
     assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 pages kept with 3")
     assert {name: body for name, body in files(shared).items() if not name.startswith("_part")} == files(whole)
+    assert not (shared / ".prepare").exists()
     assert command("merge", *separate, "--out", tmp_path / "joined")[0] == 0
     assert files(tmp_path / "joined") == files(whole)
     assert list(verify(tmp_path / "joined")) == []
@@ -140,7 +141,7 @@ def test_other_options_need_a_decision(tars: Path, tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:3000])
     out = tmp_path / "out"
     assert "00003.tar is truncated" in refusal(out, "pairs", tmp_path / "in")
-    assert len(list((out / ".prepare" / "all").glob("pairs-*.json"))) == 3  # finished, and kept
+    assert len(list((out / ".prepare" / "pairs-all").glob("pairs-*.json"))) == 3  # finished, and kept
     with pytest.raises(UserError, match="no shards in"):
         resolve_shards([str(out)])
     assert "unfinished preparation with other inputs or options" in refusal(out, "pairs", tars, *SMALL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +105,6 @@ def part_only(tmp_path: Path) -> Path:
     out = tmp_path / "out"
     assert command("prepare", "pairs", "--out", out, tmp_path / "in.tar", "--part", "1/2")[0] == 0
     assert read_manifest(out)["parts"] == {}
-    shutil.rmtree(out / ".prepare", ignore_errors=True)
     return out
 
 
