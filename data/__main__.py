@@ -1,4 +1,4 @@
-"""`python -m data prepare|inspect|verify|index`: shards made, looked at, checked, indexed.
+"""`python -m data prepare|merge|inspect|verify|index`: shards made, joined, looked at, checked, indexed.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
 """
@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from data.index import build_index, index_path
+from data.prepare import DRAWN, SOURCES
 from flamingo.errors import UserError
 
-SOURCES = {
-    "toy": "drawn scenes and characters whose text follows from the picture",
-    "digits": "scikit-learn's handwritten digits as pages with made-up names",
-}
 
-
-def parser(source: str | None = None) -> argparse.ArgumentParser:
-    """The command line. Only the module of `source` is imported for its options, so that the rest starts at once."""
+def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
+    """The command line. Only what is asked for is imported for its options, so that the rest starts at once."""
     top = argparse.ArgumentParser(prog="python -m data", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="write shards from a source")
@@ -29,11 +27,18 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
         one = sources.add_parser(name, help=about, description=about)
         one.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
         if name == source:
+            if name not in DRAWN:
+                import_module("data.prepare.engine").add_arguments(one)
             import_module(f"data.prepare.{name}").add_arguments(one)
+    merge = commands.add_parser("merge", help="join what `prepare --part i/n` wrote")
+    merge.add_argument("folder", nargs="+", metavar="DIR")
+    merge.add_argument("--out", metavar="DIR", help="folder for the whole (default: the first DIR)")
     inspect = commands.add_parser("inspect", help="one page as a person would look at it")
     inspect.add_argument("shard")
     inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
     inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
+    if inspecting:
+        import_module("data.sampled").add_sampling_arguments(inspect)
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
     index = commands.add_parser("index", help="write the index of tars made elsewhere")
@@ -43,15 +48,23 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print a page, or write it as HTML."""
+    from data.page import Page
     from data.schema import read_page
     from data.show import page_as_html, page_as_text
 
     page = read_page(args.shard, args.row)
     where = f"{args.shard}, row {args.row}"
+    as_text: Callable[[Page, str], str] = page_as_text
+    as_html: Callable[[Page, str], str] = page_as_html
+    if args.sampled:
+        from data.sampled import sample_page, sampled_as_html, sampled_as_text
+
+        row = sample_page(page, args)
+        as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
     if args.html is None:
-        print(page_as_text(page, where))
+        print(as_text(page, where))
     else:
-        Path(args.html).write_text(page_as_html(page, where), encoding="utf-8")
+        Path(args.html).write_text(as_html(page, where), encoding="utf-8")
         print(args.html)
     return 0
 
@@ -81,10 +94,16 @@ def index(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
-    args = parser(source).parse_args(argv)
+    args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
         if args.command == "prepare":
-            import_module(f"data.prepare.{args.source}").run(args)
+            if args.source in DRAWN:
+                import_module(f"data.prepare.{args.source}").run(args)
+            else:
+                import_module("data.prepare.engine").run(args.source, args)
+            return 0
+        if args.command == "merge":
+            import_module("data.prepare.merge").merge(args.folder, args.out)
             return 0
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:

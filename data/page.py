@@ -71,7 +71,12 @@ def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
         else:
             out.append({"c": list(node.frames)} | ({} if node.fps is None else {"fps": node.fps}))
     body = {"v": VERSION, "nodes": out, "meta": dict(meta)}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_utf8(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8 of a text; half a surrogate pair, which text of the web has now and then, becomes a question mark."""
+    return text.encode("utf-8", "replace")
 
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 from data.errors import ContentError
 from data.index import build_index, index_path, open_index
-from data.page import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff
+from data.page import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff, to_utf8
 from data.reader import ShardReader
 from flamingo.errors import UserError
 
@@ -67,9 +68,9 @@ def _members(page: Page, layout: str) -> list[tuple[str, bytes]]:
     texts = [node.text for node in page.nodes if isinstance(node, Text)]
     if len(page.images) != 1 or len(texts) != 1 or page.nodes != [Picture((0,)), page.nodes[-1]]:
         raise UserError(f"page {page.key!r} is no pair: a pair is one picture followed by one text")
-    members = [(str(kinds[0]), page.images[0]), ("txt", texts[0].encode())]
+    members = [(str(kinds[0]), page.images[0]), ("txt", to_utf8(texts[0]))]
     if page.meta:
-        members.append(("json", json.dumps(page.meta, ensure_ascii=False, separators=(",", ":")).encode()))
+        members.append(("json", to_utf8(json.dumps(page.meta, ensure_ascii=False, separators=(",", ":")))))
     return members
 
 
@@ -86,7 +87,9 @@ class ShardWriter:
 
     Use it as a context manager. `layout` is "interleaved" or "pairs". Several prefixes may share a folder: each writer
     replaces its own prefix's shards and its own part of the manifest. When the block raises, the unfinished shard is
-    removed and the manifest does not list this prefix.
+    removed and the manifest does not list this prefix. A shard ends with `pages_per_shard` pages, or with the page
+    that takes it to `bytes_per_shard`. With `listed=False` the manifest is left to the caller (several processes that
+    write into one folder), who finds its entries in `shards`.
     """
 
     def __init__(
@@ -97,18 +100,21 @@ class ShardWriter:
         *,
         layout: str = "interleaved",
         meta: Mapping[str, Any] | None = None,
+        bytes_per_shard: int | None = None,
+        listed: bool = True,
     ) -> None:
         if pages_per_shard < 1 or layout not in ("interleaved", "pairs"):
             raise ValueError(f"pages_per_shard={pages_per_shard}, layout={layout!r}")
         check_key(prefix)
         self.folder, self.prefix, self.layout, self.meta = Path(folder), prefix, layout, dict(meta or {})
-        self.pages_per_shard = pages_per_shard
+        self.pages_per_shard, self.bytes_per_shard, self.listed = pages_per_shard, bytes_per_shard, listed
         self.shards: list[dict[str, Any]] = []
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
         self._pictures = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_manifest(self.folder, self.prefix, None, [])
+        if listed:
+            replace_part(self.folder, self.prefix, None)
 
     @property
     def _final(self) -> Path:
@@ -132,7 +138,8 @@ class ShardWriter:
             self._tar.addfile(info, io.BytesIO(body))
         self._keys.add(key)
         self._pictures += len(page.images)
-        if len(self._keys) == self.pages_per_shard:
+        too_big = self.bytes_per_shard is not None and self._tar.offset >= self.bytes_per_shard
+        if len(self._keys) == self.pages_per_shard or too_big:
             self._finish_shard()
         return key
 
@@ -153,12 +160,13 @@ class ShardWriter:
         """Finish the last shard, remove older shards of this prefix beyond it, write the manifest."""
         if self._tar is not None:
             self._finish_shard()
-        kept = {entry["name"] for entry in self.shards}
-        for old in self.folder.glob(f"{self.prefix}-" + "[0-9]" * 6 + ".tar"):
-            if old.name not in kept:
-                old.unlink()
-                index_path(old).unlink(missing_ok=True)
-        _write_manifest(self.folder, self.prefix, self.meta | {"layout": self.layout}, self.shards)
+        number = len(self.shards)
+        while (old := self.folder / f"{self.prefix}-{number:06d}.tar").exists():
+            old.unlink()
+            index_path(old).unlink(missing_ok=True)
+            number += 1
+        if self.listed:
+            write_part(self.folder, self.prefix, self.meta | {"layout": self.layout}, self.shards)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -171,6 +179,7 @@ class ShardWriter:
         elif self._tar is not None:
             self._tar.close()
             self._partial.unlink(missing_ok=True)
+            self._tar, self._keys, self._pictures = None, set(), 0
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -184,14 +193,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
 
 
-def _write_manifest(folder: Path, prefix: str, meta: dict[str, Any] | None, shards: list[dict[str, Any]]) -> None:
+def write_part(folder: Path, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """List the shards of a prefix in the folder's manifest, in place of what it listed before."""
+    totals = {name: sum(entry[name] for entry in shards) for name in ("pages", "pictures")}
+    replace_part(folder, prefix, totals | {"meta": meta, "shards": shards})
+
+
+def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None:
+    """Put a part into the manifest, or take it out. The file is not touched when that changes nothing."""
     path = folder / MANIFEST
-    parts = read_manifest(folder)["parts"] if path.exists() else {}
-    parts.pop(prefix, None)
-    if meta is not None:
-        totals = {name: sum(entry[name] for entry in shards) for name in ("pages", "pictures")}
-        parts[prefix] = totals | {"meta": meta, "shards": shards}
+    before = read_manifest(folder)["parts"] if path.exists() else None
+    parts = {name: old for name, old in (before or {}).items() if name != prefix}
+    if part is not None:
+        parts[prefix] = part
+    if parts == before:
+        return
     body = {"v": VERSION, "parts": dict(sorted(parts.items()))}
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
     partial.replace(path)

@@ -53,7 +53,7 @@ def page_as_html(page: Page, where: str) -> str:
             name = "learnt" if node.loss else "unlearnt"
             parts.append(f'<span class="{name}">{html.escape(node.text)}</span>')
         else:
-            parts += [_figure(page.images[frame], f"picture {frame}") for frame in node.frames]
+            parts += [figure(page.images[frame], f"picture {frame}") for frame in node.frames]
     facts = "<br>".join(f"{html.escape(str(name))}: {html.escape(str(value))}" for name, value in page.meta.items())
     title = html.escape(f"{where}, key {page.key}")
     return (
@@ -63,7 +63,8 @@ def page_as_html(page: Page, where: str) -> str:
     )
 
 
-def _figure(data: bytes, caption: str) -> str:
+def figure(data: bytes, caption: str) -> str:
+    """A picture with its format and size below it, as HTML that holds its bytes."""
     kind = {"jpg": "jpeg", None: "octet-stream"}.get(sniff(data), sniff(data))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     text = html.escape(f"{caption}: {describe_picture(data)}")

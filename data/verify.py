@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.decode import decode
 from data.errors import ContentError
 from data.index import TarIndex, build_index, index_path, load_index
+from data.page import Text
+from data.prepare.inputs import refuse_pointer
 from data.reader import ShardReader
 from data.schema import MANIFEST, read_manifest
 from flamingo.errors import UserError
@@ -17,9 +20,10 @@ from flamingo.errors import UserError
 def verify(path: str | Path) -> Iterator[str]:
     """The faults of a shard, or of a folder of shards and its manifest.
 
-    Truncated, damaged, compressed or empty tars, stale indexes, keys and members that occur twice, broken JSON, pages
-    that name pictures they do not have, pictures that cannot be decoded; in a folder also shards that are missing,
-    unknown to the manifest or changed since it was written.
+    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, keys and members that occur twice,
+    links and names that lead out of the folder, broken JSON, pages without text or that name pictures they do not have,
+    pictures that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the manifest
+    or changed since it was written, and preparations that were not finished.
     """
     path = Path(path)
     if not path.is_dir():
@@ -40,6 +44,12 @@ def verify_manifest(folder: Path) -> Iterator[str]:
     try:
         parts = read_manifest(folder)["parts"]
         listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
+        if not listed and next(folder.glob("_part-*-of-*.json"), None):
+            yield f"folder {folder} holds parts that are not joined; join them: python -m data merge {folder}"
+            return
+        if (folder / ".prepare").exists():
+            yield f"folder {folder} holds an unfinished preparation; start the same command again to finish it"
+            return
     except UserError as error:
         yield str(error)
         return
@@ -61,6 +71,8 @@ def verify_manifest(folder: Path) -> Iterator[str]:
 def verify_shard(shard: Path) -> Iterator[str]:
     """The faults of one shard."""
     try:
+        if shard.is_file():
+            refuse_pointer(shard)
         index = build_index(shard)
     except UserError as error:
         yield str(error)
@@ -70,10 +82,23 @@ def verify_shard(shard: Path) -> Iterator[str]:
             load_index(shard)
         except UserError as error:
             yield str(error)
+    yield from _odd_members(shard)
+    if not len(index):
+        yield f"shard {shard} has no sample"
     reader = ShardReader([index])
     for row in range(len(index)):
         yield from _verify_row(reader, index, row)
     reader.close()
+
+
+def _odd_members(shard: Path) -> Iterator[str]:
+    """Links and names that lead out of the folder: passed over or only keys here, other programs may follow them."""
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if member.issym() or member.islnk():
+                yield f"shard {shard} has a link, {member.name!r} to {member.linkname!r}; links are never followed"
+            elif member.name.startswith("/") or ".." in member.name.split("/"):
+                yield f"shard {shard} has a member whose name leads out of its folder, {member.name!r}"
 
 
 def _verify_row(reader: ShardReader, index: TarIndex, row: int) -> Iterator[str]:
@@ -86,8 +111,8 @@ def _verify_row(reader: ShardReader, index: TarIndex, row: int) -> Iterator[str]
     except ContentError as error:
         yield f"{where}: {error}"
         return
-    if not sample.nodes:
-        yield f"{where}: has neither text nor pictures"
+    if not any(isinstance(node, Text) and node.text.strip() for node in sample.nodes):
+        yield f"{where}: has no text" + ("" if sample.nodes else " and no pictures")
     for number in sample.numbers:
         try:
             decode(sample.picture(number))

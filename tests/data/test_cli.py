@@ -181,6 +181,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     assert "--ways must be between" in mistake("prepare", "digits", "--out", tmp_path, "--ways", "11")
     (tmp_path / "file").write_text("")
     assert "file" in mistake("prepare", "digits", "--out", tmp_path / "file")
-    usage = run("prepare", "mmc4", "--out", tmp_path)
+    usage = run("prepare", "mmc5", "--out", tmp_path)
     assert usage.returncode == 2
-    assert "invalid choice: 'mmc4'" in usage.stderr
+    assert "invalid choice: 'mmc5'" in usage.stderr

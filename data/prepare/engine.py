@@ -1,0 +1,283 @@
+"""The one engine behind every source that reads files: pieces of input to shards, in parallel and resumable.
+
+The input is cut into units (a file, or a range of one), in an order that depends on the input alone. Each unit becomes
+shards of its own, `{source}-{unit:06d}-{shard:06d}.tar`, written by one process; so the shards are the same bytes for
+every number of workers and of parts, and the only state is the list of finished units:
+
+    OUT/.prepare/*/{source}-000012.json     a finished unit: its shards, checksums and counts
+    OUT/_part-003-of-100.json               with --part 3/100: all of that part's units; `merge` joins the parts
+    OUT/_dataset.json                       the manifest, written last
+
+A run that was killed goes on when it is started again: finished units are kept, the others are done again from their
+start. Until the end the manifest does not list the source, so nobody trains on half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, cast
+
+from data.prepare.pictures import PictureRule
+from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
+from data.schema import ShardWriter, read_manifest, replace_part, write_part
+from flamingo.errors import UserError
+
+WORK = ".prepare"
+GO_ON = "finished units are kept, start the same command again to go on"
+Record = dict[str, Any]
+
+
+def load_source(name: str) -> Source:
+    """The module of a source."""
+    return cast(Source, import_module(f"data.prepare.{name}"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every source has."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
+    parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--pages-per-shard", type=int, default=1000, metavar="N", help="(default 1000)")
+    parser.add_argument("--mb-per-shard", type=int, default=1000, metavar="MB", help="close a shard beyond this size")
+    parser.add_argument("--skip-bad-files", action="store_true", help="leave out and count damaged input files")
+    parser.add_argument("--restart", action="store_true", help="forget what an earlier, different preparation did")
+
+
+def run(source: str, args: argparse.Namespace) -> None:
+    """Prepare as the command line says, and print what was kept and dropped. Raises UserError."""
+    if args.pages_per_shard < 1 or args.mb_per_shard < 1:
+        raise UserError("--pages-per-shard and --mb-per-shard must be at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if args.workers is None else args.workers
+    if workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
+    if hasattr(args, "min_side"):
+        PictureRule.of(args)  # a limit that cannot be is said before anything is read
+    part = parse_part(args.part) if args.part else None
+    module, out = load_source(source), Path(args.out)
+    units = module.units(args)
+    print_of = fingerprint(source, options_of(args), units)
+    mine = list(range(part[0] - 1, len(units), part[1]) if part else range(len(units)))
+    if not args.restart and _complete(out, source, part, print_of):
+        return
+    work = out / WORK / (f"{source}-{part[0]}-of-{part[1]}" if part else f"{source}-all")
+    work.mkdir(parents=True, exist_ok=True)
+    _claim(work, print_of, args.restart)
+    replace_part(out, source, None)
+    args.work = str(work)
+    done = {number: record for number in mine if (record := _finished(work, out, source, number, units[number]))}
+    if hasattr(module, "begin") and len(done) < len(mine):
+        module.begin(args, work)
+    todo = [number for number in mine if number not in done]
+    try:
+        for number, record in _records(source, args, [(number, units[number]) for number in todo], workers):
+            done[number] = record
+            _progress(len(done), len(mine), last=len(done) == len(mine))
+    except KeyboardInterrupt:
+        raise UserError(f"stopped with {len(done)} of {len(mine)} units done; {GO_ON}") from None
+    facts = {"source": source, "fingerprint": print_of, "units": len(units), "layout": module.LAYOUT}
+    facts["options"] = options_of(args)
+    records = {number: done[number] for number in mine}
+    if part is None:
+        finish(out, facts, records)
+    else:
+        name = out / part_name(part)
+        write_json(name, {"v": 1, "part": list(part), **facts, "records": records})
+        print("\n".join([f"{name}: {_headline(source, records)}", *total(records).report()]))
+    shutil.rmtree(work)
+    if part is None:
+        tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Remove the folder of the state when nothing is left in it (parts leave that to `merge`)."""
+    with contextlib.suppress(OSError):
+        (out / WORK).rmdir()
+
+
+def part_name(part: tuple[int, int]) -> str:
+    """The name of a part's manifest."""
+    return f"_part-{part[0]:03d}-of-{part[1]:03d}.json"
+
+
+def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: str) -> bool:
+    """Whether all this was prepared before; says so."""
+    try:
+        if part is None:
+            listed = read_manifest(out)["parts"][source]
+            before, shards = listed["meta"]["fingerprint"], listed["shards"]
+        else:
+            listed = json.loads((out / part_name(part)).read_bytes())
+            before = listed["fingerprint"]
+            shards = [entry for record in listed["records"].values() for entry in record["shards"]]
+        whole = before == print_of and all((out / e["name"]).stat().st_size == e["bytes"] for e in shards)
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return False
+    if whole:
+        print(f"{out}: {source} was prepared before from these inputs with these options; --restart does it again")
+    return whole
+
+
+def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None:
+    """Write the manifest of a whole source and print the report. Raises UserError when nothing was kept."""
+    tally, source = total(records), facts["source"]
+    report = tally.report()
+    if not tally.pages:
+        reasons = "; ".join(" ".join(line.split()) for line in report) or "the input is empty"
+        raise UserError(f"{source}: not one page was kept ({reasons}); change the options or the input")
+    shards = _shards(records)
+    listed = {entry["name"] for entry in shards}
+    leftover = re.compile(rf"\.?({re.escape(source)}-\d{{6}}-\d{{6}}\.tar)(\.idx)?(\.\d+)?(\.partial)?")
+    for path in out.iterdir():  # what an earlier or killed run left
+        match = leftover.fullmatch(path.name)
+        if match and (match[1] not in listed or path.name.endswith(".partial")):
+            path.unlink()
+    write_part(out, source, facts | tally.to_json(), shards)
+    print("\n".join([f"{out}: {_headline(source, records)}", *report]))
+
+
+def total(records: dict[int, Record]) -> Tally:
+    """The sum of the units' counts."""
+    tally = Tally()
+    for number in sorted(records):
+        tally.add(Tally.from_json(records[number]["tally"]))
+    return tally
+
+
+def _shards(records: dict[int, Record]) -> list[dict[str, Any]]:
+    return [entry for number in sorted(records) for entry in records[number]["shards"]]
+
+
+def _headline(source: str, records: dict[int, Record]) -> str:
+    tally = total(records)
+    seen = tally.pages + tally.dropped_pages.total()
+    shards = _shards(records)
+    size = sum(entry["bytes"] for entry in shards) / 1e6
+    return (
+        f"{source}: {tally.pages:,} of {seen:,} pages kept with {tally.pictures:,} pictures, "
+        f"in {len(shards):,} shards of {size:,.1f} MB together"
+    )
+
+
+def _claim(work: Path, print_of: str, restart: bool) -> None:
+    """Make sure that what is in the work folder belongs to this preparation."""
+    mark = work / "fingerprint"
+    if restart or (mark.exists() and mark.read_text() != print_of):
+        if not restart:
+            raise UserError(
+                f"{work.parent.parent} holds an unfinished preparation with other inputs or options; give those again "
+                "to go on, another --out, or --restart to begin anew"
+            )
+        shutil.rmtree(work)
+        work.mkdir()
+    partial = work / ".fingerprint.partial"
+    partial.write_text(print_of)
+    partial.replace(mark)
+
+
+def _finished(work: Path, out: Path, source: str, number: int, unit: Unit) -> Record | None:
+    """The record of a unit that is done, if its shards are still there."""
+    try:
+        record: Record = json.loads((work / f"{source}-{number:06d}.json").read_bytes())
+        whole = all((out / entry["name"]).stat().st_size == entry["bytes"] for entry in record["shards"])
+    except (OSError, ValueError):
+        return None
+    return record if whole and record["unit"] == unit.digest else None
+
+
+def _records(
+    source: str, args: argparse.Namespace, todo: list[tuple[int, Unit]], workers: int
+) -> Iterator[tuple[int, Record]]:
+    """(number, record) of each unit as it gets done. The first error stops the rest."""
+    if workers == 1 or len(todo) < 2:
+        for number, unit in todo:
+            yield number, run_unit(source, args, number, unit)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_die_with_parent)
+    try:
+        futures: dict[Future[Record], int] = {}
+        waiting = iter(todo)
+        while True:
+            for number, unit in waiting:
+                futures[pool.submit(run_unit, source, args, number, unit)] = number
+                if len(futures) >= 2 * workers:
+                    break
+            if not futures:
+                return
+            finished, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield futures.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(f"a worker was killed (out of memory?); {GO_ON}, with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """In a worker: end as soon as the parent is gone, so that no orphan writes beside the run that goes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_unit(source: str, args: argparse.Namespace, number: int, unit: Unit) -> Record:
+    """Write the shards of one unit and its record. A damaged input file is a UserError, or counted if so asked."""
+    module, out, tally = load_source(source), Path(args.out), Tally()
+    writer = ShardWriter(
+        out,
+        f"{source}-{number:06d}",
+        args.pages_per_shard,
+        layout=module.LAYOUT,
+        bytes_per_shard=args.mb_per_shard * 1_000_000,
+        listed=False,
+    )
+    try:
+        with writer:
+            for page in module.pages(unit, args, tally):
+                writer.write(page)
+                tally.pages += 1
+                tally.pictures += len(page.images)
+    except UserError as error:
+        if not args.skip_bad_files:
+            raise
+        print(f"skipped: {error}", file=sys.stderr)
+        tally = Tally()
+        tally.drop_page("whole file damaged", unit.label)
+        writer.shards.clear()
+        writer.close()
+    record: Record = {"unit": unit.digest, "label": unit.label, "shards": writer.shards, "tally": tally.to_json()}
+    write_json(Path(args.work) / f"{source}-{number:06d}.json", record)
+    return record
+
+
+_last_progress = 0.0
+
+
+def _progress(done: int, units: int, *, last: bool) -> None:
+    """A line on stderr at most every ten seconds, and at the end."""
+    global _last_progress
+    now = time.monotonic()
+    if last or now - _last_progress > 10:
+        _last_progress = now
+        print(f"{done} of {units} units done", file=sys.stderr, flush=True)

@@ -1,0 +1,290 @@
+"""Files in: which they are, and JSON lines, JSON arrays and tables read piece by piece.
+
+What is notable: nothing is read whole. A large file is cut into units at lines, items or rows; one pass finds where
+they begin.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.prepare.units import Unit
+from flamingo.errors import UserError
+
+LFS = b"version https://git-lfs.github.com/spec/v1"
+CHUNK = 64_000_000  # bytes of a text file in one unit
+
+
+def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+    """(label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
+
+    Raises UserError for an input that is not there, holds no file of these kinds, or is a Git-LFS pointer.
+    """
+    found: dict[Path, str] = {}
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if file.name.endswith(tuple(suffixes)) and file.is_file()]
+            new = {file: file.relative_to(path).as_posix() for file in inside}
+        elif any(c in item for c in "*?[") and not path.exists():
+            new = {Path(file): Path(file).name for file in glob.glob(item)}  # noqa: PTH207 (may be absolute)
+        elif path.exists():
+            new = {path: path.name}
+        else:
+            raise UserError(f"input {item} does not exist; correct the path")
+        if not new:
+            raise UserError(f"input {item} holds no {' or '.join(suffixes)} file; correct the path")
+        found |= new
+    for path in found:
+        refuse_pointer(path)
+    return sorted(((label, path) for path, label in found.items()), key=lambda item: (item[0], str(item[1])))
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError when a file is only Git-LFS' note of where it would be."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UserError(f"{path} is a Git-LFS pointer of some 130 bytes, not the file; fetch it with: git lfs pull")
+
+
+def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Unit]:
+    """One unit a file."""
+    return [Unit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
+
+
+def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[Unit]:
+    """Units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
+
+    A line belongs to the unit in which it begins.
+    """
+    units = []
+    for unit in file_units(inputs, suffixes):
+        whole = unit.label.endswith((".zip", ".gz"))
+        for begin in range(0, 1 if whole else max(unit.size, 1), chunk):
+            end = unit.size if whole else min(begin + chunk, unit.size)
+            units.append(Unit(unit.label, unit.path, begin, end, unit.size))
+    return units
+
+
+def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line of a unit; the value of a line that is no JSON is the exception that says so.
+
+    Raises UserError when a compressed file is damaged.
+    """
+    try:
+        for where, line in _lines(unit):
+            if line.strip():
+                try:
+                    yield where, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield where, error
+    except (zipfile.BadZipFile, EOFError, gzip.BadGzipFile, NotImplementedError) as error:
+        raise UserError(f"{unit.path} is damaged or incomplete ({one_line(error)}); download it again") from None
+    except OSError as error:
+        raise UserError(f"{unit.path} cannot be read ({error.strerror or error})") from None
+
+
+def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
+    if unit.label.endswith(".zip"):
+        with zipfile.ZipFile(unit.path) as archive:
+            for name in archive.namelist():
+                if not name.endswith("/"):
+                    with archive.open(name) as member:
+                        yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(member, 1))
+        return
+    if unit.label.endswith(".gz"):
+        with gzip.open(unit.path, "rb") as lines:
+            yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(lines, 1))
+        return
+    with Path(unit.path).open("rb") as file:
+        if unit.begin:
+            file.seek(unit.begin - 1)
+            file.readline()  # the rest of a line that began before
+        while (at := file.tell()) < unit.end:
+            yield f"{unit.label} byte {at}", file.readline()
+
+
+def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
+    """(key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
+
+    `inside` names the member of the outer object whose items are meant. Raises UserError, with the byte, where the file
+    is no such JSON.
+    """
+    with Path(path).open("rb") as file:
+        scanner = _Scanner(file, str(path))
+        opening = scanner.take("[{")
+        if inside is not None:
+            while True:
+                if scanner.peek() == "}":
+                    raise UserError(f"{path} has no member {inside!r}; is it the right file?")
+                key = scanner.value()[0]
+                scanner.take(":")
+                if key == inside:
+                    opening = scanner.take("[{")
+                    break
+                scanner.value()
+                if scanner.peek() != "}":
+                    scanner.take(",")
+        closing = "]" if opening == "[" else "}"
+        while scanner.peek() != closing:
+            key = None
+            if opening == "{":
+                key = str(scanner.value()[0]).encode("latin-1").decode("utf-8", "replace")
+                scanner.take(":")
+            _, offset, size = scanner.value()
+            yield key, offset, size
+            if scanner.peek() != closing:
+                scanner.take(",")
+
+
+class _Scanner:
+    """Values of a JSON text one after another. Read as Latin-1, in which a character is a byte."""
+
+    def __init__(self, file: io.BufferedReader, path: str) -> None:
+        self.file, self.path = file, path
+        self.text, self.at, self.base, self.ended = "", 0, 0, False
+        self.decoder = json.JSONDecoder(strict=False)
+        if file.read(3) != b"\xef\xbb\xbf":
+            file.seek(0)
+        self.base = file.tell()
+
+    def _more(self) -> bool:
+        """Read on, at least as much again as is held, so that a long value is not parsed often."""
+        raw = self.file.read(max(1 << 20, len(self.text) - self.at))
+        self.base += self.at
+        self.text, self.at = self.text[self.at :] + raw.decode("latin-1"), 0
+        return bool(raw)
+
+    def peek(self) -> str:
+        """The next character that is no space."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if not self._more():
+                raise UserError(f"{self.path} is truncated: its JSON does not end; download it again")
+
+    def take(self, allowed: str) -> str:
+        """The next character, which must be one of these."""
+        if (character := self.peek()) not in allowed:
+            raise UserError(
+                f"{self.path} is not the JSON that is expected here: {character!r} at byte {self.base + self.at}, "
+                f"not {' or '.join(allowed)}"
+            )
+        self.at += 1
+        return character
+
+    def value(self) -> tuple[Any, int, int]:
+        """The next value (its text in Latin-1), and where its bytes are."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more():  # a number could go on
+                    break
+            except (json.JSONDecodeError, RecursionError) as error:
+                if not self._more():
+                    raise UserError(
+                        f"{self.path} has broken JSON at byte {self.base + self.at} ({one_line(error)})"
+                    ) from None
+        offset, size = self.base + self.at, end - self.at
+        self.at = end
+        return value, offset, size
+
+
+def array_units(path: Path, label: str, items: int) -> list[Unit]:
+    """Units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
+    units: list[Unit] = []
+    size, spans, first = path.stat().st_size, [(o, s) for _, o, s in json_spans(path)], 0
+    for first in range(0, len(spans), items):
+        last = spans[min(first + items, len(spans)) - 1]
+        units.append(Unit(f"{label} from item {first}", str(path), spans[first][0], last[0] + last[1], size))
+    return units
+
+
+def array_items(unit: Unit) -> Iterator[tuple[str, Any]]:
+    """(where, value) of the items of a unit of a JSON array."""
+    with Path(unit.path).open("rb") as file:
+        file.seek(unit.begin)
+        raw = file.read(unit.end - unit.begin)
+    try:
+        values = json.loads(b"[" + raw + b"]")
+    except ValueError as error:
+        raise UserError(
+            f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({one_line(error)})"
+        ) from None
+    label, _, first = unit.label.rpartition(" from item ")
+    for number, value in enumerate(values, int(first)):
+        yield f"{label} item {number}", value
+
+
+def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; a row may have several lines."""
+    with Path(path).open("rb") as file:
+        file.seek(begin)
+        at = begin
+
+        def lines() -> Iterator[str]:
+            nonlocal at
+            for raw in file:
+                at += len(raw)
+                yield raw.decode("utf-8-sig" if at == len(raw) else "utf-8")
+
+        try:
+            for row in csv.reader(lines(), delimiter=delimiter):
+                yield at, row
+                if end is not None and at >= end:
+                    return
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no table in UTF-8 near byte {at} ({one_line(error)})") from None
+
+
+def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
+    """Units of `rows` consecutive rows of a table, the header left out."""
+    size, units, begin, count = path.stat().st_size, [], -1, 0
+    for at, _ in csv_rows(path, 0, None, delimiter):
+        if begin < 0:
+            begin = at  # after the header
+            continue
+        count += 1
+        if count % rows == 0 or at == size:
+            units.append(Unit(f"{label} from row {count - (count - 1) % rows}", str(path), begin, at, size))
+            begin = at
+    return units
+
+
+def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Unit]:
+    """Units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
+    units = []
+    for first in range(0, len(names), each):
+        some = tuple(names[first : first + each])
+        size = sum((Path(root) / name).lstat().st_size for name in some)
+        units.append(Unit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
+    return units
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, fit to stand in a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def required(module: str, purpose: str) -> Any:
+    """An optional package. Raises UserError, naming the extra, when it is not installed."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError:
+        name = module.split(".")[0]
+        raise UserError(
+            f"{purpose} needs the package {name}; install it with: pip install 'flamingo-vlm[prepare]'"
+        ) from None

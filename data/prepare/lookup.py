@@ -1,0 +1,160 @@
+"""Bytes by name from files too large to hold: where each picture lies, in an SQLite file made once.
+
+For pictures by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; its
+keys are positions in a list, which joins nothing), or a map, CSV, TSV or JSONL with `url` and `path` (below the map's
+folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from data.prepare.inputs import input_files, one_line
+from data.prepare.pictures import PictureFolder
+from data.prepare.tars import tar_samples
+from data.prepare.units import Dropped, Tally
+from flamingo.errors import UserError
+
+Entry = tuple[str, str, int, int]  # name, file, offset, size; offset -1: the whole file, its path below `root`
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=12).digest()
+
+
+def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: str = "") -> None:
+    """Write the lookup under its name when it is whole. Of names that occur twice the first is kept."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    base = sqlite3.connect(partial, isolation_level=None)
+    try:
+        base.execute("PRAGMA journal_mode=OFF")
+        base.execute("PRAGMA synchronous=OFF")
+        base.execute("CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT)")
+        base.execute("CREATE TABLE places (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
+        base.execute("BEGIN")
+        base.execute("INSERT INTO files VALUES (0, ?), (-1, ?)", (root, stamp))
+        last, number = None, 0
+        for name, file, offset, size in entries:
+            if file != last:
+                number += 1
+                last = file
+                base.execute("INSERT INTO files VALUES (?, ?)", (number, file))
+            base.execute("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
+        base.execute("COMMIT")
+    finally:
+        base.close()
+    partial.replace(path)
+
+
+class Lookup:
+    """Reads what `build_lookup` wrote."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.base = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+        (root,) = self.base.execute("SELECT path FROM files WHERE id = 0").fetchone()
+        self.folder = PictureFolder(root) if root else None
+        self._open: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        found = self.base.execute("SELECT 1 FROM places WHERE name = ?", (_hash(name),)).fetchone()
+        return found is not None
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a name. Raises Dropped when there is none."""
+        found = self.base.execute(
+            "SELECT path, offset, size FROM places JOIN files ON id = file WHERE name = ?", (_hash(name),)
+        ).fetchone()
+        if found is None:
+            raise Dropped("picture is missing")
+        path, offset, size = found
+        if offset < 0:
+            assert self.folder is not None
+            return self.folder.read(path)
+        if path not in self._open:
+            if len(self._open) >= 64:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        data = os.pread(self._open[path], size, offset)
+        if len(data) != size:
+            raise UserError(f"{path} became shorter while it was read; begin again when it is whole")
+        return data
+
+    def close(self) -> None:
+        """Close the base and all files."""
+        self.base.close()
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def open_lookup(path: str) -> Lookup:
+    """A lookup, opened once a process."""
+    found = Path(path).stat()
+    return _opened(path, found.st_ino, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _opened(path: str, inode: int, changed: int) -> Lookup:
+    return Lookup(path)
+
+
+def build_url_lookup(path: Path, images: Sequence[str]) -> None:
+    """The lookup of pictures by URL from the values of --images. Raises UserError."""
+    maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
+    if maps and len(images) > 1:
+        raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")
+    if maps and not maps[0].is_file():
+        raise UserError(f"--images {maps[0]} does not exist; correct the path")
+    files = [(str(maps[0]), maps[0])] if maps else input_files(images, (".tar",))
+    stamp = json.dumps([(str(file.resolve()), file.stat().st_size) for _, file in files])
+    if path.exists() and _stamp_of(path) == stamp:
+        return  # from before the run was stopped
+    if maps:
+        build_lookup(path, _map_entries(maps[0]), str(maps[0].parent), stamp)
+    else:
+        build_lookup(path, _tar_entries(files), stamp=stamp)
+
+
+def _stamp_of(path: Path) -> str:
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        return str(base.execute("SELECT path FROM files WHERE id = -1").fetchone()[0])
+
+
+def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
+    for label, tar in files:
+        for sample in tar_samples(tar, label, Tally()):
+            suffix = sample.first_picture()
+            try:
+                url = json.loads(sample.read("json"))["url"]
+            except (KeyError, ValueError, TypeError):
+                continue
+            if suffix is not None and isinstance(url, str):
+                yield url, str(tar), *sample.members[suffix]
+
+
+def _map_entries(path: Path) -> Iterator[Entry]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Iterable[object] = (
+            (json.loads(line) for line in file)
+            if path.suffix == ".jsonl"
+            else csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
+        )
+        try:
+            for row in rows:
+                url, name = (row.get("url"), row.get("path")) if isinstance(row, dict) else (None, None)
+                if not isinstance(url, str) or not isinstance(name, str):
+                    raise ValueError("a row without 'url' and 'path'")
+                yield url, name, -1, -1
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"map {path} cannot be used ({one_line(error)}); give it the columns url and path"
+            ) from None

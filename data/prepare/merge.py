@@ -1,0 +1,87 @@
+"""`python -m data merge DIR...`: the parts that `prepare --part i/n` wrote become one dataset with one manifest.
+
+Units have the same numbers, hence shards the same names and bytes, however the input was divided, so the merged folder
+equals the one that a single run writes. Parts may share a folder or lie in several (the nodes' own disks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data.index import index_path
+from data.prepare.engine import Record, finish, tidy
+from flamingo.errors import UserError
+
+SAME = ("source", "fingerprint", "units", "layout", "options")
+
+
+def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, part) of every part manifest, by source and number. Raises UserError for one that is no manifest."""
+    found = []
+    for folder in folders:
+        names = sorted(folder.glob("_part-*-of-*.json"))
+        if not names:
+            raise UserError(f"folder {folder} has no part manifest (_part-001-of-010.json); prepare with --part first")
+        for name in names:
+            try:
+                part = json.loads(name.read_bytes())
+                part["records"] = {int(number): record for number, record in part["records"].items()}
+                _ = [part[key] for key in SAME], int(part["part"][0]), int(part["part"][1])
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise UserError(f"{name} is not a part manifest ({error}); prepare that part again") from None
+            found.append((folder, part))
+    return sorted(found, key=lambda item: (item[1]["source"], item[1]["part"]))
+
+
+def merge(folders: list[str], out: str | None) -> None:
+    """Join the parts of each source. Raises UserError when a part is missing, twice, or of another preparation."""
+    parts = read_parts([Path(folder) for folder in folders])
+    target = Path(out or folders[0])
+    target.mkdir(parents=True, exist_ok=True)
+    for source in sorted({part["source"] for _, part in parts}):
+        group = [(folder, part) for folder, part in parts if part["source"] == source]
+        _check(source, [part for _, part in group])
+        records: dict[int, Record] = {}
+        for folder, part in group:
+            records |= part["records"]
+            for record in part["records"].values():
+                for entry in record["shards"]:
+                    _bring(folder / entry["name"], target / entry["name"], entry["bytes"])
+        finish(target, {key: group[0][1][key] for key in SAME}, records)
+        tidy(target)
+
+
+def _check(source: str, parts: list[dict[str, Any]]) -> None:
+    wanted = parts[0]["part"][1]
+    numbers = [part["part"][0] for part in parts]
+    if any(part["fingerprint"] != parts[0]["fingerprint"] or part["part"][1] != wanted for part in parts):
+        raise UserError(
+            f"the parts of {source} were prepared with different inputs, options or numbers of parts; prepare all of "
+            "them the same way"
+        )
+    if missing := sorted(set(range(1, wanted + 1)) - set(numbers)):
+        shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
+        raise UserError(f"{source}: {len(missing)} of {wanted} parts are missing ({shown}); prepare them, then merge")
+    if len(numbers) > wanted:
+        raise UserError(f"{source}: a part is there twice (numbers {sorted(numbers)}); name each folder once")
+
+
+def _bring(here: Path, there: Path, size: int) -> None:
+    """A shard and its index into the merged folder: a hard link where the file system allows it, else a copy."""
+    if not here.exists() or here.stat().st_size != size:
+        raise UserError(f"shard {here} is missing or has another size than its part manifest says; prepare it again")
+    if here.resolve() == there.resolve():
+        return
+    for source, target in ((index_path(here), index_path(there)), (here, there)):
+        partial = target.with_name(f".{target.name}.partial")
+        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.link(source, partial)
+        if not partial.exists():
+            shutil.copyfile(source, partial)
+        partial.replace(target)

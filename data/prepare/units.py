@@ -1,0 +1,145 @@
+"""What the engine and the sources share: a piece of input, the count of what was kept and dropped, and why."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.page import Page, to_utf8
+from flamingo.errors import UserError
+
+# Options that say where things are or how fast to go. They change no page, so they are not in the manifest.
+PLACES = {"command", "source", "out", "part", "workers", "inputs", "images", "restart", "work", "skip_bad_files"}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of the input that is prepared by one process, into shards of its own.
+
+    `label` is what a person calls it, free of the folder it lies in. `begin` and `end` are counted in whatever the
+    source reads by (bytes, rows, row groups); `names` are the files of a piece that is a list of files. `size` tells
+    another version of the same file apart.
+    """
+
+    label: str
+    path: str
+    begin: int = 0
+    end: int = 0
+    size: int = 0
+    names: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """The piece without its place, so that a moved input is still the same."""
+        body = json.dumps([self.label, self.begin, self.end, self.size, self.names])
+        return hashlib.sha256(body.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class Dropped(Exception):  # noqa: N818 (it is no error: a page or picture that is left out, and the reason to count by)
+    """A page or picture that is left out. `reason` is a few words to count by, the same for all like it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the pages and pictures of the input: kept, or dropped and why, with the first of each reason."""
+
+    pages: int = 0
+    pictures: int = 0
+    dropped_pages: Counter[str] = field(default_factory=Counter)
+    dropped_pictures: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def drop_page(self, reason: str, where: str) -> None:
+        """Count a page that is left out."""
+        self.dropped_pages[reason] += 1
+        self._remember(f"page: {reason}", where)
+
+    def drop_picture(self, reason: str, where: str) -> None:
+        """Count a picture that is left out of its page."""
+        self.dropped_pictures[reason] += 1
+        self._remember(f"picture: {reason}", where)
+
+    def _remember(self, name: str, where: str) -> None:
+        if name not in self.first:  # printable, whatever a file or an address is called
+            self.first[name] = where[:200].encode("utf-8", "replace").decode()
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of a later piece."""
+        self.pages += other.pages
+        self.pictures += other.pictures
+        self.dropped_pages.update(other.dropped_pages)
+        self.dropped_pictures.update(other.dropped_pictures)
+        self.first = other.first | self.first
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a manifest, reasons in alphabetical order."""
+        return {
+            "pages": {"kept": self.pages, "dropped": dict(sorted(self.dropped_pages.items()))},
+            "pictures": {"kept": self.pictures, "dropped": dict(sorted(self.dropped_pictures.items()))},
+            "first": dict(sorted(self.first.items())),
+        }
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> Tally:
+        """The inverse of `to_json`."""
+        pages, pictures = body["pages"], body["pictures"]
+        dropped = Counter(pages["dropped"]), Counter(pictures["dropped"])
+        return cls(pages["kept"], pictures["kept"], *dropped, dict(body["first"]))
+
+    def report(self) -> list[str]:
+        """Lines for the reader, the commonest reason first."""
+        lines = []
+        for what, counts in (("page", self.dropped_pages), ("picture", self.dropped_pictures)):
+            if counts:
+                lines.append(f"  dropped {what}s: {counts.total():,}")
+            for reason, number in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+                lines.append(f"    {number:>9,}  {reason}  (first: {self.first[f'{what}: {reason}']})")
+        return lines
+
+
+class Source(Protocol):
+    """What the engine asks of a source's module (see `data.prepare`)."""
+
+    LAYOUT: str
+
+    def units(self, args: argparse.Namespace) -> list[Unit]:
+        """Independent pieces of the input, always in the same order. Raises UserError when there is none."""
+
+    def pages(self, unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+        """The pages of one piece, in its order."""
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", counted from 1. Raises UserError."""
+    left, _, right = text.partition("/")
+    if not (left.isdecimal() and right.isdecimal() and 1 <= int(left) <= int(right)):
+        raise UserError(f"--part {text!r} must be i/n with 1 <= i <= n, for example 3/100")
+    return int(left), int(right)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what the shards hold, in alphabetical order."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in PLACES and value is not None}
+
+
+def fingerprint(source: str, options: dict[str, Any], units: list[Unit]) -> str:
+    """One line for what is prepared: equal inputs and options give equal lines."""
+    body = json.dumps([source, options, [unit.digest for unit in units]], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write JSON under its name only when it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
+    partial.replace(path)

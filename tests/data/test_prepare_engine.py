@@ -1,0 +1,242 @@
+"""The engine: the same bytes for every number of processes and parts, after any kill, and never half a dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.index import index_path
+from data.schema import MANIFEST, read_manifest
+from data.spec import resolve_shards
+from data.verify import verify
+from flamingo.errors import UserError
+from tests.data.sources import command, jpeg, prepare, refusal
+from tests.data.test_index import make_tar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_tars(folder: Path, tars: int = 6, pairs: int = 7) -> Path:
+    """img2dataset's tars; every fifth pair has an empty caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for tar in range(tars):
+        members = []
+        for pair in range(pairs):
+            key = f"{tar:05d}{pair:04d}"
+            caption = b"" if pair % 5 == 4 else f"picture {key}".encode()
+            facts = json.dumps({"caption": caption.decode(), "url": f"http://x/{key}", "status": "success"})
+            members += [(f"{key}.jpg", jpeg(tar * pairs + pair, (16, 16)))]
+            members += [(f"{key}.txt", caption), (f"{key}.json", facts.encode())]
+        make_tar(folder / f"{tar:05d}.tar", members)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tars(tmp_path_factory.mktemp("in"))
+
+
+SMALL = ("--pages-per-shard", "3")
+
+
+@pytest.fixture(scope="module")
+def whole(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes in one go."""
+    out = tmp_path_factory.mktemp("whole")
+    done = prepare(out, "pairs", tars, *SMALL)
+    assert len(done.pages) == 36
+    assert done.dropped == {"no caption": 6}
+    assert done.report.startswith(
+        f"{out}: pairs: 36 of 42 pages kept with 36 pictures, in 12 shards of 0.2 MB together\n"
+    )
+    assert "        6  no caption  (first: 00000.tar key 000000004)" in done.report
+    assert len(files(out)) == 25  # twelve tars, their indexes, the manifest
+    return out
+
+
+def test_manifest_has_counts_filters_and_checksums(whole: Path) -> None:
+    part = read_manifest(whole)["parts"]["pairs"]
+    assert part["meta"]["source"] == "pairs"
+    assert part["meta"]["layout"] == "pairs"
+    assert part["meta"]["options"]["min_words"] == 1
+    assert [entry["pages"] for entry in part["shards"]] == [3] * 12
+    assert [entry["name"] for entry in part["shards"][:3]] == [
+        "pairs-000000-000000.tar",
+        "pairs-000000-000001.tar",
+        "pairs-000001-000000.tar",
+    ]
+    assert all(index_path(whole / entry["name"]).exists() for entry in part["shards"])
+
+
+def test_a_moved_input_and_a_second_run_change_nothing(tars: Path, whole: Path, tmp_path: Path) -> None:
+    before = files(whole)
+    stamps = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    status, report, _ = command("prepare", "pairs", "--out", whole, tars, *SMALL)
+    assert status == 0
+    assert "was prepared before" in report
+    assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == stamps
+    moved = write_tars(tmp_path / "moved")
+    prepare(tmp_path / "out", "pairs", moved, *SMALL)
+    assert files(tmp_path / "out") == before
+
+
+def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) -> None:
+    shared, separate = tmp_path / "shared", [tmp_path / "a", tmp_path / "b", tmp_path / "c", tmp_path / "d"]
+    for number, folder in enumerate(separate, 1):
+        for out in (shared, folder):
+            status, report, _ = command("prepare", "pairs", "--out", out, tars, *SMALL, "--part", f"{number}/4")
+            assert status == 0
+            assert f"_part-{number:03d}-of-004.json" in report
+        with pytest.raises(UserError, match="no shards in"):
+            resolve_shards([str(shared)])  # nobody trains on half of it
+    status, report, _ = command("merge", shared)
+    assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 pages kept with 3")
+    assert {name: body for name, body in files(shared).items() if not name.startswith("_part")} == files(whole)
+    assert not (shared / ".prepare").exists()
+    assert command("merge", *separate, "--out", tmp_path / "joined")[0] == 0
+    assert files(tmp_path / "joined") == files(whole)
+    assert list(verify(tmp_path / "joined")) == []
+
+
+def test_parts_that_do_not_fit_are_named(tars: Path, tmp_path: Path) -> None:
+    def part(number: int, *options: str) -> Path:
+        out = tmp_path / f"{number}{''.join(options)}"
+        assert command("prepare", "pairs", "--out", out, tars, "--part", f"{number}/3", *options)[0] == 0
+        return out
+
+    one, two, three, other = part(1), part(2), part(3), part(3, "--min-words", "2")
+    assert "1 of 3 parts are missing (3)" in command("merge", one, two)[2]
+    assert "different inputs, options or numbers" in command("merge", one, two, other)[2]
+    assert "a part is there twice" in command("merge", one, two, three, three)[2]
+    assert "has no part manifest" in command("merge", tars)[2]
+    shard = next(three.glob("*.tar"))
+    shard.unlink()
+    assert f"{shard.name} is missing or has another size" in command("merge", one, two, three)[2]
+    (three / "_part-003-of-003.json").write_text("{}")
+    assert "_part-003-of-003.json is not a part manifest" in command("merge", one, two, three)[2]
+    for wrong in ("0/3", "4/3", "x", "1/0"):
+        assert "must be i/n with 1 <= i <= n" in refusal(tmp_path / "o", "pairs", tars, "--part", wrong)
+
+
+def test_shards_end_at_a_size(tmp_path: Path) -> None:
+    big = [(f"{n}.{s}", b) for n in range(4) for s, b in (("jpg", jpeg(n) + bytes(400_000)), ("txt", b"big"))]
+    done = prepare(tmp_path / "out", "pairs", make_tar(tmp_path / "a.tar", big), "--mb-per-shard", 1)
+    assert [entry["pages"] for entry in read_manifest(tmp_path / "out")["parts"]["pairs"]["shards"]] == [3, 1]
+    assert len(done.pages) == 4
+
+
+def test_other_options_need_a_decision(tars: Path, tmp_path: Path) -> None:
+    cut = write_tars(tmp_path / "in") / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    out = tmp_path / "out"
+    assert "00003.tar is truncated" in refusal(out, "pairs", tmp_path / "in")
+    assert len(list((out / ".prepare" / "pairs-all").glob("pairs-*.json"))) == 3  # finished, and kept
+    with pytest.raises(UserError, match="no shards in"):
+        resolve_shards([str(out)])
+    assert "unfinished preparation with other inputs or options" in refusal(out, "pairs", tars, *SMALL)
+    prepare(out, "pairs", tars, *SMALL, "--restart")
+    fewer = prepare(out, "pairs", tars, "--pages-per-shard", 100)  # a finished one is simply replaced
+    assert len(fewer.pages) == 36
+    assert len(list(out.glob("*.tar"))) == 6
+    assert not (out / ".prepare").exists()
+
+
+def test_mistakes(tars: Path, tmp_path: Path) -> None:
+    assert "--workers 0 must be at least 1" in refusal(tmp_path, "pairs", tars, "--workers", "0")
+    assert "--pages-per-shard and --mb-per-shard" in refusal(tmp_path, "pairs", tars, "--pages-per-shard", 0)
+    assert "none does not exist" in refusal(tmp_path, "pairs", tmp_path / "none")
+
+
+def start(tars: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-m", "data", "prepare", "pairs", str(tars), "--out", str(out), *SMALL, *options]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    tars = write_tars(tmp_path / "in", tars=40, pairs=60)
+    assert start(tars, tmp_path / "whole", "--workers", "1").wait() == 0
+    expected = files(tmp_path / "whole")
+    out, killed = tmp_path / "out", 0
+    for workers, shards in (("2", 30), ("1", 200), ("3", 420)):
+        process = start(tars, out, "--workers", workers)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(out.glob("pairs-*.tar"))) < shards:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)  # the parent alone: its workers must end by themselves
+            killed += 1
+        process.wait()
+        assert read_manifest(out)["parts"] == {} or process.returncode == 0
+    assert killed == 3
+    assert start(tars, out, "--workers", "2").wait() == 0
+    assert files(out) == expected
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    tars = write_tars(tmp_path / "in", tars=30, pairs=200)
+    process = start(tars, tmp_path / "out", "--workers", "2")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/pairs-*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert children
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_killed_worker_and_ctrl_c_are_one_sentence(tmp_path: Path, interrupt: bool) -> None:
+    tars = write_tars(tmp_path / "in", tars=30, pairs=200)
+    command = [sys.executable, "-m", "data", "prepare", "pairs", str(tars), "--out", str(tmp_path / "out"), *SMALL]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/pairs-*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if interrupt:
+        process.send_signal(signal.SIGINT)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    lines = [line for line in err.strip().split("\n") if not line.endswith("units done")]
+    assert len(lines) == 1, err
+    assert ("stopped with" if interrupt else "a worker was killed (out of memory?)") in lines[0]
+    assert "start the same command again to go on" in lines[0]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_folder_lists_nothing_until_the_end(tars: Path, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(
+        '{"v": 1, "parts": {"other": {"pages": 0, "pictures": 0, "meta": {}, "shards": []}}}'
+    )
+    prepare(tmp_path, "pairs", tars)
+    assert list(read_manifest(tmp_path)["parts"]) == ["other", "pairs"]
