@@ -1,4 +1,4 @@
-"""`python -m data prepare|inspect|verify|index`: shards made, looked at, checked, indexed.
+"""`python -m data prepare|inspect|verify|index|bench|simulate`: shards made, looked at, checked, indexed, measured.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
 """
@@ -17,6 +17,11 @@ SOURCES = {
     "toy": "drawn scenes and characters whose text follows from the picture",
     "digits": "scikit-learn's handwritten digits as pages with made-up names",
 }
+MEASURES = {
+    "bench": "this loader and open_flamingo's own on the same shards",
+    "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
+}
+MODULES = {"bench": "data.bench.table", "simulate": "data.simulate"}
 
 
 def parser(source: str | None = None) -> argparse.ArgumentParser:
@@ -36,8 +41,12 @@ def parser(source: str | None = None) -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
-    index = commands.add_parser("index", help="write the index of tars made elsewhere")
-    index.add_argument("shard", nargs="+")
+    index = commands.add_parser("index", help="write the index of tars made elsewhere, and a folder's catalogue")
+    index.add_argument("shard", nargs="+", metavar="SHARD|DIR")
+    for name, about in MEASURES.items():
+        one = commands.add_parser(name, help=about, description=about)
+        if name == source:
+            import_module(MODULES[name]).add_arguments(one)
     return top
 
 
@@ -71,21 +80,34 @@ def verify(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
-    for shard in args.shard:
-        built = build_index(shard)
-        built.save(index_path(shard))
-        print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+    from data.corpus import write_catalogue
+
+    for path in map(Path, args.shard):
+        heads = {}
+        for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+            built = build_index(shard)
+            built.save(index_path(shard))
+            heads[shard.name] = built.head()
+            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+        if path.is_dir():
+            if not heads:
+                raise UserError(f"folder {path} has no shards (*.tar) to index")
+            print(f"{write_catalogue(path, heads)}: {len(heads)} shards")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
+    if argv and argv[0] in MEASURES:
+        source = argv[0]
     args = parser(source).parse_args(argv)
     try:
         if args.command == "prepare":
             import_module(f"data.prepare.{args.source}").run(args)
             return 0
+        if args.command in MEASURES:
+            return import_module(MODULES[args.command]).run(args)
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.errors import ContentError
 from data.page import sniff
+from data.tar import LFS
 
 MAX_PIXELS = 64_000_000
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}  # no others are tried
@@ -41,7 +42,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = 
     """
     kind = sniff(data)
     if kind is None:
-        raise ContentError("not a picture", f"begins with {data[:16]!r}")
+        what = "a Git-LFS pointer: fetch the file itself with git lfs pull" if data.startswith(LFS) else repr(data[:16])
+        raise ContentError("not a picture", f"begins with {what}" if what[0] == "b" else f"it is {what}")
     try:
         with Image.open(io.BytesIO(data), formats=(FORMATS[kind],)) as image:
             if image.width * image.height > max_pixels:
