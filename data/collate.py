@@ -64,8 +64,8 @@ class Collate(Protocol):
 def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
     """Picture `number` of a sample as uint8 (3, S, S). Raises ContentError."""
     size = transform.size
-    image = decode(raw.picture(number), at_least=size)
-    return image if image.shape[1:] == (size, size) else transform(image)
+    image = decode(raw.picture(number), at_least=size, contiguous=False)
+    return (image if image.shape[1:] == (size, size) else transform(image)).contiguous()
 
 
 def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:

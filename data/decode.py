@@ -27,14 +27,16 @@ NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "trans
 
 def _to_rgb(image: Image.Image) -> Tensor:
     if image.mode == "RGB" and NOT_PLAIN.isdisjoint(image.info):
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     from flamingo.images import ImageTransform  # brings transformers along: only where it is needed
 
     return ImageTransform.to_rgb(image)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Tensor:
-    """Decode a picture to uint8 (3, h, w).
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, contiguous: bool = True
+) -> Tensor:
+    """Decode a picture to uint8 (3, h, w). Not `contiguous`, it may lie as (h, w, 3): resizing that is a fifth faster.
 
     `at_least`: the side that will be asked of it later; a JPEG whose shorter side is 4 times that or more is decoded
     at a fraction of its size, never below 2 times. Raises ContentError for what is no picture, is damaged, or has more
@@ -50,7 +52,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = 
                 raise ContentError("too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
             if at_least is not None and min(image.size) >= 4 * at_least:
                 image.draft("RGB", (2 * at_least, 2 * at_least))  # JPEG only, others ignore it
-            return _to_rgb(image)
+            pixels = _to_rgb(image)
+            return pixels.contiguous() if contiguous else pixels
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ContentError("too large", str(error)) from None
     except (OSError, RuntimeError, ValueError, SyntaxError, struct.error, EOFError) as error:

@@ -33,12 +33,12 @@ def is_remote(path: str) -> bool:
 
 def expand(pattern: str) -> list[str]:
     """Braces and `::` of a pattern as webdataset reads them: `{00..02}` is 00, 01, 02."""
-    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[import-untyped]
+    from braceexpand import braceexpand
 
     try:
         parts = [pattern] if "[" in pattern else pattern.split("::")  # but not the colons of [::1]
         found = [one for part in parts for one in (braceexpand(part) if "{" in part else [part])]
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(f"shards {pattern}: the braces are not balanced") from None
     return [one.removeprefix("file://") for one in found]
 

@@ -83,5 +83,5 @@ def batches(material: Material, what: str, size: int, batch: int, workers: int) 
             pictures, (ids, _) = made
             yield len(ids), len(pictures)
         else:
-            ids = made[1][0]
-            yield len(ids), int((ids == image).sum())
+            rows = [ids for ids, _ in made[1]]
+            yield len(rows), sum(int((ids == image).sum()) for ids in rows)
