@@ -86,6 +86,14 @@ class BadSampleCounter:
             )
 
 
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line can be read and is of an earlier step."""
+    try:
+        return int(json.loads(line)["step"]) < step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 class BadSampleLog:
     """One JSON line for every replaced sample of this rank: step, dataset, reason, shard, key, detail.
 
@@ -100,12 +108,12 @@ class BadSampleLog:
         """Keep the lines of the steps before this one."""
         if not self.path.exists():
             return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
         # A kill may have cut the last line.
-        lines = [line for line in self.path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)]
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        if len(kept) < len(lines):
+        kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
+        if kept != text:
             partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.write_text(kept, encoding="utf-8")
             partial.replace(self.path)
 
     def write(self, step: int, bad: Iterable[BadSample]) -> None:

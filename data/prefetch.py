@@ -63,9 +63,11 @@ class Prefetcher:
                 f"{cache.folder} may hold {cache.limit}; raise cache_gb or lower block={source.spec.block}"
             )
         wanted = list(dict.fromkeys(shard for shards, _ in [*now, *later] for shard in shards))
-        for place, shard in enumerate(wanted, start=1):
+        room = cache.limit
+        for shard in wanted:
             path = source.corpus.shards[shard].path
-            if not is_remote(path) or _bytes(source, wanted[:place]) > cache.limit:
+            room -= source.corpus.shards[shard].tar_size
+            if not is_remote(path) or room < 0:
                 continue
             with self._lock:
                 if not cache.has(path) and path not in self._under_way:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,16 @@ class Source:
         return [plan.at(*plan.place(slot, start)) for slot in range(self.spec.batch_size)]
 
 
+def most_open_files(wanted: int = 1 << 14) -> int:
+    """How many files this process (and the workers it forks) may have open, after asking for `wanted`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reach = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= reach:
+        return reach
+    resource.setrlimit(resource.RLIMIT_NOFILE, (reach, hard))
+    return reach
+
+
 @dataclass(slots=True)
 class Failure:
     """A UserError on its way out of a worker: as an exception it would arrive wrapped in the worker's traceback."""
@@ -79,6 +90,10 @@ class StepDataset(Dataset[Batch | Failure]):
         self.rank, self.world, self.micro = rank, world, micro
         self.readers = [reader_of(source.spec, source.corpus) for source in sources]
         self.board = board or Board(1)
+        each = most_open_files() // (4 * len(sources))  # a tar and its index are a file each; half is left to others
+        for source, reader in zip(sources, self.readers, strict=True):
+            reader.max_open = min(reader.max_open, each)
+            source.corpus.indexes.mapped = min(source.corpus.indexes.mapped, each)
 
     def slots(self, number: int, micro: int) -> range:
         """The slots of a dataset's global batch that make up this rank's micro-batch."""
