@@ -93,6 +93,7 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
         num_workers=config.data.num_workers,
         seed=config.data.seed,
         micro_batches=config.run.micro_batches,
+        bad_samples=run_dir / "bad_samples.jsonl",
     )
     model = setup.model.to(processes.device)
     if config.run.activation_checkpointing:
@@ -148,7 +149,7 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
         )
         lr = set_lr(optimizer, shape)
         own = [float(sum(setup.objective.count(piece.tensors) for piece in parts[spec.name])) for spec in specs]
-        counts = [max(1.0, count) for count in processes.sum(own)]
+        counts = [spec.divisor(count) for spec, count in zip(specs, processes.sum(own), strict=True)]
         sums = [0.0] * len(specs)
         left = sum(len(pieces) for pieces in parts.values())
         for index, spec in enumerate(specs):

@@ -1,4 +1,4 @@
-"""`python -m data prepare|merge|inspect|verify|index`: shards made, joined, looked at, checked, indexed.
+"""`python -m data prepare|merge|inspect|verify|index|bench|simulate`: shards made, joined, looked at, checked, measured.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
 """
@@ -16,6 +16,11 @@ from data.index import build_index, index_path
 from data.prepare import DRAWN, SOURCES
 from flamingo.errors import UserError
 
+MEASURES = {
+    "bench": "this loader and open_flamingo's own on the same shards",
+    "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
+}
+MODULES = {"bench": "data.bench.table", "simulate": "data.simulate"}
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
     """The command line. Only what is asked for is imported for its options, so that the rest starts at once."""
@@ -41,8 +46,12 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
         import_module("data.sampled").add_sampling_arguments(inspect)
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
-    index = commands.add_parser("index", help="write the index of tars made elsewhere")
-    index.add_argument("shard", nargs="+")
+    index = commands.add_parser("index", help="write the index of tars made elsewhere, and a folder's catalogue")
+    index.add_argument("shard", nargs="+", metavar="SHARD|DIR")
+    for name, about in MEASURES.items():
+        one = commands.add_parser(name, help=about, description=about)
+        if name == source:
+            import_module(MODULES[name]).add_arguments(one)
     return top
 
 
@@ -84,16 +93,27 @@ def verify(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
-    for shard in args.shard:
-        built = build_index(shard)
-        built.save(index_path(shard))
-        print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+    from data.corpus import write_catalogue
+
+    for path in map(Path, args.shard):
+        heads = {}
+        for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+            built = build_index(shard)
+            built.save(index_path(shard))
+            heads[shard.name] = built.head()
+            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+        if path.is_dir():
+            if not heads:
+                raise UserError(f"folder {path} has no shards (*.tar) to index")
+            print(f"{write_catalogue(path, heads)}: {len(heads)} shards")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
+    if argv and argv[0] in MEASURES:
+        source = argv[0]
     args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
         if args.command == "prepare":
@@ -105,6 +125,8 @@ def main(argv: list[str]) -> int:
         if args.command == "merge":
             import_module("data.prepare.merge").merge(args.folder, args.out)
             return 0
+        if args.command in MEASURES:
+            return import_module(MODULES[args.command]).run(args)
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

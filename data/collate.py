@@ -10,6 +10,7 @@ Letters: B rows, T tokens (the longest row of the batch), I pictures of all rows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,11 +21,23 @@ from torch import Tensor
 
 from data.decode import decode
 from data.errors import ContentError
+from data.packing import groups, join
 from data.page import Node, Picture, Text
 from data.reader import RawSample
 from data.spec import DatasetSpec
-from data.windows import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page, window_of
+from data.windows import (
+    IGNORED,
+    CachedEncoder,
+    Row,
+    SpecialTokens,
+    make_row,
+    quick_encoder,
+    tokenize_page,
+    window_of,
+)
 from flamingo.errors import UserError
+
+SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
 
 
 class Transform(Protocol):
@@ -51,8 +64,8 @@ class Collate(Protocol):
 def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
     """Picture `number` of a sample as uint8 (3, S, S). Raises ContentError."""
     size = transform.size
-    image = decode(raw.picture(number), at_least=size)
-    return image if image.shape[1:] == (size, size) else transform(image)
+    image = decode(raw.picture(number), at_least=size, contiguous=False)
+    return (image if image.shape[1:] == (size, size) else transform(image)).contiguous()
 
 
 def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
@@ -74,11 +87,14 @@ class FlamingoCollate:
 
     Tensors: input_ids, attention_mask, phi, labels (B, T) int64; pixel_values (I, F, 3, S, S) uint8; image_counts (B,)
     int64. F is the dataset's `max_frames`: a longer clip gives a run of F frames of it, a shorter one (or a picture)
-    repeats its last frame.
+    repeats its last frame. Where the dataset packs, B counts packed rows, and `sequence_ids` (B, T) int64 numbers the
+    samples of a row from 1 (0: padding).
 
     `processor` is a FlamingoProcessor, or anything with its `encode_text`, `image_token_id`, `eoc_token_id`,
     `image_transform` and `tokenizer` (eos_token_id, bos_token_id, pad_token_id).
     """
+
+    can_pack = True
 
     def __init__(self, processor: Any) -> None:
         tokenizer = processor.tokenizer
@@ -91,19 +107,24 @@ class FlamingoCollate:
             pad=tokenizer.pad_token_id,
             bos=tokenizer.bos_token_id,
         )
-        self.encode = CachedEncoder(processor.encode_text)
+        self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
         """A row and the frames of its pictures, F for each."""
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
+        if not nodes:
+            raise ContentError("empty", "the page has neither text nor pictures that this dataset uses")
+        if spec.space_probability and random.random() < spec.space_probability:
+            nodes = with_space(nodes)
+        may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
         row = make_row(
             tokenize_page(nodes, self.encode, self.special),
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
-            window=spec.window,
+            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its picture
             labels=spec.labels,
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
@@ -111,7 +132,7 @@ class FlamingoCollate:
         frames: list[Tensor] = []
         decoded: dict[int, Tensor] = {}  # a page may show one picture several times
         for picture in row.pictures:
-            flip = spec.flip and random.random() < 0.5
+            flip = may_flip and random.random() < 0.5
             for number in clip_frames(picture, spec, random):
                 if number not in decoded:
                     decoded[number] = load_picture(raw, number, self.transform)
@@ -120,27 +141,65 @@ class FlamingoCollate:
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
         """Tensors as in the class's description."""
+        if spec.pack:
+            return self._packed(spec, samples)
         rows = [row for row, _ in samples]
-        frames = [frame for _, more in samples for frame in more]
-        size = self.transform.size
-        pixels = torch.stack(frames) if frames else torch.empty((0, 3, size, size), dtype=torch.uint8)
         return {
             "input_ids": pad_rows([row.ids for row in rows], self.special.pad),
             "attention_mask": attention_mask([row.ids for row in rows]),
             "phi": pad_rows([row.phi for row in rows], 0),
             "labels": pad_rows([row.labels for row in rows], IGNORED),
-            "pixel_values": pixels.view(-1, spec.max_frames, 3, size, size),
+            "pixel_values": self._pixels(spec, [frame for _, more in samples for frame in more]),
             "image_counts": torch.tensor([len(row.pictures) for row in rows]),
         }
 
+    def _packed(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+        shared = groups([len(row.ids) for row, _ in samples], spec.pack)
+        rows = [join([samples[number][0] for number in group]) for group in shared]
+        sequences = pad_rows([row.sequence for row in rows], 0)
+        return {
+            "input_ids": pad_rows([row.ids for row in rows], self.special.pad),
+            "attention_mask": (sequences > 0).long(),
+            "sequence_ids": sequences,
+            "phi": pad_rows([row.phi for row in rows], 0),
+            "labels": pad_rows([row.labels for row in rows], IGNORED),
+            "pixel_values": self._pixels(
+                spec, [frame for group in shared for number in group for frame in samples[number][1]]
+            ),
+            "image_counts": torch.tensor([row.pictures for row in rows]),
+        }
+
+    def _pixels(self, spec: DatasetSpec, frames: list[Tensor]) -> Tensor:
+        size = self.transform.size
+        pixels = torch.stack(frames) if frames else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return pixels.view(-1, spec.max_frames, 3, size, size)
+
+
+def with_space(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with one space in front of the first text (the paper's augmentation of pairs, its appendix)."""
+    out = list(nodes)
+    first = next((place for place, node in enumerate(out) if isinstance(node, Text)), None)
+    if first is not None:
+        text = out[first]
+        assert isinstance(text, Text)
+        out[first] = Text(f" {text.text}", text.loss)
+    return out
+
 
 def clip_frames(picture: Picture, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
-    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated."""
+    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated.
+
+    With a `frame_rate`, of a clip that says its own: every so many frames that the rate comes nearest.
+    """
     frames = list(picture.frames)
-    if len(frames) > spec.max_frames:
-        spare = len(frames) - spec.max_frames
-        start = int(random.integers(spare + 1)) if spec.window == "random" else 0
-        return frames[start : start + spec.max_frames]
+    every = 1
+    if spec.frame_rate and isinstance(picture.fps, int | float) and 0 < picture.fps < 1e6:
+        every = max(1, round(picture.fps / spec.frame_rate))
+    reach = (spec.max_frames - 1) * every + 1  # from the first to the last of the frames taken
+    if len(frames) > reach:
+        start = int(random.integers(len(frames) - reach + 1)) if spec.window == "random" else 0
+        return frames[start : start + reach : every]
+    frames = frames[::every]
     return frames + frames[-1:] * (spec.max_frames - len(frames))
 
 
@@ -208,7 +267,8 @@ class PairCollate:
         if first is None or not text:
             raise ContentError("not a pair", "a picture and a text are needed")
         image = load_picture(raw, first.frames[0], self.transform)
-        return image.flip(-1) if spec.flip and random.random() < 0.5 else image, text
+        may_flip = spec.flip and not SIDES.search(text)
+        return image.flip(-1) if may_flip and random.random() < 0.5 else image, text
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
         """Tensors as in the class's description."""

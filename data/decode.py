@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.errors import ContentError
 from data.page import sniff
+from data.tar import LFS
 
 MAX_PIXELS = 64_000_000
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}  # no others are tried
@@ -26,14 +27,16 @@ NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "trans
 
 def _to_rgb(image: Image.Image) -> Tensor:
     if image.mode == "RGB" and NOT_PLAIN.isdisjoint(image.info):
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     from flamingo.images import ImageTransform  # brings transformers along: only where it is needed
 
     return ImageTransform.to_rgb(image)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Tensor:
-    """Decode a picture to uint8 (3, h, w).
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, contiguous: bool = True
+) -> Tensor:
+    """Decode a picture to uint8 (3, h, w). Not `contiguous`, it may lie as (h, w, 3): resizing that is a fifth faster.
 
     `at_least`: the side that will be asked of it later; a JPEG whose shorter side is 4 times that or more is decoded
     at a fraction of its size, never below 2 times. Raises ContentError for what is no picture, is damaged, or has more
@@ -41,14 +44,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = 
     """
     kind = sniff(data)
     if kind is None:
-        raise ContentError("not a picture", f"begins with {data[:16]!r}")
+        what = "a Git-LFS pointer: fetch the file itself with git lfs pull" if data.startswith(LFS) else repr(data[:16])
+        raise ContentError("not a picture", f"begins with {what}" if what[0] == "b" else f"it is {what}")
     try:
         with Image.open(io.BytesIO(data), formats=(FORMATS[kind],)) as image:
             if image.width * image.height > max_pixels:
                 raise ContentError("too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
             if at_least is not None and min(image.size) >= 4 * at_least:
                 image.draft("RGB", (2 * at_least, 2 * at_least))  # JPEG only, others ignore it
-            return _to_rgb(image)
+            pixels = _to_rgb(image)
+            return pixels.contiguous() if contiguous else pixels
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ContentError("too large", str(error)) from None
     except (OSError, RuntimeError, ValueError, SyntaxError, struct.error, EOFError) as error:

@@ -1,16 +1,18 @@
-"""The three kinds of failure on the way from a shard to a batch, and how each is met.
+"""The kinds of failure on the way from a shard to a batch, and how each is met.
 
 A sample whose *content* is bad (an undecodable picture, broken JSON) is replaced by another one, always the same one,
-and counted: that is `ContentError`. What the user must mend first (a missing shard, a page that names pictures it does
-not have) is a `flamingo.errors.UserError` and stops the run with one sentence. Anything else is a bug and keeps its
-traceback.
+and counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.retry). What the user must
+mend first (a missing shard, a page that names pictures it does not have) is a `flamingo.errors.UserError` and stops the
+run with one sentence. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from flamingo.errors import UserError
@@ -38,14 +40,18 @@ class BadSample(NamedTuple):
 class BadSampleCounter:
     """Counts replaced samples and stops the run when they are no longer the exception.
 
-    The limit is `max_rate` of all samples seen so far, plus a grace of `grace` samples, so that one bad picture at the
-    very start does not end a run.
+    The limit is `max_rate` of the newest `window` samples, plus a grace of `grace` samples, so that one bad picture at
+    the very start does not end a run and a long clean past does not hide a bad present.
     """
 
     max_rate: float = 0.02
     grace: int = 8
+    window: int = 10_000
     seen: int = 0
     by_sample: Counter[BadSample] = field(default_factory=Counter)
+    _recent: deque[tuple[int, int]] = field(default_factory=deque)
+    _recent_seen: int = 0
+    _recent_bad: int = 0
 
     @property
     def total(self) -> int:
@@ -60,14 +66,64 @@ class BadSampleCounter:
         return dict(counts)
 
     def add(self, samples: int, bad: Iterable[BadSample]) -> None:
-        """Count a batch. Raises UserError, naming the last bad sample, when too many samples are bad."""
+        """Count a batch. Raises UserError, naming the last bad sample, when too many of the newest are bad."""
+        bad = list(bad)
         self.seen += samples
-        last = None
-        for last in bad:
-            self.by_sample[last] += 1
-        if last is not None and self.total > self.grace + self.max_rate * self.seen:
+        self.by_sample.update(bad)
+        self._recent.append((samples, len(bad)))
+        self._recent_seen += samples
+        self._recent_bad += len(bad)
+        while self._recent_seen - self._recent[0][0] >= self.window:
+            old = self._recent.popleft()
+            self._recent_seen -= old[0]
+            self._recent_bad -= old[1]
+        if bad and self._recent_bad > self.grace + self.max_rate * self._recent_seen:
+            last = bad[-1]
             raise UserError(
-                f"{self.total} of {self.seen} samples were bad (limit {self.max_rate:.0%} and {self.grace}), the last "
-                f"one key {last.key!r} of {last.shard} in dataset {last.dataset!r}: {last.reason}, {last.detail}; find "
-                "them with: python -m data verify"
+                f"{self._recent_bad} of {self._recent_seen} samples were bad (limit {self.max_rate:.0%} and "
+                f"{self.grace}), the last one key {last.key!r} of {last.shard} in dataset {last.dataset!r}: "
+                f"{last.reason}, {last.detail}; find them with: python -m data verify"
             )
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line can be read and is of an earlier step."""
+    try:
+        return int(json.loads(line)["step"]) < step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class BadSampleLog:
+    """One JSON line for every replaced sample of this rank: step, dataset, reason, shard, key, detail.
+
+    A run that goes on from a step drops the lines of that step and later ones: they are written again. Raises UserError
+    when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path = path if rank == 0 else path.with_name(f"{path.stem}-rank-{rank:05d}{path.suffix}")
+
+    def start(self, step: int) -> None:
+        """Keep the lines of the steps before this one."""
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        # A kill may have cut the last line.
+        kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
+        if kept != text:
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_text(kept, encoding="utf-8")
+            partial.replace(self.path)
+
+    def write(self, step: int, bad: Iterable[BadSample]) -> None:
+        """Append the replaced samples of a step."""
+        lines = [json.dumps({"step": step} | sample._asdict(), ensure_ascii=False) + "\n" for sample in bad]
+        if not lines:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise UserError(f"the list of bad samples {self.path} cannot be written ({error})") from None

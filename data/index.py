@@ -1,10 +1,10 @@
 """Where every member of a tar lies: one walk over the headers, kept beside the tar as `{shard}.tar.idx`.
 
 With the offsets known, any sample is one `pread` away, so the order of training is free and resuming costs nothing.
-What is notable: samples are grouped exactly as webdataset groups them (the name up to the first dot of its last part
-is the key), but what webdataset passes over in silence is an error here: a truncated tar, a key that returns later in
-the tar, a suffix twice in one sample. The sidecar knows its tar's size and a digest of both ends, so it cannot go stale
-unnoticed.
+Columns are mapped, not read: the processes of a machine share them. What is notable: samples are grouped exactly as
+webdataset groups them (the name up to the first dot of its last part is the key), but what webdataset passes over in
+silence is an error here: a truncated tar, a key that returns later in the tar, a suffix twice in one sample. The
+sidecar knows its tar's size and a digest of both ends, so it cannot go stale unnoticed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from flamingo.errors import UserError
 MAGIC = b"TARIDX01"
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
 OTHER, JSON, TEXT, PICTURE = 0, 1, 2, 3  # kinds of members
+KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
+HEAD_BYTES = 4096  # a header is far smaller
 KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule (base_plus_ext)
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's rule for members that are not samples
 PICTURE_SUFFIX = re.compile(r"^(?:(\d{1,5})\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
@@ -70,10 +72,23 @@ class TarIndex:
         counts = np.concatenate([[0], np.cumsum(self.kind == kind)])
         return counts[self.first[1:]] > counts[self.first[:-1]]
 
+    def usable(self, kind: str) -> NDArray[np.int64] | None:
+        """Rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
+        texts = self.rows_with(JSON) | self.rows_with(TEXT)
+        pictures = self.pictures_per_row > 0
+        usable = {"interleaved": texts | pictures, "pairs": texts & pictures, "text": texts}[kind]
+        return None if usable.all() else np.flatnonzero(usable)
+
+    def head(self) -> IndexHead:
+        """What a plan needs to know of this shard."""
+        rows = {kind: self.usable(kind) for kind in KINDS}
+        counts = {kind: len(self) if found is None else len(found) for kind, found in rows.items()}
+        return IndexHead(self.tar_size, self.digest, counts)
+
     def save(self, path: str | Path) -> None:
         """Write the sidecar: magic, header length, JSON header, then the columns, widest first."""
         columns = {name: getattr(self, name) for name in COLUMNS}
-        header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest}
+        header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
         body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
         body += b" " * (-(len(MAGIC) + 8 + len(body)) % 8)
         partial = Path(f"{path}.{os.getpid()}.partial")
@@ -82,6 +97,15 @@ class TarIndex:
             for name, column in columns.items():
                 file.write(np.ascontiguousarray(column, dtype=COLUMNS[name]).tobytes())
         partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexHead:
+    """An index without its columns: the tar's size and digest, and how many samples each kind of dataset can use."""
+
+    tar_size: int
+    digest: str
+    usable: dict[str, int]
 
 
 COLUMNS: dict[str, np.dtype[Any]] = {
@@ -164,15 +188,44 @@ def _to_index(path: str | Path, keys: list[str], first: list[int], rows: list[tu
     )
 
 
-def load_index(tar: str | Path) -> TarIndex:
-    """Read a tar's sidecar. Raises UserError when it is damaged or does not belong to the tar as it is now."""
-    path = index_path(tar)
-    raw = np.fromfile(path, dtype=np.uint8)
+def _damaged(path: Path, tar: str | Path, error: Exception) -> UserError:
+    return UserError(f"index {path} is damaged ({error}); build it again: python -m data index {tar}")
+
+
+def _header(raw: bytes) -> tuple[dict[str, Any], int]:
+    """(JSON header, where the columns begin) of the first bytes of a sidecar. Raises ValueError."""
+    if raw[:8] != MAGIC:
+        raise ValueError("wrong magic")
+    at = 16 + int.from_bytes(raw[8:16], "little")
+    if len(raw) < at:
+        raise ValueError("too short")
+    return json.loads(raw[16:at]), at
+
+
+def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
+    """The head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
+    path = sidecar or index_path(tar)
     try:
-        if bytes(raw[:8]) != MAGIC:
-            raise ValueError("wrong magic")
-        at = 16 + int.from_bytes(bytes(raw[8:16]), "little")
-        header = json.loads(bytes(raw[16:at]))
+        with path.open("rb") as file:
+            header, _ = _header(file.read(HEAD_BYTES))
+        if "usable" not in header:  # written before there were heads
+            return load_index(tar, path, check=False).head()
+        usable = {kind: int(header["usable"][kind]) for kind in KINDS}
+        return IndexHead(int(header["tar_size"]), str(header["digest"]), usable)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, UserError) else _damaged(path, tar, error) from None
+
+
+def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Path = "", check: bool = True) -> TarIndex:
+    """Map a tar's sidecar. Raises UserError when it is damaged or does not belong to the tar as it is now.
+
+    `local` is the file to compare it with where that is a copy; without `check` nothing is compared.
+    """
+    path = sidecar or index_path(tar)
+    try:
+        # A plain view: slices of a memmap object cost several times as much.
+        raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        header, at = _header(raw[:HEAD_BYTES].tobytes())
         columns = {}
         for name, dtype in COLUMNS.items():
             stop = at + dtype.itemsize * header["lengths"][name]
@@ -181,16 +234,28 @@ def load_index(tar: str | Path) -> TarIndex:
                 raise ValueError("too short")
             at = stop
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"index {path} is damaged ({error}); build it again: python -m data index {tar}") from None
-    size, digest = tar_digest(tar)
-    if size != header["tar_size"]:
-        raise UserError(
-            f"shard {tar} has {size} bytes but its index was built for {header['tar_size']}: the shard is truncated or "
-            f"was replaced; fetch it again, or if it is right: python -m data index {tar}"
-        )
-    if digest != header["digest"]:
+        raise _damaged(path, tar, error) from None
+    index = TarIndex(path=str(tar), tar_size=header["tar_size"], digest=header["digest"], **columns)
+    if check:
+        check_tar(index.path, index.tar_size, index.digest, local or tar)
+    return index
+
+
+def wrong_size(tar: str | Path, size: int, expected: int) -> UserError:
+    """What to say of a tar that is not as long as its index says."""
+    return UserError(
+        f"shard {tar} has {size} bytes but its index was built for {expected}: the shard is truncated or was replaced; "
+        f"fetch it again, or if it is right: python -m data index {tar}"
+    )
+
+
+def check_tar(tar: str, size: int, digest: str, local: str | Path) -> None:
+    """Raise UserError unless the tar (whose bytes are in `local`) is the one that was indexed."""
+    found, ends = tar_digest(local)
+    if found != size:
+        raise wrong_size(tar, found, size)
+    if ends != digest:
         raise UserError(f"shard {tar} changed after its index was built; build it again: python -m data index {tar}")
-    return TarIndex(path=str(tar), tar_size=size, digest=digest, **columns)
 
 
 def open_index(tar: str | Path) -> TarIndex:

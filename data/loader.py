@@ -9,142 +9,37 @@ delivered; what workers have read ahead is simply read again.
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, StepBatches
 from data.collate import Collate
-from data.errors import BadSample, BadSampleCounter, ContentError
-from data.plan import SAMPLE, Plan, Slot, dataset_seed, stream
-from data.reader import ShardReader
-from data.spec import Corpus, DatasetSpec, open_corpus
+from data.errors import BadSampleCounter, BadSampleLog
+from data.prefetch import Prefetcher
+from data.source import Failure, Source, StepDataset, StepSampler
+from data.spec import DatasetSpec
+from data.supply import Ahead, InTurn, Supply, WorkerLostError, Workers
+from data.watch import Board, warn
 from flamingo.errors import UserError
 
+__all__ = ["Batch", "MixLoader", "StepBatches"]
 STATE_VERSION = 1
-ATTEMPTS = 8  # replacements tried for a bad sample
-Place = tuple[int, int, int]  # dataset, step, micro-batch
-
-
-@dataclass(slots=True)
-class Source:
-    """A dataset with its shards opened and its order laid out; `origin` is the lane position of step 0."""
-
-    spec: DatasetSpec
-    corpus: Corpus
-    plan: Plan
-    origin: int = 0
-
-    @classmethod
-    def open(cls, spec: DatasetSpec, seed: int) -> Source:
-        """Open the shards. Raises UserError for a missing, truncated or changed one."""
-        corpus = open_corpus(spec)
-        plan = Plan(corpus.counts, dataset_seed(seed, spec.name), spec.batch_size, spec.lanes, spec.block)
-        return cls(spec, corpus, plan)
-
-    def lane_position(self, step: int) -> int:
-        """Samples that each lane has given before this step."""
-        return self.origin + step * self.plan.per_lane
-
-    def fingerprint(self, seed: int) -> dict[str, Any]:
-        """What the order depends on. Two runs with equal fingerprints have the same order of samples."""
-        indexes = self.corpus.indexes
-        digest = hashlib.sha256("".join(index.digest for index in indexes).encode()).hexdigest()[:16]
-        sizes = {"shards": len(indexes), "samples": self.plan.total, "shards_sha256": digest, "kind": self.spec.kind}
-        return {"seed": seed, "lanes": self.plan.lanes, "block": self.plan.block} | sizes
-
-
-@dataclass(slots=True)
-class Failure:
-    """A UserError on its way out of a worker: as an exception it would arrive wrapped in the worker's traceback."""
-
-    message: str
-
-
-class StepDataset(Dataset[Batch | Failure]):
-    """Map-style: (dataset, step, micro-batch) to that batch of this rank. Holds no state that matters."""
-
-    def __init__(
-        self, sources: Sequence[Source], collate: dict[str, Collate], rank: int, world: int, micro: int
-    ) -> None:
-        self.sources, self.collate = sources, collate
-        self.rank, self.world, self.micro = rank, world, micro
-        self.readers = [ShardReader(source.corpus.indexes) for source in sources]
-
-    def slots(self, place: Place) -> range:
-        """The slots of the global batch that make up this rank's micro-batch."""
-        size = self.sources[place[0]].spec.batch_size // (self.world * self.micro)
-        first = (self.rank * self.micro + place[2]) * size
-        return range(first, first + size)
-
-    def __getitem__(self, place: Place) -> Batch | Failure:
-        try:
-            return self._batch(place)
-        except UserError as error:
-            return Failure(str(error))
-
-    def _batch(self, place: Place) -> Batch:
-        source = self.sources[place[0]]
-        batch = Batch(source.spec.name, {}, [])
-        samples = []
-        for slot in self.slots(place):
-            lane, n = source.plan.place(slot, source.lane_position(place[1]))
-            samples.append(self._sample(place[0], lane, n, batch))
-        batch.tensors = self.collate[source.spec.name].batch(source.spec, samples)
-        return batch
-
-    def _sample(self, number: int, lane: int, n: int, batch: Batch) -> Any:
-        """Sample n of a lane, or, when its content is bad, what stands in for it; both are noted in the batch."""
-        source = self.sources[number]
-        for attempt in range(ATTEMPTS + 1):
-            at = source.plan.replacement(lane, n, attempt) if attempt else source.plan.at(lane, n)
-            row = source.corpus.row(at.shard, at.row)
-            index = source.corpus.indexes[at.shard]
-            try:
-                raw = self.readers[number].sample(at.shard, row)
-                random = stream(source.plan.seed, SAMPLE, at.epoch, at.shard, row)
-                sample = self.collate[source.spec.name].sample(source.spec, raw, random)
-            except ContentError as error:
-                bad = BadSample(source.spec.name, error.reason, index.path, index.key(row), error.detail)
-                batch.bad.append(bad)
-                continue
-            batch.keys.append(raw.key)
-            return sample
-        raise UserError(
-            f"dataset {source.spec.name!r}: a sample and its {ATTEMPTS} replacements were all bad, the last one key "
-            f"{bad.key!r} of {bad.shard}: {bad.reason}, {bad.detail}; find them with: python -m data verify"
-        )
-
-
-class StepSampler(Sampler[Place]):
-    """The places of all batches from a step on, without end: step by step, dataset by dataset."""
-
-    def __init__(self, start: int, datasets: int, micro: int) -> None:
-        self.start, self.datasets, self.micro = start, datasets, micro
-
-    def __iter__(self) -> Iterator[Place]:
-        step = self.start
-        while True:
-            for dataset in range(self.datasets):
-                yield from ((dataset, step, micro) for micro in range(self.micro))
-            step += 1
-
-
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 class MixLoader:
     """Iterate to get a `StepBatches` for every step, from the step after the last one delivered, without end.
 
     `collate` serves all datasets, or is a dictionary by dataset name. `rank` and `world_size` are those of the data
-    parallel group (they are never read from the environment). With `num_workers=0` batches are made in this process.
+    parallel group (they are never read from the environment). With `num_workers=0` batches are made in this process, by
+    a thread that is `prefetch_factor` steps ahead (0: when they are asked for). `bad_samples` is a file that gets a
+    JSON line for every replaced sample. When no batch comes for `patience` seconds a line on stderr names rank, worker
+    and shard; after `give_up` seconds the run stops with it.
+
     Raises UserError before the first batch for shards that are missing, truncated or changed, and for batch sizes that
-    cannot be divided.
+    cannot be divided; later for reads that keep failing, too many bad samples, and a worker that hangs or is killed.
     """
 
     def __init__(
@@ -161,6 +56,9 @@ class MixLoader:
         prefetch_factor: int = 2,
         pin_memory: bool = False,
         max_bad_rate: float = 0.02,
+        bad_samples: str | Path | None = None,
+        patience: float = 60.0,
+        give_up: float = 1800.0,
     ) -> None:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
@@ -171,38 +69,66 @@ class MixLoader:
                     f"dataset {spec.name!r}: batch_size={spec.batch_size} cannot be divided among {world_size} "
                     f"processes x {micro_batches} micro-batches; use a multiple of {world_size * micro_batches}"
                 )
-        self.seed, self.step = seed, start_step
-        self.sources = [Source.open(spec, seed) for spec in specs]
         by_name = collate if isinstance(collate, dict) else dict.fromkeys(names, collate)
-        self.dataset = StepDataset(self.sources, by_name, rank, world_size, micro_batches)
+        for spec in specs:
+            if spec.pack and not getattr(by_name[spec.name], "can_pack", False):
+                raise UserError(f"dataset {spec.name!r}: pack={spec.pack} is for rows of Flamingo only; use pack=0")
+        self.seed, self.step = seed, start_step
+        self.sources = [Source.open(spec, seed, rank, world_size) for spec in specs]
+        self.dataset = StepDataset(self.sources, by_name, rank, world_size, micro_batches, Board(num_workers))
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.patience, self.give_up = patience, give_up
         self.bad = BadSampleCounter(max_bad_rate)
+        self.log = BadSampleLog(Path(bad_samples), rank) if bad_samples is not None else None
 
     def __iter__(self) -> Iterator[StepBatches]:
         micro = self.dataset.micro
-        arriving = iter(
-            DataLoader(
-                self.dataset,
-                batch_size=None,
-                sampler=StepSampler(self.step, len(self.sources), micro),
-                num_workers=self.num_workers,
-                worker_init_fn=_one_thread,
-                prefetch_factor=self.prefetch_factor if self.num_workers else None,
-                pin_memory=self.pin_memory,
-                collate_fn=_as_it_is,
-                generator=torch.Generator(),  # or it would draw from the global one
-            )
-        )
-        try:
+        if self.log is not None:
+            self.log.start(self.step)
+        with closing(self._supply()) as supply, closing(Prefetcher(self.dataset)) as prefetcher:
             while True:
                 step = self.step
+                prefetcher.advance(step)
                 batches = {
-                    source.spec.name: [self._checked(next(arriving)) for _ in range(micro)] for source in self.sources
+                    source.spec.name: [self._checked(self._taken(supply)) for _ in range(micro)]
+                    for source in self.sources
                 }
+                if self.log is not None:
+                    self.log.write(step, (bad for pieces in batches.values() for piece in pieces for bad in piece.bad))
                 self.step = step + 1
                 yield StepBatches(step, batches)
-        finally:
-            del arriving  # ends the workers now, not when the last traceback that knows them is collected
+
+    def _supply(self) -> Supply:
+        sampler = StepSampler(self.step, len(self.sources), self.dataset.micro)
+        if self.num_workers:
+            return Workers(
+                self.dataset, sampler, self.num_workers, self.prefetch_factor, self.pin_memory, self.patience
+            )
+        if self.prefetch_factor:
+            depth = self.prefetch_factor * len(self.sources) * self.dataset.micro
+            return Ahead(self.dataset.__getitem__, iter(sampler), depth, self.patience)
+        return InTurn(self.dataset.__getitem__, iter(sampler))
+
+    def _taken(self, supply: Supply) -> Batch | Failure:
+        """The next batch; says what is waited for, and at last gives up."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return supply.take()
+            except TimeoutError:
+                waited = time.monotonic() - begun
+                report = (
+                    f"no batch for {waited:.0f} s; {self.dataset.board.report(self.dataset.rank, self.dataset.name)}"
+                )
+                if waited >= self.give_up:
+                    raise UserError(f"{report}; the run stops (limit {self.give_up:.0f} s)") from None
+                warn(report)
+            except WorkerLostError as error:
+                report = self.dataset.board.report(self.dataset.rank, self.dataset.name)
+                raise UserError(
+                    f"a loader process ended: {str(error).split(' This might be')[0]}; {report}; if memory ran out use "
+                    "fewer workers, else look at that sample: python -m data verify"
+                ) from None
 
     def _checked(self, item: Batch | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -247,17 +173,7 @@ class MixLoader:
         """(dataset, shard, key) of the global batch of a step, all ranks, before any replacement of bad samples."""
         found = []
         for source in self.sources:
-            for at in self.slots(source, step):
+            for at in source.slots(step):
                 index = source.corpus.indexes[at.shard]
                 found.append((source.spec.name, index.path, index.key(source.corpus.row(at.shard, at.row))))
         return found
-
-    @staticmethod
-    def slots(source: Source, step: int) -> list[Slot]:
-        """The samples of the global batch of a step in one dataset."""
-        start = source.lane_position(step)
-        return [source.plan.at(*source.plan.place(slot, start)) for slot in range(source.spec.batch_size)]
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -61,22 +61,20 @@ class Plan:
     batch_size: int
     lanes: int
     block: int = 16
+    total: int = field(init=False)  # N, valid samples in an epoch
     length: int = field(init=False)  # L, samples of a lane in an epoch
+    drawn: int = field(init=False, default=0)  # numbers that were permuted so far: the work of finding samples
     _epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(init=False, repr=False)
     _segments: OrderedDict[tuple[int, ...], NDArray[np.uint32]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.lanes < 1 or self.batch_size % self.lanes:
             raise UserError(f"batch size {self.batch_size} is not a multiple of the number of lanes {self.lanes}")
+        self.total = int(self.counts.sum())
         if self.total == 0:
             raise UserError("the dataset has no samples")
         self.length = -(-self.total // self.lanes)
         self._epochs, self._segments = OrderedDict(), OrderedDict()
-
-    @property
-    def total(self) -> int:
-        """N, valid samples in an epoch."""
-        return int(self.counts.sum())
 
     @property
     def per_lane(self) -> int:
@@ -87,6 +85,7 @@ class Plan:
         """(order of the shards (S,), where each begins on the line (S + 1,))."""
         if epoch not in self._epochs:
             order = stream(self.seed, SHARDS, epoch).permutation(len(self.counts))
+            self.drawn += len(order)
             self._epochs[epoch] = order, np.concatenate([[0], np.cumsum(self.counts[order])])
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
@@ -106,6 +105,7 @@ class Plan:
         key = (epoch, lane, first)
         if key not in self._segments:
             self._segments[key] = stream(self.seed, BLOCK, *key).permutation(last - first).astype(np.uint32)
+            self.drawn += last - first
             while len(self._segments) > 2 * self.lanes:
                 self._segments.popitem(last=False)
         self._segments.move_to_end(key)
@@ -123,6 +123,14 @@ class Plan:
         at = lane * self.length + offset
         first, last = self._segment(epoch, lane, at)
         return self._locate(epoch, first + int(self._permutation(epoch, lane, first, last)[at - first]))
+
+    def segment_shards(self, lane: int, n: int) -> tuple[list[int], int]:
+        """(the shards that sample n of a lane and its neighbours are permuted over, the n at which the next begin)."""
+        epoch, offset = divmod(n, self.length)
+        first, last = self._segment(epoch, lane, lane * self.length + offset)
+        order, starts = self._epoch(epoch)
+        inside = np.searchsorted(starts, [first % self.total, (last - 1) % self.total], "right") - 1
+        return order[inside[0] : inside[1] + 1].tolist(), epoch * self.length + last - lane * self.length
 
     def place(self, slot: int, lane_position: int) -> tuple[int, int]:
         """(lane, n) of a slot of the global batch that begins when each lane has given `lane_position` samples."""

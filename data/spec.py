@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from data.index import JSON, TEXT, TarIndex, open_index
+from data.cache import ShardCache
+from data.corpus import Corpus, open_shards, resolve_shards
+from data.index import KINDS
+from data.mmc4 import Mmc4Rule
 from data.page import Text
 from data.plan import default_lanes
 from data.reader import ShardReader
-from data.schema import MANIFEST, read_manifest
 from data.windows import LABEL_POLICIES, WINDOWS
 from flamingo.errors import UserError
 
-KINDS = ("interleaved", "pairs", "text")
+__all__ = ["KINDS", "REDUCTIONS", "Corpus", "DatasetSpec", "open_corpus", "page_texts", "reader_of", "resolve_shards"]
+REDUCTIONS = ("token_mean", "sequence_sum")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +28,7 @@ class DatasetSpec:
 
     name: str
     shards: list[str]
-    """Tars, folders of tars, or glob patterns, used in this order (a folder's or a pattern's by name)."""
+    """Tars, folders of tars, glob or brace patterns, URLs; used in this order (a folder's or a pattern's by name)."""
     batch_size: int
     """Samples of a global batch: of all processes and micro-batches together."""
     weight: float = 1.0
@@ -48,9 +46,23 @@ class DatasetSpec:
     labels: str = "text"
     """"text" (every text token, EOC and EOS) or "openflamingo" (only from an <image> to its EOC)."""
     window: str = "random"
-    """Where a row begins in a page that is too long: at a "random" token or at the "start"."""
+    """Where a row begins in a page (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
     flip: bool = False
-    """Mirror each picture with probability 1/2. Wrong where the text says left or right, or has letters."""
+    """Mirror each picture with probability 1/2, but none of a page whose text says left or right. Wrong for letters."""
+    space_probability: float = 0.0
+    """Share of the rows whose first text gets one space in front (the paper: 0.5 on its pairs)."""
+    frame_rate: float = 0.0
+    """Frames a second taken of a clip that says its own rate (the paper: 1); 0: every stored frame."""
+    reduction: str = "token_mean"
+    """What a loss is divided by: "token_mean", the labels of the batch; "sequence_sum", its samples (the paper)."""
+    pack: int = 0
+    """Put the samples of a micro-batch together in rows of at most this many tokens; 0: a row a sample."""
+    similarity: float = 0.24
+    """Least similarity of a picture to its sentence, in open_flamingo's MMC4 shards (not scaled by 100)."""
+    cache: str = ""
+    """Folder on this machine's disk for copies of remote shards; the datasets and ranks of a machine may share it."""
+    cache_gb: float = 100.0
+    """Most bytes in that folder, in units of 1e9."""
     lanes: int = 0
     """Lanes of the order (see data.plan); 0: the greatest common divisor of the batch size and 64."""
     block: int = 16
@@ -68,6 +80,12 @@ class DatasetSpec:
             (self.max_images < 0, f"max_images={self.max_images} must not be negative"),
             (self.max_frames < 1, f"max_frames={self.max_frames} must be at least 1"),
             (self.block < 1, f"block={self.block} must be at least 1"),
+            (self.reduction not in REDUCTIONS, f"reduction={self.reduction!r} must be one of {', '.join(REDUCTIONS)}"),
+            (0 < self.pack < self.max_tokens or self.pack < 0, f"pack={self.pack} must be 0 or at least max_tokens"),
+            (self.frame_rate < 0, f"frame_rate={self.frame_rate} must not be negative"),
+            (self.similarity > 1, f"similarity={self.similarity} must be at most 1 (0.24, not 24)"),
+            (self.cache_gb <= 0, f"cache_gb={self.cache_gb} must be above 0"),
+            (not 0 <= self.space_probability <= 1, f"space_probability={self.space_probability} must be from 0 to 1"),
             (
                 not 0 <= self.next_image_probability <= 1,
                 f"next_image_probability={self.next_image_probability} must be between 0 and 1",
@@ -81,76 +99,34 @@ class DatasetSpec:
             if bad:
                 raise UserError(f"dataset {self.name!r}: {message}")
 
-
-@dataclass(slots=True)
-class Corpus:
-    """The opened shards of a dataset: their indexes, and for each the rows that count (None: all)."""
-
-    indexes: list[TarIndex]
-    valid: list[NDArray[np.int64] | None] = field(repr=False)
-
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        """(S,) samples that count, for each shard."""
-        return np.array(
-            [len(index) if rows is None else len(rows) for index, rows in zip(self.indexes, self.valid, strict=True)],
-            dtype=np.int64,
-        )
-
-    def row(self, shard: int, number: int) -> int:
-        """The row in the shard of its sample `number` among those that count."""
-        rows = self.valid[shard]
-        return number if rows is None else int(rows[number])
+    def divisor(self, labels: float) -> float:
+        """What the sum of the token losses of a global batch with so many labels is divided by."""
+        return float(self.batch_size) if self.reduction == "sequence_sum" else max(1.0, labels)
 
 
-def resolve_shards(patterns: list[str], *, owner: str = "") -> list[str]:
-    """Tars, folders and patterns to a list of tars. Raises UserError for one that leads to no shard."""
-    found: list[str] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            if (path / MANIFEST).exists():
-                parts = read_manifest(path)["parts"].values()
-                more = sorted(str(path / entry["name"]) for part in parts for entry in part["shards"])
-            else:
-                more = sorted(str(tar) for tar in path.glob("*.tar"))
-        elif any(c in pattern for c in "*?["):
-            more = sorted(glob.glob(pattern))  # noqa: PTH207 (the pattern may be absolute)
-        else:
-            more = [pattern]
-        if not more:
-            raise UserError(f"{owner}no shards in {pattern}: prepare the data first, or correct the path")
-        for shard in more:
-            if not Path(shard).exists():
-                raise UserError(f"{owner}shard {shard} does not exist; prepare the data first, or correct the path")
-        found += more
-    return found
+def open_corpus(spec: DatasetSpec, rank: int = 0, world: int = 1) -> Corpus:
+    """Open a dataset's shards; each rank checks its share of them, so together all, before anything trains.
+
+    Raises UserError, naming the dataset and the shard.
+    """
+    owner = f"dataset {spec.name!r}: "
+    paths = resolve_shards(spec.shards, owner=owner)
+    cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9)) if spec.cache else None
+    return open_shards(paths, spec.kind, owner=owner, share=(rank, world), cache=cache)
 
 
-def valid_rows(index: TarIndex, kind: str) -> NDArray[np.int64] | None:
-    """Rows that a dataset of this kind can use, None when it is all of them."""
-    texts = index.rows_with(JSON) | index.rows_with(TEXT)
-    pictures = index.pictures_per_row > 0
-    usable = {"interleaved": texts | pictures, "pairs": texts & pictures, "text": texts}[kind]
-    return None if usable.all() else np.flatnonzero(usable)
-
-
-def open_corpus(spec: DatasetSpec) -> Corpus:
-    """Open and check every shard of a dataset before anything trains. Raises UserError, naming the shard."""
-    indexes = [open_index(shard) for shard in resolve_shards(spec.shards, owner=f"dataset {spec.name!r}: ")]
-    corpus = Corpus(indexes, [valid_rows(index, spec.kind) for index in indexes])
-    if corpus.counts.sum() == 0:
-        raise UserError(f"dataset {spec.name!r} has no sample of kind {spec.kind!r} in its {len(indexes)} shards")
-    return corpus
+def reader_of(spec: DatasetSpec, corpus: Corpus) -> ShardReader:
+    """A reader for a dataset's shards."""
+    return ShardReader(corpus.indexes, local=corpus.local, mmc4=Mmc4Rule(similarity=spec.similarity))
 
 
 def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
     """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
     for spec in specs:
         corpus = open_corpus(spec)
-        reader = ShardReader(corpus.indexes)
+        reader = reader_of(spec, corpus)
         for shard, rows in enumerate(corpus.counts):
             for number in range(rows):
-                nodes = reader.sample(shard, corpus.row(shard, number)).nodes
+                nodes = reader.sample(shard, corpus.row(shard, number), pictures=False).nodes
                 yield "".join(node.text for node in nodes if isinstance(node, Text))
         reader.close()

@@ -16,6 +16,7 @@ from flamingo.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 ZEROS = bytes(512)
+LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
     for magic, kind in COMPRESSED.items():
         if view[: len(magic)] == magic:
             raise UserError(f"shard {path} is {kind}-compressed; decompress it first (offsets need a plain tar)")
+    if view[: len(LFS)] == LFS:
+        raise UserError(f"shard {path} is no tar but a Git-LFS pointer to one; fetch the shard itself: git lfs pull")
     end, at = len(view), 0
     common: dict[str, str] = {}  # PAX records for all members that follow
     own: dict[str, str] = {}  # and for the next one

@@ -45,7 +45,7 @@ class VisionConfig:
     std: Sequence[float] = OPENAI_STD
     """Standard deviation per channel, on the scale 0 to 1."""
     resize_mode: str = "crop"
-    """How a picture becomes square: "squash", "crop" (the centre) or "pad"."""
+    """How a picture becomes square: "squash", "crop" (the centre), "pad" or "pad_mean"."""
     class_token: bool = False
     """True: the encoder's class (and register) tokens stand in front of the patch tokens, as in IDEFICS."""
     final_norm: bool = False
@@ -58,7 +58,7 @@ class VisionConfig:
             plain = self.arch.get("vision_cfg", {}).get("width") or self.arch.get("hidden_size")
             self.width = int(plain or 0)  # timm towers do not say; `backbones.load_vision` runs them once
         _choice("vision_config.kind", self.kind, VISION_KINDS)
-        _choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad"))
+        _choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad", "pad_mean"))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as tv  # type: ignore[import-un
 from flamingo.config import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
 
+MODES = ("squash", "crop", "pad", "pad_mean")
 Picture = Any
 """PIL image, path, bytes of a file, (h, w, 3) uint8 array, (3, h, w) uint8 tensor; a list of them is a clip."""
 
@@ -33,7 +34,7 @@ class ImageTransform:
     """Make a picture `size` pixels square; `mean` and `std` are the encoder's, kept here for the record.
 
     `mode`: "squash" ignores the shape; "crop" scales the shorter side and keeps the centre; "pad" scales the longer
-    side and fills with black.
+    side and fills with black, "pad_mean" with the encoder's mean (Flamingo; nothing, once it is normalised).
     """
 
     size: int
@@ -43,8 +44,8 @@ class ImageTransform:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("squash", "crop", "pad"):
-            raise UserError(f"image mode {self.mode!r} must be squash, crop or pad")
+        if self.mode not in MODES:
+            raise UserError(f"image mode {self.mode!r} must be one of {', '.join(MODES)}")
         if self.interpolation not in ("bicubic", "bilinear", "nearest"):
             raise UserError(f"interpolation {self.interpolation!r} must be bicubic, bilinear or nearest")
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -63,9 +64,10 @@ class ImageTransform:
         out = tv.resize(picture, target, interpolation=way, antialias=self.interpolation != "nearest")
         if self.mode == "crop":
             out = tv.center_crop(out, [self.size, self.size])
-        elif self.mode == "pad":
+        elif self.mode in ("pad", "pad_mean"):
             left, top = (self.size - target[1]) // 2, (self.size - target[0]) // 2
-            out = tv.pad(out, [left, top, self.size - target[1] - left, self.size - target[0] - top])
+            fill = [round(255 * value) for value in self.mean] if self.mode == "pad_mean" else 0
+            out = tv.pad(out, [left, top, self.size - target[1] - left, self.size - target[0] - top], fill=fill)
         return out
 
     @staticmethod

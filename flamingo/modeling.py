@@ -34,6 +34,7 @@ from flamingo.language import Call, CallState, attach, new_tokens_for
 from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.media_cache import MediaCache, PictureInputs, check_counts
+from flamingo.packing import check_packs, packed_mask, packed_positions
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -123,6 +124,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         position_ids: Int[Tensor, "B T"] | None = None,
         media_features: Float[Tensor, "J L E"] | None = None,
         media_cache: MediaCache | None = None,
+        sequence_ids: Int[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
         skip_logits: bool | None = None,
@@ -143,6 +145,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             past_key_values: the cache of earlier calls; it remembers their pictures too.
             use_cache: make and return such a cache; off by default in training and with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
+            sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
             logits_to_keep: only the last so many positions' logits; 0 all.
             skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
@@ -152,6 +155,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Raises:
             UserError: the pictures do not match the counts or the `<image>` tags (names the row).
         """
+        if sequence_ids is not None:
+            check_packs(self, phi, past_key_values, use_cache)
+            attention_mask, position_ids = packed_mask(self, sequence_ids), packed_positions(sequence_ids)
+            use_cache = False
         pictures = PictureInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:

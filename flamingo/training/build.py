@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,10 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         cross_attention=asdict(model.cross_attention),
         **options,
     )
+    if vision.resize_mode:  # of the processor, and of the model's config, which is what a saved folder remembers
+        flamingo, processor = built
+        processor.image_transform = replace(processor.image_transform, mode=vision.resize_mode)
+        flamingo.config.vision_config["resize_mode"] = vision.resize_mode
     return built
 
 

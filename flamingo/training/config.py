@@ -32,6 +32,8 @@ class VisionSource:
     """open_clip's tag of the weights, such as `openai`; none for a folder."""
     config: dict[str, Any] | None = None
     """open_clip's own model description: `embed_dim`, `vision_cfg`, `text_cfg`."""
+    resize_mode: str | None = None
+    """How a picture becomes square: `squash`, `crop`, `pad`, `pad_mean` (the paper); none: as the encoder's own."""
 
 
 @dataclass(kw_only=True, slots=True)

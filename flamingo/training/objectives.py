@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "phi")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "phi", "sequence_ids")
 IGNORE = -100
 
 

@@ -1,0 +1,183 @@
+"""Runs the measurements, in turn so that a busy machine meets both sides alike, and prints what was found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.bench.material import Material, write
+from flamingo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same pages, raw members"))
+# What the loader promises: documents a second and core beside the peer, and absolute limits.
+LEAST_RATIO = {"mmc4": 3.0, "pairs": 2.5}
+MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 100_000, 0.95
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m data bench`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="shards and results")
+    parser.add_argument("--documents", type=int, default=480)
+    parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each side is measured")
+    parser.add_argument("--workers", type=int, default=1, help="processes of each loader")
+    parser.add_argument("--count", type=int, default=20, help="batches of a measurement")
+    parser.add_argument("--without-peer", action="store_true", help="measure this loader only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; status 1 when a promise is not kept."""
+    if min(args.documents, args.pairs, args.rounds, args.workers, args.count) < 1:
+        raise UserError("bench: --documents, --pairs, --rounds, --workers and --count must be at least 1")
+    if not args.without_peer:
+        from data.bench.peer import module
+
+        module()  # says at once when it is not there
+    material = write(args.out, args.documents, args.pairs, shards=4)
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for turn in range(args.rounds):
+        for what, _ in WORK:
+            for who in ("ours",) if what == "raw" or args.without_peer else ("peer", "ours"):
+                found.setdefault((who, what), []).append(measured(who, what, args))
+                print(f"round {turn + 1} of {args.rounds}: {who} {what}", file=sys.stderr, flush=True)
+    rows = speed_rows(found)
+    rows += limit_rows(material, found)
+    (args.out / "bench.json").write_text(json.dumps([row[:-1] for row in rows], indent=1))
+    print(f"{'':46} {'peer':>10} {'ours':>10} {'ratio':>7}  {'promised':>14}")
+    for label, peer, ours, ratio, promise, kept in rows:
+        print(f"{label:46} {peer:>10} {ours:>10} {ratio:>7}  {promise:>14}  {'' if kept else 'NOT KEPT'}")
+    return 0 if all(kept for *_, kept in rows) else 1
+
+
+def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
+    """One measurement in a fresh process. Raises UserError with its last words when it fails."""
+    options = {"--workers": args.workers, "--count": args.count, "--batch": 64 if what == "pairs" else 16}
+    command = [sys.executable, "-m", "data.bench.measure", who, what, str(args.out.resolve())]
+    command += [str(part) for option in options.items() for part in option]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+        raise UserError(f"the measurement of {who} on {what} failed: {last}")
+    result: dict[str, float] = json.loads(lines[-1])
+    return result
+
+
+Row = tuple[str, str, str, str, str, bool]
+"""Label, peer, ours, ratio, what is promised, whether it is kept."""
+
+
+def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
+    """Documents and pictures a second and core, by the median over the rounds, and private memory."""
+    rows: list[Row] = []
+    for what, label in WORK:
+        for count in ("documents", "pictures"):
+            rates = {
+                who: statistics.median(one[count] / one["cpu"] for one in found[who, what])
+                for who in ("peer", "ours")
+                if (who, what) in found
+            }
+            peer, ours = rates.get("peer"), rates["ours"]
+            least = LEAST_RATIO.get(what) if count == "documents" and peer else None
+            name = "seen pictures" if count == "pictures" else count
+            rows.append(
+                (
+                    f"{label}: {name}/s/core",
+                    f"{peer:.1f}" if peer else "",
+                    f"{ours:.1f}",
+                    f"{ours / peer:.2f}" if peer else "",
+                    f">= {least}x" if least else "",
+                    least is None or peer is None or ours / peer >= least,
+                )
+            )
+    for what, label in WORK:
+        most = {w: max(one["private"] for one in found[w, what]) for w in ("peer", "ours") if (w, what) in found}
+        peer_memory = f"{most['peer'] / 1e6:.0f}" if "peer" in most else ""
+        kept = most["ours"] <= MOST_PRIVATE
+        rows.append((f"{label}: private MB a worker", peer_memory, f"{most['ours'] / 1e6:.0f}", "", "<= 300", kept))
+    return rows
+
+
+def limit_rows(material: Material, found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
+    """Read amplification, index speed and packing fill."""
+    rows: list[Row] = []
+    for what, label in WORK:
+        ours = amplification(material, what)
+        rows.append((f"{label}: bytes read/delivered", "", f"{ours:.3f}", "", "<= 1.05", ours <= MOST_AMPLIFICATION))
+    for what, label in WORK[:1]:
+        if ("peer", what) in found:
+            theirs = found["peer", what]
+            whole = sum(path.stat().st_size for path in material.mmc4.glob("*.tar"))
+            documents = sum(
+                1 for line in material.mmc4.parent.glob("made-*") for _ in range(int(line.name.split("-")[1]))
+            )
+            each = statistics.median(one["read"] / one["documents"] for one in theirs) / (whole / documents)
+            rows.append((f"{label}: bytes read/kept, in the window", f"{each:.2f}", "", "", "", True))
+    rate = index_rate(material.mmc4.parent / "many.tar")
+    rows.append(("index: members/s", "", f"{rate:,.0f}", "", ">= 100,000", rate >= LEAST_INDEX_RATE))
+    fill, plain = fills(material)
+    rows.append(("pairs: share of places that are tokens", "", f"{plain:.3f}", "", "", True))
+    rows.append(
+        ("the same, packed in rows of 256", "", f"{fill:.3f}", f"{fill / plain:.2f}", ">= 0.95", fill >= LEAST_FILL)
+    )
+    return rows
+
+
+def amplification(material: Material, what: str) -> float:
+    """Bytes that one pass over the data reads, over the bytes of the samples that it delivers."""
+    from data.bench.ours import collate_of, spec_of
+    from data.loader import MixLoader
+
+    loader = MixLoader([spec_of(material, what, 16)], collate_of(material, 64), prefetch_factor=0)
+    for _ in islice(loader, 12):
+        pass
+    source, reader = loader.sources[0], loader.dataset.readers[0]
+    delivered = 0
+    for step in range(12):
+        for slot in source.slots(step):
+            index = source.corpus.indexes[slot.shard]
+            delivered += sum(size for *_, size in index.members(source.corpus.row(slot.shard, slot.row)))
+    return reader.bytes_read / delivered
+
+
+def index_rate(path: Path, samples: int = 40_000) -> float:
+    """Members a second of building an index, of pairs of three small members."""
+    import io
+    import tarfile
+
+    from data.index import build_index
+
+    if not path.exists():
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(samples):
+                for suffix in ("jpg", "txt", "json"):
+                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    info.size = 400
+                    tar.addfile(info, io.BytesIO(bytes(400)))
+    times = []
+    for _ in range(3):
+        begun = time.process_time()
+        built = build_index(path)
+        times.append(time.process_time() - begun)
+    return len(built.offset) / min(times)
+
+
+def fills(material: Material) -> tuple[float, float]:
+    """(packed, plain) share of the places of batches of pairs that are tokens."""
+    from data.bench.ours import collate_of, spec_of
+    from data.loader import MixLoader
+
+    shares = []
+    for pack in (256, 0):
+        spec: Any = spec_of(material, "pairs", 128, pack=pack)
+        loader = MixLoader([spec], collate_of(material, 32), prefetch_factor=0)
+        shares.append(statistics.mean(step.batches["pairs"][0].fill for step in islice(loader, 5)))
+    return shares[0], shares[1]

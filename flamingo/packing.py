@@ -1,0 +1,78 @@
+"""Several sequences in one row of a batch, each of which sees itself alone.
+
+    tokens      a  b  c  d  e  f  -
+    sequence    1  1  1  2  2  3  0        0 is padding
+    position    0  1  2  0  1  0  0
+
+What is notable: the mask is given whole, (B, 1, T, T), which transformers' language models pass through to their
+attention as it is. A language model that makes its mask in another way is refused, and so are rows longer than its
+sliding window: in both a sequence would silently see what it should not.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from flamingo.errors import UserError
+
+ATTENTIONS = ("sdpa", "eager")  # the others take no mask of ones own
+
+
+def packed_positions(sequence_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return each token's place in its own sequence; padding (0) is one more sequence."""
+    place = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
+    first = torch.ones_like(sequence_ids, dtype=torch.bool)
+    first[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    return place - (place * first).cummax(dim=1).values
+
+
+def packed_mask(model: Any, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B 1 T T"]:
+    """Return who may see whom, as the LM's attention takes it: earlier tokens of the own sequence, and oneself.
+
+    `model` is a FlamingoForConditionalGeneration. Raises UserError when the rows are longer than the LM's window.
+    """
+    config = model.language_model.config.get_text_config(decoder=True)
+    length, window = sequence_ids.shape[1], getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        raise UserError(
+            f"rows of {length} tokens cannot be packed for {type(model.language_model).__name__}, whose sliding window "
+            f"has {window}; use pack={window}"
+        )
+    same = sequence_ids[:, :, None] == sequence_ids[:, None, :]
+    seen = same.tril()[:, None]
+    if config._attn_implementation == "sdpa":
+        return seen
+    dtype = model.language_model.dtype  # eager attention adds the mask to its scores
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def check_packs(model: Any, phi: Tensor | None, past_key_values: Any, use_cache: bool | None) -> None:
+    """Raise UserError unless packed sequences stay apart in this model and call.
+
+    `model` is a FlamingoForConditionalGeneration.
+    """
+    lm = model.language_model
+    config = lm.config.get_text_config(decoder=True)
+    name = type(lm).__name__
+    if phi is None:
+        raise UserError("packed rows (sequence_ids) need phi: counted from the row's tags it would cross sequences")
+    if past_key_values is not None or use_cache:
+        raise UserError("packed rows (sequence_ids) have no cache; leave out past_key_values and use_cache")
+    if model.config.attend_all_previous:
+        raise UserError("rows cannot be packed with attend_all_previous: a token would see other sequences' pictures")
+    if config._attn_implementation not in ATTENTIONS:
+        raise UserError(
+            f"rows cannot be packed with attn_implementation={config._attn_implementation!r}; use one of "
+            f"{', '.join(ATTENTIONS)}, or pack=0"
+        )
+    if (
+        not model._lm_takes_positions
+        or getattr(config, "alibi", False)
+        or not hasattr(sys.modules[type(lm).__module__], "create_causal_mask")
+    ):
+        raise UserError(f"rows cannot be packed for {name}: it does not keep packed sequences apart; use pack=0")

@@ -1,0 +1,147 @@
+"""open_flamingo's MMC4 shards in place: every picture beside its own sentence, where its own loader mixes them up."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.collate import FlamingoCollate
+from data.errors import ContentError
+from data.loader import MixLoader
+from data.mmc4 import Mmc4Rule, mmc4_page
+from data.page import Picture, Text
+from data.spec import DatasetSpec
+from tests.data.helpers import byte_processor, byte_tokenizer, encoded
+from tests.data.test_index import make_tar
+
+ALL = Mmc4Rule(similarity=-1.0, smallest=0)
+
+
+def line(places: list[int], sentences: int, **options: Any) -> dict[str, Any]:
+    """Picture n has brightness 20 n and belongs to sentence places[n], whose text says so."""
+    texts = ["no picture"] * sentences
+    matrix = np.full((len(places), sentences), 0.1)
+    infos = []
+    for number, place in enumerate(places):
+        value = 20 * number + 20
+        noisy = np.random.default_rng(number).integers(-3, 4, (120, 120, 3)) + value  # 10 kB at least, as it wants
+        image = Image.fromarray(noisy.astype(np.uint8))
+        texts[place] = str(value)
+        matrix[number, place] = 0.3
+        infos.append({"image_name": f"{number}.png", "image_base64": base64.b64encode(encoded(image, "PNG")).decode()})
+        infos[-1] |= options
+    return {"text_list": texts, "image_info": infos, "similarity_matrix": matrix.tolist()}
+
+
+PLACES = st.integers(1, 7).flatmap(lambda n: st.permutations(range(n + 2)).map(lambda order: list(order)[:n]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(places=PLACES)
+def test_every_picture_stands_before_its_own_sentence(places: list[int]) -> None:
+    nodes, pictures = mmc4_page(line(places, len(places) + 2), ALL)
+    assert len(pictures) == len(places)
+    for node, after in itertools.pairwise(nodes):
+        if isinstance(node, Picture):
+            image = Image.open(io.BytesIO(pictures[node.frames[0]].decode()))
+            assert isinstance(after, Text)
+            assert abs(float(np.asarray(image).mean()) - float(after.text)) < 2
+
+
+def slots(ids: list[int], images: torch.Tensor, tokenizer: Any) -> list[tuple[float, float]]:
+    """(brightness of the k-th picture, what the text behind the k-th tag says)."""
+    text = tokenizer.decode(ids)
+    said = [part.split("<|endofchunk|>")[0].split()[0] for part in text.split("<image>")[1:]]
+    return [(float(images[k].float().mean()), float(word)) for k, word in enumerate(said)]
+
+
+def test_open_flamingos_function_pairs_them_wrongly() -> None:
+    from data.bench.peer import SPECIAL, module
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL)
+    shim = {"additional_special_tokens": SPECIAL, "additional_special_tokens_ids": ids}
+    tokenizer.__class__ = type("WithSpecialTokens", (tokenizer.__class__,), shim)
+    code = module()
+    random.seed(0)
+    draw, wrong = np.random.default_rng(0), 0
+    for _ in range(12):
+        places = draw.permutation(6)[:4].tolist()
+        images, (text, _) = code.preprocess_interleaved(
+            [json.dumps(line(places, 6))],
+            tokenizer,
+            lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float(),
+            0.24,
+            1,
+            4,
+        )
+        pairs = slots(text[0].tolist(), images, tokenizer)
+        assert len(pairs) == 4
+        if places != sorted(places):
+            wrong += any(abs(shown - said) > 2 for shown, said in pairs)
+        else:
+            assert all(abs(shown - said) < 2 for shown, said in pairs)
+    assert wrong >= 10
+
+
+def test_its_shards_are_trained_on_in_place(tmp_path: Path) -> None:
+    lines = [line([4, 1, 3], 5), line([0], 2), line([2, 0], 4)]
+    shard = make_tar(
+        tmp_path / "000000000.tar", [(f"{n:032x}.json", json.dumps(x).encode()) for n, x in enumerate(lines)]
+    )
+    spec = DatasetSpec(name="d", shards=[str(shard)], batch_size=3, max_images=6)
+    processor = byte_processor()
+    batch = next(iter(MixLoader([spec], FlamingoCollate(processor)))).batches["d"][0]
+    checked = first = 0
+    for row, count in enumerate(batch.tensors["image_counts"].tolist()):
+        ids = batch.tensors["input_ids"][row].tolist()
+        pictures = batch.tensors["pixel_values"][first : first + count].flatten(1)
+        for shown, said in slots(ids, pictures, processor.tokenizer):
+            assert abs(shown - said) < 2
+            checked += 1
+        first += count
+    assert checked == 6
+
+
+def test_which_pictures_are_kept() -> None:
+    page = line([0, 1, 2], 3)
+    page["image_info"][0]["image_base64"] = "b'" + page["image_info"][0]["image_base64"] + "'"
+    del page["image_info"][1]["image_base64"]
+    page["similarity_matrix"][2][2] = 0.2
+    kept = mmc4_page(page, Mmc4Rule())[1]
+    assert [picture.decode()[:4] for picture in kept] == [b"\x89PNG"]
+    assert len(mmc4_page(page, Mmc4Rule(similarity=0.2))[1]) == 2
+    with pytest.raises(ContentError, match="no picture left: 3 pictures, none found"):
+        mmc4_page(page, Mmc4Rule(smallest=10**9))
+    matched = line([0, 1], 2, matched_text_index=0, matched_sim=0.3)
+    nodes, _ = mmc4_page(matched, ALL)
+    assert nodes[:2] == [Picture((0,)), Picture((1,))]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text_list": "x"}, "'text_list' is not a list of texts"),
+        ({"image_info": [5]}, "'image_info' is not a list of objects"),
+        ({"similarity_matrix": [["a", "b"]]}, "picture 0 has neither a row of 2 similarities nor a matched text"),
+        ({"similarity_matrix": None}, "picture 0 has neither a row of 2"),
+    ],
+)
+def test_wrong_types_are_said(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        mmc4_page(line([1], 2) | change, ALL)
+    with pytest.raises(ValueError, match="picture 0 belongs to sentence 7 of 2"):
+        mmc4_page(line([1], 2, matched_text_index=7), ALL)
