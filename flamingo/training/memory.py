@@ -63,20 +63,23 @@ class _RealIntegers(TorchDispatchMode):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if func.namespace == "c10d":
             self._traffic.see(func, args)
-        elif _whole(tensors, kwargs):
+        elif _whole(func, tensors, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _whole(tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
+def _whole(func: Any, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operator has to do with real integers only."""
-    if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
-        return False
     dtype = kwargs.get("dtype")
     if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
         return False
-    return all(not tensor.is_floating_point() for tensor in tensors) if tensors else dtype is not None
+    if tensors:
+        return not any(t.is_floating_point() or isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+    # Without a dtype these take that of their numbers; all other makers of tensors make floats.
+    numbers = args[:1] if func.overloadpacket is not torch.ops.aten.full else args[1:2]
+    of_numbers = func.overloadpacket in (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
+    return dtype is not None or (of_numbers and all(isinstance(number, int) for number in numbers))
 
 
 @contextmanager

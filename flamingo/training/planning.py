@@ -116,7 +116,7 @@ def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memo
     model, objective = meta_model(config)
     run = config.run
     if run.activation_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     batches = []
     for shape in datasets:
         one = batch_of(model, max(1, shape.rows // (processes * run.micro_batches)), shape)

@@ -154,7 +154,7 @@ def strategy_of(run: RunConfig, processes: int) -> Strategy | None:
 def place(model: nn.Module, run: RunConfig, processes: Processes, strategy: Strategy | None) -> nn.Module:
     """The model ready to train: recomputing, compiled and on its devices, in this order. What trains is fp32."""
     if run.activation_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     if run.compile:
         compile_layers(model)
     if strategy is None:
