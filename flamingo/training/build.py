@@ -189,13 +189,18 @@ def load_flamingo(folder: str) -> tuple[FlamingoForConditionalGeneration, Flamin
     return model, processor
 
 
-def say_fp32(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Where a written model has weights of several precisions, makes its config say fp32.
+def save_flamingo(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, weights: dict[str, Tensor], folder: Path
+) -> None:
+    """Writes a whole Flamingo of these weights; where they have several precisions, its config says fp32.
 
     transformers loads all weights in the config's one precision, for which it takes that of the first weight: frozen
     bf16 would round what has trained in fp32.
     """
-    if len({value.dtype for value in weights.values() if value.is_floating_point()}) > 1:
+    mixed = len({value.dtype for value in weights.values() if value.is_floating_point()}) > 1
+    model.save_pretrained(str(folder), state_dict=weights)  # which empties `weights`
+    processor.save_pretrained(str(folder))
+    if mixed:
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 

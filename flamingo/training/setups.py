@@ -106,9 +106,7 @@ def flamingo_setup(
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         merged = weights if adapters is None else lora.merge(weights, adapters)
-        flamingo.save_pretrained(str(folder), state_dict=merged)
-        build.say_fp32(folder, merged)
-        processor.save_pretrained(str(folder))
+        build.save_flamingo(flamingo, processor, merged, folder)
         if adapters is not None:
             lora.save_adapters(weights, adapters, "language_model.", folder / lora.ADAPTER)
 

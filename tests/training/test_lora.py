@@ -61,6 +61,7 @@ def test_targets_are_chosen_by_name_and_a_wrong_one_is_named() -> None:
         lora.add_adapters(lm, rank=2, alpha=2.0, targets=["c_attn"])
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
 def test_a_run_with_adapters_writes_a_model_that_needs_no_peft_and_the_adapters_beside_it(
     world: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
@@ -45,7 +45,7 @@ def run_of(family: str, **run: Any) -> TrainConfig:
 
 
 def measured(config: TrainConfig, processes: Processes) -> int:
-    """The most bytes that torch's allocator had given out in the second of two real updates."""
+    """The most bytes that torch's allocator had given out until the end of the second of two real updates."""
     torch.manual_seed(0)
     strategy = strategy_of(config.run, processes.size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -60,30 +60,28 @@ def measured(config: TrainConfig, processes: Processes) -> int:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = adamw([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.95), eps=1e-8)
         model.train()
-        for step in range(2):
-            with record_function(f"update {step}"):
-                batches = []
-                for shape in DATASETS:
-                    rows = shape.rows // processes.size // config.run.micro_batches
-                    batches += [batch_of(model, rows, shape)] * config.run.micro_batches
-                for number, batch in enumerate(batches):
-                    if strategy is not None:
-                        before_backward(model, strategy, last=number + 1 == len(batches))
-                    pixels = torch.zeros(batch["pixel_values"].shape, dtype=torch.uint8)
-                    objective.loss_sum(model, {**batch, "pixel_values": pixels}).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        for _ in range(2):
+            batches = []
+            for shape in DATASETS:
+                rows = shape.rows // processes.size // config.run.micro_batches
+                batches += [batch_of(model, rows, shape)] * config.run.micro_batches
+            for number, batch in enumerate(batches):
+                if strategy is not None:
+                    before_backward(model, strategy, last=number + 1 == len(batches))
+                pixels = torch.zeros(batch["pixel_values"].shape, dtype=torch.uint8)
+                objective.loss_sum(model, {**batch, "pixel_values": pixels}).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return highest(seen)
 
 
 def highest(seen: Any) -> int:
-    """The highest sum of allocations and releases after the second update began."""
-    events = seen.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "update 1")
+    """The highest sum of allocations less releases."""
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
-        peak = max(peak, live) if event.start_ns() >= begin else 0
+        peak = max(peak, live)
     return peak
 
 
@@ -109,7 +107,7 @@ def test_plan_of_one_process_is_what_is_measured(family: str, recompute: bool) -
 @pytest.mark.slow
 def test_plan_of_two_processes_is_what_is_measured(tmp_path: Path) -> None:
     configs = []
-    for family in LMS:
+    for family in ("gpt2", "llama", "mpt"):
         configs += [run_of(family), run_of(family, micro_batches=2, activation_checkpointing=True)]
         configs[-1].run.sharding.frozen = "replicate"
     configs += [run_of("llama", precision="bf16"), run_of("llama")]
