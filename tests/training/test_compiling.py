@@ -16,7 +16,7 @@ from flamingo.training.build import fsdp_units
 from flamingo.training.compiling import compile_layers, compiled_parts
 from flamingo.training.parallel import Processes, Strategy, shard, spawn, whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = [[0, 1], [2]]
 
 

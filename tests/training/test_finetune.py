@@ -19,7 +19,7 @@ from train import train
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "finetune.md").read_text()
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from flamingo.training.objectives import FlamingoObjective
 from flamingo.training.optim import adamw
 from flamingo.training.parallel import Processes, Strategy, before_backward, shard, spawn, whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = [0, 2, 1, 0]
 """Of `page`: two pictures, none, one, two. Where each process has one row, one of them has no picture."""

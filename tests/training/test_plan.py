@@ -105,6 +105,7 @@ def test_plan_of_one_process_is_what_is_measured(family: str, recompute: bool) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_plan_of_two_processes_is_what_is_measured(tmp_path: Path) -> None:
     configs = []
     for family in ("gpt2", "llama", "mpt"):
