@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,15 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
 
 
 def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memory:
-    """What a process of the run needs at the highest moment of an update."""
-    model, objective = meta_model(config)
+    """What a process of the run needs at the highest moment of an update.
+
+    Raises:
+        UserError: hybrid sharding over machines of unknown size, and what `meta_model` refuses.
+    """
     run = config.run
+    if run.parallel == "hybrid" and not run.sharding.size and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise UserError("a plan of run.parallel=hybrid needs run.sharding.size, the processes that share one copy")
+    model, objective = meta_model(config)
     if run.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     batches = []

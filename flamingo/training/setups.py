@@ -135,7 +135,8 @@ def strategy_of(run: RunConfig, processes: int) -> Strategy | None:
 
     Hybrid sharding keeps a copy on each machine unless `run.sharding.size` says otherwise.
     """
-    if run.parallel == "none" or (run.parallel == "auto" and run.precision == "fp32" and processes == 1):
+    needs_none = processes == 1 and run.precision == "fp32" and not run.sharding.cpu_offload
+    if run.parallel == "none" or (run.parallel == "auto" and needs_none):
         return None
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     return Strategy(

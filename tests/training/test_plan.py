@@ -160,3 +160,16 @@ def test_remedies_name_the_largest_part_first() -> None:
     less = memory_of(config, [Rows(64, 128, 3)], 1)
     assert less.parts["activations"] < memory.parts["activations"] / 2
     assert remedies(config, less)[0].startswith("run.micro_batches=2")
+
+
+def test_hybrid_sharding_keeps_a_copy_for_each_group() -> None:
+    config = run_of("llama", parallel="hybrid")
+    with pytest.raises(UserError, match=r"needs run\.sharding\.size"):
+        memory_of(config, [Rows(8, 64, 1)], 8)
+    config.run.sharding.size = 2
+    hybrid = memory_of(config, [Rows(8, 64, 1)], 8)
+    config.run.parallel, config.run.sharding.size = "fsdp", 0
+    full = memory_of(config, [Rows(8, 64, 1)], 8)
+    assert hybrid.parts["optimizer"] > 3.5 * full.parts["optimizer"]
+    assert hybrid.traffic.calls["all-reduce"] == hybrid.traffic.calls["reduce-scatter"]
+    assert full.traffic.calls["all-reduce"] == 0
