@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,17 +34,19 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
+from data.enough import too_small
 from data.loader import MixLoader
 from data.spec import DatasetSpec, page_texts
 from flamingo.errors import UserError
-from flamingo.training import build, state
+from flamingo.training import planning, state
+from flamingo.training.checks import unavailable
 from flamingo.training.config import TrainConfig, flatten
 from flamingo.training.curves import draw_losses
 from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
-from flamingo.training.optim import lr_scale, parameter_groups, set_lr
-from flamingo.training.parallel import leave, set_threads, shard, start_processes, stop_processes, whole
+from flamingo.training.optim import lr_scale, optimizer_of, set_lr
+from flamingo.training.parallel import before_backward, leave, set_threads, start_processes, stop_processes, whole
 from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values, same_backbones
-from flamingo.training.setups import SETUPS, Setup
+from flamingo.training.setups import SETUPS, Setup, place, strategy_of
 
 CONFIGS = Path(__file__).resolve().parent / "hydra"
 T = TypeVar("T")
@@ -65,21 +68,22 @@ def required(value: T | None) -> T:
 
 def train(config: TrainConfig) -> Path:
     """Runs the config to its last step; returns the folder of the finished model."""
+    world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
+    specs = checked(config, world_size)
+    if config.plan:
+        print(planning.plan(config, [planning.rows_of(spec) for spec in specs], world_size), flush=True)
+        return Path(config.run.dir)
     with ExitStack() as cleanup:
         cleanup.callback(stop_processes)
-        return run(config, cleanup)
+        return run(config, specs, cleanup)
 
 
-def run(config: TrainConfig, cleanup: ExitStack) -> Path:
+def run(config: TrainConfig, specs: list[DatasetSpec], cleanup: ExitStack) -> Path:
     """The whole run; what must be closed, also after an error, is given to `cleanup`."""
-    sharded = config.run.parallel == "fsdp" or (config.run.parallel == "auto" and config.run.precision == "bf16")
-    processes = start_processes(config.run.device, need_group=sharded)
-    sharded = sharded or processes.size > 1
+    processes = start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
+    strategy = strategy_of(config.run, processes.size)
     set_threads(config.run.threads, processes.size)
-    if problems := config.problems(processes.size):
-        raise UserError("; ".join(problems))
     run_dir, optim = Path(config.run.dir), config.optim
-    specs = dataset_specs(config)
     checkpoint = claim_folder(config, processes)
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
@@ -95,22 +99,11 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
         micro_batches=config.run.micro_batches,
         bad_samples=run_dir / "bad_samples.jsonl",
     )
-    model = setup.model.to(processes.device)
-    if config.run.activation_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
-    if sharded:
-        shard(model, build.fsdp_units(model), processes, config.run.precision)
+    model = place(setup.model, config.run, processes, strategy)
 
     # Optimizer, after sharding: it holds the sharded parameters.
-    groups = parameter_groups(
-        model.named_parameters(),
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        lr_factors=asdict(optim.lr_factors),
-        part_of=setup.part_of,
-    )
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    optimizer = optimizer_of(model, optim, setup.part_of)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     # Restore.
     step = 0
@@ -155,8 +148,8 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
         for index, spec in enumerate(specs):
             for piece in parts[spec.name]:
                 left -= 1
-                if sharded:  # gradients travel once, with the last piece
-                    model.set_requires_gradient_sync(left == 0)  # type: ignore[operator]
+                if strategy is not None:  # gradients travel once, with the last piece
+                    before_backward(model, strategy, last=left == 0)
                 tensors = {key: value.to(processes.device, non_blocking=True) for key, value in piece.tensors.items()}
                 loss = setup.objective.loss_sum(model, tensors)
                 # FSDP2 averages gradients over processes, hence the factor: counts are already those of all.
@@ -204,20 +197,30 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
     return finished
 
 
-def dataset_specs(config: TrainConfig) -> list[DatasetSpec]:
-    """The typed descriptions of the mixture; a wrong field is refused by name."""
+def checked(config: TrainConfig, world_size: int) -> list[DatasetSpec]:
+    """The datasets; what is impossible or missing raises a UserError, all at once, before any weight loads."""
+    wrong = config.problems(world_size)
+    specs = dataset_specs(config, wrong)
+    if not config.plan:
+        wrong += [*unavailable(config), *too_small(specs)]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return specs
+
+
+def dataset_specs(config: TrainConfig, wrong: list[str]) -> list[DatasetSpec]:
+    """The typed descriptions of the mixture; what is no field or no value of one is added to `wrong` by name."""
     known = [field.name for field in fields(DatasetSpec)]
     specs = []
     for name, values in config.data.datasets.items():
-        for key in values:
-            if key not in known:
-                raise UserError(f"data.datasets.{name}.{key} is no field of a dataset{nearest(key, known)}")
+        where = f"data.datasets.{name}"
+        wrong += [f"{where}.{key} is no field of a dataset{nearest(key, known)}" for key in values if key not in known]
+        given: dict[str, Any] = {"name": name, **{key: value for key, value in values.items() if key in known}}
         try:
-            given: dict[str, Any] = {"name": name, **values}
             merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
             specs.append(OmegaConf.to_object(merged))
-        except OmegaConfBaseException as error:
-            raise UserError(f"data.datasets.{name}: {str(error).strip().splitlines()[0]}") from error
+        except (OmegaConfBaseException, UserError) as error:
+            wrong.append(f"{where}: {str(error).strip().splitlines()[0]}")
     return specs  # type: ignore[return-value]
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from flamingo.conformance import GRADIENT, Outcome, close, gradients
 from flamingo.families import MakeLM, subject
 from flamingo.training.build import fsdp_units
-from flamingo.training.parallel import Processes, shard, whole
+from flamingo.training.parallel import Processes, Strategy, shard, spawn, whole
 
 _ROWS = ((0, 1), (2,))
 
@@ -28,7 +25,7 @@ _ROWS = ((0, 1), (2,))
 def two_processes(makes: Mapping[str, MakeLM]) -> dict[str, Outcome]:
     """Return an outcome for each LM; the makers must be picklable (functions of a module, or `partial`s of such)."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, args=(dict(makes), folder), nprocs=2)
+        spawn(_work, 2, dict(makes), folder)
         return {name: _compare(make, Path(folder) / f"{i}.pt") for i, (name, make) in enumerate(makes.items())}
 
 
@@ -49,22 +46,15 @@ def _compare(make: MakeLM, file: Path) -> Outcome:
     return Outcome("two_processes", True, max(notes, key=float))
 
 
-def _work(rank: int, makes: dict[str, MakeLM], folder: str) -> None:
+def _work(processes: Processes, makes: dict[str, MakeLM], folder: str) -> None:
     """One of the two processes: writes the whole gradients of each LM, or why there are none."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=5)
-    )
-    try:
-        for index, make in enumerate(makes.values()):
-            try:
-                model = subject(make)
-                shard(model, fsdp_units(model), Processes(rank, 2, torch.device("cpu")), "fp32")
-                mine = {name: whole(grad) for name, grad in gradients(model, _ROWS[rank])[1].items()}
-            except Exception as error:
-                Path(folder, f"{index}.txt").write_text(f"{type(error).__name__}: {error}")
-                continue
-            if rank == 0:
-                torch.save(mine, Path(folder, f"{index}.pt"))
-    finally:
-        dist.destroy_process_group()
+    for index, make in enumerate(makes.values()):
+        try:
+            model = subject(make)
+            shard(model, fsdp_units(model), processes, Strategy())
+            mine = {name: whole(grad) for name, grad in gradients(model, _ROWS[processes.rank])[1].items()}
+        except Exception as error:
+            Path(folder, f"{index}.txt").write_text(f"{type(error).__name__}: {error}")
+            continue
+        if processes.is_main:
+            torch.save(mine, Path(folder, f"{index}.pt"))

@@ -33,8 +33,10 @@ from flamingo.hub import from_hub
 from flamingo.language import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
+from flamingo.tables import embedding_table, output_head
 from flamingo.training.config import ModelConfig
 from flamingo.training.objectives import ContrastiveObjective
+from flamingo.training.parallel import Unit
 from flamingo.vision import build_open_clip, describe_tower
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -180,6 +182,33 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
     return built
 
 
+def load_flamingo(folder: str) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """A whole Flamingo and its processor from a folder: converted, exported by a run, or saved by hand.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    model: FlamingoForConditionalGeneration = FlamingoForConditionalGeneration.from_pretrained(folder)
+    processor: FlamingoProcessor = FlamingoProcessor.from_pretrained(folder)
+    return model, processor
+
+
+def save_flamingo(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, weights: dict[str, Tensor], folder: Path
+) -> None:
+    """Writes a whole Flamingo of these weights; where they have several precisions, its config says fp32.
+
+    transformers loads all weights in the config's one precision, for which it takes that of the first weight: frozen
+    bf16 would round what has trained in fp32.
+    """
+    mixed = len({value.dtype for value in weights.values() if value.is_floating_point()}) > 1
+    model.save_pretrained(str(folder), state_dict=weights)  # which empties `weights`
+    processor.save_pretrained(str(folder))
+    if mixed:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
 def open_clip_arch(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an open_clip model config that describes its picture tower."""
     return {key: config.get(key, False) for key in ("embed_dim", "vision_cfg", "quick_gelu")}
@@ -211,21 +240,41 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
     )
 
 
-def fsdp_units(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that become FSDP2 units, children before parents, of any of the three models.
+def fsdp_units(model: nn.Module) -> Iterator[Unit]:
+    """What becomes FSDP2 units, children before parents, of any of the three models.
 
-    In a Flamingo each frozen decoder layer, each gated block, the encoder, the resampler and the rows of new tokens are
-    units of their own, and the LM's remaining weights are one, so that frozen and trained weights never share a unit.
+    In a Flamingo each decoder layer, each gated block, the encoder, the resampler, the rows of new tokens and, where it
+    is not tied to the head, the LM's embedding are units of their own, and the LM's remaining weights are one.
     """
+    seen: set[nn.Parameter] = set()
+    for module, options in _unit_modules(model):
+        own = set(module.parameters()) - seen
+        seen |= own
+        if len({parameter.requires_grad for parameter in own}) == 2:
+            # Adapters in a frozen layer. They are small, and together one unit beside that of the layer.
+            leaves = [leaf for leaf in module.modules() if set(leaf.parameters(recurse=False)) & own]
+            yield Unit([leaf for leaf in leaves if all(p.requires_grad for p in leaf.parameters())], keep=True)
+        yield Unit([module], **options)
+
+
+def _unit_modules(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
     if isinstance(model, FlamingoForConditionalGeneration):
-        yield model.vision_encoder
-        yield model.resampler
-        yield from model.cross_attn_blocks.values()
-        yield model.new_tokens
-        yield from find_decoder_layers(model.language_model, model.config.decoder_layers_path)
-        yield model.language_model
+        lm = model.language_model
+        # The encoder runs without gradients, and a look-up has no need of its table afterwards.
+        yield model.vision_encoder, {"backward": not model.vision_encoder.frozen}
+        for small in (model.resampler, *model.cross_attn_blocks.values(), model.new_tokens):
+            yield small, {"keep": True}
+        for layer in find_decoder_layers(lm, model.config.decoder_layers_path):
+            yield layer, {}
+        table, head = embedding_table(lm), output_head(lm)
+        if not set(table.parameters()) & set(head.parameters()):
+            yield table, {"backward": any(p.requires_grad for p in table.parameters())}
+        # Used last in forward and first in backward.
+        yield lm, {"keep": True}
     elif isinstance(model, PreTrainedModel):
-        yield from find_decoder_layers(model)
+        for layer in find_decoder_layers(model):
+            yield layer, {}
     else:
         for tower in (model.visual, model):
-            yield from getattr(getattr(tower, "transformer", None), "resblocks", ())
+            for layer in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+                yield layer, {}

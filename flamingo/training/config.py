@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.training.options import DecayFactors, FreezePolicy, LoraOptions, LrFactors, PlanTarget, Sharding
 
 OBJECTIVES = ("contrastive", "language", "flamingo")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
-PARALLEL = ("auto", "fsdp", "none")
+PARALLEL = ("auto", "fsdp", "hybrid", "none")
 RESUME = ("auto", "never")
 DEVICES = ("auto", "cpu", "cuda")
 FREEZE = ("frozen", "train")
+FREEZE_LANGUAGE = (*FREEZE, "lora")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,33 +53,11 @@ class LanguageSource:
 
 
 @dataclass(kw_only=True, slots=True)
-class FreezePolicy:
-    """`frozen` or `train` for each part; the defaults are the paper's."""
-
-    vision: str = "frozen"
-    language: str = "frozen"
-    resampler: str = "train"
-    cross_attention: str = "train"
-    new_tokens: str = "train"
-
-
-@dataclass(kw_only=True, slots=True)
-class LrFactors:
-    """Factor on `optim.lr` for each part."""
-
-    vision: float = 1.0
-    language: float = 1.0
-    resampler: float = 1.0
-    cross_attention: float = 1.0
-    new_tokens: float = 1.0
-    gates: float = 1.0
-    """The gates of the blocks, instead of `cross_attention`."""
-
-
-@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Backbones, what joins them, and what trains."""
 
+    init: str | None = None
+    """A folder that `save_pretrained`, `python -m flamingo convert` or a run has written: start from its weights."""
     vision: VisionSource = field(default_factory=VisionSource)
     language: LanguageSource = field(default_factory=LanguageSource)
     cross_attn_every_n_layers: int = 1
@@ -85,6 +65,7 @@ class ModelConfig:
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     freeze: FreezePolicy = field(default_factory=FreezePolicy)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,6 +96,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.0
     """Where the cosine ends, as a share of `lr`."""
     lr_factors: LrFactors = field(default_factory=LrFactors)
+    weight_decay_factors: DecayFactors = field(default_factory=DecayFactors)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,7 +114,11 @@ class RunConfig:
     precision: str = "fp32"
     device: str = "auto"
     parallel: str = "auto"
-    """`fsdp`: FSDP2 even on one process; `auto`: when there are several processes or bf16."""
+    """`fsdp`: FSDP2 even on one process; `auto`: when there are several processes or bf16; `hybrid`: copies, each
+    sharded over `run.sharding.size` processes."""
+    sharding: Sharding = field(default_factory=Sharding)
+    compile: bool = False
+    """torch.compile, layer by layer: decoder layers, and feed-forwards of the gated blocks and the resampler."""
     activation_checkpointing: bool = False
     threads: int = 0
     """CPU threads of a process; 0: torch's own choice, shared by the processes of a machine."""
@@ -148,6 +134,9 @@ class RunConfig:
 class TrainConfig:
     """One run of `train.py`."""
 
+    plan: bool = False
+    """Print the memory that a process needs, part by part, and stop; nothing is loaded or allocated."""
+    plan_for: PlanTarget = field(default_factory=PlanTarget)
     objective: str = "flamingo"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -156,7 +145,7 @@ class TrainConfig:
 
     def problems(self, world_size: int = 1) -> list[str]:
         """Every impossible value, one clause each: the key, the value, the limit."""
-        return [*self._choices(), *self._numbers(), *self._combinations(world_size)]
+        return [*self._choices(), *self._numbers(), *self._combinations(world_size), *self._tables(world_size)]
 
     def _choices(self) -> Iterator[str]:
         for key, value, allowed in (
@@ -166,7 +155,10 @@ class TrainConfig:
             ("run.parallel", self.run.parallel, PARALLEL),
             ("run.resume", self.run.resume, RESUME),
             ("run.device", self.run.device, DEVICES),
-            *((f"model.freeze.{part}", value, FREEZE) for part, value in asdict(self.model.freeze).items()),
+            *(
+                (f"model.freeze.{part}", value, FREEZE_LANGUAGE if part == "language" else FREEZE)
+                for part, value in asdict(self.model.freeze).items()
+            ),
         ):
             if value not in allowed:
                 yield f"{key}={value} is not one of {', '.join(allowed)}"
@@ -201,15 +193,34 @@ class TrainConfig:
                     f"data.datasets.{name}.batch_size={batch} is not divisible by processes x "
                     f"run.micro_batches = {world_size} x {self.run.micro_batches}"
                 )
+        if self.objective == "contrastive" and self.run.micro_batches > 1:
+            yield "run.micro_batches must be 1 for objective contrastive: its loss compares a whole batch"
         vision, language = self.model.vision, self.model.language
+        if self.model.init is not None:
+            if self.objective != "flamingo":
+                yield f"model.init is for objective flamingo, not {self.objective}: use model.language.name=FOLDER"
+            for key, given in (
+                ("vision", vision.name or vision.config),
+                ("language", language.name or language.config),
+            ):
+                if given:
+                    yield f"model.init and model.{key} both say where weights come from: leave one of them out"
+            return
         if self.objective in ("contrastive", "flamingo") and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
         if self.objective in ("language", "flamingo") and not (language.name or language.config):
             yield "model.language needs a name (weights) or a config (shape)"
         if self.objective == "flamingo" and not (language.name or language.tokenizer):
             yield "model.language.tokenizer is missing: a flamingo run does not make its own tokenizer"
-        if self.objective == "contrastive" and self.run.micro_batches > 1:
-            yield "run.micro_batches must be 1 for objective contrastive: its loss compares a whole batch"
+
+    def _tables(self, world_size: int) -> Iterator[str]:
+        yield from self.run.sharding.problems(self.run.parallel, self.run.precision, world_size)
+        yield from self.model.lora.problems()
+        yield from self.plan_for.problems()
+        if self.run.activation_checkpointing and self.objective == "contrastive":
+            yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
+        if self.model.freeze.language == "lora" and self.objective != "flamingo":
+            yield f"model.freeze.language=lora is for objective flamingo, not {self.objective}: use train"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as written to `config.yaml`."""
@@ -228,7 +239,12 @@ FREE_TO_CHANGE = frozenset(
         "run.resume",
         "run.tensorboard",
         "run.parallel",
+        *(f"run.sharding.{name}" for name in ("size", "frozen", "cpu_offload", "keep_gathered", "sync_every_piece")),
+        "run.compile",
         "run.device",
+        "plan",
+        "plan_for.processes",
+        "plan_for.gib",
         "data.num_workers",
     }
 )
@@ -248,6 +264,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys whose change would make a resumed run another run, as `key (before -> now)`."""
     old, new = flatten(before), flatten(now)
+    for key, value in flatten(TrainConfig().as_dict()).items():
+        if key in new:
+            old.setdefault(key, value)  # a run that began before a key existed has that key's default
     return [
         f"{key} ({old.get(key)} -> {new.get(key)})"
         for key in sorted(old.keys() | new.keys())

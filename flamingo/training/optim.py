@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
+
+from flamingo.training.config import OptimConfig
 
 PartOf = Callable[[str], str]
 """Parameter name -> part of the model (`vision`, `language`, `resampler`, `cross_attention`, `new_tokens`)."""
@@ -32,6 +35,7 @@ def parameter_groups(
     weight_decay: float,
     lr_factors: Mapping[str, float],
     part_of: PartOf,
+    decay_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for AdamW, one for each pair of learning rate and decay, in a stable order.
 
@@ -41,6 +45,7 @@ def parameter_groups(
         weight_decay: decoupled decay of matrices.
         lr_factors: part of the model, or `gates`, to a factor on `lr`.
         part_of: see `PartOf`.
+        decay_factors: part of the model to a factor on `weight_decay`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -48,12 +53,30 @@ def parameter_groups(
             continue
         is_gate = name.rsplit(".", 1)[-1].endswith("gate")
         factor = lr_factors.get("gates", 1.0) if is_gate else lr_factors.get(part_of(name), 1.0)
-        decay = weight_decay if takes_decay(name, parameter) else 0.0
+        decay = weight_decay * (decay_factors or {}).get(part_of(name), 1.0) if takes_decay(name, parameter) else 0.0
         groups.setdefault((lr * factor, decay), []).append(parameter)
     return [
         {"params": members, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
+
+
+def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+    """AdamW of these groups as one kernel: the same values as the plain one to rounding, several times faster."""
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+
+def optimizer_of(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
+    """The optimizer of everything in `model` that trains, as a run's config describes it."""
+    groups = parameter_groups(
+        model.named_parameters(),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        lr_factors=asdict(options.lr_factors),
+        part_of=part_of,
+        decay_factors=asdict(options.weight_decay_factors),
+    )
+    return adamw(groups, betas=(options.beta1, options.beta2), eps=options.eps)
 
 
 def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_ratio: float) -> float:

@@ -1,25 +1,31 @@
-"""Processes, devices and the FSDP2 plan.
+"""Processes, devices and how the weights lie on them (FSDP2).
 
 Frozen and trained parameters never share a unit: a unit is gathered, cast and reduced as one, so a mixed one would
 gather gradients for weights that have none. Units go bottom up, each with its own `fully_shard` (FSDP2). On gloo the
 gradient division stays FSDP2's average (its pre-multiplied sum is not supported there), so a loss that is normalised by
 the global number of labels is multiplied by the number of processes before its backward: see `Processes.size`.
+
+Frozen weights have neither gradients nor optimizer state, so they are 2 bytes a weight in bf16 where trained ones are
+16. Where they fit on every device they need not be sharded at all (`frozen="replicate"`), and nothing of them travels.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flamingo.errors import UserError
 
@@ -91,39 +97,138 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, *, processes: int | None = None) -> NoReturn:
     """Ends this process; one of several ends without tearing its interpreter down.
 
     Gloo's threads let go of a collective's tensors a moment after the collective is over. One that asks for the
     interpreter's lock while the interpreter shuts down aborts the process, and torchrun then reports a finished run as
-    failed (pytorch pull request 179291).
+    failed (pytorch pull request 179291). `processes` is how many there are; by default what torchrun says.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (processes or int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         os._exit(status)
     sys.exit(status)
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
+    """Calls `work(processes, *arguments)` in `size` new gloo processes of this machine; `work` must be picklable.
 
-
-def shard(model: nn.Module, units: Iterator[nn.Module], processes: Processes, precision: str) -> None:
-    """Shards `model` over all processes, one FSDP2 unit for each of `units` (children before parents) and the root.
-
-    Frozen units are gathered again in backward only where a gradient passes through them; the encoder runs under
-    `no_grad`, so it is not. Weights that train stay fp32 and are cast for computing when `precision` is `bf16`.
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the first that failed.
     """
-    mesh = init_device_mesh(processes.device.type, (processes.size,))
+    with TemporaryDirectory() as folder:
+        mp.spawn(_work, args=(size, str(Path(folder, "store")), work, arguments), nprocs=size)
+
+
+def _work(rank: int, size: int, store: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    work(Processes(rank, size, torch.device("cpu")), *arguments)
+    dist.barrier()
+    stop_processes()
+    leave(0, processes=size)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the weights lie on the processes, and in which precision."""
+
+    precision: str = "fp32"
+    """`bf16`: compute in bf16; what trains stays fp32 and is cast to be gathered, gradients are summed in fp32."""
+    frozen: str = "shard"
+    """`replicate`: every process holds all frozen weights; only what trains is sharded."""
+    frozen_dtype: torch.dtype = torch.float32
+    """How frozen weights are stored; bf16 needs precision bf16."""
+    shard_size: int = 0
+    """Processes that one copy is sharded over, next to each other by rank, the copies being kept equal by all-reduce
+    (hybrid sharding); 0: all."""
+    offload: bool = False
+    """Sharded weights, gradients and optimizer state live in the CPU's memory and visit the device unit by unit."""
+    keep_gathered: bool = False
+    """A gathered unit stays so until the update: fewest collectives, most memory."""
+    sync_every_piece: bool = False
+    """Gradients of every piece of a batch are reduced at once, not summed whole on each process: less memory."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules whose weights are gathered together, and reduced together where they train."""
+
+    modules: list[nn.Module]
+    keep: bool = False
+    """It stays gathered between forward and backward: it is small, or needed again at once."""
+    backward: bool = True
+    """Whether the backward pass reads its weights. Where not, it is not gathered for it."""
+
+
+def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
+    """One dimension over all processes, or two: copies, and the processes that share one."""
+    size = shard_size or processes.size
+    if size == processes.size:
+        return init_device_mesh(processes.device.type, (size,))
+    shape = (processes.size // size, size)
+    return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def store(model: nn.Module, frozen: torch.dtype) -> None:
+    """Stores what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
+    for parameter in model.parameters():
+        wanted = torch.float32 if parameter.requires_grad else frozen
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+
+
+def shard(model: nn.Module, units: Iterable[Unit], processes: Processes, strategy: Strategy) -> None:
+    """Shards `model` over the processes, one FSDP2 unit for each of `units` (children before parents) and the root.
+
+    The model may still be on the CPU: each unit goes to the device when its turn comes, so that no device ever holds
+    the whole model. Frozen units are gathered again in backward only where a gradient passes through them.
+    """
+    store(model, strategy.frozen_dtype)
+    ignored = {p for p in model.parameters() if not p.requires_grad} if strategy.frozen == "replicate" else set()
     policy = MixedPrecisionPolicy()
-    if precision == "bf16":
+    if strategy.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {
+        "mesh": device_mesh(processes, strategy.shard_size),
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
+        if strategy.offload
+        else OffloadPolicy(),
+        "ignored_params": ignored,
+    }
+    placed = set(ignored)
     for unit in units:
-        if any(True for _ in unit.parameters()):
-            # Gathering a frozen layer again costs less memory than keeping it; what trains is small and used at once.
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not _trains(unit))
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        own = {p for module in unit.modules for p in module.parameters()} - placed
+        if not own:
+            continue
+        if len({p.requires_grad for p in own}) == 2:
+            raise ValueError(f"a unit of {type(unit.modules[0]).__name__} mixes frozen and trained weights")
+        placed |= own
+        keep = unit.keep or strategy.keep_gathered
+        modules: Any = unit.modules if len(unit.modules) > 1 else unit.modules[0]
+        fully_shard(modules, reshard_after_forward=not keep, **options)
+        placed |= {p for module in unit.modules for p in module.parameters()}  # sharded ones are new objects
+        head: Any = unit.modules[0]
+        if not unit.backward:
+            head.set_unshard_in_backward(False)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for tensor in ignored:
+        tensor.data = tensor.data.to(processes.device)
+    if ignored:
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(processes.device)
+
+
+def before_backward(model: nn.Module, strategy: Strategy, *, last: bool) -> None:
+    """Tells a sharded model whether this is the last backward before the update: gradients travel with that one."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last or strategy.sync_every_piece)
+    model.set_is_last_backward(last)
+    if strategy.keep_gathered:
+        model.set_reshard_after_backward(last)
 
 
 def whole(value: Tensor) -> Tensor:

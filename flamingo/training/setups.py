@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flamingo.backbones import load_language
 from flamingo.checkpoint import manifest_of
+from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor, ImageTransform
-from flamingo.training import build
-from flamingo.training.config import ModelConfig
+from flamingo.training import build, lora
+from flamingo.training.compiling import compile_layers
+from flamingo.training.config import ModelConfig, RunConfig
 from flamingo.training.objectives import (
     ContrastiveObjective,
     FlamingoObjective,
     LanguageObjective,
     Objective,
 )
-from flamingo.training.parallel import Processes
+from flamingo.training.parallel import Processes, Strategy, shard, store
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,19 @@ def contrastive_setup(
 def flamingo_setup(
     model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]
 ) -> Setup:
-    """Frozen backbones, and between them what trains."""
-    flamingo, processor = build.build_flamingo(model)
-    flamingo.freeze(asdict(model.freeze))
+    """Frozen backbones, and between them what trains; or all of it from a folder."""
+    flamingo, processor = build.load_flamingo(model.init) if model.init else build.build_flamingo(model)
+    policy = asdict(model.freeze)
+    with_adapters = policy["language"] == "lora"
+    flamingo.freeze({**policy, "language": "frozen"} if with_adapters else policy)
+    frozen = manifest_of(flamingo)["fingerprints"]  # of the LM as it was: adapters change its keys
+    adapters = add_lora(flamingo, model) if with_adapters else None
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        flamingo.save_pretrained(str(folder), state_dict=weights)
-        processor.save_pretrained(str(folder))
+        merged = weights if adapters is None else lora.merge(weights, adapters)
+        build.save_flamingo(flamingo, processor, merged, folder)
+        if adapters is not None:
+            lora.save_adapters(weights, adapters, "language_model.", folder / lora.ADAPTER)
 
     return Setup(
         flamingo,
@@ -108,8 +118,49 @@ def flamingo_setup(
         processor.tokenizer,
         processor=processor,
         transform=processor.image_transform,
-        frozen=manifest_of(flamingo)["fingerprints"],
+        frozen=frozen,
     )
+
+
+def add_lora(flamingo: FlamingoForConditionalGeneration, model: ModelConfig) -> Any:
+    """Adapters in the LM as the config describes them; returns peft's config."""
+    options, path = model.lora, flamingo.config.decoder_layers_path
+    return lora.add_adapters(
+        flamingo.language_model, rank=options.rank, alpha=options.alpha, targets=options.targets, layers_path=path
+    )
+
+
+def strategy_of(run: RunConfig, processes: int) -> Strategy | None:
+    """How a run's config wants the weights to lie; None: as they are, on one process.
+
+    Hybrid sharding keeps a copy on each machine unless `run.sharding.size` says otherwise.
+    """
+    needs_none = processes == 1 and run.precision == "fp32" and not run.sharding.cpu_offload
+    if run.parallel == "none" or (run.parallel == "auto" and needs_none):
+        return None
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return Strategy(
+        precision=run.precision,
+        frozen=run.sharding.frozen,
+        frozen_dtype=run.sharding.frozen_dtype(run.precision),
+        shard_size=(run.sharding.size or machine) if run.parallel == "hybrid" else 0,
+        offload=run.sharding.cpu_offload,
+        keep_gathered=run.sharding.keep_gathered,
+        sync_every_piece=run.sharding.sync_every_piece,
+    )
+
+
+def place(model: nn.Module, run: RunConfig, processes: Processes, strategy: Strategy | None) -> nn.Module:
+    """The model ready to train: recomputing, compiled and on its devices, in this order. What trains is fp32."""
+    if run.activation_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    if run.compile:
+        compile_layers(model)
+    if strategy is None:
+        store(model.to(processes.device), torch.float32)
+    else:
+        shard(model, build.fsdp_units(model), processes, strategy)
+    return model
 
 
 SETUPS = {"language": language_setup, "contrastive": contrastive_setup, "flamingo": flamingo_setup}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from flamingo.language import find_decoder_layers
+from flamingo.training.parallel import Processes, spawn
 from tests.model import tiny
 
 
@@ -40,34 +38,19 @@ def step(shard: bool, rows: list[int], recompute: bool) -> tuple[float, dict[str
     return float(loss.detach()), gradients
 
 
-def worker(rank: int, port: str, file: str, recompute: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo")
-    try:
-        # One process has pictures, the other has a page of text alone.
-        _, gradients = step(True, [[0, 1], [2]][rank], recompute)
-        if rank == 0:
-            torch.save(gradients, file)
-    finally:
-        dist.destroy_process_group()
+def worker(processes: Processes, file: str, recompute: bool) -> None:
+    # One process has pictures, the other has a page of text alone.
+    _, gradients = step(True, [[0, 1], [2]][processes.rank], recompute)
+    if processes.is_main:
+        torch.save(gradients, file)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_two_processes_are_one(recompute: bool, tmp_path: Path, unused_port: str) -> None:
+def test_two_processes_are_one(recompute: bool, tmp_path: Path) -> None:
     file = tmp_path / "gradients.pt"
-    mp.spawn(worker, args=(unused_port, str(file), recompute), nprocs=2)
+    spawn(worker, 2, str(file), recompute)
     sharded = torch.load(file)
     parts = [step(False, rows, recompute)[1] for rows in ([0, 1], [2])]
     for name, gradient in sharded.items():
         torch.testing.assert_close(gradient, (parts[0][name] + parts[1][name]) / 2, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def unused_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo.training.checks import unavailable
 from flamingo.training.config import (
     FreezePolicy,
     ModelConfig,
@@ -11,6 +17,7 @@ from flamingo.training.config import (
     differences,
     flatten,
 )
+from flamingo.training.options import Sharding
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -55,3 +62,54 @@ def test_flatten_and_differences() -> None:
     assert differences(before, now) == []  # longer, and moved: the same updates
     now["optim"]["lr"] = 1.0
     assert differences(before, now) == ["optim.lr (0.0001 -> 1.0)"]
+
+
+def test_every_impossible_combination_is_named_with_its_remedy() -> None:
+    config = TrainConfig(objective="flamingo", run=RunConfig(parallel="none", precision="bf16"))
+    config.data.datasets = {"pages": {"batch_size": 8}}
+    config.model.init = "folder"
+    config.model.vision.config = {"embed_dim": 8}
+    config.model.freeze.language = "lora"
+    config.model.lora.rank = 0
+    config.model.lora.targets = []
+    config.run.sharding = Sharding(size=3, frozen="replicate", frozen_precision="fp32", cpu_offload=True)
+    text = "; ".join(config.problems(world_size=4))
+    for expected in (
+        "model.init and model.vision both say where weights come from: leave one of them out",
+        "model.lora.rank=0 is below its least value 1",
+        "model.lora.targets is empty",
+        "run.sharding.size=3 is for run.parallel=hybrid, not none",
+        "run.sharding.frozen_precision=fp32 with run.sharding.frozen=replicate cannot compute in bf16: set it to auto",
+        "run.parallel=none with 4 processes would train 4 models: use auto",
+        "run.parallel=none cannot compute in bf16: use run.parallel=auto",
+        "run.sharding.cpu_offload has no meaning with run.parallel=none: use run.parallel=fsdp",
+    ):
+        assert expected in text
+    config.run = RunConfig(parallel="hybrid", sharding=Sharding(size=3, frozen_precision="bf16"))
+    text = "; ".join(config.problems(world_size=4))
+    assert "run.sharding.size=3 does not divide the 4 processes" in text
+    assert "run.sharding.frozen_precision=bf16 needs run.precision=bf16" in text
+    config.objective = "language"
+    text = "; ".join(config.problems())
+    assert "model.init is for objective flamingo, not language" in text
+    assert "model.freeze.language=lora is for objective flamingo, not language: use train" in text
+
+
+def test_what_the_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(run=RunConfig(compile=True))
+    config.model.init = str(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    text = "; ".join(unavailable(config))
+    assert f"model.init={tmp_path} holds no model (config.json is missing)" in text
+    if not torch.cuda.is_available():
+        assert "run.compile=true needs a C++ compiler" in text
+        config.run.device = "cuda"
+        assert "run.device=cuda, but torch sees no GPU here" in "; ".join(unavailable(config))
+
+
+def test_a_run_that_began_before_a_key_existed_has_its_default() -> None:
+    before, now = TrainConfig().as_dict(), TrainConfig().as_dict()
+    del before["model"]["lora"], before["run"]["sharding"], before["optim"]["weight_decay_factors"]
+    assert differences(before, now) == []
+    now["optim"]["weight_decay_factors"]["language"] = 0.5
+    assert differences(before, now) == ["optim.weight_decay_factors.language (1.0 -> 0.5)"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from flamingo.training.optim import lr_scale, parameter_groups, set_lr
+from flamingo.training.optim import adamw, lr_scale, parameter_groups, set_lr
 
 
 class Toy(nn.Module):
@@ -46,6 +47,39 @@ def test_decay_only_on_matrices_and_factor_by_part() -> None:
     optimizer = torch.optim.AdamW(groups)
     assert set_lr(optimizer, 0.5) == pytest.approx(0.5)
     assert set_lr(optimizer, 1.0) == pytest.approx(1.0)  # always from the initial rate, never compounding
+
+
+def test_decay_by_part() -> None:
+    groups = parameter_groups(
+        Toy().named_parameters(),
+        lr=0.1,
+        weight_decay=0.5,
+        lr_factors={},
+        part_of=lambda name: "language" if name == "proj.weight" else "cross_attention",
+        decay_factors={"language": 0.0, "cross_attention": 2.0},
+    )
+    assert [group["weight_decay"] for group in groups] == [0.0]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_kernel_is_the_plain_optimizer(device: str) -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(33, 65, device=device), torch.randn(7, device=device)]
+    theirs = [value.clone() for value in ours]
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
+    one = adamw([{"params": [value], "lr": 1e-2, "weight_decay": 0.1} for value in ours], **options)
+    plain = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, foreach=False, fused=False, **options)
+    for _ in range(20):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        plain.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_schedule() -> None:

@@ -1,0 +1,67 @@
+"""torch.compile layer by layer changes no value, alone, recomputing and sharded."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo.conformance import gradients
+from flamingo.families import subject, tiny_lm
+from flamingo.training.build import fsdp_units
+from flamingo.training.compiling import compile_layers, compiled_parts
+from flamingo.training.parallel import Processes, Strategy, shard, spawn, whole
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROWS = [[0, 1], [2]]
+
+
+def compiled(backend: str, rows: list[int], recompute: bool, processes: Processes | None = None) -> dict[str, Tensor]:
+    torch._dynamo.reset()
+    model = subject(partial(tiny_lm, "llama"))
+    compile_layers(model, backend=backend)
+    if processes is not None:
+        shard(model, fsdp_units(model), processes, Strategy())
+    return {name: whole(value) for name, value in gradients(model, rows, recompute=recompute)[1].items()}
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_gradients_are_the_eager_ones(recompute: bool) -> None:
+    same(compiled("aot_eager", [0, 1, 2], recompute), gradients(subject(partial(tiny_lm, "llama")), [0, 1, 2])[1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_inductor_gives_the_same() -> None:
+    same(compiled("inductor", [0, 1, 2], False), gradients(subject(partial(tiny_lm, "llama")), [0, 1, 2])[1])
+
+
+def test_decoder_layers_and_feed_forwards_are_compiled_and_keep_their_names() -> None:
+    model = subject(partial(tiny_lm, "llama"))
+    before = list(model.state_dict())
+    parts = list(compiled_parts(model))
+    assert len(parts) == 4 + 1 + 2  # decoder layers, the resampler's feed-forward, two blocks'
+    compile_layers(model, backend="aot_eager")
+    assert list(model.state_dict()) == before
+
+
+def _work(processes: Processes, file: str) -> None:
+    found = compiled("aot_eager", ROWS[processes.rank], False, processes)
+    if processes.is_main:
+        torch.save(found, file)
+
+
+def test_compiled_and_sharded_over_two_processes(tmp_path: Path) -> None:
+    spawn(_work, 2, str(tmp_path / "found.pt"))
+    parts = [gradients(subject(partial(tiny_lm, "llama")), rows)[1] for rows in ROWS]
+    mean = {name: (value + parts[1][name]) / 2 for name, value in parts[0].items()}
+    same(torch.load(tmp_path / "found.pt"), mean)

@@ -1,0 +1,167 @@
+"""Real gloo processes: every strategy gives what one process gives, and keeps and sends what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo.families import page, subject, tiny_lm
+from flamingo.training import lora
+from flamingo.training.build import fsdp_units
+from flamingo.training.collectives import measure_all, table
+from flamingo.training.objectives import FlamingoObjective
+from flamingo.training.optim import adamw
+from flamingo.training.parallel import Processes, Strategy, before_backward, shard, spawn, whole
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROWS = [0, 2, 1, 0]
+"""Of `page`: two pictures, none, one, two. Where each process has one row, one of them has no picture."""
+LABELS = 40.0
+UPDATES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    strategy: Strategy
+    pieces: int = 1
+    recompute: bool = False
+    adapters: bool = False
+    trains: bool = False
+    """The language model too."""
+
+
+def updates(case: Case, processes: Processes | None = None) -> dict[str, Any]:
+    """Losses and trained weights after some updates on the four rows, of which each process has its share."""
+    model = subject(partial(tiny_lm, case.family))
+    if case.trains:
+        model.freeze({"language": "train"})
+    if case.adapters:
+        torch.manual_seed(0)
+        lora.add_adapters(model.language_model, rank=2, alpha=4.0)
+    if case.recompute:
+        model.activation_checkpointing_enable()
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
+    if processes is not None:
+        shard(model, fsdp_units(model), processes, case.strategy)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A large eps: where a gradient is nearly zero, AdamW would turn its rounding into a whole step.
+    optimizer = adamw([{"params": trained, "lr": 1e-3, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-3)
+    mine = ROWS[rank * len(ROWS) // size : (rank + 1) * len(ROWS) // size]
+    pieces = [mine[start :: case.pieces] for start in range(case.pieces)]
+    losses = []
+    for _ in range(UPDATES):
+        total = 0.0
+        for place, rows in enumerate(pieces):
+            batch: Any = page(model, rows, side="right")
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            if processes is not None:
+                before_backward(model, case.strategy, last=place + 1 == len(pieces))
+            loss = FlamingoObjective().loss_sum(model, batch) / LABELS
+            (loss * size).backward()
+            total += float(loss.detach())
+        losses.append(sum(processes.sum([total])) if processes is not None else total)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: whole(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+    return {"losses": losses, "weights": weights}
+
+
+def _work(processes: Processes, cases: list[Case], file: str) -> None:
+    found = [updates(case, processes) for case in cases]
+    if processes.is_main:
+        torch.save(found, file)
+
+
+def differences(cases: list[Case], size: int, folder: Path) -> list[tuple[float, float]]:
+    """For each case how far losses and weights of several processes are from those of one."""
+    file = folder / "found.pt"
+    spawn(_work, size, cases, str(file))
+    return [distance(sharded, updates(case)) for case, sharded in zip(cases, torch.load(file), strict=True)]
+
+
+def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    weights: list[tuple[Tensor, Tensor]] = [
+        (ours["weights"][name], theirs["weights"][name]) for name in ours["weights"]
+    ]
+    losses = zip(ours["losses"], theirs["losses"], strict=True)
+    return max(abs(a - b) for a, b in losses), max(float((a - b).abs().max()) for a, b in weights)
+
+
+FAMILIES = ["gpt2", "opt", "llama", "gpt_neox", "mpt"]
+HALF = {"precision": "bf16", "frozen_dtype": torch.bfloat16}
+
+
+def cases(size: int) -> list[Case]:
+    """Every family under the main strategies, and one family under all of them."""
+    pieces = len(ROWS) // size
+    common = [Case(family, Strategy()) for family in FAMILIES]
+    common += [Case(family, Strategy(frozen="replicate"), recompute=True) for family in FAMILIES]
+    if size == 2:
+        common += [Case(family, Strategy(keep_gathered=True), pieces=pieces) for family in FAMILIES]
+        common += [Case(family, Strategy(), recompute=True, adapters=True) for family in FAMILIES]
+    for strategy in (
+        Strategy(shard_size=2),
+        Strategy(shard_size=1),
+        Strategy(shard_size=2, frozen="replicate"),
+        Strategy(offload=True),
+        Strategy(keep_gathered=True, frozen="replicate"),
+    ):
+        if strategy.shard_size != size:
+            common.append(Case("llama", strategy, pieces=pieces))
+    common += [Case("llama", Strategy(sync_every_piece=True), pieces=pieces)]
+    common += [Case("gpt2", Strategy(), trains=True), Case("llama", Strategy(), trains=True, recompute=True)]
+    return common
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_are_one(size: int, tmp_path: Path) -> None:
+    chosen = cases(size)
+    for case, (losses, weights) in zip(chosen, differences(chosen, size, tmp_path), strict=True):
+        assert losses < 2e-5, case
+        assert weights < 5e-5, case
+
+
+def test_bf16_computes_what_fp32_does(tmp_path: Path) -> None:
+    chosen = [Case("llama", Strategy(**HALF, frozen=frozen)) for frozen in ("shard", "replicate")]  # type: ignore[arg-type]
+    file = tmp_path / "found.pt"
+    spawn(_work, 2, chosen, str(file))
+    exact = updates(chosen[0])
+    for half in torch.load(file):
+        losses, weights = distance(half, exact)
+        assert 0 < losses < 0.05
+        assert 0 < weights < 3 * UPDATES * 1e-3  # what AdamW may move at most, a few times over
+
+
+def test_what_a_process_keeps_and_what_travels() -> None:
+    found = measure_all("llama", 2, 3)
+    plain, replicated = found["full shard"], found["frozen replicated"]
+    for name, one in found.items():
+        kept = one["kept"]
+        assert kept["frozen gradients"] == 0, name
+        assert kept["gradients"] == kept["trained"], name
+        assert kept["optimizer"] == 2 * kept["trained"], name
+        assert set(one["calls"]) <= {"all-gather", "reduce-scatter", "all-reduce"}
+    # Gradients travel once an update, and only those of what trains.
+    assert found["full shard, every piece reduced"]["calls"]["reduce-scatter"] == 3 * plain["calls"]["reduce-scatter"]
+    assert plain["bytes"]["reduce-scatter"] == pytest.approx(2 * plain["kept"]["trained"], rel=0.05)
+    # Kept gathered, one all-gather a unit; replicated, none for what is frozen; bf16, half the bytes.
+    kept_gathered = found["full shard, kept gathered"]["calls"]["all-gather"]
+    assert kept_gathered < plain["calls"]["all-gather"] / 2
+    assert replicated["calls"]["all-gather"] < plain["calls"]["all-gather"]
+    assert replicated["kept"]["frozen"] == pytest.approx(2 * plain["kept"]["frozen"], rel=0.05)
+    half = found["full shard, bf16"]
+    assert half["bytes"]["all-gather"] == pytest.approx(plain["bytes"]["all-gather"] / 2, rel=0.01)
+    assert half["kept"]["frozen"] == pytest.approx(plain["kept"]["frozen"] / 2, rel=0.01)
+    assert half["bytes"]["reduce-scatter"] == plain["bytes"]["reduce-scatter"]  # summed in fp32
+    assert len(table(found).splitlines()) == 2 + len(found)
