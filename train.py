@@ -11,14 +11,12 @@ The run folder is the run's identity: starting again with the same folder goes o
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
+import math
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,15 +33,22 @@ from transformers.utils.logging import disable_progress_bar
 from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
 from data.loader import MixLoader
 from data.spec import DatasetSpec, page_texts
+from eval.during import Evaluations, Probe
 from flamingo.errors import UserError
 from flamingo.training import build, state
-from flamingo.training.config import TrainConfig, flatten
-from flamingo.training.curves import draw_losses
-from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
-from flamingo.training.optim import lr_scale, parameter_groups, set_lr
-from flamingo.training.parallel import leave, set_threads, shard, start_processes, stop_processes, whole
-from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values, same_backbones
+from flamingo.training.averages import Averages
+from flamingo.training.checkpoints import Checkpoints
+from flamingo.training.config import TrainConfig
+from flamingo.training.failures import Stall, exit_status, submitted, watched
+from flamingo.training.launch import join_launcher
+from flamingo.training.nonfinite import Skipped
+from flamingo.training.optim import parameter_groups, scheduled, set_lr
+from flamingo.training.parallel import Processes, leave, set_threads, shard, start_processes, stop_processes, whole
+from flamingo.training.reports import Reports
+from flamingo.training.run import Throughput, claim_folder, describe, finish, mean_losses, model_values, part_norms
+from flamingo.training.run import same_backbones as check_backbones
 from flamingo.training.setups import SETUPS, Setup
+from flamingo.training.wording import explain, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "hydra"
 T = TypeVar("T")
@@ -64,36 +69,37 @@ def required(value: T | None) -> T:
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the config to its last step; returns the folder of the finished model."""
+    """Runs the config to its last step; returns the folder of the finished model.
+
+    Raises:
+        UserError: something in the config, the data or on the disk is in the way.
+        Stopped: a signal asked for it; the run is saved.
+        Failed: one of several processes failed and has said why.
+    """
+    sharded = config.run.parallel == "fsdp" or (config.run.parallel == "auto" and config.run.precision == "bf16")
     with ExitStack() as cleanup:
         cleanup.callback(stop_processes)
-        return run(config, cleanup)
+        processes = start_processes(config.run.device, need_group=sharded)
+        return watched(processes, lambda: run(config, processes, sharded or processes.size > 1, cleanup))
 
 
-def run(config: TrainConfig, cleanup: ExitStack) -> Path:
+def run(config: TrainConfig, processes: Processes, sharded: bool, cleanup: ExitStack) -> Path:
     """The whole run; what must be closed, also after an error, is given to `cleanup`."""
-    sharded = config.run.parallel == "fsdp" or (config.run.parallel == "auto" and config.run.precision == "bf16")
-    processes = start_processes(config.run.device, need_group=sharded)
-    sharded = sharded or processes.size > 1
     set_threads(config.run.threads, processes.size)
     if problems := config.problems(processes.size):
         raise UserError("; ".join(problems))
     run_dir, optim = Path(config.run.dir), config.optim
-    specs = dataset_specs(config)
+    specs, held_out = dataset_specs(config), validation_specs(config)
+    probe = Probe(config.run.probe) if config.run.probe.every else None
     checkpoint = claim_folder(config, processes)
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(config.run.seed)
     setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: page_texts(specs))
-    loader = MixLoader(
-        specs,
-        COLLATES[config.objective](setup),
-        rank=processes.rank,
-        world_size=processes.size,
-        num_workers=config.data.num_workers,
-        seed=config.data.seed,
-        micro_batches=config.run.micro_batches,
-    )
+    collate = COLLATES[config.objective](setup)
+    place = {"rank": processes.rank, "world_size": processes.size, "num_workers": config.data.num_workers}
+    loader = MixLoader(specs, collate, **place, seed=config.data.seed, micro_batches=config.run.micro_batches)
+    validation = MixLoader(held_out, collate, **place) if held_out else None
     model = setup.model.to(processes.device)
     if config.run.activation_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -110,45 +116,39 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
     )
     trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    averages = Averages(model, config.run.ema) if config.run.ema else None
+    skipped = Skipped(run_dir, processes, config.run.watch.max_nonfinite)
 
     # Restore.
     step = 0
     if checkpoint is not None:
-        extra = state.load(checkpoint, model, optimizer)
-        same_backbones(extra["frozen"], setup.frozen, checkpoint)
+        extra = state.load(checkpoint, model, optimizer, averages.means if averages else None)
+        check_backbones(extra["frozen"], setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
+        skipped.load_state_dict(extra.get("skipped", {}))
         step = int(extra["step"])
     model.train()
-    sinks: list[JsonLines | TensorBoard] = []
-    progress = None
     if processes.is_main:
-        print(describe(model, setup.part_of, processes), flush=True)
-        if checkpoint is not None:
-            print(f"resumed {checkpoint} at update {step}", flush=True)
-        sinks.append(JsonLines(run_dir / "metrics.jsonl", resume_step=step))
-        if config.run.tensorboard:
-            sinks.append(TensorBoard(run_dir / "tensorboard", resume_step=step))
-        progress = ProgressLine(config.objective, config.run.steps, step)
-        for closing in (*sinks, progress):
-            cleanup.callback(closing.close)
+        print(describe(model, setup.part_of, processes, checkpoint), flush=True)
+    reports = Reports(run_dir, config.run, title=config.objective, start=step, is_main=processes.is_main)
+    evaluations = Evaluations(config.run, model, setup, processes, held_out=validation, probe=probe)
+    checkpoints = Checkpoints(run_dir / "checkpoints", model, optimizer, processes, config.run, averages)
+    stall = Stall(config.run.watch.stall_minutes)
+    for closing in (reports, checkpoints, stall):
+        cleanup.callback(closing.close)
 
     # Loop.
     rates = Throughput(processes)
     batches = iter(loader)
     while step < config.run.steps:
+        stall.moved()
         asked = time.perf_counter()
         parts = next(batches).batches
         rates.add((batch.tensors for pieces in parts.values() for batch in pieces), time.perf_counter() - asked)
-        shape = lr_scale(
-            step,
-            steps=config.run.steps,
-            warmup_steps=optim.warmup_steps,
-            schedule=optim.schedule,
-            final_ratio=optim.final_lr_ratio,
-        )
-        lr = set_lr(optimizer, shape)
+        lr = set_lr(optimizer, scheduled(step, config.run.steps, optim))
         own = [float(sum(setup.objective.count(piece.tensors) for piece in parts[spec.name])) for spec in specs]
-        counts = [max(1.0, count) for count in processes.sum(own)]
+        summed = processes.sum([*own, *checkpoints.votes()])
+        counts, votes = [max(1.0, count) for count in summed[: len(specs)]], summed[len(specs) :]
         sums = [0.0] * len(specs)
         left = sum(len(pieces) for pieces in parts.values())
         for index, spec in enumerate(specs):
@@ -161,46 +161,57 @@ def run(config: TrainConfig, cleanup: ExitStack) -> Path:
                 # FSDP2 averages gradients over processes, hence the factor: counts are already those of all.
                 (loss * (spec.weight * processes.size / counts[index])).backward()
                 sums[index] += float(loss.detach())
+        logged = (step + 1) % config.run.log_every == 0 or step in (0, config.run.steps - 1)
+        norms = part_norms(model, setup.part_of) if logged else {}
         norm = float(whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
-        if not norm < float("inf"):  # the norm is over all processes, so all of them stop here
-            where = run_dir / f"nonfinite-step-{step:08d}-rank-{processes.rank}.json"
-            where.write_text(json.dumps({name: [p.keys for p in pieces] for name, pieces in parts.items()}))
-            raise UserError(
-                f"update {step}: the gradient is not finite, and no weight was changed; the keys of the batch are in "
-                f"{where}: lower optim.lr, or look at these pages with python -m data inspect"
-            )
-        optimizer.step()
+        *totals, wrong = processes.sum([*sums, float(not math.isfinite(norm + sum(sums)))])
+        if wrong:  # somewhere: no process makes this update
+            skipped.add(step, norm, sums, {name: [piece.keys for piece in pieces] for name, pieces in parts.items()})
+        else:
+            skipped.fine()
+            optimizer.step()
+            if averages is not None:
+                averages.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         last = step == config.run.steps
-        if step % config.run.log_every == 0 or step == 1 or last:
-            means = [total / count for total, count in zip(processes.sum(sums), counts, strict=True)]
-            values = {"loss": sum(spec.weight * mean for spec, mean in zip(specs, means, strict=True))}
-            values |= {f"loss/{spec.name}": mean for spec, mean in zip(specs, means, strict=True)}
-            values |= {"lr": lr, "grad_norm": norm, **rates.read(), **gate_values(model)}
-            values["bad_samples"] = float(loader.bad.total)
-            for sink in sinks:
-                sink.log(step, values)
-            if progress is not None:
-                progress.update(step, f"loss {values['loss']:.3f}")
-        if step % config.run.checkpoint_every == 0 or last:
+        values: dict[str, float] = {}
+        if logged:
+            values = mean_losses({s.name: s.weight for s in specs}, totals, counts) | norms | rates.read()
+            values |= {"lr": lr, "grad_norm": norm, **model_values(model)}
+            values |= {"bad_samples": float(loader.bad.total), "skipped_updates": float(skipped.total)}
+        values |= evaluations.values(step, last=last)
+        if values:
+            reports.log(step, values)
+        if checkpoints.due(step, votes) or last:
             extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            state.save(run_dir / "checkpoints", step, model, optimizer, extra, keep_last=config.run.keep_last)
+            saved = checkpoints.save(step, {**extra, "skipped": skipped.state_dict()}, wait=last or votes[0] > 0)
+            if votes[0] and not last:
+                raise checkpoints.signals.stopped(f"saved in {saved}")
 
     # Save.
-    if progress is not None:
-        progress.close()
-    weights = state.whole_weights(model)
-    finished = run_dir / "model"
-    if processes.is_main:
-        for (name, reason), number in loader.bad.by_reason().items():
-            print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)
-        export(setup.export, weights, finished)
-        draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{config.objective} ({run_dir})")
-        print(f"model in {finished}, losses in {run_dir / 'loss.png'}", flush=True)
-    processes.wait()  # nobody leaves while the model is being written
-    return finished
+    reports.close()
+    stall.close()
+    return finish(
+        setup.export,
+        model,
+        averages,
+        processes,
+        run_dir=run_dir,
+        title=config.objective,
+        replaced=loader.bad.by_reason(),
+    )
+
+
+def validation_specs(config: TrainConfig) -> list[DatasetSpec]:
+    """The datasets of `run.validation`, if there is any validation."""
+    options = config.run.validation
+    try:
+        held_out = replace(config, data=replace(config.data, datasets=options.datasets))
+        return dataset_specs(held_out) if options.every else []
+    except UserError as error:
+        raise UserError(str(error).replace("data.datasets", "run.validation.datasets")) from error
 
 
 def dataset_specs(config: TrainConfig) -> list[DatasetSpec]:
@@ -253,43 +264,26 @@ def typed(composed: DictConfig) -> TrainConfig:
     return config
 
 
-def explain(error: Exception) -> str:
-    """hydra's or omegaconf's message in one line that names the key."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
-    if wrong_type:
-        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
-        known = list(flatten(OmegaConf.to_container(OmegaConf.structured(TrainConfig))))  # type: ignore[arg-type]
-        return f"{unknown[1]} is no key of the config{nearest(unknown[1], known)}"
-    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """`: did you mean ...` when something alike exists."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def sweep(composed: DictConfig) -> None:
     """hydra's own entry, for `-m` (sweeps, launchers) and its `--help`, `--cfg job`."""
-    train(typed(composed))
+    join_launcher()
+    submitted(lambda: train(typed(composed)))
+
+
+def command() -> None:
+    """`key=value` arguments here and now; options of hydra, and launchers, through hydra."""
+    if any(argument.startswith(("-", "launch=")) for argument in sys.argv[1:]):
+        sweep()
+    else:
+        join_launcher()
+        train(compose(sys.argv[1:]))
 
 
 def main() -> None:
     """The command line; a user's mistake is one line and exit status 2."""
     disable_progress_bar()  # transformers' own, one for every file it reads or writes
-    status = 0
-    try:
-        if any(argument.startswith("-") for argument in sys.argv[1:]):
-            sweep()
-        else:
-            train(compose(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    leave(status)
+    leave(exit_status(command))
 
 
 if __name__ == "__main__":

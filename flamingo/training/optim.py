@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flamingo.training.config import OptimConfig
+
 PartOf = Callable[[str], str]
 """Parameter name -> part of the model (`vision`, `language`, `resampler`, `cross_attention`, `new_tokens`)."""
 
@@ -68,6 +70,17 @@ def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_r
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scheduled(step: int, steps: int, options: OptimConfig) -> float:
+    """`lr_scale` of update `step` of `steps` with a run's options."""
+    return lr_scale(
+        step,
+        steps=steps,
+        warmup_steps=options.warmup_steps,
+        schedule=options.schedule,
+        final_ratio=options.final_lr_ratio,
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
