@@ -40,6 +40,7 @@ from flamingo.training.averages import Averages
 from flamingo.training.checkpoints import Checkpoints
 from flamingo.training.config import TrainConfig
 from flamingo.training.failures import Stall, exit_status, submitted, watched
+from flamingo.training.flops import Flops
 from flamingo.training.launch import join_launcher
 from flamingo.training.nonfinite import Skipped
 from flamingo.training.optim import parameter_groups, scheduled, set_lr
@@ -138,7 +139,7 @@ def run(config: TrainConfig, processes: Processes, sharded: bool, cleanup: ExitS
         cleanup.callback(closing.close)
 
     # Loop.
-    rates = Throughput(processes)
+    rates = Throughput(processes, Flops(model))
     batches = iter(loader)
     while step < config.run.steps:
         stall.moved()
@@ -181,7 +182,9 @@ def run(config: TrainConfig, processes: Processes, sharded: bool, cleanup: ExitS
             values = mean_losses({s.name: s.weight for s in specs}, totals, counts) | norms | rates.read()
             values |= {"lr": lr, "grad_norm": norm, **model_values(model)}
             values |= {"bad_samples": float(loader.bad.total), "skipped_updates": float(skipped.total)}
-        values |= evaluations.values(step, last=last)
+        if evaluated := evaluations.values(step, last=last):
+            values |= evaluated
+            rates.restart()  # that time was not training's
         if values:
             reports.log(step, values)
         if checkpoints.due(step, votes) or last:

@@ -21,6 +21,7 @@ from flamingo.training import state
 from flamingo.training.averages import Averages
 from flamingo.training.config import TrainConfig, differences
 from flamingo.training.curves import draw_losses
+from flamingo.training.flops import Flops, peak_tflops
 from flamingo.training.launch import restarted
 from flamingo.training.parallel import Processes, whole
 
@@ -188,17 +189,19 @@ def memory_gib() -> float:
 
 
 class Throughput:
-    """Tokens and pictures a second over all processes, and the share of time spent waiting for data."""
+    """Tokens, pictures and FLOPs a second over all processes, and the share of time spent waiting for data."""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, flops: Flops) -> None:
         """Starts counting now."""
-        self._processes = processes
-        self._reset()
+        self._processes, self._flops = processes, flops
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was counted: something else than training took its time."""
         self._began = time.perf_counter()
         self._tokens = self._images = 0
         self._waited = 0.0
+        self._flops.take()
 
     def add(self, batches: Iterable[Mapping[str, Tensor]], waited: float) -> None:
         """One step: its batches on this process and the seconds it waited for them."""
@@ -211,12 +214,16 @@ class Throughput:
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading. Called by every process."""
-        tokens, images = self._processes.sum([float(self._tokens), float(self._images)])
+        own = [float(self._tokens), float(self._images), float(self._flops.take())]
+        tokens, images, flops = self._processes.sum(own)
         seconds = max(1e-9, time.perf_counter() - self._began)
-        share = self._waited / seconds
-        self._reset()
-        return {
+        values = {
             "tokens_per_s": tokens / seconds,
             "images_per_s": images / seconds,
-            "data_wait": min(1.0, share),
+            "data_wait": min(1.0, self._waited / seconds),
+            "model_tflops_per_s": flops / seconds / 1e12,
         }
+        if peak := peak_tflops(self._processes.device):
+            values["mfu"] = values["model_tflops_per_s"] / (peak * self._processes.size)
+        self.restart()
+        return values
