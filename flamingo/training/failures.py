@@ -7,6 +7,7 @@ that is gone would otherwise hold it for minutes. Under torchrun the error also 
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import socket
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from flamingo.errors import UserError
-from flamingo.training.parallel import Processes
+from flamingo.training.parallel import Processes, leave
 from flamingo.training.signals import Stopped
 
 T = TypeVar("T")
@@ -109,6 +110,8 @@ def submitted(work: Callable[[], Any]) -> None:
     """Runs a job; one that submitit runs is queued again when submitit's own signal has stopped it."""
     try:
         work()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            atexit.register(leave, 0)  # submitit ends the interpreter, which may abort in gloo's threads
     except Stopped as stop:
         if not stop.hand_on():
             raise

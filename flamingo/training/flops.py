@@ -1,6 +1,6 @@
 """Multiply-adds of an update as they happen, and the share of what the device could do.
 
-Counted, not estimated from the number of parameters: six times those would overstate the work of a model whose backbones
+Counted, not estimated from the number of parameters: six times those overstate the work of a model whose backbones
 are frozen by about a half. Each matrix product of a layer counts 2 FLOPs a multiply-add, once forward, once more where
 a gradient goes to its input, once more where its weight trains. What activation checkpointing does again is not counted
 (it is no work of the model), nor are the products of queries, keys and values inside attention, which have no weights:

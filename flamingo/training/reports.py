@@ -27,13 +27,7 @@ class WandB:
     """Weights & Biases. A resumed run goes on under its name; WANDB_MODE=offline writes below the run folder only."""
 
     def __init__(self, project: str, run_dir: Path) -> None:
-        """Begins or goes on with the run's own id, which is kept beside its figures.
-
-        Raises:
-            UserError: wandb is not installed.
-        """
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError(f"run.wandb={project} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null")
+        """Begins or goes on with the run's own id, which is kept beside its figures."""
         import wandb
 
         file = run_dir / "wandb-id.txt"
@@ -63,6 +57,10 @@ class Reports:
         """
         self._sinks: list[Sink] = []
         self._progress: ProgressLine | None = None
+        if options.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                f"run.wandb={options.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
+            )
         if not is_main:
             return
         try:

@@ -118,6 +118,7 @@ class Tally:
 
 def kill(forks: list[int], run_dir: Path, rng: random.Random, typical: float, tally: Tally) -> None:
     """SIGKILL at a random moment, or inside a save; whoever is left must end by itself within a minute."""
+    started = time.time()
     in_save, moment = rng.random() < 0.5, time.monotonic() + rng.uniform(0.1, 1.0) * typical
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and any(alive(pid) for pid in forks):
@@ -126,7 +127,10 @@ def kill(forks: list[int], run_dir: Path, rng: random.Random, typical: float, ta
         time.sleep(0.0005)
     if in_save:
         time.sleep(rng.uniform(0, 0.03))
-    victims = [rng.choice(forks)] if len(forks) > 1 and rng.random() < 0.5 else forks
+    # One alone only when they have met: before that the other waits for it, and to end it is the launcher's work.
+    figures = run_dir / "metrics.jsonl"
+    met = figures.exists() and figures.stat().st_mtime > started
+    victims = [rng.choice(forks)] if len(forks) > 1 and met and rng.random() < 0.5 else forks
     tally.in_save += writing(run_dir)
     for pid in victims:
         if alive(pid):

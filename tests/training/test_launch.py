@@ -18,6 +18,7 @@ from tests.training.world import config, write_world
 
 # CPU time of tests is not theirs alone: how long something real may take.
 PATIENCE = 280
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.errors import UserError
+from flamingo.training.config import TrainConfig
 from flamingo.training.nonfinite import Skipped
 from flamingo.training.parallel import Processes
 from flamingo.training.signals import Stopped
-from tests.training.commands import lines
+from tests.eval.worlds import write_scenes
+from tests.training.commands import begin, given, lines, torchrun
 from tests.training.world import config, write_world
 from train import train
 
@@ -87,6 +89,51 @@ def test_validation_leaves_no_trace_and_means_of_weights_are_written(world: Path
     changed = {name for name, value in model.items() if not torch.equal(value, mean[name])}
     assert changed
     assert all("resampler" in name or "cross_attn" in name or "new_tokens" in name for name in changed)
+
+
+def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
+    """A run that validates and probes."""
+    settings = config(world, run_dir, "flamingo", steps=4)
+    settings.run.validation.every, settings.run.validation.batches = 2, 2
+    held_out = {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32}
+    settings.run.validation.datasets = {"held": held_out}
+    settings.run.probe.every, settings.run.probe.queries = 2, 6
+    settings.run.probe.tasks, settings.run.probe.shots, settings.run.probe.data = ["toy_vqa"], [0, 2], str(data)
+    return settings
+
+
+def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    train(config(world, tmp_path / "plain", "flamingo", steps=4))
+    train(evaluated(world, tmp_path / "with", tmp_path / "data"))
+    found = lines(tmp_path / "with")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in found] == [line[key] for line in lines(tmp_path / "plain")]
+    assert [sorted(key for key in line if key.startswith("probe/")) for line in found] == [
+        [],
+        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+        [],
+        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+    ]
+    settings = evaluated(world, tmp_path / "wrong", tmp_path / "data")
+    settings.run.probe.tasks = ["toy_vqb"]
+    with pytest.raises(UserError, match="unknown task 'toy_vqb'"):
+        train(settings)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(world: Path, tmp_path: Path) -> None:
+    """Sharded: layers are gathered by `generate` as well, and what was gathered is let go before the next update."""
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    train(evaluated(world, tmp_path / "one", tmp_path / "data"))
+    arguments = given(evaluated(world, tmp_path / "two", tmp_path / "data"), tmp_path)
+    done = begin([*torchrun("--standalone", "--nproc-per-node=2"), *arguments], tmp_path / "log")
+    assert done.wait(280) == 0, (tmp_path / "log").read_text()[-3000:]
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            if key.startswith(("loss", "validation/", "probe/")):
+                assert two[key] == pytest.approx(one[key], abs=1e-5), key
 
 
 def test_a_wrong_validation_is_named(world: Path, tmp_path: Path) -> None:
