@@ -11,10 +11,8 @@ The run folder is the run's identity: starting again with the same folder goes o
 
 from __future__ import annotations
 
-import difflib
-import json
+import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -37,19 +35,27 @@ from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
 from data.enough import too_small
 from data.loader import MixLoader
 from data.spec import DatasetSpec, page_texts
+from eval.during import Evaluations, Probe
 from flamingo.errors import UserError
-from flamingo.training import planning, state
+from flamingo.training import parallel, planning, state
+from flamingo.training.averages import Averages
+from flamingo.training.checkpoints import Checkpoints
 from flamingo.training.checks import unavailable
-from flamingo.training.config import TrainConfig, flatten
-from flamingo.training.curves import draw_losses
-from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
-from flamingo.training.optim import lr_scale, optimizer_of, set_lr
-from flamingo.training.parallel import before_backward, leave, set_threads, start_processes, stop_processes, whole
-from flamingo.training.run import Throughput, claim_folder, describe, export, gate_values, same_backbones
+from flamingo.training.config import TrainConfig
+from flamingo.training.failures import Stall, exit_status, submitted, watched
+from flamingo.training.flops import Flops
+from flamingo.training.launch import join_launcher
+from flamingo.training.nonfinite import Skipped
+from flamingo.training.optim import optimizer_of, scheduled, set_lr
+from flamingo.training.reports import Reports
+from flamingo.training.run import Throughput, claim_folder, describe, finish, mean_losses, model_values, part_norms
+from flamingo.training.run import same_backbones as check_backbones
 from flamingo.training.setups import SETUPS, Setup, place, strategy_of
+from flamingo.training.wording import explain, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "hydra"
 T = TypeVar("T")
+Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 # How each objective turns pages into tensors.
@@ -67,153 +73,159 @@ def required(value: T | None) -> T:
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the config to its last step; returns the folder of the finished model."""
+    """Runs the config to its last step; returns the folder of the finished model.
+
+    Raises:
+        UserError: something in the config, the data or on the disk is in the way.
+        Stopped: a signal asked for it; the run is saved.
+        Failed: one of several processes failed and has said why.
+    """
     world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
-    specs = checked(config, world_size)
+    mixtures = checked(config, world_size)
     if config.plan:
-        print(planning.plan(config, [planning.rows_of(spec) for spec in specs], world_size), flush=True)
+        print(planning.plan(config, [planning.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
         return Path(config.run.dir)
     with ExitStack() as cleanup:
-        cleanup.callback(stop_processes)
-        return run(config, specs, cleanup)
+        cleanup.callback(parallel.stop_processes)
+        processes = parallel.start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
+        return watched(processes, lambda: run(config, mixtures, processes, cleanup))
 
 
-def run(config: TrainConfig, specs: list[DatasetSpec], cleanup: ExitStack) -> Path:
+def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, cleanup: ExitStack) -> Path:
     """The whole run; what must be closed, also after an error, is given to `cleanup`."""
-    processes = start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
+    specs, held_out = mixtures
     strategy = strategy_of(config.run, processes.size)
-    set_threads(config.run.threads, processes.size)
+    parallel.set_threads(config.run.threads, processes.size)
     run_dir, optim = Path(config.run.dir), config.optim
+    probe = Probe(config.run.probe) if config.run.probe.every else None
     checkpoint = claim_folder(config, processes)
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(config.run.seed)
     setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: page_texts(specs))
+    collate = COLLATES[config.objective](setup)
+    share = {"rank": processes.rank, "world_size": processes.size, "num_workers": config.data.num_workers}
     loader = MixLoader(
         specs,
-        COLLATES[config.objective](setup),
-        rank=processes.rank,
-        world_size=processes.size,
-        num_workers=config.data.num_workers,
+        collate,
+        **share,
         seed=config.data.seed,
         micro_batches=config.run.micro_batches,
         bad_samples=run_dir / "bad_samples.jsonl",
     )
+    validation = MixLoader(held_out, collate, **share) if held_out else None
     model = place(setup.model, config.run, processes, strategy)
 
     # Optimizer, after sharding: it holds the sharded parameters.
     optimizer = optimizer_of(model, optim, setup.part_of)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    averages = Averages(model, config.run.ema) if config.run.ema else None
+    skipped = Skipped(run_dir, processes, config.run.watch.max_nonfinite)
 
     # Restore.
     step = 0
     if checkpoint is not None:
-        extra = state.load(checkpoint, model, optimizer)
-        same_backbones(extra["frozen"], setup.frozen, checkpoint)
+        extra = state.load(checkpoint, model, optimizer, averages.means if averages else None)
+        check_backbones(extra["frozen"], setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
+        skipped.load_state_dict(extra.get("skipped", {}))
         step = int(extra["step"])
     model.train()
-    sinks: list[JsonLines | TensorBoard] = []
-    progress = None
     if processes.is_main:
-        print(describe(model, setup.part_of, processes), flush=True)
-        if checkpoint is not None:
-            print(f"resumed {checkpoint} at update {step}", flush=True)
-        sinks.append(JsonLines(run_dir / "metrics.jsonl", resume_step=step))
-        if config.run.tensorboard:
-            sinks.append(TensorBoard(run_dir / "tensorboard", resume_step=step))
-        progress = ProgressLine(config.objective, config.run.steps, step)
-        for closing in (*sinks, progress):
-            cleanup.callback(closing.close)
+        print(describe(model, setup.part_of, processes, checkpoint), flush=True)
+    reports = Reports(run_dir, config.run, title=config.objective, start=step, is_main=processes.is_main)
+    evaluations = Evaluations(config.run, model, setup, processes, held_out=validation, probe=probe)
+    checkpoints = Checkpoints(run_dir / "checkpoints", model, optimizer, processes, config.run, averages)
+    stall = Stall(config.run.watch.stall_minutes)
+    for closing in (reports, checkpoints, stall):
+        cleanup.callback(closing.close)
 
     # Loop.
-    rates = Throughput(processes)
+    rates = Throughput(processes, Flops(model))
     batches = iter(loader)
     while step < config.run.steps:
+        stall.moved()
         asked = time.perf_counter()
         parts = next(batches).batches
         rates.add((batch.tensors for pieces in parts.values() for batch in pieces), time.perf_counter() - asked)
-        shape = lr_scale(
-            step,
-            steps=config.run.steps,
-            warmup_steps=optim.warmup_steps,
-            schedule=optim.schedule,
-            final_ratio=optim.final_lr_ratio,
-        )
-        lr = set_lr(optimizer, shape)
+        lr = set_lr(optimizer, scheduled(step, config.run.steps, optim))
         own = [float(sum(setup.objective.count(piece.tensors) for piece in parts[spec.name])) for spec in specs]
-        counts = [spec.divisor(count) for spec, count in zip(specs, processes.sum(own), strict=True)]
+        summed = processes.sum([*own, *checkpoints.votes()])
+        counts = [spec.divisor(count) for spec, count in zip(specs, summed, strict=False)]
+        votes = summed[len(specs) :]
         sums = [0.0] * len(specs)
         left = sum(len(pieces) for pieces in parts.values())
         for index, spec in enumerate(specs):
             for piece in parts[spec.name]:
                 left -= 1
                 if strategy is not None:  # gradients travel once, with the last piece
-                    before_backward(model, strategy, last=left == 0)
+                    parallel.before_backward(model, strategy, last=left == 0)
                 tensors = {key: value.to(processes.device, non_blocking=True) for key, value in piece.tensors.items()}
                 loss = setup.objective.loss_sum(model, tensors)
                 # FSDP2 averages gradients over processes, hence the factor: counts are already those of all.
                 (loss * (spec.weight * processes.size / counts[index])).backward()
                 sums[index] += float(loss.detach())
-        norm = float(whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
-        if not norm < float("inf"):  # the norm is over all processes, so all of them stop here
-            where = run_dir / f"nonfinite-step-{step:08d}-rank-{processes.rank}.json"
-            where.write_text(json.dumps({name: [p.keys for p in pieces] for name, pieces in parts.items()}))
-            raise UserError(
-                f"update {step}: the gradient is not finite, and no weight was changed; the keys of the batch are in "
-                f"{where}: lower optim.lr, or look at these pages with python -m data inspect"
-            )
-        optimizer.step()
+        logged = (step + 1) % config.run.log_every == 0 or step in (0, config.run.steps - 1)
+        norms = part_norms(model, setup.part_of) if logged else {}
+        norm = float(parallel.whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
+        *totals, wrong = processes.sum([*sums, float(not math.isfinite(norm + sum(sums)))])
+        if wrong:  # somewhere: no process makes this update
+            skipped.add(step, norm, sums, {name: [piece.keys for piece in pieces] for name, pieces in parts.items()})
+        else:
+            skipped.fine()
+            optimizer.step()
+            if averages is not None:
+                averages.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         last = step == config.run.steps
-        if step % config.run.log_every == 0 or step == 1 or last:
-            means = [total / count for total, count in zip(processes.sum(sums), counts, strict=True)]
-            values = {"loss": sum(spec.weight * mean for spec, mean in zip(specs, means, strict=True))}
-            values |= {f"loss/{spec.name}": mean for spec, mean in zip(specs, means, strict=True)}
-            values |= {"lr": lr, "grad_norm": norm, **rates.read(), **gate_values(model)}
-            values["bad_samples"] = float(loader.bad.total)
-            for sink in sinks:
-                sink.log(step, values)
-            if progress is not None:
-                progress.update(step, f"loss {values['loss']:.3f}")
-        if step % config.run.checkpoint_every == 0 or last:
+        values: dict[str, float] = {}
+        if logged:
+            values = mean_losses({s.name: s.weight for s in specs}, totals, counts) | norms | rates.read()
+            values |= {"lr": lr, "grad_norm": norm, **model_values(model)}
+            values |= {"bad_samples": float(loader.bad.total), "skipped_updates": float(skipped.total)}
+        if evaluated := evaluations.values(step, last=last):
+            values |= evaluated
+            rates.restart()  # that time was not training's
+        if values:
+            reports.log(step, values)
+        if checkpoints.due(step, votes) or last:
             extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            state.save(run_dir / "checkpoints", step, model, optimizer, extra, keep_last=config.run.keep_last)
+            saved = checkpoints.save(step, {**extra, "skipped": skipped.state_dict()}, wait=last or votes[0] > 0)
+            if votes[0] and not last:
+                raise checkpoints.signals.stopped(f"saved in {saved}")
 
     # Save.
-    if progress is not None:
-        progress.close()
-    weights = state.whole_weights(model)
-    finished = run_dir / "model"
-    if processes.is_main:
-        for (name, reason), number in loader.bad.by_reason().items():
-            print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)
-        export(setup.export, weights, finished)
-        draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{config.objective} ({run_dir})")
-        print(f"model in {finished}, losses in {run_dir / 'loss.png'}", flush=True)
-    processes.wait()  # nobody leaves while the model is being written
-    return finished
+    reports.close()
+    stall.close()
+    replaced = loader.bad.by_reason()
+    return finish(setup.export, model, averages, processes, run_dir=run_dir, title=config.objective, replaced=replaced)
 
 
-def checked(config: TrainConfig, world_size: int) -> list[DatasetSpec]:
-    """The datasets; what is impossible or missing raises a UserError, all at once, before any weight loads."""
+def checked(config: TrainConfig, world_size: int) -> Mixtures:
+    """The datasets to train on and those held out for validation.
+
+    Raises:
+        UserError: what is impossible or missing, all at once, before any weight loads.
+    """
     wrong = config.problems(world_size)
-    specs = dataset_specs(config, wrong)
+    specs = dataset_specs("data", config.data.datasets, wrong)
+    options = config.run.validation
+    held_out = dataset_specs("run.validation", options.datasets, wrong) if options.every else []
     if not config.plan:
         wrong += [*unavailable(config), *too_small(specs)]
     if wrong:
         raise UserError("; ".join(wrong))
-    return specs
+    return specs, held_out
 
 
-def dataset_specs(config: TrainConfig, wrong: list[str]) -> list[DatasetSpec]:
-    """The typed descriptions of the mixture; what is no field or no value of one is added to `wrong` by name."""
+def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[str]) -> list[DatasetSpec]:
+    """The typed descriptions of a mixture; what is no field or no value of one is added to `wrong` by name."""
     known = [field.name for field in fields(DatasetSpec)]
     specs = []
-    for name, values in config.data.datasets.items():
-        where = f"data.datasets.{name}"
+    for name, values in datasets.items():
+        where = f"{group}.datasets.{name}"
         wrong += [f"{where}.{key} is no field of a dataset{nearest(key, known)}" for key in values if key not in known]
         given: dict[str, Any] = {"name": name, **{key: value for key, value in values.items() if key in known}}
         try:
@@ -257,43 +269,26 @@ def typed(composed: DictConfig) -> TrainConfig:
     return config
 
 
-def explain(error: Exception) -> str:
-    """hydra's or omegaconf's message in one line that names the key."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
-    if wrong_type:
-        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
-        known = list(flatten(OmegaConf.to_container(OmegaConf.structured(TrainConfig))))  # type: ignore[arg-type]
-        return f"{unknown[1]} is no key of the config{nearest(unknown[1], known)}"
-    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """`: did you mean ...` when something alike exists."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def sweep(composed: DictConfig) -> None:
     """hydra's own entry, for `-m` (sweeps, launchers) and its `--help`, `--cfg job`."""
-    train(typed(composed))
+    join_launcher()
+    submitted(lambda: train(typed(composed)))
+
+
+def command() -> None:
+    """`key=value` arguments here and now; options of hydra, and launchers, through hydra."""
+    if any(argument.startswith(("-", "launch=")) for argument in sys.argv[1:]):
+        sweep()
+    else:
+        join_launcher()
+        train(compose(sys.argv[1:]))
 
 
 def main() -> None:
     """The command line; a user's mistake is one line and exit status 2."""
     disable_progress_bar()  # transformers' own, one for every file it reads or writes
-    status = 0
-    try:
-        if any(argument.startswith("-") for argument in sys.argv[1:]):
-            sweep()
-        else:
-            train(compose(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    leave(status)
+    parallel.leave(exit_status(command))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m data prepare|merge|inspect|verify|index|bench|simulate`: shards made, joined, looked at, checked, measured.
+"""`python -m data prepare|merge|inspect|verify|index|bench|simulate`: makes shards, looks at them, checks and measures.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
 """
@@ -21,6 +21,7 @@ MEASURES = {
     "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
 }
 MODULES = {"bench": "data.bench.table", "simulate": "data.simulate"}
+
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
     """The command line. Only what is asked for is imported for its options, so that the rest starts at once."""

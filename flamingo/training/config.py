@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.training import run_options
 from flamingo.training.options import DecayFactors, FreezePolicy, LoraOptions, LrFactors, PlanTarget, Sharding
 
 OBJECTIVES = ("contrastive", "language", "flamingo")
@@ -126,8 +128,16 @@ class RunConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     """Resumable checkpoints kept; at least 2, so that one is whole while another is written."""
+    checkpoint: run_options.CheckpointOptions = field(default_factory=run_options.CheckpointOptions)
+    watch: run_options.WatchOptions = field(default_factory=run_options.WatchOptions)
+    validation: run_options.ValidationOptions = field(default_factory=run_options.ValidationOptions)
+    probe: run_options.ProbeOptions = field(default_factory=run_options.ProbeOptions)
     resume: str = "auto"
+    ema: float = 0.0
+    """Decay of a running mean of the trained weights, written to `model-ema` beside `model`; 0: none."""
     tensorboard: bool = True
+    wandb: str | None = None
+    """Project of Weights & Biases; none: it is not imported."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,10 +152,21 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    nodes: int = 1
+    """Machines that `launch=slurm` asks for."""
+    launch: run_options.LaunchOptions = field(default_factory=run_options.LaunchOptions)
 
     def problems(self, world_size: int = 1) -> list[str]:
         """Every impossible value, one clause each: the key, the value, the limit."""
-        return [*self._choices(), *self._numbers(), *self._combinations(world_size), *self._tables(world_size)]
+        own = (self._choices(), self._numbers(), self._combinations(world_size), self._tables(world_size))
+        return [*chain(*own), *self._parts(world_size)]
+
+    def _parts(self, world_size: int) -> Iterator[str]:
+        yield from (*self.run.checkpoint.problems(), *self.run.watch.problems())
+        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective))
+        yield from self.launch.problems(self.nodes)
+        if not 0 <= self.run.ema < 1:
+            yield f"run.ema={self.run.ema} must be at least 0 and below 1"
 
     def _choices(self) -> Iterator[str]:
         for key, value, allowed in (
@@ -270,5 +291,5 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key} ({old.get(key)} -> {new.get(key)})"
         for key in sorted(old.keys() | new.keys())
-        if key not in FREE_TO_CHANGE and old.get(key) != new.get(key)
+        if key not in FREE_TO_CHANGE and not key.startswith(run_options.FREE_TABLES) and old.get(key) != new.get(key)
     ]

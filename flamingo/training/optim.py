@@ -93,6 +93,17 @@ def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_r
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def scheduled(step: int, steps: int, options: OptimConfig) -> float:
+    """`lr_scale` of update `step` of `steps` with a run's options."""
+    return lr_scale(
+        step,
+        steps=steps,
+        warmup_steps=options.warmup_steps,
+        schedule=options.schedule,
+        final_ratio=options.final_lr_ratio,
+    )
+
+
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
     """Sets every group's rate to `initial_lr * scale`; returns the highest."""
     for group in optimizer.param_groups:

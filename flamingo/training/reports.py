@@ -1,0 +1,103 @@
+"""Where a run's figures go: `metrics.jsonl`, the console, and TensorBoard and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from flamingo.errors import UserError
+from flamingo.training.config import RunConfig
+from flamingo.training.metrics import JsonLines, ProgressLine, TensorBoard
+
+
+class Sink(Protocol):
+    """Takes figures of a step."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One step's figures."""
+
+    def close(self) -> None:
+        """The run is over, for now."""
+
+
+class WandB:
+    """Weights & Biases. A resumed run goes on under its name; WANDB_MODE=offline writes below the run folder only."""
+
+    def __init__(self, project: str, run_dir: Path) -> None:
+        """Begins or goes on with the run's own id, which is kept beside its figures."""
+        import wandb
+
+        file = run_dir / "wandb-id.txt"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:12])
+        self._run: Any = wandb.init(
+            project=project, name=run_dir.name, id=file.read_text().strip(), resume="allow", dir=str(run_dir)
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One step's figures; those of steps that it has seen before a kill are refused by its server."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Waits until all is sent or written."""
+        self._run.finish()
+
+
+class Reports:
+    """All sinks of the first process; on the others nothing happens."""
+
+    def __init__(self, run_dir: Path, options: RunConfig, *, title: str, start: int, is_main: bool) -> None:
+        """Figures beyond `start`, which an interrupted run has left, are dropped.
+
+        Raises:
+            UserError: the run folder cannot be written, or wandb is missing.
+        """
+        self._sinks: list[Sink] = []
+        self._progress: ProgressLine | None = None
+        if options.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                f"run.wandb={options.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
+            )
+        if not is_main:
+            return
+        try:
+            self._figures: JsonLines = JsonLines(run_dir / "metrics.jsonl", resume_step=start)
+            self._sinks += [TensorBoard(run_dir / "tensorboard", resume_step=start)] if options.tensorboard else []
+            self._sinks += [WandB(options.wandb, run_dir)] if options.wandb else []
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be written ({error}): free space or choose another run.dir") from error
+        self._progress = ProgressLine(title, options.steps, start)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One step's figures to all sinks; one that fails, other than the first, is told of once and left out.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
+        if self._progress is None:
+            return
+        try:
+            self._figures.log(step, values)
+        except OSError as error:
+            raise UserError(
+                f"metrics.jsonl cannot be written ({error}): free space or choose another run.dir"
+            ) from error
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, values)
+            except Exception as error:  # somebody else's server or disk is no reason to lose a run
+                self._sinks.remove(sink)
+                print(f"{type(sink).__name__} gets no more figures: {error}", file=sys.stderr, flush=True)
+        if "loss" in values:
+            self._progress.update(step, f"loss {values['loss']:.3f}")
+
+    def close(self) -> None:
+        """Closes all; again is no harm."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+            for sink in (self._figures, *self._sinks):
+                sink.close()

@@ -1,0 +1,57 @@
+"""Real runs of train.py in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flamingo.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def given(settings: TrainConfig, folder: Path) -> list[str]:
+    """Arguments of train.py that give exactly these settings, through a YAML of their own."""
+    where = folder / f"settings-{Path(settings.run.dir).name}"
+    (where / "experiment").mkdir(parents=True, exist_ok=True)
+    body = yaml.safe_dump(json.loads(json.dumps(settings.as_dict())))
+    (where / "experiment" / "given.yaml").write_text(f"# @package _global_\n{body}")
+    return [f"hydra.searchpath=[file://{where}]", "experiment=given"]
+
+
+def torchrun(*options: str) -> list[str]:
+    """The command before train.py."""
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py")]
+
+
+def begin(command: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts a command in its own session, everything it says going to `log`."""
+    with log.open("ab") as file:
+        told = {**os.environ, **environment}
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=told, cwd=ROOT)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run has logged; a line in the making is left out."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]

@@ -1,0 +1,216 @@
+"""Ways of starting a run: who a process is, torchrun on two nodes, elastic restarts, submitit, SLURM's sbatch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flamingo.training.launch import first_host, join_launcher, restarted
+from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
+from tests.training.world import config, write_world
+
+# CPU time of tests is not theirs alone: how long something real may take.
+PATIENCE = 280
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the run on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = given(config(world, folder / "run", "flamingo", steps=12), folder)
+    done = begin([sys.executable, str(ROOT / "train.py"), *arguments], folder / "log")
+    assert done.wait(PATIENCE) == 0, (folder / "log").read_text()[-3000:]
+    return [line["loss"] for line in lines(folder / "run")]
+
+
+def test_a_task_of_srun_is_told_who_it_is() -> None:
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[007,009]",
+        "SLURM_JOB_ID": "42",
+    }
+    told = dict(slurm)
+    join_launcher(told)
+    assert {key: told[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu007",
+    }
+    other = {**slurm, "SLURM_PROCID": "0"}
+    join_launcher(other)
+    assert other["MASTER_PORT"] == told["MASTER_PORT"]
+    under_torchrun = {**slurm, "RANK": "3", "WORLD_SIZE": "4"}
+    join_launcher(under_torchrun)
+    assert under_torchrun["WORLD_SIZE"] == "4"
+    shell = {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
+    join_launcher(shell)
+    assert "RANK" not in shell
+    assert first_host("rack[1-2]n[03-04],x") == "rack1n03"
+    assert [restarted({}), restarted({"SLURM_RESTART_COUNT": "2"})] == [False, True]
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_process(world: Path, tmp_path: Path, whole: list[float]) -> None:
+    """Two torchrun agents that meet over loopback, each with one process."""
+    arguments = given(config(world, tmp_path / "run", "flamingo", steps=12), tmp_path)
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    agents = [
+        begin([*torchrun("--nnodes=2", "--nproc-per-node=1", *meeting), *arguments], tmp_path / f"log-{node}")
+        for node in range(2)
+    ]
+    statuses = [agent.wait(PATIENCE) for agent in agents]
+    assert statuses == [0, 0], [(tmp_path / f"log-{node}").read_text()[-2000:] for node in range(2)]
+    assert [line["loss"] for line in lines(tmp_path / "run")] == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_from_the_last_checkpoint(world: Path, tmp_path: Path) -> None:
+    """torchrun --max-restarts: SIGKILL to one of two; the group comes back by itself and loses nothing."""
+    settings = config(world, tmp_path / "run", "flamingo", steps=60, checkpoint_every=4)
+    agent = begin(
+        [*torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=2"), *given(settings, tmp_path)],
+        tmp_path / "log",
+    )
+    deadline = time.monotonic() + PATIENCE
+    while len(lines(tmp_path / "run")) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children(agent.pid)[1], signal.SIGKILL)
+    assert agent.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
+    log = (tmp_path / "log").read_text()
+    assert "resumed" in log
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == list(range(1, 61))
+    again = config(world, tmp_path / "again", "flamingo", steps=60)
+    other = begin([*torchrun("--standalone", "--nproc-per-node=2"), *given(again, tmp_path)], tmp_path / "log-again")
+    assert other.wait(PATIENCE) == 0
+    assert [line["loss"] for line in found] == [line["loss"] for line in lines(tmp_path / "again")]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "run", "flamingo", steps=300, checkpoint_every=1000)
+    command = [sys.executable, str(ROOT / "train.py"), *given(settings, tmp_path)]
+    process = begin(command, tmp_path / "log")
+    deadline = time.monotonic() + PATIENCE
+    while len(lines(tmp_path / "run")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    log = (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM, saved in " in log
+    assert "Traceback" not in log
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name[-8:]) == len(lines(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_path: Path) -> None:
+    """Process 1 cannot write what process 0 does not write; without torchrun's agent, which would end process 0."""
+    settings = config(world, tmp_path / "run", "flamingo", steps=100000, checkpoint_every=1000)
+    arguments = given(settings, tmp_path)
+    code = (
+        "import os, sys, train, flamingo.training.run as run\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    count = iter(range(10**6))\n"
+        "    plain = run.Throughput.add\n"
+        "    def add(self, *given):\n"
+        "        if next(count) == 5: raise ZeroDivisionError('in the middle')\n"
+        "        plain(self, *given)\n"
+        "    run.Throughput.add = add\n"
+        "train.main()\n"
+    )
+    port = str(free_port())
+    ranks = [
+        begin(
+            [sys.executable, "-c", code, *arguments],
+            tmp_path / f"log-{rank}",
+            RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]
+    assert ranks[1].wait(PATIENCE) == 1
+    ended = time.monotonic()
+    assert ranks[0].wait(60) == 1
+    assert time.monotonic() - ended < 60
+    first, second = ((tmp_path / f"log-{rank}").read_text() for rank in range(2))
+    assert "process 1 of 2 on" in second
+    assert "ZeroDivisionError: in the middle" in second
+    assert "process 1 of 2 (host" in first or "process 0 of 2 on" in first
+
+
+@pytest.mark.slow
+def test_submitit_starts_a_process_each(world: Path, tmp_path: Path, whole: list[float]) -> None:
+    """The way of launch=slurm, with submitit's executor for one machine."""
+    arguments = given(config(world, tmp_path / "run", "flamingo", steps=12), tmp_path)
+    command = [sys.executable, "train.py", "-m", *arguments, "launch=local", "launch.processes=2"]
+    done = begin(command, tmp_path / "log")
+    assert done.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert [line["loss"] for line in lines(tmp_path / "run")] == pytest.approx(whole, abs=1e-5)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "model", "launch"}
+    logs = sorted(path.name.split("_", 1)[1] for path in (tmp_path / "run" / "launch").rglob("*_log.out"))
+    assert logs == ["0_log.out", "1_log.out"]
+
+
+@pytest.mark.slow
+def test_what_sbatch_is_given(world: Path, tmp_path: Path) -> None:
+    """Stand-ins for SLURM's commands: sbatch keeps its script, sacct says that the job is gone."""
+    for name, body in {
+        "sbatch": f'cp "$1" {tmp_path}/script.sh; echo "Submitted batch job 77"',
+        "srun": "exit 0",
+        "squeue": "exit 0",
+        "scontrol": "exit 0",
+        "sacct": 'echo "JobID|State|NodeList"; echo "77|CANCELLED|n1"',
+    }.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    arguments = given(config(world, tmp_path / "run", "flamingo"), tmp_path)
+    command = [sys.executable, "train.py", "-m", "launch=slurm", "nodes=4", *arguments, "launch.partition=gpu"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    process = begin(command, tmp_path / "log", PATH=path)
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "script.sh").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    text = (tmp_path / "script.sh").read_text() if (tmp_path / "script.sh").exists() else ""
+    wanted = (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=12",
+        "--partition=gpu",
+        "--requeue",
+        "--signal=USR2@300",
+        "--time=1440",
+        "--open-mode=append",
+        "export SLURM_KILL_BAD_EXIT=1",
+    )
+    missing = [option for option in wanted if option not in text]
+    assert not missing, (missing, text, (tmp_path / "log").read_text()[-2000:])
+    assert subprocess.run(["bash", "-n", str(tmp_path / "script.sh")]).returncode == 0

@@ -1,0 +1,180 @@
+"""What the loop does beside updates: leaves some out, validates, probes, averages, is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flamingo import FlamingoForConditionalGeneration
+from flamingo.errors import UserError
+from flamingo.training.config import TrainConfig
+from flamingo.training.nonfinite import Skipped
+from flamingo.training.parallel import Processes
+from flamingo.training.signals import Stopped
+from tests.eval.worlds import write_scenes
+from tests.training.commands import begin, given, lines, torchrun
+from tests.training.world import config, write_world
+from train import train
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def test_updates_that_are_not_finite_are_counted_and_end_at_the_limit(tmp_path: Path) -> None:
+    skipped = Skipped(tmp_path, ALONE, limit=2)
+    keys = {"a": [["k1", "k2"], ["k3"]]}
+    skipped.add(7, float("nan"), [float("inf")], keys)
+    skipped.fine()
+    skipped.add(9, float("inf"), [1.0], keys)
+    skipped.add(10, float("inf"), [1.0], keys)
+    assert skipped.state_dict() == {"total": 3, "in_a_row": 2}
+    with pytest.raises(UserError, match=r"update 11: .* no weight was changed \(3 updates in a row\)"):
+        skipped.add(11, float("inf"), [1.0], keys)
+    told = json.loads((tmp_path / "nonfinite-step-00000007-rank-0.json").read_text())
+    assert told == {"step": 7, "grad_norm": "nan", "losses": {"a": "inf"}, **keys}
+
+
+def test_a_run_goes_on_over_updates_that_are_not_finite(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path, "language", steps=4)
+    settings.optim.lr = 1e18
+    settings.run.watch.max_nonfinite = 10
+    train(settings)
+    found = lines(tmp_path)
+    assert len(found) == 4
+    skips = [int(line["skipped_updates"]) for line in found]
+    assert skips[-1] >= 1
+    assert len(list(tmp_path.glob("nonfinite-*"))) == skips[-1]
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_validation_leaves_no_trace_and_means_of_weights_are_written(world: Path, tmp_path: Path) -> None:
+    plain = config(world, tmp_path / "plain", "flamingo", steps=4)
+    train(plain)
+    settings = config(world, tmp_path / "with", "flamingo", steps=4, ema=0.5)
+    settings.run.validation.every, settings.run.validation.batches = 2, 3
+    settings.run.validation.datasets = {
+        "held": {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32},
+        "pairs": {"shards": [str(world / "pairs")], "batch_size": 2, "kind": "pairs"},
+    }
+    train(settings)
+    with_validation = lines(tmp_path / "with")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in with_validation] == [line[key] for line in lines(tmp_path / "plain")]
+    assert [sorted(key for key in line if key.startswith("validation/")) for line in with_validation] == [
+        [],
+        ["validation/held", "validation/pairs"],
+        [],
+        ["validation/held", "validation/pairs"],
+    ]
+    assert with_validation[3]["validation/held"] < with_validation[1]["validation/held"]
+    assert with_validation[0]["norm/resampler"] > 0
+    assert with_validation[0]["memory_gib"] > 0.1
+    model, mean = (
+        dict(FlamingoForConditionalGeneration.from_pretrained(tmp_path / "with" / name).named_parameters())
+        for name in ("model", "model-ema")
+    )
+    changed = {name for name, value in model.items() if not torch.equal(value, mean[name])}
+    assert changed
+    assert all("resampler" in name or "cross_attn" in name or "new_tokens" in name for name in changed)
+
+
+def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
+    """A run that validates and probes."""
+    settings = config(world, run_dir, "flamingo", steps=4)
+    settings.run.validation.every, settings.run.validation.batches = 2, 2
+    held_out = {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32}
+    settings.run.validation.datasets = {"held": held_out}
+    settings.run.probe.every, settings.run.probe.queries = 2, 6
+    settings.run.probe.tasks, settings.run.probe.shots, settings.run.probe.data = ["toy_vqa"], [0, 2], str(data)
+    return settings
+
+
+def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    train(config(world, tmp_path / "plain", "flamingo", steps=4))
+    train(evaluated(world, tmp_path / "with", tmp_path / "data"))
+    found = lines(tmp_path / "with")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in found] == [line[key] for line in lines(tmp_path / "plain")]
+    assert [sorted(key for key in line if key.startswith("probe/")) for line in found] == [
+        [],
+        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+        [],
+        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+    ]
+    settings = evaluated(world, tmp_path / "wrong", tmp_path / "data")
+    settings.run.probe.tasks = ["toy_vqb"]
+    with pytest.raises(UserError, match="unknown task 'toy_vqb'"):
+        train(settings)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(world: Path, tmp_path: Path) -> None:
+    """Sharded: layers are gathered by `generate` as well, and what was gathered is let go before the next update."""
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    train(evaluated(world, tmp_path / "one", tmp_path / "data"))
+    arguments = given(evaluated(world, tmp_path / "two", tmp_path / "data"), tmp_path)
+    done = begin([*torchrun("--standalone", "--nproc-per-node=2"), *arguments], tmp_path / "log")
+    assert done.wait(280) == 0, (tmp_path / "log").read_text()[-3000:]
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            if key.startswith(("loss", "validation/", "probe/")):
+                assert two[key] == pytest.approx(one[key], abs=1e-5), key
+
+
+def test_a_wrong_validation_is_named(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path, "language")
+    settings.run.validation.every = 1
+    with pytest.raises(UserError, match=r"run\.validation\.datasets is empty"):
+        train(settings)
+    settings.run.validation.datasets = {"held": {"shards": ["x"], "batch_size": 2, "max_token": 3}}
+    with pytest.raises(UserError, match=r"run\.validation\.datasets\.held\.max_token is no field"):
+        train(settings)
+
+
+def test_wandb_that_is_missing_is_said(world: Path, tmp_path: Path) -> None:
+    try:
+        import wandb
+    except ImportError:
+        with pytest.raises(UserError, match=r"run\.wandb=mine needs wandb: pip install 'flamingo-vlm\[wandb\]'"):
+            train(config(world, tmp_path, "language", wandb="mine"))
+    else:
+        os.environ["WANDB_MODE"] = "offline"
+        train(config(world, tmp_path, "language", wandb="mine", steps=2))
+        assert wandb.__name__ == "wandb"
+        assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_signal_between_updates_saves_and_the_rest_is_as_if_nothing_had_been(world: Path, tmp_path: Path) -> None:
+    whole = config(world, tmp_path / "whole", "language", steps=40)
+    train(whole)
+    settings = config(world, tmp_path / "run", "language", steps=40, checkpoint_every=1000)
+
+    def interrupt() -> None:
+        while len(lines(tmp_path / "run")) < 3:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Stopped, match="stopped by SIGUSR1, saved in") as caught:
+        train(settings)
+    thread.join()
+    assert caught.value.status == 128 + signal.SIGUSR1
+    assert 3 <= len(lines(tmp_path / "run")) < 40
+    train(settings)
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
