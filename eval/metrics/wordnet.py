@@ -125,7 +125,9 @@ class WordNet:
         if one is None or two is None:
             return 0.0
         imagined = not one[0] == two[0] == "n"
-        common = self._distances(one, False).keys() & self._distances(two, False).keys() | ({ROOT} if imagined else set())
+        common = self._distances(one, False).keys() & self._distances(two, False).keys() | (
+            {ROOT} if imagined else set()
+        )
         if not common:
             return 0.0
         deepest = max(self._depth(key, longest=False) for key in common)

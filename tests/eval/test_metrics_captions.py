@@ -79,7 +79,9 @@ def test_words_equal_those_of_the_java_program(tmp_path: Path) -> None:
     )
     theirs = done.stdout.decode().split("\n")
     kept = [[word for word in line.rstrip().split(" ") if word and word not in REMOVED] for line in theirs]
-    wrong = [line for line, words in zip(lines, kept, strict=False) if caption_words(line).split(" ") != (words or [""])]
+    wrong = [
+        line for line, words in zip(lines, kept, strict=False) if caption_words(line).split(" ") != (words or [""])
+    ]
     assert not set(wrong) & set(GOLDEN)
     assert len(wrong) <= 0.003 * len(lines), wrong[:10]
 
