@@ -46,7 +46,8 @@ class DocumentTask:
         self.description: dict[str, object] = asdict(spec)
         order = [documents[index] for index in hash_order([document.id for document in documents], "queries", name)]
         queries = order[: spec.queries]
-        self._support = list(order[spec.queries :] if support is None else support)
+        rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
+        self._support = list(rest if support is None else support)
         self._queries = {document.id: document for document in queries}
         if len(self._queries) != len(queries):
             twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]

@@ -77,7 +77,11 @@ def mwap(
             share[group] = 1.0 / np.bincount(video[group], minlength=video.max() + 1)[video[group]]
         used = positive | easy | hard
         found.append(average_precision(matrix[used, column], positive[used], weights[:, used] * share[used]))
-    return np.nanmean(np.stack(found), axis=0) if found else np.full(len(weights), np.nan)
+    if not found:
+        return np.full(len(weights), np.nan)
+    known = np.isfinite(found)  # in a resample an action may have lost its positives
+    with np.errstate(invalid="ignore"):
+        return np.where(known, found, 0.0).sum(0) / known.sum(0)
 
 
 def winoground(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

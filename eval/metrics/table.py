@@ -160,7 +160,17 @@ def _mwap(answers: Answers) -> dict[str, Value]:
     return {"mwap": _value(score[0], interval, len(answers))}
 
 
+def _by_word(answers: Answers) -> dict[str, Value]:
+    """Accuracy over the answers whose kind has a word: ScienceQA's columns overlap (a question has TXT and IMG)."""
+    found = {}
+    for word in sorted({word for one in answers for word in one.kind.split()}):
+        part = [one for one in answers if word in one.kind.split()]
+        found[f"accuracy {word}"] = _mean([float(one.answer in one.golds) for one in part], part)
+    return found
+
+
 METRICS: dict[str, Metric] = {
+    "by_word": _by_word,
     "captions": _captions,
     "vqa": _vqa,
     "roc_auc": _auc,
