@@ -18,6 +18,8 @@ HELP = """python -m eval model=FOLDER task=[NAME,...] [key=value ...]
 
 few-shot evaluation: writes results.json, samples.jsonl, curve.png, gallery.html and gallery.png into out.
 
+python -m eval prepare TASK --from FOLDER     are a data set's files there, and where are those missing published?
+
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
 
@@ -43,6 +45,7 @@ def load_config(arguments: Sequence[str]) -> Any:
             composed = compose("eval", overrides=chosen)
         OmegaConf.set_struct(composed, None)  # so that a task's `fields` may grow; the classes refuse unknown keys
         typed = OmegaConf.merge(OmegaConf.structured(EvalConfig), composed)
+        _apply_protocol(typed, overrides)
         for override in overrides:
             if override.key_or_group != "task":
                 key, value = _setting(override, list(typed.task))
@@ -66,6 +69,19 @@ def load_config(arguments: Sequence[str]) -> Any:
         raise UserError(_hydra_sentence(error, names)) from None
     config.check()
     return config
+
+
+def _apply_protocol(typed: Any, overrides: Sequence[Any]) -> None:
+    """Put the protocol's settings over those of the tasks' files; the command line comes after them."""
+    from omegaconf import OmegaConf
+
+    from eval.protocols import settings_of
+
+    said = {str(override.key_or_group): override.value() for override in overrides}
+    protocol, bugs = str(said.get("protocol", typed.protocol)), said.get("bug_compatible", False) is True
+    for name, task in typed.task.items():
+        form = str(said.get(f"task.{name}.form", task.form))
+        typed.task[name] = OmegaConf.merge(task, settings_of(protocol, name, form, bugs))
 
 
 def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
@@ -191,6 +207,10 @@ def main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
+    if arguments and arguments[0] == "prepare":
+        from eval.prepare import main as prepare
+
+        return prepare(arguments[1:])
     from flamingo.errors import UserError
 
     try:

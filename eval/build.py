@@ -8,18 +8,23 @@ from dataclasses import fields
 from eval.binding import BindingTask
 from eval.demos import SAMPLERS
 from eval.documents import DocumentTask
-from eval.metrics.text import SCORES
-from eval.sources import read_documents, read_names
+from eval.metrics.table import METRICS
+from eval.metrics.text import SCORE_NAMES
+from eval.sources import read_documents, read_names, read_support
 from eval.task import Task, TaskSpec
 from flamingo.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "kind": ("documents", "binding"),
     "output": ("generate", "rank"),
-    "metric": tuple(SCORES),
+    "metric": SCORE_NAMES,
+    "options": ("lines", "inline"),
+    "answer_as": ("text", "letter"),
+    "demo_answer": ("first", "majority"),
+    "zero_shot": ("none", "two_text", "two_text_first_picture"),
     "demos": tuple(SAMPLERS),
 }
-POSITIVE = ("queries", "max_new_tokens", "min_pictures")
+POSITIVE = ("queries", "max_new_tokens", "min_pictures", "support_size", "num_beams")
 
 
 def check_spec(name: str, spec: TaskSpec) -> None:
@@ -29,8 +34,13 @@ def check_spec(name: str, spec: TaskSpec) -> None:
         if getattr(spec, key) not in allowed:
             raise UserError(f"task.{name}.{key} is {getattr(spec, key)!r}; use one of {', '.join(allowed)}")
     for key in POSITIVE:
-        if getattr(spec, key) < 1:
+        if getattr(spec, key) is not None and getattr(spec, key) < 1:
             raise UserError(f"task.{name}.{key} is {getattr(spec, key)}; it must be at least 1")
+    unknown = sorted(set(spec.metrics) - METRICS.keys())
+    if unknown:
+        raise UserError(f"task.{name}.metrics has {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+    if not spec.end_of_chunk and not spec.separator:
+        raise UserError(f"task.{name}.separator is empty and end_of_chunk is false; a demonstration needs an end")
     if spec.ways < 2:
         raise UserError(f"task.{name}.ways is {spec.ways}; a choice needs at least 2")
 
@@ -40,7 +50,7 @@ def build_task(name: str, spec: TaskSpec) -> Task:
     check_spec(name, spec)
     documents = read_documents(name, spec, spec.source)
     if spec.kind == "documents":
-        support = None if spec.support is None else read_documents(name, spec, spec.support)
+        support = None if spec.support is None else read_support(name, spec, spec.support)
         return DocumentTask(name, spec, documents, support)
     names = list(spec.names)
     if not names and spec.names_source is not None:

@@ -24,6 +24,10 @@ class EvalConfig:
     """Root of the prepared data, which tasks refer to."""
     task: dict[str, TaskSpec] = field(default_factory=dict)
     """The chosen tasks by name, from `hydra/task/`."""
+    protocol: str = "modern"
+    """How tasks with a `form` are put: modern, flamingo, openflamingo or idefics; see hydra/protocol."""
+    bug_compatible: bool = False
+    """Whether the protocol's published mistakes are made again, to meet old figures."""
     shots: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8])
     """Numbers of demonstrations (of examples a class, for binding)."""
     seed: Any = 0

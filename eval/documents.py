@@ -8,12 +8,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
+from eval.answers import clean
 from eval.demos import draw, hash_order
-from eval.metrics.text import SCORES
-from eval.task import Baselines, Document, Episode, TaskSpec, content_hash
+from eval.metrics.text import scorer
+from eval.task import Baselines, Document, Episode, Frame, TaskSpec, content_hash
 from flamingo.errors import UserError
+
+
+PLACES = ("source", "support", "root", "published", "expected")
+"""What a task's hash leaves out: the same data elsewhere is the same task."""
+LATER = frozenset(
+    "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
+    "remove metrics support_size".split()
+)
+"""Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
+
+
+def definition_of(spec: TaskSpec) -> dict[str, object]:
+    """What of a task's settings makes it another task."""
+    plain = asdict(TaskSpec())
+    known = {f.name for f in fields(spec)}
+    assert known >= {*PLACES, *LATER}
+    every = asdict(spec).items()
+    return {key: value for key, value in every if key not in PLACES and (key not in LATER or value != plain[key])}
 
 
 class DocumentTask:
@@ -27,7 +46,8 @@ class DocumentTask:
         self.description: dict[str, object] = asdict(spec)
         order = [documents[index] for index in hash_order([document.id for document in documents], "queries", name)]
         queries = order[: spec.queries]
-        self._support = list(order[spec.queries :] if support is None else support)
+        rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
+        self._support = list(rest if support is None else support)
         self._queries = {document.id: document for document in queries}
         if len(self._queries) != len(queries):
             twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]
@@ -35,9 +55,11 @@ class DocumentTask:
         if not queries:
             raise UserError(f"task {name}: its source {spec.source.path} holds no item to ask about")
         self._spec = spec
-        self._score = SCORES[spec.metric]
-        # Paths stay out: the same data elsewhere is the same task.
-        definition = {key: value for key, value in self.description.items() if key not in ("source", "support")}
+        self.metrics = tuple(spec.metrics)
+        self.num_beams, self.length_penalty = spec.num_beams, spec.length_penalty
+        self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk)
+        self._score = scorer(spec.metric, [query.golds for query in queries])
+        definition = definition_of(spec)
         self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
         self._answers = _answers_by_kind(self._support)
 
@@ -50,7 +72,9 @@ class DocumentTask:
         return len(self._support)
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
-        """The query with `shots` demonstrations from the support set."""
+        """The query with `shots` demonstrations from the support set, at 0 shots as the task's `zero_shot` says."""
+        if shots == 0 and self._spec.zero_shot != "none":
+            return self._with_two_texts(self.episode(query_id, 2, seed))
         query = self._queries[query_id]
         demos = draw(self._support, query, shots, task_hash=self.hash, seed=seed, sampler=self._spec.demos)
         return Episode(
@@ -63,13 +87,25 @@ class DocumentTask:
             cluster=query.cluster,
             candidates=self._candidates(query),
             excluded=demos.excluded,
+            frame=self._frame,
         )
+
+    def _with_two_texts(self, episode: Episode) -> Episode:
+        """The demonstrations without their pictures; with the historic fault the query gets the first one's."""
+        query = episode.query
+        if self._spec.zero_shot == "two_text_first_picture":
+            query = replace(query, picture=episode.demos[0].picture)
+        return replace(episode, demos=tuple(replace(demo, picture=None) for demo in episode.demos), query=query)
+
+    def parse(self, raw: str, episode: Episode) -> str:
+        """The answer in a completion; "" where there is none."""
+        return clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
 
     def _candidates(self, query: Document) -> tuple[str, ...]:
         if self._spec.output != "rank":
             return ()
-        if self._spec.candidates:
-            return tuple(self._spec.candidates)
+        if query.candidates or self._spec.candidates:
+            return query.candidates or tuple(self._spec.candidates)
         found = self._answers.get(query.kind)
         if not found:
             raise UserError(
@@ -104,7 +140,7 @@ def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:
 def _answers_by_kind(support: Sequence[Document]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for document in support:
-        found.setdefault(document.kind, Counter())[document.golds[0]] += 1
+        found.setdefault(document.kind, Counter())[document.turn.answer] += 1
     return found
 
 

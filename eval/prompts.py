@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eval.task import Episode, Picture, Turn
+from eval.task import Episode, Frame, Picture, Turn
 from flamingo.errors import UserError
 
 
@@ -76,24 +76,29 @@ class PromptBuilder:
         """
         lead, candidates = self._answer(episode)
         room = max((len(candidate) for candidate in candidates), default=max_new_tokens)
-        query = [*self._opening(episode.query), *lead]
-        demos = [[*self._opening(turn), *self.encode(turn.text), self._encoder.eoc_token_id] for turn in episode.demos]
+        before, head = self.encode(episode.frame.before), [*self._start, *self.encode(episode.frame.prefix)]
+        query = [*before, *self._opening(episode.query), *lead]
+        end = [*self._end(episode.frame), *self.encode(episode.frame.separator)]
+        demos = [[*before, *self._opening(turn), *self.encode(turn.text), *end] for turn in episode.demos]
         kept = len(demos)
-        while self._context is not None and self._length(demos[len(demos) - kept :], query) + room > self._context:
+        while self._context is not None and _length(head, demos[len(demos) - kept :], query) + room > self._context:
             if kept == 0:
                 raise UserError(
-                    f"query {episode.query_id} needs {self._length([], query) + room} tokens without any "
+                    f"query {episode.query_id} needs {_length(head, [], query) + room} tokens without any "
                     f"demonstration and the model's context is {self._context}; shorten the question or max_new_tokens"
                 )
             kept -= 1
         shown = episode.demos[len(episode.demos) - kept :]
-        ids = [*self._start, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
+        ids = [*head, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
         pictures = tuple(turn.picture for turn in [*shown, episode.query] if turn.picture is not None)
         tags = ids.count(self._encoder.image_token_id)
         assert tags == len(pictures), f"{tags} picture tokens and {len(pictures)} pictures, query {episode.query_id}"
         turns = [(turn.picture, f"{turn.question}{turn.text}") for turn in shown]
         turns.append((episode.query.picture, f"{episode.query.question}{episode.query.lead.rstrip()}"))
-        return Prompt(tuple(ids), pictures, candidates, tuple(turns), kept)
+        return Prompt(tuple(ids), pictures, candidates, tuple(_framed(turns, episode.frame)), kept)
+
+    def _end(self, frame: Frame) -> list[int]:
+        return [self._encoder.eoc_token_id] if frame.end_of_chunk else []
 
     def _opening(self, turn: Turn) -> list[int]:
         picture = [] if turn.picture is None else [self._encoder.image_token_id]
@@ -107,11 +112,20 @@ class PromptBuilder:
         turn = episode.query
         whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
         shared = _shared_start(whole) if len(whole) > 1 else 0
-        eoc = self._encoder.eoc_token_id
-        return whole[0][:shared], tuple((*ids[shared:], eoc) for ids in whole)
+        end = self._end(episode.frame) or self.encode(episode.frame.separator)
+        return whole[0][:shared], tuple((*ids[shared:], *end) for ids in whole)
 
-    def _length(self, demos: Sequence[Sequence[int]], query: Sequence[int]) -> int:
-        return len(self._start) + sum(len(demo) for demo in demos) + len(query)
+
+def _length(head: Sequence[int], demos: Sequence[Sequence[int]], query: Sequence[int]) -> int:
+    return len(head) + sum(len(demo) for demo in demos) + len(query)
+
+
+def _framed(turns: list[tuple[Picture | None, str]], frame: Frame) -> list[tuple[Picture | None, str]]:
+    """The turns for reading: what stands ahead of a picture is shown at the end of the turn before it."""
+    between = f"{frame.separator}{frame.before}"
+    shown = [(picture, f"{text}{between}") for picture, text in turns[:-1]]
+    head = f"{frame.prefix}{frame.before}"
+    return [*([(None, head)] if head else []), *shown, turns[-1]]
 
 
 def _shared_start(rows: Sequence[Sequence[int]]) -> int:

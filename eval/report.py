@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics.interval import mean_interval
+from eval.metrics.table import measure
 from eval.model import FeatureCache
 from eval.runner import Grid, Sample
 from eval.task import Task, content_hash
@@ -46,6 +47,7 @@ def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
         "interval_method": interval.method,
         "n": len(samples),
         "n_pictures": len({sample.cluster for sample in samples}),
+        "metrics": measure(getattr(task, "metrics", ()), samples),
         "chance": baselines.chance,
         "constant": baselines.constant,
         "constant_answer": baselines.constant_answer,

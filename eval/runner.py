@@ -133,14 +133,17 @@ def run_cell(
             else:
                 completions = responder.generate(batch, features, task.max_new_tokens)
                 for i, completion in zip(rows, completions, strict=True):
-                    answer = _answer(completion.text, episodes[i])
+                    answer = _answer(task, completion.text, episodes[i])
                     samples[i] = _sample(task, cell, episodes[i], prompts[i], completion.text, answer, completion.ended)
             on_batch(len(rows))
     return [samples[i] for i in range(len(prompts))]
 
 
-def _answer(raw: str, episode: Episode) -> str:
+def _answer(task: Task, raw: str, episode: Episode) -> str:
     """The completion without the fixed start (in part already in the prompt) and end of the answer's text."""
+    parse: Callable[[str, Episode], str] | None = getattr(task, "parse", None)
+    if parse is not None:
+        return parse(raw, episode)
     turn = episode.query
     return parse_answer(parse_answer(raw).removesuffix(turn.tail) if turn.tail else raw)
 

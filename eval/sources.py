@@ -7,17 +7,20 @@ with exactly the text that training would have shown. Pictures are never decoded
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data.schema import Page, Text, read_manifest, read_pages
-from eval.task import Document, Picture, SourceSpec, TaskSpec, Turn
+from eval.demos import hash_order
+from eval.formats import FORMATS as DATA_SETS
+from eval.formats.choices import letters, written_options
+from eval.formats.files import Item, place
+from eval.formats.tables import FIELDS, read_csv_table, read_jsonl_table
+from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
 from flamingo.errors import UserError
-
-FIELDS = ("question", "answer", "kind", "label")
 
 
 def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
@@ -31,13 +34,16 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
     unknown = sorted(set(source.fields) - set(FIELDS))
     if unknown:
         raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+    source = place(source, spec.root)
     path = Path(source.path)
     if not source.path or not path.exists():
+        where = f"; {published}" if (published := _published(spec, path)) else ""
         raise UserError(
-            f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path"
+            f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path{where}"
         )
     try:
         items = list(islice(FORMATS[source.format](path, source), source.max_items))
+        check_pictures(items)
     except UserError as error:
         raise UserError(f"task {name}: {error}") from None
     if not items:
@@ -45,20 +51,63 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
     return [_document(name, item, spec) for item in items]
 
 
-Item = dict[str, Any]
-"""id, picture, question, answers (accepted ones), kind, label, text (the answer's node as a page has it, or None)."""
+def _published(spec: TaskSpec, path: Path) -> str:
+    found = [where for file, where in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
+    return f"{path.name} is published by {found[0]}" if found else ""
+
+
+def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
+    """The documents that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
+    documents = read_documents(name, spec, source)
+    order = hash_order([document.id for document in documents], "support", name)
+    return documents if spec.support_size is None else [documents[index] for index in order[: spec.support_size]]
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """Raise UserError if pictures that lie in files of their own are missing, saying how many."""
+    files = {item["picture"].file for item in items if isinstance(item["picture"], StoredPicture)} - {None}
+    missing = sorted(str(file) for file in files if not file.exists())
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(files)} pictures are missing, the first is {missing[0]}; put them there, or set "
+            "source.images to their folder or pattern"
+        )
 
 
 def _document(name: str, item: Item, spec: TaskSpec) -> Document:
-    golds = tuple(_between(answer, spec.lead, spec.tail) for answer in item["answers"])
-    question = spec.question.replace("{question}", item["question"])
-    turn = Turn(item["picture"], question, spec.lead, golds[0], spec.tail)
+    choices, answers = item.get("choices", ()), item["answers"]
+    if choices and spec.answer_as == "letter":
+        answers = [letters(choices)[choices.index(answer)] for answer in answers]
+    golds = tuple(_between(answer, spec.lead, spec.tail) for answer in answers)
+    values = {"question": item["question"], "options": written_options(choices, spec.options), **item.get("values", {})}
+    question = _filled(name, spec.question, values)
+    turn = Turn(item["picture"], question, spec.lead, _shown(golds, spec), spec.tail, item.get("rationale", ""))
     if spec.kind == "documents" and item["text"] not in (None, turn.text):
         raise UserError(
             f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
             "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
         )
-    return Document(item["id"], turn, golds, item["kind"], item["label"] or golds[0])
+    candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
+    return Document(item["id"], turn, golds, item["kind"], item["label"] or golds[0], candidates, item.get("group", ""))
+
+
+def _filled(name: str, template: str, values: Mapping[str, str]) -> str:
+    """The question with its `{...}` replaced; braces in the values stay what they are."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in values:
+            raise UserError(
+                f"task {name}: question has {found[0]}, and its items have {', '.join(sorted(values))}; change "
+                "task.NAME.question"
+            )
+        return values[found[1]]
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def _shown(golds: tuple[str, ...], spec: TaskSpec) -> str:
+    """The answer that a demonstration shows. Of equally frequent ones the first counts."""
+    return golds[0] if spec.demo_answer == "first" else max(golds, key=golds.count)
 
 
 def _between(answer: str, lead: str, tail: str) -> str:
@@ -82,6 +131,7 @@ def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
                         "answers": [facts["answer"]],
                         "kind": facts["kind"],
                         "label": facts["label"],
+                        "rationale": facts.get("rationale", ""),
                         "text": None if "answer" in source.fields else answer,
                     }
 
@@ -131,30 +181,9 @@ def _label(meta: Mapping[str, Any], answer: str) -> str:
     return str(named.get(answer.strip(), ""))
 
 
-def _from_csv(path: Path, source: SourceSpec) -> Iterator[Item]:
-    columns = {field: source.fields.get(field, field) for field in FIELDS}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        needed = {"picture", columns["answer"], *source.fields.values()}
-        missing = sorted(needed - set(reader.fieldnames or ()))
-        if missing:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}; its columns are {', '.join(reader.fieldnames or ())}"
-            )
-        for number, row in enumerate(reader):
-            picture = path.parent / row["picture"]
-            if not picture.is_file():
-                raise UserError(f"{path}: row {number + 1} names the picture {picture}, which does not exist")
-            yield {
-                "id": row.get("id") or f"{path.stem}.{number}",
-                "picture": Picture((picture.read_bytes(),)),
-                "question": row.get(columns["question"]) or "",
-                # Several accepted answers stand in one cell, separated by bars; the first is the one shown.
-                "answers": (row[columns["answer"]] or "").split("|"),
-                "kind": row.get(columns["kind"]) or "",
-                "label": row.get(columns["label"]) or "",
-                "text": None,
-            }
-
-
-FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {"pages": _from_pages, "csv": _from_csv}
+FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {
+    "pages": _from_pages,
+    "csv": read_csv_table,
+    "jsonl": read_jsonl_table,
+    **DATA_SETS,
+}

@@ -13,9 +13,10 @@ node is tokenised alone: this makes prompts equal to training pages, token by to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 
@@ -34,6 +35,26 @@ class Picture:
         return digest.hexdigest()
 
 
+class StoredPicture(Picture):
+    """A picture that is read each time it is needed, so that thousands of them cost no memory.
+
+    `read` gives the encoded frames; `file` is what must exist for that, where it is a file (or folder) of its own.
+    """
+
+    file: Path | None
+
+    def __init__(self, read: Callable[[], tuple[bytes, ...]], file: Path | None = None) -> None:
+        vars(self).update(_read=read, file=file)  # the class is frozen
+
+    def __repr__(self) -> str:
+        return f"StoredPicture({str(self.file)!r})"
+
+    @property
+    def frames(self) -> tuple[bytes, ...]:  # type: ignore[override]
+        """The frames, read now."""
+        return vars(self)["_read"]()
+
+
 @dataclass(frozen=True)
 class Turn:
     """A picture (None: a text-only demonstration) and its text, in the parts told in the module's docstring."""
@@ -43,6 +64,7 @@ class Turn:
     lead: str
     answer: str
     tail: str = ""
+    rationale: str = ""  # why, where the data say so; shown by chains of thought alone
 
     @property
     def text(self) -> str:
@@ -63,11 +85,25 @@ class Document:
     golds: tuple[str, ...]
     kind: str = ""
     label: str = ""
+    candidates: tuple[str, ...] = ()  # the item's own closed answers
+    group: str = ""  # what the data set calls the picture (or what else ties scores together)
 
     @property
     def cluster(self) -> str:
         """Scores of the same picture are not independent of each other."""
+        if self.group:
+            return self.group
         return self.turn.picture.sha256 if self.turn.picture is not None else self.id
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the turns of a prompt; by default nothing but the end-of-chunk token behind each one."""
+
+    prefix: str = ""  # once, at the head: an instruction
+    before: str = ""  # ahead of every turn's picture
+    separator: str = ""  # behind every demonstration (and its end-of-chunk token)
+    end_of_chunk: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,7 @@ class Episode:
     cluster: str
     candidates: tuple[str, ...] = ()
     excluded: int = 0  # drawn as demonstrations and refused by the leakage guard
+    frame: Frame = Frame()
 
 
 @dataclass(frozen=True)
@@ -137,15 +174,27 @@ class SourceSpec:
     """Where a task's items come from."""
 
     format: str = "pages"
-    """pages: shards of `python -m data prepare`; csv: a table with columns picture, answer and optionally question, id,
-    kind, its picture paths relative to the table."""
+    """pages: shards of `python -m data prepare`; csv and jsonl: a table of one's own with columns picture, answer and
+    optionally question, id, kind, choices; the others are data sets' own files, see eval/formats."""
     path: str = ""
-    """Folder of shards, or the CSV file."""
+    """Folder of shards, or the file."""
+    annotations: str = ""
+    """A second file that some data sets keep their answers (or splits) in."""
+    images: str = ""
+    """Folder of the pictures or videos, or a pattern such as `val2014/COCO_val2014_{image_id:012d}.jpg`."""
+    split: str = ""
+    """Which split of a file that holds several; `a+b` takes both."""
+    only: dict[str, str] = field(default_factory=dict)
+    """Items are taken only if these fields have these values, for example {q_lang: en}."""
+    annotators: int | None = None
+    """How many answers every question must have; another number stops the run."""
+    frames: int = 8
+    """Frames taken from a video, evenly spread."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which fact of a page's `meta` (or which column) is the question, answer, kind or label; what is not named here
     is the page's own text."""
-    max_items: int = 4096
-    """Items read at most, in file order."""
+    max_items: int | None = 4096
+    """Items read at most, in file order; null reads all."""
 
 
 @dataclass(kw_only=True)
@@ -157,10 +206,48 @@ class TaskSpec:
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
     """Where demonstrations come from; null splits `source`: the first `queries` in hash order ask, the rest show."""
-    queries: int = 200
-    """Queries asked at most (items of `source`; episodes for binding)."""
+    root: str = ""
+    """Folder that the relative paths of `source` and `support` start from."""
+    published: dict[str, str] = field(default_factory=dict)
+    """Files that the task needs below `root`, and where each is published; for `python -m eval prepare`."""
+    expected: int | None = None
+    """Queries in the published split, which `prepare` compares with."""
+    support_size: int | None = None
+    """Items of `support` used, chosen by their ids alone; null uses all."""
+    queries: int | None = 200
+    """Queries asked at most (items of `source`; episodes for binding); null asks all."""
+    form: str = ""
+    """Which of a protocol's prompts the task takes: caption, vqa, choice and so on; see hydra/protocol."""
+    prefix: str = ""
+    """Text at the head of the prompt: an instruction."""
+    before: str = ""
+    """Text ahead of every picture."""
+    separator: str = ""
+    """Text behind every demonstration."""
+    end_of_chunk: bool = True
+    """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
+    options: str = "lines"
+    """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
+    answer_as: str = "text"
+    """Multiple choice: whether the answer is the option's text or its letter."""
+    demo_answer: str = "first"
+    """Which of several annotators' answers a demonstration shows: first or majority."""
+    zero_shot: str = "none"
+    """At 0 shots: none, or two_text, which shows two demonstrations without their pictures (they are no shots).
+    two_text_first_picture is a historic fault: the query is then shown with a demonstration's picture."""
+    num_beams: int = 1
+    """Beams of a generated answer."""
+    length_penalty: float = 1.0
+    """Exponent of the length that beam search divides by."""
+    cut: list[str] = field(default_factory=list)
+    """A generated answer ends where one of these strings begins."""
+    remove: str = ""
+    """Characters taken out of a generated answer."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the whole set, names of eval.metrics.table.METRICS, beside the mean of `metric`."""
     question: str = "{question}"
-    """The question's text node, `{question}` standing for the item's own question."""
+    """The question's text node; `{question}` is the item's own question, `{options}` its choices, and what else a
+    format's items have may be named likewise."""
     lead: str = ""
     """Fixed start of the answer's text node, part of the query's prompt too; a space where answers begin with one."""
     tail: str = ""
@@ -170,7 +257,7 @@ class TaskSpec:
     candidates: list[str] = field(default_factory=list)
     """Closed answers for rank; empty takes every answer of the support set of the query's kind."""
     metric: str = "exact_match"
-    """One of eval.metrics.text.SCORES."""
+    """Score of one answer: a name of eval.metrics.text.SCORE_NAMES."""
     demos: str = "random"
     """random, same_kind or fixed (the same for all queries)."""
     max_new_tokens: int = 32

@@ -9,7 +9,7 @@ the samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,29 @@ def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resample
         draw = rng.integers(0, len(names), size=(min(block, resamples - start), len(names)))
         means[start : start + len(draw)] = sums[draw].sum(axis=1) / counts[draw].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(low), float(high), "bootstrap")
+
+
+def cluster_weights(clusters: Sequence[str], resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """Blocks (r, N) of how often each sample is in a resample of whole clusters; the same for any order of samples."""
+    names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
+    rng = np.random.Generator(np.random.Philox(key=len(names)))
+    block = max(1, 1_000_000 // len(clusters))
+    for start in range(0, resamples, block):
+        draw = rng.integers(0, len(names), size=(min(block, resamples - start), len(names)))
+        counts = np.stack([np.bincount(row, minlength=len(names)) for row in draw]).astype(np.float64)
+        yield counts[:, inverse]
+
+
+def statistic_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str], resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap of a statistic that is no mean: it takes (r, N) weights and gives (r,) values.
+
+    Resamples for which it has no value (nan: an AUC without negatives) are left out.
+    """
+    values = np.concatenate([statistic(weights) for weights in cluster_weights(clusters, resamples)])
+    low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan, np.nan)
     return Interval(float(low), float(high), "bootstrap")
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from eval.metrics.vqa import vqa_accuracy
+from eval.metrics.captions import Cider, rouge_l
+from eval.metrics.medical import token_f1
+from eval.metrics.vqa import vqa_accuracy, vqa_accuracy_by_value
+from eval.metrics.wups import wups_score
 
 
 def parse_answer(raw: str) -> str:
@@ -22,8 +25,37 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
     return float(bool(answer) and answer in [" ".join(gold.split()) for gold in golds])
 
 
-SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+def folded_match(answer: str, golds: Sequence[str]) -> float:
+    """1.0 if `answer` equals one of `golds` but for letter case, white space and a full stop at the end."""
+    return float(bool(_folded(answer)) and _folded(answer) in [_folded(gold) for gold in golds])
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def ivqa_accuracy(answer: str, golds: Sequence[str]) -> float:
+    """iVQA's rule: the share of two annotators who gave the answer, 1 at most (Yang et al. 2021)."""
+    return min(1.0, sum(_folded(gold) == _folded(answer) for gold in golds) / 2)
+
+
+Score = Callable[[str, Sequence[str]], float]
+SCORES: dict[str, Score] = {
     "exact_match": exact_match,
+    "accuracy": folded_match,
     "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy_by_value": vqa_accuracy_by_value,
+    "ivqa": ivqa_accuracy,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "wups": wups_score,
 }
 """Name in a task's YAML to score; a new score is an entry here."""
+OF_SET: dict[str, Callable[[Sequence[Sequence[str]]], Score]] = {"cider": lambda golds: Cider(golds).score}
+"""Scores that depend on the gold answers of all queries."""
+SCORE_NAMES = (*SCORES, *OF_SET)
+
+
+def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
+    """The score of that name for a task whose queries have these gold answers."""
+    return OF_SET[name](golds) if name in OF_SET else SCORES[name]

@@ -26,7 +26,7 @@ def test_defaults_are_those_of_the_classes_and_interpolations_hold() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_file_loads_and_its_first_line_uses_it(name: str) -> None:
-    path = "" if name != "csv" else "task.csv.source.path=x.csv"
+    path = f"task.{name}.source.path=x" if name in ("csv", "jsonl") else ""
     config = load_config(["model=m", f"task={name}", *filter(None, [path])])
     assert list(config.task) == [name]
     check_spec(name, config.task[name])
@@ -49,7 +49,7 @@ def test_settings_of_tasks_and_lists() -> None:
     ("arguments", "message"),
     [
         ([], "model is missing"),
-        (["model=m", "task=nope"], "unknown task 'nope'; the tasks are csv, digits_binding, digits_naming"),
+        (["model=m", "task=nope"], "unknown task 'nope'; the tasks are coco, csv, digits_binding, digits_naming"),
         (["model=m", "task=[toy_vqa,nope]"], "unknown task 'nope'"),
         (["model=m", "tassk=1"], "tassk"),
         (["model=m", "+shot=1"], "shot"),

@@ -1,0 +1,190 @@
+"""Metrics of a whole set of answers, each with its 95 % interval and n.
+
+`measure` takes what a run wrote down about its answers and nothing else, so a finished run can be measured again. A
+metric is an entry of `METRICS`: a function from answers to named values. Single answers are scored in
+`eval.metrics.text`; here is what needs the whole set (CIDEr's document frequencies, an AUC) or several views of one
+answer (the medical scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from eval.metrics.captions import Cider, bleu, bleu_counts, rouge_l
+from eval.metrics.interval import Interval, cluster_bootstrap, mean_interval, statistic_interval
+from eval.metrics.medical import closed, is_closed, medical_exact, open_scores, published_closed, published_open
+from eval.metrics.ranking import mwap, roc_auc, winoground
+from eval.metrics.vqa import vqa_accuracy
+from eval.metrics.wups import BY_EQUALITY, wups_score
+from flamingo.errors import UserError
+
+
+class Answered(Protocol):
+    """What a metric needs of a sample."""
+
+    @property
+    def query_id(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def golds(self) -> tuple[str, ...]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def cluster(self) -> str: ...
+    @property
+    def candidates(self) -> tuple[str, ...]: ...
+    @property
+    def log_probs(self) -> tuple[float, ...]: ...
+
+
+@dataclass(frozen=True)
+class Value:
+    """A score with its 95 % interval; `n` answers (or items of several answers) went into it."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+
+Answers = Sequence[Answered]
+Metric = Callable[[Answers], dict[str, Value]]
+
+
+def _value(score: float, interval: Interval, n: int) -> Value:
+    return Value(float(score), interval.low, interval.high, n, interval.method)
+
+
+def _mean(scores: Sequence[float], answers: Answers) -> Value:
+    return _value(np.mean(scores), mean_interval(scores, [one.cluster for one in answers]), len(scores))
+
+
+def _captions(answers: Answers) -> dict[str, Value]:
+    """CIDEr-D under the frequencies of the very pictures scored, which is the reference scorer's figure."""
+    said = list({one.query_id: one.golds for one in answers}.values())
+    cider = Cider(said)
+    each = [cider.score(one.answer, one.golds) for one in answers]
+    found = {"cider": _value(np.mean(each), cluster_bootstrap(each, [a.cluster for a in answers]), len(each))}
+    counts = np.stack([bleu_counts(one.answer, one.golds) for one in answers])
+    corpus = bleu(counts.sum(0))
+    for n in range(4):
+        interval = statistic_interval(lambda w, n=n: bleu(w @ counts)[:, n], [a.cluster for a in answers], 2000)
+        found[f"bleu_{n + 1}"] = _value(corpus[n], interval, len(answers))
+    return found | {"rouge_l": _mean([rouge_l(one.answer, one.golds) for one in answers], answers)}
+
+
+def _vqa(answers: Answers) -> dict[str, Value]:
+    found = {"vqa_accuracy": _mean([vqa_accuracy(one.answer, one.golds) for one in answers], answers)}
+    for kind in sorted({one.kind for one in answers if one.kind}):
+        part = [one for one in answers if one.kind == kind]
+        found[f"vqa_accuracy {kind}"] = _mean([vqa_accuracy(one.answer, one.golds) for one in part], part)
+    return found
+
+
+def _auc(answers: Answers) -> dict[str, Value]:
+    """Of the margin of the last candidate, which is the positive class, over the first."""
+    if any(len(one.log_probs) != 2 for one in answers):
+        raise UserError("the metric roc_auc needs two ranked candidates, the positive one last; set output=rank")
+    margins = np.array([one.log_probs[1] - one.log_probs[0] for one in answers])
+    positive = np.array([one.golds[0] == one.candidates[-1] for one in answers])
+    interval = statistic_interval(lambda w: roc_auc(margins, positive, w), [one.cluster for one in answers])
+    return {"roc_auc": _value(roc_auc(margins, positive)[0], interval, len(answers))}
+
+
+def _medical(answers: Answers) -> dict[str, Value]:
+    """Open and closed questions apart, each in the published and the mended way."""
+    found: dict[str, Value] = {}
+    opened = [one for one in answers if not is_closed(one.kind)]
+    shut = [one for one in answers if is_closed(one.kind)]
+    if opened:
+        published = [published_open(one.answer, one.golds[0]) for one in opened]
+        mended = [open_scores(one.answer, one.golds[0]) for one in opened]
+        found["open_recall_published"] = _mean([scores[0] for scores in published], opened)
+        found["open_f1_published"] = _mean([scores[2] for scores in published], opened)
+        found["open_recall"] = _mean([scores[0] for scores in mended], opened)
+        found["open_f1"] = _mean([scores[2] for scores in mended], opened)
+        found["open_exact"] = _mean([medical_exact(one.answer, one.golds[0]) for one in opened], opened)
+    if shut:
+        found["closed_published"] = _mean([published_closed(one.answer, one.golds[0]) for one in shut], shut)
+        found["closed"] = _mean([closed(one.answer, one.golds[0]) for one in shut], shut)
+        for constant in ("yes", "no"):
+            found[f"closed_if_always_{constant}"] = _mean([closed(constant, one.golds[0]) for one in shut], shut)
+    return found
+
+
+def _wups(answers: Answers) -> dict[str, Value]:
+    found = {}
+    for name, threshold in (("wups_0", 0.0), ("wups_0.9", 0.9)):
+        each = [wups_score(one.answer, one.golds, threshold, one.kind in BY_EQUALITY) for one in answers]
+        found[name] = _mean(each, answers)
+    return found
+
+
+def _winoground(answers: Answers) -> dict[str, Value]:
+    """Queries `ITEM.0`, `ITEM.1` are its pictures, `ITEM.none` the captions without one, where that was asked."""
+    asked: dict[str, list[tuple[float, ...]]] = {}
+    for one in answers:
+        asked.setdefault(one.query_id, []).append(one.log_probs)
+    by_id = {query_id: np.mean(several, axis=0) for query_id, several in asked.items()}  # over seeds
+    items = sorted({one.cluster for one in answers if {f"{one.cluster}.0", f"{one.cluster}.1"} <= by_id.keys()})
+    if not items:
+        raise UserError("the metric winoground needs both pictures of an item; raise the limit")
+    scores = np.array([[by_id[f"{item}.{i}"] for i in (0, 1)] for item in items]).transpose(0, 2, 1)
+    found = _winoground_values("winoground", scores, items)
+    if all(f"{item}.none" in by_id for item in items):
+        prior = np.array([by_id[f"{item}.none"] for item in items])
+        found |= _winoground_values("winoground_pmi", scores - prior[:, :, None], items)
+    return found
+
+
+def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[str, Value]:
+    parts = zip(("text", "image", "group"), winoground(scores), strict=True)
+    wins = {f"{name}_{part}": [float(win) for win in found] for part, found in parts}
+    return {part: _value(np.mean(each), mean_interval(each, items), len(items)) for part, each in wins.items()}
+
+
+def _mwap(answers: Answers) -> dict[str, Value]:
+    """Kind is what was annotated, the gold the action it was annotated for, candidates all actions."""
+    actions = answers[0].candidates
+    pairs = [(action.split(" ", 1)[0], action.split(" ", 1)[-1]) for action in actions]
+    matrix = np.array([one.log_probs for one in answers])
+    facts = [one.golds[0] for one in answers], [one.kind for one in answers], [one.cluster for one in answers]
+    score = mwap(matrix, *facts, pairs)
+    interval = statistic_interval(lambda weights: mwap(matrix, *facts, pairs, weights), facts[2], 300)
+    return {"mwap": _value(score[0], interval, len(answers))}
+
+
+def _by_word(answers: Answers) -> dict[str, Value]:
+    """Accuracy over the answers whose kind has a word: ScienceQA's columns overlap (a question has TXT and IMG)."""
+    found = {}
+    for word in sorted({word for one in answers for word in one.kind.split()}):
+        part = [one for one in answers if word in one.kind.split()]
+        found[f"accuracy {word}"] = _mean([float(one.answer in one.golds) for one in part], part)
+    return found
+
+
+METRICS: dict[str, Metric] = {
+    "by_word": _by_word,
+    "captions": _captions,
+    "vqa": _vqa,
+    "roc_auc": _auc,
+    "medical": _medical,
+    "wups": _wups,
+    "winoground": _winoground,
+    "mwap": _mwap,
+}
+"""Name in a task's `metrics` to what it measures."""
+
+
+def measure(names: Sequence[str], answers: Answers) -> dict[str, dict[str, Any]]:
+    """All values of the metrics of these names, as plain data."""
+    found: dict[str, Value] = {}
+    for name in names:
+        found |= METRICS[name](answers)
+    return {name: asdict(value) for name, value in found.items()}

@@ -1,0 +1,60 @@
+"""WUPS: answers compared word by word in WordNet's hierarchy (Malinowski and Fritz 2014), as NExT-QA scores with it.
+
+For every word the most similar word of the other side (Wu and Palmer's similarity of the first synsets; one below the
+threshold counts a tenth), multiplied over the words that have any; the lesser of both directions. What is notable in
+the published script: words without any likeness are passed over and not counted as 0, and yes/no and counting
+questions (DB, DC) are scored by equality instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from eval.metrics.wordnet import WordNet, wordnet
+
+Similarity = Callable[[str, str], float]
+STOP_WORDS = frozenset(
+    "a an the is are was were am be been being do does did of to in on at by for with from and or as it its that this "
+    "these those there then his her their he she they them him".split()
+)
+"""Left out on both sides. The published script's own list is not in its repository; this one is ours."""
+BY_EQUALITY = ("DB", "DC")
+
+
+def wups(said: Sequence[str], gold: Sequence[str], similarity: Similarity, threshold: float = 0.0) -> float:
+    """WUPS of two lists of words."""
+    return min(_one_way(said, gold, similarity, threshold), _one_way(gold, said, similarity, threshold))
+
+
+def _one_way(words: Sequence[str], others: Sequence[str], similarity: Similarity, threshold: float) -> float:
+    product, any_found = 1.0, False
+    for word in words:
+        best = max((_damped(word, other, similarity, threshold) for other in others), default=0.0)
+        if best > 0:
+            product *= best
+            any_found = True
+    return product if any_found else 0.0
+
+
+def _damped(word: str, other: str, similarity: Similarity, threshold: float) -> float:
+    if word == other:
+        return 1.0
+    near = similarity(word, other)
+    return near if near >= threshold else 0.1 * near
+
+
+def lemmatised(text: str, net: WordNet) -> list[str]:
+    """Lower-case lemmas, as a noun where there is such a noun and else as a verb, without stop words."""
+    words = [word for word in re.findall(r"[a-z0-9']+", text.lower()) if word not in STOP_WORDS]
+    return [next(iter([*net.lemmas(word, "n"), *net.lemmas(word, "v")]), word) for word in words]
+
+
+def wups_score(answer: str, golds: Sequence[str], threshold: float = 0.0, equality: bool = False) -> float:
+    """The best over the gold answers. With `equality` the lemmas must be the same ones."""
+    net = wordnet()
+    said = lemmatised(answer, net)
+    truths = [lemmatised(gold, net) for gold in golds]
+    if equality:
+        return float(said in truths)
+    return max((wups(said, truth, net.similarity, threshold) for truth in truths), default=0.0)

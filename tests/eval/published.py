@@ -1,0 +1,358 @@
+"""Small files in the exact form in which data sets publish theirs: six questions to ask and six to show each."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.eval.worlds import COLOURS, png
+
+COUNT = 6
+TINTS = list(COLOURS.values())
+
+
+def dump(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def dump_lines(path: Path, rows: Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def dump_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(TINTS[seed % len(TINTS)], seed))
+
+
+def clip(folder: Path, seed: int) -> None:
+    """A video as a folder of frames."""
+    for number in range(3):
+        picture(folder / f"{number:03d}.png", seed * 3 + number)
+
+
+def ten(answer: str, key: str = "answer") -> list[dict[str, Any]]:
+    return [{key: answer if n else "other", "answer_confidence": "yes", "answer_id": n + 1} for n in range(10)]
+
+
+def karpathy(root: Path, name: str, where: str) -> None:
+    images = []
+    for number in range(2 * COUNT):
+        split = "test" if number < COUNT else "train"
+        folder = "val2014" if number < COUNT else "train2014"
+        row = {"split": split, "filename": f"{number}.jpg", "imgid": number, "sentids": [number]}
+        row["sentences"] = [{"raw": f"a thing number {number}", "tokens": ["a"], "sentid": number}] * 5
+        if name == "coco":
+            row |= {"filepath": folder, "cocoid": 100 + number}
+        images.append(row)
+        picture(root / (folder if name == "coco" else where) / f"{number}.jpg", number)
+    dump(root / f"dataset_{name}.json", {"images": images, "dataset": name})
+
+
+def coco(root: Path) -> None:
+    karpathy(root, "coco", "")
+    (root / "val2014").mkdir(exist_ok=True)
+
+
+def flickr30k(root: Path) -> None:
+    karpathy(root, "flickr30k", "flickr30k-images")
+
+
+def nocaps(root: Path) -> None:
+    karpathy(root, "coco", "")
+    images = [{"id": n, "file_name": f"{n}.jpg", "domain": "near-domain", "coco_url": "x"} for n in range(COUNT)]
+    notes = [{"image_id": n % COUNT, "id": n, "caption": f"caption {n}"} for n in range(10 * COUNT)]
+    dump(root / "nocaps_val_4500_captions.json", {"info": {}, "images": images, "annotations": notes})
+    for number in range(COUNT):
+        picture(root / "nocaps_val" / f"{number}.jpg", 50 + number)
+
+
+def textcaps(root: Path) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            refs = [f"a sign {number} {n}" for n in range(5)]
+            rows += [{"image_id": f"im{number}", "caption_str": r, "reference_strs": refs} for r in refs]
+            picture(root / "train_images" / f"im{number}.jpg", number)
+        dump(root / f"TextCaps_0.1_{split}.json", {"dataset_name": "textcaps", "data": rows})
+
+
+def vqa_form(root: Path, questions: str, annotations: str, raw: bool) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        asked, answered = [], []
+        for number in range(start, start + COUNT):
+            asked.append({"image_id": number, "question": "What  colour?", "question_id": 10 * number})
+            answers = ten("red")
+            answers = [{**a, "raw_answer": "reds" if a["answer"] == "red" else "others"} for a in answers]
+            answers = answers if raw else ten("red")
+            row = {"question_type": "what", "multiple_choice_answer": "red", "answers": answers, "image_id": number}
+            answered.append(row | {"answer_type": "other", "question_id": 10 * number})
+            picture(root / f"{split}2014/COCO_{split}2014_{number:012d}.jpg", number)
+        dump(root / questions.format(split), {"info": {}, "questions": asked})
+        dump(root / annotations.format(split), {"annotations": answered})
+
+
+def vqav2(root: Path) -> None:
+    vqa_form(root, "v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json", raw=False)
+
+
+def okvqa(root: Path) -> None:
+    vqa_form(root, "OpenEnded_mscoco_{}2014_questions.json", "mscoco_{}2014_annotations.json", raw=True)
+
+
+def textvqa(root: Path) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        rows = [
+            {"question": "what is written?", "image_id": f"t{n}", "answers": ["stop"] * 9 + ["go"], "question_id": n}
+            for n in range(start, start + COUNT)
+        ]
+        dump(root / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": rows})
+        for number in range(start, start + COUNT):
+            picture(root / "train_images" / f"t{number}.jpg", number)
+
+
+def vizwiz(root: Path) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            answers = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 6 + [{"answer": "can"}] * 4
+            name = f"VizWiz_{split}_{number:08d}.jpg"
+            rows.append({"image": name, "question": "What is\n this? ", "answers": answers, "answer_type": "other"})
+            picture(root / split / name, number)
+        dump(root / f"{split}.json", rows)
+
+
+def hateful_memes(root: Path) -> None:
+    for name, start in (("dev_seen", 0), ("train", COUNT)):
+        numbers = range(start, start + COUNT)
+        dump_lines(
+            root / f"{name}.jsonl",
+            [{"id": n, "img": f"img/{n:05d}.png", "label": n % 2, "text": "look  at {this}"} for n in numbers],
+        )
+        for number in numbers:
+            picture(root / f"img/{number:05d}.png", number)
+
+
+def imagenet(root: Path) -> None:
+    names = "n01440764 tench, Tinca tinca\nn02012849 crane, bird\nn03126707 crane\n"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "LOC_synset_mapping.txt").write_text(names)
+    for split in ("val", "train"):
+        for place, folder in enumerate(("n01440764", "n02012849", "n03126707")):
+            for number in range(2):
+                picture(root / split / folder / f"ILSVRC_{split}_{number}.JPEG", 10 * place + number)
+
+
+def scienceqa(root: Path) -> None:
+    problems: dict[str, Any] = {}
+    for number in range(2 * COUNT):
+        split = "test" if number < COUNT else "train"
+        row = {"question": "Which?", "choices": ["north", "south", "west"][: 2 + number % 2], "answer": number % 2}
+        row |= {"hint": "A map." if number % 2 else "", "image": "image.png" if number % 3 else None, "split": split}
+        row |= {"grade": f"grade{number + 2}", "subject": "social science", "lecture": "Maps\nshow.", "solution": "So."}
+        problems[str(number)] = row
+        if number % 3:
+            picture(root / "images" / split / str(number) / "image.png", number)
+    dump(root / "problems.json", problems)
+    splits = {"test": [str(n) for n in range(COUNT)], "train": [str(n) for n in range(COUNT, 2 * COUNT)]}
+    dump(root / "pid_splits.json", splits)
+
+
+def medical_rows(start: int, **names: str) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(start, start + COUNT):
+        row: dict[str, Any] = {"qid": number, "question": "Is it normal?", "answer": "No", "answer_type": "CLOSED "}
+        if number % 2:
+            row |= {"question": "How many?", "answer": 4, "answer_type": "OPEN"}
+        rows.append(row | {key: value.format(number) for key, value in names.items()})
+    return rows
+
+
+def vqa_rad(root: Path) -> None:
+    for name, start in (("testset", 0), ("trainset", COUNT)):
+        dump(root / f"{name}.json", medical_rows(start, image_name="synpic{}.jpg", phrase_type="freeform"))
+        for number in range(start, start + COUNT):
+            picture(root / "images" / f"synpic{number}.jpg", number)
+
+
+def slake(root: Path) -> None:
+    for name, start in (("test", 0), ("train", COUNT)):
+        rows = [{**row, "q_lang": "en"} for row in medical_rows(start, img_name="xmlab{}/source.jpg")]
+        dump(root / f"{name}.json", [*rows, {**rows[0], "q_lang": "zh", "qid": 999}])
+        for number in range(start, start + COUNT):
+            picture(root / "imgs" / f"xmlab{number}/source.jpg", number)
+
+
+def pathvqa(root: Path) -> None:
+    for split in ("test", "train"):
+        rows = [
+            {"image": f"{split}_{n:04d}", "question": "is it?", "answer": "yes" if n % 2 else "liver"}
+            for n in range(COUNT)
+        ]
+        (root / "qas" / split).mkdir(parents=True)
+        (root / "qas" / split / f"{split}_qa.pkl").write_bytes(pickle.dumps(rows))
+        for number in range(COUNT):
+            picture(root / "images" / split / f"{split}_{number:04d}.jpg", number + (100 if split == "train" else 0))
+
+
+def mmmu(root: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for split, start in (("validation", 0), ("dev", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT + 1):
+            image = {"bytes": png(TINTS[number % 4], number), "path": f"{number}.png"}
+            row = {"id": f"{split}_Accounting_{number}", "question": "<image 1> What is it?", "image_1": image}
+            row |= {"options": "['$6', \"it's 7\"]", "answer": "B", "question_type": "multiple-choice"}
+            rows.append(row | {"image_2": image if number == start + COUNT else None})  # of two pictures: left out
+        (root / "Accounting").mkdir(parents=True, exist_ok=True)
+        file = root / "Accounting" / f"{split}-00000-of-00001.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def winoground(root: Path) -> None:
+    rows = []
+    for number in range(COUNT):
+        captions = {"caption_0": "a dog on a cat", "caption_1": "a cat on a dog", "collapsed_tag": "Object"}
+        rows.append({"id": number, "image_0": f"ex_{number}_img_0", "image_1": f"ex_{number}_img_1", **captions})
+        for image in (0, 1):
+            picture(root / "images" / f"ex_{number}_img_{image}.png", 2 * number + image)
+    dump_lines(root / "examples.jsonl", rows)
+
+
+def video_qa(root: Path, prefix: str) -> None:
+    for split, start in (("test", 0), ("train", COUNT)):
+        numbers = range(start, start + COUNT)
+        rows = [{"answer": "man", "id": n, "question": "who is singing?", "video_id": n} for n in numbers]
+        dump(root / f"{split}_qa.json", rows)
+        for number in numbers:
+            clip(root / "videos" / f"{prefix}{number}", number)
+
+
+def msvd_qa(root: Path) -> None:
+    video_qa(root, "")
+
+
+def msrvtt_qa(root: Path) -> None:
+    video_qa(root, "video")
+
+
+def ivqa(root: Path) -> None:
+    for split, start in (("test", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            answers = dict(zip((f"answer{n}" for n in range(1, 6)), ["spoon", "spoon", "fork", "cup", "pan"], strict=True))
+            rows.append({"video_id": f"v{number}", "start": 1, "end": 9.5, "question": "what?", **answers})
+            clip(root / "videos" / f"v{number}", number)
+        (root).mkdir(exist_ok=True)
+        dump_csv(root / f"{split}.csv", rows)
+
+
+def vatex(root: Path) -> None:
+    for name, start in (("vatex_public_test_english_v1.1", 0), ("vatex_training_v1.0", COUNT)):
+        numbers = range(start, start + COUNT)
+        dump(root / f"{name}.json", [{"videoID": f"a_{n}_000001_000011", "enCap": [f"cap {n}"] * 10} for n in numbers])
+        for number in numbers:
+            clip(root / "videos" / f"a_{number}_000001_000011", number)
+
+
+def nextqa(root: Path) -> None:
+    for split, start in (("test", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            row = {"video": f"{number}", "frame_count": 9, "width": 8, "height": 8, "question": "why run", "answer": "fun"}
+            rows.append(row | {"qid": 3, "type": "TP"})
+            clip(root / "videos" / str(number), number)
+        dump_csv(root / f"{split}.csv", rows)
+    dump(root / "add_reference_answer_test.json", {"0": {"3": "joy"}})
+
+
+def nextqa_choice(root: Path) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            row = {"video": number, "question": "why", "answer": 2, "qid": 1, "type": "CW"}
+            rows.append(row | {f"a{n}": f"reason {n}" for n in range(5)})
+            clip(root / "videos" / str(number), number)
+        dump_csv(root / f"{split}.csv", rows)
+
+
+def star(root: Path) -> None:
+    for split, start in (("val", 0), ("train", COUNT)):
+        rows = []
+        for number in range(start, start + COUNT):
+            choices = [{"choice_id": n, "choice": f"The bag {n}.", "choice_program": []} for n in range(4)]
+            row = {"question_id": f"Interaction_T1_{number}", "question": "Which?", "answer": "The bag 1."}
+            rows.append(row | {"choices": choices, "video_id": f"S{number}", "start": 1.5, "end": 7.0})
+            clip(root / "videos" / f"S{number}", number)
+        dump(root / f"STAR_{split}.json", rows)
+
+
+def youcook2(root: Path) -> None:
+    database = {}
+    for number in range(2 * COUNT):
+        subset = "validation" if number < COUNT else "training"
+        parts = [{"id": 0, "segment": [1, 5], "sentence": f"cut {number}\n onions"}]
+        database[f"y{number}"] = {"subset": subset, "duration": 9.0, "annotations": parts}
+        clip(root / "videos" / f"y{number}", number)
+    dump(root / "youcookii_annotations_trainval.json", {"database": database})
+
+
+def rareact(root: Path) -> None:
+    rows = []
+    for number in range(COUNT):
+        action = dict(zip(("verb", "noun"), [("cut", "phone"), ("wash", "phone")][number % 2], strict=True))
+        row = {"id": number, "video_id": f"r{number // 2}", "start": 0, "end": 9, "class_id": number % 2, **action}
+        rows.append(row | {"annotation": [1, 1, 0, 2, 1, 0][number]})
+        clip(root / "videos" / f"r{number // 2}", number // 2)
+    dump_csv(root / "rareact.csv", rows)
+
+
+def medqa(root: Path) -> None:
+    for split in ("test", "train"):
+        options = {"A": "aspirin", "B": "rest", "C": "surgery", "D": "none"}
+        row = {"question": f"Which, {split}?", "answer": "rest", "options": options, "meta_info": "step1"}
+        dump_lines(root / f"phrases_no_exclude_{split}.jsonl", [row | {"answer_idx": "B"}] * COUNT)
+
+
+def medmcqa(root: Path) -> None:
+    for split in ("dev", "train"):
+        row = {"question": "Which?", "opa": "a1", "opb": "b1", "opc": "c1", "opd": "d1", "cop": 3, "exp": "Because."}
+        dump_lines(root / f"{split}.json", [row | {"id": f"{split}{n}", "subject_name": "Anatomy"} for n in range(COUNT)])
+
+
+def pubmedqa(root: Path) -> None:
+    rows = {str(n): {"QUESTION": "Does it?", "CONTEXTS": ["We", "saw."], "final_decision": "maybe"} for n in range(12)}
+    dump(root / "ori_pqal.json", rows)
+    dump(root / "test_ground_truth.json", {str(n): "maybe" for n in range(COUNT)})
+
+
+def mmlu_medicine(root: Path) -> None:
+    for split in ("test", "dev"):
+        (root / split).mkdir(parents=True)
+        for subject in ("anatomy", "astronomy"):
+            rows = f'"Which {subject}, is it?",one,two,three,"four, or five",D\n' * COUNT
+            (root / split / f"{subject}_{split}.csv").write_text(rows)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    writer.__name__: writer
+    for writer in (
+        *(coco, flickr30k, nocaps, textcaps, vqav2, okvqa, textvqa, vizwiz, hateful_memes, imagenet, scienceqa),
+        *(vqa_rad, slake, pathvqa, mmmu, winoground, msvd_qa, msrvtt_qa, ivqa, vatex, nextqa, nextqa_choice, star),
+        *(youcook2, rareact, medqa, medmcqa, pubmedqa, mmlu_medicine),
+    )
+}

@@ -1,0 +1,146 @@
+"""Every published task, on files in its published form, through the real runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eval.__main__ import CONFIG, load_config
+from eval.build import build_task
+from eval.prepare import check, main
+from eval.report import rows_of
+from eval.runner import Grid, run
+from tests.eval.published import COUNT, WRITERS, dump
+from tests.eval.test_metrics_table import small_wordnet
+from tests.eval.worlds import Constant
+
+OWN = {path.stem for path in (CONFIG / "task").glob("*.yaml")} - {"csv", "jsonl"}
+TEXT_ONLY = {"medqa", "medmcqa", "pubmedqa", "mmlu_medicine"}
+# Of one query each: its id, question node, gold answers, kind, number of candidates.
+EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
+    "coco": ("100", "Output:", ("a thing number 0",) * 5, "", 0),
+    "flickr30k": ("3", "Output:", ("a thing number 3",) * 5, "", 0),
+    "nocaps": ("2", "Output:", tuple(f"caption {n}" for n in range(2, 60, 6)), "near-domain", 0),
+    "textcaps": ("im1", "Output:", tuple(f"a sign 1 {n}" for n in range(5)), "", 0),
+    "vqav2": ("20", "Question: What colour? Answer:", ("other", *["red"] * 9), "other", 0),
+    "okvqa": ("20", "Question: What colour? Answer:", ("others", *["reds"] * 9), "other", 0),
+    "textvqa": ("4", "Question: what is written? Answer:", ("stop",) * 9 + ("go",), "", 0),
+    "vizwiz": (
+        *("VizWiz_val_00000002", "Question: What is this? Answer:"),
+        *(("unanswerable",) * 6 + ("can",) * 4, "other", 0),
+    ),
+    "hateful_memes": (
+        *("1", 'is an image with written: "look at {this}" on it. Is it hateful? Answer:'),
+        *(("yes",), "", 2),
+    ),
+    "imagenet": ("n02012849/ILSVRC_val_0.JPEG", "Output:", ("crane, bird",), "", 3),
+    "scienceqa": (
+        *("1", "Question: Which?\nContext: A map.\nA. north\nB. south\nC. west\nAnswer:"),
+        *(("B",), "SOC TXT IMG G1-6", 3),
+    ),
+    "vqa_rad": ("1", "Question: How many? Answer:", ("4",), "OPEN", 0),
+    "slake": ("2", "Question: Is it normal? Answer:", ("No",), "CLOSED", 0),
+    "pathvqa": ("1", "Question: is it? Answer:", ("yes",), "CLOSED", 0),
+    "mmmu": (
+        *("validation_Accounting_2", "Question: What is it?\nA. $6\nB. it's 7\nAnswer:"),
+        *(("B",), "validation_Accounting", 2),
+    ),
+    "winoground": ("3.1", "Output:", ("a cat on a dog",), "Object", 2),
+    "msvd_qa": ("5", "Question: who is singing? Answer:", ("man",), "who", 0),
+    "msrvtt_qa": ("5", "Question: who is singing? Answer:", ("man",), "who", 0),
+    "ivqa": ("v2.2", "Question: what? Answer:", ("spoon", "spoon", "fork", "cup", "pan"), "", 0),
+    "vatex": ("a_2_000001_000011", "Output:", ("cap 2",) * 10, "", 0),
+    "nextqa": ("0.3", "Question: why run Answer:", ("fun", "joy"), "TN", 0),
+    "nextqa_choice": (
+        *("4.1", "Question: why\nA. reason 0\nB. reason 1\nC. reason 2\nD. reason 3\nE. reason 4\nAnswer:"),
+        *(("C",), "CW", 5),
+    ),
+    "star": (
+        *("Interaction_T1_2", "Question: Which?\nA. The bag 0.\nB. The bag 1.\nC. The bag 2.\nD. The bag 3.\nAnswer:"),
+        *(("B",), "Interaction", 4),
+    ),
+    "youcook2": ("y2.0", "Output:", ("cut 2 onions",), "", 0),
+    "rareact": ("3", "Caption: a person", ("wash phone",), "verb", 2),
+    "medqa": ("2", "Question: Which, test?\nA. aspirin\nB. rest\nC. surgery\nD. none\nAnswer:", ("B",), "step1", 4),
+    "medmcqa": ("dev2", "Question: Which?\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer:", ("C",), "Anatomy", 4),
+    "pubmedqa": ("3", "Abstract: We saw.\nQuestion: Does it?\nAnswer:", ("maybe",), "", 3),
+    "mmlu_medicine": (
+        *("anatomy.1", "Question: Which anatomy, is it?\nA. one\nB. two\nC. three\nD. four, or five\nAnswer:"),
+        *(("D",), "anatomy", 4),
+    ),
+}
+
+
+def test_every_published_task_has_files_here() -> None:
+    published = {name for name in OWN if load_config(["model=m", f"task={name}"]).task[name].published}
+    assert published == WRITERS.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_a_published_task_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "mmmu":
+        pytest.importorskip("pyarrow", reason="MMMU's files are parquet, which needs pyarrow")
+    monkeypatch.setattr("eval.metrics.wordnet.FOLDERS", (str(small_wordnet(tmp_path / "wordnet")),))
+    root = tmp_path / "data"
+    root.mkdir()
+    WRITERS[name](root)
+    lines, complete = check(name, root)
+    assert complete, lines
+    assert lines[-1] == f"  run it with task={name} task.{name}.root={root}"
+
+    task = build_task(name, load_config(["model=m", f"task={name}", f"task.{name}.root={root}"]).task[name])
+    query_id, question, golds, kind, candidates = EXPECTED[name]
+    shots = 0 if task.max_shots() == 0 else 2
+    episode = task.episode(query_id, shots, 0)
+    assert (episode.query.question, episode.golds, episode.kind) == (question, golds, kind)
+    assert len(episode.candidates) == candidates
+    assert not candidates or set(golds) <= set(episode.candidates)
+    assert (episode.query.picture is None) == (name in TEXT_ONLY)
+
+    said = max(golds, key=golds.count)
+    samples, cache = run({name: task}, Grid([0, shots][: 1 + bool(shots)], [0], ["real"]), Constant(said))
+    rows = rows_of(samples, {name: task})
+    counts = {"imagenet": 6, "winoground": 3 * COUNT}
+    assert [row["n"] for row in rows] == [counts.get(name, COUNT)] * len(rows)
+    for value in rows[-1]["metrics"].values():
+        assert value["low"] - 1e-9 <= value["score"] <= value["high"] + 1e-9
+    assert cache.encoded == 0 if name in TEXT_ONLY else cache.encoded > 0
+    if not candidates:
+        told = next(sample for sample in samples if sample.query_id == query_id)
+        assert told.score > 0.3
+        assert told.score == task.score(said, episode)
+
+
+def test_prepare_says_what_is_missing_and_where_it_is_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vizwiz", "--from", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "vizwiz: 4 of 4 files are missing" in said
+    assert "  val.json  published by vizwiz.org/tasks-and-datasets/vqa" in said
+    WRITERS["vizwiz"](tmp_path)
+    assert main(["vizwiz", "--from", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "vizwiz: 6 queries, 6 to show as demonstrations" in said
+    assert "the published split has 4319" in said
+    (tmp_path / "val" / "VizWiz_val_00000003.jpg").unlink()
+    assert main(["vizwiz", "--from", str(tmp_path)]) == 1
+    assert "1 of 6 pictures are missing, the first is" in capsys.readouterr().out
+    for arguments, message in (
+        (["vizwiz"], "give a task and a folder"),
+        (["nope", "--from", str(tmp_path)], "unknown task 'nope'"),
+        (["toy_vqa", "--from", str(tmp_path)], "no published files"),
+        (["vizwiz", "--from", str(tmp_path / "gone")], "is no folder"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_question_with_too_few_answers_stops_the_run(tmp_path: Path) -> None:
+    WRITERS["textvqa"](tmp_path)
+    row = {"question": "?", "image_id": "t0", "answers": ["a"] * 9, "question_id": 77}
+    dump(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
+    lines, complete = check("textvqa", tmp_path)
+    assert not complete
+    assert "question 77 has 9 answers and every question of this data set has 10" in lines[0]
