@@ -17,7 +17,7 @@ from data.schema import Page, Text, read_manifest, read_pages
 from eval.task import Document, Picture, SourceSpec, TaskSpec, Turn
 from flamingo.errors import UserError
 
-FIELDS = ("question", "answer", "kind", "label")
+FIELDS = ("question", "answer", "kind", "label", "rationale")
 
 
 def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
@@ -52,7 +52,7 @@ Item = dict[str, Any]
 def _document(name: str, item: Item, spec: TaskSpec) -> Document:
     golds = tuple(_between(answer, spec.lead, spec.tail) for answer in item["answers"])
     question = spec.question.replace("{question}", item["question"])
-    turn = Turn(item["picture"], question, spec.lead, golds[0], spec.tail)
+    turn = Turn(item["picture"], question, spec.lead, golds[0], spec.tail, item.get("rationale", ""))
     if spec.kind == "documents" and item["text"] not in (None, turn.text):
         raise UserError(
             f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
@@ -82,6 +82,7 @@ def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
                         "answers": [facts["answer"]],
                         "kind": facts["kind"],
                         "label": facts["label"],
+                        "rationale": facts.get("rationale", ""),
                         "text": None if "answer" in source.fields else answer,
                     }
 
@@ -153,6 +154,7 @@ def _from_csv(path: Path, source: SourceSpec) -> Iterator[Item]:
                 "answers": (row[columns["answer"]] or "").split("|"),
                 "kind": row.get(columns["kind"]) or "",
                 "label": row.get(columns["label"]) or "",
+                "rationale": row.get(columns["rationale"]) or "",
                 "text": None,
             }
 

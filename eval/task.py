@@ -43,6 +43,7 @@ class Turn:
     lead: str
     answer: str
     tail: str = ""
+    rationale: str = ""  # why, where the data say so; shown by chains of thought alone
 
     @property
     def text(self) -> str:
@@ -83,6 +84,7 @@ class Episode:
     cluster: str
     candidates: tuple[str, ...] = ()
     excluded: int = 0  # drawn as demonstrations and refused by the leakage guard
+    refused: tuple[tuple[str, int], ...] = ()  # the same by the guard's reason
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class TaskSpec:
     metric: str = "exact_match"
     """One of eval.metrics.text.SCORES."""
     demos: str = "random"
-    """random, same_kind or fixed (the same for all queries)."""
+    """Which demonstrations a query gets: a name of eval.demos.SAMPLERS, with a number or file behind a colon."""
     max_new_tokens: int = 32
     """Longest generated answer, in tokens."""
     ways: int = 2
