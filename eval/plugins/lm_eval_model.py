@@ -10,18 +10,14 @@ one question are ranked together behind one run of their prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from eval.caches import FeatureCache
 from eval.engine import Engine
-from eval.model import FlamingoResponder, context_length
-from eval.plugins.shown import Prompts, Shown, Support, shown
+from eval.model import FlamingoResponder
+from eval.plugins.shown import Shown, Support, shown
 from eval.requests import Completion, Decoding, Request
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 
 try:
@@ -58,15 +54,10 @@ class FlamingoLM(LM):
     ) -> None:
         super().__init__()
         if responder is None:
-            if not (Path(pretrained) / "config.json").is_file():
-                raise UserError(f"pretrained={pretrained} is no folder that save_pretrained or train.py wrote")
-            model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
-            responder = FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
-        self._responder = responder
+            responder = load(pretrained, device, dtype)
         size = max_batch_size or 16 if isinstance(batch_size, str) and not batch_size.isdecimal() else int(batch_size)
         self._engine = Engine(responder, FeatureCache(responder), size)
-        self._prompts = responder.prompts
-        self._context = context_length(responder.model)
+        self._prompts = Prompts(responder)
         self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
         self._tasks: dict[str, Any] = dict(tasks or {})
         self._supports: dict[str, Support] = {}
@@ -82,12 +73,9 @@ class FlamingoLM(LM):
         Whether it is what greedy decoding says is found out where a question has one continuation (as in LAMBADA);
         with several it is not asked for by any metric, and False.
         """
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[str | None, int | None, str], list[int]] = {}
         for place, request in enumerate(requests):
-            visual = request.args[2] if len(request.args) > 2 else None
-            groups.setdefault(
-                (request.task_name, request.doc_id, request.args[0], id(visual) and bool(visual)), []
-            ).append(place)
+            groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(place)
         asked, checks = [], []
         for places in groups.values():
             first = requests[places[0]]
@@ -115,11 +103,9 @@ class FlamingoLM(LM):
         windows: list[Request] = []
         owners = []
         for place, request in enumerate(requests):
-            ids = self._responder.builder.encode(request.args[0])
-            most = (self._context or 2048) - 1
-            for before, own in map(
-                make_disjoint_window, get_rolling_token_windows(list(ids), self._prompts.first_token, most, 1)
-            ):
+            most = (self._prompts.context or 2048) - 1
+            found = get_rolling_token_windows(self._prompts.tokens(request.args[0]), self._prompts.first_token, most, 1)
+            for before, own in map(make_disjoint_window, found):
                 windows.append(Request(self._prompts.bare(before, own)))
                 owners.append(place)
         totals = [0.0] * len(requests)
@@ -143,7 +129,7 @@ class FlamingoLM(LM):
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
         said = self._engine.ask(asked)
-        return [_cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
+        return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
 
     def _demos_and_query(self, request: Instance) -> tuple[list[Shown], Shown]:
         extra: Any = request.args[2] if len(request.args) > 2 else None
@@ -178,12 +164,6 @@ def _demonstration(task: Any, doc: Any) -> Shown:
     target = target[0] if isinstance(target, list) else target
     visual = task.doc_to_image(doc) if task.config.doc_to_image is not None else None
     return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text
 
 
 def main() -> None:

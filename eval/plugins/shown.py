@@ -10,13 +10,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from eval.demos import draw, hash_order
-from eval.prompts import Prompt, PromptBuilder, TextEncoder
+from eval.model import FlamingoResponder, context_length
+from eval.prompts import Prompt
 from eval.task import Document, Picture, Turn
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
 
@@ -26,7 +30,7 @@ MOST_SUPPORT = 2048
 
 @dataclass(frozen=True)
 class Shown:
-    """A text with the places of its pictures, which may be fewer than the pictures, and for demonstrations its answer."""
+    """A text with the places of its pictures (at most as many as there are), and for a demonstration its answer."""
 
     text: str
     pictures: tuple[Picture, ...]
@@ -40,8 +44,7 @@ def picture_of(value: Any) -> Picture:
     if isinstance(value, bytes):
         return Picture((value,))
     if isinstance(value, str):
-        with open(value, "rb") as file:  # noqa: PTH123
-            return Picture((file.read(),))
+        return Picture((Path(value).read_bytes(),))
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
         value.convert("RGB").save(buffer, format="PNG", compress_level=1)
@@ -56,20 +59,32 @@ def shown(text: str, pictures: Any, answer: str = "") -> Shown:
     tags = text.count(IMAGE_TOKEN)
     if tags > len(found):
         raise UserError(
-            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} pictures: its own few-shot examples "
-            "come without pictures; leave num_fewshot at 0 and give shots=N in model_args"
+            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} pictures: its own few-shot "
+            "examples come without pictures; leave num_fewshot at 0 and give shots=N in model_args"
         )
     return Shown(text, found, answer)
 
 
 class Prompts:
-    """Builds prompts for one model; `encoder` is its processor."""
+    """Builds prompts for one model."""
 
-    def __init__(self, builder: PromptBuilder, encoder: TextEncoder, start: Sequence[int], context: int | None) -> None:
-        self._builder = builder
-        self._encoder = encoder
-        self._start = list(start)
-        self._context = context
+    def __init__(self, responder: FlamingoResponder) -> None:
+        self._builder = responder.builder
+        self._encoder = responder.processor
+        self._start = list(responder.start)
+        self.context = context_length(responder.model)
+        end = responder.processor.eos_token_id
+        self.first_token = self._start[0] if self._start else responder.processor.eoc_token_id if end is None else end
+        """What stands in front of a text of which every token is to be predicted."""
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return list(self._builder.encode(text))
+
+    @staticmethod
+    def bare(before: Sequence[int], own: Sequence[int]) -> Prompt:
+        """Given ids behind given ids, without pictures."""
+        return Prompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
     def build(self, demos: Sequence[Shown], query: Shown, room: int, continuations: Sequence[str] = ()) -> Prompt:
         """The prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
@@ -86,13 +101,10 @@ class Prompts:
         asked = [*head, *own[:shared]]
         pieces = [self._demo(demo) for demo in demos]
         room = max([room, *map(len, candidates)])
-        while (
-            self._context is not None and sum(map(len, pieces)) + len(asked) + len(self._start) + room > self._context
-        ):
+        while self._too_long(pieces, asked, room):
             if not pieces:
-                raise UserError(
-                    f"a prompt of the harness has {len(asked) + room} tokens; the context is {self._context}"
-                )
+                tokens = len(asked) + room
+                raise UserError(f"a prompt of the harness has {tokens} tokens; the model's context is {self.context}")
             pieces.pop(0)
         kept = demos[len(demos) - len(pieces) :]
         pictures = tuple(picture for one in [*kept, query] for picture in one.pictures)
@@ -100,6 +112,10 @@ class Prompts:
         assert ids.count(self._encoder.image_token_id) == len(pictures)
         turns = tuple(((one.pictures or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
         return Prompt(tuple(ids), pictures, candidates, turns, len(kept))
+
+    def _too_long(self, pieces: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
+        tokens = sum(map(len, pieces)) + len(asked) + len(self._start) + room
+        return self.context is not None and tokens > self.context
 
     def _query(self, query: Shown) -> tuple[list[int], str]:
         """(ids up to the last picture, the text behind it)."""
@@ -135,3 +151,18 @@ def _document(key: str, one: Shown) -> Document:
     frames = tuple(frame for picture in one.pictures for frame in picture.frames)
     turn = Turn(Picture(frames) if frames else None, one.text, "", one.answer)
     return Document(key, turn, (one.answer,))
+
+
+def load(pretrained: str, device: str, dtype: str) -> FlamingoResponder:
+    """The model of a saved folder. Raises UserError where there is none."""
+    if not (Path(pretrained) / "config.json").is_file():
+        raise UserError(f"pretrained={pretrained} is no folder that save_pretrained or train.py wrote")
+    model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+    return FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of a task's stop strings."""
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
