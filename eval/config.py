@@ -43,6 +43,8 @@ class EvalConfig:
     """Self-consistency: only the most probable tokens that together hold this share are sampled."""
     rationale_tokens: int = 128
     """Chains of thought: longest rationale, in tokens."""
+    rationales: str | None = None
+    """two_stage: samples.jsonl of a run, by another model perhaps, whose rationales are taken, joined by query id."""
     orders: int = 4
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
@@ -101,7 +103,9 @@ class EvalConfig:
     @property
     def settings(self) -> Settings:
         """What strategies need."""
-        return Settings(self.samples, self.temperature, self.top_p, self.rationale_tokens, self.orders)
+        return Settings(
+            self.samples, self.temperature, self.top_p, self.rationale_tokens, self.orders, self.rationales or ""
+        )
 
     def device_name(self) -> str:
         """`device` with auto resolved."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -25,14 +24,23 @@ class Fingerprint:
     """Difference hash (64 bits) and colours of an 8 x 8 thumbnail, (192,) of 0 to 255."""
 
     bits: int
-    colours: tuple[int, ...]
+    colours: bytes
 
 
-@lru_cache(maxsize=200_000)
+_KNOWN: dict[str, Fingerprint | None] = {}  # by SHA-256, so that a picture is read and decoded once
+
+
 def fingerprint(picture: Picture) -> Fingerprint | None:
     """Of a picture, or of a clip's middle frame; None if it cannot be decoded, which the encoder will tell."""
+    if picture.sha256 not in _KNOWN:
+        _KNOWN[picture.sha256] = _fingerprint(picture)
+    return _KNOWN[picture.sha256]
+
+
+def _fingerprint(picture: Picture) -> Fingerprint | None:
     try:
-        image: Image.Image = Image.open(io.BytesIO(picture.frames[len(picture.frames) // 2]))
+        frames = picture.frames
+        image: Image.Image = Image.open(io.BytesIO(frames[len(frames) // 2]))
         image.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size where that is enough
         image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -40,7 +48,7 @@ def fingerprint(picture: Picture) -> Fingerprint | None:
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
     small = np.asarray(image.resize((8, 8), Image.Resampling.BOX))
-    return Fingerprint(bits, tuple(small.reshape(-1).tolist()))
+    return Fingerprint(bits, small.tobytes())
 
 
 def near_duplicates(one: Picture, other: Picture) -> bool:

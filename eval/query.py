@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
 from eval.metrics.text import parse_answer
 from eval.prompts import Prompt, PromptBuilder
 from eval.requests import Completion, Decoding, Request, Response
 from eval.task import Episode, Task
+from flamingo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Settings:
     top_p: float = 1.0
     rationale_tokens: int = 128
     orders: int = 4
+    rationales: str = ""  # samples.jsonl of a run, by another model perhaps, whose rationales two_stage takes
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,28 @@ def parsed(task: Task, raw: str, episode: Episode) -> str:
         return parse(raw, episode)
     tail = episode.query.tail
     return parse_answer(parse_answer(raw).removesuffix(tail) if tail else raw)
+
+
+@lru_cache(maxsize=4)
+def read_rationales(path: str) -> dict[tuple[str, int], str]:
+    """The rationales in a run's `samples.jsonl`, by query id and seed.
+
+    Raises:
+        UserError: it cannot be read, or has two for one query: several tasks, numbers of shots or strategies.
+    """
+    found: dict[tuple[str, int], str] = {}
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        entries = [((line["query_id"], line["seed"]), line["rationale"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"rationales={path} is no samples.jsonl of a run: {type(error).__name__}: {error}") from None
+    for key, rationale in entries:
+        if found.setdefault(key, rationale) != rationale:
+            raise UserError(
+                f"rationales={path} has two rationales for query {key[0]}, seed {key[1]}; "
+                "give a run of one task, one number of shots and one strategy"
+            )
+    return found
 
 
 def softmax(scores: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from eval.caches import FeatureCache
 from eval.engine import Engine
 from eval.model import Responder
 from eval.query import Outcome, Query, Settings, Steps
-from eval.requests import Request
+from eval.requests import Request, Response
 from eval.strategies import NEEDS_RATIONALES, STRATEGIES
 from eval.task import Episode, Task
 from flamingo.errors import UserError
@@ -145,7 +145,7 @@ def step_together(runs: Sequence[Steps], engine: Engine, on_batch: Callable[[int
     outcomes: dict[int, Outcome] = {}
     waiting: dict[int, list[Request]] = {}
 
-    def advance(number: int, said: list | None) -> None:
+    def advance(number: int, said: list[Response] | None) -> None:
         try:
             waiting[number] = next(runs[number]) if said is None else runs[number].send(said)
         except StopIteration as done:
@@ -220,5 +220,5 @@ def connect(tasks: Mapping[str, Task], grid: Grid, engine: Engine) -> None:
     """Give tasks that choose demonstrations by likeness of pictures the means to compare them."""
     for task in tasks.values():
         offer: Callable[[Engine, Sequence[str]], None] | None = getattr(task, "connect", None)
-        if offer is not None and max(grid.shots) > 0:
+        if offer is not None:
             offer(engine, grid.query_ids(task))

@@ -11,7 +11,7 @@ Closed answers are ranked, whatever the strategy. An answer that cannot be parse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from eval.ablations import blank
 from eval.demos import generator
 from eval.metrics.text import parse_answer
-from eval.query import Query, Settings, Steps, vote
+from eval.query import Query, Settings, Steps, read_rationales, vote
 from eval.requests import Completion, Request, Response
 from eval.task import Episode, Turn
 from flamingo.errors import UserError
@@ -55,17 +55,31 @@ def cot(query: Query) -> Steps:
 def two_stage(query: Query) -> Steps:
     """Multimodal chain of thought: a rationale from rationales, then an answer from question and rationale."""
     _need_rationales(query.episode)
+    rationale = _stored(query) if query.settings.rationales else (yield from _first_stage(query))
+    demos = tuple(_given(demo, demo.rationale) for demo in query.episode.demos)
+    second = replace(query.episode, demos=demos, query=_given(query.episode.query, rationale))
+    request = query.request(second)
+    (response,) = yield [request]
+    return query.outcome(second, request, response, rationale)
+
+
+def _first_stage(query: Query) -> Generator[list[Request], list[Response], str]:
+    """Ask for a rationale; the demonstrations show theirs."""
     asking = query.episode.query
     shown = [replace(d, lead=f"{SOLUTION} ", answer=d.rationale, tail="") for d in query.episode.demos]
     first = replace(query.episode, demos=tuple(shown), query=replace(asking, lead=SOLUTION, tail=""))
     (response,) = yield [query.free(first, query.settings.rationale_tokens)]
     assert isinstance(response, Completion)
-    rationale = parse_answer(response.text)
-    demos = tuple(_given(demo, demo.rationale) for demo in query.episode.demos)
-    second = replace(query.episode, demos=demos, query=_given(asking, rationale))
-    request = query.request(second)
-    (response,) = yield [request]
-    return query.outcome(second, request, response, rationale)
+    return parse_answer(response.text)
+
+
+def _stored(query: Query) -> str:
+    """The rationale that another run found for this query, joined by its id."""
+    path, key = query.settings.rationales, (query.episode.query_id, query.seed)
+    known = read_rationales(path)
+    if key not in known:
+        raise UserError(f"rationales={path} has none for query {key[0]}, seed {key[1]}; ask the same queries there")
+    return known[key]
 
 
 def sc(query: Query) -> Steps:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eval.caches import FeatureCache
 from eval.engine import Engine
 from eval.model import FlamingoResponder
-from eval.plugins.shown import Shown, Support, shown
+from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown, stop
 from eval.requests import Completion, Decoding, Request
 from flamingo.errors import UserError
 
@@ -24,7 +24,10 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise UserError("lm-eval is not installed: pip install 'flamingo-vlm[harness]'") from error
+    missing = f"lm-eval cannot be imported ({error}): pip install 'flamingo-vlm[harness]'"
+    if __name__ == "__main__":
+        stop(missing)
+    raise UserError(missing) from error
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
@@ -170,7 +173,10 @@ def main() -> None:
     """lm_eval's own command, with this model in its registry."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        stop(error)
 
 
 if __name__ == "__main__":

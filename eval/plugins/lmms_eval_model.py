@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 from eval.caches import FeatureCache
 from eval.engine import Engine
 from eval.model import FlamingoResponder
-from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown
+from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown, stop
 from eval.requests import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise UserError(f"lmms-eval cannot be imported ({error}): pip install 'flamingo-vlm[lmms]'") from error
+    missing = f"lmms-eval cannot be imported ({error}): pip install 'flamingo-vlm[lmms]'"
+    if __name__ == "__main__":
+        stop(missing)
+    raise UserError(missing) from error
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
@@ -136,7 +139,10 @@ def main() -> None:
     from lmms_eval.__main__ import cli_evaluate
 
     register()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        stop(error)
 
 
 if __name__ == "__main__":

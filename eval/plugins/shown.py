@@ -8,10 +8,11 @@ because the harnesses draw theirs without pictures; each ends in the end-of-chun
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -166,3 +167,9 @@ def cut(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
+
+
+def stop(error: object) -> NoReturn:
+    """End a command by one sentence."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -19,7 +19,7 @@ from eval.stored import problems, read_run
 from tests.eval.worlds import write_pool, write_scenes
 from tests.model import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def launch(arguments: list[str], *torchrun: str) -> subprocess.Popen[str]:
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=270)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     return out
 

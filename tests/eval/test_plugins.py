@@ -77,11 +77,13 @@ def test_support_is_nested_and_refuses_the_query(responder: FlamingoResponder) -
 
 
 def lm_eval_task(output: str) -> Any:
+    import datasets
     from lm_eval.api.task import ConfigurableTask
 
+    splits = {"train": datasets.Dataset.from_list(rows(12, 100)), "test": datasets.Dataset.from_list(rows(6, 500))}
     config: dict[str, Any] = {
         "task": f"tiny_{output}",
-        "custom_dataset": lambda **options: {"train": rows(12, 100), "test": rows(6, 500)},
+        "custom_dataset": lambda **options: splits,
         "fewshot_split": "train",
         "test_split": "test",
         "output_type": output,
@@ -117,7 +119,8 @@ def test_lm_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder
     prompts = Prompts(responder)
     support = lm._supports[f"tiny_{output}"]
     for sample in samples:
-        query = shown(f"<image>{sample['doc']['question']}", image_of(sample["doc"]))
+        doc = rows(6, 500)[sample["doc_id"]]  # what is logged has its bytes as text
+        query = shown(f"<image>{doc['question']}", image_of(doc))
         demos = support.demos(query, str(sample["doc_id"]), 2)
         assert all(one.text.startswith("<image>q") and one.answer.strip() in NAMES for one in demos)
         if output == "generate_until":

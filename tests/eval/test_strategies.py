@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from eval.caches import FeatureCache
 from eval.documents import DocumentTask
 from eval.prompts import Prompt, PromptBuilder
-from eval.query import Query, Settings, softmax
+from eval.query import Query, Settings, read_rationales, softmax
+from eval.report import sample_line
 from eval.requests import Completion, Decoding
 from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.strategies import STRATEGIES, different_orders
@@ -116,6 +119,22 @@ def test_two_stages_are_joined_by_the_query_whatever_the_order() -> None:
         assert sample.answer == sample.rationale
         assert sample.turns[0][1].count("Solution: It is") == 1
         assert sample.turns[-1][1].endswith(f"Solution: {sample.rationale}\nAnswer:")
+
+
+def test_the_second_stage_takes_the_rationales_of_another_run(tmp_path: Path) -> None:
+    of, path = task(), tmp_path / "samples.jsonl"
+    first = samples_of("two_stage", Script(lambda text, number: f"because {len(text)}"), of)
+    path.write_text("".join(json.dumps(sample_line(sample)) + "\n" for sample in first[::-1]))
+    model = Script(lambda text, number: "blue")
+    second = samples_of("two_stage", model, of, rationales=str(path))
+    assert [sample.rationale for sample in second] == [sample.rationale for sample in first]
+    assert len(model.prompts) == len(second)  # one stage alone was asked
+    path.write_text("".join(json.dumps(sample_line(sample)) + "\n" for sample in first[1:]))
+    read_rationales.cache_clear()
+    with pytest.raises(UserError, match=f"has none for query {first[0].query_id}, seed 0"):
+        samples_of("two_stage", model, of, rationales=str(path))
+    with pytest.raises(UserError, match=r"is no samples.jsonl of a run"):
+        samples_of("two_stage", model, of, rationales="/nowhere")
 
 
 def test_self_consistency_votes_and_counts_what_it_cannot_parse() -> None:
