@@ -31,7 +31,7 @@ class GreedyOrSampled(LogitsProcessor):
         self._streams = streams
         self.log_probs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, T) ids and (B, V) scores to scores that allow the chosen token alone."""
         chosen = scores.argmax(-1, keepdim=True) if self._decoding.temperature == 0 else self._sampled(scores)
         self.log_probs.append(scores.float().log_softmax(-1).gather(1, chosen)[:, 0])
