@@ -168,7 +168,7 @@ def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoRespond
         warnings.simplefilter("ignore")
         pytest.importorskip("lmms_eval.api.task", exc_type=ImportError)
         import datasets
-        import lmms_eval.api.metrics  # registers them
+        import lmms_eval.api.metrics  # noqa: F401  (registers them)
         from lmms_eval.api.task import ConfigurableTask
 
         from eval.plugins.lmms_eval_model import FlamingoLMMs, register
