@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.evaluation import print_evaluation
 from benchmarks.sizes import SIZES, Size
 from benchmarks.table import print_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost")
+NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost", "eval_speed")
 LIBRARIES = (("peer", "fp32"), ("ours", "fp32"))
 
 
@@ -34,6 +35,9 @@ def jobs(name: str, size: Size) -> Iterator[tuple[str, dict[str, int], tuple[tup
         yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"))
     elif name == "train_step":
         yield "train_step", {}, (*LIBRARIES, ("ours", "fused"), ("ours", "bf16"))
+    elif name == "eval_speed":
+        yield "eval_questions", {"shots": size.eval_shots}, LIBRARIES
+        yield "eval_classes", {"shots": size.rank_shots}, LIBRARIES
     elif name == "shots":
         for shots in (1, size.shots // 2, size.shots):
             yield "decode_step", {"shots": shots}, LIBRARIES
@@ -88,12 +92,13 @@ def main() -> None:
                     continue
                 print(f"{name} {own} {library} {variant} ...", file=sys.stderr, flush=True)
                 found = measure(what, own, library, variant, options)
-                results.append({"name": name, **own, "library": library, "variant": variant, **found})
+                results.append({"name": name, "what": what, **own, "library": library, "variant": variant, **found})
     out = options.out or ROOT / "runs" / "bench" / f"{options.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"size": options.size, "torch_threads": options.threads, "machine": machine(options), "results": results}
     out.write_text(json.dumps(document, indent=1) + "\n")
     print_tables(document)
+    print_evaluation(document)
     print(f"\nwritten to {out}")
 
 

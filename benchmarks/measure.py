@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic
+from benchmarks import arithmetic, evaluation
 from benchmarks.sizes import SIZES, Size
 from benchmarks.work import Row, class_names, prompt, row, training_steps
 
@@ -175,7 +175,7 @@ def build(library: str, size: Size, variant: str) -> Library:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=[*WHAT, *evaluation.WHAT])
     parser.add_argument("--library", choices=["ours", "peer"], required=True)
     parser.add_argument("--variant", default="fp32", help="ours: fp32, bf16; peer: fp32, copied_cache")
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -193,7 +193,7 @@ def main() -> None:
     if options.what != "train_step":
         library.model.requires_grad_(False)  # FlopCounterMode stumbles over parameters that are passed on as they are
     built = peak_bytes()
-    found = WHAT[options.what](library, size, options)
+    found = (WHAT | evaluation.WHAT)[options.what](library, size, options)
     print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | found))
 
 

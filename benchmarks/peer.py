@@ -125,6 +125,27 @@ class Peer:
             )
         return out[0, len(row.ids) :].tolist()
 
+    def answers(self, rows: list[Row], new_tokens: int) -> list[int]:
+        """Greedy answers of a batch of prompts of one length, as its evaluation asks for them."""
+        ids = torch.stack([row.ids for row in rows])
+        with torch.no_grad():
+            out = self.model.generate(
+                self._vision_x(rows),
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                num_beams=1,
+                do_sample=False,
+                pad_token_id=1,
+                suppress_tokens=[image_id(self.size)],
+            )
+        ends = (image_id(self.size) + 1, 2)
+        found: list[int] = []
+        for new in out[:, ids.shape[1] :].tolist():
+            end = next((place for place, token in enumerate(new) if token in ends), len(new))
+            found += new[:end]
+        return found
+
     def rank(self, row: Row, names: list[list[int]]) -> list[float]:
         with torch.no_grad():
             self.model.cache_media(row.ids[None], self._vision_x([row]))

@@ -32,6 +32,12 @@ class Size:
     """Pictures of the training rows, step by step; the first step warms up and is not timed."""
     cost_pictures: tuple[int, ...]
     cost_tokens: tuple[int, ...]
+    eval_queries: int
+    eval_support: int
+    eval_shots: int
+    """Of the evaluation as a whole."""
+    eval_ranked: int
+    """Its queries whose answer is a class name."""
     heads: int = 8
     head_dim: int = 64
     """Of resampler and gated blocks; open_flamingo has no other."""
@@ -73,6 +79,10 @@ SIZES = {
         counts=COUNTS,
         cost_pictures=(1, 5, 32),
         cost_tokens=(256, 1024, 2048),
+        eval_queries=64,
+        eval_support=64,
+        eval_shots=8,
+        eval_ranked=4,
     ),
     # To see that everything runs, in seconds.
     "tiny": Size(
@@ -95,5 +105,9 @@ SIZES = {
         counts=COUNTS[:3],
         cost_pictures=(1, 5),
         cost_tokens=(64, 128),
+        eval_queries=12,
+        eval_support=6,
+        eval_shots=4,
+        eval_ranked=3,
     ),
 }

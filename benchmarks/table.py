@@ -71,7 +71,7 @@ def print_tables(document: dict[str, Any]) -> None:
     lines = [head, ["---"] * len(head)]
     results: list[Result] = document["results"]
     judge = document["size"] == "small"
-    for result in results:
+    for result in (result for result in results if result["name"] in TITLES):
         same = [r for r in results if title(r) == title(result) and r["name"] == result["name"]]
         reference = next((r for r in same if (r["library"], r["variant"]) == ("peer", "fp32")), None)
         lines.append(row(result, reference, judge))

@@ -7,16 +7,24 @@ working folder, and every mistake ends as one sentence on stderr and exit status
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+FINISHED = ("report", "compare", "check", "export")
+"""Commands of eval.commands on what earlier runs wrote."""
 CONFIG = Path(__file__).resolve().parents[1] / "hydra"
 HELP = """python -m eval model=FOLDER task=[NAME,...] [key=value ...]
 
-few-shot evaluation: writes results.json, samples.jsonl, curve.png, gallery.html and gallery.png into out.
+few-shot evaluation: writes results.json, samples.jsonl, curve.png, gallery.html and gallery.png into out. Started again
+after a kill it goes on from out/responses.jsonl; torchrun --nproc-per-node N -m eval ... shares it between processes.
+
+python -m eval report FOLDER [FOLDER ...] [out=FOLDER]     tables, curves and risk-coverage of runs, as one page
+python -m eval compare FIRST SECOND [out=FILE.json]        paired differences with intervals and tests
+python -m eval check FOLDER ...                            complete, and do the results follow from the samples?
+python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
 python -m eval prepare TASK --from FOLDER     are a data set's files there, and where are those missing published?
 
@@ -94,7 +102,7 @@ def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
     if key.startswith("task.") and key.split(".")[1] not in tasks:
         raise UserError(f"{key} is of a task that is not chosen; chosen are {', '.join(tasks)}")
     value = override.value()
-    return key, [value] if key in ("shots", "pictures") and not isinstance(value, list) else value
+    return key, [value] if key in ("shots", "pictures", "strategy") and not isinstance(value, list) else value
 
 
 def _hydra_sentence(error: Exception, names: list[str]) -> str:
@@ -109,90 +117,6 @@ def _hydra_sentence(error: Exception, names: list[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def check_model_folder(model: str) -> Path:
-    """The folder, if a model is in it; UserError otherwise."""
-    from flamingo.errors import UserError
-
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={model} is no folder with a saved model (config.json is missing); give the folder that "
-            "save_pretrained or train.py wrote"
-        )
-    return folder
-
-
-def load_responder(config: Any) -> Any:
-    """The model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
-    import torch
-    from transformers.utils import logging
-
-    from eval.model import FlamingoResponder
-    from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-    from flamingo.errors import UserError
-
-    folder = check_model_folder(config.model)
-    logging.disable_progress_bar()  # the bar of the evaluation is the one to watch
-    try:
-        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-        processor = FlamingoProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"model={config.model} cannot be loaded: {_one_line(error)}") from None
-    return FlamingoResponder(model, processor, config.device_name())
-
-
-def evaluate(config: Any, command: Sequence[str]) -> dict[str, Any]:
-    """Run what the config asks for and write every output. Returns the content of results.json."""
-    from eval.build import build_task, check_shots
-    from eval.gallery import choose_for_strip, gallery_html, strip_png
-    from eval.plots import curve_png
-    from eval.provenance import provenance
-    from eval.report import results_of, write_atomically, write_report
-    from eval.runner import Grid, run
-
-    start = time.perf_counter()
-    check_model_folder(config.model)
-    tasks = {name: build_task(name, spec) for name, spec in config.task.items()}
-    check_shots(tasks, config.shots)
-    grid = Grid(config.shots, config.seeds, config.pictures, config.limit, config.batch_size)
-    responder = load_responder(config)
-    total = {cell: len(grid.query_ids(tasks[cell.task])) for cell in grid.cells(tasks)}
-    with progress_bar(total, config.progress) as on_batch:
-        samples, cache = run(tasks, grid, responder, on_batch)
-    facts = provenance(config.model, command, config.device_name(), time.perf_counter() - start)
-    results = results_of(samples, tasks, grid, cache, facts)
-    out = Path(config.out)
-    write_report(out, results, samples)
-    write_atomically(out / "curve.png", curve_png(results))
-    if config.gallery:
-        write_atomically(out / "gallery.html", gallery_html(results, samples, cache.pictures, config.gallery))
-        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.pictures))
-    return results
-
-
-class progress_bar:  # noqa: N801
-    """A bar on stderr with the cell in work and the time left; a context manager giving the runner's callback."""
-
-    def __init__(self, total: dict[Any, int], shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._id = self._progress.add_task("evaluating", total=sum(total.values()))
-
-    def __enter__(self) -> Callable[[Any, int], None]:
-        self._progress.start()
-        return self._advance
-
-    def _advance(self, cell: Any, done: int) -> None:
-        what = f"{cell.task}, {cell.shots} shots, {cell.pictures}"
-        self._progress.update(self._id, advance=done, description=what)
-
-    def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
 
 
 def usage() -> str:
@@ -211,14 +135,22 @@ def main(arguments: Sequence[str]) -> int:
         from eval.prepare import main as prepare
 
         return prepare(arguments[1:])
+    if arguments and arguments[0] in FINISHED:
+        from eval.commands import main as finished
+
+        return finished(arguments)
     from flamingo.errors import UserError
 
     try:
         config = load_config(arguments)
+        from eval.launch import evaluate  # torch and the models, once nothing is wrong with the settings
+
         results = evaluate(config, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     from eval.report import table
 
     print(table(results))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from eval.binding import BindingTask
-from eval.demos import SAMPLERS
+from eval.demos import parse_sampler
 from eval.documents import DocumentTask
 from eval.metrics.table import METRICS
 from eval.metrics.text import SCORE_NAMES
@@ -22,7 +22,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "answer_as": ("text", "letter"),
     "demo_answer": ("first", "majority"),
     "zero_shot": ("none", "two_text", "two_text_first_picture"),
-    "demos": tuple(SAMPLERS),
 }
 POSITIVE = ("queries", "max_new_tokens", "min_pictures", "support_size", "num_beams")
 
@@ -33,6 +32,10 @@ def check_spec(name: str, spec: TaskSpec) -> None:
     for key, allowed in CHOICES.items():
         if getattr(spec, key) not in allowed:
             raise UserError(f"task.{name}.{key} is {getattr(spec, key)!r}; use one of {', '.join(allowed)}")
+    try:
+        parse_sampler(spec.demos)
+    except UserError as error:
+        raise UserError(f"task.{name}.{error}") from None
     for key in POSITIVE:
         if getattr(spec, key) is not None and getattr(spec, key) < 1:
             raise UserError(f"task.{name}.{key} is {getattr(spec, key)}; it must be at least 1")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from eval.ablations import ABLATIONS
+from eval.query import Settings
+from eval.strategies import STRATEGIES
 from eval.task import TaskSpec
 from flamingo.errors import UserError
 
@@ -34,10 +37,30 @@ class EvalConfig:
     """Seed of the demonstrations, or a list: the queries are then asked once a seed and scored together."""
     pictures: list[str] = field(default_factory=lambda: ["real"])
     """real, and as controls shuffled, blank, text_only."""
+    strategy: list[str] = field(default_factory=lambda: ["plain"])
+    """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/strategies.py."""
+    samples: int = 11
+    """Self-consistency: answers sampled for each query."""
+    temperature: float = 0.7
+    """Self-consistency: of the sampling."""
+    top_p: float = 1.0
+    """Self-consistency: only the most probable tokens that together hold this share are sampled."""
+    rationale_tokens: int = 128
+    """Chains of thought: longest rationale, in tokens."""
+    rationales: str | None = None
+    """two_stage: samples.jsonl of a run, by another model perhaps, whose rationales are taken, joined by query id."""
+    orders: int = 4
+    """Order ensembling: different orders of the demonstrations."""
+    demos: str | None = None
+    """Which demonstrations all tasks show, instead of what each says; see eval/demos.py."""
     limit: int | None = None
     """Queries of each task at most, the first ones; null asks all."""
     batch_size: int = 32
     """Prompts in a batch. Results do not depend on it."""
+    cache: str | None = "runs/cache"
+    """Folder of encoded pictures, shared by all runs; null keeps them for the run alone."""
+    cache_gb: float = 20.0
+    """The most that folder may hold, in GB; what was not used for longest goes."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: str = "float32"
@@ -63,7 +86,13 @@ class EvalConfig:
         unknown = [name for name in self.pictures if name not in ABLATIONS]
         if unknown or not self.pictures:
             raise UserError(f"pictures={self.pictures}; each is one of {', '.join(ABLATIONS)}")
-        for key, value in {"limit": self.limit, "batch_size": self.batch_size}.items():
+        unknown = [name for name in self.strategy if name not in STRATEGIES]
+        if unknown or not self.strategy:
+            raise UserError(f"strategy={self.strategy}; each is one of {', '.join(STRATEGIES)}")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1 or not self.cache_gb > 0:
+            raise UserError("temperature and cache_gb must be above 0, and top_p above 0 and at most 1")
+        counts = {"samples": self.samples, "rationale_tokens": self.rationale_tokens, "orders": self.orders}
+        for key, value in {**counts, "limit": self.limit, "batch_size": self.batch_size}.items():
             if value is not None and value < 1:
                 raise UserError(f"{key}={value}; it must be at least 1")
         if self.gallery < 0:
@@ -75,11 +104,20 @@ class EvalConfig:
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise UserError(f"device={self.device}; use auto, cpu, cuda or cuda:N")
 
+    @property
+    def settings(self) -> Settings:
+        """What strategies need."""
+        return Settings(
+            self.samples, self.temperature, self.top_p, self.rationale_tokens, self.orders, self.rationales or ""
+        )
+
     def device_name(self) -> str:
         """`device` with auto resolved."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if _gpu_available() else "cpu"
+        device = self.device
+        if device == "auto":
+            device = "cuda" if _gpu_available() else "cpu"
+        # Under torchrun each process has a GPU of its own.
+        return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _gpu_available() -> bool:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING
 
+from eval.ablations import blank
 from eval.answers import clean
-from eval.demos import draw, hash_order
+from eval.demos import draw, hash_order, parse_sampler, read_listed
 from eval.metrics.text import scorer
-from eval.task import Baselines, Document, Episode, Frame, TaskSpec, content_hash
+from eval.retrieval import Retriever
+from eval.task import Baselines, Document, Episode, Frame, TaskSpec, Turn, content_hash
 from flamingo.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.engine import Engine
 
 
 PLACES = ("source", "support", "root", "published", "expected")
@@ -48,6 +54,7 @@ class DocumentTask:
         queries = order[: spec.queries]
         rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
         self._support = list(rest if support is None else support)
+        _check_overlap(name, queries, support)
         self._queries = {document.id: document for document in queries}
         if len(self._queries) != len(queries):
             twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]
@@ -60,6 +67,11 @@ class DocumentTask:
         self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk)
         self._score = scorer(spec.metric, [query.golds for query in queries])
         definition = definition_of(spec)
+        self._sampler = parse_sampler(spec.demos)
+        self._listed = read_listed(self._sampler.path, self._support) if self._sampler.name == "file" else None
+        self._retriever: Retriever | None = None
+        # What a list of demonstrations says counts, not where it lies.
+        definition |= {} if self._listed is None else {"demos": sorted(self._listed.items())}
         self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
         self._answers = _answers_by_kind(self._support)
 
@@ -76,7 +88,16 @@ class DocumentTask:
         if shots == 0 and self._spec.zero_shot != "none":
             return self._with_two_texts(self.episode(query_id, 2, seed))
         query = self._queries[query_id]
-        demos = draw(self._support, query, shots, task_hash=self.hash, seed=seed, sampler=self._spec.demos)
+        demos = draw(
+            self._support,
+            query,
+            shots,
+            task_hash=self.hash,
+            seed=seed,
+            sampler=self._spec.demos,
+            retriever=self._retriever,
+            listed=self._listed,
+        )
         return Episode(
             query_id=query.id,
             demos=tuple(document.turn for document in demos.documents),
@@ -87,8 +108,26 @@ class DocumentTask:
             cluster=query.cluster,
             candidates=self._candidates(query),
             excluded=demos.excluded,
+            refused=demos.refused,
             frame=self._frame,
         )
+
+    def connect(self, engine: Engine, query_ids: Sequence[str]) -> None:
+        """Embed support and queries, where demonstrations are chosen by likeness."""
+        if not self._sampler.retrieves or not self._support:
+            return
+        queries = [self._queries[query_id] for query_id in query_ids]
+        weight = self._sampler.weight(all(d.turn.picture is not None for d in [*self._support, *queries]))
+        try:
+            self._retriever = Retriever(self._support, queries, weight, engine.embed)
+        except UserError as error:
+            raise UserError(f"task {self.name}: demos={self._spec.demos}: {error}") from None
+        self.description["retrieval"] = {"pictures": weight, "encoder": engine.encoder_name}
+
+    def content_free(self, turn: Turn) -> Turn:
+        """The query without content: a grey picture and N/A for the question."""
+        question = self._spec.question.replace("{question}", "N/A") if turn.question else ""
+        return replace(turn, picture=None if turn.picture is None else blank(turn.picture), question=question)
 
     def _with_two_texts(self, episode: Episode) -> Episode:
         """The demonstrations without their pictures; with the historic fault the query gets the first one's."""
@@ -131,6 +170,17 @@ class DocumentTask:
         scores = [self._score(said[query.kind], query.golds) for query in queries]
         answer = ", ".join(sorted({said[kind] if not kind else f"{kind}: {said[kind]}" for kind in said}))
         return Baselines(chance, sum(scores) / len(scores), answer)
+
+
+def _check_overlap(name: str, queries: Sequence[Document], support: Sequence[Document] | None) -> None:
+    """Raise UserError for a support set that holds queries: their answers would be shown to each other."""
+    asked = {_identity(document) for document in queries}
+    both = sorted(document.id for document in support or () if _identity(document) in asked)
+    if both:
+        raise UserError(
+            f"task {name}: {len(both)} of its {len(queries)} queries are in the support set too (first: {both[0]}); "
+            "give another `support`, or leave it out so that the source is split"
+        )
 
 
 def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from data.schema import sniff
+from eval.report import setting
 from eval.runner import Sample
 from eval.task import Picture
 
@@ -28,9 +29,13 @@ figure { margin: 0; max-width: 11rem; } figure.query { outline: 2px solid #0072B
 figcaption { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { height: 80px; image-rendering: pixelated; display: block; }
 .answer { margin: .5rem 0 0; } code { background: #f2f2f2; padding: 0 .2rem; white-space: pre-wrap; }
+#wrong:checked ~ .sample.right, #unsure:checked ~ .sample:not(.unsure) { display: none; }
+#failed:checked ~ .sample:not(.failed) { display: none; } label { margin-right: 1rem; }
 small { color: #666; } table { border-collapse: collapse; } td, th { padding: .1rem .7rem; text-align: right; }
 """
 MOST_SIDE = 256  # larger pictures are shown as thumbnails
+UNSURE = 0.5  # confidences below it are shown by that filter
+FILTERS = {"all": "all", "wrong": "wrong", "unsure": f"confidence below {UNSURE:g}", "failed": "not parsed"}
 
 
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -43,11 +48,11 @@ def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def cells_to_show(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of the first seed and the real pictures, one list for each task and number of shots."""
-    groups: dict[tuple[str, int], list[Sample]] = {}
+    """The samples of the first seed and the real pictures, a list for each task, strategy and number of shots."""
+    groups: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
         if sample.cell.pictures == "real" and sample.cell.seed == samples[0].cell.seed:
-            groups.setdefault((sample.cell.task, sample.cell.shots), []).append(sample)
+            groups.setdefault((sample.cell.task, sample.cell.strategy, sample.cell.shots), []).append(sample)
     return list(groups.values())
 
 
@@ -62,20 +67,24 @@ def gallery_html(
     parts.append(
         f"Model <code>{_text(results['model']['name'])}</code>, {_text(results['date'])}.</p>{_table(results)}"
     )
+    for name, label in FILTERS.items():  # siblings of the samples, so that the style alone can hide them
+        checked = " checked" if name == "all" else ""
+        parts.append(f"<input type=radio name=show id={name}{checked}><label for={name}>{label}</label>")
     for group in cells_to_show(samples):
         cell = group[0].cell
+        how = "" if cell.strategy == "plain" else f", {cell.strategy}"
         right = sum(sample.score for sample in group)
-        parts.append(f"<h2>{_text(cell.task)}, {cell.shots} shots</h2><p>{right:g} of {len(group)} right; below, ")
+        parts.append(f"<h2>{_text(cell.task)}, {cell.shots} shots{how}</h2><p>{right:g} of {len(group)} right; below, ")
         parts.append("right and wrong ones half and half.</p>")
         parts += [_sample(sample, pictures) for sample in choose(group, count)]
     return "".join(parts) + "</html>\n"
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    lines = ["<table><tr><th>task<th>pictures<th>shots<th>score<th>95 % interval<th>chance<th>constant<th>n"]
+    lines = ["<table><tr><th>task<th>setting<th>shots<th>score<th>95 % interval<th>chance<th>constant<th>n"]
     for row in results["rows"]:
         low, high = row["interval"]
-        cells = [row["task"], row["pictures"], str(row["shots"]), _percent(row["score"])]
+        cells = [row["task"], setting(row), str(row["shots"]), _percent(row["score"])]
         cells += [
             f"{_percent(low)} to {_percent(high)}",
             _percent(row["chance"]),
@@ -107,7 +116,14 @@ def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
     if sample.log_probs:
         ranked = sorted(zip(sample.log_probs, sample.candidates, strict=True), reverse=True)[:4]
         said += " <small>" + _text(", ".join(f"{name} {value:.2f}" for value, name in ranked)) + "</small>"
+    if sample.confidence is not None:
+        said += f" <small>confidence {sample.confidence:.2f}</small>"
+    if sample.votes:
+        shares = ", ".join(f"{answer} {100 * share:.0f} %" for answer, share in sample.votes[:4])
+        said += f" <small>votes {_text(shares)}</small>"
     state = " right" if sample.score >= 0.5 else ""
+    state += " unsure" if sample.confidence is not None and sample.confidence < UNSURE else ""
+    state += " failed" if sample.parse_failed else ""
     head = f"<div class='sample{state}'><div class=prompt>{''.join(figures)}</div>"
     return f"{head}<p class=answer>{said} <small>{_text(sample.query_id)} {_text(sample.kind)}</small></p></div>"
 

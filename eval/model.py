@@ -8,24 +8,26 @@ on: the resampler's output does not depend on the prompt, so every shot count, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
+from eval.caches import FeatureCache as FeatureCache
+from eval.decoding import GreedyOrSampled
 from eval.prompts import Prompt, PromptBuilder
-from eval.task import Picture
+from eval.provenance import code_hash, weights_hash
+from eval.requests import Completion as Completion
+from eval.requests import Decoding
+from eval.task import Picture, content_hash
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 
-
-@dataclass(frozen=True)
-class Completion:
-    """Generated text, and whether the model ended it (False: it ran into the limit of new tokens)."""
-
-    text: str
-    ended: bool
+FORMAT = 1
+"""Of stored features; raised when what is stored changes."""
 
 
 class Responder(Protocol):
@@ -46,29 +48,60 @@ class Responder(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """What the loop needs beside `Responder` where text is sampled or searched for with beams."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
+    ) -> list[Completion]:
+        """For every prompt a continuation; `streams` name the random numbers of each."""
+        ...
+
+
 class FlamingoResponder:
     """A Flamingo and its processor behind `Responder`."""
 
     def __init__(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, device: str = "cpu"
     ) -> None:
-        self._model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-        self._processor = processor
-        self._device = torch.device(device)
-        start = () if processor.bos_token_id is None else (processor.bos_token_id,)
-        self.builder = PromptBuilder(processor, start=start, context=context_length(model))
+        self.model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+        self.processor = processor
+        self.device = torch.device(device)
+        self.start = () if processor.bos_token_id is None else (processor.bos_token_id,)
+        self.builder = PromptBuilder(processor, start=self.start, context=context_length(model))
         self._ends = {processor.eoc_token_id, processor.eos_token_id}
 
-    @torch.inference_mode()
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Decoded, transformed, encoded; pictures of one call have the same number of frames."""
-        return self._model.encode_media(torch.cat([self._pixels(picture) for picture in pictures]).to(self._device))
+        return self.encode_and_embed(pictures)[0]
+
+    @torch.inference_mode()
+    def encode_and_embed(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+        """The latents (N, L, Dv), and the mean of the encoder's patch tokens (N, D), which retrieval compares."""
+        pixels = torch.cat([self._pixels(picture) for picture in pictures]).to(self.device)
+        tokens = self.model.vision_encoder(pixels)
+        return self.model.resampler(tokens), tokens.float().mean((1, 2))
+
+    @cached_property
+    def picture_key(self) -> str:
+        """Hash of everything that a picture's features depend on: weights, preprocessing, precision, code, device."""
+        parts = [self.model.vision_encoder, self.model.resampler]
+        return content_hash(
+            FORMAT,
+            [weights_hash(part) for part in parts],
+            asdict(self.model.config.vision),
+            asdict(self.processor.image_transform),
+            self.processor.max_frames,
+            self.device.type,
+            code_hash("flamingo", "eval/model.py"),
+            torch.__version__,
+        )
 
     def _pixels(self, picture: Picture) -> Tensor:
         """(1, F, C, S, S) by the processor itself, so a clip is thinned out here as anywhere else."""
         item = picture.frames[0] if len(picture.frames) == 1 else list(picture.frames)
         try:
-            return self._processor(images=[[item]], text=["<image>"])["pixel_values"]
+            return self.processor(images=[[item]], text=["<image>"])["pixel_values"]
         except UserError as error:
             raise UserError(f"picture sha256 {picture.sha256[:12]} of the task's data: {error}") from None
 
@@ -79,28 +112,53 @@ class FlamingoResponder:
         rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
         # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
         filled = [row + row[:1] * (most - len(row)) for row in rows]
-        scores = self._model.score_candidates(self._batch(prompts, features), filled).tolist()
+        scores = self.model.score_candidates(self._batch(prompts, features), filled).tolist()
         return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
         """Greedy, until end-of-chunk or the end of text."""
-        batch = self._batch(prompts, features)
-        new = self._model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        return [self._completion(row) for row in new.tolist()]
+        return self.sample(prompts, features, Decoding(max_new_tokens), [""] * len(prompts))
 
-    def _completion(self, ids: list[int]) -> Completion:
-        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
-        text = self._processor.decode(ids[:end])
-        return Completion(text, end is not None)
+    @torch.inference_mode()
+    def sample(
+        self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
+    ) -> list[Completion]:
+        """Greedy, by beams or sampled, until end-of-chunk or the end of text."""
+        batch = self._batch(prompts, features)
+        options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False}
+        if decoding.num_beams > 1:
+            options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
+            out = self.model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
+            rows, lengths = out.sequences.tolist(), [self._length(row) for row in out.sequences.tolist()]
+            sums = [s * n**decoding.length_penalty for s, n in zip(out.sequences_scores.tolist(), lengths, strict=True)]
+            means: list[float | None] = [s / n if n else None for s, n in zip(sums, lengths, strict=True)]
+        else:
+            chooser = GreedyOrSampled(decoding, streams)
+            processors = LogitsProcessorList([chooser])
+            rows = self.model.generate(**batch, **options, num_beams=1, logits_processor=processors).tolist()
+            means = chooser.mean_log_probs([self._length(row) for row in rows])
+        return [self._completion(row, mean) for row, mean in zip(rows, means, strict=True)]
+
+    def _end(self, ids: list[int]) -> int | None:
+        """The place of the token that ended a row."""
+        return next((place for place, token in enumerate(ids) if token in self._ends), None)
+
+    def _length(self, ids: list[int]) -> int:
+        """Tokens of a row, the one that ended it included, without padding behind it."""
+        end = self._end(ids)
+        return len(ids) if end is None else end + 1
+
+    def _completion(self, ids: list[int], log_prob: float | None) -> Completion:
+        end = self._end(ids)
+        return Completion(self.processor.decode(ids[:end]), end is not None, log_prob)
 
     def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
         """Left-padded model inputs; `features` stand in for pixels."""
         counts = torch.tensor([len(prompt.pictures) for prompt in prompts])
-        batch = {**self._processor.pad([prompt.ids for prompt in prompts]), "image_counts": counts}
+        batch = {**self.processor.pad([prompt.ids for prompt in prompts]), "image_counts": counts}
         if len(features):
             batch["media_features"] = features
-        return {name: value.to(self._device) for name, value in batch.items()}
+        return {name: value.to(self.device) for name, value in batch.items()}
 
 
 def context_length(model: FlamingoForConditionalGeneration) -> int | None:
@@ -109,36 +167,3 @@ def context_length(model: FlamingoForConditionalGeneration) -> int | None:
     return next(
         (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), None
     )
-
-
-class FeatureCache:
-    """Features by SHA-256, kept for the whole run. `encoded` counts what the encoder was given."""
-
-    def __init__(self, responder: Responder, batch_size: int = 64) -> None:
-        self._responder = responder
-        self._batch_size = batch_size
-        self._features: dict[str, Tensor] = {}
-        self.pictures: dict[str, Picture] = {}
-        self.shown = 0
-
-    @property
-    def encoded(self) -> int:
-        """Distinct pictures encoded so far: each exactly once."""
-        return len(self._features)
-
-    def features(self, pictures: Sequence[Picture]) -> Tensor:
-        """(N, L, Dv), the missing ones encoded first. N = 0 gives (0, 0, 0)."""
-        self.shown += len(pictures)
-        missing = {picture.sha256: picture for picture in pictures if picture.sha256 not in self._features}
-        by_frames: dict[int, list[Picture]] = {}
-        for picture in missing.values():
-            by_frames.setdefault(len(picture.frames), []).append(picture)
-        for group in by_frames.values():
-            for start in range(0, len(group), self._batch_size):
-                chunk = group[start : start + self._batch_size]
-                for picture, feature in zip(chunk, self._responder.encode(chunk), strict=True):
-                    self._features[picture.sha256] = feature
-        self.pictures |= missing
-        if not pictures:
-            return torch.zeros(0, 0, 0)
-        return torch.stack([self._features[picture.sha256] for picture in pictures])

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 PACKAGES = ("torch", "transformers", "open_clip_torch", "xformers", "numpy", "pillow")
 
@@ -28,10 +30,34 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def provenance(model: str, command: Sequence[str], device: str, wall_s: float) -> dict[str, Any]:
-    """Everything about a run that its samples do not tell. `wall_s` in seconds."""
+@lru_cache
+def code_hash(*paths: str) -> str:
+    """SHA-256 over Python files, or folders' own ones, of the checkout: what other code computed is not reused."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    folders = [root / path for path in paths]
+    files = [path for path in folders if path.is_file()]
+    for file in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(
+    model: str, command: Sequence[str], device: str, wall_s: float, model_hash: str | None = None
+) -> dict[str, Any]:
+    """Everything about a run that its samples do not tell. `wall_s` in seconds; `model_hash` if it is known already."""
     return {
-        "model": {"name": model, "sha256": folder_hash(Path(model))},
+        "model": {"name": model, "sha256": model_hash or folder_hash(Path(model))},
         "command": ["python", "-m", "eval", *command],
         "code": _commit(),
         "versions": {"python": platform.python_version(), **_versions()},

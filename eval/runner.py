@@ -1,19 +1,23 @@
-"""The only loop: task x shots x seed x ablation.
+"""The only loop: task x strategy x ablation x shots x seed.
 
-It knows no task by name and no model by class. Prompts of a cell are sorted by length into batches, so little is
-padded; samples come back in the task's order. Nothing of a sample depends on which others share its batch.
+It knows no task by name and no model by class. The strategies of a cell's queries are stepped together, so that each
+round of their requests is batched over the queries; samples come back in the task's order. Nothing of a sample depends
+on which others share its batch.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eval.ablations import ABLATIONS, NEEDS_DEMOS
-from eval.metrics.text import parse_answer
-from eval.model import FeatureCache, Responder
-from eval.prompts import Prompt
+from eval.caches import FeatureCache
+from eval.engine import Engine
+from eval.model import Responder
+from eval.query import Outcome, Query, Settings, Steps
+from eval.requests import Request, Response
+from eval.strategies import NEEDS_RATIONALES, STRATEGIES
 from eval.task import Episode, Task
 from flamingo.errors import UserError
 
@@ -26,13 +30,15 @@ class Cell:
     shots: int
     seed: int
     pictures: str
+    strategy: str = "plain"
 
 
 @dataclass(frozen=True)
 class Sample:
     """One answered query, everything needed to judge it again.
 
-    `turns` are the prompt: each turn's picture (SHA-256, None for text only) and text, the query's last.
+    `turns` are the prompt that asked for the answer: each turn's picture (SHA-256, None for text only) and text, the
+    query's last.
     """
 
     cell: Cell
@@ -54,6 +60,10 @@ class Sample:
     shots_kept: int  # demonstrations that fitted the context
     demos_dropped: int
     excluded: int
+    refused: tuple[tuple[str, int], ...] = ()  # by the guard's reason
+    confidence: float | None = None  # in [0, 1], as the strategy says
+    rationale: str = ""
+    votes: tuple[tuple[str, float], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -71,11 +81,17 @@ class Grid:
     pictures: Sequence[str]
     limit: int | None = None
     batch_size: int = 32
+    strategies: Sequence[str] = ("plain",)
+    settings: Settings = field(default_factory=Settings)
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
-        """Every cell; an ablation of demonstrations is left out where there are none."""
-        every = itertools.product(tasks, self.pictures, self.shots, self.seeds)
-        return [Cell(t, k, seed, p) for t, p, k, seed in every if k > 0 or p not in NEEDS_DEMOS]
+        """Every cell; an ablation of demonstrations, or a strategy over them, is left out where there are none."""
+        every = itertools.product(tasks, self.strategies, self.pictures, self.shots, self.seeds)
+        return [
+            Cell(t, k, seed, p, s)
+            for t, s, p, k, seed in every
+            if k > 0 or (p not in NEEDS_DEMOS and s not in NEEDS_RATIONALES and s != "orders")
+        ]
 
     def query_ids(self, task: Task) -> Sequence[str]:
         """The queries that are asked."""
@@ -111,75 +127,69 @@ def run_cell(
     query_ids: Sequence[str],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
+    engine: Engine | None = None,
+    settings: Settings | None = None,
 ) -> list[Sample]:
-    """The samples of one cell, in the order of `query_ids`. `on_batch` hears how many more are done."""
-    ablate = ABLATIONS[cell.pictures]
+    """The samples of one cell, in the order of `query_ids`. `on_batch` hears how many more requests are done."""
+    engine = engine or Engine(responder, cache, batch_size)
+    ablate, strategy = ABLATIONS[cell.pictures], STRATEGIES[cell.strategy]
     episodes = [ablate(task.episode(query_id, cell.shots, cell.seed), cell.seed) for query_id in query_ids]
-    prompts = [responder.builder.build(episode, task.max_new_tokens) for episode in episodes]
-    ranked = [bool(prompt.candidates) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (ranked[i], prompts[i].length, i))
-    samples: dict[int, Sample] = {}
-    for is_ranked, group in itertools.groupby(order, key=lambda i: ranked[i]):
-        indices = list(group)
-        for start in range(0, len(indices), batch_size):
-            rows = indices[start : start + batch_size]
-            batch = [prompts[i] for i in rows]
-            features = cache.features([picture for prompt in batch for picture in prompt.pictures])
-            if is_ranked:
-                for i, scores in zip(rows, responder.rank(batch, features), strict=True):
-                    best = max(range(len(scores)), key=scores.__getitem__)
-                    raw = episodes[i].candidates[best]
-                    samples[i] = _sample(task, cell, episodes[i], prompts[i], raw, raw, True, tuple(scores))
-            else:
-                completions = responder.generate(batch, features, task.max_new_tokens)
-                for i, completion in zip(rows, completions, strict=True):
-                    answer = _answer(task, completion.text, episodes[i])
-                    samples[i] = _sample(task, cell, episodes[i], prompts[i], completion.text, answer, completion.ended)
-            on_batch(len(rows))
-    return [samples[i] for i in range(len(prompts))]
+    chosen = settings or Settings()
+    runs = [strategy(Query(task, episode, responder.builder, chosen, cell.seed)) for episode in episodes]
+    outcomes = step_together(runs, engine, on_batch)
+    return [_sample(task, cell, episode, outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
 
 
-def _answer(task: Task, raw: str, episode: Episode) -> str:
-    """The completion without the fixed start (in part already in the prompt) and end of the answer's text."""
-    parse: Callable[[str, Episode], str] | None = getattr(task, "parse", None)
-    if parse is not None:
-        return parse(raw, episode)
-    turn = episode.query
-    return parse_answer(parse_answer(raw).removesuffix(turn.tail) if turn.tail else raw)
+def step_together(runs: Sequence[Steps], engine: Engine, on_batch: Callable[[int], None]) -> list[Outcome]:
+    """Step all queries' strategies round by round, the requests of a round in one go."""
+    outcomes: dict[int, Outcome] = {}
+    waiting: dict[int, list[Request]] = {}
+
+    def advance(number: int, said: list[Response] | None) -> None:
+        try:
+            waiting[number] = next(runs[number]) if said is None else runs[number].send(said)
+        except StopIteration as done:
+            outcomes[number] = done.value
+
+    for number in range(len(runs)):
+        advance(number, None)
+    while waiting:
+        asked, waiting = waiting, {}
+        responses = iter(engine.ask([request for requests in asked.values() for request in requests], on_batch))
+        for number, requests in asked.items():
+            advance(number, list(itertools.islice(responses, len(requests))))
+    return [outcomes[number] for number in range(len(runs))]
 
 
-def _sample(
-    task: Task,
-    cell: Cell,
-    episode: Episode,
-    prompt: Prompt,
-    raw: str,
-    answer: str,
-    ended: bool,
-    log_probs: tuple[float, ...] = (),
-) -> Sample:
-    demos = episode.demos[len(episode.demos) - prompt.shots_kept :]
-    shown = [turn.answer for turn in demos]
+def _sample(task: Task, cell: Cell, episode: Episode, outcome: Outcome) -> Sample:
+    """`episode` is the query as it was put; the outcome's own may hold a rationale or another order."""
+    prompt, asked = outcome.prompt, outcome.episode
+    dropped = len(asked.demos) - prompt.shots_kept
+    shown = [turn.answer for turn in asked.demos[dropped:]]
     return Sample(
         cell=cell,
         query_id=episode.query_id,
-        demo_ids=episode.demo_ids[len(episode.demo_ids) - prompt.shots_kept :],
+        demo_ids=asked.demo_ids[dropped:],
         turns=tuple((None if picture is None else picture.sha256, text) for picture, text in prompt.turns),
-        raw=raw,
-        answer=answer,
+        raw=outcome.raw,
+        answer=outcome.answer,
         golds=episode.golds,
-        score=task.score(answer, episode),
+        score=task.score(outcome.answer, episode),
         kind=episode.kind,
         cluster=episode.cluster,
         candidates=episode.candidates,
-        log_probs=log_probs,
-        ended=ended,
-        parse_failed=not answer,
-        copied=answer in shown,
-        copied_last=bool(shown) and answer == shown[-1],
+        log_probs=outcome.log_probs,
+        ended=outcome.ended,
+        parse_failed=not outcome.answer,
+        copied=outcome.answer in shown,
+        copied_last=bool(shown) and outcome.answer == shown[-1],
         shots_kept=prompt.shots_kept,
-        demos_dropped=len(episode.demos) - len(demos),
+        demos_dropped=dropped,
         excluded=episode.excluded,
+        refused=episode.refused,
+        confidence=None if outcome.confidence is None else round(outcome.confidence, 6),
+        rationale=outcome.rationale,
+        votes=outcome.votes,
     )
 
 
@@ -188,10 +198,12 @@ def run(
     grid: Grid,
     responder: Responder,
     on_batch: Callable[[Cell, int], None] = lambda cell, done: None,
+    engine: Engine | None = None,
 ) -> tuple[list[Sample], FeatureCache]:
     """All cells. The cache that comes back knows every picture shown and how many were encoded."""
+    engine = engine or Engine(responder, FeatureCache(responder), grid.batch_size)
+    connect(tasks, grid, engine)
     check_context(tasks, grid, responder)
-    cache = FeatureCache(responder)
     samples: list[Sample] = []
     for cell in grid.cells(tasks):
         task = tasks[cell.task]
@@ -199,5 +211,14 @@ def run(
         def tell(done: int, cell: Cell = cell) -> None:
             on_batch(cell, done)
 
-        samples += run_cell(task, cell, responder, cache, grid.query_ids(task), grid.batch_size, tell)
-    return samples, cache
+        ids = grid.query_ids(task)
+        samples += run_cell(task, cell, responder, engine.cache, ids, grid.batch_size, tell, engine, grid.settings)
+    return samples, engine.cache
+
+
+def connect(tasks: Mapping[str, Task], grid: Grid, engine: Engine) -> None:
+    """Give tasks that choose demonstrations by likeness of pictures the means to compare them."""
+    for task in tasks.values():
+        offer: Callable[[Engine, Sequence[str]], None] | None = getattr(task, "connect", None)
+        if offer is not None:
+            offer(engine, grid.query_ids(task))

@@ -120,6 +120,7 @@ class Episode:
     candidates: tuple[str, ...] = ()
     excluded: int = 0  # drawn as demonstrations and refused by the leakage guard
     frame: Frame = Frame()
+    refused: tuple[tuple[str, int], ...] = ()  # the same by the guard's reason
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class TaskSpec:
     metric: str = "exact_match"
     """Score of one answer: a name of eval.metrics.text.SCORE_NAMES."""
     demos: str = "random"
-    """random, same_kind or fixed (the same for all queries)."""
+    """Which demonstrations a query gets: a name of eval.demos.SAMPLERS, with a number or file behind a colon."""
     max_new_tokens: int = 32
     """Longest generated answer, in tokens."""
     ways: int = 2

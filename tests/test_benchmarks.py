@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import evaluation, measure
 from benchmarks.ours import Ours
 from benchmarks.sizes import SIZES
 from benchmarks.table import print_tables
@@ -101,3 +101,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     wrong = subprocess.run([*command[:3], "decode"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "known are decode_step, first_token" in wrong.stderr
+
+
+def test_the_evaluation_encodes_each_picture_once_and_then_none() -> None:
+    library = Ours(TINY)
+    library.model.requires_grad_(False)
+    for what, queries in (("eval_questions", TINY.eval_queries), ("eval_classes", TINY.eval_ranked)):
+        found = evaluation.WHAT[what](library, TINY, options(shots=4))
+        assert found["encoded"] == found["distinct"] <= queries + TINY.eval_support
+        assert found["again_encoded"] == 0
+        assert len(found["values"]) == queries * (TINY.names if what == "eval_classes" else evaluation.NEW_TOKENS)
+
+
+@pytest.mark.slow
+@peer
+def test_both_evaluations_give_the_same_and_the_peer_encodes_again(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.peer import Peer
+
+    results = []
+    for library, name in ((Peer(TINY), "peer"), (Ours(TINY), "ours")):
+        library.model.eval().requires_grad_(False)
+        for what in evaluation.WHAT:
+            found = evaluation.WHAT[what](library, TINY, options(shots=4))
+            results.append({"name": "eval_speed", "what": what, "shots": 4, "library": name, **found})
+    (answers, scores), (own_answers, own_scores) = results[:2], results[2:]
+    assert own_answers["values"] == answers["values"]
+    assert own_scores["values"] == pytest.approx(scores["values"], abs=2e-4)
+    assert answers["encoded"] == TINY.eval_queries * 5 > 2 * answers["distinct"]
+    evaluation.print_evaluation({"size": "tiny", "results": results})
+    assert "60 of 60 tokens the same" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_main(saved: Path, out: Path, *more: str) -> int:
     both = not any(option.startswith("task=") for option in more)
-    options = [f"model={saved / 'model'}", f"data={saved / 'data'}", f"out={out}", "progress=false"]
+    options = [f"model={saved / 'model'}", f"data={saved / 'data'}", f"out={out}", "progress=false", "cache=null"]
     options += ["task.toy_vqa.queries=8", "task.toy_vqa.max_new_tokens=4"]
     if both:
         options += ["task=[toy_vqa,toy_binding]", "task.toy_binding.min_pictures=3"]
@@ -122,7 +122,7 @@ def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pyte
         assert run_main(saved, tmp_path / name, *options, f"batch_size={size}") == 0
     assert "toy_binding" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"results.json", "samples.jsonl", "curve.png", "gallery.html", "gallery.png"}
+    assert names == {"results.json", "samples.jsonl", "responses.jsonl", "curve.png", "gallery.html", "gallery.png"}
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
     assert len(results[0]["rows"]) == 2 * (2 * 3 - 1)
     assert results[0]["rows"] == results[1]["rows"]

@@ -1,0 +1,193 @@
+"""A few-shot evaluation as a whole: many queries, each with demonstrations of its own from one support set.
+
+What open_flamingo's evaluation does for a batch is done with its model: the pictures of every prompt are stacked and
+encoded, demonstrations again for each query that shows them, then tokens are generated or class names ranked. Ours goes
+through `eval.engine` as `python -m eval` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.sizes import Size
+from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
+from eval.caches import FeatureCache, PictureStore
+from eval.engine import Engine
+from eval.model import FlamingoResponder
+from eval.prompts import Prompt
+from eval.requests import Decoding, Request
+from eval.task import Picture
+from flamingo import FlamingoProcessor
+
+NEW_TOKENS = 5  # of an answer to a question, as open_flamingo's evaluation has it
+BATCH = 8  # its default
+Found = dict[str, Any]
+
+
+class Work:
+    """Queries and support: a picture and eight tokens each; demonstrations of a query are drawn from the support."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        generator = torch.Generator().manual_seed(7)
+        count = size.eval_queries + size.eval_support
+        shape = (count, 3, size.image_size, size.image_size)
+        self.pictures = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        self.tokens = torch.randint(10, size.vocab, (count, SHOT_TOKENS), generator=generator)
+        self.tokens[:, 0], self.tokens[:, -1] = image_id(size), image_id(size) + 1
+        orders = [torch.randperm(size.eval_support, generator=generator) for _ in range(size.eval_queries)]
+        self._demos = [(size.eval_queries + order).tolist() for order in orders]
+
+    def items(self, query: int, shots: int) -> list[int]:
+        """Demonstrations and query of a prompt, which ends where the answer begins."""
+        return [*self._demos[query][:shots], query]
+
+    def row(self, query: int, shots: int) -> Row:
+        """The prompt of a query."""
+        items = self.items(query, shots)
+        ids = self.tokens[items].flatten()[:-1]
+        return Row(ids, self.pictures[items], torch.full_like(ids, IGNORED))
+
+
+class RawProcessor:
+    """Stands in for a tokenizer: the benchmark's text is ids."""
+
+    bos_token_id = None
+
+    def __init__(self, size: Size) -> None:
+        self.image_token_id, self.eoc_token_id = image_id(size), image_id(size) + 1
+        self.eos_token_id, self.pad_token_id = 2, 1
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        return FlamingoProcessor.pad(self, ids)  # type: ignore[arg-type]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class RawResponder(FlamingoResponder):
+    """The evaluation's model; a picture's file is its pixels."""
+
+    def __init__(self, model: Any, size: Size) -> None:
+        super().__init__(model, RawProcessor(size))  # type: ignore[arg-type]
+        self._side = size.image_size
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        pixels = torch.frombuffer(bytearray(picture.frames[0]), dtype=torch.uint8)
+        return pixels.view(1, 1, 3, self._side, self._side)
+
+
+def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int) -> list[Request]:
+    """One for each query: an answer to generate, or names to rank."""
+    files = [Picture((picture.numpy().tobytes(),)) for picture in work.pictures]
+    found = []
+    for query in range(queries):
+        pictures = tuple(files[item] for item in work.items(query, shots))
+        ids = tuple(work.row(query, shots).ids.tolist())
+        candidates = tuple(tuple(name) for name in names or ())
+        prompt = Prompt(ids, pictures, candidates, ((None, ""),), shots)
+        found.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
+    return found
+
+
+def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
+    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the pictures from disk."""
+    responder = RawResponder(library.model, work.size)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, values, encoded = [], [], []
+        for count in (shots, shots // 2):
+            cache = FeatureCache(responder, store=PictureStore(Path(folder), "benchmark", 1 << 40))
+            asked = requests(work, count, names, queries)
+            start = time.perf_counter()
+            values.append(Engine(responder, cache, BATCH).ask(asked))
+            seconds.append(time.perf_counter() - start)
+            encoded += [cache.encoded, len(cache.pictures)]
+    flat = [row if isinstance(row, list) else row.text.split() for row in values[0]]
+    answers = [x if names else int(x) for row in flat for x in row]
+    facts = {"encoded": encoded[0], "distinct": encoded[1], "again_s": seconds[1], "again_encoded": encoded[2]}
+    return {"seconds": seconds[:1], "values": answers, **facts}
+
+
+def peer(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
+    """Batch by batch; a hook counts what its encoder is given."""
+    counted: list[int] = []
+    encoder: nn.Module = library.model.vision_encoder
+    handle = encoder.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
+    values: list[Any] = []
+    rows = [work.row(query, shots) for query in range(queries)]
+    start = time.perf_counter()
+    for first in range(0, queries, BATCH):
+        batch = rows[first : first + BATCH]
+        if names:
+            values += [score for row in batch for score in library.rank(row, names)]
+        else:
+            values += library.answers(batch, NEW_TOKENS)
+    seconds = time.perf_counter() - start
+    handle.remove()
+    distinct = len({item for query in range(queries) for item in work.items(query, shots)})
+    return {"seconds": [seconds], "values": values, "encoded": sum(counted), "distinct": distinct}
+
+
+def evaluate(library: Any, size: Size, names: list[list[int]] | None, queries: int, shots: int) -> Found:
+    """Either library; one query first, so that nobody is timed at starting up."""
+    run: Callable[..., Found] = ours if type(library).__name__ == "Ours" else peer
+    work = Work(size)
+    run(library, work, 1, names and names[:2], 1)
+    return run(library, work, shots, names, queries)
+
+
+def questions(library: Any, size: Size, options: argparse.Namespace) -> Found:
+    """Answers to generate."""
+    return evaluate(library, size, None, size.eval_queries, options.shots)
+
+
+def classes(library: Any, size: Size, options: argparse.Namespace) -> Found:
+    """Class names to rank."""
+    return evaluate(library, size, class_names(size), size.eval_ranked, options.shots)
+
+
+WHAT: dict[str, Callable[[Any, Size, argparse.Namespace], Found]] = {
+    "eval_questions": questions,
+    "eval_classes": classes,
+}
+EVAL_AT_MOST = {"eval_questions": 1 / 3, "eval_classes": 1 / 15}
+"""Shares of the peer's time that are wanted at the size small."""
+
+
+def print_evaluation(document: dict[str, Any]) -> None:
+    """A table of its own: time, share, pictures encoded."""
+    results = [result for result in document["results"] if result["name"] == "eval_speed"]
+    if not results:
+        return
+    head = ["few-shot evaluation", "library", "s", "share of peer's", "wanted", "encoded / distinct", "again at half"]
+    lines = [[*head, "difference"], ["---"] * 8]
+    for result in results:
+        others = [r for r in results if r["what"] == result["what"] and r["library"] == "peer"]
+        seconds, share, wanted, apart = result["seconds"][0], "1", "", ""
+        if others and result["library"] == "ours":
+            ratio = seconds / others[0]["seconds"][0]
+            limit = EVAL_AT_MOST[result["what"]]
+            share = f"{ratio:.3f}"
+            wanted = f"{limit:.3f}: {'yes' if ratio <= limit else 'NO'}" if document["size"] == "small" else ""
+            apart = _difference(result["values"], others[0]["values"])
+        again = f"{result['again_s']:.2f} s, {result['again_encoded']} encoded" if "again_s" in result else ""
+        work = f"{result['what'].removeprefix('eval_')}, {result['shots']} shots"
+        seen = f"{result['encoded']} / {result['distinct']}"
+        lines.append([work, result["library"], f"{seconds:.2f}", share, wanted, seen, again, apart])
+    print()
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def _difference(values: list[Any], others: list[Any]) -> str:
+    if all(isinstance(value, int) for value in values):
+        return f"{sum(a == b for a, b in zip(values, others, strict=False))} of {len(others)} tokens the same"
+    return f"{max(abs(a - b) for a, b in zip(values, others, strict=True)):.1e}"

@@ -1,0 +1,146 @@
+"""One evaluation from its checked settings to its files; what `python -m eval` calls once these are right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
+
+from eval.build import build_task, check_shots
+from eval.caches import FeatureCache, PictureStore
+from eval.config import EvalConfig
+from eval.engine import Engine
+from eval.gallery import choose_for_strip, gallery_html, strip_png
+from eval.model import FlamingoResponder
+from eval.plots import curve_png
+from eval.provenance import code_hash, folder_hash, provenance
+from eval.ranks import Ranks
+from eval.report import results_of, write_atomically, write_report
+from eval.response_log import ResponseLog
+from eval.runner import Cell, Grid, Sample, run
+from eval.strategies import requests_of
+from eval.task import TaskSpec, content_hash
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.errors import UserError
+
+
+def check_model_folder(model: str) -> Path:
+    """The folder, if a model is in it; UserError otherwise."""
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model={model} is no folder with a saved model (config.json is missing); give the folder that "
+            "save_pretrained or train.py wrote"
+        )
+    return folder
+
+
+def load_responder(config: EvalConfig) -> FlamingoResponder:
+    """The model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
+    folder = check_model_folder(config.model)
+    logging.disable_progress_bar()  # the bar of the evaluation is the one to watch
+    try:
+        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+        processor = FlamingoProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"model={config.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return FlamingoResponder(model, processor, config.device_name())
+
+
+def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
+    """Run what the config asks for and write every output. Returns the content of results.json.
+
+    Under torchrun every process does its share, and only the first one writes; the others return the same.
+    """
+    start = time.perf_counter()
+    check_model_folder(config.model)
+    tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
+    check_shots(tasks, config.shots)
+    with Ranks.from_environment() as ranks:
+        for name, task in tasks.items():
+            ranks.agree(f"task {name}", task.hash)
+        grid = Grid(
+            config.shots,
+            config.seeds,
+            config.pictures,
+            config.limit,
+            config.batch_size,
+            config.strategy,
+            config.settings,
+        )
+        engine, model_key = build_engine(config, ranks)
+        each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
+        total = {cell: number * len(grid.query_ids(tasks[cell.task])) for cell, number in each.items()}
+        with progress_bar(total, config.progress and ranks.first) as on_batch:
+            samples, cache = run(tasks, grid, engine.responder, on_batch, engine)
+        shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))
+        facts = provenance(config.model, command, config.device_name(), time.perf_counter() - start, model_key)
+        facts |= {
+            "pictures": {"shown": cache.shown, "distinct": len(cache.pictures), "encoded": sum(s[0] for s in shares)},
+            "responses": {"asked": sum(s[1] for s in shares), "from_log": shares[0][2]},
+            "processes": ranks.world,
+        }
+        results = results_of(samples, tasks, grid, cache, facts)
+        if ranks.first:
+            write_outputs(config, results, samples, cache)
+        ranks.barrier()
+    return results
+
+
+def _spec(config: EvalConfig, spec: TaskSpec) -> TaskSpec:
+    """A task's own settings under those of the run."""
+    return spec if config.demos is None or spec.kind == "binding" else replace(spec, demos=config.demos)
+
+
+def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
+    """The model with its caches and its log, and the hash of its folder."""
+    responder = load_responder(config)
+    model_hash = folder_hash(Path(config.model))
+    ranks.agree(f"model {config.model}", model_hash)
+    store = None
+    if config.cache is not None:
+        limit = int(config.cache_gb * 1e9)
+        store = PictureStore(Path(config.cache), responder.picture_key, limit)
+    code = code_hash("flamingo", "eval/model.py", "eval/decoding.py")
+    key = content_hash(model_hash, responder.picture_key, config.dtype, code)
+    log = ResponseLog(Path(config.out), ranks.rank)
+    ranks.barrier()  # nobody writes before everybody has read
+    cache = FeatureCache(responder, store=store)
+    return Engine(responder, cache, config.batch_size, log=log, ranks=ranks, model_key=key), model_hash
+
+
+def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
+    """Every file but the log, which is there already."""
+    out = Path(config.out)
+    write_report(out, results, samples)
+    write_atomically(out / "curve.png", curve_png(results))
+    if config.gallery:
+        write_atomically(out / "gallery.html", gallery_html(results, samples, cache.pictures, config.gallery))
+        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.pictures))
+
+
+class progress_bar:  # noqa: N801
+    """A bar on stderr with the cell in work and the time left; a context manager giving the runner's callback."""
+
+    def __init__(self, total: dict[Cell, int], shown: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self._id = self._progress.add_task("evaluating", total=sum(total.values()))
+
+    def __enter__(self) -> Callable[[Cell, int], None]:
+        self._progress.start()
+        return self._advance
+
+    def _advance(self, cell: Cell, done: int) -> None:
+        what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.pictures}"
+        self._progress.update(self._id, advance=done, description=what)
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()

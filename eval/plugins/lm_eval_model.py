@@ -1,0 +1,183 @@
+"""The model `flamingo` of lm-evaluation-harness (`pip install lm-eval`, the extra `harness`).
+
+    python -m eval.plugins.lm_eval_model --model flamingo --model_args pretrained=FOLDER --tasks medqa_4options
+    python -m eval.plugins.lm_eval_model --model flamingo --model_args pretrained=FOLDER,shots=4 --tasks mmmu_val
+
+These are lm_eval's own arguments. Its few-shot examples (`--num_fewshot`) come without pictures; with `shots=N` in
+model_args the demonstrations are drawn here, from the task's own few-shot split and with their pictures. Candidates of
+one question are ranked together behind one run of their prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from eval.caches import FeatureCache
+from eval.engine import Engine
+from eval.model import FlamingoResponder
+from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown, stop
+from eval.requests import Completion, Decoding, Request
+from flamingo.errors import UserError
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    missing = f"lm-eval cannot be imported ({error}): pip install 'flamingo-vlm[harness]'"
+    if __name__ == "__main__":
+        stop(missing)
+    raise UserError(missing) from error
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+MOST_NEW_TOKENS = 256
+"""lm_eval's own default where a task names no number."""
+
+
+@register_model("flamingo")
+class FlamingoLM(LM):
+    """`pretrained` is a saved folder; `responder` one that is loaded already. `include_path`: folder of own tasks."""
+
+    MULTIMODAL = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        shots: int = 0,
+        seed: int = 0,
+        include_path: str | None = None,
+        tasks: Mapping[str, Any] | None = None,
+        responder: FlamingoResponder | None = None,
+    ) -> None:
+        super().__init__()
+        if responder is None:
+            responder = load(pretrained, device, dtype)
+        size = max_batch_size or 16 if isinstance(batch_size, str) and not batch_size.isdecimal() else int(batch_size)
+        self._engine = Engine(responder, FeatureCache(responder), size)
+        self._prompts = Prompts(responder)
+        self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
+        self._tasks: dict[str, Any] = dict(tasks or {})
+        self._supports: dict[str, Support] = {}
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the names of lm_eval's own request cache."""
+        return "flamingo"
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-probability, greedy or not) of each continuation.
+
+        Whether it is what greedy decoding says is found out where a question has one continuation (as in LAMBADA);
+        with several it is not asked for by any metric, and False.
+        """
+        groups: dict[tuple[str | None, int | None, str], list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(place)
+        asked, checks = [], []
+        for places in groups.values():
+            first = requests[places[0]]
+            demos, query = self._demos_and_query(first)
+            prompt = self._prompts.build(demos, query, 0, [requests[place].args[1] for place in places])
+            asked.append(Request(prompt))
+            if len(places) == 1:
+                checks.append((places[0], Request(prompt, Decoding(len(prompt.candidates[0])))))
+        scores = self._engine.ask(asked)
+        found: dict[int, tuple[float, bool]] = {}
+        for places, row in zip(groups.values(), scores, strict=True):
+            assert isinstance(row, list)
+            found |= {place: (score, False) for place, score in zip(places, row, strict=True)}
+        for (place, request), said in zip(checks, self._engine.ask([r for _, r in checks]), strict=True):
+            assert isinstance(said, Completion)
+            tokens = len(request.prompt.candidates[0])
+            best = -float("inf") if said.log_prob is None else said.log_prob * tokens
+            found[place] = (found[place][0], abs(found[place][0] - best) < 1e-3 * tokens)
+        return [found[place] for place in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Of whole texts, each token predicted once; longer ones than the context in windows that do not overlap."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows: list[Request] = []
+        owners = []
+        for place, request in enumerate(requests):
+            most = (self._prompts.context or 2048) - 1
+            found = get_rolling_token_windows(self._prompts.tokens(request.args[0]), self._prompts.first_token, most, 1)
+            for before, own in map(make_disjoint_window, found):
+                windows.append(Request(self._prompts.bare(before, own)))
+                owners.append(place)
+        totals = [0.0] * len(requests)
+        for place, row in zip(owners, self._engine.ask(windows), strict=True):
+            assert isinstance(row, list)
+            totals[place] += row[0]
+        return totals
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Continuations, cut at the first of the task's stop strings."""
+        asked, stops = [], []
+        for request in requests:
+            options: dict[str, Any] = dict(request.args[1])
+            demos, query = self._demos_and_query(request)
+            tokens = int(options.get("max_gen_toks", options.get("max_new_tokens", MOST_NEW_TOKENS)))
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            prompt = self._prompts.build(demos, query, tokens)
+            draw = int(request.repeats or 0) if temperature else 0
+            how = Decoding(tokens, temperature=temperature, top_p=float(options.get("top_p", 1.0)), draw=draw)
+            asked.append(Request(prompt, how))
+            until = options.get("until") or []
+            stops.append([until] if isinstance(until, str) else list(until))
+        said = self._engine.ask(asked)
+        return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
+
+    def _demos_and_query(self, request: Instance) -> tuple[list[Shown], Shown]:
+        extra: Any = request.args[2] if len(request.args) > 2 else None
+        query = shown(request.args[0], (extra or {}).get("visual"))
+        if self._shots == 0:
+            return [], query
+        support = self._support(str(request.task_name))
+        return support.demos(query, str(request.doc_id), self._shots), query
+
+    def _support(self, name: str) -> Support:
+        if name not in self._supports:
+            task = self._task(name)
+            documents = list(task.fewshot_docs())
+            if not documents:
+                raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
+            self._supports[name] = Support(name, documents, lambda doc: _demonstration(task, doc), self._seed)
+        return self._supports[name]
+
+    def _task(self, name: str) -> Any:
+        """The harness's task object, which knows how its documents are shown."""
+        if name not in self._tasks:
+            from lm_eval.tasks import TaskManager
+
+            self._tasks |= TaskManager(include_path=self._include_path).load([name])["tasks"]
+        return self._tasks[name]
+
+
+def _demonstration(task: Any, doc: Any) -> Shown:
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    target = target[0] if isinstance(target, list) else target
+    visual = task.doc_to_image(doc) if task.config.doc_to_image is not None else None
+    return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
+
+
+def main() -> None:
+    """lm_eval's own command, with this model in its registry."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The model `flamingo` of lmms-eval (the extra `lmms`).
+
+    python -m eval.plugins.lmms_eval_model --model flamingo --model_args pretrained=FOLDER,shots=4 --tasks textvqa_val
+
+These are lmms_eval's own arguments. lmms-eval has no few-shot pictures of its own; with `shots=N` in model_args the
+demonstrations are drawn here, from the task's few-shot, training or validation split, with pictures and the guard on,
+so each of its tasks can be asked few-shot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval.caches import FeatureCache
+from eval.engine import Engine
+from eval.model import FlamingoResponder
+from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown, stop
+from eval.requests import Completion, Decoding, Request
+from flamingo.errors import UserError
+
+try:
+    from lmms_eval.api.model import lmms
+except ImportError as error:
+    missing = f"lmms-eval cannot be imported ({error}): pip install 'flamingo-vlm[lmms]'"
+    if __name__ == "__main__":
+        stop(missing)
+    raise UserError(missing) from error
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+
+MOST_NEW_TOKENS = 256
+"""lmms_eval's own default where a task names no number."""
+
+
+class FlamingoLMMs(lmms):
+    """`pretrained` is a saved folder; `responder` one that is loaded already."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int | str = 16,
+        shots: int = 0,
+        seed: int = 0,
+        responder: FlamingoResponder | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        responder = responder or load(pretrained, device, dtype)
+        self._engine = Engine(responder, FeatureCache(responder), int(batch_size))
+        self._prompts = Prompts(responder)
+        self._shots, self._seed = int(shots), int(seed)
+        self._supports: dict[str, Support] = {}
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-probability, False) of each continuation; those of one question are ranked together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for place, request in enumerate(requests):
+            context, _, _, number, task, split = request.args
+            groups.setdefault((task, split, number, context), []).append(place)
+        asked = []
+        for places in groups.values():
+            context, _, visual, number, task, split = requests[places[0]].args
+            demos, query = self._demos_and_query(context, visual, task, split, number)
+            continuations = [self._continuation(requests[place]) for place in places]
+            asked.append(Request(self._prompts.build(demos, query, 0, continuations)))
+        found: dict[int, tuple[float, bool]] = {}
+        for places, row in zip(groups.values(), self._engine.ask(asked), strict=True):
+            assert isinstance(row, list)
+            found |= {place: (score, False) for place, score in zip(places, row, strict=True)}
+        return [found[place] for place in range(len(requests))]
+
+    def _continuation(self, request: Instance) -> str:
+        """The text, or what the task makes of the document."""
+        given, number, task, split = (request.args[place] for place in (1, 3, 4, 5))
+        return str(given(self.task_dict[task][split][number])) if callable(given) else given
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Continuations, cut at the first of the task's stop strings."""
+        asked, stops = [], []
+        for request in requests:
+            context, options, visual, number, task, split = request.args
+            tokens = int(options.get("max_new_tokens", MOST_NEW_TOKENS))
+            temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
+            demos, query = self._demos_and_query(context, visual, task, split, number)
+            prompt = self._prompts.build(demos, query, tokens)
+            asked.append(Request(prompt, Decoding(tokens, temperature=temperature)))
+            until: Sequence[str] | str = options.get("until") or []
+            stops.append([until] if isinstance(until, str) else list(until))
+        said = self._engine.ask(asked)
+        return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not done: such a task's later rounds are made by its own code from the earlier answers."""
+        raise UserError("tasks of several rounds are not supported; choose one that asks once")
+
+    def _demos_and_query(
+        self, context: str, visual: Any, task: str, split: str, number: int
+    ) -> tuple[list[Shown], Shown]:
+        """`visual` is the task's own method, so the task comes with each request."""
+        query = shown(context, visual(self.task_dict[task][split][number]))
+        if not self._shots:
+            return [], query
+        if task not in self._supports:
+            self._supports[task] = self._support(task, getattr(visual, "__self__", None))
+        return self._supports[task].demos(query, f"{split} {number}", self._shots), query
+
+    def _support(self, name: str, task: Any) -> Support:
+        documents = list(task.fewshot_docs() or []) if task is not None else []
+        if not documents:
+            raise UserError(f"shots={self._shots}: task {name} has no few-shot, training or validation split")
+
+        def show(document: Any) -> Shown:
+            target = task.doc_to_target(document)
+            if task.config.doc_to_choice is not None and isinstance(target, int):
+                target = task.doc_to_choice(document)[target]
+            target = target[0] if isinstance(target, list) else target
+            delimiter = task.config.target_delimiter
+            return shown(task.doc_to_text(document), task.doc_to_visual(document), f"{delimiter}{target}")
+
+        return Support(name, documents, show, self._seed)
+
+
+def register() -> None:
+    """Put the model into lmms_eval's registry."""
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    manifest = ModelManifest("flamingo", simple_class_path="eval.plugins.lmms_eval_model.FlamingoLMMs")
+    MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+
+
+def main() -> None:
+    """lmms_eval's own command, with this model in its registry."""
+    from lmms_eval.__main__ import cli_evaluate
+
+    register()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()
