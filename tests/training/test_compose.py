@@ -19,7 +19,7 @@ def check(arguments: list[str]) -> None:
     """What train.py does with its arguments before anything is loaded."""
     config = compose(arguments)
     wrong = config.problems()
-    dataset_specs(config, wrong)
+    dataset_specs("data", config.data.datasets, wrong)
     raise UserError("; ".join(wrong))
 
 
@@ -27,7 +27,7 @@ def check(arguments: list[str]) -> None:
 def test_every_experiment_is_valid(name: str) -> None:
     config = compose([f"experiment={name}"])
     wrong = config.problems()
-    assert len(dataset_specs(config, wrong)) == len(config.data.datasets)
+    assert len(dataset_specs("data", config.data.datasets, wrong)) == len(config.data.datasets)
     assert wrong == []
 
 
