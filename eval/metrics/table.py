@@ -116,7 +116,7 @@ def _vqa(answers: Answers) -> dict[str, Value]:
 def _auc(answers: Answers) -> dict[str, Value]:
     """Of the margin of the last candidate, which is the positive class, over the first."""
     if any(len(one.log_probs) != 2 for one in answers):
-        raise UserError("the metric roc_auc needs two ranked candidates, the positive one last; set output=rank")
+        raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
     margins = np.array([one.log_probs[1] - one.log_probs[0] for one in answers])
     positive = np.array([one.golds[0] == one.candidates[-1] for one in answers])
     interval = statistic_interval(lambda w: roc_auc(margins, positive, w), [one.cluster for one in answers])
@@ -160,7 +160,7 @@ def _winoground(answers: Answers) -> dict[str, Value]:
     by_id = {query_id: np.mean(several, axis=0) for query_id, several in asked.items()}  # over seeds
     items = sorted({one.cluster for one in answers if {f"{one.cluster}.0", f"{one.cluster}.1"} <= by_id.keys()})
     if not items:
-        raise UserError("the metric winoground needs both pictures of an item; raise the limit")
+        return {}  # a limit has left no item both of its pictures
     scores = np.array([[by_id[f"{item}.{i}"] for i in (0, 1)] for item in items]).transpose(0, 2, 1)
     found = _winoground_values("winoground", scores, items)
     if all(f"{item}.none" in by_id for item in items):
@@ -195,6 +195,8 @@ def _by_word(answers: Answers) -> dict[str, Value]:
     return found
 
 
+NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
+"""Metrics that are made of candidates' log-probabilities; a task that generates cannot have them."""
 METRICS: dict[str, Metric] = {
     "by_word": _by_word,
     "captions": _captions,

@@ -182,6 +182,7 @@ def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
     ("change", "message"),
     [
         ({"metrics": ["x"]}, "metrics has 'x'; the metrics are"),
+        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates; set task.t.output=rank"),
         ({"end_of_chunk": False}, "a demonstration needs an end"),
         ({"zero_shot": "three"}, "use one of none, two_text"),
         ({"support_size": 0}, "support_size is 0"),
