@@ -51,7 +51,8 @@ class BindingTask:
         for rank in range(depth):
             for label in order:
                 pictures = self._classes[label]
-                if rank < len(pictures) and len(found) < self._spec.queries:
+                enough = self._spec.queries is not None and len(found) >= self._spec.queries
+                if rank < len(pictures) and not enough:
                     index = hash_order([p.id for p in pictures], "queries", self.hash)[rank]
                     found[pictures[index].id] = (len(found), pictures[index])
         return found

@@ -8,7 +8,7 @@ from dataclasses import fields
 from eval.binding import BindingTask
 from eval.demos import parse_sampler
 from eval.documents import DocumentTask
-from eval.metrics.table import METRICS
+from eval.metrics.table import METRICS, NEEDS_RANKING
 from eval.metrics.text import SCORE_NAMES
 from eval.sources import read_documents, read_names, read_support
 from eval.task import Task, TaskSpec
@@ -42,6 +42,9 @@ def check_spec(name: str, spec: TaskSpec) -> None:
     unknown = sorted(set(spec.metrics) - METRICS.keys())
     if unknown:
         raise UserError(f"task.{name}.metrics has {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+    ranked = sorted(NEEDS_RANKING.intersection(spec.metrics))
+    if ranked and spec.output != "rank":
+        raise UserError(f"task.{name}.metrics has {ranked[0]}, which compares candidates; set task.{name}.output=rank")
     if not spec.end_of_chunk and not spec.separator:
         raise UserError(f"task.{name}.separator is empty and end_of_chunk is false; a demonstration needs an end")
     if spec.ways < 2:

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 PLACES = ("source", "support", "root", "published", "expected")
 """What a task's hash leaves out: the same data elsewhere is the same task."""
-LATER = frozenset(
+_LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
-    "remove metrics support_size".split()
+    "remove metrics support_size"
 )
+LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
 
 

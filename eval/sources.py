@@ -65,7 +65,8 @@ def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document
 
 def check_pictures(items: Sequence[Item]) -> None:
     """Raise UserError if pictures that lie in files of their own are missing, saying how many."""
-    files = {item["picture"].file for item in items if isinstance(item["picture"], StoredPicture)} - {None}
+    pictures = [item["picture"] for item in items if isinstance(item["picture"], StoredPicture)]
+    files = {picture.file for picture in pictures if picture.file is not None}
     missing = sorted(str(file) for file in files if not file.exists())
     if missing:
         raise UserError(

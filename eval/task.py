@@ -50,7 +50,7 @@ class StoredPicture(Picture):
         return f"StoredPicture({str(self.file)!r})"
 
     @property
-    def frames(self) -> tuple[bytes, ...]:  # type: ignore[override]
+    def frames(self) -> tuple[bytes, ...]:
         """The frames, read now."""
         return vars(self)["_read"]()
 

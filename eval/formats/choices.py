@@ -88,7 +88,7 @@ def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError("MMMU's files are parquet: pip install pyarrow") from None
+        raise UserError("MMMU's files are parquet: pip install flamingo-vlm[tasks]") from None
     files = sorted(path.glob(f"**/{source.split or 'validation'}-*.parquet"))
     if not files:
         raise UserError(f"{path} holds no {source.split or 'validation'}-*.parquet")

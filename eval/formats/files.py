@@ -31,9 +31,12 @@ def item(
 
 def place(source: SourceSpec, root: str) -> SourceSpec:
     """The source with its relative paths below `root`."""
-    parts = {key: getattr(source, key) for key in ("path", "annotations", "images")}
-    joined = {key: str(Path(root) / value) if root and value else value for key, value in parts.items()}
-    return replace(source, **joined)
+    if not root:
+        return source
+    path, annotations, images = (
+        value and str(Path(root) / value) for value in (source.path, source.annotations, source.images)
+    )
+    return replace(source, path=path, annotations=annotations, images=images)
 
 
 def _text(path: Path) -> str:

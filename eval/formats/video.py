@@ -28,7 +28,9 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
     try:
         import av
     except ImportError:
-        raise UserError("videos are decoded by PyAV: pip install av; or give folders of frames") from None
+        raise UserError(
+            "videos are decoded by PyAV: pip install flamingo-vlm[tasks]; or give folders of frames"
+        ) from None
     wanted: list[bytes] = []
     try:
         with av.open(str(path)) as container:

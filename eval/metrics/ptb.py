@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-REMOVED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+REMOVED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """Single tokens that the caption scorers leave out, besides the upper-case brackets that never occur."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -30,7 +30,7 @@ _CURRENCY = {"¢": "cents", "£": "#", "¤": "$", "€": "$", "\x80": "$", "₠"
 _FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _PASSED_OVER = re.compile(r"[ \t\r\n\f\v\u00a0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # a word on which only _SPECIAL has anything to say
-_SPECIAL = frozenset("cannot gonna gotta lemme gimme wanna".split())
+_SPECIAL = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 NBSP = "\u00a0"
 """Stands for the space inside a token such as a telephone number."""
 
@@ -129,7 +129,8 @@ RULES = (
         r"(?:[^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+(?:com|net|org|edu))(?:/[^ \t\n\f\r\"<>|()]+" + _URL_END + ")?"
     ),
     _rule(
-        r"(?:&lt;|<)?[a-zA-Z0-9][^ \t\n\f\r\"<>|()\u00a0{}]*@(?:[^ \t\n\f\r\"<>|(){}.\u00a0]+\.)*[^ \t\n\f\r\"<>|(){}.\u00a0]+>?"
+        r"(?:&lt;|<)?[a-zA-Z0-9][^ \t\n\f\r\"<>|()\u00a0{}]*@"
+        r"(?:[^ \t\n\f\r\"<>|(){}.\u00a0]+\.)*[^ \t\n\f\r\"<>|(){}.\u00a0]+>?"
     ),
     _rule(rf"@[a-zA-Z_][a-zA-Z_0-9]*|#{_LETTER}+"),
     _rule(_AUXILIARY, "[^A-Za-z]|$", _quotes),
@@ -149,8 +150,8 @@ RULES = (
     _rule("°[CF]"),
     _rule(rf"{_WORD}\.", "[,;:]"),
     _rule(
-        r"\([0-9]{2,3}\) ?[0-9]{3,4}[- ]?[0-9]{3,5}|(?:\+\+?)?(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ][0-9]{3,4}[- ]?[0-9]{3,5}"
-        r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
+        r"\([0-9]{2,3}\) ?[0-9]{3,4}[- ]?[0-9]{3,5}|(?:\+\+?)?(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ][0-9]{3,4}"
+        r"[- ]?[0-9]{3,5}|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
         make=lambda text: _joined(_brackets(text)),
     ),
     _rule("\"|&quot;|[`'\x91\x92\u2018\u2019]'", make=lambda text: "''"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,19 +28,39 @@ class Answered(Protocol):
     """What a metric needs of a sample."""
 
     @property
-    def query_id(self) -> str: ...
+    def query_id(self) -> str:
+        """Which query; several answers may share it, of several seeds."""
+        ...
+
     @property
-    def answer(self) -> str: ...
+    def answer(self) -> str:
+        """What was said, parsed."""
+        ...
+
     @property
-    def golds(self) -> tuple[str, ...]: ...
+    def golds(self) -> tuple[str, ...]:
+        """The accepted answers."""
+        ...
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The query's kind."""
+        ...
+
     @property
-    def cluster(self) -> str: ...
+    def cluster(self) -> str:
+        """What ties scores together: the picture."""
+        ...
+
     @property
-    def candidates(self) -> tuple[str, ...]: ...
+    def candidates(self) -> tuple[str, ...]:
+        """The closed answers, if it was ranked."""
+        ...
+
     @property
-    def log_probs(self) -> tuple[float, ...]: ...
+    def log_probs(self) -> tuple[float, ...]:
+        """Of each candidate."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ Answers = Sequence[Answered]
 Metric = Callable[[Answers], dict[str, Value]]
 
 
-def _value(score: float, interval: Interval, n: int) -> Value:
+def _value(score: float | np.floating, interval: Interval, n: int) -> Value:
     return Value(float(score), interval.low, interval.high, n, interval.method)
 
 
@@ -74,9 +95,14 @@ def _captions(answers: Answers) -> dict[str, Value]:
     counts = np.stack([bleu_counts(one.answer, one.golds) for one in answers])
     corpus = bleu(counts.sum(0))
     for n in range(4):
-        interval = statistic_interval(lambda w, n=n: bleu(w @ counts)[:, n], [a.cluster for a in answers], 2000)
+        interval = statistic_interval(partial(_bleu_n, counts, n), [a.cluster for a in answers], 2000)
         found[f"bleu_{n + 1}"] = _value(corpus[n], interval, len(answers))
     return found | {"rouge_l": _mean([rouge_l(one.answer, one.golds) for one in answers], answers)}
+
+
+def _bleu_n(counts: np.ndarray, n: int, weights: np.ndarray) -> np.ndarray:
+    """(R,) BLEU-(n + 1) under (R, N) weights."""
+    return bleu(weights @ counts)[:, n]
 
 
 def _vqa(answers: Answers) -> dict[str, Value]:
@@ -90,7 +116,7 @@ def _vqa(answers: Answers) -> dict[str, Value]:
 def _auc(answers: Answers) -> dict[str, Value]:
     """Of the margin of the last candidate, which is the positive class, over the first."""
     if any(len(one.log_probs) != 2 for one in answers):
-        raise UserError("the metric roc_auc needs two ranked candidates, the positive one last; set output=rank")
+        raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
     margins = np.array([one.log_probs[1] - one.log_probs[0] for one in answers])
     positive = np.array([one.golds[0] == one.candidates[-1] for one in answers])
     interval = statistic_interval(lambda w: roc_auc(margins, positive, w), [one.cluster for one in answers])
@@ -134,7 +160,7 @@ def _winoground(answers: Answers) -> dict[str, Value]:
     by_id = {query_id: np.mean(several, axis=0) for query_id, several in asked.items()}  # over seeds
     items = sorted({one.cluster for one in answers if {f"{one.cluster}.0", f"{one.cluster}.1"} <= by_id.keys()})
     if not items:
-        raise UserError("the metric winoground needs both pictures of an item; raise the limit")
+        return {}  # a limit has left no item both of its pictures
     scores = np.array([[by_id[f"{item}.{i}"] for i in (0, 1)] for item in items]).transpose(0, 2, 1)
     found = _winoground_values("winoground", scores, items)
     if all(f"{item}.none" in by_id for item in items):
@@ -169,6 +195,8 @@ def _by_word(answers: Answers) -> dict[str, Value]:
     return found
 
 
+NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
+"""Metrics that are made of candidates' log-probabilities; a task that generates cannot have them."""
 METRICS: dict[str, Metric] = {
     "by_word": _by_word,
     "captions": _captions,

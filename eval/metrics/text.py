@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from eval.metrics.captions import Cider, rouge_l
 from eval.metrics.medical import token_f1
 from eval.metrics.vqa import vqa_accuracy, vqa_accuracy_by_value
+from eval.metrics.wordnet import wordnet
 from eval.metrics.wups import wups_score
 
 
@@ -57,5 +58,11 @@ SCORE_NAMES = (*SCORES, *OF_SET)
 
 
 def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
-    """The score of that name for a task whose queries have these gold answers."""
+    """The score of that name for a task whose queries have these gold answers.
+
+    Raises:
+        UserError: what the score needs is not on this machine; told now and not when the answers are there.
+    """
+    if name == "wups":
+        wordnet()
     return OF_SET[name](golds) if name in OF_SET else SCORES[name]

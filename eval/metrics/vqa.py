@@ -19,8 +19,8 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 _CONTRACTED = (
-    "'twas ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
-    "isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've "
+    "'twas ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll "
+    "how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've "
     "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're "
     "there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd where's "
     "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"

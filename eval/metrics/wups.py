@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from eval.metrics.wordnet import WordNet, wordnet
 
 Similarity = Callable[[str, str], float]
-STOP_WORDS = frozenset(
+_STOP_WORDS = (
     "a an the is are was were am be been being do does did of to in on at by for with from and or as it its that this "
-    "these those there then his her their he she they them him".split()
+    "these those there then his her their he she they them him"
 )
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 """Left out on both sides. The published script's own list is not in its repository; this one is ours."""
 BY_EQUALITY = ("DB", "DC")
 

@@ -123,8 +123,8 @@ def finish(
     for name, weights_in_place in kinds.items():
         with weights_in_place:
             weights = state.whole_weights(model)
-        if processes.is_main:
-            export(write, weights, run_dir / name)
+            if processes.is_main:  # inside: on one process these are the model's own tensors
+                export(write, weights, run_dir / name)
     if processes.is_main:
         for (name, reason), number in replaced.items():
             print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)

@@ -36,11 +36,12 @@ GOLDEN = {
     "half ½ café “quoted” — it’s": "half 1/2 café quoted it 's",
     "a [sign] {x} foo_bar :)": "a -lsb- sign -rsb- -lcb- x -rcb- foo_bar :-rrb-",
 }
-WORDS = (
+_WORDS = (
     "a a a the man dog's dogs' can't cannot it's i'm t-shirt red-and-white half/half 1/2 5:30 p.m. U.S. mr. st. 10 "
     "3,000 $5 50% & AT&T 1950s 50's '90s 'em o'clock gonna café ½ #1 @home 3-year-old x-ray w/ ... -- - ' \" ( ) [ ] / "
     "* + = ? ! ?? , ; : . ’ “ ” – … it’s Man The I etc. vs. ft. 6'2\" 4x4 4.5 .5 O'Brien e-mail riding on horse cat"
-).split()
+)
+WORDS = _WORDS.split()
 
 
 def captions(seed: int, count: int, longest: int = 12) -> list[str]:

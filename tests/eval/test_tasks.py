@@ -8,12 +8,15 @@ import pytest
 
 from eval.__main__ import CONFIG, load_config
 from eval.build import build_task
+from eval.metrics.wordnet import wordnet
+from eval.model import FlamingoResponder
 from eval.prepare import check, main
 from eval.report import rows_of
 from eval.runner import Grid, run
 from tests.eval.published import COUNT, WRITERS, dump
 from tests.eval.test_metrics_table import small_wordnet
 from tests.eval.worlds import Constant
+from tests.model import tiny
 
 OWN = {path.stem for path in (CONFIG / "task").glob("*.yaml")} - {"csv", "jsonl"}
 TEXT_ONLY = {"medqa", "medmcqa", "pubmedqa", "mmlu_medicine"}
@@ -81,7 +84,8 @@ def test_every_published_task_has_files_here() -> None:
 def test_a_published_task_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "mmmu":
         pytest.importorskip("pyarrow", reason="MMMU's files are parquet, which needs pyarrow")
-    monkeypatch.setattr("eval.metrics.wordnet.FOLDERS", (str(small_wordnet(tmp_path / "wordnet")),))
+    monkeypatch.setenv("WNHOME", str(small_wordnet(tmp_path / "wordnet")))
+    wordnet.cache_clear()
     root = tmp_path / "data"
     root.mkdir()
     WRITERS[name](root)
@@ -144,3 +148,16 @@ def test_a_question_with_too_few_answers_stops_the_run(tmp_path: Path) -> None:
     lines, complete = check("textvqa", tmp_path)
     assert not complete
     assert "question 77 has 9 answers and every question of this data set has 10" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["medqa", "hateful_memes", "vatex", "winoground"])
+def test_a_real_model_takes_words_alone_pictures_and_clips(name: str, tmp_path: Path) -> None:
+    responder = FlamingoResponder(*tiny.flamingo("llama"))
+    WRITERS[name](tmp_path)
+    task = build_task(name, load_config(["model=m", f"task={name}", f"task.{name}.root={tmp_path}"]).task[name])
+    grid = Grid([0, 1] if name == "vatex" else [0], [0], ["real"], limit=3)  # the model's context is 128 tokens
+    samples, _ = run({name: task}, grid, responder)
+    rows = rows_of(samples, {name: task})
+    assert len(samples) == 3 * len(grid.shots)
+    assert all(len(sample.log_probs) == len(sample.candidates) for sample in samples)
+    assert all(0 <= row["score"] <= 10 for row in rows)

@@ -1,0 +1,193 @@
+"""Data of one's own, videos, and what is wrong with an annotation file in one sentence."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.__main__ import load_config
+from eval.build import build_task
+from eval.documents import definition_of
+from eval.formats.video import frames_of, spread
+from eval.prepare import check
+from eval.sources import read_documents
+from eval.task import SourceSpec, StoredPicture, TaskSpec
+from flamingo.errors import UserError
+from tests.eval.published import WRITERS, dump
+from tests.eval.published.files import clip, dump_lines, picture
+
+
+def test_own_questions_with_choices_are_five_lines(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(tmp_path / f"{number}.png", number)
+    rows: list[dict] = [
+        {"picture": f"{n}.png", "question": "Which {one}?", "answer": ["red", "crimson"]} for n in (0, 1)
+    ]
+    rows.append({"picture": ["2.png", "3.png"], "question": "Which?", "answer": "go", "choices": ["go", "stop"]})
+    rows.append(
+        {"picture": None, "question": "Which?", "answer": "stop", "choices": ["go", "stop"], "hint": "{question}"}
+    )
+    dump_lines(tmp_path / "mine.jsonl", rows)
+    source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
+    spec = TaskSpec(source=source, question="{question}\n{options}", lead=" ")
+    found = read_documents("mine", spec, source)
+    assert found[0].golds == ("red", "crimson")
+    assert found[0].turn.question == "Which {one}?\n"  # braces of the data stay
+    assert found[2].candidates == ("go", "stop")
+    assert found[2].turn.question == "Which?\nA. go\nB. stop"
+    assert isinstance(found[2].turn.picture, StoredPicture)
+    assert len(found[2].turn.picture.frames) == 2
+    assert found[3].turn.picture is None
+    spec.answer_as, spec.options = "letter", "inline"
+    found = read_documents("mine", spec, source)
+    assert (found[3].golds, found[3].candidates) == (("B",), ("A", "B"))
+    assert found[3].turn.question == "Which?\n(A) go (B) stop"
+    with pytest.raises(UserError, match=r"question has \{colour\}, and its items have options, question; change"):
+        read_documents("mine", TaskSpec(source=source, question="{colour}"), source)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"picture": "0.png"}\n', "line 1 has no 'answer'; it has picture"),
+        ('{"picture": "9.png", "answer": "a"}\n', r"row 1 names the picture .*9.png, which does not exist"),
+        ('{"picture": "0.png", "answer": "a", "choices": ["b"]}\n', "the answer 'a', which is not among its choices"),
+        ("{\n", "line 1 is no JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_table_of_lines(tmp_path: Path, line: str, message: str) -> None:
+    picture(tmp_path / "0.png", 0)
+    (tmp_path / "mine.jsonl").write_text(line)
+    source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
+    with pytest.raises(UserError, match=message):
+        read_documents("mine", TaskSpec(source=source), source)
+
+
+def test_a_stored_picture_is_read_when_needed_and_equals_its_bytes(tmp_path: Path) -> None:
+    reads = []
+
+    def read() -> tuple[bytes, ...]:
+        reads.append(1)
+        return (b"one", b"two")
+
+    stored = StoredPicture(read, tmp_path / "x.png")
+    assert not reads
+    assert stored.frames == (b"one", b"two")
+    assert stored.sha256 == stored.sha256
+    assert len(reads) == 2  # the hash is remembered, the picture is not
+    assert "x.png" in repr(stored)
+
+
+def test_frames_are_spread_evenly(tmp_path: Path) -> None:
+    assert spread(10, 2) == [2, 7]
+    assert spread(3, 8) == [0, 1, 2]
+    clip(tmp_path / "clip", 1)
+    files = sorted((tmp_path / "clip").iterdir())
+    assert frames_of(tmp_path / "clip", 1) == (files[1].read_bytes(),)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no folder of pictures"):
+        frames_of(tmp_path / "empty", 1)
+
+
+def test_frames_of_a_video_come_from_its_segment(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="videos are decoded by PyAV")
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        for number in range(40):  # 4 seconds from black to white
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 6 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+    def greys(*segment: float) -> list[float]:
+        found = frames_of(tmp_path / "v.mp4", 2, *segment)
+        return [float(np.asarray(Image.open(io.BytesIO(frame))).mean()) / 6 for frame in found]
+
+    assert greys() == pytest.approx([10, 30], abs=2)
+    assert greys(2.0, 4.0) == pytest.approx([25, 35], abs=2)
+    with pytest.raises(UserError, match=r"no frame between 9.0 and None"):
+        greys(9.0)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match="cannot be decoded as a video"):
+        frames_of(tmp_path / "bad.mp4", 2)
+
+
+def _other_split(root: Path) -> None:
+    dump(root / "v2_mscoco_val2014_annotations.json", {"annotations": []})
+
+
+def _no_list(root: Path) -> None:
+    dump(root / "v2_OpenEnded_mscoco_val2014_questions.json", [1])
+
+
+def _code(root: Path) -> None:
+    (root / "qas/test/test_qa.pkl").write_bytes(pickle.dumps([io.BytesIO]))
+
+
+def _five_choices(root: Path) -> None:
+    row = {"question": "?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 5}
+    dump_lines(root / "dev.json", [row])
+
+
+def _unknown_class(root: Path) -> None:
+    picture(root / "val/n99999999/x.JPEG", 1)
+
+
+def _hidden(root: Path) -> None:
+    dump_lines(root / "dev_seen.jsonl", [{"id": 1, "img": "img/00000.png", "text": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("task", "harm", "message"),
+    [
+        ("vqav2", _other_split, "has no answers to question 0 of"),
+        ("vqav2", _no_list, "is this the published file"),
+        ("pathvqa", _code, r"is no pickle of plain values: it asks for _io.BytesIO"),
+        ("medmcqa", _five_choices, "has 4 choices and the answer 4"),
+        ("imagenet", _unknown_class, "the folder n99999999, which .* does not name"),
+        ("hateful_memes", _hidden, "the unlabelled test file has none"),
+    ],
+)
+def test_a_file_that_is_not_as_published_is_one_sentence(
+    tmp_path: Path, task: str, harm: Callable[[Path], None], message: str
+) -> None:
+    WRITERS[task](tmp_path)
+    harm(tmp_path)
+    spec = load_config(["model=m", f"task={task}", f"task.{task}.root={tmp_path}"]).task[task]
+    with pytest.raises(UserError, match=message) as caught:
+        build_task(task, spec)
+    assert str(caught.value).startswith(f"task {task}: ")
+    assert not check(task, tmp_path)[1]
+
+
+def test_a_missing_annotation_file_is_named_with_its_publisher(tmp_path: Path) -> None:
+    spec = load_config(["model=m", "task=coco", f"task.coco.root={tmp_path}"]).task["coco"]
+    with pytest.raises(UserError, match=r"dataset_coco.json do not exist; .* published by Karpathy's splits"):
+        build_task("coco", spec)
+
+
+def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
+    older = "kind queries question lead tail output candidates metric demos max_new_tokens ways min_pictures names"
+    assert list(definition_of(TaskSpec())) == [*older.split(), "names_source"]
+    assert definition_of(TaskSpec(cut=["x"]))["cut"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["x"]}, "metrics has 'x'; the metrics are"),
+        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates; set task.t.output=rank"),
+        ({"end_of_chunk": False}, "a demonstration needs an end"),
+        ({"zero_shot": "three"}, "use one of none, two_text"),
+        ({"support_size": 0}, "support_size is 0"),
+    ],
+)
+def test_impossible_settings_name_their_key(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_task("t", TaskSpec(**change))
