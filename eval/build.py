@@ -69,6 +69,6 @@ def check_shots(tasks: Mapping[str, Task], shots: list[int]) -> None:
     for name, task in tasks.items():
         if max(shots) > task.max_shots():
             raise UserError(
-                f"shots={max(shots)} is more than task {name} can give: its data allow {task.max_shots()}; "
-                "use fewer shots"
+                f"shots={max(shots)} is more than task {name} can give: its data allow {task.max_shots()}; use fewer "
+                f"shots, more data, or a lower task.{name}.queries, which leaves more to show"
             )
