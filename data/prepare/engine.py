@@ -5,7 +5,7 @@ shards of its own, `{source}-{unit:06d}-{shard:06d}.tar`, written by one process
 every number of workers and of parts, and the only state is the list of finished units:
 
     OUT/.prepare/*/{source}-000012.json     a finished unit: its shards, checksums and counts
-    OUT/_part-003-of-100.json               with --part 3/100: all of that part's units; `merge` joins the parts
+    OUT/_part-{source}-003-of-100.json      with --part 3/100: all of that part's units; `merge` joins the parts
     OUT/_dataset.json                       the manifest, written last
 
 A run that was killed goes on when it is started again: finished units are kept, the others are done again from their
@@ -96,7 +96,7 @@ def run(source: str, args: argparse.Namespace) -> None:
     if part is None:
         finish(out, facts, records)
     else:
-        name = out / part_name(part)
+        name = out / part_name(source, part)
         write_json(name, {"v": 1, "part": list(part), **facts, "records": records})
         print("\n".join([f"{name}: {_headline(source, records)}", *total(records).report()]))
     shutil.rmtree(work)
@@ -110,9 +110,9 @@ def tidy(out: Path) -> None:
         (out / WORK).rmdir()
 
 
-def part_name(part: tuple[int, int]) -> str:
+def part_name(source: str, part: tuple[int, int]) -> str:
     """The name of a part's manifest."""
-    return f"_part-{part[0]:03d}-of-{part[1]:03d}.json"
+    return f"_part-{source}-{part[0]:03d}-of-{part[1]:03d}.json"
 
 
 def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: str) -> bool:
@@ -122,7 +122,7 @@ def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: st
             listed = read_manifest(out)["parts"][source]
             before, shards = listed["meta"]["fingerprint"], listed["shards"]
         else:
-            listed = json.loads((out / part_name(part)).read_bytes())
+            listed = json.loads((out / part_name(source, part)).read_bytes())
             before = listed["fingerprint"]
             shards = [entry for record in listed["records"].values() for entry in record["shards"]]
         whole = before == print_of and all((out / e["name"]).stat().st_size == e["bytes"] for e in shards)

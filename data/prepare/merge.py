@@ -26,7 +26,7 @@ def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     for folder in folders:
         names = sorted(folder.glob("_part-*-of-*.json"))
         if not names:
-            raise UserError(f"folder {folder} has no part manifest (_part-001-of-010.json); prepare with --part first")
+            raise UserError(f"folder {folder} has no part manifest (_part-*-of-*.json); prepare with --part first")
         for name in names:
             try:
                 part = json.loads(name.read_bytes())

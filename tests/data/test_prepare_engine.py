@@ -97,7 +97,7 @@ def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) 
         for out in (shared, folder):
             status, report, _ = command("prepare", "pairs", "--out", out, tars, *SMALL, "--part", f"{number}/4")
             assert status == 0
-            assert f"_part-{number:03d}-of-004.json" in report
+            assert f"_part-pairs-{number:03d}-of-004.json" in report
         with pytest.raises(UserError, match="no shards in"):
             resolve_shards([str(shared)])  # nobody trains on half of it
     status, report, _ = command("merge", shared)
@@ -123,8 +123,8 @@ def test_parts_that_do_not_fit_are_named(tars: Path, tmp_path: Path) -> None:
     shard = next(three.glob("*.tar"))
     shard.unlink()
     assert f"{shard.name} is missing or has another size" in command("merge", one, two, three)[2]
-    (three / "_part-003-of-003.json").write_text("{}")
-    assert "_part-003-of-003.json is not a part manifest" in command("merge", one, two, three)[2]
+    (three / "_part-pairs-003-of-003.json").write_text("{}")
+    assert "_part-pairs-003-of-003.json is not a part manifest" in command("merge", one, two, three)[2]
     for wrong in ("0/3", "4/3", "x", "1/0"):
         assert "must be i/n with 1 <= i <= n" in refusal(tmp_path / "o", "pairs", tars, "--part", wrong)
 
