@@ -34,7 +34,7 @@ from flamingo.language import Call, CallState, attach, new_tokens_for
 from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.media_cache import MediaCache, PictureInputs
-from flamingo.packing import check_packs, packed_inputs
+from flamingo.packing import packed_inputs
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -154,8 +154,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             UserError: the pictures do not match the counts or the `<image>` tags (names the row).
         """
         if sequence_ids is not None:
-            check_packs(self, phi, past_key_values, use_cache)
-            attention_mask, position_ids, use_cache = *packed_inputs(self, sequence_ids), False
+            attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         pictures = PictureInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:
