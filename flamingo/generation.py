@@ -42,6 +42,17 @@ def count_phi(
     return phi_from_ids(input_ids, config.image_token_id, seen=seen, reset_token_id=config.media_reset_token_id)
 
 
+def checked_phi(
+    config: FlamingoConfig, input_ids: Int[Tensor, "B T"], media: MediaCache, past_key_values: Cache | None
+) -> Int[Tensor, "B T"]:
+    """Return `count_phi` behind what a cache has seen. Raises UserError where pictures and tags differ in number."""
+    past = past_key_values is not None and past_key_values.get_seq_length()
+    seen = media.seen if past else None
+    phi = count_phi(config, input_ids, seen=seen)
+    check_counts(phi, media, seen)
+    return phi
+
+
 def token_phi(phi: Int[Tensor, "B P"], length: int) -> Int[Tensor, "B T"]:
     """Return a prompt's explicit phi continued to `length` tokens: new tokens see what the last one saw."""
     missing = length - phi.shape[1]

@@ -29,12 +29,12 @@ from flamingo.config import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttentionBlock
 from flamingo.encoding import EncodesMedia
 from flamingo.errors import UserError
-from flamingo.generation import count_phi
+from flamingo.generation import checked_phi, count_phi
 from flamingo.language import Call, CallState, attach, new_tokens_for
 from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.media_cache import MediaCache, PictureInputs, check_counts
-from flamingo.packing import check_packs, packed_mask, packed_positions
+from flamingo.media_cache import MediaCache, PictureInputs
+from flamingo.packing import packed_inputs
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -156,16 +156,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             UserError: the pictures do not match the counts or the `<image>` tags (names the row).
         """
         if sequence_ids is not None:
-            check_packs(self, phi, past_key_values, use_cache)
-            attention_mask, position_ids = packed_mask(self, sequence_ids), packed_positions(sequence_ids)
-            use_cache = False
+            attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         pictures = PictureInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self._media_of(len(input_ids), media_cache, past_key_values, pictures)
         if phi is None:
-            past = past_key_values is not None and past_key_values.get_seq_length()
-            seen = media.seen if past else None
-            phi = count_phi(self.config, input_ids, seen=seen)
-            check_counts(phi, media, seen)
+            phi = checked_phi(self.config, input_ids, media, past_key_values)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         if self._lm_takes_positions:
             kwargs["position_ids"] = _positions(position_ids, attention_mask, input_ids.shape[1])

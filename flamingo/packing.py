@@ -51,6 +51,18 @@ def packed_mask(model: Any, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, 
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def packed_inputs(
+    model: Any,
+    sequence_ids: Int[Tensor, "B T"],
+    phi: Tensor | None,
+    past_key_values: Any,
+    use_cache: bool | None,
+) -> tuple[Shaped[Tensor, "B 1 T T"], Int[Tensor, "B T"], bool]:
+    """Return (attention_mask, position_ids, use_cache) for packed rows. Raises UserError as `check_packs`."""
+    check_packs(model, phi, past_key_values, use_cache)
+    return packed_mask(model, sequence_ids), packed_positions(sequence_ids), False
+
+
 def check_packs(model: Any, phi: Tensor | None, past_key_values: Any, use_cache: bool | None) -> None:
     """Raise UserError unless packed sequences stay apart in this model and call.
 
