@@ -201,7 +201,7 @@ def checked(config: TrainConfig, world_size: int) -> list[DatasetSpec]:
     wrong = config.problems(world_size)
     specs = dataset_specs(config, wrong)
     if not config.plan:
-        wrong += [*unavailable(config), *too_small(specs)]
+        wrong += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
     if wrong:
         raise UserError("; ".join(wrong))
     return specs
