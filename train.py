@@ -214,7 +214,7 @@ def checked(config: TrainConfig, world_size: int) -> Mixtures:
     options = config.run.validation
     held_out = dataset_specs("run.validation", options.datasets, wrong) if options.every else []
     if not config.plan:
-        wrong += [*unavailable(config), *too_small(specs)]
+        wrong += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
     if wrong:
         raise UserError("; ".join(wrong))
     return specs, held_out

@@ -8,6 +8,7 @@ batch, and would be compiled anew each time; of it, and of the resampler, the fe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,5 +33,6 @@ def compiled_parts(model: nn.Module) -> Iterator[nn.Module]:
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
     """Compiles the layers in place; parameters keep their names. The first updates of each shape take longer."""
-    for module in compiled_parts(model):
-        module.forward = torch.compile(module.forward, backend=backend)  # type: ignore[method-assign]
+    part: Any
+    for part in compiled_parts(model):
+        part.forward = torch.compile(part.forward, backend=backend)

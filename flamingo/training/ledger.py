@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_STORAGE: Any = torch.UntypedStorage
 _FRAMES = 12
 """How far up the stack FSDP2 is looked for."""
 
@@ -68,12 +69,12 @@ class Ledger(TorchDispatchMode):
             ledger._resized(storage)
             return out
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        _STORAGE.resize_ = resize_
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        _STORAGE.resize_ = self._resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -61,9 +61,8 @@ def add_adapters(
         raise UserError("model.freeze.language=lora needs peft: pip install 'flamingo-vlm[run]'") from error
     names = linear_layers(lm, targets, layers_path)
     transposed = any(isinstance(lm.get_submodule(name), Conv1D) for name in names)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none", fan_in_fan_out=transposed
-    )
+    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": names, "fan_in_fan_out": transposed}
+    config = LoraConfig(**options)
     inject_adapter_in_model(config, lm)
     return config
 

@@ -138,8 +138,9 @@ def plan_step(
             shard(model, fsdp_units(model), group, strategy)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         moments = [torch.empty_like(local(parameter)) for parameter in trained for _ in range(2)]
+        subject: Any = model
         if getattr(model, "_head_is_last", False) is None:
-            model._head_is_last = True  # type: ignore[assignment]  (found out by comparing values, which there are none)
+            subject._head_is_last = True  # found out by comparing values, of which there are none
         model.train()
         with ledger:
             ledger.own((*model.parameters(), *model.buffers()), "weights")

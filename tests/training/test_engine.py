@@ -125,6 +125,31 @@ def test_missing_shards_stop_before_anything_trains(world: Path, tmp_path: Path)
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_everything_wrong_is_said_at_once_before_anything_loads(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path, "flamingo", micro_batches=3, parallel="none", precision="bf16")
+    settings.model.language.name = str(tmp_path / "no-such-model")
+    settings.data.datasets["pages"]["shards"] = [str(tmp_path / "nowhere.tar")]
+    settings.data.datasets["pairs"]["colour"] = "red"
+    with pytest.raises(UserError) as caught:
+        train(settings)
+    for expected in (
+        "data.datasets.pages.batch_size=8 is not divisible by processes x run.micro_batches = 1 x 3",
+        "run.parallel=none cannot compute in bf16",
+        "data.datasets.pairs.colour is no field of a dataset",
+        "nowhere.tar does not exist",
+    ):
+        assert expected in str(caught.value)
+    assert "no-such-model" not in str(caught.value)  # it was not looked for yet
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_samples_than_pieces_are_refused(world: Path, tmp_path: Path) -> None:
+    settings = config(world, tmp_path, "language", micro_batches=40)
+    settings.data.datasets["words"]["batch_size"] = 40
+    with pytest.raises(UserError, match=r"words\.shards hold 32 samples, fewer than processes x .* = 40"):
+        train(settings)
+
+
 def test_a_tokenizer_is_trained_where_none_is_named(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, "language", steps=1)
     settings.model.language.tokenizer = None

@@ -99,7 +99,7 @@ def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float
 
 
 FAMILIES = ["gpt2", "opt", "llama", "gpt_neox", "mpt"]
-HALF = {"precision": "bf16", "frozen_dtype": torch.bfloat16}
+HALF: dict[str, Any] = {"precision": "bf16", "frozen_dtype": torch.bfloat16}
 
 
 def cases(size: int) -> list[Case]:
@@ -133,7 +133,7 @@ def test_processes_are_one(size: int, tmp_path: Path) -> None:
 
 
 def test_bf16_computes_what_fp32_does(tmp_path: Path) -> None:
-    chosen = [Case("llama", Strategy(**HALF, frozen=frozen)) for frozen in ("shard", "replicate")]  # type: ignore[arg-type]
+    chosen = [Case("llama", Strategy(**HALF, frozen=frozen)) for frozen in ("shard", "replicate")]
     file = tmp_path / "found.pt"
     spawn(_work, 2, chosen, str(file))
     exact = updates(chosen[0])
