@@ -144,7 +144,7 @@ class Stall:
     def moved(self) -> None:
         """An update has ended, or something else that may take long has."""
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__ or sys.stderr)
 
     @staticmethod
     def close() -> None:
