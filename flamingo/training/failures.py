@@ -66,6 +66,7 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tells the others, unless one of them was first."""
+        self._closed.set()  # or this process would stop at its own words
         if self._store is None:
             return
         reason = " ".join(f"{self._me} failed: {type(error).__name__}: {error}".split())[:500]
