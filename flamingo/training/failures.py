@@ -26,7 +26,7 @@ from flamingo.training.parallel import Processes, leave
 from flamingo.training.signals import Stopped
 
 T = TypeVar("T")
-KEY = "flamingo/failed"
+KEY = f"flamingo/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 LOOK_SECONDS = 2.0
 LINGER_SECONDS = 3 * LOOK_SECONDS
 """How long a process that failed stays: the first one may be keeping the store that the others look into."""
