@@ -26,7 +26,7 @@ from flamingo.training.parallel import Processes, leave
 from flamingo.training.signals import Stopped
 
 T = TypeVar("T")
-KEY = "flamingo/failed"
+KEY = f"flamingo/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 LOOK_SECONDS = 2.0
 LINGER_SECONDS = 3 * LOOK_SECONDS
 """How long a process that failed stays: the first one may be keeping the store that the others look into."""
@@ -66,6 +66,7 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tells the others, unless one of them was first."""
+        self._closed.set()  # or this process would stop at its own words
         if self._store is None:
             return
         reason = " ".join(f"{self._me} failed: {type(error).__name__}: {error}".split())[:500]
@@ -144,7 +145,7 @@ class Stall:
     def moved(self) -> None:
         """An update has ended, or something else that may take long has."""
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__ or sys.stderr)
 
     @staticmethod
     def close() -> None:

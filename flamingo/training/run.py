@@ -121,9 +121,9 @@ def finish(
     """
     kinds = {"model": nullcontext()} | ({"model-ema": averages.in_place()} if averages else {})
     for name, weights_in_place in kinds.items():
-        with weights_in_place:
+        with weights_in_place:  # on the CPU the whole weights are the model's own memory
             weights = state.whole_weights(model)
-            if processes.is_main:  # inside: on one process these are the model's own tensors
+            if processes.is_main:
                 export(write, weights, run_dir / name)
     if processes.is_main:
         for (name, reason), number in replaced.items():

@@ -11,10 +11,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+AGAIN_SECONDS = 1.0
+"""A second Ctrl-C within this time is the first one, handed on by torchrun."""
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -48,6 +51,7 @@ class StopSignals:
     def __init__(self, grace_seconds: float) -> None:
         """Installs the handlers; in a thread other than the main one nothing can be installed."""
         self.signum = 0
+        self._at, self._pid = 0.0, os.getpid()
         self._grace = grace_seconds
         self._timer: threading.Timer | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -55,9 +59,12 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in WATCHED}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+        if os.getpid() != self._pid:
+            return  # a loader's worker, which has inherited this handler: the process that it serves ends it
+        if signum == signal.SIGINT and self.signum == signal.SIGINT and time.monotonic() - self._at > AGAIN_SECONDS:
             raise KeyboardInterrupt
         if not self.signum:
+            self._at = time.monotonic()
             self._timer = threading.Timer(self._grace, self._too_late)
             self._timer.daemon = True
             self._timer.start()

@@ -116,7 +116,8 @@ def _alone() -> Iterator[None]:
 
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and this process's GPU's generators; torch's own on the CPU is saved beside it."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator, which a library may draw from
+    numpys: Any = np.random.get_state()  # noqa: NPY002 - the global generator, which a library may draw from
+    kind, keys, *rest = numpys
     found: dict[str, Any] = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state().tolist()

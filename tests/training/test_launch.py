@@ -15,6 +15,7 @@ import pytest
 from flamingo.training.launch import first_host, join_launcher, restarted
 from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
 from tests.training.world import config, write_world
+from train import compose
 
 # CPU time of tests is not theirs alone: how long something real may take.
 PATIENCE = 280
@@ -84,10 +85,11 @@ def test_two_nodes_are_one_process(world: Path, tmp_path: Path, whole: list[floa
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_from_the_last_checkpoint(world: Path, tmp_path: Path) -> None:
     """torchrun --max-restarts: SIGKILL to one of two; the group comes back by itself and loses nothing."""
-    settings = config(world, tmp_path / "run", "flamingo", steps=60, checkpoint_every=4)
+    settings = config(world, tmp_path / "run", "flamingo", steps=24, checkpoint_every=4)
     agent = begin(
         [*torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=2"), *given(settings, tmp_path)],
         tmp_path / "log",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )
     deadline = time.monotonic() + PATIENCE
     while len(lines(tmp_path / "run")) < 10 and time.monotonic() < deadline:
@@ -97,8 +99,8 @@ def test_a_killed_worker_is_started_again_from_the_last_checkpoint(world: Path, 
     log = (tmp_path / "log").read_text()
     assert "resumed" in log
     found = lines(tmp_path / "run")
-    assert [line["step"] for line in found] == list(range(1, 61))
-    again = config(world, tmp_path / "again", "flamingo", steps=60)
+    assert [line["step"] for line in found] == list(range(1, 25))
+    again = config(world, tmp_path / "again", "flamingo", steps=24)
     other = begin([*torchrun("--standalone", "--nproc-per-node=2"), *given(again, tmp_path)], tmp_path / "log-again")
     assert other.wait(PATIENCE) == 0
     assert [line["loss"] for line in found] == [line["loss"] for line in lines(tmp_path / "again")]
@@ -172,6 +174,30 @@ def test_submitit_starts_a_process_each(world: Path, tmp_path: Path, whole: list
     assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "model", "launch"}
     logs = sorted(path.name.split("_", 1)[1] for path in (tmp_path / "run" / "launch").rglob("*_log.out"))
     assert logs == ["0_log.out", "1_log.out"]
+
+
+@pytest.mark.slow
+def test_submitit_queues_a_run_again_that_was_preempted(world: Path, tmp_path: Path, whole: list[float]) -> None:
+    """SIGUSR2 to one of two tasks, as SLURM sends it: both save after the same update, and the job starts anew."""
+    settings = config(world, tmp_path / "run", "flamingo", steps=12, checkpoint_every=1000)
+    command = [sys.executable, "train.py", "-m", *given(settings, tmp_path), "launch=local", "launch.processes=2"]
+    launcher = begin(command, tmp_path / "log")
+    deadline = time.monotonic() + PATIENCE
+    while len(lines(tmp_path / "run")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    tasks = [pid for controller in children(launcher.pid) for pid in children(controller)]
+    os.kill(tasks[-1], signal.SIGUSR2)
+    assert launcher.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
+    said = "".join(path.read_text() for path in (tmp_path / "run" / "launch").rglob("*_log.*"))
+    assert "stopped by SIGUSR2, saved in" in said
+    assert "resumed" in said
+    assert [line["loss"] for line in lines(tmp_path / "run")] == pytest.approx(whole, abs=1e-5)
+
+
+def test_launchers_are_chosen_like_any_group() -> None:
+    chosen = compose(["launch=slurm", "nodes=4", "launch.gpus=4"])
+    assert (chosen.nodes, chosen.launch.gpus, chosen.launch.processes) == (4, 4, 8)
+    assert "launch.processes=0 is below its least value 1" in compose(["launch.processes=0"]).problems()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -103,7 +104,7 @@ def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
 
 
 def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
-    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
     train(config(world, tmp_path / "plain", "flamingo", steps=4))
     train(evaluated(world, tmp_path / "with", tmp_path / "data"))
     found = lines(tmp_path / "with")
@@ -124,7 +125,7 @@ def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(world: Path, tmp_path: Path) -> None:
     """Sharded: layers are gathered by `generate` as well, and what was gathered is let go before the next update."""
-    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs")
+    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
     train(evaluated(world, tmp_path / "one", tmp_path / "data"))
     arguments = given(evaluated(world, tmp_path / "two", tmp_path / "data"), tmp_path)
     done = begin([*torchrun("--standalone", "--nproc-per-node=2"), *arguments], tmp_path / "log")
@@ -178,3 +179,15 @@ def test_a_signal_between_updates_saves_and_the_rest_is_as_if_nothing_had_been(w
     assert 3 <= len(lines(tmp_path / "run")) < 40
     train(settings)
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_the_model_of_an_unfinished_run_is_written_by_fewer_updates(world: Path, tmp_path: Path) -> None:
+    train(config(world, tmp_path / "three", "language", steps=3, checkpoint_every=3))
+    settings = config(world, tmp_path / "run", "language", steps=5, checkpoint_every=3)
+    train(settings)
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")  # as if it had been killed before
+    settings.run.steps = 3
+    train(settings)
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("three", "run"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
