@@ -183,7 +183,8 @@ def _png(figure: Figure, panels: Sequence[Axes], title: str) -> bytes:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    columns = min(3, round(figure.get_figwidth() / 3.6))  # a label is as wide as a panel, or it is cut off
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     legend.set_frame_on(False)
     if title:
         figure.suptitle(title, fontsize=10)

@@ -191,15 +191,26 @@ def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoRespond
         task = ConfigurableTask(config=config)
         lm = FlamingoLMMs(responder=responder, shots=2)
         lm.task_dict["tiny"] = task.dataset
-        requests = [task.construct_requests(i, f"q{i}?", metadata=("tiny", i, 1)) for i in range(6)]
+        facts = [{"task": "tiny", "doc_id": i, "repeats": 1, "split": "test"} for i in range(6)]
+        requests = [task.construct_requests(i, f"q{i}?", metadata=own) for i, own in enumerate(facts)]
         said = lm.generate_until(requests)
+        from lmms_eval.api.instance import Instance
+
+        ranked = [
+            Instance("loglikelihood", ("q0?", f" {name}", task.doc_to_visual, 0, "tiny", "test"), 0, facts[0])
+            for name in NAMES
+        ]
+        scores = [score for score, _ in lm.loglikelihood(ranked)]
         register()
         from lmms_eval.models import get_model
 
         assert get_model("flamingo") is FlamingoLMMs
     assert len(said) == 6
-    assert lm._engine.cache.shown == 18
-    demos = lm._supports["tiny"].demos(shown("q0?", image_of(rows(1, 500)[0])), "test 0", 2)
+    assert lm._engine.cache.shown == 18 + 3
+    query = shown("q0?", image_of(rows(1, 500)[0]))
+    demos = lm._supports["tiny"].demos(query, "test 0", 2)
+    prompt = Prompts(responder).build(demos, query, 0, [f" {name}" for name in NAMES])
+    assert scores == pytest.approx(responder.rank([prompt], responder.encode(prompt.pictures))[0], abs=1e-3)
     assert all(one.answer.strip() in NAMES and len(one.pictures) == 1 for one in demos)
     without = FlamingoLMMs(responder=responder)
     without.task_dict["tiny"] = task.dataset
