@@ -124,7 +124,7 @@ def test_a_loss_is_divided_by_labels_or_by_samples() -> None:
 
 
 def preset(name: str) -> dict[str, DatasetSpec]:
-    return {spec.name: spec for spec in dataset_specs(compose([f"data={name}"]))}
+    return {spec.name: spec for spec in dataset_specs("data", compose([f"data={name}"]).data.datasets, [])}
 
 
 def test_the_presets_say_what_the_papers_do() -> None:

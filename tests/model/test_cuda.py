@@ -36,8 +36,8 @@ def test_forms_agree(dtype: torch.dtype, atol: float, xformers: bool, monkeypatc
     segments = segments_from_slots(torch.tensor(SLOTS, device="cuda"), 4)
     own = inputs(dtype)
     fast = attend_segments(*own, segments)
-    exact = [x.detach().double().requires_grad_() for x in own]
-    slow = attend_segments_slow(*exact, segments)
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in own]
+    slow = attend_segments_slow(q, k, v, segments)
     torch.testing.assert_close(fast.double(), slow, rtol=0, atol=atol)
     weight = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1)).cuda()
     ours = torch.autograd.grad((fast * weight.to(dtype)).sum(), own)
@@ -45,7 +45,8 @@ def test_forms_agree(dtype: torch.dtype, atol: float, xformers: bool, monkeypatc
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=5 * atol)
     q, k, v = (x.detach()[None] for x in (own[0][:4], own[1][0], own[2][0]))
-    whole = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+    head_first = (x.double().transpose(1, 2) for x in (q, k, v))
+    whole = torch.nn.functional.scaled_dot_product_attention(*head_first)  # type: ignore[arg-type]
     torch.testing.assert_close(attend(q, k, v).double(), whole.transpose(1, 2), rtol=0, atol=atol)
 
 
@@ -55,7 +56,8 @@ def test_a_model_on_a_gpu_is_the_model_on_the_cpu() -> None:
     batch = tiny.batch(processor)
     with torch.no_grad():
         here = model(**batch).logits
-        there = model.cuda()(**{name: value.cuda() for name, value in batch.items()}).logits.cpu()
+        model.to("cuda")
+        there = model(**{name: value.cuda() for name, value in batch.items()}).logits.cpu()
     seen = batch["attention_mask"].bool()
     torch.testing.assert_close(there[seen], here[seen], rtol=0, atol=1e-3)
 
