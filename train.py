@@ -98,7 +98,11 @@ def run(config: TrainConfig, processes: Processes, sharded: bool, cleanup: ExitS
     torch.manual_seed(config.run.seed)
     setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: page_texts(specs))
     collate = COLLATES[config.objective](setup)
-    share = {"rank": processes.rank, "world_size": processes.size, "num_workers": config.data.num_workers}
+    share: dict[str, Any] = {
+        "rank": processes.rank,
+        "world_size": processes.size,
+        "num_workers": config.data.num_workers,
+    }
     loader = MixLoader(specs, collate, **share, seed=config.data.seed, micro_batches=config.run.micro_batches)
     validation = MixLoader(held_out, collate, **share) if held_out else None
     model = setup.model.to(processes.device)
