@@ -104,7 +104,8 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, 
     torch.manual_seed(config.run.seed)
     setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: page_texts(specs))
     collate = COLLATES[config.objective](setup)
-    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size, "num_workers": config.data.num_workers}
+    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
+    share["num_workers"] = config.data.num_workers
     loader = MixLoader(
         specs,
         collate,

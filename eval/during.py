@@ -1,6 +1,6 @@
 """Evaluation in the middle of training: the loss on held-out pages, and few-shot scores by the evaluation's own loop.
 
-Every process asks all queries of a probe: under FSDP2 they gather each layer together, and have the same scores.
+Validation shares the pages among all processes; probes are for a run on one process.
 """
 
 from __future__ import annotations

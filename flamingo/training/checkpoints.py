@@ -51,7 +51,7 @@ class Checkpoints:
         self.signals = StopSignals(options.checkpoint.grace_seconds)
         self._root, self._model, self._optimizer, self._averages = root, model, optimizer, averages
         self._processes, self._options = processes, options
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._writing: tuple[Path, Future[Any]] | None = None
         self._background = options.checkpoint.background
         self._saved_step, self._saved_at = -1, time.monotonic()

@@ -163,7 +163,7 @@ class TrainConfig:
 
     def _parts(self, world_size: int) -> Iterator[str]:
         yield from (*self.run.checkpoint.problems(), *self.run.watch.problems())
-        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective))
+        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective, world_size))
         yield from self.launch.problems(self.nodes)
         if not 0 <= self.run.ema < 1:
             yield f"run.ema={self.run.ema} must be at least 0 and below 1"

@@ -21,7 +21,7 @@ from flamingo.training.nonfinite import Skipped
 from flamingo.training.parallel import Processes
 from flamingo.training.signals import Stopped
 from tests.eval.worlds import write_scenes
-from tests.training.commands import begin, given, lines, torchrun
+from tests.training.commands import lines
 from tests.training.world import config, write_world
 from train import train
 
@@ -122,19 +122,10 @@ def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
         train(settings)
 
 
-@pytest.mark.slow
-def test_two_processes_evaluate_as_one(world: Path, tmp_path: Path) -> None:
-    """Sharded: layers are gathered by `generate` as well, and what was gathered is let go before the next update."""
-    write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
-    train(evaluated(world, tmp_path / "one", tmp_path / "data"))
-    arguments = given(evaluated(world, tmp_path / "two", tmp_path / "data"), tmp_path)
-    done = begin([*torchrun("--standalone", "--nproc-per-node=2"), *arguments], tmp_path / "log")
-    assert done.wait(280) == 0, (tmp_path / "log").read_text()[-3000:]
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert one.keys() == two.keys()
-        for key in one:
-            if key.startswith(("loss", "validation/", "probe/")):
-                assert two[key] == pytest.approx(one[key], abs=1e-5), key
+def test_probes_on_several_processes_are_refused(world: Path, tmp_path: Path) -> None:
+    settings = evaluated(world, tmp_path, tmp_path / "data")
+    (problem,) = settings.problems(world_size=2)
+    assert problem.startswith("run.probe.every is for one process, not 2")
 
 
 def test_a_wrong_validation_is_named(world: Path, tmp_path: Path) -> None:
