@@ -123,9 +123,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                         setattr(layer, name, 0.0)
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name since transformers 5.23
-        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable  # type: ignore[assignment]
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
         """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not."""

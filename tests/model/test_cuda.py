@@ -56,7 +56,7 @@ def test_a_model_on_a_gpu_is_the_model_on_the_cpu() -> None:
     batch = tiny.batch(processor)
     with torch.no_grad():
         here = model(**batch).logits
-        model.to("cuda")
+        model.to("cuda")  # type: ignore[arg-type]
         there = model(**{name: value.cuda() for name, value in batch.items()}).logits.cpu()
     seen = batch["attention_mask"].bool()
     torch.testing.assert_close(there[seen], here[seen], rtol=0, atol=1e-3)
