@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flamingo.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "hydra" / "protocol"
@@ -28,11 +30,9 @@ def settings_of(protocol: str, task: str, form: str, bug_compatible: bool = Fals
     Raises:
         UserError: there is no such protocol, or it says nothing about tasks of this form.
     """
-    from omegaconf import OmegaConf
-
     if protocol not in names():
         raise UserError(f"protocol={protocol}; use one of {', '.join(names())}")
-    content: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{protocol}.yaml"))
+    content: Any = yaml.safe_load((FOLDER / f"{protocol}.yaml").read_text(encoding="utf-8"))
     assert content.keys() <= KEYS, f"{protocol}.yaml has {content.keys() - KEYS}"
     if not form:
         if protocol == DEFAULT:

@@ -33,7 +33,10 @@ def module() -> ModuleType:
         )
     folder = Path(found.submodule_search_locations[0]) / "train"
     sys.path.insert(0, str(folder))
-    utils = importlib.import_module("data_utils")
+    try:
+        utils = importlib.import_module("data_utils")
+    finally:  # its data.py would be taken for this package by every process that is started from here
+        sys.path.remove(str(folder))
     vars(utils)["tar_file_expander"] = partial(vars(utils)["tar_file_expander"], eof_value=None)
     spec = importlib.util.spec_from_file_location("open_flamingo_data", folder / "data.py")
     assert spec is not None

@@ -123,7 +123,7 @@ def test_image_modes_make_squares() -> None:
     assert bool((squash[:, :, 0] == 0).all())
     assert bool((pad[:, :4] == 0).all())
     assert int(pad[0, 10, 10]) == 255
-    with pytest.raises(UserError, match="squash, crop or pad"):
+    with pytest.raises(UserError, match="squash, crop, pad, pad_mean"):
         ImageTransform(20, mode="zoom")
 
 

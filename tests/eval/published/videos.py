@@ -121,14 +121,16 @@ def medqa(root: Path) -> None:
 
 def medmcqa(root: Path) -> None:
     for split in ("dev", "train"):
-        row = {"question": "Which?", "opa": "a1", "opb": "b1", "opc": "c1", "opd": "d1", "cop": 3, "exp": "Because."}
+        asked = {"dev": "Which?", "train": "And which?"}[split]  # the same question would be refused as a leak
+        row = {"question": asked, "opa": "a1", "opb": "b1", "opc": "c1", "opd": "d1", "cop": 3, "exp": "Because."}
         dump_lines(
             root / f"{split}.json", [row | {"id": f"{split}{n}", "subject_name": "Anatomy"} for n in range(COUNT)]
         )
 
 
 def pubmedqa(root: Path) -> None:
-    rows = {str(n): {"QUESTION": "Does it?", "CONTEXTS": ["We", "saw."], "final_decision": "maybe"} for n in range(12)}
+    shared = {"CONTEXTS": ["We", "saw."], "final_decision": "maybe"}
+    rows = {str(n): {"QUESTION": "Does it?" if n < COUNT else "Does that?"} | shared for n in range(12)}
     dump(root / "ori_pqal.json", rows)
     dump(root / "test_ground_truth.json", {str(n): "maybe" for n in range(COUNT)})
 
@@ -137,5 +139,6 @@ def mmlu_medicine(root: Path) -> None:
     for split in ("test", "dev"):
         (root / split).mkdir(parents=True)
         for subject in ("anatomy", "astronomy"):
-            rows = f'"Which {subject}, is it?",one,two,three,"four, or five",D\n' * COUNT
+            verb = {"test": "is", "dev": "was"}[split]
+            rows = f'"Which {subject}, {verb} it?",one,two,three,"four, or five",D\n' * COUNT
             (root / split / f"{subject}_{split}.csv").write_text(rows)
