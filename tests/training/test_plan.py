@@ -86,7 +86,8 @@ def highest(seen: Any) -> int:
 
 
 def _measure(processes: Processes, configs: list[TrainConfig], file: str) -> None:
-    found = [measured(config, processes) for config in configs]
+    # When a collective lets go of its buffers is a matter of timing between processes, so the highest of several.
+    found = [max(measured(config, processes) for _ in range(3)) for config in configs]
     if processes.is_main:
         Path(file).write_text("\n".join(map(str, found)))
 
