@@ -93,7 +93,8 @@ class ShardCache:
         if size is not None:
             self._make_room(size)
         before = partial.stat().st_size if partial.exists() else 0
-        self.broken_off += download(url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted)
+        if before != size:  # else only its check and its name are missing
+            self.broken_off += download(url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted)
         self.fetched += partial.stat().st_size - before
         if size is None:
             self._make_room(0)

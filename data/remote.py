@@ -99,7 +99,7 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
         while chunk := stream.read(CHUNK):
             file.write(chunk)
             got += len(chunk)
-            if wanted is not None and not wanted():
+            if wanted is not None and got != expected and not wanted():
                 raise UserError(f"shard {url} is not wanted any more")
     if expected is not None and got < expected:
         raise OSError(f"the connection closed after {got} of {expected} bytes")

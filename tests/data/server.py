@@ -68,8 +68,8 @@ def serving(folder: Path, behaviour: Behaviour | None = None) -> Iterator[Server
             self.end_headers()
             if faulty and state.behaviour.drop_after is not None:
                 body = body[: start + state.behaviour.drop_after]
+            state.sent[self.path] += len(body) - start  # before the bytes: who has the last of them may look at once
             self.wfile.write(body[start:])
-            state.sent[self.path] += len(body) - start
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
