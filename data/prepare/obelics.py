@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.mmc4 import add_text
 from data.page import Node, Page, Picture, Text
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.pictures import PictureRule, add_picture_arguments
-from data.prepare.sentences import add_text
 from data.prepare.units import Dropped, Tally, Unit
 from flamingo.errors import UserError
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from data.mmc4 import add_text
 from data.page import Node, Page, Picture, Text
 from data.prepare.dom import WebPart, WebPicture, read_dom
 from data.prepare.filters import RULES, WebRule, word_list
 from data.prepare.pictures import PictureRule, from_base64
-from data.prepare.sentences import add_text
 from data.prepare.units import Dropped, Tally
 from flamingo.errors import UserError
 
