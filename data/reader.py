@@ -42,7 +42,8 @@ class RawSample:
 class ShardReader:
     """Reads samples of many shards. File descriptors stay open, the least used is closed first.
 
-    `local` gives the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work.
+    `local` gives the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
+    `bytes_used` what of it was asked for.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class ShardReader:
         self.indexes, self.local, self.max_open = indexes, local, max_open
         self.retry = retry or Retry()
         self.mmc4 = mmc4 or Mmc4Rule()
-        self.samples_read = self.bytes_read = 0
+        self.samples_read = self.bytes_read = self.bytes_used = 0
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": OrderedDict()}  # a descriptor means nothing in another process
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Some bytes of a shard; repeated when it fails. Raises UserError."""
         try:
             return self._once(shard, offset, size)
         except OSError:
@@ -112,14 +114,14 @@ class ShardReader:
                 places.setdefault(number, (offset, size))
             elif kind in (JSON, TEXT):
                 texts[kind] = offset, size
-        pieces = _Pieces(lambda offset, size: self._read(shard, offset, size))
+        pieces = _Pieces(self, shard)
         pieces.fetch([*texts.values(), *(places.values() if pictures and len(places) == 1 else ())])
         parts = {kind: pieces.of(*place) for kind, place in texts.items()}
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
             nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(places))
-            if is_mmc4(meta):
+            if not nodes and is_mmc4(meta):
                 nodes, inside = mmc4_page(meta, self.mmc4)
                 check_text(nodes)
                 return RawSample(key, where, nodes, {}, range(len(inside)), lambda number: inside[number].decode())
@@ -142,8 +144,8 @@ class ShardReader:
 class _Pieces:
     """What was read of a sample so far."""
 
-    def __init__(self, read: Callable[[int, int], bytes]) -> None:
-        self.read = read
+    def __init__(self, reader: ShardReader, shard: int) -> None:
+        self.reader, self.shard = reader, shard
         self.known: list[tuple[int, bytes]] = []
 
     def _find(self, offset: int, size: int) -> bytes | None:
@@ -155,12 +157,13 @@ class _Pieces:
     def fetch(self, places: Sequence[tuple[int, int]]) -> None:
         """Read these, where they are not known."""
         for offset, size in runs([place for place in places if self._find(*place) is None]):
-            self.known.append((offset, self.read(offset, size)))
+            self.known.append((offset, self.reader.read(self.shard, offset, size)))
 
     def of(self, offset: int, size: int) -> bytes:
         """The bytes of a member."""
+        self.reader.bytes_used += size
         found = self._find(offset, size)
-        return self.read(offset, size) if found is None else found
+        return self.reader.read(self.shard, offset, size) if found is None else found
 
 
 def runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

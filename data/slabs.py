@@ -103,8 +103,8 @@ class Arena:
         layout: Layout = {}
         begin = self._bytes.data_ptr()
         for name, tensor in batch.tensors.items():
-            place = tensor.data_ptr() - begin
-            if not (0 <= place <= self._used - tensor.nbytes and tensor.is_contiguous()):
+            place = tensor.data_ptr() - begin if tensor.numel() else 0  # one without elements has no address
+            if tensor.numel() and not (0 <= place <= self._used - tensor.nbytes and tensor.is_contiguous()):
                 inside = self.empty(tensor.shape, tensor.dtype)
                 place = inside.data_ptr() - begin
                 if not 0 <= place <= len(self._bytes) - tensor.nbytes:
