@@ -64,15 +64,20 @@ def page_hashes(page: Page) -> dict[str, list[int]]:
 
 def count(pages: Iterable[tuple[int, Page]], path: Path) -> None:
     """Write the hashes of (row, page) of a shard: for `ONCE` also the rows, to know which document is the last."""
-    found: dict[str, list[int]] = {kind: [] for kind in KINDS} | {f"{kind}_rows": [] for kind in ONCE}
+    found: dict[str, list[int]] = {name: [] for name in (*KINDS, *(f"{kind}_rows" for kind in ONCE))}
     for row, page in pages:
         for kind, hashes in page_hashes(page).items():
             found[kind] += hashes
             if kind in ONCE:
                 found[f"{kind}_rows"] += [row] * len(hashes)
+    _write(path, {name: np.array(values, dtype=np.uint64) for name, values in found.items()})
+
+
+def _write(path: Path, columns: Any) -> None:
+    """Write columns under a name when they are whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **{name: np.array(values, dtype=np.uint64) for name, values in found.items()})
+        np.savez(file, **columns)
     partial.replace(path)
 
 
@@ -102,10 +107,7 @@ class Table:
 
     def save(self, path: Path) -> None:
         """Write the table under its name when it is whole."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
-        partial.replace(path)
+        _write(path, {name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
     def load(cls, path: str | Path) -> Table:

@@ -71,6 +71,7 @@ def test_what_does_not_fit_goes_the_ordinary_way() -> None:
     assert slabs.take() is not None  # given back at once
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_gives_nothing_back() -> None:
     slabs = Slabs(1, 4096)
     batch = sent(slabs, tensors())
