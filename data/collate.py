@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.decode import decode
-from data.errors import ContentError
+from data.errors import ContentError, PassedOver
+from data.frames import Transform, clip_frames, empty, jittered, load_picture, picture_bytes, stacked
 from data.packing import groups, join
 from data.page import Node, Picture, Text
 from data.reader import RawSample
@@ -40,17 +40,6 @@ from flamingo.errors import UserError
 SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
 
 
-class Transform(Protocol):
-    """A picture of any size to (3, S, S); `flamingo.processor.ImageTransform`."""
-
-    @property
-    def size(self) -> int:
-        """S, in pixels."""
-
-    def __call__(self, image: Tensor, /) -> Tensor:
-        """The picture (C, h, w), both uint8, in the size that the encoder takes."""
-
-
 class Collate(Protocol):
     """What the loader asks of an objective."""
 
@@ -59,13 +48,6 @@ class Collate(Protocol):
 
     def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
         """The tensors of a batch."""
-
-
-def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
-    """Picture `number` of a sample as uint8 (3, S, S). Raises ContentError."""
-    size = transform.size
-    image = decode(raw.picture(number), at_least=size, contiguous=False)
-    return (image if image.shape[1:] == (size, size) else transform(image)).contiguous()
 
 
 def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
@@ -95,6 +77,7 @@ class FlamingoCollate:
     """
 
     can_pack = True
+    empty = staticmethod(empty)
 
     def __init__(self, processor: Any) -> None:
         tokenizer = processor.tokenizer
@@ -129,14 +112,19 @@ class FlamingoCollate:
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
         )
+        if len(row.pictures) == 1 and spec.single_picture_share < 1 and random.random() >= spec.single_picture_share:
+            raise PassedOver
+        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.pictures]
+        raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
         frames: list[Tensor] = []
         decoded: dict[int, Tensor] = {}  # a page may show one picture several times
-        for picture in row.pictures:
-            flip = may_flip and random.random() < 0.5
-            for number in clip_frames(picture, spec, random):
+        for flip, numbers in chosen:
+            draws = random.random(3).tolist() if spec.colour else ()
+            for number in numbers:
                 if number not in decoded:
                     decoded[number] = load_picture(raw, number, self.transform)
-                frames.append(decoded[number].flip(-1) if flip else decoded[number])
+                frame = decoded[number].flip(-1) if flip else decoded[number]
+                frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
         return row, frames
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
@@ -171,8 +159,12 @@ class FlamingoCollate:
 
     def _pixels(self, spec: DatasetSpec, frames: list[Tensor]) -> Tensor:
         size = self.transform.size
-        pixels = torch.stack(frames) if frames else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        return pixels.view(-1, spec.max_frames, 3, size, size)
+        return stacked(frames, size, self.empty).view(-1, spec.max_frames, 3, size, size)
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many samples can take."""
+        pictures = picture_bytes(spec.max_images * spec.max_frames, self.transform.size)
+        return rows * (pictures + 8 * 5 * max(spec.max_tokens, 1) + 64)
 
 
 def with_space(nodes: Sequence[Node]) -> list[Node]:
@@ -184,23 +176,6 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
         assert isinstance(text, Text)
         out[first] = Text(f" {text.text}", text.loss)
     return out
-
-
-def clip_frames(picture: Picture, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
-    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated.
-
-    With a `frame_rate`, of a clip that says its own: every so many frames that the rate comes nearest.
-    """
-    frames = list(picture.frames)
-    every = 1
-    if spec.frame_rate and isinstance(picture.fps, int | float) and 0 < picture.fps < 1e6:
-        every = max(1, round(picture.fps / spec.frame_rate))
-    reach = (spec.max_frames - 1) * every + 1  # from the first to the last of the frames taken
-    if len(frames) > reach:
-        start = int(random.integers(len(frames) - reach + 1)) if spec.window == "random" else 0
-        return frames[start : start + reach : every]
-    frames = frames[::every]
-    return frames + frames[-1:] * (spec.max_frames - len(frames))
 
 
 class LanguageCollate:
@@ -250,12 +225,18 @@ class LanguageCollate:
         labels = pad_rows([row for _, row in samples], IGNORED)
         return {"input_ids": pad_rows(ids, self.pad), "attention_mask": attention_mask(ids), "labels": labels}
 
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many samples can take."""
+        return rows * 8 * 3 * spec.max_tokens
+
 
 class PairCollate:
     """Pictures with their captions, for contrastive training with open_clip.
 
     Tensors: image (B, 3, S, S) uint8, text (B, context) int64. `tokenizer` maps a list of B strings to (B, context).
     """
+
+    empty = staticmethod(empty)
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor], transform: Transform) -> None:
         self.tokenizer, self.transform = tokenizer, transform
@@ -272,7 +253,12 @@ class PairCollate:
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
         """Tensors as in the class's description."""
-        return {"image": torch.stack([image for image, _ in samples]), "text": self.tokenizer([t for _, t in samples])}
+        images = stacked([image for image, _ in samples], self.transform.size, self.empty)
+        return {"image": images, "text": self.tokenizer([text for _, text in samples])}
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many pairs can take; for texts up to 512 tokens."""
+        return rows * (picture_bytes(1, self.transform.size) + 8 * 512)
 
 
 def caption(nodes: Sequence[Node]) -> str:

@@ -26,6 +26,10 @@ class ContentError(Exception):
         self.reason, self.detail = reason, detail
 
 
+class PassedOver(Exception):  # noqa: N818 (it is no error)
+    """A good sample that the recipe leaves out by chance. Another one stands in, and nothing is counted as bad."""
+
+
 class BadSample(NamedTuple):
     """One replaced sample."""
 

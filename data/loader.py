@@ -19,6 +19,7 @@ from data.batch import Batch, StepBatches
 from data.collate import Collate
 from data.errors import BadSampleCounter, BadSampleLog
 from data.prefetch import Prefetcher
+from data.slabs import in_slabs
 from data.source import Failure, Source, StepDataset, StepSampler
 from data.spec import DatasetSpec
 from data.supply import Ahead, InTurn, Supply, WorkerLostError, Workers
@@ -101,9 +102,9 @@ class MixLoader:
     def _supply(self) -> Supply:
         sampler = StepSampler(self.step, len(self.sources), self.dataset.micro)
         if self.num_workers:
-            return Workers(
-                self.dataset, sampler, self.num_workers, self.prefetch_factor, self.pin_memory, self.patience
-            )
+            ahead, batches = self.num_workers * max(1, self.prefetch_factor), len(self.sources) * self.dataset.micro
+            dataset = in_slabs(self.dataset, ahead + 2 * batches + 1)  # read ahead, of this step, and of the last one
+            return Workers(dataset, sampler, self.num_workers, self.prefetch_factor, self.pin_memory, self.patience)
         if self.prefetch_factor:
             depth = self.prefetch_factor * len(self.sources) * self.dataset.micro
             return Ahead(self.dataset.__getitem__, iter(sampler), depth, self.patience)

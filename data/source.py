@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from data.batch import Batch
 from data.collate import Collate
-from data.errors import BadSample, ContentError
+from data.errors import BadSample, ContentError, PassedOver
 from data.plan import SAMPLE, Plan, Slot, dataset_seed, stream
 from data.spec import Corpus, DatasetSpec, open_corpus, reader_of
 from data.watch import Board
@@ -124,17 +124,21 @@ class StepDataset(Dataset[Batch | Failure]):
         return batch
 
     def _sample(self, number: int, step: int, lane: int, n: int, batch: Batch, worker: int) -> Any:
-        """Sample n of a lane, or, when its content is bad, what stands in for it; both are noted in the batch."""
+        """Sample n of a lane, or, when it is bad or passed over, what stands in for it; bad ones are noted."""
         source = self.sources[number]
         collate = self.collate[source.spec.name]
         for attempt in range(ATTEMPTS + 1):
             at = source.plan.replacement(lane, n, attempt) if attempt else source.plan.at(lane, n)
             self.board.write(worker, number, step, at.shard, at.row)
             row = source.corpus.row(at.shard, at.row)
+            # The last one is not passed over: where every page has a single picture there is none that stands in.
+            spec = source.spec if attempt < ATTEMPTS else dataclasses.replace(source.spec, single_picture_share=1.0)
             try:
-                raw = self.readers[number].sample(at.shard, row, pictures=source.spec.kind != "text")
+                raw = self.readers[number].sample(at.shard, row, pictures=spec.kind != "text")
                 random = stream(source.plan.seed, SAMPLE, at.epoch, at.shard, row)
-                sample = collate.sample(source.spec, raw, random)
+                sample = collate.sample(spec, raw, random)
+            except PassedOver:
+                continue
             except ContentError as error:
                 index = source.corpus.indexes[at.shard]
                 bad = BadSample(source.spec.name, error.reason, index.path, index.key(row), error.detail)

@@ -49,6 +49,10 @@ class DatasetSpec:
     """Where a row begins in a page (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
     flip: bool = False
     """Mirror each picture with probability 1/2, but none of a page whose text says left or right. Wrong for letters."""
+    colour: float = 0.0
+    """Brightness, contrast and saturation of each picture are multiplied by a number from 1 - colour to 1 + colour."""
+    single_picture_share: float = 1.0
+    """Share of the rows with a single picture that is kept; others stand in (open_flamingo: 0.5 of MMC4's pages)."""
     space_probability: float = 0.0
     """Share of the rows whose first text gets one space in front (the paper: 0.5 on its pairs)."""
     frame_rate: float = 0.0
@@ -86,6 +90,15 @@ class DatasetSpec:
             (self.similarity > 1, f"similarity={self.similarity} must be at most 1 (0.24, not 24)"),
             (self.cache_gb <= 0, f"cache_gb={self.cache_gb} must be above 0"),
             (not 0 <= self.space_probability <= 1, f"space_probability={self.space_probability} must be from 0 to 1"),
+            (not 0 <= self.colour < 1, f"colour={self.colour} must be at least 0 and below 1"),
+            (
+                not 0 <= self.single_picture_share <= 1,
+                f"single_picture_share={self.single_picture_share} must be from 0 to 1",
+            ),
+            (
+                self.kind == "pairs" and self.single_picture_share < 1,
+                "single_picture_share is for pages; a pair has a single picture",
+            ),
             (
                 not 0 <= self.next_image_probability <= 1,
                 f"next_image_probability={self.next_image_probability} must be between 0 and 1",

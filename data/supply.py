@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data import worker
+
 
 class WorkerLostError(Exception):
     """A worker process ended without a word (killed, out of memory, a crash in a decoder)."""
@@ -92,10 +94,6 @@ class Ahead:
         self._thread.join(timeout=1.0)
 
 
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def _as_it_is(item: Any) -> Any:
     return item
 
@@ -117,14 +115,16 @@ class Workers:
             batch_size=None,
             sampler=places,
             num_workers=workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=worker.begin,
             prefetch_factor=max(1, prefetch_factor),
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # or it would draw from the global one
             timeout=patience,
         )
-        self._arriving: Iterator[Any] | None = iter(loader)
+        with worker.held():
+            self._arriving: Iterator[Any] | None = iter(loader)
+        atexit.register(self.close)  # before multiprocessing ends what is left of them
 
     def take(self) -> Any:
         """The next batch. Raises WorkerLostError; what a worker raised is raised here with the worker's traceback."""
@@ -141,4 +141,5 @@ class Workers:
 
     def close(self) -> None:
         """End the workers now, not when the last traceback that knows them is collected."""
+        atexit.unregister(self.close)
         self._arriving = None

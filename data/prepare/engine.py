@@ -79,7 +79,7 @@ def run(source: str, args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, print_of, args.restart)
     replace_part(out, source, None)
-    args.work = str(work)
+    args.work, args.workers = str(work), workers
     done = {number: record for number in mine if (record := _finished(work, out, source, number, units[number]))}
     if hasattr(module, "begin") and len(done) < len(mine):
         module.begin(args, work)
@@ -208,7 +208,7 @@ def _records(
         for number, unit in todo:
             yield number, run_unit(source, args, number, unit)
         return
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_die_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=die_with_parent)
     try:
         futures: dict[Future[Record], int] = {}
         waiting = iter(todo)
@@ -228,7 +228,7 @@ def _records(
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In a worker: end as soon as the parent is gone, so that no orphan writes beside the run that goes on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     parent = parent_process()

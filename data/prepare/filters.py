@@ -7,8 +7,9 @@
     none      nothing but pictures that cannot be read
 
 Of OBELICS' rules those that need a model are not here: language identification (the share of English function words
-stands in for it), perplexity, and NSFW; --flagged-words and --common-words take lists. Nothing is compared between
-pages: duplicates over a corpus are for a later step.
+stands in for it), perplexity, and NSFW; where a source has such scores, `--where` asks for them.
+--flagged-words, --common-words and --spam-words take lists. Nothing is compared between pages: duplicates over a corpus
+are left out afterwards (data.prepare.shards).
 """
 
 from __future__ import annotations
@@ -51,9 +52,16 @@ class TextRule:
     max_flagged: float = 1.0
     min_punctuation: float = 0.0
     min_common: float = 0.0
+    max_spam: float = 1.0
     massive: bool = False
 
-    def reason(self, text: str, flagged: frozenset[str] = frozenset(), common: frozenset[str] = frozenset()) -> str:
+    def reason(
+        self,
+        text: str,
+        flagged: frozenset[str] = frozenset(),
+        common: frozenset[str] = frozenset(),
+        spam: frozenset[str] = frozenset(),
+    ) -> str:
         """The first reason against a text, "" when there is none."""
         words = words_of(text)
         if len(words) < self.min_words:
@@ -70,6 +78,7 @@ class TextRule:
             (_share(words, flagged) > self.max_flagged, "too many flagged words"),
             (len(words) >= 12 and punctuation(text) < self.min_punctuation, "too little punctuation"),
             (bool(common) and _share(words, common) < self.min_common, "too few common words"),
+            (bool(spam) and self.max_spam < 1 and _share(words, spam) >= self.max_spam, "too many spam words"),
         ]
         return next((why for bad, why in share if bad), "") or (massive(text, words) if self.massive else "")
 
@@ -90,7 +99,7 @@ class WebRule:
 
 RULES = {
     "obelics": WebRule(
-        TextRule(4, 1000, 0.1, 0.1, 0.3, 0.3, 0.01, 0.001, 0.8),
+        TextRule(4, 1000, 0.1, 0.1, 0.3, 0.3, 0.01, 0.001, 0.8, 0.12),
         TextRule(10, 2000, 0.1, 0.2, 0.275, 0.35, 0.01, 0.03, 0.9),
         max_images=30,
         min_side=150,
@@ -139,7 +148,50 @@ def _share(words: list[str], known: frozenset[str]) -> float:
 
 
 def massive(text: str, words: list[str]) -> str:
-    """MassiveText's rules for a document (Rae et al. 2021): the first reason against it, or ""."""
+    """MassiveText's rules for a document (Rae et al. 2021, table A1): the first reason against it, or ""."""
+    return _quality(text, words) or repeats(text, words)
+
+
+TOP_GRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))  # share of the characters that the commonest n-gram may cover
+DOUBLE_GRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))  # and all that return, together
+
+
+def repeats(text: str, words: list[str]) -> str:
+    """MassiveText's rules on repetition within a document: the first reason against it, or ""."""
+    for what, parts in (("lines", text.split("\n")), ("paragraphs", text.split("\n\n"))):
+        parts = [part.strip() for part in parts if part.strip()]
+        known: set[str] = set()
+        again = [part for part in parts if part in known or known.add(part)]  # type: ignore[func-returns-value]
+        if len(again) > 0.3 * len(parts):
+            return f"too many {what} return"
+        if sum(map(len, again)) > 0.2 * len(text):
+            return f"too much of it in {what} that return"
+    size = sum(map(len, words))
+    for n, most in TOP_GRAMS:
+        grams = Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+        covered = max((count * sum(map(len, gram)) for gram, count in grams.items() if count > 1), default=0)
+        if covered > most * size:
+            return f"one run of {n} words returns too often"
+    for n, most in DOUBLE_GRAMS:
+        if _doubled(words, n) > most * size:
+            return f"too many runs of {n} words return"
+    return ""
+
+
+def _doubled(words: list[str], n: int) -> int:
+    """Characters in runs of n words that stood there before, none counted twice."""
+    known: set[tuple[str, ...]] = set()
+    covered, free = 0, 0  # words before `free` are counted already
+    for at in range(len(words) - n + 1):
+        gram = tuple(words[at : at + n])
+        if gram in known:
+            covered += sum(map(len, words[max(at, free) : at + n]))
+            free = at + n
+        known.add(gram)
+    return covered
+
+
+def _quality(text: str, words: list[str]) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     checks = [
         (not 50 <= len(words) <= 100_000, "fewer than 50 or more than 100,000 words"),

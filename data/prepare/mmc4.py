@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
+from data.mmc4 import MATCHING, Malformed, interleave, read_document
 from data.page import Page
 from data.prepare.inputs import json_lines, line_units
 from data.prepare.pictures import PictureFolder, PictureRule, add_picture_arguments
-from data.prepare.sentences import interleave, parse_document
 from data.prepare.units import Dropped, Tally, Unit
 from flamingo.errors import UserError
 
@@ -34,6 +34,13 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of documents in MMC4's form, wherever their pictures are."""
     parser.add_argument(
         "--min-similarity", type=float, default=0.24, metavar="X", help="of a picture to its sentence (default 0.24)"
+    )
+    parser.add_argument(
+        "--matching",
+        choices=MATCHING,
+        default="assigned",
+        help="pictures without a matched_text_index: each to its most similar sentence (listed), or one to one "
+        "as MMC4 does (default: assigned)",
     )
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument("--drop-url-duplicates", action="store_true", help="drop where could_have_url_duplicate is 1")
@@ -87,12 +94,14 @@ def document(
         tally.drop_page("line is no JSON", where)
         return None
     try:
-        sentences, listed = parse_document(body)
+        if not isinstance(body, dict):
+            raise Dropped("line is no JSON object")
+        sentences, listed = read_document(body, args.matching)
         if args.drop_url_duplicates and body.get("could_have_url_duplicate"):
             raise Dropped("url may be a duplicate")
         if not any(sentence.strip() for sentence in sentences):
             raise Dropped("no text")
-    except Dropped as dropped:
+    except (Dropped, Malformed) as dropped:
         tally.drop_page(dropped.reason, where)
         return None
     kept: list[tuple[int, bytes]] = []
@@ -107,4 +116,5 @@ def document(
         tally.drop_page(f"fewer than {args.min_images} pictures left", where)
         return None
     meta = {"url": body["url"]} if isinstance(body.get("url"), str) else {}
-    return interleave(sentences, kept, meta)
+    nodes, images, places = interleave(sentences, kept)
+    return Page("", nodes, images, meta | {"sentences": places})

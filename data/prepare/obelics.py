@@ -14,16 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.mmc4 import add_text
 from data.page import Node, Page, Picture, Text
+from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.pictures import PictureRule, add_picture_arguments
-from data.prepare.sentences import add_text
 from data.prepare.units import Dropped, Tally, Unit
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
 END = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+GENERAL = "general_metadata."
 ROWS = 4000  # at least so many in a unit, unless the file ends
 Part = str | bytes
 
@@ -32,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare obelics`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
     parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    add_where(parser, "a row's columns (or general_metadata.NAME)", "perplexity<=1500")
+    parser.add_argument(
+        "--where-picture",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="the same of a picture's entry in metadata, such as 'porn<=0.85' (a picture is left out, not its page)",
+    )
     add_picture_arguments(parser)
 
 
@@ -83,7 +93,14 @@ def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple
 
 def units(args: argparse.Namespace) -> list[Unit]:
     """Row groups."""
-    return parquet_units(args, ("images", "texts"))
+    conditions_of(tuple(args.where_picture))
+    return parquet_units(args, ("images", "texts", *_columns(args)))
+
+
+def _columns(args: argparse.Namespace) -> list[str]:
+    """Columns that conditions ask for; a name with a dot is of general_metadata."""
+    names = [name for name, *_ in conditions_of(tuple(args.where))]
+    return [name for name in dict.fromkeys(names) if not name.startswith(GENERAL)]
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
@@ -95,8 +112,10 @@ def begin(args: argparse.Namespace, work: Path) -> None:
 def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
     """One page a document, or several where the document holds several."""
     rule = PictureRule.of(args)
-    for where, row in parquet_rows(unit, ["images", "texts", "metadata", "general_metadata"]):
+    columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]
+    for where, row in parquet_rows(unit, columns):
         try:
+            hold(_facts(row), conditions_of(tuple(args.where)))
             parts = _parts(row, args, rule, where, tally)
         except Dropped as dropped:
             tally.drop_page(dropped.reason, where)
@@ -117,6 +136,7 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: PictureRule, whe
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Dropped("'images' and 'texts' are not lists of the same length")
     parts: list[Part] = []
+    known = _of_pictures(row, len(images)) if args.where_picture else []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
             raise Dropped("an entry is neither a picture nor a text, or both")
@@ -124,6 +144,8 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: PictureRule, whe
             parts.append(text)
             continue
         try:
+            if args.where_picture:
+                hold(known[number], conditions_of(tuple(args.where_picture)))
             parts.append(rule.check(_bytes(image, args)))
         except Dropped as dropped:
             tally.drop_picture(dropped.reason, f"{where} picture {number}")
@@ -143,11 +165,32 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
     return open_lookup(str(Path(args.work) / "pictures.sqlite")).read(image)
 
 
-def _url(row: dict[str, Any]) -> dict[str, Any]:
+def _general(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        url = json.loads(row.get("general_metadata") or "{}").get("url")
-    except (ValueError, AttributeError, TypeError):
-        url = None
+        found = json.loads(row.get("general_metadata") or "{}")
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    """What conditions may ask of a row: its columns, and `general_metadata.NAME`."""
+    return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
+
+
+def _of_pictures(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """The entries of `metadata`, one for each place; an empty one where there is none."""
+    try:
+        found = json.loads(row.get("metadata") or "[]")
+    except (ValueError, TypeError):
+        found = []
+    if not isinstance(found, list) or len(found) != number:
+        return [{}] * number
+    return [one if isinstance(one, dict) else {} for one in found]
+
+
+def _url(row: dict[str, Any]) -> dict[str, Any]:
+    url = _general(row).get("url")
     return {"url": url} if isinstance(url, str) else {}
 
 

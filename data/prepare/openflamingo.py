@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from data.page import Page, Picture, Text
+from data.mmc4 import Malformed, generated
+from data.page import Page, Text
 from data.prepare.inputs import file_units
 from data.prepare.mmc4 import add_document_arguments, document
 from data.prepare.pictures import PictureRule, from_base64
-from data.prepare.sentences import add_text
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
 
 LAYOUT = "interleaved"
-PLACE = re.compile(r"_!_IMAGE(\d+)_!_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +46,7 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
                 if "is_gpt" in body
                 else document(body, sample.where, args, rule, lambda info: from_base64(info.get("image_base64")), tally)
             )
-        except Dropped as dropped:
+        except (Dropped, Malformed) as dropped:
             tally.drop_page(dropped.reason, sample.where)
             continue
         if page is not None:
@@ -56,27 +54,18 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
 
 
 def _generated(body: dict[str, Any], where: str, rule: PictureRule, tally: Tally) -> Page:
-    """A ChatGPT-made sequence. Raises Dropped; a place whose picture is missing is counted and closed."""
-    text, pictures = body.get("example"), body.get("image_map")
-    if not isinstance(text, str) or not isinstance(pictures, dict):
-        raise Dropped("'example' is not text or 'image_map' not an object")
-    page = Page("", [], [], {"generated": True})
-    pieces = PLACE.split(text)  # text, number, text, number, ...
-    for number, piece in enumerate(pieces):
-        if number % 2 == 0:
-            if piece.strip():
-                add_text(page.nodes, piece.strip(), " ")
-            continue
-        item = pictures.get(f"_!_IMAGE{piece}_!_")
+    """A ChatGPT-made sequence. Raises Dropped or Malformed; a place whose picture is missing is counted and closed."""
+
+    def picture(number: int, text: Any) -> bytes | None:
         try:
-            image = rule.check(from_base64(item.get("base64_image") if isinstance(item, dict) else None))
+            return rule.check(from_base64(text))
         except Dropped as dropped:
-            tally.drop_picture(dropped.reason, f"{where} picture {piece}")
-            continue
-        page.nodes.append(Picture((len(page.images),)))
-        page.images.append(image)
-    if not page.images:
+            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+            return None
+
+    nodes, images = generated(body, picture)
+    if not images:
         raise Dropped("fewer than 1 pictures left")
-    if not any(isinstance(node, Text) for node in page.nodes):
+    if not any(isinstance(node, Text) for node in nodes):
         raise Dropped("no text")
-    return page
+    return Page("", nodes, images, {"generated": True})

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from data.index import PICTURE_SUFFIX
 from data.page import Page, Picture, Text
+from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.pictures import PictureFolder, PictureRule, add_picture_arguments
 from data.prepare.tars import json_of, tar_samples
@@ -29,7 +29,6 @@ from flamingo.errors import UserError
 
 LAYOUT = "pairs"
 TABLES = {".csv": ",", ".tsv": "\t"}
-CONDITION = re.compile(r"^([\w.-]+)\s*(>=|<=|!=|>|<|=)\s*(.*)$")
 IN_A_UNIT = 10_000  # pictures of a folder, rows of a table
 
 
@@ -39,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, filepath or path)")
     parser.add_argument("--caption-column", metavar="NAME", help="of a table (default: caption, title or text)")
     parser.add_argument("--caption-key", default="caption", metavar="NAME", help="in a JSON (default caption)")
-    parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help="such as 'similarity>=0.28'")
+    add_where(parser, "what is known of a picture")
     parser.add_argument("--min-words", type=int, default=1, help="of a caption (default 1)")
     add_picture_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
     """Tars whole, tables by rows, folders by files."""
-    _conditions(tuple(args.where))
+    conditions_of(tuple(args.where))
     found: list[Unit] = []
     for item in args.inputs:
         path = Path(item)
@@ -72,7 +71,7 @@ def _picture_names(root: Path) -> Iterator[str]:
 
 def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
     """One page a picture with its caption."""
-    rule, conditions = PictureRule.of(args), _conditions(tuple(args.where))
+    rule, conditions = PictureRule.of(args), conditions_of(tuple(args.where))
     if unit.names:
         samples = _from_folder(unit, args)
     elif Path(unit.path).suffix in TABLES:
@@ -84,8 +83,7 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
             caption, facts, picture = read()
             if len(caption.split()) < args.min_words:
                 raise Dropped("no caption" if not caption.strip() else f"caption of fewer than {args.min_words} words")
-            for name, compare, value in conditions:
-                _hold(facts, name, compare, value)
+            hold(facts, conditions)
             image = rule.check(picture())
         except Dropped as dropped:
             tally.drop_page(dropped.reason, where)
@@ -176,38 +174,3 @@ def _text(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         raise Dropped("caption is not UTF-8") from None
-
-
-@lru_cache(maxsize=4)
-def _conditions(texts: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    found = []
-    for text in texts:
-        match = CONDITION.match(text)
-        if match is None:
-            raise UserError(f"--where {text!r} is no condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
-        found.append((match[1], match[2], match[3]))
-    return found
-
-
-def _hold(facts: dict[str, Any], name: str, compare: str, value: str) -> None:
-    """Raise Dropped unless the condition holds: as numbers where both sides are, else as text (= and != only)."""
-    have = facts.get(name)
-    if have is None:
-        raise Dropped(f"no {name!r}")
-    left: Any = str(have)
-    right: Any = value
-    try:
-        left, right = float(have), float(value)
-    except (TypeError, ValueError):
-        if compare not in ("=", "!="):
-            raise Dropped(f"{name!r} is no number") from None
-    holds = {
-        "=": left == right,
-        "!=": left != right,
-        "<": left < right,
-        ">": left > right,
-        "<=": left <= right,
-        ">=": left >= right,
-    }
-    if not holds[compare]:
-        raise Dropped(f"not {name}{compare}{value}")

@@ -15,7 +15,19 @@ from data.page import Page, to_utf8
 from flamingo.errors import UserError
 
 # Options that say where things are or how fast to go. They change no page, so they are not in the manifest.
-PLACES = {"command", "source", "out", "part", "workers", "inputs", "images", "restart", "work", "skip_bad_files"}
+PLACES = {
+    "command",
+    "source",
+    "out",
+    "part",
+    "workers",
+    "inputs",
+    "images",
+    "restart",
+    "work",
+    "skip_bad_files",
+    "counts",
+}
 
 
 @dataclass(frozen=True, slots=True)

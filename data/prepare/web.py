@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from data.mmc4 import add_text
 from data.page import Node, Page, Picture, Text
 from data.prepare.dom import WebPart, WebPicture, read_dom
 from data.prepare.filters import RULES, WebRule, word_list
 from data.prepare.pictures import PictureRule, from_base64
-from data.prepare.sentences import add_text
 from data.prepare.units import Dropped, Tally
 from flamingo.errors import UserError
 
@@ -23,6 +23,7 @@ def add_web_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
     parser.add_argument("--flagged-words", metavar="FILE", help="words whose share is limited, one a line")
     parser.add_argument("--common-words", metavar="FILE", help="words whose share must be reached, one a line")
+    parser.add_argument("--spam-words", metavar="FILE", help="words whose share of a paragraph is limited, one a line")
     parser.add_argument("--decode", action="store_true", help="decode every picture whole and leave out damaged ones")
 
 
@@ -32,6 +33,7 @@ def check_web_arguments(args: argparse.Namespace) -> None:
         raise UserError("--max-pixels must be at least 1 and --min-images not negative")
     word_list(args.flagged_words)
     word_list(args.common_words)
+    word_list(args.spam_words)
 
 
 def web_page(
@@ -39,7 +41,7 @@ def web_page(
 ) -> Page | None:
     """The page of a document, or None when it is dropped; either way counted. `fetch` may raise Dropped."""
     rule = RULES[args.filters]
-    lists = (word_list(args.flagged_words), word_list(args.common_words))
+    lists = tuple(map(word_list, (args.flagged_words, args.common_words, args.spam_words)))
     looks = PictureRule(
         min_side=rule.min_side,
         max_side=rule.max_side,

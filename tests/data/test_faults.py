@@ -67,7 +67,7 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
     "mmc4 with wrong types": (
         [("bad.json", b'{"text_list":[1],"image_info":[]}')],
         "bad text or JSON",
-        "'text_list' is not a list of texts",
+        "'text_list' is not a list of sentences",
     ),
     "mmc4 without pictures": (
         [("bad.json", b'{"text_list":["a"],"image_info":[{"matched_sim":0.3}],"similarity_matrix":[[0.3]]}')],

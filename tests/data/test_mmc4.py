@@ -20,10 +20,10 @@ from PIL import Image
 from data.collate import FlamingoCollate
 from data.errors import ContentError
 from data.loader import MixLoader
-from data.mmc4 import Mmc4Rule, mmc4_page
+from data.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
 from data.page import Picture, Text
 from data.spec import DatasetSpec
-from tests.data.helpers import byte_processor, byte_tokenizer, encoded
+from tests.data.helpers import byte_processor, byte_tokenizer, encoded, png
 from tests.data.test_index import make_tar
 
 ALL = Mmc4Rule(similarity=-1.0, smallest=0)
@@ -57,7 +57,7 @@ def test_every_picture_stands_before_its_own_sentence(places: list[int]) -> None
         if isinstance(node, Picture):
             image = Image.open(io.BytesIO(pictures[node.frames[0]].decode()))
             assert isinstance(after, Text)
-            assert abs(float(np.asarray(image).mean()) - float(after.text)) < 2
+            assert abs(float(np.asarray(image).mean()) - float(after.text.split()[0])) < 2
 
 
 def slots(ids: list[int], images: torch.Tensor, tokenizer: Any) -> list[tuple[float, float]]:
@@ -134,7 +134,7 @@ def test_which_pictures_are_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"text_list": "x"}, "'text_list' is not a list of texts"),
+        ({"text_list": "x"}, "'text_list' is not a list of sentences"),
         ({"image_info": [5]}, "'image_info' is not a list of objects"),
         ({"similarity_matrix": [["a", "b"]]}, "picture 0 has neither a row of 2 similarities nor a matched text"),
         ({"similarity_matrix": None}, "picture 0 has neither a row of 2"),
@@ -145,3 +145,27 @@ def test_wrong_types_are_said(change: dict[str, Any], words: str) -> None:
         mmc4_page(line([1], 2) | change, ALL)
     with pytest.raises(ValueError, match="picture 0 belongs to sentence 7 of 2"):
         mmc4_page(line([1], 2, matched_text_index=7), ALL)
+
+
+def test_which_sentence_a_picture_without_one_belongs_to() -> None:
+    body: dict[str, Any] = {"text_list": ["A.", "B."], "image_info": [{}, {}]}
+    body["similarity_matrix"] = [[0.33, 0.32], [0.34, 0.1]]  # both like A. best; one to one is better together
+    assert [one.sentence for one in read_document(body)[1]] == [0, 0]
+    assert [(one.sentence, one.similarity) for one in read_document(body, "assigned")[1]] == [(1, 0.32), (0, 0.34)]
+    body["image_info"] = [{"matched_text_index": 1, "matched_sim": 0.5}, {"matched_text_index": 1}]
+    for matching in MATCHING:  # what is listed holds in either
+        assert [(one.sentence, one.similarity) for one in read_document(body, matching)[1]] == [(1, 0.5), (1, 0.1)]
+
+
+def test_chatgpts_sequences_are_trained_on_in_place() -> None:
+    first, second = (base64.b64encode(png(value)).decode() for value in (20, 40))
+    body = {"is_gpt": 1, "example": "Hm. _!_IMAGE1_!_ A cat. _!_IMAGE2_!_ None. _!_IMAGE3_!_ A dog."}
+    body |= {"image_map": {"_!_IMAGE1_!_": {"base64_image": first}, "_!_IMAGE3_!_": {"base64_image": second}}}
+    assert is_mmc4(body)
+    nodes, pictures = mmc4_page(body, Mmc4Rule())
+    assert nodes == [Text("Hm."), Picture((0,)), Text("A cat. None."), Picture((1,)), Text("A dog.")]
+    assert [picture.decode() for picture in pictures] == [png(20), png(40)]
+    with pytest.raises(ContentError, match="no picture left"):
+        mmc4_page(body | {"image_map": {}}, Mmc4Rule())
+    with pytest.raises(ValueError, match="'example' is not text"):
+        mmc4_page({"is_gpt": 1}, Mmc4Rule())

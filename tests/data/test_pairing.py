@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.mmc4 import interleave, read_document
 from data.page import Page, Picture
-from data.prepare.sentences import interleave, parse_document
 from data.windows import SpecialTokens, make_row, tokenize_page
 from tests.data.helpers import encoded, png
 from tests.data.sources import document
@@ -75,13 +75,14 @@ def expected(sentences: list[str], pictures: list[tuple[int, bool]]) -> dict[str
 def test_every_sentence_sees_its_own_picture(drawn: tuple[list[str], list[tuple[int, bool]]]) -> None:
     sentences, pictures = drawn
     body = document(sentences, *((f"{k}.png", place, 0.3) for k, (place, _) in enumerate(pictures)))
-    parsed, listed = parse_document(body)
+    parsed, listed = read_document(body)
     kept = [(one.sentence, png(10 * (k + 1))) for k, one in enumerate(listed) if pictures[k][1]]
-    page = interleave(parsed, kept, {})
+    nodes, images, places = interleave(parsed, kept)
+    page = Page("", nodes, images)
     assert seen_pictures(page) == expected(sentences, pictures)
     shown = [node.frames[0] for node in page.nodes if isinstance(node, Picture)]
     assert shown == list(range(len(kept)))
-    assert page.meta["sentences"] == sorted(place for place, _ in kept)
+    assert places == sorted(place for place, _ in kept)
 
 
 # --- the same property, asked of open_flamingo 2.0.1's own function -------------------------------------------------
@@ -170,7 +171,8 @@ def test_open_flamingos_function_fails_the_property(peer: ModuleType) -> None:
         drawn = ([f"sentence {n}." for n in range(6)], [(int(place), True) for place in places])
         wrong += seen_by_peer(peer, *drawn) != expected(*drawn)
         body = document(drawn[0], *((f"{k}.png", place, 0.3) for k, (place, _) in enumerate(drawn[1])))
-        sentences, listed = parse_document(body)
-        page = interleave(sentences, [(one.sentence, png(10 * (k + 1))) for k, one in enumerate(listed)], {})
+        sentences, listed = read_document(body)
+        nodes, images, _ = interleave(sentences, [(one.sentence, png(10 * (k + 1))) for k, one in enumerate(listed)])
+        page = Page("", nodes, images)
         assert seen_pictures(page) == expected(*drawn)
     assert wrong > 40  # of 60; a random order of several pictures is nearly always not that of the text

@@ -148,6 +148,31 @@ def test_pictures_inside_the_parquet(tmp_path: Path) -> None:
     assert done.dropped_pictures == {"picture is missing": 1, "HTML saved as a picture": 1}
 
 
+def test_scores_that_the_source_brings_along(tmp_path: Path, downloaded: Path) -> None:
+    rows = [
+        row(image(0), text("Good.")) | {"perplexity": 300.0},
+        row(image(1), text("Gibberish.")) | {"perplexity": 3000.0},
+        row(image(2), text("Unknown.")) | {"perplexity": None},
+        row(image(0), text("Partly."), image(1), image(2)) | {"perplexity": 1.0},
+        row(image(3), text("Young.")) | {"perplexity": 1.0},
+    ]
+    rows[3]["metadata"] = json.dumps([{"porn": 0.1}, None, {"porn": 0.9}, {"src": "x"}])
+    for number in (0, 4):
+        rows[number]["metadata"] = json.dumps([{"porn": 0.0}, None])
+    rows[4]["general_metadata"] = json.dumps({"url": "http://page", "year": 2024})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    asked = ["--images", downloaded, "--where", "perplexity<=1500", "--where-picture", "porn<=0.85"]
+    done = prepare(tmp_path / "out", "obelics", path, *asked)
+    assert [flat(page) for page in done.pages] == [[jpeg(0), "Good."], [jpeg(0), "Partly."], [jpeg(3), "Young."]]
+    assert done.dropped == {"not perplexity<=1500": 1, "no 'perplexity'": 1}
+    assert done.dropped_pictures == {"not porn<=0.85": 1, "no 'porn'": 1}
+    asked = ["--images", downloaded, "--where", "general_metadata.year>=2020"]
+    assert [flat(page) for page in prepare(tmp_path / "b", "obelics", path, *asked).pages] == [[jpeg(3), "Young."]]
+    asked = ["--images", downloaded, "--where", "nsfw<1"]
+    assert "has no column 'nsfw'" in refusal(tmp_path / "o", "obelics", path, *asked)
+
+
 def test_mistakes(tmp_path: Path, downloaded: Path) -> None:
     path = write(tmp_path / "a.parquet", row(image(0), text("One.")))
     out = tmp_path / "out"

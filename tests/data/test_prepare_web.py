@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.prepare.dom import WebPicture, decode_html, read_dom
-from data.prepare.filters import RULES, massive, punctuation, repetition, words_of
+from data.prepare.filters import RULES, massive, punctuation, repeats, repetition, words_of
 from tests.data.helpers import encoded, random_image
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
@@ -105,6 +105,38 @@ def test_lists_of_words() -> None:
     assert rule.reason(PROSE[0], flagged=frozenset({"harbour"})) == "too many flagged words"
     assert rule.reason(PROSE[0], common=frozenset({"the", "and"})) == "too few common words"
     assert rule.reason(PROSE[0], common=frozenset(words_of(PROSE[0]))) == ""
+    spam = frozenset({"harbour", "quiet", "morning"})  # 3 of the 21 words are more than 0.12
+    assert rule.reason(PROSE[0], spam=spam) == "too many spam words"
+    assert rule.reason(PROSE[0], spam=frozenset({"harbour", "quiet"})) == ""
+    assert RULES["obelics"].document.reason(" ".join(PROSE), spam=spam) == ""
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"word{number:03d}" for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("\n".join(["one", "one", *map(words, range(3))]), ""),
+        ("\n".join(["a line", "a line", "a line", "other"]), "too many lines return"),
+        ("\n\n".join(["one\ntwo", "three\nfour", "one\ntwo"]), "too many lines return"),
+        (
+            "\n".join([*map(words, range(8)), words(*range(9, 12)), words(*range(9, 12))]),
+            "too much of it in lines that return",
+        ),
+        (words(*range(20)), ""),
+        (" ".join(f"{words(1, 2)} {words(n)}" for n in range(10, 20)), "one run of 2 words returns too often"),
+        (
+            " ".join(f"{words(1, 2, 3, 4)} {words(*range(n, n + 7))}" for n in range(10, 40, 7)),
+            "one run of 3 words returns too often",
+        ),
+        (f"{words(*range(30))} {words(*range(30, 42))} {words(*range(30, 42))}", "too many runs of 5 words return"),
+        (f"{words(*range(95))} {words(*range(95, 105))} {words(*range(95, 105))}", ""),
+    ],
+)
+def test_repetition_by_the_rules_of_massivetext(text: str, reason: str) -> None:
+    assert repeats(text, words_of(text)) == reason
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,5 @@ def test_the_presets_say_what_the_papers_do() -> None:
         (1.0, "openflamingo", 6),
         (0.2, "text", 1),
     ]
+    assert [s.single_picture_share for s in openflamingo.values()] == [0.5, 1.0]
+    assert [{s.colour for s in specs.values()} for specs in (flamingo, fast, openflamingo)] == [{0.2}, {0.0}, {0.0}]

@@ -1,0 +1,66 @@
+"""Conditions on what a source knows of a document or picture: `--where 'similarity>=0.28' 'NSFW=UNLIKELY'`.
+
+So the scores of models that are not here (perplexity, NSFW, watermarks, aesthetics) decide what is kept wherever a
+source brings them along as columns or facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from data.prepare.units import Dropped
+from flamingo.errors import UserError
+
+CONDITION = re.compile(r"^([\w.-]+)\s*(>=|<=|!=|>|<|=)\s*(.*)$")
+Condition = tuple[str, str, str]  # name, comparison, value
+
+
+def add_where(parser: argparse.ArgumentParser, about: str, example: str = "similarity>=0.28") -> None:
+    """The option --where."""
+    help_text = f"kept is what they all hold of; names are of {about}, such as {example!r}"
+    parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help=help_text)
+
+
+@lru_cache(maxsize=4)
+def conditions_of(texts: tuple[str, ...]) -> list[Condition]:
+    """The conditions. Raises UserError for a text that is none."""
+    found = []
+    for text in texts:
+        match = CONDITION.match(text)
+        if match is None:
+            raise UserError(f"--where {text!r} is no condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
+        found.append((match[1], match[2], match[3]))
+    return found
+
+
+def hold(facts: Mapping[str, Any], conditions: Sequence[Condition]) -> None:
+    """Raise Dropped unless they all hold: as numbers where both sides are, else as text (= and != only)."""
+    for name, compare, value in conditions:
+        _hold(facts, name, compare, value)
+
+
+def _hold(facts: Mapping[str, Any], name: str, compare: str, value: str) -> None:
+    have = facts.get(name)
+    if have is None:
+        raise Dropped(f"no {name!r}")
+    left: Any = str(have)
+    right: Any = value
+    try:
+        left, right = float(have), float(value)
+    except (TypeError, ValueError):
+        if compare not in ("=", "!="):
+            raise Dropped(f"{name!r} is no number") from None
+    holds = {
+        "=": left == right,
+        "!=": left != right,
+        "<": left < right,
+        ">": left > right,
+        "<=": left <= right,
+        ">=": left >= right,
+    }
+    if not holds[compare]:
+        raise Dropped(f"not {name}{compare}{value}")

@@ -1,0 +1,50 @@
+"""docs/shards.md names everything that is in an index and in a catalogue, in its order."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from data.__main__ import main
+from data.corpus import CATALOGUE
+from data.index import COLUMNS, KINDS, MAGIC, index_path
+from tests.data.helpers import write_pages
+
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "shards.md").read_text()
+INDEX, CATALOGUES = (DOCS.split(f"## The {name}\n")[1].split("\n## ")[0] for name in ("index", "catalogue"))
+
+
+def names(table: str) -> list[str]:
+    """What stands in the first column of a table of Markdown."""
+    cells = [line.split("|")[1] for line in table.split("\n") if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+
+
+def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
+    shard = write_pages(tmp_path, count=3) / "pages-000000.tar"
+    raw = index_path(shard).read_bytes()
+    assert raw[:8] == MAGIC == b"TARIDX01"
+    end = 16 + int.from_bytes(raw[8:16], "little")
+    header = json.loads(raw[16:end])
+    assert end % 8 == 0
+    assert end < 4096
+    assert names(INDEX) == [*header, *COLUMNS]
+    assert list(header["lengths"]) == list(COLUMNS)
+    assert len(raw) == end + sum(COLUMNS[name].itemsize * number for name, number in header["lengths"].items())
+    assert set(header["usable"]) == set(KINDS)
+    assert all(f'"{kind}": n' in INDEX for kind in KINDS)
+
+
+def test_the_catalogue_is_as_the_docs_say(tmp_path: Path) -> None:
+    folder = write_pages(tmp_path)
+    assert main(["index", str(folder)]) == 0
+    body = json.loads((folder / CATALOGUE).read_text())
+    assert '{"v": 1, "shards": [[name, tar_size, digest, usable], ...]}' in CATALOGUES
+    assert list(body) == ["v", "shards"]
+    first = body["shards"][0]
+    raw = index_path(folder / first[0]).read_bytes()
+    header = json.loads(raw[16 : 16 + int.from_bytes(raw[8:16], "little")])
+    assert first[1:] == [header["tar_size"], header["digest"], header["usable"]]
+    assert [row[0] for row in body["shards"]] == sorted(row[0] for row in body["shards"])
+    assert f"`{CATALOGUE}`" in DOCS

@@ -1,0 +1,103 @@
+"""Batches through shared slabs: the same tensors, slabs that come back, and ordinary memory where they do not."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.collate import FlamingoCollate, LanguageCollate
+from data.loader import MixLoader
+from data.slabs import Slabs
+from data.spec import DatasetSpec
+from tests.data.helpers import byte_processor, byte_tokenizer, same, write_pages
+
+
+def tensors() -> dict[str, Tensor]:
+    return {
+        "pixels": torch.arange(60, dtype=torch.uint8).view(5, 3, 4),
+        "ids": torch.arange(7),
+        "turned": torch.arange(6.0).view(2, 3).T,
+        "none": torch.empty((0, 3), dtype=torch.int64),
+    }
+
+
+def sent(slabs: Slabs, given: dict[str, Tensor]) -> Batch:
+    """A batch as it arrives; its pixels were made in the slab, the rest elsewhere."""
+    arena = slabs.take()
+    assert arena is not None
+    pixels = arena.empty(given["pixels"].shape, torch.uint8)
+    pixels.copy_(given["pixels"])
+    made = arena.sealed(Batch("d", given | {"pixels": pixels}, ["k"]))
+    del arena, pixels
+    received: Batch = pickle.loads(pickle.dumps(made))
+    return received
+
+
+def test_a_batch_arrives_as_it_was_and_its_slab_comes_back() -> None:
+    slabs = Slabs(1, 4096)
+    for _ in range(3):
+        batch = sent(slabs, tensors())
+        assert batch.keys == ["k"]
+        assert same(batch.tensors, tensors())
+        storages = {tensor.untyped_storage().data_ptr() for tensor in batch.tensors.values()}
+        assert len(storages) == 1
+        assert slabs.take() is None  # as long as anything of the batch is there
+        part = batch.tensors["pixels"][1]
+        del batch
+        gc.collect()
+        assert slabs.take() is None
+        assert part.tolist() == tensors()["pixels"][1].tolist()
+        del part
+        gc.collect()
+        arena = slabs.take()
+        assert arena is not None
+        slabs.release(arena.number)
+
+
+def test_what_does_not_fit_goes_the_ordinary_way() -> None:
+    slabs = Slabs(1, 100)
+    given = tensors() | {"more": torch.arange(100)}
+    batch = sent(slabs, given)
+    assert same(batch.tensors, given)
+    assert slabs.take() is not None  # given back at once
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_gives_nothing_back() -> None:
+    slabs = Slabs(1, 4096)
+    batch = sent(slabs, tensors())
+    child = os.fork()
+    if child == 0:
+        batch.tensors.clear()
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert slabs.take() is None
+    assert same(batch.tensors, tensors())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [0, 256])
+def test_workers_give_what_is_made_here(tmp_path: Path, pack: int) -> None:
+    folder = str(write_pages(tmp_path))
+    spec = DatasetSpec(name="d", shards=[folder], batch_size=8, pack=pack, next_image_probability=0.5)
+    text = DatasetSpec(name="t", shards=[folder], batch_size=4, kind="text")
+    collates: dict[str, Any] = {"d": FlamingoCollate(byte_processor()), "t": LanguageCollate(byte_tokenizer())}
+    here = MixLoader([spec, text], collates, prefetch_factor=0)
+    there = MixLoader([spec, text], collates, num_workers=2)
+    kept = list(itertools.islice(there, 30))  # many more than there are slabs
+    for mine, other in zip(itertools.islice(here, 30), kept, strict=True):
+        for name in ("d", "t"):
+            assert same(mine.batches[name][0].tensors, other.batches[name][0].tensors)
+    first = kept[0].batches["d"][0].tensors
+    assert first["pixel_values"].untyped_storage().data_ptr() == first["phi"].untyped_storage().data_ptr()
+    assert (collates["d"].empty((2,), torch.uint8)).shape == (2,)  # nothing is left behind in this process
