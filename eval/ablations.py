@@ -26,25 +26,35 @@ def _real(episode: Episode, seed: int) -> Episode:
 
 def _shuffled(episode: Episode, seed: int) -> Episode:
     turns = [*episode.demos, episode.query]
+    # Turns about several pictures keep their number of them; elsewhere a turn without one may get one.
+    several = any(turn.more for turn in turns)
+    pictures = [p for turn in turns for p in (turn.pictures if several else (turn.picture,))]
     # The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence.
-    order = generator("shuffled", seed, episode.query_id, len(turns)).permutation(len(turns))
-    pictures = [turns[int(index)].picture for index in order]
-    return _with(episode, [replace(turn, picture=picture) for turn, picture in zip(turns, pictures, strict=True)])
-
-
-def _blank(episode: Episode, seed: int) -> Episode:
-    turns = [*episode.demos, episode.query]
+    order = generator("shuffled", seed, episode.query_id, len(pictures)).permutation(len(pictures))
+    shuffled = [pictures[int(index)] for index in order]
+    if not several:
+        return _with(episode, [replace(turn, picture=one) for turn, one in zip(turns, shuffled, strict=True)])
+    left = iter(shuffled)
     return _with(
-        episode, [turn if turn.picture is None else replace(turn, picture=blank(turn.picture)) for turn in turns]
+        episode, [turn.with_pictures([one for _, one in zip(turn.pictures, left, strict=False)]) for turn in turns]
     )
 
 
+def _blank(episode: Episode, seed: int) -> Episode:
+    return _with(episode, [blanked(turn) for turn in [*episode.demos, episode.query]])
+
+
 def _text_only(episode: Episode, seed: int) -> Episode:
-    return _with(episode, [*(replace(turn, picture=None) for turn in episode.demos), episode.query])
+    return _with(episode, [*(turn.with_pictures(()) for turn in episode.demos), episode.query])
 
 
 def _with(episode: Episode, turns: list[Turn]) -> Episode:
     return replace(episode, demos=tuple(turns[:-1]), query=turns[-1])
+
+
+def blanked(turn: Turn) -> Turn:
+    """The turn with grey pictures."""
+    return turn.with_pictures([blank(picture) for picture in turn.pictures]) if turn.pictures else turn
 
 
 def blank(picture: Picture) -> Picture:
