@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from PIL import Image
 
@@ -18,6 +19,7 @@ from eval.demos import generator
 from eval.task import Episode, Picture, Turn
 
 GREY = (128, 128, 128)
+T = TypeVar("T")
 
 
 def _real(episode: Episode, seed: int) -> Episode:
@@ -26,18 +28,18 @@ def _real(episode: Episode, seed: int) -> Episode:
 
 def _shuffled(episode: Episode, seed: int) -> Episode:
     turns = [*episode.demos, episode.query]
-    # Turns about several pictures keep their number of them; elsewhere a turn without one may get one.
-    several = any(turn.more for turn in turns)
-    pictures = [p for turn in turns for p in (turn.pictures if several else (turn.picture,))]
-    # The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence.
+    if any(turn.more for turn in turns):  # each turn keeps its number of pictures
+        every = _permuted([picture for turn in turns for picture in turn.pictures], episode, seed)
+        left = iter(every)
+        return _with(episode, [turn.with_pictures([next(left) for _ in turn.pictures]) for turn in turns])
+    pictures = _permuted([turn.picture for turn in turns], episode, seed)  # a turn without one may get one
+    return _with(episode, [replace(turn, picture=one) for turn, one in zip(turns, pictures, strict=True)])
+
+
+def _permuted(pictures: list[T], episode: Episode, seed: int) -> list[T]:
+    """The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence."""
     order = generator("shuffled", seed, episode.query_id, len(pictures)).permutation(len(pictures))
-    shuffled = [pictures[int(index)] for index in order]
-    if not several:
-        return _with(episode, [replace(turn, picture=one) for turn, one in zip(turns, shuffled, strict=True)])
-    left = iter(shuffled)
-    return _with(
-        episode, [turn.with_pictures([one for _, one in zip(turn.pictures, left, strict=False)]) for turn in turns]
-    )
+    return [pictures[int(index)] for index in order]
 
 
 def _blank(episode: Episode, seed: int) -> Episode:

@@ -50,30 +50,36 @@ def meteor(said: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[fl
     """METEOR 1.5 of the set, and of each caption."""
     jar = program("meteor", METEOR)
     command = ["java", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(*parts: str) -> str:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(" ||| ".join(part.replace("|||", "").replace("  ", " ") for part in parts) + "\n")
-            process.stdin.flush()
-            return process.stdout.readline().strip()
-
-        each = [
-            ask("SCORE", *map(caption_words, several), caption_words(one))
-            for one, several in zip(said, references, strict=True)
-        ]
-        scores = [ask("EVAL", *each), *(process.stdout.readline().strip() for _ in each)]
-        process.stdin.close()
+    )
     try:
+        with process:
+            each = [
+                _ask(process, "SCORE", *map(caption_words, several), caption_words(one))
+                for one, several in zip(said, references, strict=True)
+            ]
+            scores = [_ask(process, "EVAL", *each), *(_line(process) for _ in each)]
         found = [float(score) for score in scores]
-    except ValueError:
-        raise UserError(f"METEOR's program {jar} gave {scores[-1]!r} for a score; does `java -version` work?") from None
+    except (ValueError, OSError):
+        raise UserError(f"METEOR's program {jar} ended before it gave a score; does `java -version` work?") from None
     return found[-1], found[:-1]
+
+
+def _ask(process: subprocess.Popen[str], *parts: str) -> str:
+    """Say a line of METEOR's protocol and return its answer. Raises OSError when the program has ended."""
+    assert process.stdin is not None
+    process.stdin.write(" ||| ".join(part.replace("|||", "").replace("  ", " ") for part in parts) + "\n")
+    process.stdin.flush()
+    return _line(process)
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise BrokenPipeError
+    return line.strip()
 
 
 def spice(said: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

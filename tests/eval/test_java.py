@@ -21,7 +21,7 @@ TRUE = [["A dog is running on grass.", "the dog plays"], ["Two people cook."], [
 
 
 def package(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
-    """A package pycocoevalcap with some of its files, alone on the path, and a java that says nothing."""
+    """A package pycocoevalcap with some of its files, alone on the path."""
     for name in ("__init__.py", *files):
         (folder / "pycocoevalcap" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "pycocoevalcap" / name).write_text("")
@@ -30,8 +30,9 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
 
 
 def java(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A java that ends at once."""
     folder.mkdir(exist_ok=True)
-    (folder / "java").write_text("#!/bin/sh\ncat >/dev/null\n")
+    (folder / "java").write_text("#!/bin/sh\nexit 1\n")
     (folder / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -59,7 +60,7 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path, monkeypatch: p
 def test_a_program_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, monkeypatch, METEOR)
     java(tmp_path / "bin", monkeypatch)
-    with pytest.raises(UserError, match=r"METEOR's program .* gave '' for a score"):
+    with pytest.raises(UserError, match=r"METEOR's program .* ended before it gave a score"):
         meteor(SAID, TRUE)
 
 
