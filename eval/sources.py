@@ -86,9 +86,9 @@ def _document(name: str, item: Item, spec: TaskSpec) -> Document:
     if choices and spec.answer_as == "letter":
         answers = [letters(choices)[choices.index(answer)] for answer in answers]
     golds = tuple(_between(answer, spec.lead, spec.tail) for answer in answers)
-    values = {"question": item["question"], "options": written_options(item.get("shown", choices), spec.options)}
+    values = {"question": item["question"], "options": written_options(item.get("shown") or choices, spec.options)}
     values |= item.get("values", {})
-    template = spec.question if choices else spec.question.replace("\n{options}", "")
+    template = spec.question.replace("\n{options}", "") if item.get("open") else spec.question
     first, question, more = interleaved(_filled(name, template, values), item)
     rationale = item.get("rationale", "")
     turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
