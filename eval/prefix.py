@@ -111,12 +111,12 @@ def _shifted(cache: Cache, shifts: Tensor) -> DynamicCache:
     """One row's keys and values (1, H, P, D) as (B, H, P, D), each moved `shifts` columns right, zeros before it."""
     out = DynamicCache()
     for number, layer in enumerate(cache.layers):
-        assert isinstance(layer, DynamicLayer)
-        length = layer.keys.shape[2]
-        place = torch.arange(length, device=layer.keys.device) - shifts[:, None].to(layer.keys.device)  # (B, P)
-        moved = []
-        for tensor in (layer.keys, layer.values):
-            taken = tensor[0][:, place.clamp(min=0)].transpose(0, 1)  # (B, H, P, D)
-            moved.append(taken.masked_fill((place < 0)[:, None, :, None], 0))
-        out.update(*moved, number)
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        place = torch.arange(keys.shape[2], device=keys.device) - shifts[:, None].to(keys.device)  # (B, P)
+        before = (place < 0)[:, None, :, None]
+        # (H, B, P, D) to (B, H, P, D)
+        moved = [tensor[0][:, place.clamp(min=0)].transpose(0, 1).masked_fill(before, 0) for tensor in (keys, values)]
+        out.update(moved[0], moved[1], number)
     return out

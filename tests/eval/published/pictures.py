@@ -178,9 +178,13 @@ def mmmu(root: Path) -> None:
         rows = []
         for number in range(start, start + COUNT):
             images = [{"bytes": png(TINTS[number % 4], number + 50 * n), "path": f"{number}.png"} for n in range(3)]
-            row = {"id": f"{split}_Accounting_{number}", "question": "<image 1> What is it?", "image_1": images[0]}
+            row: dict[str, Any] = {
+                "id": f"{split}_Accounting_{number}",
+                "question": "<image 1> What is it?",
+                "image_1": images[0],
+            }
             row |= {"options": "['$6', \"it's 7\"]", "answer": "B", "question_type": "multiple-choice"}
-            row |= {"image_2": None, "image_3": None}
+            row["image_2"] = row["image_3"] = None
             if number % COUNT == 1:  # of three pictures, one of which is an option
                 row |= {"question": "Is <image 1> left of <image 2>?", "options": "['no', '<image 3>', 'as <image 2>']"}
                 row |= {"image_2": images[1], "image_3": images[2]}
