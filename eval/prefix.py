@@ -111,6 +111,7 @@ def _shifted(cache: Cache, shifts: Tensor) -> DynamicCache:
     """One row's keys and values (1, H, P, D) as (B, H, P, D), each moved `shifts` columns right, zeros before it."""
     out = DynamicCache()
     for number, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
         keys, values = layer.keys, layer.values
         assert keys is not None
         assert values is not None
