@@ -46,13 +46,13 @@ class Work:
         orders = [torch.randperm(size.eval_support, generator=generator) for _ in range(size.eval_queries)]
         self._demos = [(size.eval_queries + order).tolist() for order in orders]
 
-    def items(self, query: int, shots: int) -> list[int]:
-        """Demonstrations and query of a prompt, which ends where the answer begins."""
-        return [*self._demos[query][:shots], query]
+    def items(self, query: int, shots: int, fixed: bool = False) -> list[int]:
+        """Demonstrations (`fixed`: the first query's) and query of a prompt, which ends where the answer begins."""
+        return [*self._demos[0 if fixed else query][:shots], query]
 
-    def row(self, query: int, shots: int) -> Row:
+    def row(self, query: int, shots: int, fixed: bool = False) -> Row:
         """The prompt of a query."""
-        items = self.items(query, shots)
+        items = self.items(query, shots, fixed)
         ids = self.tokens[items].flatten()[:-1]
         return Row(ids, self.pictures[items], torch.full_like(ids, IGNORED))
 
@@ -76,8 +76,8 @@ class RawProcessor:
 class RawResponder(FlamingoResponder):
     """The evaluation's model; a picture's file is its pixels."""
 
-    def __init__(self, model: Any, size: Size) -> None:
-        super().__init__(model, RawProcessor(size))  # type: ignore[arg-type]
+    def __init__(self, model: Any, size: Size, share_prefix: bool = True) -> None:
+        super().__init__(model, RawProcessor(size), share_prefix=share_prefix)  # type: ignore[arg-type]
         self._side = size.image_size
 
     def _pixels(self, picture: Picture) -> Tensor:
@@ -85,21 +85,25 @@ class RawResponder(FlamingoResponder):
         return pixels.view(1, 1, 3, self._side, self._side)
 
 
-def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int) -> list[Request]:
+def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int, fixed: bool = False) -> list[Request]:
     """One for each query: an answer to generate, or names to rank."""
     files = [Picture((picture.numpy().tobytes(),)) for picture in work.pictures]
     found = []
     for query in range(queries):
-        pictures = tuple(files[item] for item in work.items(query, shots))
-        ids = tuple(work.row(query, shots).ids.tolist())
+        pictures = tuple(files[item] for item in work.items(query, shots, fixed))
+        ids = tuple(work.row(query, shots, fixed).ids.tolist())
         candidates = tuple(tuple(name) for name in names or ())
-        prompt = Prompt(ids, pictures, candidates, ((None, ""),), shots)
+        shared = (shots * SHOT_TOKENS, shots) if fixed else (0, 0)
+        prompt = Prompt(ids, pictures, candidates, ((None, ""),), shots, shared)
         found.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
     return found
 
 
 def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
-    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the pictures from disk."""
+    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the pictures from disk.
+
+    At last the same queries behind the same demonstrations for all, which are run once, and as whole prompts.
+    """
     responder = RawResponder(library.model, work.size)
     with tempfile.TemporaryDirectory() as folder:
         seconds, values, encoded = [], [], []
@@ -110,9 +114,19 @@ def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
             values.append(Engine(responder, cache, BATCH).ask(asked))
             seconds.append(time.perf_counter() - start)
             encoded += [cache.encoded, len(cache.pictures)]
+        fixed = []
+        for share in (True, False):
+            own = RawResponder(library.model, work.size, share)
+            cache = FeatureCache(own, store=PictureStore(Path(folder), "benchmark", 1 << 40))
+            asked = requests(work, shots, names, queries, fixed=True)
+            cache.features([picture for request in asked for picture in request.prompt.pictures])
+            start = time.perf_counter()
+            Engine(own, cache, BATCH).ask(asked)
+            fixed.append(time.perf_counter() - start)
     flat = [row if isinstance(row, list) else row.text.split() for row in values[0]]
     answers = [x if names else int(x) for row in flat for x in row]
     facts = {"encoded": encoded[0], "distinct": encoded[1], "again_s": seconds[1], "again_encoded": encoded[2]}
+    facts |= {"fixed_s": fixed[0], "fixed_whole_s": fixed[1]}
     return {"seconds": seconds[:1], "values": answers, **facts}
 
 
@@ -168,7 +182,7 @@ def print_evaluation(document: dict[str, Any]) -> None:
     if not results:
         return
     head = ["few-shot evaluation", "library", "s", "share of peer's", "wanted", "encoded / distinct", "again at half"]
-    lines = [[*head, "difference"], ["---"] * 8]
+    lines = [[*head, "same demonstrations for all", "difference"], ["---"] * 9]
     for result in results:
         others = [r for r in results if r["what"] == result["what"] and r["library"] == "peer"]
         seconds, share, wanted, apart = result["seconds"][0], "1", "", ""
@@ -179,9 +193,10 @@ def print_evaluation(document: dict[str, Any]) -> None:
             wanted = f"{limit:.3f}: {'yes' if ratio <= limit else 'NO'}" if document["size"] == "small" else ""
             apart = _difference(result["values"], others[0]["values"])
         again = f"{result['again_s']:.2f} s, {result['again_encoded']} encoded" if "again_s" in result else ""
+        fixed = f"{result['fixed_s']:.2f} s, whole {result['fixed_whole_s']:.2f} s" if "fixed_s" in result else ""
         work = f"{result['what'].removeprefix('eval_')}, {result['shots']} shots"
         seen = f"{result['encoded']} / {result['distinct']}"
-        lines.append([work, result["library"], f"{seconds:.2f}", share, wanted, seen, again, apart])
+        lines.append([work, result["library"], f"{seconds:.2f}", share, wanted, seen, again, fixed, apart])
     print()
     for line in lines:
         print("| " + " | ".join(line) + " |")

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from PIL import Image
 
@@ -18,6 +19,7 @@ from eval.demos import generator
 from eval.task import Episode, Picture, Turn
 
 GREY = (128, 128, 128)
+T = TypeVar("T")
 
 
 def _real(episode: Episode, seed: int) -> Episode:
@@ -26,25 +28,35 @@ def _real(episode: Episode, seed: int) -> Episode:
 
 def _shuffled(episode: Episode, seed: int) -> Episode:
     turns = [*episode.demos, episode.query]
-    # The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence.
-    order = generator("shuffled", seed, episode.query_id, len(turns)).permutation(len(turns))
-    pictures = [turns[int(index)].picture for index in order]
-    return _with(episode, [replace(turn, picture=picture) for turn, picture in zip(turns, pictures, strict=True)])
+    if any(turn.more for turn in turns):  # each turn keeps its number of pictures
+        every = _permuted([picture for turn in turns for picture in turn.pictures], episode, seed)
+        left = iter(every)
+        return _with(episode, [turn.with_pictures([next(left) for _ in turn.pictures]) for turn in turns])
+    pictures = _permuted([turn.picture for turn in turns], episode, seed)  # a turn without one may get one
+    return _with(episode, [replace(turn, picture=one) for turn, one in zip(turns, pictures, strict=True)])
+
+
+def _permuted(pictures: list[T], episode: Episode, seed: int) -> list[T]:
+    """The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence."""
+    order = generator("shuffled", seed, episode.query_id, len(pictures)).permutation(len(pictures))
+    return [pictures[int(index)] for index in order]
 
 
 def _blank(episode: Episode, seed: int) -> Episode:
-    turns = [*episode.demos, episode.query]
-    return _with(
-        episode, [turn if turn.picture is None else replace(turn, picture=blank(turn.picture)) for turn in turns]
-    )
+    return _with(episode, [blanked(turn) for turn in [*episode.demos, episode.query]])
 
 
 def _text_only(episode: Episode, seed: int) -> Episode:
-    return _with(episode, [*(replace(turn, picture=None) for turn in episode.demos), episode.query])
+    return _with(episode, [*(turn.with_pictures(()) for turn in episode.demos), episode.query])
 
 
 def _with(episode: Episode, turns: list[Turn]) -> Episode:
     return replace(episode, demos=tuple(turns[:-1]), query=turns[-1])
+
+
+def blanked(turn: Turn) -> Turn:
+    """The turn with grey pictures."""
+    return turn.with_pictures([blank(picture) for picture in turn.pictures]) if turn.pictures else turn
 
 
 def blank(picture: Picture) -> Picture:

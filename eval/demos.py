@@ -53,14 +53,12 @@ def leak(demo: Document, query: Document) -> str:
     """Why showing `demo` would show the query: item, picture, near_duplicate or question; "" if it would not."""
     if demo.id == query.id:
         return "item"
-    ours, theirs = demo.turn.picture, query.turn.picture
-    if ours is None and theirs is None:
-        return "question" if _words(demo.turn.question) == _words(query.turn.question) else ""
-    if ours is None or theirs is None:
-        return ""
-    if ours.sha256 == theirs.sha256:
+    ours, theirs = demo.turn.pictures, query.turn.pictures
+    if not ours and not theirs:
+        return "question" if _words(demo.turn.asked) == _words(query.turn.asked) else ""
+    if {picture.sha256 for picture in ours} & {picture.sha256 for picture in theirs}:
         return "picture"
-    return "near_duplicate" if near_duplicates(ours, theirs) else ""
+    return "near_duplicate" if any(near_duplicates(a, b) for a in ours for b in theirs) else ""
 
 
 def _words(text: str) -> list[str]:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
-from eval.ablations import blank
+from eval.ablations import blanked
 from eval.answers import clean
 from eval.demos import draw, hash_order, parse_sampler, read_listed
+from eval.metrics.stems import Stems
 from eval.metrics.text import scorer
 from eval.retrieval import Retriever
 from eval.task import Baselines, Document, Episode, Frame, TaskSpec, Turn, content_hash
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from eval.engine import Engine
 
 
-PLACES = ("source", "support", "root", "published", "expected")
+PLACES = ("source", "support", "root", "published", "expected", "candidates_from")
 """What a task's hash leaves out: the same data elsewhere is the same task."""
 _LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
-    "remove metrics support_size"
+    "remove metrics support_size ranking rank_end open_metric stem"
 )
 LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
@@ -43,10 +44,20 @@ def definition_of(spec: TaskSpec) -> dict[str, object]:
 
 
 class DocumentTask:
-    """Queries and support are documents. `support=None` splits `documents`: the first in hash order ask."""
+    """Queries and support are documents. `support=None` splits `documents`: the first in hash order ask.
+
+    `vocabulary` are the candidates that `candidates_from` names, `stems` what `stem` asks for.
+    """
 
     def __init__(
-        self, name: str, spec: TaskSpec, documents: Sequence[Document], support: Sequence[Document] | None = None
+        self,
+        name: str,
+        spec: TaskSpec,
+        documents: Sequence[Document],
+        support: Sequence[Document] | None = None,
+        *,
+        vocabulary: Sequence[str] = (),
+        stems: Stems | None = None,
     ) -> None:
         self.name = name
         self.max_new_tokens = spec.max_new_tokens
@@ -66,13 +77,21 @@ class DocumentTask:
         self.metrics = tuple(spec.metrics)
         self.num_beams, self.length_penalty = spec.num_beams, spec.length_penalty
         self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk)
+        self.ranking, self.rank_end = spec.ranking, spec.rank_end
+        self._closed = tuple(vocabulary or spec.candidates)
+        self._stems = stems
         self._score = scorer(spec.metric, [query.golds for query in queries])
+        self._open_score = scorer(spec.open_metric or spec.metric, [query.golds for query in queries])
         definition = definition_of(spec)
         self._sampler = parse_sampler(spec.demos)
         self._listed = read_listed(self._sampler.path, self._support) if self._sampler.name == "file" else None
         self._retriever: Retriever | None = None
         # What a list of demonstrations says counts, not where it lies.
         definition |= {} if self._listed is None else {"demos": sorted(self._listed.items())}
+        definition |= {"vocabulary": tuple(vocabulary)} if vocabulary else {}
+        definition |= {} if stems is None else {"stems": stems.hash}
+        self.description |= {} if stems is None else {"stems": stems.description}
+        self.description |= {"vocabulary": f"{len(vocabulary)} answers"} if vocabulary else {}
         self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
         self._answers = _answers_by_kind(self._support)
 
@@ -87,7 +106,11 @@ class DocumentTask:
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
         """The query with `shots` demonstrations from the support set, at 0 shots as the task's `zero_shot` says."""
         if shots == 0 and self._spec.zero_shot != "none":
-            return self._with_two_texts(self.episode(query_id, 2, seed))
+            fixed = self._spec.zero_shot == "two_text_fixed"
+            return self._with_two_texts(self._episode(query_id, 2, seed, "fixed" if fixed else self._spec.demos))
+        return self._episode(query_id, shots, seed, self._spec.demos)
+
+    def _episode(self, query_id: str, shots: int, seed: int, sampler: str) -> Episode:
         query = self._queries[query_id]
         demos = draw(
             self._support,
@@ -95,7 +118,7 @@ class DocumentTask:
             shots,
             task_hash=self.hash,
             seed=seed,
-            sampler=self._spec.demos,
+            sampler=sampler,
             retriever=self._retriever,
             listed=self._listed,
         )
@@ -128,24 +151,25 @@ class DocumentTask:
     def content_free(self, turn: Turn) -> Turn:
         """The query without content: a grey picture and N/A for the question."""
         question = self._spec.question.replace("{question}", "N/A") if turn.question else ""
-        return replace(turn, picture=None if turn.picture is None else blank(turn.picture), question=question)
+        return blanked(replace(turn.with_pictures(turn.pictures[:1]) if turn.more else turn, question=question))
 
     def _with_two_texts(self, episode: Episode) -> Episode:
         """The demonstrations without their pictures; with the historic fault the query gets the first one's."""
         query = episode.query
         if self._spec.zero_shot == "two_text_first_picture":
             query = replace(query, picture=episode.demos[0].picture)
-        return replace(episode, demos=tuple(replace(demo, picture=None) for demo in episode.demos), query=query)
+        return replace(episode, demos=tuple(demo.with_pictures(()) for demo in episode.demos), query=query)
 
     def parse(self, raw: str, episode: Episode) -> str:
         """The answer in a completion; "" where there is none."""
-        return clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
+        answer = clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
+        return answer if self._stems is None else self._stems(answer)
 
     def _candidates(self, query: Document) -> tuple[str, ...]:
-        if self._spec.output != "rank":
+        if self._spec.output != "rank" or query.is_open:
             return ()
-        if query.candidates or self._spec.candidates:
-            return query.candidates or tuple(self._spec.candidates)
+        if query.candidates or self._closed:
+            return query.candidates or self._closed
         found = self._answers.get(query.kind)
         if not found:
             raise UserError(
@@ -156,19 +180,23 @@ class DocumentTask:
 
     def score(self, answer: str, episode: Episode) -> float:
         """The task's metric."""
-        return self._score(answer, episode.golds)
+        score = self._open_score if self._queries[episode.query_id].is_open else self._score
+        return score(answer, episode.golds)
 
     def baselines(self, query_ids: Sequence[str]) -> Baselines:
         """Chance when ranked; constant: for every kind the support set's most frequent answer."""
         queries = [self._queries[query_id] for query_id in query_ids]
         chance = None
         if self._spec.output == "rank":
-            chance = sum(1 / len(self._candidates(query)) for query in queries) / len(queries)
+            closed = [self._candidates(query) for query in queries]
+            chance = sum(1 / len(several) for several in closed if several) / len(queries)  # an open one: 0
         if not self._support:
             return Baselines(chance, None, None)
         overall = sum(self._answers.values(), Counter())
         said = {query.kind: _mode(self._answers.get(query.kind) or overall) for query in queries}
-        scores = [self._score(said[query.kind], query.golds) for query in queries]
+        scores = [
+            (self._open_score if query.is_open else self._score)(said[query.kind], query.golds) for query in queries
+        ]
         answer = ", ".join(sorted({said[kind] if not kind else f"{kind}: {said[kind]}" for kind in said}))
         return Baselines(chance, sum(scores) / len(scores), answer)
 

@@ -7,8 +7,9 @@ one and gets the same bits. Equal requests are asked once in a run, whatever cel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from flamingo.errors import UserError
 
 DIGITS = 4
 """Decimals of log-probabilities that are kept. What batches of other shapes change lies below; so ties stay ties."""
+
+MANY = 8
+"""Requests of a round that begin alike from which on they are batched together and their beginning is run once."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,14 @@ class Engine:
         return [answers[key] for key in keys]
 
     def _batches(self, asked: list[_Asked]) -> list[list[_Asked]]:
-        """Requests of one kind together, sorted by length, so that little is padded."""
-        groups: dict[Decoding | None, list[_Asked]] = {}
+        """Requests of one kind, and of one beginning where many have it, together; sorted by length: little padding."""
+        alike = Counter(one.request.prompt.beginning for one in asked)
+        groups: dict[tuple[Decoding | None, object], list[_Asked]] = {}
         for one in sorted(asked, key=lambda one: (one.request.prompt.length, one.place)):
-            groups.setdefault(one.request.decoding and one.request.decoding.kind, []).append(one)
+            beginning = one.request.prompt.beginning
+            if beginning is not None and alike[beginning] < MANY:
+                beginning, one = None, _with_nothing_shared(one)
+            groups.setdefault((one.request.decoding and one.request.decoding.kind, beginning), []).append(one)
         size = self._batch_size
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
@@ -121,6 +129,12 @@ class Engine:
         if sample is None:
             raise UserError(f"{type(self.responder).__name__} only decodes greedily; choose another strategy")
         return sample(prompts, features, decoding.kind, streams)
+
+
+def _with_nothing_shared(one: _Asked) -> _Asked:
+    """Its prompt is to be run as a whole."""
+    prompt = replace(one.request.prompt, shared=(0, 0))
+    return replace(one, request=replace(one.request, prompt=prompt))
 
 
 def _rounded(response: Response) -> Response:

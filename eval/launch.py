@@ -19,7 +19,6 @@ from eval.config import EvalConfig
 from eval.engine import Engine
 from eval.gallery import choose_for_strip, gallery_html, strip_png
 from eval.model import FlamingoResponder
-from eval.plots import curve_png
 from eval.provenance import code_hash, folder_hash, provenance
 from eval.ranks import Ranks
 from eval.report import results_of, write_atomically, write_report
@@ -108,7 +107,7 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     if config.cache is not None:
         limit = int(config.cache_gb * 1e9)
         store = PictureStore(Path(config.cache), responder.picture_key, limit)
-    code = code_hash("flamingo", "eval/model.py", "eval/decoding.py")
+    code = code_hash("flamingo", "eval/model.py", "eval/decoding.py", "eval/prefix.py")
     key = content_hash(model_hash, responder.picture_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
     ranks.barrier()  # nobody writes before everybody has read
@@ -118,6 +117,8 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
 
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
     """Every file but the log, which is there already."""
+    from eval.plots import curve_png  # matplotlib takes a second to import, and a mistake should be told before it
+
     out = Path(config.out)
     write_report(out, results, samples)
     write_atomically(out / "curve.png", curve_png(results))

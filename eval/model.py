@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList
 
 from eval.caches import FeatureCache as FeatureCache
 from eval.decoding import GreedyOrSampled
+from eval.prefix import SharedPrefix
 from eval.prompts import Prompt, PromptBuilder
 from eval.provenance import code_hash, weights_hash
 from eval.requests import Completion as Completion
@@ -59,16 +60,25 @@ class Sampler(Protocol):
 
 
 class FlamingoResponder:
-    """A Flamingo and its processor behind `Responder`."""
+    """A Flamingo and its processor behind `Responder`.
+
+    With `share_prefix` what all prompts of a batch begin with is run once (eval/prefix.py); without it, the slow twin.
+    """
 
     def __init__(
-        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, device: str = "cpu"
+        self,
+        model: FlamingoForConditionalGeneration,
+        processor: FlamingoProcessor,
+        device: str = "cpu",
+        *,
+        share_prefix: bool = True,
     ) -> None:
         self.model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.device = torch.device(device)
         self.start = () if processor.bos_token_id is None else (processor.bos_token_id,)
         self.builder = PromptBuilder(processor, start=self.start, context=context_length(model))
+        self.prefix = SharedPrefix(self.model) if share_prefix else None
         self._ends = {processor.eoc_token_id, processor.eos_token_id}
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
@@ -112,7 +122,11 @@ class FlamingoResponder:
         rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
         # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
         filled = [row + row[:1] * (most - len(row)) for row in rows]
-        scores = self.model.score_candidates(self._batch(prompts, features), filled).tolist()
+        batch = self._inputs(prompts, features)
+        if (past := batch.get("past_key_values")) is not None:
+            behind = past.get_seq_length()
+            batch |= {"input_ids": batch["input_ids"][:, behind:], "phi": batch["phi"][:, behind:]}
+        scores = self.model.score_candidates(batch, filled).tolist()
         return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
 
     def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
@@ -124,7 +138,9 @@ class FlamingoResponder:
         self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
     ) -> list[Completion]:
         """Greedy, by beams or sampled, until end-of-chunk or the end of text."""
-        batch = self._batch(prompts, features)
+        batch = self._inputs(prompts, features)
+        if "past_key_values" in batch and decoding.num_beams > 1:
+            self._prepare_beams(batch, decoding.num_beams)
         options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False}
         if decoding.num_beams > 1:
             options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
@@ -151,6 +167,22 @@ class FlamingoResponder:
     def _completion(self, ids: list[int], log_prob: float | None) -> Completion:
         end = self._end(ids)
         return Completion(self.processor.decode(ids[:end]), end is not None, log_prob)
+
+    def _inputs(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Any]:
+        """The batch, or where its prompts begin alike what goes on behind that."""
+        batch = self._batch(prompts, features)
+        behind = None if self.prefix is None else self.prefix.continued(prompts, features.to(self.device), batch)
+        return batch if behind is None else behind
+
+    def _prepare_beams(self, batch: dict[str, Any], beams: int) -> None:
+        """Run the rows up to their last token, then repeat their cache for the beams, which transformers does not."""
+        past, width = batch["past_key_values"], batch["input_ids"].shape[1]
+        columns = slice(past.get_seq_length(), width - 1)
+        if columns.start < columns.stop:
+            ids, phi = batch["input_ids"][:, columns], batch["phi"][:, columns]
+            mask = batch["attention_mask"][:, : width - 1]
+            self.model(ids, attention_mask=mask, phi=phi, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past.batch_repeat_interleave(beams)
 
     def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
         """Left-padded model inputs; `features` stand in for pixels."""

@@ -22,6 +22,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 COLUMNS = (
     ("score", "score"),
     ("interval", "95 % interval"),
+    ("interval_these_seeds", "of these demonstrations"),
     ("chance", "chance"),
     ("constant", "constant"),
     ("n", "n"),
@@ -71,7 +72,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "<tr><th>task<th>setting<th>shots" + "".join(f"<th>{title}" for _, title in COLUMNS)
     lines = []
     for row in rows:
-        cells = [row["task"], setting(row), row["shots"], *(_cell(key, row[key]) for key, _ in COLUMNS)]
+        cells = [row["task"], setting(row), row["shots"], *(_cell(key, row.get(key)) for key, _ in COLUMNS)]
         lines.append("<tr>" + "".join(f"<td>{_text(cell)}" for cell in cells))
     return f"<table>{head}{''.join(lines)}</table>"
 
@@ -79,7 +80,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "–"
-    if key == "interval":
+    if key.startswith("interval"):
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
     return f"{100 * value:.1f} %" if key in ("score", "chance", "constant") or key.endswith("_rate") else str(value)
 

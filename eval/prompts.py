@@ -30,12 +30,16 @@ class TextEncoder(Protocol):
         ...
 
 
+SHORTEST = 16
+"""Tokens from which on a beginning that prompts share is worth a pass of its own."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids with their pictures in order.
 
     `turns` tell the same for people: each turn's picture and text, the query's last. `shots_kept` of the episode's
-    demonstrations fitted the context.
+    demonstrations fitted the context. The first `shared` (tokens, pictures) do not depend on the query.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +47,15 @@ class Prompt:
     candidates: tuple[tuple[int, ...], ...]
     turns: tuple[tuple[Picture | None, str], ...]
     shots_kept: int
+    shared: tuple[int, int] = (0, 0)
+
+    @property
+    def beginning(self) -> tuple[object, ...] | None:
+        """What does not depend on the query, ids and pictures; None where that is too short to be run apart."""
+        tokens, pictures = self.shared
+        if tokens < SHORTEST or tokens >= len(self.ids):
+            return None
+        return self.ids[:tokens], tuple(picture.sha256 for picture in self.pictures[:pictures])
 
     @property
     def length(self) -> int:
@@ -65,16 +78,19 @@ class PromptBuilder:
             self._known[text] = tuple(self._encoder.encode_text(text)) if text else ()
         return self._known[text]
 
-    def build(self, episode: Episode, max_new_tokens: int) -> Prompt:
+    def build(
+        self, episode: Episode, max_new_tokens: int, *, whole_candidates: bool = False, end_candidates: bool = True
+    ) -> Prompt:
         """The prompt of an episode.
 
         Where it would not fit the context together with the answer, whole demonstrations are dropped from the far end;
-        the query is never touched.
+        the query is never touched. `whole_candidates` leaves candidates the tokens that all of them begin with, for
+        means over tokens; without `end_candidates` they have no end.
 
         Raises:
             UserError: the query alone does not fit.
         """
-        lead, candidates = self._answer(episode)
+        lead, candidates = self._answer(episode, whole_candidates, end_candidates)
         room = max((len(candidate) for candidate in candidates), default=max_new_tokens)
         before, head = self.encode(episode.frame.before), [*self._start, *self.encode(episode.frame.prefix)]
         query = [*before, *self._opening(episode.query), *lead]
@@ -90,21 +106,27 @@ class PromptBuilder:
             kept -= 1
         shown = episode.demos[len(episode.demos) - kept :]
         ids = [*head, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
-        pictures = tuple(turn.picture for turn in [*shown, episode.query] if turn.picture is not None)
+        pictures = tuple(picture for turn in [*shown, episode.query] for picture in turn.pictures)
         tags = ids.count(self._encoder.image_token_id)
         assert tags == len(pictures), f"{tags} picture tokens and {len(pictures)} pictures, query {episode.query_id}"
-        turns = [(turn.picture, f"{turn.question}{turn.text}") for turn in shown]
-        turns.append((episode.query.picture, f"{episode.query.question}{episode.query.lead.rstrip()}"))
-        return Prompt(tuple(ids), pictures, candidates, tuple(_framed(turns, episode.frame)), kept)
+        turns = [(turn.picture, f"{turn.asked}{turn.text}") for turn in shown]
+        turns.append((episode.query.picture, f"{episode.query.asked}{episode.query.lead.rstrip()}"))
+        shared = len(ids) - len(query) + len(before), len(pictures) - len(episode.query.pictures)
+        return Prompt(tuple(ids), pictures, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
 
     def _end(self, frame: Frame) -> list[int]:
         return [self._encoder.eoc_token_id] if frame.end_of_chunk else []
 
     def _opening(self, turn: Turn) -> list[int]:
-        picture = [] if turn.picture is None else [self._encoder.image_token_id]
-        return [*picture, *self.encode(turn.question)]
+        ids: list[int] = []
+        for picture, text in turn.pieces:
+            ids += [] if picture is None else [self._encoder.image_token_id]
+            ids += self.encode(text)
+        return ids
 
-    def _answer(self, episode: Episode) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    def _answer(
+        self, episode: Episode, whole_candidates: bool, end_candidates: bool
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """(ids of the answer node that belong to the prompt, the candidates' ids after them)."""
         if not episode.candidates:
             # A lead's last space belongs to the token that follows it, for tokenizers that mark the beginning of words.
@@ -112,7 +134,9 @@ class PromptBuilder:
         turn = episode.query
         whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
         shared = _shared_start(whole) if len(whole) > 1 else 0
-        end = self._end(episode.frame) or self.encode(episode.frame.separator)
+        if whole_candidates:
+            shared = min(shared, len(self.encode(turn.lead.rstrip())))
+        end = (self._end(episode.frame) or self.encode(episode.frame.separator)) if end_candidates else ()
         return whole[0][:shared], tuple((*ids[shared:], *end) for ids in whole)
 
 

@@ -62,7 +62,9 @@ class Query:
 
     def request(self, episode: Episode) -> Request:
         """The one that asks for the answer: ranked where there are candidates, else generated as the task says."""
-        prompt = self.builder.build(episode, self.task.max_new_tokens)
+        ranking, end = getattr(self.task, "ranking", "sum"), getattr(self.task, "rank_end", True)
+        whole = ranking == "mean"
+        prompt = self.builder.build(episode, self.task.max_new_tokens, whole_candidates=whole, end_candidates=end)
         if prompt.candidates:
             return Request(prompt)
         beams, penalty = getattr(self.task, "num_beams", 1), getattr(self.task, "length_penalty", 1.0)
@@ -83,10 +85,21 @@ class Query:
             answer = parsed(self.task, response.text, episode)
             sure = None if response.log_prob is None else math.exp(response.log_prob)
             return Outcome(episode, request.prompt, response.text, answer, response.ended, (), sure, rationale)
-        best = max(range(len(response)), key=response.__getitem__)
+        return self.ranked(episode, request, self.scores(request, response), rationale)
+
+    def scores(self, request: Request, response: Response) -> list[float]:
+        """What candidates are compared by: their log-probabilities, or each one's mean over its tokens."""
+        assert isinstance(response, list)
+        if getattr(self.task, "ranking", "sum") == "sum":
+            return response
+        lengths = [len(candidate) for candidate in request.prompt.candidates]
+        return [round(total / length, 4) for total, length in zip(response, lengths, strict=True)]
+
+    def ranked(self, episode: Episode, request: Request, scores: Sequence[float], rationale: str = "") -> Outcome:
+        """The candidate of the highest score; the first of equals."""
+        best = max(range(len(scores)), key=scores.__getitem__)
         raw = episode.candidates[best]
-        sure = softmax(response)[best]
-        return Outcome(episode, request.prompt, raw, raw, True, tuple(response), sure, rationale)
+        return Outcome(episode, request.prompt, raw, raw, True, tuple(scores), softmax(scores)[best], rationale)
 
 
 def parsed(task: Task, raw: str, episode: Episode) -> str:

@@ -45,7 +45,8 @@ def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[s
     """A row from its samples, baselines and metrics' names, so that it can be made again from what was written."""
     first = samples[0].cell
     scores = [sample.score for sample in samples]
-    interval = mean_interval(scores, [sample.cluster for sample in samples])
+    clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
+    interval, these = mean_interval(scores, clusters, seeds), mean_interval(scores, clusters)
     demos = sorted((s.cell.seed, s.query_id, s.demo_ids) for s in samples)
     refused: Counter[str] = Counter()
     for sample in samples:
@@ -58,6 +59,8 @@ def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[s
         "score": _mean(scores),
         "interval": [interval.low, interval.high],
         "interval_method": interval.method,
+        "interval_these_seeds": [these.low, these.high],
+        "interval_these_seeds_method": these.method,
         "n": len(samples),
         "n_pictures": len({sample.cluster for sample in samples}),
         "metrics": measure(metrics, samples),
@@ -154,7 +157,6 @@ def _describe(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
 def sample_line(sample: Sample) -> dict[str, Any]:
     """A sample as one JSON object; the cell's fields come first."""
     fields = asdict(sample)
-    fields["pictures_sha256"] = [picture for picture, _ in sample.turns if picture is not None]
     return {**fields.pop("cell"), "prompt": sample.prompt, **fields}
 
 
@@ -167,8 +169,8 @@ def sample_of(line: Mapping[str, Any]) -> Sample:
     """The inverse of `sample_line`. Raises KeyError or TypeError for a line that is no sample."""
     cell = Cell(line["task"], line["shots"], line["seed"], line["pictures"], line.get("strategy", "plain"))
     fields = {key: line[key] for key in Sample.__dataclass_fields__ if key != "cell" and key in line}
-    for key in ("demo_ids", "golds", "candidates", "log_probs"):
-        fields[key] = tuple(fields[key])
+    for key in ("demo_ids", "golds", "candidates", "log_probs", "pictures_sha256"):
+        fields[key] = tuple(fields.get(key, ()))
     for key in ("turns", "refused", "votes"):
         fields[key] = tuple((first, second) for first, second in fields[key])
     return Sample(cell=cell, **fields)

@@ -37,8 +37,8 @@ class Cell:
 class Sample:
     """One answered query, everything needed to judge it again.
 
-    `turns` are the prompt that asked for the answer: each turn's picture (SHA-256, None for text only) and text, the
-    query's last.
+    `turns` are the prompt that asked for the answer: each turn's first picture (SHA-256, None for text only) and text,
+    the query's last; `pictures_sha256` are all of the prompt.
     """
 
     cell: Cell
@@ -64,6 +64,12 @@ class Sample:
     confidence: float | None = None  # in [0, 1], as the strategy says
     rationale: str = ""
     votes: tuple[tuple[str, float], ...] = ()
+    pictures_sha256: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        """Of the demonstrations."""
+        return self.cell.seed
 
     @property
     def prompt(self) -> str:
@@ -190,6 +196,7 @@ def _sample(task: Task, cell: Cell, episode: Episode, outcome: Outcome) -> Sampl
         confidence=None if outcome.confidence is None else round(outcome.confidence, 6),
         rationale=outcome.rationale,
         votes=outcome.votes,
+        pictures_sha256=tuple(picture.sha256 for picture in prompt.pictures),
     )
 
 

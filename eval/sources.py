@@ -18,6 +18,7 @@ from eval.demos import hash_order
 from eval.formats import FORMATS as DATA_SETS
 from eval.formats.choices import letters, written_options
 from eval.formats.files import Item, place
+from eval.formats.interleaved import interleaved
 from eval.formats.tables import FIELDS, read_csv_table, read_jsonl_table
 from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
 from flamingo.errors import UserError
@@ -36,11 +37,12 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
         raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
     source = place(source, spec.root)
     path = Path(source.path)
-    if not source.path or not path.exists():
-        where = f"; {published}" if (published := _published(spec, path)) else ""
-        raise UserError(
-            f"task {name}: its data {source.path or '(no path)'} do not exist; prepare them or give source.path{where}"
-        )
+    for key, file in (("path", source.path), ("annotations", source.annotations)):
+        if (key == "path" and not file) or (file and not Path(file).exists()):
+            where = f"; {published}" if (published := _published(spec, Path(file))) else ""
+            raise UserError(
+                f"task {name}: its data {file or '(no path)'} do not exist; prepare them or give source.{key}{where}"
+            )
     try:
         items = list(islice(FORMATS[source.format](path, source), source.max_items))
         check_pictures(items)
@@ -58,7 +60,11 @@ def _published(spec: TaskSpec, path: Path) -> str:
 
 def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
     """The documents that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
-    documents = read_documents(name, spec, source)
+    return chosen_support(name, spec, read_documents(name, spec, source))
+
+
+def chosen_support(name: str, spec: TaskSpec, documents: list[Document]) -> list[Document]:
+    """`support_size` of the documents, by their ids alone."""
     order = hash_order([document.id for document in documents], "support", name)
     return documents if spec.support_size is None else [documents[index] for index in order[: spec.support_size]]
 
@@ -80,16 +86,20 @@ def _document(name: str, item: Item, spec: TaskSpec) -> Document:
     if choices and spec.answer_as == "letter":
         answers = [letters(choices)[choices.index(answer)] for answer in answers]
     golds = tuple(_between(answer, spec.lead, spec.tail) for answer in answers)
-    values = {"question": item["question"], "options": written_options(choices, spec.options), **item.get("values", {})}
-    question = _filled(name, spec.question, values)
-    turn = Turn(item["picture"], question, spec.lead, _shown(golds, spec), spec.tail, item.get("rationale", ""))
+    values = {"question": item["question"], "options": written_options(item.get("shown") or choices, spec.options)}
+    values |= item.get("values", {})
+    template = spec.question.replace("\n{options}", "") if item.get("open") else spec.question
+    first, question, more = interleaved(_filled(name, template, values), item)
+    rationale = item.get("rationale", "")
+    turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
     if spec.kind == "documents" and item["text"] not in (None, turn.text):
         raise UserError(
             f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
             "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
         )
     candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
-    return Document(item["id"], turn, golds, item["kind"], item["label"] or golds[0], candidates, item.get("group", ""))
+    label, group = item["label"] or golds[0], item.get("group", "")
+    return Document(item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False))
 
 
 def _filled(name: str, template: str, values: Mapping[str, str]) -> str:

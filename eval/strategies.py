@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval.ablations import blank
+from eval.ablations import blanked
 from eval.demos import generator
 from eval.metrics.text import parse_answer
 from eval.query import Query, Settings, Steps, read_rationales, vote
@@ -118,21 +118,20 @@ def orders(query: Query) -> Steps:
     if not query.episode.candidates:
         return vote(found)
     means = np.mean([one.log_probs for one in found], axis=0).round(4).tolist()
-    return query.outcome(query.episode, requests[0], means)
+    return query.ranked(query.episode, requests[0], means)
 
 
 def calibrated(query: Query) -> Steps:
     """Contextual calibration (Zhao et al. 2021): less the score behind the same prompt with a content-free query."""
     if not query.episode.candidates:
         raise UserError("strategy=calibrated compares candidates and this task generates; use output=rank")
-    content_free: Callable[[Turn], Turn] = getattr(query.task, "content_free", _blanked)
+    content_free: Callable[[Turn], Turn] = getattr(query.task, "content_free", blanked)
     episodes = [query.episode, replace(query.episode, query=content_free(query.episode.query))]
     requests = [query.request(episode) for episode in episodes]
-    scores, prior = yield requests
-    assert isinstance(scores, list)
-    assert isinstance(prior, list)
+    responses = yield requests
+    scores, prior = (query.scores(request, said) for request, said in zip(requests, responses, strict=True))
     change = [round(score - before, 4) for score, before in zip(scores, prior, strict=True)]
-    return query.outcome(query.episode, requests[0], change)
+    return query.ranked(query.episode, requests[0], change)
 
 
 STRATEGIES: dict[str, Callable[[Query], Steps]] = {
@@ -184,7 +183,7 @@ def _gap(turn: Turn) -> str:
 
 def _given(turn: Turn, rationale: str) -> Turn:
     """The turn with the rationale in its question."""
-    return replace(turn, question=f"{turn.question}{SOLUTION} {rationale}{ANSWER}", lead=_gap(turn))
+    return replace(turn.asking(f"{SOLUTION} {rationale}{ANSWER}"), lead=_gap(turn))
 
 
 def _conclude(query: Query, episode: Episode, rationales: Sequence[Response]) -> Steps:
@@ -218,7 +217,3 @@ def different_orders(query: Query) -> list[list[int]]:
 def _reordered(episode: Episode, order: Sequence[int]) -> Episode:
     demos = tuple(episode.demos[i] for i in order)
     return replace(episode, demos=demos, demo_ids=tuple(episode.demo_ids[i] for i in order))
-
-
-def _blanked(turn: Turn) -> Turn:
-    return turn if turn.picture is None else replace(turn, picture=blank(turn.picture))

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
+
+from eval.spec import SourceSpec as SourceSpec
+from eval.spec import TaskSpec as TaskSpec
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,38 @@ class Turn:
     answer: str
     tail: str = ""
     rationale: str = ""  # why, where the data say so; shown by chains of thought alone
+    more: tuple[tuple[Picture, str], ...] = ()  # of a question about several: a further picture, the text behind it
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All of them, in order."""
+        first = () if self.picture is None else (self.picture,)
+        return (*first, *(picture for picture, _ in self.more))
+
+    @property
+    def pieces(self) -> tuple[tuple[Picture | None, str], ...]:
+        """The question as it is shown: each picture with the text up to the next."""
+        return ((self.picture, self.question), *self.more)
+
+    @property
+    def asked(self) -> str:
+        """The question for reading; the first picture stands before it, `<image>` marks the others' places."""
+        return self.question + "".join(f"<image>{text}" for _, text in self.more)
+
+    def with_pictures(self, pictures: Sequence[Picture]) -> Turn:
+        """The same with other pictures in their places. Of none, the text alone is left."""
+        if not pictures:
+            question = self.question + "".join(text for _, text in self.more)
+            return replace(self, picture=None, question=question, more=())
+        more = tuple((picture, text) for picture, (_, text) in zip(pictures[1:], self.more, strict=True))
+        return replace(self, picture=pictures[0], more=more)
+
+    def asking(self, text: str) -> Turn:
+        """The same with `text` behind the question."""
+        if not self.more:
+            return replace(self, question=f"{self.question}{text}")
+        *before, (picture, last) = self.more
+        return replace(self, more=(*before, (picture, f"{last}{text}")))
 
     @property
     def text(self) -> str:
@@ -87,6 +122,7 @@ class Document:
     label: str = ""
     candidates: tuple[str, ...] = ()  # the item's own closed answers
     group: str = ""  # what the data set calls the picture (or what else ties scores together)
+    is_open: bool = False  # its answer is generated even where the task ranks
 
     @property
     def cluster(self) -> str:
@@ -168,106 +204,3 @@ def content_hash(*parts: object) -> str:
         blob = repr(part).encode()
         digest.update(f"{len(blob)}:".encode() + blob)
     return digest.hexdigest()
-
-
-@dataclass(kw_only=True)
-class SourceSpec:
-    """Where a task's items come from."""
-
-    format: str = "pages"
-    """pages: shards of `python -m data prepare`; csv and jsonl: a table of one's own with columns picture, answer and
-    optionally question, id, kind, choices; the others are data sets' own files, see eval/formats."""
-    path: str = ""
-    """Folder of shards, or the file."""
-    annotations: str = ""
-    """A second file that some data sets keep their answers (or splits) in."""
-    images: str = ""
-    """Folder of the pictures or videos, or a pattern such as `val2014/COCO_val2014_{image_id:012d}.jpg`."""
-    split: str = ""
-    """Which split of a file that holds several; `a+b` takes both."""
-    only: dict[str, str] = field(default_factory=dict)
-    """Items are taken only if these fields have these values, for example {q_lang: en}."""
-    annotators: int | None = None
-    """How many answers every question must have; another number stops the run."""
-    frames: int = 8
-    """Frames taken from a video, evenly spread."""
-    fields: dict[str, str] = field(default_factory=dict)
-    """Which fact of a page's `meta` (or which column) is the question, answer, kind or label; what is not named here
-    is the page's own text."""
-    max_items: int | None = 4096
-    """Items read at most, in file order; null reads all."""
-
-
-@dataclass(kw_only=True)
-class TaskSpec:
-    """One YAML under `hydra/task/`. Every field is checked before a model is loaded."""
-
-    kind: str = "documents"
-    """documents: demonstrations are other items with their answers; binding: new names for classes of pictures."""
-    source: SourceSpec = field(default_factory=SourceSpec)
-    support: SourceSpec | None = None
-    """Where demonstrations come from; null splits `source`: the first `queries` in hash order ask, the rest show."""
-    root: str = ""
-    """Folder that the relative paths of `source` and `support` start from."""
-    published: dict[str, str] = field(default_factory=dict)
-    """Files that the task needs below `root`, and where each is published; for `python -m eval prepare`."""
-    expected: int | None = None
-    """Queries in the published split, which `prepare` compares with."""
-    support_size: int | None = None
-    """Items of `support` used, chosen by their ids alone; null uses all."""
-    queries: int | None = 200
-    """Queries asked at most (items of `source`; episodes for binding); null asks all."""
-    form: str = ""
-    """Which of a protocol's prompts the task takes: caption, vqa, choice and so on; see hydra/protocol."""
-    prefix: str = ""
-    """Text at the head of the prompt: an instruction."""
-    before: str = ""
-    """Text ahead of every picture."""
-    separator: str = ""
-    """Text behind every demonstration."""
-    end_of_chunk: bool = True
-    """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
-    options: str = "lines"
-    """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
-    answer_as: str = "text"
-    """Multiple choice: whether the answer is the option's text or its letter."""
-    demo_answer: str = "first"
-    """Which of several annotators' answers a demonstration shows: first or majority."""
-    zero_shot: str = "none"
-    """At 0 shots: none, or two_text, which shows two demonstrations without their pictures (they are no shots).
-    two_text_first_picture is a historic fault: the query is then shown with a demonstration's picture."""
-    num_beams: int = 1
-    """Beams of a generated answer."""
-    length_penalty: float = 1.0
-    """Exponent of the length that beam search divides by."""
-    cut: list[str] = field(default_factory=list)
-    """A generated answer ends where one of these strings begins."""
-    remove: str = ""
-    """Characters taken out of a generated answer."""
-    metrics: list[str] = field(default_factory=list)
-    """Metrics of the whole set, names of eval.metrics.table.METRICS, beside the mean of `metric`."""
-    question: str = "{question}"
-    """The question's text node; `{question}` is the item's own question, `{options}` its choices, and what else a
-    format's items have may be named likewise."""
-    lead: str = ""
-    """Fixed start of the answer's text node, part of the query's prompt too; a space where answers begin with one."""
-    tail: str = ""
-    """Fixed end of the answer's text node, shown in demonstrations and ignored in answers."""
-    output: str = "generate"
-    """generate: greedy decoding; rank: the most probable of the candidates (sum of token log-probabilities)."""
-    candidates: list[str] = field(default_factory=list)
-    """Closed answers for rank; empty takes every answer of the support set of the query's kind."""
-    metric: str = "exact_match"
-    """Score of one answer: a name of eval.metrics.text.SCORE_NAMES."""
-    demos: str = "random"
-    """Which demonstrations a query gets: a name of eval.demos.SAMPLERS, with a number or file behind a colon."""
-    max_new_tokens: int = 32
-    """Longest generated answer, in tokens."""
-    ways: int = 2
-    """Binding: classes in an episode. Shots are examples of each."""
-    min_pictures: int = 9
-    """Binding: classes with fewer different pictures are left out; one more than the most shots."""
-    names: list[str] = field(default_factory=list)
-    """Binding: names to give; empty reads them from `names_source`."""
-    names_source: SourceSpec | None = None
-    """Binding: pages whose meta lists `names`."""

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eval.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
-from eval.formats.choices import medmcqa, medqa, mmlu, mmmu, nextqa_choice, pubmedqa, scienceqa, star
+from eval.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
 from eval.formats.files import Item
 from eval.formats.labels import hateful_memes, imagenet, rareact, winoground
+from eval.formats.mmmu import mmmu
 from eval.formats.questions import ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad
 from eval.task import SourceSpec
 

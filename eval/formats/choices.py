@@ -1,10 +1,8 @@
-"""Multiple choice: ScienceQA, MMMU, NExT-QA, STAR, and the medical text sets MedQA, MedMCQA, PubMedQA, MMLU."""
+"""Multiple choice: ScienceQA, NExT-QA, STAR, and the medical text sets MedQA, MedMCQA, PubMedQA, MMLU."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from eval.formats.files import (
     read_jsonl,
     rows,
 )
-from eval.task import SourceSpec, StoredPicture
+from eval.task import SourceSpec
 from flamingo.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -39,7 +37,7 @@ def written_options(choices: Sequence[str], style: str) -> str:
     return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
 
 
-def _choice(path: Path, name: object, choices: Sequence[object], correct: Any, question: str, **more: Any) -> Item:
+def choice_item(path: Path, name: object, choices: Sequence[object], correct: Any, question: str, **more: Any) -> Item:
     """An item whose answer is one of its choices, by number."""
     texts = [str(choice).strip() for choice in choices]
     if not isinstance(correct, int) or not 0 <= correct < len(texts) <= len(LETTERS):
@@ -70,44 +68,13 @@ def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         picture = picture_of(source, path, f"{row.get('split')}/{name}/{image}", row) if image else None
         why = " ".join(" ".join(filter(None, (row.get("lecture"), row.get("solution")))).split())
         values = {"context": hint.strip() or "N/A"}
-        yield _choice(
+        yield choice_item(
             *(path, name, need(row, "choices", path, name), row["answer"], row["question"]),
             picture=picture,
             kind=kind,
             rationale=why,
             values=values,
         )
-
-
-def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """A folder with the hub's parquet files (SUBJECT/SPLIT-*.parquet); multiple choice about a single picture.
-
-    Questions about several pictures and open ones are left out: a turn shows one picture, and an open answer cannot be
-    ranked. `<image 1>` in the text is taken out, as the picture stands before it.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError("MMMU's files are parquet: pip install flamingo-vlm[tasks]") from None
-    files = sorted(path.glob(f"**/{source.split or 'validation'}-*.parquet"))
-    if not files:
-        raise UserError(f"{path} holds no {source.split or 'validation'}-*.parquet")
-    for file in files:
-        for row in parquet.read_table(file).to_pylist():
-            pictures = [row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}")]
-            options = ast.literal_eval(need(row, "options", file))  # a string that looks like a list
-            answer = str(row.get("answer", ""))
-            if row.get("question_type") == "multiple-choice" and len(pictures) == 1 and answer in letters(options):
-                asked = str(need(row, "question", file)).replace("<image 1>", "").strip()
-                shown = [str(option).replace("<image 1>", "the picture") for option in options]
-                picture = StoredPicture(partial(_bytes_of, pictures[0]["bytes"]))
-                correct = letters(options).index(answer)
-                kind = row["id"].rsplit("_", 1)[0]
-                yield _choice(file, need(row, "id", file), shown, correct, asked, picture=picture, kind=kind)
-
-
-def _bytes_of(blob: bytes) -> tuple[bytes, ...]:
-    return (blob,)
 
 
 def star(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -119,7 +86,7 @@ def star(path: Path, source: SourceSpec) -> Iterator[Item]:
         clip = clip_of(source, path, video, row, float(row["start"]), float(row["end"]))
         correct = choices.index(answer) if answer in choices else answer
         asked = need(row, "question", path, name)
-        yield _choice(path, name, choices, correct, asked, picture=clip, kind=name.split("_")[0], group=video)
+        yield choice_item(path, name, choices, correct, asked, picture=clip, kind=name.split("_")[0], group=video)
 
 
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -129,7 +96,7 @@ def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
         clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
         kind, correct = ("TN" if row["type"] == "TP" else row["type"]), int(row["answer"])
         choices = [row[key] for key in keys]
-        yield _choice(path, name, choices, correct, row["question"], picture=clip, kind=kind, group=row["video"])
+        yield choice_item(path, name, choices, correct, row["question"], picture=clip, kind=kind, group=row["video"])
 
 
 def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -140,7 +107,7 @@ def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         answer = need(row, "answer_idx", path, f"line {number + 1}")
         correct = names.index(answer) if answer in names else answer
         choices = [options[name] for name in names]
-        yield _choice(path, number, choices, correct, row["question"], kind=row.get("meta_info", ""))
+        yield choice_item(path, number, choices, correct, row["question"], kind=row.get("meta_info", ""))
 
 
 def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -149,7 +116,7 @@ def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         choices = [need(row, key, path, f"line {number + 1}") for key in ("opa", "opb", "opc", "opd")]
         answer = int(need(row, "cop", path, f"line {number + 1}")) - 1
         facts = {"kind": row.get("subject_name", ""), "rationale": " ".join(str(row.get("exp") or "").split())}
-        yield _choice(path, row.get("id", number), choices, answer, row["question"], **facts)
+        yield choice_item(path, row.get("id", number), choices, answer, row["question"], **facts)
 
 
 def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -162,7 +129,7 @@ def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
             choices, context = ["yes", "no", "maybe"], " ".join(need(row, "CONTEXTS", path, name))
             correct = choices.index(decision) if decision in choices else decision
             values = {"context": " ".join(context.split())}
-            yield _choice(path, name, choices, correct, need(row, "QUESTION", path, name), values=values)
+            yield choice_item(path, name, choices, correct, need(row, "QUESTION", path, name), values=values)
 
 
 def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -176,7 +143,7 @@ def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
                 correct = LETTERS.find(row["answer"].strip()) if row["answer"] else None
                 choices = [row[letter] for letter in "ABCD"]
                 kind = subject.replace("_", " ")
-                yield _choice(file, f"{subject}.{number}", choices, correct, row["question"], kind=kind)
+                yield choice_item(file, f"{subject}.{number}", choices, correct, row["question"], kind=kind)
 
 
 def _headless(path: Path, head: str) -> Iterator[dict[str, Any]]:

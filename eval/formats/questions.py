@@ -47,6 +47,13 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         yield item(number, picture, need(row, "question", path), answers, kind, group=str(row["image_id"]))
 
 
+def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """The answers of an OK-VQA annotation file as they were given and as they are stemmed."""
+    for row in rows(path, read_json(path), "annotations"):
+        for answer in need(row, "answers", path):
+            yield str(need(answer, "raw_answer", path)), str(need(answer, "answer", path))
+
+
 def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
     for row in rows(path, read_json(path), "data"):

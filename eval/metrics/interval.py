@@ -5,6 +5,14 @@ Two kinds. Wilson's interval is for independent right-or-wrong answers; unlike t
 queries, the answers are not independent and Wilson's would be too narrow: then whole pictures are resampled (a
 bootstrap clustered by picture), counter-based, so that the interval is the same on every machine and for every order of
 the samples.
+
+Several seeds are several choices of demonstrations, and a further choice would give a further score. The two-level
+bootstrap draws seeds and pictures, each with replacement and independently (they are crossed: every seed asks every
+query), so its interval is about the score under any demonstrations; the one over pictures alone is about these. With
+two or three seeds the former is itself a rough estimate, on the narrow side (a resample of S seeds has (S - 1) / S of
+their variance).
+
+Letters: N samples, C clusters, S seeds, R resamples.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval of a mean and the method that made it: "wilson" or "bootstrap"."""
+    """A 95 % interval and the method that made it: "wilson", "bootstrap" (of pictures) or "two-level bootstrap"."""
 
     low: float
     high: float
@@ -63,31 +71,75 @@ def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resample
     return Interval(float(low), float(high), "bootstrap")
 
 
-def cluster_weights(clusters: Sequence[str], resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
-    """Blocks (r, N) of how often each sample is in a resample of whole clusters; the same for any order of samples."""
+def two_level_bootstrap(
+    scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int], resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap of the mean, seeds and clusters drawn with replacement. One seed: clusters alone."""
+    if len(set(seeds)) < 2:
+        return cluster_bootstrap(scores, clusters, resamples)
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
-    rng = np.random.Generator(np.random.Philox(key=len(names)))
-    block = max(1, 1_000_000 // len(clusters))
+    kinds, seed = np.unique(np.asarray(seeds), return_inverse=True)
+    size = len(kinds) * len(names)
+    place = seed * len(names) + inverse
+    sums = np.bincount(place, weights=np.asarray(scores, dtype=np.float64), minlength=size).reshape(len(kinds), -1)
+    counts = np.bincount(place, minlength=size).astype(np.float64).reshape(len(kinds), -1)
+    means = np.empty(resamples)
+    start = 0
+    for drawn_clusters, drawn_seeds in _draws(len(names), len(kinds), resamples):
+        totals, numbers = (table[:, drawn_clusters].sum(2) for table in (sums, counts))  # (S, r)
+        total, number = ((drawn_seeds.T * values).sum(0) for values in (totals, numbers))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[start : start + len(total)] = total / number
+        start += len(total)
+    low, high = np.nanquantile(means, [0.025, 0.975])
+    return Interval(float(low), float(high), "two-level bootstrap")
+
+
+def _draws(clusters: int, seeds: int, resamples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of (r, C) drawn clusters and of how often each seed is drawn, (r, S), ones where there is but one seed."""
+    rng = np.random.Generator(np.random.Philox(key=clusters))
+    choose = np.random.Generator(np.random.Philox(key=[clusters, seeds]))
+    block = max(1, 2_000_000 // (clusters * seeds))  # bounds the memory of the index table
     for start in range(0, resamples, block):
-        draw = rng.integers(0, len(names), size=(min(block, resamples - start), len(names)))
-        counts = np.stack([np.bincount(row, minlength=len(names)) for row in draw]).astype(np.float64)
-        yield counts[:, inverse]
+        size = min(block, resamples - start)
+        drawn = rng.integers(0, clusters, size=(size, clusters))
+        yield drawn, choose.multinomial(seeds, [1 / seeds] * seeds, size=size).astype(np.float64)
+
+
+def sample_weights(
+    clusters: Sequence[str], seeds: Sequence[int] | None = None, resamples: int = RESAMPLES
+) -> Iterator[np.ndarray]:
+    """Blocks (r, N) of how often each sample is in a resample of whole clusters, and of seeds where there are several.
+
+    The same for any order of the samples.
+    """
+    names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
+    kinds, seed = np.unique(np.asarray(seeds or [0] * len(clusters)), return_inverse=True)
+    for drawn, times in _draws(len(names), len(kinds), resamples):
+        counts = np.stack([np.bincount(row, minlength=len(names)) for row in drawn]).astype(np.float64)
+        yield counts[:, inverse] * times[:, seed]
 
 
 def statistic_interval(
-    statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str], resamples: int = RESAMPLES
+    statistic: Callable[[np.ndarray], np.ndarray],
+    clusters: Sequence[str],
+    resamples: int = RESAMPLES,
+    seeds: Sequence[int] | None = None,
 ) -> Interval:
     """Percentile bootstrap of a statistic that is no mean: it takes (r, N) weights and gives (r,) values.
 
     Resamples for which it has no value (nan: an AUC without negatives) are left out.
     """
-    values = np.concatenate([statistic(weights) for weights in cluster_weights(clusters, resamples)])
+    values = np.concatenate([statistic(weights) for weights in sample_weights(clusters, seeds, resamples)])
     low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan, np.nan)
-    return Interval(float(low), float(high), "bootstrap")
+    return Interval(float(low), float(high), "two-level bootstrap" if len(set(seeds or ())) > 1 else "bootstrap")
 
 
-def mean_interval(scores: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """Wilson's interval where it is valid (0/1 scores, every cluster once), else the clustered bootstrap."""
+def mean_interval(scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int] | None = None) -> Interval:
+    """Wilson's interval where it is valid (0/1 scores, every cluster once), else a bootstrap: of two levels where
+    `seeds` are given and there are several."""
+    if seeds is not None and len(set(seeds)) > 1:
+        return two_level_bootstrap(scores, clusters, seeds)
     independent = len(set(clusters)) == len(clusters)
     if independent and all(score in (0.0, 1.0) for score in scores):
         return wilson(sum(scores), len(scores))

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval.metrics.captions import Cider, bleu, bleu_counts, rouge_l
-from eval.metrics.interval import Interval, cluster_bootstrap, mean_interval, statistic_interval
+from eval.metrics.interval import RESAMPLES, Interval, mean_interval, statistic_interval, two_level_bootstrap
+from eval.metrics.java import PROGRAMS, meteor, program, spice
 from eval.metrics.medical import closed, is_closed, medical_exact, open_scores, published_closed, published_open
 from eval.metrics.ranking import mwap, roc_auc, winoground
 from eval.metrics.vqa import vqa_accuracy
@@ -53,6 +54,11 @@ class Answered(Protocol):
         ...
 
     @property
+    def seed(self) -> int:
+        """Of its demonstrations."""
+        ...
+
+    @property
     def candidates(self) -> tuple[str, ...]:
         """The closed answers, if it was ranked."""
         ...
@@ -82,8 +88,20 @@ def _value(score: float | np.floating, interval: Interval, n: int) -> Value:
     return Value(float(score), interval.low, interval.high, n, interval.method)
 
 
+def _ties(answers: Answers) -> tuple[list[str], list[int]]:
+    """What makes scores dependent: clusters and seeds."""
+    return [one.cluster for one in answers], [one.seed for one in answers]
+
+
 def _mean(scores: Sequence[float], answers: Answers) -> Value:
-    return _value(np.mean(scores), mean_interval(scores, [one.cluster for one in answers]), len(scores))
+    return _value(np.mean(scores), mean_interval(scores, *_ties(answers)), len(scores))
+
+
+def _statistic(
+    score: float | np.floating, statistic: Callable[[np.ndarray], np.ndarray], answers: Answers, resamples: int
+) -> Value:
+    clusters, seeds = _ties(answers)
+    return _value(score, statistic_interval(statistic, clusters, resamples, seeds), len(answers))
 
 
 def _captions(answers: Answers) -> dict[str, Value]:
@@ -91,12 +109,11 @@ def _captions(answers: Answers) -> dict[str, Value]:
     said = list({one.query_id: one.golds for one in answers}.values())
     cider = Cider(said)
     each = [cider.score(one.answer, one.golds) for one in answers]
-    found = {"cider": _value(np.mean(each), cluster_bootstrap(each, [a.cluster for a in answers]), len(each))}
+    found = {"cider": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
     counts = np.stack([bleu_counts(one.answer, one.golds) for one in answers])
     corpus = bleu(counts.sum(0))
     for n in range(4):
-        interval = statistic_interval(partial(_bleu_n, counts, n), [a.cluster for a in answers], 2000)
-        found[f"bleu_{n + 1}"] = _value(corpus[n], interval, len(answers))
+        found[f"bleu_{n + 1}"] = _statistic(corpus[n], partial(_bleu_n, counts, n), answers, 2000)
     return found | {"rouge_l": _mean([rouge_l(one.answer, one.golds) for one in answers], answers)}
 
 
@@ -119,8 +136,8 @@ def _auc(answers: Answers) -> dict[str, Value]:
         raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
     margins = np.array([one.log_probs[1] - one.log_probs[0] for one in answers])
     positive = np.array([one.golds[0] == one.candidates[-1] for one in answers])
-    interval = statistic_interval(lambda w: roc_auc(margins, positive, w), [one.cluster for one in answers])
-    return {"roc_auc": _value(roc_auc(margins, positive)[0], interval, len(answers))}
+    score = roc_auc(margins, positive)[0]
+    return {"roc_auc": _statistic(score, lambda w: roc_auc(margins, positive, w), answers, RESAMPLES)}
 
 
 def _medical(answers: Answers) -> dict[str, Value]:
@@ -182,8 +199,20 @@ def _mwap(answers: Answers) -> dict[str, Value]:
     matrix = np.array([one.log_probs for one in answers])
     facts = [one.golds[0] for one in answers], [one.kind for one in answers], [one.cluster for one in answers]
     score = mwap(matrix, *facts, pairs)
-    interval = statistic_interval(lambda weights: mwap(matrix, *facts, pairs, weights), facts[2], 300)
-    return {"mwap": _value(score[0], interval, len(answers))}
+    return {"mwap": _statistic(score[0], lambda weights: mwap(matrix, *facts, pairs, weights), answers, 300)}
+
+
+def _meteor(answers: Answers) -> dict[str, Value]:
+    """The set's figure; its interval is that of the captions' mean, moved to it."""
+    score, each = meteor([one.answer for one in answers], [one.golds for one in answers])
+    interval = two_level_bootstrap(each, *_ties(answers))
+    moved = score - float(np.mean(each))
+    return {"meteor": Value(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
+
+
+def _spice(answers: Answers) -> dict[str, Value]:
+    each = spice([one.answer for one in answers], [one.golds for one in answers])
+    return {"spice": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
 
 
 def _by_word(answers: Answers) -> dict[str, Value]:
@@ -200,6 +229,8 @@ NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
 METRICS: dict[str, Metric] = {
     "by_word": _by_word,
     "captions": _captions,
+    "meteor": _meteor,
+    "spice": _spice,
     "vqa": _vqa,
     "roc_auc": _auc,
     "medical": _medical,
@@ -208,6 +239,12 @@ METRICS: dict[str, Metric] = {
     "mwap": _mwap,
 }
 """Name in a task's `metrics` to what it measures."""
+
+
+def check_metric(name: str) -> None:
+    """Raise UserError if what a metric needs is not on this machine: told now, not when the answers are there."""
+    if name in PROGRAMS:
+        program(name, PROGRAMS[name])
 
 
 def measure(names: Sequence[str], answers: Answers) -> dict[str, dict[str, Any]]:

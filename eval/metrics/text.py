@@ -6,6 +6,7 @@ parsed is wrong and counted; no score here ever guesses.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from eval.metrics.captions import Cider, rouge_l
@@ -40,6 +41,21 @@ def ivqa_accuracy(answer: str, golds: Sequence[str]) -> float:
     return min(1.0, sum(_folded(gold) == _folded(answer) for gold in golds) / 2)
 
 
+def open_match(answer: str, golds: Sequence[str]) -> float:
+    """MMMU's rule for open answers: a gold number is among those said, to two decimals, or a gold text is within it."""
+    said = answer.lower()
+    numbers = {round(float(found.replace(",", "")), 2) for found in _NUMBER.findall(said)}
+    for gold in golds:
+        text = " ".join(gold.lower().split())
+        if _NUMBER.fullmatch(text):
+            if round(float(text.replace(",", "")), 2) in numbers:
+                return 1.0
+        elif text and text in " ".join(said.split()):
+            return 1.0
+    return 0.0
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Score = Callable[[str, Sequence[str]], float]
 SCORES: dict[str, Score] = {
     "exact_match": exact_match,
@@ -50,6 +66,7 @@ SCORES: dict[str, Score] = {
     "token_f1": token_f1,
     "rouge_l": rouge_l,
     "wups": wups_score,
+    "open_match": open_match,
 }
 """Name in a task's YAML to score; a new score is an entry here."""
 OF_SET: dict[str, Callable[[Sequence[Sequence[str]]], Score]] = {"cider": lambda golds: Cider(golds).score}

@@ -154,3 +154,11 @@ def wordnet() -> WordNet:
         "the metric wups needs WordNet's files (data.noun and the others): install the package wordnet-base, or set "
         "WNHOME to their folder; wordnet.princeton.edu publishes them"
     )
+
+
+def wordnet_if_there() -> WordNet | None:
+    """The same, or None."""
+    try:
+        return wordnet()
+    except UserError:
+        return None

@@ -45,7 +45,7 @@ class FlamingoLM(LM):
         self,
         pretrained: str = "",
         *,
-        device: str = "cpu",
+        device: str | None = None,
         dtype: str = "float32",
         batch_size: int | str = 16,
         max_batch_size: int | None = None,

@@ -154,11 +154,17 @@ def _document(key: str, one: Shown) -> Document:
     return Document(key, turn, (one.answer,))
 
 
-def load(pretrained: str, device: str, dtype: str) -> FlamingoResponder:
-    """The model of a saved folder. Raises UserError where there is none."""
+def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
+    """The model of a saved folder; without a `device` on a GPU if there is one. Raises UserError where there is none.
+
+    lm_eval's own command line gives None where its `--device` is left out, or cuda:0 on a machine without one.
+    """
     if not (Path(pretrained) / "config.json").is_file():
         raise UserError(f"pretrained={pretrained} is no folder that save_pretrained or train.py wrote")
     model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+    if not torch.cuda.is_available():
+        device = "cpu" if device is None or device.startswith("cuda") else device
+    device = device or "cuda"
     return FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
 
 

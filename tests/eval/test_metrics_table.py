@@ -30,6 +30,7 @@ class Answer:
     cluster: str = ""
     candidates: tuple[str, ...] = ()
     log_probs: tuple[float, ...] = ()
+    seed: int = 0
 
 
 def test_contractions_are_the_published_table_gaps_included() -> None:

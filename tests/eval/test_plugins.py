@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.__main__ import CONFIG
 from eval.model import FlamingoResponder
 from eval.plugins.shown import Prompts, Support, shown
 from flamingo.errors import UserError
@@ -216,3 +221,66 @@ def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoRespond
     without.task_dict["tiny"] = task.dataset
     without.generate_until(requests)
     assert without._engine.cache.shown == 6
+
+
+TASK = """task: tiny_pictures
+dataset_path: json
+dataset_kwargs:
+  data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}
+fewshot_split: train
+test_split: test
+output_type: multiple_choice
+doc_to_text: "<image>{{{{question}}}}"
+doc_to_image: !function shown.image
+doc_to_target: label
+doc_to_choice: [{names}]
+metric_list: [{{metric: acc}}]
+"""
+SHOWN = """from PIL import Image
+
+
+def image(doc):
+    return [Image.open(doc["picture"])]
+"""
+
+
+def lm_eval_folder(folder: Path) -> None:
+    """A saved model, and a task of lm_eval's own kind on local files."""
+    model, processor = tiny.flamingo("llama")
+    model.save_pretrained(folder / "model", built_modules=True)
+    processor.save_pretrained(folder / "model")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    for split, count, seed in (("train", 12, 100), ("test", 6, 500)):
+        lines = []
+        for number, row in enumerate(rows(count, seed)):
+            picture = folder / f"{split}{number}.png"
+            picture.write_bytes(row.pop("png"))
+            lines.append(json.dumps(row | {"picture": str(picture)}))
+        (tasks / f"{split}.jsonl").write_text("\n".join(lines))
+    (tasks / "tiny_pictures.yaml").write_text(TASK.format(folder=tasks, names=", ".join(NAMES)))
+    (tasks / "shown.py").write_text(SHOWN)
+
+
+@pytest.mark.slow
+def test_lm_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    lm_eval_folder(tmp_path)
+    start = [sys.executable, "-m", "eval.plugins.lm_eval_model", "--model", "flamingo", "--tasks", "tiny_pictures"]
+    start += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def run(arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*start, "--model_args", arguments]
+        return subprocess.run(command, cwd=CONFIG.parent, env=environment, capture_output=True, text=True, timeout=280)
+
+    done = run(f"pretrained={tmp_path / 'model'},shots=2,include_path={tmp_path / 'tasks'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tiny_pictures" in done.stdout
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(found.read_text())["results"]["tiny_pictures"]["acc,none"] <= 1
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 6
+    wrong = run("pretrained=/nowhere")
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")

@@ -53,6 +53,12 @@ def test_prompts_are_those_of_the_papers(tmp_path: Path) -> None:
     prompt = PromptBuilder(Letters()).build(label, 5)
     assert "".join(map(chr, prompt.candidates[0])).endswith(".\n")  # no end-of-chunk token anywhere
     assert EOC not in (*prompt.ids, *prompt.candidates[0])
+    meme = text(first(built(tmp_path, "hateful_memes", "protocol=idefics"), 1))
+    assert meme.startswith(
+        "It's a conversation between a human, the user, and an intelligent visual AI, Bot. The user "
+    )
+    assert meme.count('#is an image with written "look at {this}" on it. Is it hateful? Answer: ') == 2
+    assert meme.endswith("Is it hateful? Answer: ")
 
 
 def test_zero_shots_show_two_texts_where_the_protocol_does_so(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
         assert row["interval"][0] <= row["score"] <= row["interval"][1]
         assert row["n"] == (20 if row["task"] == "vqa<b>" else 24)
         assert row["n_pictures"] * 2 == row["n"]  # two seeds ask the same queries: clustered
-        assert row["interval_method"] == "bootstrap"
+        assert row["interval_method"] == "two-level bootstrap"  # ... and drawn too
+        assert row["interval_these_seeds_method"] == "bootstrap"
         assert set(row["score_by_seed"]) == {"0", "1"}
     for key in ("model", "command", "code", "versions", "device", "date", "wall_s", "decoding", "pictures", "seeds"):
         assert read[key] not in (None, "", {}), key

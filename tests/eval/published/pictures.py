@@ -176,11 +176,21 @@ def mmmu(root: Path) -> None:
 
     for split, start in (("validation", 0), ("dev", COUNT)):
         rows = []
-        for number in range(start, start + COUNT + 1):
-            image = {"bytes": png(TINTS[number % 4], number), "path": f"{number}.png"}
-            row = {"id": f"{split}_Accounting_{number}", "question": "<image 1> What is it?", "image_1": image}
+        for number in range(start, start + COUNT):
+            images = [{"bytes": png(TINTS[number % 4], number + 50 * n), "path": f"{number}.png"} for n in range(3)]
+            row: dict[str, Any] = {
+                "id": f"{split}_Accounting_{number}",
+                "question": "<image 1> What is it?",
+                "image_1": images[0],
+            }
             row |= {"options": "['$6', \"it's 7\"]", "answer": "B", "question_type": "multiple-choice"}
-            rows.append(row | {"image_2": image if number == start + COUNT else None})  # of two pictures: left out
+            row["image_2"] = row["image_3"] = None
+            if number % COUNT == 1:  # of three pictures, one of which is an option
+                row |= {"question": "Is <image 1> left of <image 2>?", "options": "['no', '<image 3>', 'as <image 2>']"}
+                row |= {"image_2": images[1], "image_3": images[2]}
+            if number % COUNT == 3:
+                row |= {"options": "[]", "answer": "['1,250.50', 'a lot']", "question_type": "open"}
+            rows.append(row)
         (root / "Accounting").mkdir(parents=True, exist_ok=True)
         file = root / "Accounting" / f"{split}-00000-of-00001.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
