@@ -99,7 +99,8 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
     try:
         tower.load_state_dict(visual)
     except RuntimeError as error:
-        raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {error}") from error
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {first}") from error
     if image_size not in (None, config.image_size):
         resize_tower(tower, image_size)
         model_cfg["vision_cfg"]["image_size"] = image_size
