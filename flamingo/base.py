@@ -157,7 +157,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, *args: Any, vision: nn.Module | None = None, language: Any = None, **options: Any
     ) -> Any:
-        """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none."""
+        """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none.
+
+        Raises:
+            UserError: the folder holds no `config.json`, or a name needs a network that is not there.
+        """
         if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not hub_reachable()):
             raise UserError(
                 f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
