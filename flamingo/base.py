@@ -168,7 +168,10 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             )
         built = {"vision_tower": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
-        return super().from_pretrained(folder, *args, **options)
+        loaded = super().from_pretrained(folder, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze(model.policy)  # loading makes some parameters anew, and those would train
+        return loaded
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | Path, *, built_modules: bool = False, **options: Any

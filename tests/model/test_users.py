@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import flamingo.__main__ as command
-from flamingo import FlamingoConfig
+from flamingo import FlamingoConfig, FlamingoForConditionalGeneration
 from tests.model import tiny
 
 
@@ -117,6 +117,8 @@ def test_transformers_own_classes_load_a_folder(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), FlamingoConfig)
+    again = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    assert [name for name, _ in again.trainable_parameters()] == [name for name, _ in model.trainable_parameters()]
     loaded: Any = AutoModelForImageTextToText.from_pretrained(tmp_path)
     inputs = tiny.batch(processor)
     with torch.no_grad():
