@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,15 +26,17 @@ from flamingo.config import (
     num_decoder_layers,
 )
 from flamingo.errors import UserError
-from flamingo.hub import from_hub, hub_reachable
+from flamingo.hub import from_hub, hub_reachable, read_safetensors
 from flamingo.images import ImageTransform
 from flamingo.language import place_beside
 from flamingo.processor import FlamingoProcessor
 from flamingo.tables import embedding_table
 from flamingo.towers import TIMM, checked_width, load_timm, resize_tower
-from flamingo.vision import build_open_clip, describe_tower, vision_model_from_config
+from flamingo.vision import VisionEncoder, build_open_clip, describe_tower, vision_model_from_config
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+VISION_OPTIONS = ("mean", "std", "resize_mode", "class_token", "final_norm")
+"""Of `VisionConfig`, what a caller may decide."""
 
 
 def load_vision(
@@ -45,16 +46,31 @@ def load_vision(
 
     `vision` is an open_clip name (then `pretrained` is one of its tags, a file, or None for random weights), `timm/`
     with one of timm's names (likewise), a folder (open_clip's layout or transformers'), a transformers name, or a built
-    module (then `image_size` is needed). Another `image_size` than the encoder's own interpolates its positions.
+    module (then `image_size` is needed). Another `image_size` than the encoder's own, in pixels, interpolates its
+    positions. `options` are `mean`, `std`, `resize_mode`, `class_token` and `final_norm` of `VisionConfig`, where they
+    are to be others than the encoder's.
 
     Raises:
-        UserError: unknown name or tag, missing files, no network.
+        UserError: unknown name, tag or option, missing files, no network, an encoder that cannot do what is asked.
     """
+    if unknown := sorted(set(options) - set(VISION_OPTIONS)):
+        raise UserError(f"vision_options.{unknown[0]} is not an option; known are {', '.join(VISION_OPTIONS)}")
     if isinstance(vision, nn.Module):
         if image_size is None:
             raise UserError("a built vision module needs image_size=..., the side of its pictures in pixels")
         checked_width(vision, image_size, type(vision).__name__)
-        return vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
+        tower, config = vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size)
+    else:
+        tower, config = _vision_by_name(vision, pretrained, image_size)
+    if options:
+        config = replace(config, **options)
+        VisionEncoder(tower, config).check()
+    return tower, config
+
+
+def _vision_by_name(
+    vision: str | Path, pretrained: str | None, image_size: int | None
+) -> tuple[nn.Module, VisionConfig]:
     path = Path(vision)
     if path.is_dir():
         return _vision_from_folder(path, image_size)
@@ -78,12 +94,13 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
         raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
     config = _open_clip_config(str(path), model_cfg, preprocess)
     tower = build_open_clip(config.arch or {})
-    weights = load_file(path / OPEN_CLIP_WEIGHTS)
+    weights = read_safetensors(path / OPEN_CLIP_WEIGHTS)
     visual = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
     try:
         tower.load_state_dict(visual)
     except RuntimeError as error:
-        raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {error}") from error
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {first}") from error
     if image_size not in (None, config.image_size):
         resize_tower(tower, image_size)
         model_cfg["vision_cfg"]["image_size"] = image_size
@@ -160,7 +177,8 @@ def _open_clip_config(name: str, model_cfg: dict[str, Any], preprocess: dict[str
 def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
     config = from_hub(AutoConfig, name, "vision encoder")
     vision_config = getattr(config, "vision_config", config)
-    model_class = type(vision_model_from_config_on_meta(vision_config))
+    with torch.device("meta"):  # to learn the class
+        model_class = type(vision_model_from_config(vision_config))
     tower = from_hub(model_class, name, "vision encoder", config=vision_config).eval()
     size = int(getattr(vision_config, "image_size", None) or image_size or 224)
     if image_size not in (None, size):
@@ -168,12 +186,6 @@ def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Mod
         size = int(image_size)
     checked_width(tower, size, name)
     return tower, describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
-
-
-def vision_model_from_config_on_meta(config: Any) -> PreTrainedModel:
-    """Return a transformers vision model without memory for its weights, to learn its class."""
-    with torch.device("meta"):
-        return vision_model_from_config(config)
 
 
 def _image_statistics(name: str) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def _image_statistics(name: str) -> dict[str, Any]:
 def load_language(
     language: str | Path | nn.Module, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal LM with its weights, and its tokenizer; a built LM needs `tokenizer`."""
+    """Return a causal LM with its weights, and its tokenizer. A built LM needs `tokenizer`, or it is a UserError."""
     if isinstance(language, PreTrainedModel):
         if tokenizer is None:
             raise UserError("a built language model needs tokenizer=...")
@@ -236,7 +248,7 @@ def from_backbones(
         cross_attention: options of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: where the LM's layers are, if they are not found.
-        vision_options: for a built module: `mean`, `std`, `resize_mode` of `VisionConfig`.
+        vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
         seed: of the new parts' weights.
 
     Raises:

@@ -157,14 +157,21 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, *args: Any, vision: nn.Module | None = None, language: Any = None, **options: Any
     ) -> Any:
-        """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none."""
+        """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none.
+
+        Raises:
+            UserError: the folder holds no `config.json`, or a name needs a network that is not there.
+        """
         if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not hub_reachable()):
             raise UserError(
                 f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
             )
         built = {"vision_tower": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
-        return super().from_pretrained(folder, *args, **options)
+        loaded = super().from_pretrained(folder, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze(model.policy)  # loading makes some parameters anew, and those would train
+        return loaded
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | Path, *, built_modules: bool = False, **options: Any

@@ -49,8 +49,9 @@ class VisionConfig:
     class_token: bool = False
     """True: the encoder's class (and register) tokens stand in front of the patch tokens, as in IDEFICS."""
     final_norm: bool = False
-    """True: tokens after the encoder's final norm. No release has it; a model that was trained with open_flamingo on
-    open_clip 2.23 or later does."""
+    """True: tokens after the encoder's final norm, which is also what `last_hidden_state` of transformers' SigLIP, ViT
+    and DINOv2 is (its CLIP's is not). No release has it; a model that was trained with open_flamingo on open_clip 2.23
+    or later does."""
 
     def __post_init__(self) -> None:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -230,6 +231,9 @@ def every_n_layers(num_layers: int, every: int) -> list[int]:
 
     >>> every_n_layers(6, 2)
     [1, 3, 5]
+
+    Raises:
+        UserError: the interval is not between 1 and the number of layers.
     """
     if not 1 <= every <= num_layers:
         raise UserError(f"cross_attn_every_n_layers={every} must lie between 1 and the LM's {num_layers} layers")
@@ -252,7 +256,11 @@ T = TypeVar("T")
 
 
 def from_dict(cls: type[T], options: Mapping[str, Any] | T | None, where: str) -> T:
-    """Build a dataclass from a mapping; an unknown key is named together with the known ones."""
+    """Build a dataclass from a mapping; an unknown key is named together with the known ones.
+
+    Raises:
+        UserError: an unknown key.
+    """
     if isinstance(options, cls):
         return options
     values: dict[str, Any] = dict(options or {})  # type: ignore[arg-type]

@@ -15,10 +15,14 @@ the hub, its cache or given folders; without them the conversion is refused. Ott
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from flamingo.errors import UserError
 from flamingo.presets import PRESETS, Preset, preset
@@ -49,16 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert, write, and say what was written."""
+    from transformers.utils import logging
+
     from flamingo.convert.files import read_checkpoint, read_config
 
+    logging.disable_progress_bar()
     chosen = None if options.preset is None else preset(options.preset, options.family)
-    if (options.out / "config.json").exists():
-        raise UserError(f"{options.out} holds a model already; give another --out or remove it")
+    check_out(options.out)
     state, config = read_checkpoint(options.checkpoint), read_config(options.checkpoint)
     convert = {"openflamingo": _openflamingo, "otter": _otter, "idefics": _idefics}[options.family]
     model, processor = convert(state, config, options, chosen)
-    model.save_pretrained(options.out)
-    processor.save_pretrained(options.out)
+    write_whole(options.out, model.save_pretrained, processor.save_pretrained)
     count = sum(p.numel() for p in model.parameters()) / 1e9
     print(
         f"{len(state)} tensors read, {count:.3g} billion parameters of {model.dtype} written to {options.out}; gated "
@@ -66,6 +71,40 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stdout,
     )
     return 0
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is read.
+
+    Raises:
+        UserError: it holds a model or other files, is no folder, or lies where one may not write.
+    """
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a model already; give another --out or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; give another --out")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {out} cannot be made: {above} is not a folder that may be written to")
+
+
+def write_whole(out: Path, *writers: Callable[[Path], Any]) -> None:
+    """Have everything written beside `out` and moved there at the end: what lies at `out` is whole or is not there.
+
+    Raises:
+        UserError: the disk is full, or is otherwise not to be written to.
+    """
+    partial = out.with_name(f"{out.name}.partial")  # of an earlier run that was killed, it is written anew
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for write in writers:
+            write(partial)
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _openflamingo(

@@ -26,6 +26,9 @@ class EncodesMedia(FlamingoPreTrainedModel):
 
         `pixel_values` is (I, F, C, S, S), or (frames of all pictures, C, S, S) with `frame_counts`. Without gradients
         equal pictures are encoded once.
+
+        Raises:
+            UserError: pictures of another size than the encoder's, or counts that do not fit the frames.
         """
         if pixel_values.shape[-1] != self.vision_encoder.image_size:
             raise UserError(
@@ -49,7 +52,11 @@ class EncodesMedia(FlamingoPreTrainedModel):
         image_counts: Int[Tensor, "B"] | None = None,
         frame_counts: Int[Tensor, "I"] | None = None,
     ) -> MediaCache:
-        """Encode the pictures of `rows` rows; pixels and features may be None or empty."""
+        """Encode the pictures of `rows` rows; pixels and features may be None or empty.
+
+        Raises:
+            UserError: counts are missing or do not fit the rows or the pictures.
+        """
         number = len(next((x for x in (media_features, frame_counts, pixel_values) if x is not None), ()))
         if image_counts is None:
             if rows > 1 and number:

@@ -91,6 +91,9 @@ def generate(
     With `output_cross_attentions` and `return_dict_in_generate` the result has `cross_attentions`: for the prompt and
     for each new token but the last, every block's weights (B, H, T, L) as `FlamingoOutput` has them. T is 1 behind the
     prompt, and B counts beams, in their order of that step.
+
+    Raises:
+        UserError: no `input_ids`; pictures and `<image>` tags that differ in number (names the row and both numbers).
     """
     ids = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids is None:

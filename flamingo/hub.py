@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from flamingo.errors import UserError
 
 
 def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
-    """Call `cls.from_pretrained(name)` for a folder or a name on the hub; failures become one sentence."""
+    """Return `cls.from_pretrained(name)` of a folder or a name on the hub.
+
+    Raises:
+        UserError: the folder does not hold a `what`, or the name cannot be had, with or without a network.
+    """
     local = Path(name).is_dir()
     online = not local and hub_reachable()
     try:
         return cls.from_pretrained(name, local_files_only=not online, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if local:
             raise UserError(f"the folder {name} does not hold a usable {what}: {_first_line(error)}") from error
         if not online:
@@ -29,6 +37,18 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
                 "reachable; give a folder or a built module"
             ) from error
         raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def read_safetensors(file: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        UserError: it is cut off or is no safetensors file.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

@@ -44,6 +44,9 @@ def phi_from_ids(
 
         ids        a  <i>  b  </s>  c  <i>  d
         previous   0   1   1   1    0   2   2
+
+    Raises:
+        UserError: an `attend` that is neither "previous" nor "next".
     """
     is_image = input_ids == image_token_id
     count = is_image.cumsum(dim=1)

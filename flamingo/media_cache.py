@@ -50,14 +50,22 @@ class MediaCache:
 
     @classmethod
     def of(cls, features: Float[Tensor, "I L E"], image_counts: Int[Tensor, "R"]) -> MediaCache:
-        """Make the cache of a call from all rows' latents and the number of pictures of each row."""
+        """Make the cache of a call from all rows' latents and the number of pictures of each row.
+
+        Raises:
+            UserError: the counts do not sum to the number of pictures.
+        """
         total = int(image_counts.sum())
         if total != len(features):
             raise UserError(f"image_counts sum to {total}, but {len(features)} pictures are given")
         return cls(features, picture_table(image_counts))
 
     def extended(self, features: Float[Tensor, "I L E"], image_counts: Int[Tensor, "R"]) -> MediaCache:
-        """Return the cache with more pictures behind those of each row (a later turn of a conversation)."""
+        """Return the cache with more pictures behind those of each row (a later turn of a conversation).
+
+        Raises:
+            UserError: another number of rows than this cache has.
+        """
         if len(image_counts) != len(self.pictures):
             raise UserError(f"{len(image_counts)} rows continue a cache of {len(self.pictures)} rows")
         more = picture_table(image_counts, start=len(self.features))

@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -34,7 +40,7 @@ from flamingo.language import Call, CallState, attach, new_tokens_for
 from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.media import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.media_cache import MediaCache, PictureInputs
-from flamingo.packing import packed_inputs
+from flamingo.packing import counted_positions, packed_inputs
 from flamingo.resampler import PerceiverResampler
 from flamingo.vision import VisionEncoder, build_tower
 
@@ -163,7 +169,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             phi = checked_phi(self.config, input_ids, media, past_key_values)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         if self._lm_takes_positions:
-            kwargs["position_ids"] = _positions(position_ids, attention_mask, input_ids.shape[1])
+            kwargs["position_ids"] = counted_positions(position_ids, attention_mask, input_ids.shape[1])
         if self._lm_takes_logits_to_keep and not lean:
             kwargs["logits_to_keep"] = logits_to_keep
         cached = (not self.training and labels is None) if use_cache is None else use_cache
@@ -290,8 +296,4 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 
-def _positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
-    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are no padding."""
-    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return given
+AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)

@@ -119,7 +119,11 @@ class FlamingoProcessor:
         return BatchFeature(data)
 
     def pad(self, ids: Sequence[Sequence[int]], padding_side: str = "left") -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` (B, T) of rows of different lengths."""
+        """Return `input_ids` and `attention_mask` (B, T) of rows of different lengths.
+
+        Raises:
+            UserError: a `padding_side` that is neither "left" nor "right".
+        """
         if padding_side not in ("left", "right"):
             raise UserError(f"padding_side={padding_side!r} must be 'left' or 'right'")
         length = max(len(row) for row in ids)
@@ -138,6 +142,9 @@ class FlamingoProcessor:
 
         Two demonstrations "A cat." and "A dog." and the query "A" give
         `<image>A cat.<|endofchunk|><image>A dog.<|endofchunk|><image>A`, as in the training pages.
+
+        Raises:
+            UserError: a text contains a tag.
         """
         chunks = [*demos, query]
         for _, text in chunks:
@@ -168,7 +175,11 @@ class FlamingoProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FlamingoProcessor:
-        """Read what `save_pretrained` wrote."""
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            UserError: the folder holds no processor.
+        """
         file = Path(folder) / PROCESSOR_FILE
         if not file.is_file():
             raise UserError(f"{folder} holds no Flamingo processor: {PROCESSOR_FILE} is missing")

@@ -23,7 +23,7 @@ def embedding_table(lm: PreTrainedModel) -> Any:
 
 
 def output_head(lm: PreTrainedModel) -> Any:
-    """Return the LM's output layer (D to V)."""
+    """Return the LM's output layer (D to V); a model that has none is a UserError."""
     head = lm.get_output_embeddings()
     if head is None:
         raise UserError(f"{type(lm).__name__} has no output embedding; give a causal LM (AutoModelForCausalLM)")

@@ -1,49 +1,64 @@
 """Encoders at another resolution than they were trained at, and timm's encoders by name.
 
 Notable: learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
-do; transformers' own `interpolate_pos_encoding` has no antialiasing and differs where a grid shrinks. It is done once,
-to the weights, so what is saved is an encoder of the new size. A side that is no multiple of the patch loses the rest
-at its right and bottom: at patch 14, 322 or 336 px make better use of a picture than the paper's 320.
+do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
+has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
+saved is an encoder of the new size. A side that is no multiple of the patch loses the rest at its right and bottom: at
+patch 14, 322 or 336 px make better use of a picture than the paper's 320.
 
 Letters: G side of a grid of patches, R rows before it (class token), D width.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flamingo.config import VisionConfig
 from flamingo.errors import UserError
-from flamingo.hub import hub_reachable
+from flamingo.hub import hub_reachable, read_safetensors
 from flamingo.vision import build_open_clip, token_width
 
 TIMM = "timm/"
 
 
-def resized_positions(table: Float[Tensor, "N D"], grid: int, *, prefix: int) -> Float[Tensor, "M D"]:
-    """Return a table of R + G*G positions with its grid at `grid` x `grid`; the first `prefix` rows stay."""
+def resized_positions(
+    table: Float[Tensor, "N D"], grid: int, *, prefix: int, antialias: bool = True
+) -> Float[Tensor, "M D"]:
+    """Return a table of R + G*G positions with its grid at `grid` x `grid`; the first `prefix` rows stay.
+
+    Raises:
+        UserError: the rows behind the prefix are no square.
+    """
     first, old = table[:prefix], table[prefix:]
-    side = round(len(old) ** 0.5)
+    side = math.isqrt(len(old))
     if side * side != len(old):
         raise UserError(f"{len(old)} position embeddings are no square grid, so they cannot be interpolated")
+    if side == grid:
+        return table
     picture = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([first, picture[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
 
 
 @torch.no_grad()
-def resize_tower(tower: Any, image_size: int) -> None:
-    """Make an encoder take pictures of `image_size` px, in place; convolutional ones take any size as they are.
+def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None:
+    """Make an encoder take pictures of `image_size` px, in place.
+
+    open_clip's towers, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
+    module. Convolutional encoders and those that interpolate in every forward pass (DINOv2) stay as they are.
+    `antialias=False` is transformers' own `interpolate_pos_encoding`; timm and open_clip have no such thing.
 
     Raises:
-        UserError: timm needs a multiple of the patch size.
+        UserError: timm needs a multiple of the patch size; the positions are of a kind that is not known here.
     """
     trunk = getattr(tower, "trunk", tower)
     if hasattr(trunk, "set_input_size"):  # timm, inside open_clip's adapter or bare
@@ -56,24 +71,71 @@ def resize_tower(tower: Any, image_size: int) -> None:
         tower.set_input_size((image_size, image_size))
         return
     if isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):  # open_clip's own
-        grid = image_size // tower.patch_size[0]
+        grid = _grid(image_size, tower.patch_size)
         old = tower.positional_embedding
         tower.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
         tower.image_size, tower.grid_size = (image_size, image_size), (grid, grid)
     for module in tower.modules():
         if isinstance(getattr(module, "position_embedding", None), nn.Embedding):  # transformers' CLIP, SigLIP, ...
-            _resize_embeddings(module, image_size)
+            _resize_embedding(module, image_size, antialias)
+        elif _has_fixed_positions(module):  # its ViT, DeiT, ...
+            _resize_parameter(module, image_size, antialias)
+        else:
+            continue
+        if hasattr(tower, "config"):
             tower.config.image_size = image_size
+    try:
+        token_width(tower, image_size)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise UserError(
+            f"{type(tower).__name__} does not take pictures of {image_size} px ({_first_line(error)}), and its "
+            "positions are not of a kind that is interpolated here; build it for that size"
+        ) from error
 
 
-def _resize_embeddings(module: Any, image_size: int) -> None:
-    """Resize the positions of a transformers embedding module and what it remembers of its size."""
-    grid = image_size // module.patch_size
-    old = module.position_embedding
-    table = resized_positions(old.weight, grid, prefix=module.num_positions - module.num_patches)
-    module.position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.weight.requires_grad)
+def _grid(image_size: int, patch_size: int | Sequence[int]) -> int:
+    patch = patch_size if isinstance(patch_size, int) else patch_size[0]
+    if image_size < patch:
+        raise UserError(f"image_size={image_size} is smaller than the encoder's patch, {patch} px")
+    return image_size // patch
+
+
+def _prefix(rows: int) -> int:
+    """Return how many of a table's rows stand before its grid: 197 = 1 + 14 * 14 has 1, 196 has none."""
+    return rows - math.isqrt(rows) ** 2
+
+
+def _resize_embedding(module: Any, image_size: int, antialias: bool) -> None:
+    """Resize positions that are an `nn.Embedding`, and what their module remembers of its size."""
+    grid, old = _grid(image_size, module.patch_size), module.position_embedding
+    table = resized_positions(old.weight, grid, prefix=_prefix(len(old.weight)), antialias=antialias)
+    module.position_embedding = nn.Embedding.from_pretrained(table.clone(), freeze=not old.weight.requires_grad)
     module.image_size, module.num_patches, module.num_positions = image_size, grid * grid, len(table)
     module.position_ids = torch.arange(len(table), device=table.device).expand(1, -1)
+
+
+def _has_fixed_positions(module: Any) -> bool:
+    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is told to interpolate it."""
+    table = getattr(module, "position_embeddings", None)
+    fixed = isinstance(table, nn.Parameter) and table.ndim == 3 and hasattr(module, "patch_embeddings")
+    return fixed and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
+
+
+def _resize_parameter(module: Any, image_size: int, antialias: bool) -> None:
+    """Resize positions that are a parameter (1, N, D), and what their module remembers of its size."""
+    patches, old = module.patch_embeddings, module.position_embeddings
+    grid = _grid(image_size, patches.patch_size)
+    table = resized_positions(old[0], grid, prefix=_prefix(old.shape[1]), antialias=antialias)
+    module.position_embeddings = nn.Parameter(table[None].clone(), old.requires_grad)
+    patches.num_patches = grid * grid
+    for one in (module, patches):
+        if hasattr(one, "image_size"):
+            one.image_size = (image_size, image_size)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
@@ -85,9 +147,8 @@ def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
     try:
         return token_width(tower, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"{name} does not take pictures of {image_size} px ({reason[0] if reason else type(error).__name__}); "
+            f"{name} does not take pictures of {image_size} px ({_first_line(error)}); "
             f"where it has learned positions, flamingo.towers.resize_tower(module, {image_size}) interpolates them"
         ) from error
 
@@ -136,7 +197,7 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
 def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:
     """Fill a trunk from a file, or with timm's weights of a tag; the classifier that it lacks is left out."""
     if file is not None:
-        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        weights = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     elif hub_reachable():
         import timm
 

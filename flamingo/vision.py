@@ -4,6 +4,8 @@ Notable, each learned the hard way:
 - open_clip's `output_tokens` gives the tokens BEFORE the final norm up to 2.22 and AFTER it since 2.23. What Flamingo
   models were trained on are those before it, so `forward_intermediates(normalize_intermediates=False)` is asked, which
   is the same in every version and for every tower.
+- transformers' CLIP gives the tokens before its final norm, its SigLIP and ViT after it. Here `final_norm` decides for
+  all of them, so that the same weights give the same tokens by way of either library.
 - The OpenAI weights were trained with QuickGELU. `ViT-L-14` with the tag `openai` builds plain GELU in open_clip 3 and
   only warns; here the tag decides.
 - The pictures come as uint8 and are normalised here, so that nothing between the shard and the encoder has to know the
@@ -15,6 +17,7 @@ Letters: I pictures, F frames, C channels, S side in pixels, P patches, D width.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from typing import Any
 
@@ -62,6 +65,12 @@ class VisionEncoder(nn.Module):
             )
         return tokens.unflatten(0, (images, frames))
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """Run a black picture, so that an encoder without a class token or final norm is refused before it is used."""
+        shape = (1, 1, 3, self.image_size, self.image_size)
+        self(torch.zeros(shape, device=next(self.tower.parameters()).device))
+
 
 def patch_tokens(
     tower: Any, pixels: Float[Tensor, "N C S S"], *, class_token: bool = False, final_norm: bool = False
@@ -88,25 +97,67 @@ def patch_tokens(
         if not prefix:
             raise UserError(f"vision_config.class_token: {type(tower).__name__} has no class token")
         return torch.cat([prefix[-1], tokens], dim=1)
-    out = tower(pixels)
-    tokens = getattr(out, "last_hidden_state", out)
-    if tokens.ndim == 4:  # convolutional: (N, D, h, w)
-        return tokens.flatten(2).transpose(1, 2)
-    config = getattr(tower, "config", None)
-    if final_norm:
-        tokens = _clip_final_norm(tower, tokens)
-    patch = getattr(config, "patch_size", None)
+    tokens = _last_tokens(tower, pixels, final_norm)
+    patch = getattr(getattr(tower, "config", None), "patch_size", None)
     if isinstance(patch, int) and not class_token:
         grid = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         tokens = tokens[:, tokens.shape[1] - grid :]
     return tokens
 
 
-def _clip_final_norm(tower: Any, tokens: Tensor) -> Tensor:
-    """Apply transformers' CLIP's final norm, which its `last_hidden_state` has not gone through."""
-    if getattr(getattr(tower, "config", None), "model_type", "") != "clip_vision_model":
-        raise UserError(f"vision_config.final_norm is for open_clip's towers and CLIP, not {type(tower).__name__}")
-    return getattr(tower, "vision_model", tower).post_layernorm(tokens)
+def _last_tokens(tower: Any, pixels: Float[Tensor, "N C S S"], final_norm: bool) -> Float[Tensor, "N P D"]:
+    """Return all tokens of a tower that only has a `forward`, before or after its final norm.
+
+    transformers' CLIP gives them before it, its SigLIP, ViT, DINOv2 and most others after it.
+    """
+    norm = _final_norm_of(tower)
+    if norm is None:
+        if final_norm:
+            raise UserError(
+                "vision_config.final_norm is for open_clip's towers and CLIP and its kin of transformers, not "
+                f"{type(tower).__name__}"
+            )
+        return _flat(tower(pixels))
+    if not any(hook is _note_input for hook in norm._forward_pre_hooks.values()):
+        norm.register_forward_pre_hook(_note_input)
+    _inputs.noted = []
+    try:
+        tokens = _flat(tower(pixels))
+        # A norm that only a pooled token went through (CLIP's, ConvNeXt's) has had another shape.
+        before = [x for x in _inputs.noted if x.shape == tokens.shape]
+    finally:
+        _inputs.noted = None
+    if before:
+        return tokens if final_norm else before[-1]
+    return norm(tokens) if final_norm else tokens
+
+
+def _flat(out: Any) -> Float[Tensor, "N P D"]:
+    tokens = getattr(out, "last_hidden_state", out)
+    return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens  # convolutional: (N, D, h, w)
+
+
+def _final_norm_of(tower: Any) -> nn.Module | None:
+    """Return a transformers vision model's final norm, None where it has none or is of another library."""
+    if not isinstance(tower, PreTrainedModel):
+        return None
+    inner = getattr(tower, "vision_model", tower)  # CLIP before transformers 5.23
+    found = (getattr(inner, name, None) for name in ("post_layernorm", "layernorm", "norm", "rms_norm"))
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+class _Inputs(threading.local):
+    """What went into a final norm while this thread runs its tower; None: nobody asks."""
+
+    noted: list[Tensor] | None = None
+
+
+_inputs = _Inputs()
+
+
+def _note_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if _inputs.noted is not None:
+        _inputs.noted.append(args[0])
 
 
 def token_width(tower: nn.Module, image_size: int, channels: int = 3) -> int:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +26,7 @@ from flamingo.errors import UserError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt")
+_LFS = b"version https://git-lfs"
 _NOT_WEIGHTS = ("epoch", "optimizer_state_dict", "lr_scheduler_state_dict", "global_step", "args", "config")
 
 
@@ -46,21 +52,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_config(path: str | Path) -> dict[str, Any] | None:
-    """Return `config.json` of a checkpoint's folder, or of the folder its file is in; None where there is none."""
+    """Return `config.json` of a checkpoint's folder, or of the folder its file is in; None where there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / "config.json"
-    if not file.is_file():
-        return None
+    return _json(file) if file.is_file() else None
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text())
+    except ValueError as error:  # no JSON, or not even UTF-8
         raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is a JSON {type(found).__name__}, not an object")
+    return found
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    where = _json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{index} has no weight_map of keys to files")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name}, which is not a file beside it")
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}, which {index.name} names, is missing")
         shard = _read_file(index.parent / name)
@@ -72,16 +91,40 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise UserError(f"{file} is a pointer of git-lfs and not the weights; fetch them with git lfs pull")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"the checkpoint {file} cannot be read: {str(error).splitlines()[0]}") from error
+        # Files of before 2020 are no zip archives and cannot be mapped.
+        with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
+            warnings.simplefilter("ignore")
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        reason = "it is no file of torch's"
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds {named[1]} beside tensors, which might run code and is not loaded"
+        raise UserError(f"the checkpoint {file} cannot be read: {reason}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"the checkpoint {file} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
     if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
-        if other := sorted(set(found) - {"model_state_dict", *_NOT_WEIGHTS}):
+        if other := sorted(map(str, set(found) - {"model_state_dict", *_NOT_WEIGHTS})):
             raise UserError(f"the checkpoint {file} has {other[0]!r} beside model_state_dict, which is not known")
         found = found["model_state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"the checkpoint {file} is not a dictionary of tensors")
     return found
+
+
+def config_from(kind: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """Return a transformers config of these values.
+
+    Raises:
+        UserError: one of them is not of the type that it should be.
+    """
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config.json does not make a {getattr(kind, '__name__', kind)}: {reason}") from error

@@ -28,6 +28,7 @@ from transformers import (
 
 from flamingo.config import FlamingoConfig, VisionConfig
 from flamingo.convert.build import assemble, dtype_of, empty_weights, load_clean
+from flamingo.convert.files import config_from
 from flamingo.convert.keys import IDEFICS, block_layers, renumber_blocks, translate
 from flamingo.convert.openflamingo import Converted, load_tokenizer
 from flamingo.errors import UserError
@@ -68,7 +69,7 @@ def from_idefics(
         if vision is None or language is None:
             raise UserError("from_idefics needs config=..., or vision= and language= with the backbones' configs")
         config = _inferred(clean, getattr(vision, "config", vision), getattr(language, "config", language))
-    source: Any = config if isinstance(config, IdeficsConfig) else IdeficsConfig(**_plain(config))
+    source: Any = config if isinstance(config, IdeficsConfig) else config_from(IdeficsConfig, _plain(config))
     _check(source)
     given = {"cross_layer_interval": cross_attn_every_n_layers, "vision_config.image_size": image_size}
     for (name, value), own in zip(

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModel, CLIPVisionConfig, MptConfig,
 from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 
 from flamingo.convert.build import empty_weights
+from flamingo.convert.files import config_from
 from flamingo.convert.openflamingo import Converted, from_openflamingo
 from flamingo.errors import UserError
 
@@ -43,7 +44,8 @@ def backbones_of(
         UserError: it is neither's, or a backbone is of a kind that is not known here.
     """
     kind = config.get("model_type")
-    if kind not in ("otter", "flamingo") or not {"text_config", "vision_config"} <= set(config):
+    parts = (config.get("text_config"), config.get("vision_config"))
+    if kind not in ("otter", "flamingo") or not all(isinstance(part, Mapping) for part in parts):
         raise UserError(f"config.json is not Otter's: its model_type is {kind!r}")
     tower: Any = vision
     size = None
@@ -51,7 +53,7 @@ def backbones_of(
         source = dict(config["vision_config"])
         if source.get("model_type") != "clip_vision_model":
             raise UserError(f"Otter's encoder is {source.get('model_type')!r}; only clip_vision_model is known")
-        clip = CLIPVisionConfig(**_known(source, CLIPVisionConfig))
+        clip = config_from(CLIPVisionConfig, _known(source, CLIPVisionConfig))
         size = clip.image_size
         with empty_weights(torch.float32):
             tower = AutoModel.from_config(clip)
@@ -72,10 +74,11 @@ def _language(source: dict[str, Any]) -> PreTrainedConfig:
         for name, value in MPT_FIXED.items():
             if given.get(name, value) != value:
                 raise UserError(f"Otter's MPT has {name}={given[name]}; transformers' MPT has only {value}")
-        return MptConfig(**_known(source, MptConfig), attn_config=_known(attention, MptAttentionConfig))
+        own = _known(source, MptConfig) | {"attn_config": _known(attention, MptAttentionConfig)}
+        return config_from(MptConfig, own)
     if kind not in CONFIG_MAPPING:
         raise UserError(f"Otter's language model is {kind!r}, which is not known here")
-    return CONFIG_MAPPING[kind](**_known(source, CONFIG_MAPPING[kind]))
+    return config_from(CONFIG_MAPPING[kind], _known(source, CONFIG_MAPPING[kind]))
 
 
 def _known(source: Mapping[str, Any], kind: Any) -> dict[str, Any]:
