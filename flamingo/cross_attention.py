@@ -16,7 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.attention import attend_segments
 from flamingo.media import Segments
-from flamingo.recomputation import made_again
 from flamingo.resampler import FeedForward, norm_layer
 
 KeysValues = tuple[Tensor, Tensor]
@@ -55,13 +54,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"], keys_values: KeysValues, segments: Segments) -> Float[Tensor, "N D"]:
         """Return the update for the N tokens of `segments.tokens`, without gate and residual."""
-        q = made_again(self._queries, x).unflatten(-1, (self.heads, -1))
+        q = self.q_proj(self.norm(x)).unflatten(-1, (self.heads, -1))
         if self.q_norm is not None:
             q = self.q_norm(q)
         return self.o_proj(attend_segments(q, *keys_values, segments).flatten(-2))
-
-    def _queries(self, x: Tensor) -> Tensor:
-        return self.q_proj(self.norm(x))
 
 
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):

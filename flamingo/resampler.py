@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.attention import attend
 from flamingo.errors import UserError
-from flamingo.recomputation import made_again
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -53,23 +52,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return the update, without the residual."""
-        up = made_again(self._up, x)
-        if self.gate_proj is None:
-            return made_again(self._down, up)
-        return made_again(self._gated_down, made_again(self._gate, x), up)
-
-    def _up(self, x: Tensor) -> Tensor:
-        return self.up_proj(self.norm(x))
-
-    def _gate(self, x: Tensor) -> Tensor:
-        assert self.gate_proj is not None
-        return self.gate_proj(self.norm(x))
-
-    def _down(self, up: Tensor) -> Tensor:
-        return self.down_proj(self.act(up))
-
-    def _gated_down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(self.act(gate) * up)
+        x = self.norm(x)
+        up = self.up_proj(x)
+        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
 
 
 class PerceiverAttention(nn.Module):
