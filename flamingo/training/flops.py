@@ -49,7 +49,7 @@ class Flops:
         the compiled code to pieces.
         """
         self._count = 0
-        self._hooks = []
+        self._hooks: list[Any] = []
         inside: set[nn.Module] = set()
         for module in model.modules():
             if module in inside:

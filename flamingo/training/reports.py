@@ -45,7 +45,7 @@ class WandB:
         self._run.finish()
 
 
-def begun(project: str, run_dir: Path) -> Sink:
+def begun(project: str, run_dir: Path) -> WandB:
     """Weights & Biases, reached now and not at the first figures.
 
     Raises:

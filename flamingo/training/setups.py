@@ -62,7 +62,8 @@ def language_setup(
         tokenizer = build.load_tokenizer(str(folder))
     if not language.name:
         lm = build.build_language(language.config or {}, tokenizer)
-    adapters, frozen = None, {}
+    adapters: Any = None
+    frozen: dict[str, str] = {}
     if model.freeze.language == "lora":
         frozen = {"language": fingerprint(lm)}  # of the LM as it was: adapters change its keys
         adapters = add_lora(lm.requires_grad_(False), model)

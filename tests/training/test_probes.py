@@ -17,6 +17,7 @@ from flamingo.training.objectives import FlamingoObjective
 from flamingo.training.optim import adamw
 from flamingo.training.parallel import Processes, Strategy, before_backward, shard, spawn
 from flamingo.training.run_options import ProbeOptions
+from flamingo.training.validation import evaluating
 from tests.eval.worlds import write_pool, write_scenes
 from tests.model import tiny
 from tests.training.commands import begin, given, lines, torchrun
@@ -46,8 +47,6 @@ def options(data: Path) -> ProbeOptions:
 
 def asked(data: Path, processes: Processes = ALONE, strategy: Strategy | None = None, *, probes: bool = True) -> Any:
     """Losses of three updates, between which the model is probed, and all answers."""
-    from flamingo.training.validation import evaluating
-
     model, processor = tiny.flamingo("llama")
     if strategy is not None:
         shard(model, fsdp_units(model), processes, strategy)
