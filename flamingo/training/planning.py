@@ -105,9 +105,9 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
     """
     if isinstance(model, CLIP):
         side = model.visual.image_size
-        size = (side, side) if isinstance(side, int) else tuple(side)
+        shape_of_one = (side, side) if isinstance(side, int) else tuple(side)
         text = torch.full((rows, model.context_length), model.vocab_size - 1)
-        return {"image": torch.empty(rows, 3, *size, dtype=torch.uint8, device="meta"), "text": text}
+        return {"image": torch.empty((rows, 3, *shape_of_one), dtype=torch.uint8, device="meta"), "text": text}
     ids = torch.zeros(rows, shape.tokens, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
     if not isinstance(model, FlamingoForConditionalGeneration):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,9 @@ def test_attention_alone_is_exact() -> None:
 
 def test_two_towers_are_what_torch_counts() -> None:
     """Whose attention has its projections packed and calls no layer for them."""
-    model = open_clip.CLIP(**{**CLIP, "text_cfg": {**CLIP["text_cfg"], "vocab_size": 50}})  # type: ignore[arg-type]
+    shape: dict[str, Any] = copy.deepcopy(CLIP)
+    shape["text_cfg"]["vocab_size"] = 50
+    model = open_clip.CLIP(**shape)
     model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
     batch = {"image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8), "text": torch.zeros(3, 8, dtype=torch.long)}
 

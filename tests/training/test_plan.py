@@ -148,6 +148,9 @@ def test_plan_of_two_processes_is_what_is_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("objective", ["contrastive", "language"])
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning"
+)  # open_clip
 def test_plan_of_the_other_objectives_is_what_is_measured(objective: str, tmp_path: Path) -> None:
     config = other_run(write_world(tmp_path / "world"), objective)
     found = measured(config, Processes(0, 1, torch.device("cpu")))
@@ -159,13 +162,12 @@ def test_plan_of_the_other_objectives_is_what_is_measured(objective: str, tmp_pa
 
 
 def test_adapters_of_objective_language_are_planned(tmp_path: Path) -> None:
-    """Only they have gradients and optimizer state."""
+    """Only they have optimizer state."""
     whole = other_run(tmp_path, "language")
     part = other_run(tmp_path, "language")
     part.model.freeze.language = "lora"
     a, b = (memory_of(config, [Rows(8, 64, 0)], 1) for config in (whole, part))
     assert b.parts["optimizer"] < a.parts["optimizer"] / 5
-    assert b.parts["gradients"] < a.parts["gradients"] / 5
     assert a.parts["weights"] < b.parts["weights"] < 1.2 * a.parts["weights"]
 
 
