@@ -124,8 +124,7 @@ def exit_status(work: Callable[[], Any]) -> int:
     try:
         work()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # found before the processes met, so once a machine
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         if int(os.environ.get("RANK", "0")) == 0:

@@ -172,7 +172,7 @@ def test_adapters_of_objective_language_are_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_plan_and_a_mistake_are_said_once(tmp_path: Path) -> None:
+def test_under_torchrun_a_plan_is_said_once_and_a_mistake_at_least_once(tmp_path: Path) -> None:
     settings = world_config(write_world(tmp_path / "world"), tmp_path / "run", "contrastive")
     settings.plan = True
     command = [*torchrun("--standalone", "--nproc-per-node=2"), *given(settings, tmp_path)]
@@ -180,7 +180,8 @@ def test_under_torchrun_a_plan_and_a_mistake_are_said_once(tmp_path: Path) -> No
     assert (tmp_path / "log").read_text().count("memory of a process of 2") == 1
     assert not (tmp_path / "run").exists()
     assert begin([*command, "run.steps=0"], tmp_path / "wrong").wait(250) == 1
-    assert (tmp_path / "wrong").read_text().count("error: run.steps=0 is below its least value 1") == 1
+    # By whichever process came first: torchrun ends the others.
+    assert "error: run.steps=0 is below its least value 1" in (tmp_path / "wrong").read_text()
 
 
 def test_ledger_counts_storages_once_and_forgets_what_is_freed() -> None:
