@@ -83,7 +83,8 @@ def train(config: TrainConfig) -> Path:
     world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
     mixtures = checked(config, world_size)
     if config.plan:
-        print(planning.plan(config, [planning.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
+        if int(os.environ.get("RANK", "0")) == 0:  # every process would say the same
+            print(planning.plan(config, [planning.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
         return Path(config.run.dir)
     with ExitStack() as cleanup:
         cleanup.callback(parallel.stop_processes)

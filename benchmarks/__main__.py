@@ -18,14 +18,19 @@ import torch
 
 from benchmarks.evaluation import print_evaluation
 from benchmarks.sizes import SIZES, Size
+from benchmarks.steps import BATCHES, PICTURES, TOKENS, grid, print_steps
 from benchmarks.table import print_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost", "eval_speed")
+ALONE = ("step_cost",)
+"""Of this library alone, and only when asked for."""
 LIBRARIES = (("peer", "fp32"), ("ours", "fp32"))
 
 
-def jobs(name: str, size: Size) -> Iterator[tuple[str, dict[str, int], tuple[tuple[str, str], ...]]]:
+def jobs(
+    name: str, size: Size, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, int], tuple[tuple[str, str], ...]]]:
     """What to measure under a name, with which options, of which libraries and variants."""
     if name == "decode_step":
         yield "decode_step", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
@@ -35,6 +40,9 @@ def jobs(name: str, size: Size) -> Iterator[tuple[str, dict[str, int], tuple[tup
         yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"))
     elif name == "train_step":
         yield "train_step", {}, (*LIBRARIES, ("ours", "fused"), ("ours", "bf16"))
+    elif name == "step_cost":
+        for own in grid(options):
+            yield "step_cost", own, (("ours", "fp32"),)
     elif name == "eval_speed":
         yield "eval_questions", {"shots": size.eval_shots}, LIBRARIES
         yield "eval_classes", {"shots": size.rank_shots}, LIBRARIES
@@ -73,20 +81,23 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (all by default), {ALONE[0]}")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs behind a warm-up; the median is shown")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--without-peer", action="store_true", help="measure this library alone")
+    for key, values in (("batches", BATCHES), ("pictures", PICTURES), ("tokens", TOKENS)):
+        parser.add_argument(f"--{key}", type=int, nargs="+", default=values, help="of step_cost")
     parser.add_argument("--out", type=Path, help="the JSON; runs/bench/SIZE.json by default")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(f"{sorted(unknown)[0]!r} is no measurement; known are {', '.join(NAMES)}")
-    if not options.without_peer and importlib.util.find_spec("open_flamingo") is None:
+    if unknown := set(options.names) - {*NAMES, *ALONE}:
+        parser.error(f"{sorted(unknown)[0]!r} is no measurement; known are {', '.join((*NAMES, *ALONE))}")
+    with_peer = not options.without_peer and bool({*(options.names or NAMES)} - {*ALONE})
+    if with_peer and importlib.util.find_spec("open_flamingo") is None:
         parser.error("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1 einops-exts")
     results: list[dict[str, Any]] = []
     for name in options.names or NAMES:
-        for what, own, libraries in jobs(name, SIZES[options.size]):
+        for what, own, libraries in jobs(name, SIZES[options.size], options):
             for library, variant in libraries:
                 if library == "peer" and options.without_peer:
                     continue
@@ -99,6 +110,7 @@ def main() -> None:
     out.write_text(json.dumps(document, indent=1) + "\n")
     print_tables(document)
     print_evaluation(document)
+    print_steps(document)
     print(f"\nwritten to {out}")
 
 

@@ -8,7 +8,7 @@ them out.
 from __future__ import annotations
 
 from benchmarks.sizes import Size
-from benchmarks.work import IGNORED, SHOT_TOKENS, class_names, training_steps
+from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, training_steps
 from flamingo.trie import Trie
 
 
@@ -74,17 +74,20 @@ def ranking(size: Size, shots: int) -> int:
     return first_token(size, shots) + layers + attention + blocks(size, nodes) + head(size, nodes)
 
 
+def update(size: Size, rows: list[Row]) -> int:
+    """A training step on these rows: forward once; backward once through frozen weights, twice through trained ones."""
+    tokens = len(rows[0].ids)
+    pictures = sum(len(row.pictures) for row in rows)
+    labelled = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
+    total = pictures * (tower(size) + 3 * (resampler(size) + keys_values(size)))
+    total += 2 * (len(rows) * language(size, tokens) + head(size, labelled))
+    return total + 3 * blocks(size, len(rows) * tokens)
+
+
 def train_step(size: Size) -> int:
-    """The mean of the timed steps: forward once; backward once through frozen weights, twice through trained ones."""
-    total = 0
+    """The mean of the timed steps."""
     steps = training_steps(size)[1:]
-    for rows in steps:
-        pictures = sum(len(row.pictures) for row in rows)
-        labelled = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
-        total += pictures * (tower(size) + 3 * (resampler(size) + keys_values(size)))
-        total += 2 * (len(rows) * language(size, size.tokens) + head(size, labelled))
-        total += 3 * blocks(size, len(rows) * size.tokens)
-    return total // len(steps)
+    return sum(update(size, rows) for rows in steps) // len(steps)
 
 
 def forward(size: Size, pictures: int, tokens: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic, evaluation
+from benchmarks import arithmetic, evaluation, steps
 from benchmarks.sizes import SIZES, Size
 from benchmarks.work import Row, class_names, prompt, row, training_steps
 
@@ -175,13 +175,14 @@ def build(library: str, size: Size, variant: str) -> Library:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=[*WHAT, *evaluation.WHAT])
+    parser.add_argument("what", choices=[*WHAT, *evaluation.WHAT, *steps.WHAT])
     parser.add_argument("--library", choices=["ours", "peer"], required=True)
     parser.add_argument("--variant", default="fp32", help="ours: fp32, bf16; peer: fp32, copied_cache")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
@@ -190,10 +191,10 @@ def main() -> None:
     size = SIZES[options.size]
     imported = peak_bytes()
     library = build(options.library, size, options.variant)
-    if options.what != "train_step":
+    if options.what not in ("train_step", "step_cost"):
         library.model.requires_grad_(False)  # FlopCounterMode stumbles over parameters that are passed on as they are
     built = peak_bytes()
-    found = (WHAT | evaluation.WHAT)[options.what](library, size, options)
+    found = (WHAT | evaluation.WHAT | steps.WHAT)[options.what](library, size, options)
     print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | found))
 
 

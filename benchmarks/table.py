@@ -71,10 +71,11 @@ def print_tables(document: dict[str, Any]) -> None:
     lines = [head, ["---"] * len(head)]
     results: list[Result] = document["results"]
     judge = document["size"] == "small"
-    for result in (result for result in results if result["name"] in TITLES):
+    titled = [result for result in results if result["name"] in TITLES]
+    for result in titled:
         same = [r for r in results if title(r) == title(result) and r["name"] == result["name"]]
         reference = next((r for r in same if (r["library"], r["variant"]) == ("peer", "fp32")), None)
         lines.append(row(result, reference, judge))
         lines += memory(result, reference, judge)
-    for line in lines:
+    for line in lines if titled else ():
         print("| " + " | ".join(line) + " |")

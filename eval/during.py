@@ -1,6 +1,8 @@
 """Evaluation in the middle of training: the loss on held-out pages, and few-shot scores by the evaluation's own loop.
 
-Validation shares the pages among all processes; probes are for a run on one process.
+Validation shares the pages among all processes. A probe is asked by every process in full, the same batches in the same
+order: so all of them gather the same weights at the same time, no more memory is needed than for training, and the
+figures are those of one process.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 
 from data.loader import MixLoader
 from eval.build import build_task, check_shots
 from eval.model import FlamingoResponder
-from eval.runner import Grid, run
+from eval.ranks import Ranks
+from eval.runner import Grid, Sample, run
+from eval.task import content_hash
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.training.config import RunConfig
 from flamingo.training.parallel import Processes
@@ -40,18 +44,33 @@ class Probe:
         check_shots(self._tasks, options.shots)
         self._grid = Grid(options.shots, [0], ["real"], options.queries, options.batch_size)
 
+    def agree(self, processes: Processes) -> None:
+        """Called by every process: with other questions somewhere, the processes would wait for each other for ever.
+
+        Raises:
+            UserError: the tasks' data differ between the processes.
+        """
+        asked = content_hash({name: task.hash for name, task in self._tasks.items()})
+        Ranks(processes.rank, processes.size).agree("the data of run.probe.tasks", asked)
+
     def scores(
-        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, device: str
+        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> dict[str, float]:
-        """`probe/<task>/<shots>` to the mean score; pictures are encoded anew, since the resampler trains."""
-        if isinstance(model, FSDPModule):
-            for method in ("encode_media", "score_candidates", "generate"):
-                register_fsdp_forward_method(model, method)
-        samples, _ = run(self._tasks, self._grid, FlamingoResponder(model, processor, device))
+        """`probe/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
         by_cell: dict[str, list[float]] = {}
-        for sample in samples:
+        for sample in self.samples(model, processor, processes):
             by_cell.setdefault(f"probe/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)
         return {cell: sum(scores) / len(scores) for cell, scores in by_cell.items()}
+
+    def samples(
+        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
+    ) -> list[Sample]:
+        """All answers; pictures are encoded anew, since the resampler trains."""
+        responder = FlamingoResponder(model, processor, str(processes.device))
+        if processes.size > 1 and isinstance(model, FSDPModule):
+            # A process whose text ends earlier, by a rounding of its device, still takes part in the others' steps.
+            responder.generate_options["synced_gpus"] = True
+        return run(self._tasks, self._grid, responder)[0]
 
 
 class Evaluations:
@@ -67,9 +86,15 @@ class Evaluations:
         held_out: MixLoader | None,
         probe: Probe | None,
     ) -> None:
-        """`held_out` and `probe`: None where they are not wanted."""
+        """`held_out` and `probe`: None where they are not wanted. Made by every process.
+
+        Raises:
+            UserError: the processes would ask other questions.
+        """
         self._options, self._model, self._setup, self._processes = options, model, setup, processes
         self._held_out, self._probe = held_out, probe
+        if probe is not None:
+            probe.agree(processes)
 
     def values(self, step: int, *, last: bool) -> dict[str, float]:
         """What is due after update `step`. Called by every process."""
@@ -82,7 +107,7 @@ class Evaluations:
             assert isinstance(self._model, FlamingoForConditionalGeneration)
             assert self._setup.processor is not None
             with evaluating(self._model):
-                found |= self._probe.scores(self._model, self._setup.processor, str(self._processes.device))
+                found |= self._probe.scores(self._model, self._setup.processor, self._processes)
         return found
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import LogitsProcessorList
 
 from eval.caches import FeatureCache as FeatureCache
@@ -73,13 +74,16 @@ class FlamingoResponder:
         *,
         share_prefix: bool = True,
     ) -> None:
-        self.model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+        # A sharded model lies where it should already, parts of it perhaps in the CPU's memory.
+        self.model = (model if isinstance(model, FSDPModule) else model.to(torch.device(device))).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.device = torch.device(device)
         self.start = () if processor.bos_token_id is None else (processor.bos_token_id,)
         self.builder = PromptBuilder(processor, start=self.start, context=context_length(model))
         self.prefix = SharedPrefix(self.model) if share_prefix else None
         self._ends = {processor.eoc_token_id, processor.eos_token_id}
+        self.generate_options: dict[str, Any] = {}
+        """More arguments for the model's `generate`."""
 
     def encode(self, pictures: Sequence[Picture]) -> Tensor:
         """Decoded, transformed, encoded; pictures of one call have the same number of frames."""
@@ -142,6 +146,7 @@ class FlamingoResponder:
         if "past_key_values" in batch and decoding.num_beams > 1:
             self._prepare_beams(batch, decoding.num_beams)
         options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False}
+        options |= self.generate_options
         if decoding.num_beams > 1:
             options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
             out = self.model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)

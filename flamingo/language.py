@@ -198,6 +198,13 @@ def place_beside(lm: PreTrainedModel, blocks: nn.ModuleDict, *, decoder_layers_p
         block.to(next(layers[int(key)].parameters()).device)
 
 
+def _computes_in(block: Any) -> torch.dtype:
+    """Return the precision that a block computes in: FSDP2's policy, where one casts what is stored in float32."""
+    state = getattr(block, "_get_fsdp_state", None)
+    policy = None if state is None else getattr(state(), "_mp_policy", None)
+    return getattr(policy, "param_dtype", None) or block.attn_gate.dtype
+
+
 def _segments_on(segments: Segments, device: torch.device) -> Segments:
     moved: dict[str, Any] = {
         name: value.to(device) for name, value in vars(segments).items() if isinstance(value, Tensor)
@@ -224,7 +231,7 @@ class _BlockHook:
         # A block may be in float32 between layers that are stored in bfloat16: it computes in its own. Under a device
         # map x still is where the layer before was. (Elsewhere a gate's device says nothing: FSDP2 may offload it.)
         where = block.attn_gate.device if self.mapped else x.device
-        media = call.media.to(where, block.attn_gate.dtype)
+        media = call.media.to(where, _computes_in(block))
         segments = _segments_on(call.segments, where) if self.mapped else call.segments
         out = block(x.to(media), media, segments=segments, cache=call.cache, key=self.key).to(x.dtype)
         return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import evaluation, measure
+from benchmarks import evaluation, measure, steps
 from benchmarks.ours import Ours
 from benchmarks.sizes import SIZES
 from benchmarks.table import print_tables
@@ -56,6 +56,25 @@ def test_a_training_step_does_little_more_than_is_needed() -> None:
     found = measure.train_step(Ours(TINY), TINY, options())
     assert 0.99 <= found["flop"] / found["needed"] <= 1.1
     assert len(found["values"]) == len(TINY.counts)
+
+
+@pytest.mark.parametrize(("batch", "pictures", "tokens"), [(1, 1, 64), (2, 3, 48), (2, 5, 128)])
+def test_the_cost_of_a_step_is_counted_as_it_is_needed(batch: int, pictures: int, tokens: int) -> None:
+    """By the counter of a run; causal attention without its upper half is the little that the arithmetic has less."""
+    chosen = options(batch=batch, pictures=pictures, tokens=tokens)
+    found = steps.step_cost(Ours(TINY), TINY, chosen)
+    assert 0.99 <= found["flop"] / found["needed"] <= 1.1
+    assert len(found["values"]) == 2
+
+
+@pytest.mark.slow
+def test_the_table_of_steps(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "step_cost", "--size", "tiny", "--threads", "1", "--repeats", "1"]
+    few = ["--batches", "1", "2", "--pictures", "1", "--tokens", "64", "--out", str(tmp_path / "found.json")]
+    done = subprocess.run([*command, *few], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[:3] for row in rows[2:]] == [["| 1", "1", "64"], ["| 2", "1", "64"]]
 
 
 @pytest.mark.slow

@@ -28,5 +28,9 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.compile=true needs a C++ compiler on a CPU: install g++, or set run.compile=false"
     if config.model.freeze.language == "lora" and importlib.util.find_spec("peft") is None:
         yield "model.freeze.language=lora needs peft: pip install 'flamingo-vlm[run]'"
+    if run.wandb and importlib.util.find_spec("wandb") is None:
+        yield f"run.wandb={run.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "run.tensorboard=true needs tensorboard: pip install 'flamingo-vlm[run]', or run.tensorboard=false"
     if (init := config.model.init) is not None and not (Path(init) / "config.json").is_file():
         yield f"model.init={init} holds no model (config.json is missing): give a folder that a run has written"

@@ -163,7 +163,7 @@ class TrainConfig:
 
     def _parts(self, world_size: int) -> Iterator[str]:
         yield from (*self.run.checkpoint.problems(), *self.run.watch.problems())
-        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective, world_size))
+        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective))
         yield from self.launch.problems(self.nodes)
         if not 0 <= self.run.ema < 1:
             yield f"run.ema={self.run.ema} must be at least 0 and below 1"
@@ -227,8 +227,13 @@ class TrainConfig:
                 if given:
                     yield f"model.init and model.{key} both say where weights come from: leave one of them out"
             return
-        if self.objective in ("contrastive", "flamingo") and not (vision.name or vision.config):
+        if self.objective == "flamingo" and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
+        if self.objective == "contrastive":
+            if not vision.config:
+                yield "model.vision.config is missing: objective contrastive trains an encoder of that shape anew"
+            if not language.tokenizer:
+                yield "model.language.tokenizer is missing: a contrastive run does not make its own tokenizer"
         if self.objective in ("language", "flamingo") and not (language.name or language.config):
             yield "model.language needs a name (weights) or a config (shape)"
         if self.objective == "flamingo" and not (language.name or language.tokenizer):
@@ -236,12 +241,11 @@ class TrainConfig:
 
     def _tables(self, world_size: int) -> Iterator[str]:
         yield from self.run.sharding.problems(self.run.parallel, self.run.precision, world_size)
-        yield from self.model.lora.problems()
+        adapts = self.model.freeze.language == "lora"
+        yield from self.model.lora.problems(self.objective if adapts else "", self.model.language.name)
         yield from self.plan_for.problems()
         if self.run.activation_checkpointing and self.objective == "contrastive":
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
-        if self.model.freeze.language == "lora" and self.objective != "flamingo":
-            yield f"model.freeze.language=lora is for objective flamingo, not {self.objective}: use train"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as written to `config.yaml`."""

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
+from flamingo.loss import next_labels
+
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "phi", "sequence_ids")
 IGNORE = -100
 
@@ -34,9 +36,13 @@ def labelled_positions(labels: Tensor) -> Tensor:
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of next-token cross-entropies in fp32 over labelled positions: `(B, T, V)` and `(B, T)` to a scalar."""
-    chosen = labelled_positions(labels)
-    return F.cross_entropy(logits[:, :-1][chosen].float(), labels[:, 1:][chosen], reduction="sum")
+    """Sum of next-token cross-entropies in fp32 over labelled positions: `(B, T, V)` and `(B, T)` to a scalar.
+
+    The positions are found among integers alone, which a plan computes for real: their number is a shape.
+    """
+    targets = next_labels(labels)
+    places = (targets != IGNORE).nonzero()[:, 0]
+    return F.cross_entropy(logits.flatten(0, 1).index_select(0, places).float(), targets[places], reduction="sum")
 
 
 class LanguageObjective:

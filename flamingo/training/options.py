@@ -67,7 +67,10 @@ class Sharding:
 
 @dataclass(kw_only=True, slots=True)
 class FreezePolicy:
-    """`frozen` or `train` for each part, for the language model also `lora`; the defaults are the paper's."""
+    """`frozen` or `train` for each part, for the language model also `lora`; the defaults are the paper's.
+
+    Objectives contrastive and language train their whole model; of this table they heed only `language: lora`.
+    """
 
     vision: str = "frozen"
     language: str = "frozen"
@@ -86,8 +89,12 @@ class LoraOptions:
     targets: list[str] | None = None
     """Last names of the linear layers that get one, such as `q_proj`; none: all in the decoder layers."""
 
-    def problems(self) -> Iterator[str]:
-        """What cannot be."""
+    def problems(self, objective: str, weights: str | None) -> Iterator[str]:
+        """What cannot be; `objective` is empty where there are no adapters, `weights` the LM's name."""
+        if objective == "contrastive":
+            yield "model.freeze.language=lora is for objectives flamingo and language: set it to frozen"
+        if objective == "language" and not weights:
+            yield "model.freeze.language=lora adapts a language model that exists: give model.language.name"
         if self.rank < 1:
             yield f"model.lora.rank={self.rank} is below its least value 1"
         if not self.alpha > 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import CLIP
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,10 +19,10 @@ from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.build import flamingo_shape
+from flamingo.training.build import build_contrastive, flamingo_shape, load_tokenizer
 from flamingo.training.config import ModelConfig, TrainConfig
 from flamingo.training.memory import PARTS, Memory, plan_step
-from flamingo.training.objectives import FlamingoObjective, LanguageObjective, Objective
+from flamingo.training.objectives import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
 from flamingo.training.setups import add_lora, strategy_of
 
 GIB = 2**30
@@ -63,19 +64,23 @@ def complete(model: ModelConfig) -> ModelConfig:
     return replace(model, vision=vision, language=language)
 
 
-def meta_model(config: TrainConfig) -> tuple[nn.Module, Objective]:
-    """What the run would train, without memory, and its objective.
+def meta_model(config: TrainConfig, processes: int = 1) -> tuple[nn.Module, Objective]:
+    """What the run would train, without memory, and its objective as the first of `processes` has it.
 
     Raises:
-        UserError: objective `contrastive`, whose batches are compared across processes, or a missing shape.
+        UserError: a missing shape; for objective contrastive a missing tokenizer, which says how many rows there are.
     """
-    if config.objective == "contrastive":
-        raise UserError("plan=true is for objectives flamingo and language: contrastive models are small")
     shape = complete(config.model)
+    if config.objective == "contrastive":
+        tokenizer = load_tokenizer(str(shape.language.tokenizer))
+        with torch.device("meta"):
+            return build_contrastive(shape.vision.config or {}, tokenizer)[0], ContrastiveObjective(0, processes)
     if config.objective == "language":
         fields = dict(shape.language.config or {})
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+            if config.model.freeze.language == "lora":
+                add_lora(lm.requires_grad_(False), config.model)
         return lm, LanguageObjective()
     init = config.model.init
     if init and not (Path(init) / "config.json").is_file():
@@ -89,7 +94,7 @@ def meta_model(config: TrainConfig) -> tuple[nn.Module, Objective]:
         with_adapters = policy["language"] == "lora"
         model.freeze({**policy, "language": "frozen"} if with_adapters else policy)
         if with_adapters:
-            add_lora(model, config.model)
+            add_lora(model.language_model, config.model, model.config.decoder_layers_path)
     return model, FlamingoObjective()
 
 
@@ -98,6 +103,11 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
 
     Integers are real and lie on the CPU; pictures are on the meta device.
     """
+    if isinstance(model, CLIP):
+        side = model.visual.image_size
+        shape_of_one = (side, side) if isinstance(side, int) else tuple(side)
+        text = torch.full((rows, model.context_length), model.vocab_size - 1)
+        return {"image": torch.empty((rows, 3, *shape_of_one), dtype=torch.uint8, device="meta"), "text": text}
     ids = torch.zeros(rows, shape.tokens, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
     if not isinstance(model, FlamingoForConditionalGeneration):
@@ -121,7 +131,7 @@ def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memo
     run = config.run
     if run.parallel == "hybrid" and not run.sharding.size and "LOCAL_WORLD_SIZE" not in os.environ:
         raise UserError("a plan of run.parallel=hybrid needs run.sharding.size, the processes that share one copy")
-    model, objective = meta_model(config)
+    model, objective = meta_model(config, processes)
     if run.activation_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     batches = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import uuid
 from pathlib import Path
@@ -46,6 +45,23 @@ class WandB:
         self._run.finish()
 
 
+def begun(project: str, run_dir: Path) -> WandB:
+    """Weights & Biases, reached now and not at the first figures.
+
+    Raises:
+        UserError: nobody is logged in, its server does not answer, and what else it may say.
+    """
+    try:
+        return WandB(project, run_dir)
+    except OSError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"run.wandb={project} cannot begin ({why}): wandb login, WANDB_MODE=offline, or run.wandb=null"
+        ) from error
+
+
 class Reports:
     """All sinks of the first process; on the others nothing happens."""
 
@@ -53,20 +69,16 @@ class Reports:
         """Figures beyond `start`, which an interrupted run has left, are dropped.
 
         Raises:
-            UserError: the run folder cannot be written, or wandb is missing.
+            UserError: the run folder cannot be written, or Weights & Biases does not begin.
         """
         self._sinks: list[Sink] = []
         self._progress: ProgressLine | None = None
-        if options.wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError(
-                f"run.wandb={options.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
-            )
         if not is_main:
             return
         try:
             self._figures: JsonLines = JsonLines(run_dir / "metrics.jsonl", resume_step=start)
             self._sinks += [TensorBoard(run_dir / "tensorboard", resume_step=start)] if options.tensorboard else []
-            self._sinks += [WandB(options.wandb, run_dir)] if options.wandb else []
+            self._sinks += [begun(options.wandb, run_dir)] if options.wandb else []
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error}): free space or choose another run.dir") from error
         self._progress = ProgressLine(title, options.steps, start)
@@ -99,5 +111,9 @@ class Reports:
         if self._progress is not None:
             self._progress.close()
             self._progress = None
-            for sink in (self._figures, *self._sinks):
-                sink.close()
+            self._figures.close()
+            for sink in self._sinks:
+                try:
+                    sink.close()
+                except Exception as error:  # as in `log`
+                    print(f"{type(sink).__name__} may lack its last figures: {error}", file=sys.stderr, flush=True)

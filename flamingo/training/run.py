@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flamingo.errors import UserError
@@ -37,7 +39,7 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
     run_dir = Path(config.run.dir)
     described, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
     if described.exists() and (config.run.resume == "auto" or restarted()):
-        changed = differences(yaml.safe_load(described.read_text()), config.as_dict())
+        changed = differences(_described(described), config.as_dict())
         if changed:
             raise UserError(
                 f"{run_dir} holds a run with another config: {', '.join(changed[:3])}"
@@ -59,6 +61,17 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
     if processes.size > 1:  # a shared file system may show them something else
         dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
+
+
+def _described(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} cannot be read ({why}): mend it, or choose another run.dir") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} does not describe a run: choose another run.dir")
+    return found
 
 
 def same_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
@@ -90,12 +103,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole."""
+    """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what there was of a model before stays.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    write(weights, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    try:
+        write(weights, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # which also frees space
+        raise UserError(
+            f"the model cannot be written to {folder} ({error}): free space and give the same command again, which "
+            "writes it from the last checkpoint"
+        ) from error
 
 
 def finish(
@@ -128,8 +152,12 @@ def finish(
     if processes.is_main:
         for (name, reason), number in replaced.items():
             print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)
-        draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{title} ({run_dir})")
-        print(f"model in {run_dir / 'model'}, losses in {run_dir / 'loss.png'}", flush=True)
+        print(f"model in {run_dir / 'model'}", flush=True)
+        try:
+            draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{title} ({run_dir})")
+            print(f"losses in {run_dir / 'loss.png'}", flush=True)
+        except OSError as error:  # a picture is no reason to call a finished run failed
+            print(f"{run_dir / 'loss.png'} cannot be written: {error}", file=sys.stderr, flush=True)
     processes.wait()  # nobody leaves while the model is being written
     return run_dir / "model"
 

@@ -64,7 +64,7 @@ class ValidationOptions:
 
 @dataclass(kw_only=True, slots=True)
 class ProbeOptions:
-    """Few-shot scores during training, by the evaluation's own tasks and loop."""
+    """Few-shot scores during training, by the evaluation's own tasks and loop; each process asks all of them."""
 
     every: int = 0
     """Updates between two probes, the last update included; 0: never."""
@@ -77,7 +77,7 @@ class ProbeOptions:
     data: str = "runs/demo/data"
     """Root of the prepared data, which tasks refer to."""
 
-    def problems(self, objective: str, world_size: int) -> Iterator[str]:
+    def problems(self, objective: str) -> Iterator[str]:
         """Every impossible value."""
         for key, value, least in (
             ("every", self.every, 0),
@@ -88,8 +88,6 @@ class ProbeOptions:
                 yield f"run.probe.{key}={value} is below its least value {least}"
         if not self.every:
             return
-        if world_size > 1:
-            yield f"run.probe.every is for one process, not {world_size}: set it to 0 and use python -m eval on model/"
         if objective != "flamingo":
             yield f"run.probe.every is for objective flamingo, not {objective}: set it to 0"
         if not self.tasks:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo.backbones import load_language
-from flamingo.checkpoint import manifest_of
-from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.checkpoint import fingerprint, manifest_of
 from flamingo.processor import FlamingoProcessor, ImageTransform
 from flamingo.training import build, lora
 from flamingo.training.compiling import compile_layers
@@ -49,7 +48,7 @@ class Setup:
 def language_setup(
     model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]
 ) -> Setup:
-    """A causal LM on the text of pages, with a tokenizer of its own where none is named."""
+    """A causal LM on the text of pages, or adapters in one, with a tokenizer of its own where none is named."""
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
@@ -63,12 +62,19 @@ def language_setup(
         tokenizer = build.load_tokenizer(str(folder))
     if not language.name:
         lm = build.build_language(language.config or {}, tokenizer)
+    adapters: Any = None
+    frozen: dict[str, str] = {}
+    if model.freeze.language == "lora":
+        frozen = {"language": fingerprint(lm)}  # of the LM as it was: adapters change its keys
+        adapters = add_lora(lm.requires_grad_(False), model)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        lm.save_pretrained(str(folder), state_dict=weights)
+        lm.save_pretrained(str(folder), state_dict=weights if adapters is None else lora.merge(weights, adapters))
         tokenizer.save_pretrained(str(folder))
+        if adapters is not None:
+            lora.save_adapters(weights, adapters, "", folder / lora.ADAPTER)
 
-    return Setup(lm, LanguageObjective(), lambda name: "language", export, tokenizer)
+    return Setup(lm, LanguageObjective(), lambda name: "language", export, tokenizer, frozen=frozen)
 
 
 def contrastive_setup(
@@ -102,7 +108,8 @@ def flamingo_setup(
     with_adapters = policy["language"] == "lora"
     flamingo.freeze({**policy, "language": "frozen"} if with_adapters else policy)
     frozen = manifest_of(flamingo)["fingerprints"]  # of the LM as it was: adapters change its keys
-    adapters = add_lora(flamingo, model) if with_adapters else None
+    path = flamingo.config.decoder_layers_path
+    adapters = add_lora(flamingo.language_model, model, path) if with_adapters else None
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         merged = weights if adapters is None else lora.merge(weights, adapters)
@@ -122,11 +129,11 @@ def flamingo_setup(
     )
 
 
-def add_lora(flamingo: FlamingoForConditionalGeneration, model: ModelConfig) -> Any:
+def add_lora(lm: PreTrainedModel, model: ModelConfig, layers_path: str | None = None) -> Any:
     """Adapters in the LM as the config describes them; returns peft's config."""
-    options, path = model.lora, flamingo.config.decoder_layers_path
+    options = model.lora
     return lora.add_adapters(
-        flamingo.language_model, rank=options.rank, alpha=options.alpha, targets=options.targets, layers_path=path
+        lm, rank=options.rank, alpha=options.alpha, targets=options.targets, layers_path=layers_path
     )
 
 

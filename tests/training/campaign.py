@@ -4,9 +4,10 @@
 
 Each run is killed up to three times with SIGKILL, all its processes or one of them, at a random moment or, every other
 time, as soon as a checkpoint is being written; then it is started once more and let go to its end. Its losses must be
-those of the uninterrupted run: bit for bit on the same number of processes, within 1e-5 where the last start is on the
-other number. A folder without its marker must never be what a run goes on from. The processes are forks of this one, so
-that the 50 runs take minutes.
+those of the uninterrupted run: bit for bit where all its starts had the same number of processes, within 1e-5 where it
+went from one to two processes or from two to one. Every start must go on from the newest checkpoint that has its
+marker, and say so; what a kill left half-written must never be that. The processes are forks of this one, so that the
+50 runs take minutes. A run that was killed only before its first update counts as one that went on from nothing.
 """
 
 from __future__ import annotations
@@ -15,29 +16,37 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt  # noqa: F401 - here, and not again in every fork
 import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 
 from flamingo.training import state
 from flamingo.training.config import TrainConfig
+from tests.training.tally import Row, table
 from tests.training.world import config, write_world
 from train import train
 
-STEPS, EVERY = 24, 3
+STEPS, EVERY = 16, 2
 
 
 def settings(world: Path, run_dir: Path) -> TrainConfig:
     """A run with checkpoints in the background, some of which stay."""
     made = config(world, run_dir, "flamingo", steps=STEPS, checkpoint_every=EVERY, keep_last=2, ema=0.5)
     made.run.checkpoint.keep_every = 4 * EVERY
+    for dataset in made.data.datasets.values():
+        dataset["batch_size"] //= 2
     return made
 
 
@@ -99,50 +108,95 @@ def lines(run_dir: Path) -> list[dict[str, float]]:
     return found
 
 
-def writing(run_dir: Path) -> bool:
-    """Whether a checkpoint is begun and not whole."""
-    return bool(state.step_folders(run_dir / "checkpoints", complete=False))
+def writing(run_dir: Path, since: float) -> bool:
+    """Whether a checkpoint was begun after `since` and is not whole; older ones are what a kill has left."""
+    for _, folder in state.step_folders(run_dir / "checkpoints", complete=False):
+        with suppress(FileNotFoundError):  # it has just been removed
+            if folder.stat().st_mtime >= since:
+                return True
+    return False
+
+
+def newest(run_dir: Path) -> int:
+    """Update of the newest checkpoint that has its marker; 0: there is none."""
+    return max((step for step, _ in state.step_folders(run_dir / "checkpoints")), default=0)
 
 
 @dataclass
-class Tally:
-    """What the kills have hit."""
+class Attempt:
+    """One start of a run."""
 
-    kills: int = 0
-    in_save: int = 0
-    partial_left: int = 0
-    one_of_two: int = 0
-    worst_other_layout: float = 0.0
-    wrong: list[str] = field(default_factory=list)
+    run_dir: Path
+    log: Path
+    forks: list[int]
+    since: float
+    expected: int
+    """Update of the checkpoint that it must go on from."""
+    told: int
+    """Length of the log before it."""
+
+    @classmethod
+    def begin(cls, made: TrainConfig, processes: int, log: Path) -> Attempt:
+        """Starts the processes."""
+        run_dir = Path(made.run.dir)
+        told = log.stat().st_size if log.exists() else 0
+        since, expected = time.time(), newest(run_dir)
+        return cls(run_dir, log, start(made, processes, log), since, expected, told)
+
+    def said(self) -> str:
+        """What its processes have printed."""
+        return self.log.read_bytes()[self.told :].decode(errors="replace")
+
+    def check(self, row: Row) -> None:
+        """Notes what it went on from, if it came so far."""
+        text = self.said()
+        if "process(es) on" not in text:
+            return
+        found = re.search(r"resumed \S*step-(\d{8})", text)
+        step = int(found[1]) if found else 0
+        row.resumed[step] += 1
+        if step != self.expected:
+            row.wrong.append(f"{self.run_dir.name}: went on from {step}, the newest whole one was {self.expected}")
 
 
-def kill(forks: list[int], run_dir: Path, rng: random.Random, typical: float, tally: Tally) -> None:
-    """SIGKILL at a random moment, or inside a save; whoever is left must end by itself within a minute."""
-    started = time.time()
-    in_save, moment = rng.random() < 0.5, time.monotonic() + rng.uniform(0.1, 1.0) * typical
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and any(alive(pid) for pid in forks):
-        if writing(run_dir) if in_save and time.monotonic() > moment - 0.5 * typical else time.monotonic() > moment:
-            break
-        time.sleep(0.0005)
-    if in_save:
-        time.sleep(rng.uniform(0, 0.03))
-    # One alone only when they have met: before that the other waits for it, and to end it is the launcher's work.
+def kill(attempt: Attempt, rng: random.Random, row: Row) -> None:
+    """SIGKILL at a random moment, or inside a save; whoever is left must end by itself within a minute.
+
+    The moment is an update between those that are left, and some time after it; once in eight it is while the run
+    still begins. A clock would miss on a machine that is busy with other things.
+    """
+    forks, run_dir, since = attempt.forks, attempt.run_dir, attempt.since
     figures = run_dir / "metrics.jsonl"
-    met = figures.exists() and figures.stat().st_mtime > started
+    early, in_save = rng.random() < 0.125, rng.random() < 0.6
+    update, seconds = rng.randint(attempt.expected, max(attempt.expected, STEPS - 2)), rng.uniform(0, 0.1)
+    began = time.monotonic()
+    deadline = began + (rng.uniform(0, 2) if early else 240)
+    while time.monotonic() < deadline and any(alive(pid) for pid in forks):
+        found = lines(run_dir) if figures.exists() and figures.stat().st_mtime > since else []
+        if found and found[-1]["step"] >= update and (not in_save or writing(run_dir, since)):
+            time.sleep(rng.uniform(0, 0.03) if in_save else seconds)
+            break
+        time.sleep(0.001)
+    # One alone only when they have met: before that the other waits for it, and to end it is the launcher's work.
+    met = figures.exists() and figures.stat().st_mtime > since
     victims = [rng.choice(forks)] if len(forks) > 1 and met and rng.random() < 0.5 else forks
-    tally.in_save += writing(run_dir)
+    inside = writing(run_dir, since)
     for pid in victims:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     statuses = finish(forks)
-    if len(victims) < len(forks):
-        tally.one_of_two += 1
-        if time.monotonic() - began > 60:
-            tally.wrong.append(f"{run_dir.name}: the other process went on for {time.monotonic() - began:.0f} s")
-    tally.kills += -signal.SIGKILL in statuses
-    tally.partial_left += writing(run_dir)
+    if -signal.SIGKILL in statuses:
+        row.kills += 1
+        row.inside += inside
+        row.half_written += writing(run_dir, since)
+        if len(victims) < len(forks):
+            row.one += 1
+            if time.monotonic() - began > 60:
+                row.wrong.append(f"{run_dir.name}: the other process went on for {time.monotonic() - began:.0f} s")
+    elif any(statuses):
+        row.wrong.append(f"{run_dir.name}: ended by itself with {statuses}: {attempt.said()[-600:]}")
+    attempt.check(row)
 
 
 def alive(pid: int) -> bool:
@@ -151,59 +205,68 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def campaign(root: Path, runs: int, seed: int) -> Tally:
-    """All runs; what was found wrong is in the tally."""
+LAYOUTS = ((1, 1), (2, 2), (1, 1), (2, 2), (1, 2), (2, 1))
+"""Processes of the first start and of the last one, which the runs have in turn; starts between have either."""
+
+
+def campaign(root: Path, runs: int, seed: int) -> dict[tuple[int, int], Row]:
+    """All runs; what was found wrong is in the rows."""
     torch.set_num_threads(1)
-    world, rng, tally = write_world(root / "world"), random.Random(seed), Tally()
+    world, rng = write_world(root / "world"), random.Random(seed)
+    rows: dict[tuple[int, int], Row] = {layout: Row() for layout in LAYOUTS[: max(1, runs)]}
     whole: dict[int, list[dict[str, float]]] = {}
-    typical: dict[int, float] = {}
     for processes in (1, 2):
-        began = time.monotonic()
         run_dir = root / f"whole-{processes}"
         if any(finish(start(settings(world, run_dir), processes, root / "log.txt"))):
             raise SystemExit((root / "log.txt").read_text()[-3000:])
-        typical[processes], whole[processes] = time.monotonic() - began, lines(run_dir)
+        whole[processes] = lines(run_dir)
     for number in range(runs):
-        processes, run_dir = 1 + number % 2, root / f"run-{number:03d}"
-        made, log = settings(world, run_dir), root / f"run-{number:03d}.log"
+        layout = LAYOUTS[number % len(LAYOUTS)]
+        row, run_dir, log = rows[layout], root / f"run-{number:03d}", root / f"run-{number:03d}.log"
+        made = settings(world, run_dir)
+        row.runs += 1
+        processes = layout[0]
         for _ in range(rng.randint(1, 3)):
-            kill(start(made, processes, log), run_dir, rng, typical[processes], tally)
-        last = 3 - processes if number % 5 == 4 else processes
-        if any(finish(start(made, last, log))):
-            tally.wrong.append(f"{run_dir.name}: {log.read_text()[-600:]}")
+            kill(Attempt.begin(made, processes, log), rng, row)
+            processes = rng.choice(layout)
+        last = Attempt.begin(made, layout[1], log)
+        if any(finish(last.forks)):
+            row.wrong.append(f"{run_dir.name}: {last.said()[-600:]}")
             continue
-        compare(run_dir, whole[processes], last == processes, tally)
-        print(f"run {number + 1}/{runs}: {tally}", flush=True)
+        last.check(row)
+        compare(run_dir, whole[layout[0]], layout[0] == layout[1], row)
+        print(f"run {number + 1}/{runs}, {layout[0]} -> {layout[1]}: {row}", flush=True)
         shutil.rmtree(run_dir)
-    return tally
+    return rows
 
 
-def compare(run_dir: Path, whole: list[dict[str, float]], same_layout: bool, tally: Tally) -> None:
+def compare(run_dir: Path, whole: list[dict[str, float]], same_layout: bool, row: Row) -> None:
     """Losses and gradient norms against the run that nobody killed."""
     found = lines(run_dir)
     if [line["step"] for line in found] != list(range(1, STEPS + 1)):
-        tally.wrong.append(f"{run_dir.name}: steps {[line['step'] for line in found]}")
+        row.wrong.append(f"{run_dir.name}: steps {[line['step'] for line in found]}")
         return
     away = max(abs(a["loss"] - b["loss"]) for a, b in zip(found, whole, strict=True))
+    row.apart = max(row.apart, away)
     if same_layout and any(a[k] != b[k] for a, b in zip(found, whole, strict=True) for k in ("loss", "grad_norm")):
-        tally.wrong.append(f"{run_dir.name}: losses differ by up to {away:.2e}")
-    if not same_layout:
-        tally.worst_other_layout = max(tally.worst_other_layout, away)
-        if away > 1e-5:
-            tally.wrong.append(f"{run_dir.name}: losses on another layout differ by {away:.2e}")
+        row.wrong.append(f"{run_dir.name}: losses differ by up to {away:.2e}")
+    if not same_layout and not away <= 1e-5:
+        row.wrong.append(f"{run_dir.name}: losses on another layout differ by {away:.2e}")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tally = campaign(Path(folder), chosen.runs, chosen.seed)
-    print(f"{chosen.runs} runs in {time.monotonic() - began:.0f} s: {tally}")
-    sys.exit(bool(tally.wrong))
+        rows = campaign(Path(folder), chosen.runs, chosen.seed)
+    total = sum(len(row.wrong) for row in rows.values())
+    print(table(rows))
+    print(f"{chosen.runs} runs in {time.monotonic() - began:.0f} s, {total} wrong")
+    sys.exit(bool(total))
 
 
 if __name__ == "__main__":

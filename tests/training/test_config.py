@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -92,14 +93,31 @@ def test_every_impossible_combination_is_named_with_its_remedy() -> None:
     config.objective = "language"
     text = "; ".join(config.problems())
     assert "model.init is for objective flamingo, not language" in text
-    assert "model.freeze.language=lora is for objective flamingo, not language: use train" in text
+    assert "model.freeze.language=lora adapts a language model that exists: give model.language.name" in text
+    config.model.language.name = "folder"
+    assert "model.freeze" not in "; ".join(config.problems())
+    config.objective = "contrastive"
+    text = "; ".join(config.problems())
+    assert "model.freeze.language=lora is for objectives flamingo and language: set it to frozen" in text
+
+
+def test_a_contrastive_run_needs_a_shape_and_a_tokenizer() -> None:
+    config = TrainConfig(objective="contrastive")
+    config.data.datasets = {"pairs": {"batch_size": 8}}
+    config.model.vision.name = "ViT-B-32"
+    text = "; ".join(config.problems())
+    assert "model.vision.config is missing" in text
+    assert "model.language.tokenizer is missing: a contrastive run does not make its own" in text
 
 
 def test_what_the_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(run=RunConfig(compile=True))
     config.model.init = str(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
+    config.run.wandb = "mine"
     text = "; ".join(unavailable(config))
+    if importlib.util.find_spec("wandb") is None:
+        assert "run.wandb=mine needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null" in text
     assert f"model.init={tmp_path} holds no model (config.json is missing)" in text
     if not torch.cuda.is_available():
         assert "run.compile=true needs a C++ compiler" in text

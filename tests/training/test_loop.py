@@ -122,12 +122,6 @@ def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
         train(settings)
 
 
-def test_probes_on_several_processes_are_refused(world: Path, tmp_path: Path) -> None:
-    settings = evaluated(world, tmp_path, tmp_path / "data")
-    (problem,) = settings.problems(world_size=2)
-    assert problem.startswith("run.probe.every is for one process, not 2")
-
-
 def test_a_wrong_validation_is_named(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, "language")
     settings.run.validation.every = 1

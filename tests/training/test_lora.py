@@ -16,6 +16,7 @@ from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.families import page, subject, tiny_lm
 from flamingo.training import lora
+from tests.training.commands import begin, given, torchrun
 from tests.training.world import config, write_world
 from train import train
 
@@ -80,6 +81,47 @@ def test_a_run_with_adapters_writes_a_model_that_needs_no_peft_and_the_adapters_
     assert not torch.allclose(base(input_ids=ids).logits, merged, atol=1e-4)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "model" / lora.ADAPTER)
     torch.testing.assert_close(adapted(input_ids=ids).logits, merged, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
+def test_a_language_run_with_adapters_writes_both_and_resumes(world: Path, tmp_path: Path, family: str) -> None:
+    """GPT-2's head is tied to its embedding, and its layers are transposed."""
+    first = config(world, tmp_path / "lm", "language", steps=1)
+    if family == "gpt2":
+        first.model.language.config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    train(first)
+    for name, ends in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in ends:
+            settings = config(world, tmp_path / name, "language", steps=steps, activation_checkpointing=True)
+            settings.model.language.config = None
+            settings.model.language.name = str(tmp_path / "lm" / "model")
+            settings.model.freeze.language = "lora"
+            train(settings)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    base, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("lm", "whole"))
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    tables = [model.get_input_embeddings().state_dict()["weight"] for model in (base, merged)]
+    assert torch.equal(*tables)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    after = merged(input_ids=ids).logits
+    assert not torch.allclose(base(input_ids=ids).logits, after, atol=1e-4)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "whole" / "model" / lora.ADAPTER)
+    torch.testing.assert_close(adapted(input_ids=ids).logits, after, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_of_a_language_run_on_two_processes(world: Path, tmp_path: Path) -> None:
+    train(config(world, tmp_path / "lm", "language", steps=1))
+    for size in (1, 2):
+        settings = config(world, tmp_path / f"run-{size}", "language", steps=3)
+        settings.model.language.config = None
+        settings.model.language.name = str(tmp_path / "lm" / "model")
+        settings.model.freeze.language = "lora"
+        command = [*torchrun("--standalone", f"--nproc-per-node={size}"), *given(settings, tmp_path)]
+        assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), abs=1e-5)
 
 
 def test_adapters_resume_bit_for_bit(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
 from flamingo.training.ledger import Ledger
-from flamingo.training.objectives import FlamingoObjective
+from flamingo.training.objectives import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
 from flamingo.training.optim import adamw
 from flamingo.training.parallel import Processes, before_backward, spawn
 from flamingo.training.planning import Rows, batch_of, memory_of, meta_model, plan, remedies
 from flamingo.training.setups import place, strategy_of
+from tests.training.commands import begin, given, torchrun
 from tests.training.world import config as world_config
+from tests.training.world import write_world
 
 WIDTH, LAYERS = 192, 4
 VOCABULARY = 2000
@@ -33,6 +36,11 @@ CLIP = {
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32, "mlp_ratio": 4.0},
 }
 DATASETS = [Rows(8, 128, 3), Rows(8, 64, 1)]
+OBJECTIVES: dict[str, Callable[[Processes], Objective]] = {
+    "flamingo": lambda processes: FlamingoObjective(),
+    "language": lambda processes: LanguageObjective(),
+    "contrastive": lambda processes: ContrastiveObjective(processes.rank, processes.size),
+}
 
 
 def run_of(family: str, **run: Any) -> TrainConfig:
@@ -44,13 +52,35 @@ def run_of(family: str, **run: Any) -> TrainConfig:
     return config
 
 
+def other_run(world: Path, objective: str, **run: Any) -> TrainConfig:
+    """Objectives contrastive and language at shapes whose tensors outweigh their buffers."""
+    config = world_config(world, Path("unused"), objective, **run)
+    config.model.language.config = {"model_type": "llama", "vocab_size": VOCABULARY, **LMS["llama"]}
+    text = {"context_length": 16, "width": 96, "heads": 3, "layers": 2}
+    config.model.vision.config = {**CLIP, "text_cfg": text}
+    return config
+
+
+def pieces_of(config: TrainConfig, model: torch.nn.Module, processes: int) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of an update, pictures real."""
+    pieces = []
+    for shape in DATASETS:
+        batch = batch_of(model, shape.rows // processes // config.run.micro_batches, shape)
+        real = {
+            name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
+            for name, value in batch.items()
+        }
+        pieces += [real] * config.run.micro_batches
+    return pieces
+
+
 def measured(config: TrainConfig, processes: Processes) -> int:
     """The most bytes that torch's allocator had given out until the end of the second of two real updates."""
     torch.manual_seed(0)
     strategy = strategy_of(config.run, processes.size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        model, objective = meta_model(config)
-        assert isinstance(objective, FlamingoObjective)
+        model, _ = meta_model(config, processes.size)
+        objective = OBJECTIVES[config.objective](processes)
         model = model.to_empty(device="cpu")
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -61,15 +91,11 @@ def measured(config: TrainConfig, processes: Processes) -> int:
         optimizer = adamw([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.95), eps=1e-8)
         model.train()
         for _ in range(2):
-            batches = []
-            for shape in DATASETS:
-                rows = shape.rows // processes.size // config.run.micro_batches
-                batches += [batch_of(model, rows, shape)] * config.run.micro_batches
+            batches = pieces_of(config, model, processes.size)
             for number, batch in enumerate(batches):
                 if strategy is not None:
                     before_backward(model, strategy, last=number + 1 == len(batches))
-                pixels = torch.zeros(batch["pixel_values"].shape, dtype=torch.uint8)
-                objective.loss_sum(model, {**batch, "pixel_values": pixels}).backward()
+                objective.loss_sum(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     return highest(seen)
@@ -117,6 +143,45 @@ def test_plan_of_two_processes_is_what_is_measured(tmp_path: Path) -> None:
     spawn(_measure, 2, configs, str(tmp_path / "found"))
     for config, found in zip(configs, (tmp_path / "found").read_text().split(), strict=True):
         assert planned(config, 2) == pytest.approx(int(found), rel=0.15), config
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("objective", ["contrastive", "language"])
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning"
+)  # open_clip
+def test_plan_of_the_other_objectives_is_what_is_measured(objective: str, tmp_path: Path) -> None:
+    config = other_run(write_world(tmp_path / "world"), objective)
+    found = measured(config, Processes(0, 1, torch.device("cpu")))
+    assert planned(config, 1) == pytest.approx(found, rel=0.15)
+    configs = [other_run(tmp_path / "world", objective, precision=precision) for precision in ("fp32", "bf16")]
+    spawn(_measure, 2, configs, str(tmp_path / "found"))
+    for config, found in zip(configs, map(int, (tmp_path / "found").read_text().split()), strict=True):
+        assert planned(config, 2) == pytest.approx(found, rel=0.15), config.run.precision
+
+
+def test_adapters_of_objective_language_are_planned(tmp_path: Path) -> None:
+    """Only they have optimizer state."""
+    whole = other_run(tmp_path, "language")
+    part = other_run(tmp_path, "language")
+    part.model.freeze.language = "lora"
+    a, b = (memory_of(config, [Rows(8, 64, 0)], 1) for config in (whole, part))
+    assert b.parts["optimizer"] < a.parts["optimizer"] / 5
+    assert a.parts["weights"] < b.parts["weights"] < 1.2 * a.parts["weights"]
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_plan_is_said_once_and_a_mistake_at_least_once(tmp_path: Path) -> None:
+    settings = world_config(write_world(tmp_path / "world"), tmp_path / "run", "contrastive")
+    settings.plan = True
+    command = [*torchrun("--standalone", "--nproc-per-node=2"), *given(settings, tmp_path)]
+    assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "log").read_text().count("memory of a process of 2") == 1
+    assert not (tmp_path / "run").exists()
+    assert begin([*command, "run.steps=0"], tmp_path / "wrong").wait(250) == 1
+    # By whichever process came first: torchrun ends the others.
+    assert "error: run.steps=0 is below its least value 1" in (tmp_path / "wrong").read_text()
 
 
 def test_ledger_counts_storages_once_and_forgets_what_is_freed() -> None:
