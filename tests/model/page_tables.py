@@ -41,7 +41,8 @@ def checks() -> str:
 
 def families() -> str:
     def class_of(model_type: str) -> str:
-        return AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(model_type))].__name__
+        found: type = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(model_type))]  # type: ignore[assignment]
+        return found.__name__
 
     return rows(("name", "class"), ((f"`{name}`", f"`{class_of(kind)}`") for name, (kind, _) in FAMILIES.items()))
 
