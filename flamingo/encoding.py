@@ -74,9 +74,11 @@ class EncodesMedia(FlamingoPreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             return self.encode_media(pixel_values, frame_counts)
         size, dtype = self.vision_encoder.image_size, torch.uint8
-        if self.training and torch.is_grad_enabled():
-            # One black picture that nobody sees: in a sharded run every process must call the same modules and give
-            # gradients (of zeros) for the same parameters, whether its batch has pictures or not.
+        sharded = hasattr(self, "set_requires_gradient_sync")  # a method that FSDP2 gives
+        if sharded or (self.training and torch.is_grad_enabled()):
+            # One black picture that nobody sees: in a sharded run every process must call the same modules, in
+            # validation too, and give gradients (of zeros) for the same parameters, whether its batch has pictures or
+            # not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
         latents = self.resampler.latents
         return latents.new_zeros(0, *latents.shape)
