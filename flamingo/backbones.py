@@ -35,8 +35,9 @@ from flamingo.towers import TIMM, checked_width, load_timm, resize_tower
 from flamingo.vision import VisionEncoder, build_open_clip, describe_tower, vision_model_from_config
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# Of `VisionConfig`, what a caller may say of any encoder, and what of a built module.
 VISION_OPTIONS = ("mean", "std", "resize_mode", "class_token", "final_norm")
-"""Of `VisionConfig`, what a caller may decide."""
+BUILT_OPTIONS = (*VISION_OPTIONS, "kind", "arch")
 
 
 def load_vision(
@@ -53,13 +54,14 @@ def load_vision(
     Raises:
         UserError: unknown name, tag or option, missing files, no network, an encoder that cannot do what is asked.
     """
-    if unknown := sorted(set(options) - set(VISION_OPTIONS)):
-        raise UserError(f"vision_options.{unknown[0]} is not an option; known are {', '.join(VISION_OPTIONS)}")
+    known = BUILT_OPTIONS if isinstance(vision, nn.Module) else VISION_OPTIONS
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"vision_options.{unknown[0]} is not an option; known are {', '.join(known)}")
     if isinstance(vision, nn.Module):
         if image_size is None:
             raise UserError("a built vision module needs image_size=..., the side of its pictures in pixels")
         checked_width(vision, image_size, type(vision).__name__)
-        tower, config = vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size)
+        tower, config = vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
     else:
         tower, config = _vision_by_name(vision, pretrained, image_size)
     if options:
@@ -109,11 +111,7 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
 
 
 def open_clip_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> VisionConfig:
-    """Return the config of an open_clip encoder by its name, without building it; `width` is 0 for timm's towers.
-
-    Raises:
-        UserError: an unknown tag.
-    """
+    """Return an open_clip encoder's config by its name, unbuilt; `width` is 0 for timm's. An unknown tag: UserError."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 

@@ -156,11 +156,7 @@ class NewTokens(nn.Module):
 
 
 def new_tokens_for(lm: PreTrainedModel, ids: list[int]) -> NewTokens:
-    """Return a table for `ids` that fits the LM, tied where the LM is tied.
-
-    Raises:
-        UserError: ids that leave a gap behind the LM's rows.
-    """
+    """Return a table for `ids` that fits the LM, tied where the LM is tied; ids with a gap are a UserError."""
     table, head = table_shape(embedding_table(lm)), table_shape(output_head(lm))
     tied = bool(getattr(lm.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     beyond = sorted(i for i in ids if i >= head[0])

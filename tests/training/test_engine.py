@@ -129,13 +129,13 @@ def test_everything_wrong_is_said_at_once_before_anything_loads(world: Path, tmp
     settings = config(world, tmp_path, "flamingo", micro_batches=3, parallel="none", precision="bf16")
     settings.model.language.name = str(tmp_path / "no-such-model")
     settings.data.datasets["pages"]["shards"] = [str(tmp_path / "nowhere.tar")]
-    settings.data.datasets["pairs"]["colour"] = "red"
+    settings.data.datasets["pairs"]["hue"] = "red"
     with pytest.raises(UserError) as caught:
         train(settings)
     for expected in (
         "data.datasets.pages.batch_size=8 is not divisible by processes x run.micro_batches = 1 x 3",
         "run.parallel=none cannot compute in bf16",
-        "data.datasets.pairs.colour is no field of a dataset",
+        "data.datasets.pairs.hue is no field of a dataset",
         "nowhere.tar does not exist",
     ):
         assert expected in str(caught.value)
