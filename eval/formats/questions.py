@@ -75,22 +75,21 @@ def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
-    for row in rows(path, read_json(path)):
-        if wanted(row, source):
-            image = str(need(row, "image_name", path))
-            kind = str(need(row, "answer_type", path)).strip().upper()
-            picture = picture_of(source, path, image, row)
-            yield item(need(row, "qid", path), picture, row["question"], [need(row, "answer", path)], kind, group=image)
+    return _medical(path, source, picture="image_name")
 
 
 def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`test.json`: img_name, question, answer, q_lang, answer_type; `only: {q_lang: en}` takes the English ones."""
+    return _medical(path, source, picture="img_name")
+
+
+def _medical(path: Path, source: SourceSpec, picture: str) -> Iterator[Item]:
     for row in rows(path, read_json(path)):
         if wanted(row, source):
-            image = str(need(row, "img_name", path))
+            image = str(need(row, picture, path))
             kind = str(need(row, "answer_type", path)).strip().upper()
-            picture = picture_of(source, path, image, row)
-            yield item(need(row, "qid", path), picture, row["question"], [need(row, "answer", path)], kind, group=image)
+            shown = picture_of(source, path, image, row)
+            yield item(need(row, "qid", path), shown, row["question"], [need(row, "answer", path)], kind, group=image)
 
 
 class _PlainUnpickler(pickle.Unpickler):
