@@ -22,6 +22,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 120, 205),
     "white": (240, 240, 240),
 }
+KINDS = ("one", "count", "left", "above")
 COUNTS = ("zero", "one", "two", "three", "four")
 PLACES = {
     "at the top left": (9.5, 9.5),
@@ -87,7 +88,7 @@ def _shape(rng: np.random.Generator, words: tuple[str, str, bool], x: float, y: 
 
 def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
     """A random scene of `kind` (one, count, left, above), or of a random kind."""
-    kind = kind or ("one", "count", "left", "above")[int(rng.integers(4))]
+    kind = kind or KINDS[int(rng.integers(len(KINDS)))]
     red, green, blue = rng.integers(0, 56, size=3).tolist()
     ground = (red, green, blue)
     words = _words(rng)
@@ -99,7 +100,7 @@ def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
         cells = rng.permutation(4)[:count]
         spots = [(8.5 + 15 * (cell % 2), 8.5 + 15 * (cell // 2)) for cell in cells]
         return Scene(kind, tuple(_shape(rng, words, x, y, count) for x, y in spots), ground)
-    if kind not in ("left", "above"):
+    if kind not in KINDS:
         raise ValueError(f"a scene's kind is one, count, left or above, not {kind!r}")
     other = _words(rng)
     while other[:2] == words[:2]:  # two equal shapes would be a count
