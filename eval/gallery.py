@@ -34,6 +34,7 @@ img { height: 80px; image-rendering: pixelated; display: block; }
 small { color: #666; } table { border-collapse: collapse; } td, th { padding: .1rem .7rem; text-align: right; }
 """
 MOST_SIDE = 256  # larger pictures are shown as thumbnails
+TAG = "<image>"
 UNSURE = 0.5  # confidences below it are shown by that filter
 FILTERS = {"all": "all", "wrong": "wrong", "unsure": f"confidence below {UNSURE:g}", "failed": "not parsed"}
 
@@ -103,11 +104,27 @@ def _text(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+def figures_of(sample: Sample) -> list[tuple[str | None, str, bool]]:
+    """(picture, the text behind it, is it the query's) in the order of the prompt; a turn may have several pictures."""
+    found = []
+    left = iter(sample.pictures_sha256)
+    tagged = sum(text.count(TAG) + (sha256 is not None) for sha256, text in sample.turns)
+    split = tagged == len(sample.pictures_sha256)  # else a text has that word of its own
+    for number, (sha256, text) in enumerate(sample.turns):
+        is_query = number == len(sample.turns) - 1
+        first, *more = text.split(TAG) if split else [text]
+        if sha256 is not None:
+            next(left, None)
+        found.append((sha256, first, is_query))
+        found += [(next(left), behind, is_query) for behind in more]
+    return found
+
+
 def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
     figures = []
-    for number, (sha256, text) in enumerate(sample.turns):
+    for sha256, text, is_query in figures_of(sample):
         frames = () if sha256 is None else pictures[sha256].frames
-        role = " class=query" if number == len(sample.turns) - 1 else ""
+        role = " class=query" if is_query else ""
         shown = "".join(f'<img alt="" src="{data_uri(frame)}">' for frame in frames)
         figures.append(f"<figure{role}>{shown}<figcaption>{_text(text)}</figcaption></figure>")
     said = f"said <code>{_text(sample.raw.strip())}</code>"
@@ -142,10 +159,10 @@ def data_uri(data: bytes) -> str:
 
 
 def choose_for_strip(samples: Sequence[Sample], each: int = 3, widest: int = 9) -> list[Sample]:
-    """`each` samples of every task, with the most shots whose prompts have at most `widest` turns."""
+    """`each` samples of every task, with the most shots whose prompts have at most `widest` pictures or texts."""
     best: dict[str, list[Sample]] = {}
     for group in cells_to_show(samples):
-        if max(len(sample.turns) for sample in group) <= widest or group[0].cell.task not in best:
+        if max(len(figures_of(sample)) for sample in group) <= widest or group[0].cell.task not in best:
             best[group[0].cell.task] = max(best.get(group[0].cell.task, []), group, key=_shots)
     return [sample for group in best.values() for sample in choose(group, each)]
 
@@ -161,17 +178,17 @@ def _lines(text: str, most: int = 3) -> list[str]:
 def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: int = 112) -> bytes:
     """A PNG with one prompt a line, read from left to right: each picture with its text, then what the model said."""
     font = ImageFont.load_default(size=13)
-    widest = max(len(sample.turns) for sample in samples)
+    widest = max(len(figures_of(sample)) for sample in samples)
     step, line = side + 14, side + 66
     sheet = Image.new("RGB", (step * widest + 190, line * len(samples) + 8), "white")
     draw = ImageDraw.Draw(sheet)
     for row, sample in enumerate(samples):
         x, y = 8, 8 + row * line
-        for number, (sha256, text) in enumerate(sample.turns):
+        for sha256, text, is_query in figures_of(sample):
             if sha256 is not None:
                 frame = Image.open(io.BytesIO(pictures[sha256].frames[0])).convert("RGB")
                 sheet.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
-            if number == len(sample.turns) - 1:
+            if is_query:
                 draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#0072B2", width=3)
             draw.multiline_text((x, y + side + 4), textwrap.fill(text, 18), fill="#222222", font=font, spacing=2)
             x += step

@@ -11,6 +11,7 @@ from eval.ablations import ABLATIONS
 from eval.demos import leak
 from eval.documents import DocumentTask
 from eval.formats.interleaved import interleaved, without_first_mark
+from eval.gallery import figures_of
 from eval.metrics.text import open_match
 from eval.prompts import PromptBuilder
 from eval.report import rows_of, sample_line, sample_of
@@ -75,7 +76,18 @@ def test_open_and_closed_answers_are_scored_each_in_its_way(tmp_path: Path) -> N
     for sample in samples:
         assert sample.prompt.count("<image>") == len(sample.pictures_sha256)
         assert sample_of(sample_line(sample)) == sample
+        figures = figures_of(sample)  # in the gallery every picture has a place of its own, with its own text
+        assert [picture for picture, _, _ in figures if picture is not None] == list(sample.pictures_sha256)
+        said = "".join(text for _, text in sample.turns)
+        assert "".join(text for _, text, _ in figures) == said.replace("<image>", "")
+        assert sum(is_query for *_, is_query in figures) == 1 + sample.turns[-1][1].count("<image>")
     assert cache.shown == sum(len(sample.pictures_sha256) for sample in samples)
+
+
+def test_a_text_that_has_the_picture_word_of_its_own_is_shown_as_it_is(tmp_path: Path) -> None:
+    samples, _ = run({"mmmu": built(tmp_path, "mmmu")}, Grid([0], [0], ["real"]), Constant("no"))
+    sample = replace(samples[0], turns=((samples[0].pictures_sha256[0], "what is <image>?"),), pictures_sha256=("x",))
+    assert figures_of(sample) == [(samples[0].pictures_sha256[0], "what is <image>?", True)]
 
 
 def test_ablations_move_or_take_every_picture() -> None:
