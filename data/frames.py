@@ -25,14 +25,14 @@ class Transform(Protocol):
         """S, in pixels."""
 
     def __call__(self, image: Tensor, /) -> Tensor:
-        """The picture (C, h, w), both uint8, in the size that the encoder takes."""
+        """The picture (C, h, w), both uint8, in the size that the encoder takes; each channel for itself."""
 
 
 def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
-    """Picture `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 3). Raises ContentError."""
+    """Picture `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
     size = transform.size
-    image = decode(raw.picture(number), at_least=size, contiguous=False)
-    return image if image.shape[1:] == (size, size) else transform(image)
+    image = decode(raw.picture(number), at_least=size, spare=True)
+    return (image if image.shape[1:] == (size, size) else transform(image))[:3]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

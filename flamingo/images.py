@@ -66,7 +66,9 @@ class ImageTransform:
             out = tv.center_crop(out, [self.size, self.size])
         elif self.mode in ("pad", "pad_mean"):
             left, top = (self.size - target[1]) // 2, (self.size - target[0]) // 2
-            fill = [round(255 * value) for value in self.mean] if self.mode == "pad_mean" else 0
+            mean = [round(255 * value) for value in self.mean]
+            mean += [0] * (len(out) - len(mean))  # of a channel that only fills up the memory
+            fill = mean if self.mode == "pad_mean" else 0
             out = tv.pad(out, [left, top, self.size - target[1] - left, self.size - target[0] - top], fill=fill)
         return out
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.decode import decode
 from data.errors import ContentError
-from flamingo.images import to_rgb
+from flamingo.images import MODES, ImageTransform, to_rgb
 from tests.data.helpers import encoded, random_image
 
 
@@ -127,3 +127,16 @@ def test_cut_pictures_are_undecodable(form: str) -> None:
 def test_what_is_no_picture(data: bytes) -> None:
     with pytest.raises(ContentError, match="not a picture"):
         decode(data)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (24, 24), (20, 9)])
+def test_a_spare_channel_changes_no_pixel(mode: str, size: tuple[int, int]) -> None:
+    transform = ImageTransform(24, mode=mode)
+    for form, image in (("JPEG", random_image("RGB", size)), ("PNG", random_image("L", size))):
+        data = encoded(image, form)
+        wide = decode(data, spare=True)
+        assert len(wide) == (4 if form == "JPEG" else 3)
+        slow = decode(data)
+        assert torch.equal(wide[:3], slow)
+        assert torch.equal(transform(wide)[:3], transform(slow))
