@@ -24,7 +24,7 @@ from flamingo.errors import UserError
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    command = "pip install --no-deps 'lmms-eval==0.7.3' and pip install loguru tenacity"
+    command = "pip install --no-deps 'lmms-eval==0.7.3' loguru tenacity python-dotenv openai"
     missing = f"lmms-eval cannot be imported ({error}): beside the extras run and harness, {command}"
     if __name__ == "__main__":
         stop(missing)

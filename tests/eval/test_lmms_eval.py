@@ -146,7 +146,7 @@ def test_lmms_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     (found,) = (tmp_path / "out").rglob("*results.json")
     (samples,) = (tmp_path / "out").rglob("*samples_tiny_pictures.jsonl")
     said = [json.loads(line) for line in samples.read_text().splitlines()]
-    losses = [[float(one[0][0]) for one in sample["resps"]] for sample in said]
+    losses = [[float(one[0]) for one in sample["filtered_resps"]] for sample in said]
     assert len(said) == 6
     assert all(loss > 0 for one in losses for loss in one)
     right = [int(np.argmin(one)) == sample["doc_id"] % 4 for one, sample in zip(losses, said, strict=True)]
