@@ -1,19 +1,21 @@
 """Two runs on the same queries: is the difference more than chance?
 
 The scores are paired by query (the mean over seeds of each), so what makes a query hard cancels. Queries of one picture
-are not independent: the interval resamples pictures, the test flips the sign of a picture's whole difference. For
-right-or-wrong scores McNemar's exact test stands beside it.
+are not independent: the interval resamples pictures, the test flips the sign of a picture's whole difference. Runs with
+the same seeds, several, are paired by seed too, and the interval resamples seeds and pictures as that of a single score
+does: it is about any choice of demonstrations, where the tests are about these. For right-or-wrong scores McNemar's
+exact test stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from eval.metrics.interval import cluster_bootstrap
+from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
 from eval.report import groups_of
 from eval.runner import Sample
 from eval.stored import Stored
@@ -39,6 +41,7 @@ class Comparison:
     scores: tuple[float, float]
     difference: float
     interval: tuple[float, float]
+    interval_method: str
     p: float
     p_mcnemar: float | None
     same_demonstrations: bool
@@ -82,7 +85,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
     a, b = (np.array([np.mean([s.score for s in groups[q]]) for q in ours]) for groups in (ours, theirs))
     clusters = [samples[0].cluster for samples in ours.values()]
     difference = b - a
-    interval = cluster_bootstrap(difference.tolist(), clusters)
+    interval = _interval(ours, theirs)
     spread = float(difference.var(ddof=1)) if len(a) > 1 else 0.0
     mean = float(difference.mean())
     return Comparison(
@@ -95,6 +98,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
         scores=(float(a.mean()), float(b.mean())),
         difference=mean,
         interval=(interval.low, interval.high),
+        interval_method=interval.method,
         p=sign_flip(difference, clusters),
         p_mcnemar=mcnemar(a, b),
         same_demonstrations=all(_demos(ours[q]) == _demos(theirs[q]) for q in ours),
@@ -107,6 +111,24 @@ def _by_query(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     for sample in samples:
         found.setdefault(sample.query_id, []).append(sample)
     return found
+
+
+def _interval(first: Mapping[str, Sequence[Sample]], second: Mapping[str, Sequence[Sample]]) -> Interval:
+    """Of the difference. Runs of other seeds, or of other numbers of them, cannot be paired by seed: pictures alone."""
+    scores: list[float] = []
+    clusters: list[str] = []
+    seeds: list[int] = []
+    sets = {tuple(sorted(one.cell.seed for one in group)) for groups in (first, second) for group in groups.values()}
+    for query_id, samples in first.items():
+        ours, theirs = ({one.cell.seed: one.score for one in group} for group in (samples, second[query_id]))
+        if len(sets) == 1:
+            scores += [theirs[seed] - score for seed, score in ours.items()]
+            clusters += [samples[0].cluster] * len(ours)
+            seeds += list(ours)
+        else:
+            scores.append(float(np.mean(list(theirs.values())) - np.mean(list(ours.values()))))
+            clusters.append(samples[0].cluster)
+    return two_level_bootstrap(scores, clusters, seeds) if seeds else cluster_bootstrap(scores, clusters)
 
 
 def _demos(samples: Sequence[Sample]) -> list[tuple[int, tuple[str, ...]]]:

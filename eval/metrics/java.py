@@ -22,6 +22,7 @@ METEOR = "meteor/meteor-1.5.jar"
 SPICE = "spice/spice-1.0.jar"
 PARSER = "spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar"
 """SPICE parses with these; pycocoevalcap fetches them when they are first wanted, and here nothing is fetched."""
+PARSER_ZIP = "nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
 PROGRAMS = {"meteor": METEOR, "spice": SPICE}
 MINUTES = 60
 
@@ -38,11 +39,15 @@ def program(metric: str, jar: str) -> Path:
     if shutil.which("java") is None:
         raise UserError(f"the metric {metric} needs Java (a `java` on the PATH), and there is none; or leave it out")
     folder = Path(next(iter(spec.submodule_search_locations)))
-    for name in (jar, *(PARSER if jar == SPICE else ())):
-        if not (folder / name).is_file():
-            fetch = "pycocoevalcap.spice.get_stanford_models"
-            remedy = f"python -m {fetch} with a network fetches it" if name in PARSER else "install pycocoevalcap again"
-            raise UserError(f"the metric {metric} needs {folder / name}, which does not exist; {remedy}")
+    if not (folder / jar).is_file():
+        raise UserError(f"the metric {metric} needs {folder / jar}, which does not exist; install pycocoevalcap again")
+    lacking = [name for name in PARSER if not (folder / name).is_file()] if jar == SPICE else []
+    if lacking:
+        names = " and ".join(Path(name).name for name in lacking)
+        # That program does nothing where the first of the two is there.
+        fetch = ", and `python -m pycocoevalcap.spice.get_stanford_models` fetches them" if PARSER[0] in lacking else ""
+        at = (folder / lacking[0]).parent
+        raise UserError(f"the metric {metric} needs {names} in {at}; {PARSER_ZIP} has them{fetch}")
     return folder / jar
 
 

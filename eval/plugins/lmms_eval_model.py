@@ -1,15 +1,17 @@
 """The model `flamingo` of lmms-eval (the extra `lmms`).
 
-    python -m eval.plugins.lmms_eval_model --model flamingo --model_args pretrained=FOLDER,shots=4 --tasks textvqa_val
+    python -m eval.plugins.lmms_eval_model --model flamingo --tasks textvqa_val \\
+        --model_args pretrained=FOLDER,shots=4,support_split=train
 
 These are lmms_eval's own arguments. lmms-eval has no few-shot pictures of its own; with `shots=N` in model_args the
-demonstrations are drawn here, from the task's few-shot, training or validation split, with pictures and the guard on,
-so each of its tasks can be asked few-shot.
+demonstrations are drawn here, with pictures and the guard on, from the split `support_split` of the task's data, or
+without one from the task's few-shot, training or validation split, whichever it names first and does not ask from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from eval.caches import FeatureCache
@@ -22,7 +24,8 @@ from flamingo.errors import UserError
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    missing = f"lmms-eval cannot be imported ({error}): pip install 'flamingo-vlm[lmms]'"
+    command = "pip install --no-deps 'lmms-eval==0.7.3' loguru tenacity python-dotenv openai"
+    missing = f"lmms-eval cannot be imported ({error}): beside the extras run and harness, {command}"
     if __name__ == "__main__":
         stop(missing)
     raise UserError(missing) from error
@@ -34,30 +37,40 @@ MOST_NEW_TOKENS = 256
 
 
 class FlamingoLMMs(lmms):
-    """`pretrained` is a saved folder; `responder` one that is loaded already."""
+    """`pretrained` is a saved folder; `responder` one that is loaded already. `max_batch_size` is the harness's."""
 
     is_simple = True
 
     def __init__(
         self,
         pretrained: str = "",
-        device: str = "cpu",
+        device: str | None = None,
         dtype: str = "float32",
         batch_size: int | str = 16,
         shots: int = 0,
         seed: int = 0,
+        support_split: str | None = None,
+        max_batch_size: int | None = None,
         responder: FlamingoResponder | None = None,
-        **unused: Any,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:  # `shot=4` would otherwise be a run without any
+            keys = "pretrained, device, dtype, batch_size, shots, seed, support_split"
+            raise UserError(f"model_args has an unknown key {min(unknown)!r}; the keys are {keys}")
         responder = responder or load(pretrained, device, dtype)
-        self._engine = Engine(responder, FeatureCache(responder), int(batch_size))
+        size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 16
+        self._engine = Engine(responder, FeatureCache(responder), size)
+        self._support_split = support_split
         self._prompts = Prompts(responder)
         self._shots, self._seed = int(shots), int(seed)
         self._supports: dict[str, Support] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability, False) of each continuation; those of one question are ranked together."""
+        """(minus the log-probability, False) of each continuation; those of one question are ranked together.
+
+        In spite of its name lmms-eval takes losses here: the answer of a multiple-choice task is the smallest.
+        """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, request in enumerate(requests):
             context, _, _, number, task, split = request.args
@@ -71,7 +84,7 @@ class FlamingoLMMs(lmms):
         found: dict[int, tuple[float, bool]] = {}
         for places, row in zip(groups.values(), self._engine.ask(asked), strict=True):
             assert isinstance(row, list)
-            found |= {place: (score, False) for place, score in zip(places, row, strict=True)}
+            found |= {place: (-score, False) for place, score in zip(places, row, strict=True)}
         return [found[place] for place in range(len(requests))]
 
     def _continuation(self, request: Instance) -> str:
@@ -106,13 +119,21 @@ class FlamingoLMMs(lmms):
         if not self._shots:
             return [], query
         if task not in self._supports:
-            self._supports[task] = self._support(task, getattr(visual, "__self__", None))
+            self._supports[task] = self._support(task, visual.__self__, split)
         return self._supports[task].demos(query, f"{split} {number}", self._shots), query
 
-    def _support(self, name: str, task: Any) -> Support:
-        documents = list(task.fewshot_docs() or []) if task is not None else []
-        if not documents:
-            raise UserError(f"shots={self._shots}: task {name} has no few-shot, training or validation split")
+    def _support(self, name: str, task: Any, asked: str) -> Support:
+        """lmms-eval's own `fewshot_docs` would fall back on the questions that are asked."""
+        config = task.config
+        named = [config.fewshot_split, config.training_split, config.validation_split]
+        split = self._support_split or next((one for one in named if one and one != asked), None)
+        if split not in task.dataset:
+            others = ", ".join(one for one in task.dataset if one != asked) or "none"
+            wrong = f"task {name} has no split {split}" if split else f"task {name} names no split to draw from"
+            raise UserError(
+                f"shots={self._shots}: {wrong}; give support_split=NAME in model_args; its data has: {others}"
+            )
+        documents = task.dataset[split]
 
         def show(document: Any) -> Shown:
             target = task.doc_to_target(document)
@@ -125,12 +146,43 @@ class FlamingoLMMs(lmms):
         return Support(name, documents, show, self._seed)
 
 
-def register() -> None:
+class Command(FlamingoLMMs):
+    """The same under lmms-eval's own command, which would go on after a UserError and end with exit status 0."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        with _one_sentence():
+            super().__init__(*arguments, **options)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """As above."""
+        with _one_sentence():
+            return super().loglikelihood(requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """As above."""
+        with _one_sentence():
+            return super().generate_until(requests)
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """As above."""
+        with _one_sentence():
+            return super().generate_until_multi_round(requests)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        stop(error)
+
+
+def register(class_name: str = "FlamingoLMMs") -> None:
     """Put the model into lmms_eval's registry."""
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    manifest = ModelManifest("flamingo", simple_class_path="eval.plugins.lmms_eval_model.FlamingoLMMs")
+    manifest = ModelManifest("flamingo", simple_class_path=f"eval.plugins.lmms_eval_model.{class_name}")
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
 
 
@@ -138,11 +190,8 @@ def main() -> None:
     """lmms_eval's own command, with this model in its registry."""
     from lmms_eval.__main__ import cli_evaluate
 
-    register()
-    try:
-        cli_evaluate()
-    except UserError as error:
-        stop(error)
+    register("Command")
+    cli_evaluate()
 
 
 if __name__ == "__main__":

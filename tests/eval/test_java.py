@@ -51,7 +51,11 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"spice-1.0.jar, which does not exist; install pycocoevalcap again"):
         check_spec("coco", TaskSpec(metrics=["spice"]))
     package(tmp_path, monkeypatch, METEOR, SPICE)
-    with pytest.raises(UserError, match="get_stanford_models with a network fetches it"):
+    both = r"3.6.0.jar and stanford-corenlp-3.6.0-models.jar in .*spice/lib; nlp.*zip has them, and .*_models` fetches"
+    with pytest.raises(UserError, match=both):
+        check_spec("coco", TaskSpec(metrics=["spice"]))
+    package(tmp_path, monkeypatch, METEOR, SPICE, PARSER[0])
+    with pytest.raises(UserError, match=r"needs stanford-corenlp-3.6.0-models.jar in .*zip has them$"):
         check_spec("coco", TaskSpec(metrics=["spice"]))
     package(tmp_path, monkeypatch, METEOR, SPICE, *PARSER)
     check_spec("coco", TaskSpec(metrics=["spice", "meteor"]))

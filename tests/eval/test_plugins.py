@@ -1,4 +1,4 @@
-"""This model inside lm-evaluation-harness and lmms-eval, on a tiny task of our own; few-shot pictures reach it."""
+"""This model inside lm-evaluation-harness, on a tiny task of our own; few-shot pictures reach it."""
 
 from __future__ import annotations
 
@@ -165,62 +165,6 @@ def test_lm_eval_text_requests(responder: FlamingoResponder) -> None:
         before = ids[max(0, start + len(own) - context - 1) : start] or [lm._prompts.first_token]
         total += responder.rank([Prompts.bare(before, own)], torch.zeros(0, 0, 0))[0][0]
     assert whole == pytest.approx(total, abs=0.05)
-
-
-@pytest.mark.slow
-def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pytest.importorskip("lmms_eval.api.task", exc_type=ImportError)
-        import datasets
-        import lmms_eval.api.metrics  # noqa: F401  (registers them)
-        from lmms_eval.api.task import ConfigurableTask
-
-        from eval.plugins.lmms_eval_model import FlamingoLMMs, register
-
-        splits = {"train": datasets.Dataset.from_list(rows(12, 100)), "test": datasets.Dataset.from_list(rows(6, 500))}
-        datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
-        config = {
-            "task": "tiny",
-            "dataset_path": str(tmp_path / "data"),
-            "dataset_kwargs": {"load_from_disk": True},
-            "fewshot_split": "train",
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": lambda doc, *more: doc["question"],
-            "doc_to_target": "name",
-            "doc_to_visual": image_of,
-            "generation_kwargs": {"until": ["\n"], "max_new_tokens": 4},
-            "metric_list": [{"metric": "exact_match"}],
-        }
-        task = ConfigurableTask(config=config)
-        lm = FlamingoLMMs(responder=responder, shots=2)
-        lm.task_dict["tiny"] = task.dataset
-        facts = [{"task": "tiny", "doc_id": i, "repeats": 1, "split": "test"} for i in range(6)]
-        requests = [task.construct_requests(i, f"q{i}?", metadata=own) for i, own in enumerate(facts)]
-        said = lm.generate_until(requests)
-        from lmms_eval.api.instance import Instance
-
-        ranked = [
-            Instance("loglikelihood", ("q0?", f" {name}", task.doc_to_visual, 0, "tiny", "test"), 0, facts[0])
-            for name in NAMES
-        ]
-        scores = [score for score, _ in lm.loglikelihood(ranked)]
-        register()
-        from lmms_eval.models import get_model
-
-        assert get_model("flamingo") is FlamingoLMMs
-    assert len(said) == 6
-    assert lm._engine.cache.shown == 18 + 3
-    query = shown("q0?", image_of(rows(1, 500)[0]))
-    demos = lm._supports["tiny"].demos(query, "test 0", 2)
-    prompt = Prompts(responder).build(demos, query, 0, [f" {name}" for name in NAMES])
-    assert scores == pytest.approx(responder.rank([prompt], responder.encode(prompt.pictures))[0], abs=1e-3)
-    assert all(one.answer.strip() in NAMES and len(one.pictures) == 1 for one in demos)
-    without = FlamingoLMMs(responder=responder)
-    without.task_dict["tiny"] = task.dataset
-    without.generate_until(requests)
-    assert without._engine.cache.shown == 6
 
 
 TASK = """task: tiny_pictures

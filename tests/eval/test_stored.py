@@ -116,6 +116,28 @@ def test_a_paired_comparison(folders: tuple[Path, Path], capsys: pytest.CaptureF
     assert "different" in said
 
 
+def test_the_interval_of_a_difference_is_of_two_levels(folders: tuple[Path, Path]) -> None:
+    """Against plain loops: draw seeds, draw pictures, take the mean difference; the runs differ by seed."""
+    samples = [one for one in read_run(folders[0]).samples if one.cell.shots == 4]
+    rng = np.random.default_rng(0)
+    queries, seeds = sorted({one.query_id for one in samples}), (0, 1)
+    change = {(q, s): (0.0, 0.5)[s] + float(rng.normal(0, 0.2)) for q in queries for s in seeds}
+    moved = [replace(one, score=one.score + change[one.query_id, one.cell.seed]) for one in samples]
+    found = compare_samples(samples, moved)
+    means = []
+    for _ in range(4000):
+        pictures, drawn = rng.integers(len(queries), size=len(queries)), rng.integers(2, size=2)
+        means.append(np.mean([[change[queries[q], s] for q in pictures] for s in drawn]))
+    assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+    assert found.interval_method == "two-level bootstrap"
+    assert found.interval[1] - found.interval[0] > 0.4  # over pictures alone it would be 0.1
+    one_seed = [[s for s in group if s.cell.seed == 0] for group in (samples, moved)]
+    assert compare_samples(*one_seed).interval_method == "bootstrap"
+    other = compare_samples(one_seed[0], moved)
+    assert other.interval_method == "bootstrap"
+    assert other.interval[0] <= other.difference <= other.interval[1]
+
+
 def test_only_the_same_queries_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
     samples = read_run(folders[0]).samples
     half = [sample for sample in samples if sample.cell.shots == 4]
