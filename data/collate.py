@@ -38,6 +38,7 @@ from data.windows import (
 from flamingo.errors import UserError
 
 SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
+NO_EOS = "the tokenizer has no end-of-text token; set its eos_token"
 
 
 class Collate(Protocol):
@@ -82,7 +83,7 @@ class FlamingoCollate:
     def __init__(self, processor: Any) -> None:
         tokenizer = processor.tokenizer
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-text token; set its eos_token")
+            raise UserError(NO_EOS)
         self.special = SpecialTokens(
             image=processor.image_token_id,
             eoc=processor.eoc_token_id,
@@ -187,6 +188,8 @@ class LanguageCollate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(NO_EOS)
         self.eos, self.bos = int(tokenizer.eos_token_id), tokenizer.bos_token_id
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.tokenizer = tokenizer

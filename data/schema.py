@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -82,6 +83,20 @@ def check_key(key: str) -> None:
         raise UserError(f"key {key!r}: '.', '/', '\\' and spaces are not allowed in keys")
 
 
+def make_folder(name: str | Path) -> Path:
+    """The folder to write into, made where it is not there. Raises UserError when it is a URL or cannot be made."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
+        raise UserError(f"cannot write into {name}: shards are written to a folder; copy it to that URL afterwards")
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+        why = f"{file} is a file" if file else error.strerror
+        raise UserError(f"cannot write into {folder}: {why}; give another folder") from None
+    return folder
+
+
 class ShardWriter:
     """Writes pages as `{prefix}-000000.tar`, ... with their indexes, and at the end the folder's manifest.
 
@@ -112,7 +127,7 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
         self._pictures = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if listed:
             replace_part(self.folder, self.prefix, None)
 

@@ -50,6 +50,8 @@ def verify_manifest(folder: Path) -> Iterator[str]:
         if (folder / ".prepare").exists():
             yield f"folder {folder} holds an unfinished preparation; start the same command again to finish it"
             return
+        if not listed:
+            yield f"folder {folder} lists no shards; prepare the data again"
     except UserError as error:
         yield str(error)
         return

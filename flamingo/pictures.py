@@ -1,9 +1,9 @@
 """Pictures and clips of any number of frames, from pixels to latents.
 
 Notable: a batch may mix pictures with clips of different lengths. Then the frames are one flat stack with a count for
-each picture; no frame is ever padded. The encoder runs over the flat frames, the resampler once for each number of
-frames that occurs. Outside of training a picture that occurs several times (one demonstration in many rows) is encoded
-once.
+each picture; no frame is ever padded. The encoder runs over the flat frames, the resampler's layers once for each
+number of frames that occurs. Outside of training a picture that occurs several times (one demonstration in many rows)
+is encoded once.
 
 Letters: N frames of all pictures, I pictures, F frames of a picture, C channels, S side, P patches, L latents, D width.
 """
@@ -80,20 +80,29 @@ def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[
 
 def encode(
     encoder: Callable[[Tensor], Tensor],
-    resampler: Callable[[Tensor], Tensor],
+    resampler: Callable[..., Tensor],
     frames: Shaped[Tensor, "N C S S"],
     counts: Sequence[int],
 ) -> Float[Tensor, "I L D"]:
-    """Return the latents of each picture: `encoder` as (I, F, C, S, S) to (I, F, P, D), `resampler` from there."""
+    """Return the latents of each picture: `encoder` as (I, F, C, S, S) to (I, F, P, D), `resampler` from there.
+
+    Each is called once, whatever the counts: sharded modules must be called as often on every process.
+    """
     if len(set(counts)) <= 1:
         return resampler(encoder(frames.unflatten(0, (len(counts), -1))))
-    features = encoder(frames[:, None])[:, 0]
+    return resampler(encoder(frames[:, None])[:, 0], counts)
+
+
+def by_length(
+    work: Callable[[Tensor], Tensor], features: Float[Tensor, "N P D"], counts: Sequence[int]
+) -> Float[Tensor, "I L E"]:
+    """Return what `work`, (I, F, P, D) to (I, L, E), makes of each picture; it runs once for each number of frames."""
     first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
     groups, order = [], []
     for number in sorted(set(counts)):
         which = [picture for picture, count in enumerate(counts) if count == number]
         places = (first[which][:, None] + torch.arange(number)).to(features.device)
-        groups.append(resampler(features[places]))
+        groups.append(work(features[places]))
         order += which
     back = torch.tensor(order).argsort().to(features.device)
     return torch.cat(groups).index_select(0, back)

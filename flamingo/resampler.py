@@ -8,7 +8,7 @@ Letters: I pictures, F frames, P patches, V encoder's width, L latents, D width,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.attention import attend
 from flamingo.errors import UserError
+from flamingo.pictures import by_length
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -139,8 +140,16 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, features: Float[Tensor, "I F P V"]) -> Float[Tensor, "I L D"]:
-        """Return the latents of each picture or clip, in this module's dtype whatever the encoder's."""
+    def forward(
+        self, features: Float[Tensor, "*frames P V"], counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "I L D"]:
+        """Return the latents of each picture or clip, in this module's dtype whatever the encoder's.
+
+        `features` is (I, F, P, V), or, with the number of frames of each, (N, P, V) of all frames.
+        """
+        return self._latents(features) if counts is None else by_length(self._latents, features, counts)
+
+    def _latents(self, features: Float[Tensor, "I F P V"]) -> Float[Tensor, "I L D"]:
         frames = features.shape[1]
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(self.latents.dtype)

@@ -34,12 +34,16 @@ from typing import Any, cast
 
 from data.prepare.pictures import PictureRule
 from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
-from data.schema import ShardWriter, read_manifest, replace_part, write_part
+from data.schema import ShardWriter, make_folder, read_manifest, replace_part, write_part
 from flamingo.errors import UserError
 
 WORK = ".prepare"
 GO_ON = "finished units are kept, start the same command again to go on"
 Record = dict[str, Any]
+
+
+class NothingKeptError(UserError):
+    """All of the input was dropped."""
 
 
 def load_source(name: str) -> Source:
@@ -71,6 +75,7 @@ def run(source: str, args: argparse.Namespace) -> None:
     part = parse_part(args.part) if args.part else None
     module, out = load_source(source), Path(args.out)
     units = module.units(args)
+    make_folder(args.out)
     print_of = fingerprint(source, options_of(args), units)
     mine = list(range(part[0] - 1, len(units), part[1]) if part else range(len(units)))
     if not args.restart and _complete(out, source, part, print_of):
@@ -94,7 +99,12 @@ def run(source: str, args: argparse.Namespace) -> None:
     facts["options"] = options_of(args)
     records = {number: done[number] for number in mine}
     if part is None:
-        finish(out, facts, records)
+        try:
+            finish(out, facts, records)
+        except NothingKeptError:  # there is nothing to go on with, and the next try may have other options
+            shutil.rmtree(work)
+            tidy(out)
+            raise
     else:
         name = out / part_name(source, part)
         write_json(name, {"v": 1, "part": list(part), **facts, "records": records})
@@ -134,12 +144,12 @@ def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: st
 
 
 def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None:
-    """Write the manifest of a whole source and print the report. Raises UserError when nothing was kept."""
+    """Write the manifest of a whole source and print the report. Raises NothingKeptError."""
     tally, source = total(records), facts["source"]
     report = tally.report()
     if not tally.pages:
         reasons = "; ".join(" ".join(line.split()) for line in report) or "the input is empty"
-        raise UserError(f"{source}: not one page was kept ({reasons}); change the options or the input")
+        raise NothingKeptError(f"{source}: not one page was kept ({reasons}); change the options or the input")
     shards = _shards(records)
     listed = {entry["name"] for entry in shards}
     leftover = re.compile(rf"\.?({re.escape(source)}-\d{{6}}-\d{{6}}\.tar)(\.idx)?(\.\d+)?(\.partial)?")

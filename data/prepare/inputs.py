@@ -34,6 +34,8 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.name.endswith(tuple(suffixes)) and file.is_file()]
             new = {file: file.relative_to(path).as_posix() for file in inside}
+        elif "://" in item:
+            raise UserError(f"input {item} is a URL; download it, or mount it as a folder, and give that path")
         elif any(c in item for c in "*?[") and not path.exists():
             new = {Path(file): Path(file).name for file in glob.glob(item)}  # noqa: PTH207 (may be absolute)
         elif path.exists():

@@ -15,6 +15,7 @@ from typing import Any
 
 from data.index import index_path
 from data.prepare.engine import Record, finish, tidy
+from data.schema import make_folder
 from flamingo.errors import UserError
 
 SAME = ("source", "fingerprint", "units", "layout", "options")
@@ -42,7 +43,7 @@ def merge(folders: list[str], out: str | None) -> None:
     """Join the parts of each source. Raises UserError when a part is missing, twice, or of another preparation."""
     parts = read_parts([Path(folder) for folder in folders])
     target = Path(out or folders[0])
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for source in sorted({part["source"] for _, part in parts}):
         group = [(folder, part) for folder, part in parts if part["source"] == source]
         _check(source, [part for _, part in group])

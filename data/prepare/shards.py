@@ -28,6 +28,7 @@ from data.prepare.inputs import file_units
 from data.prepare.repeats import Table, count, hash_of, page_hashes, paragraph_hash, place_of, site_of, tabulate
 from data.prepare.units import Dropped, Tally, Unit, parse_part
 from data.reader import ShardReader
+from data.schema import make_folder
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -67,7 +68,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
     if (work / "repeats.npz").exists():
         return
     folder = Path(args.counts) if args.counts else work / "counts"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shards = units(args)
     files = [folder / f"{number:06d}-{unit.digest}.npz" for number, unit in enumerate(shards)]
     part, parts = parse_part(args.part) if args.part else (1, 1)

@@ -54,7 +54,10 @@ def units(args: argparse.Namespace) -> list[Unit]:
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower()[1:] in VIDEOS
         )
         if not names:
-            raise UserError(f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path")
+            raise UserError(
+                f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path "
+                "(frames that were extracted before are given as tars)"
+            )
         found += folder_units(path, names, IN_A_UNIT)
     return found
 

@@ -61,9 +61,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer by folder or hub name; a missing padding token becomes the end of text.
 
     Raises:
-        UserError: it is neither a folder here nor can the hub be reached.
+        UserError: it is neither a folder here nor can the hub be reached, or it has no end of text.
     """
     tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, name, "tokenizer")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-text token; set its eos_token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

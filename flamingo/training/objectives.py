@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flamingo.loss import next_labels
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "phi", "sequence_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts", "phi", "sequence_ids")
 IGNORE = -100
 
 

@@ -39,6 +39,8 @@ class Rows:
     pictures: int
     """Of a row."""
     frames: int = 1
+    together: int = 1
+    """Rows of the longest length that share one where the dataset packs."""
 
 
 def complete(model: ModelConfig) -> ModelConfig:
@@ -101,6 +103,8 @@ def meta_model(config: TrainConfig, processes: int = 1) -> tuple[nn.Module, Obje
 def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
     """A batch in which every row is as long as it may be, has all its pictures and a label on every token.
 
+    Where the dataset packs, `shape.together` of them share a row, as `data.packing` lays them out.
+
     Integers are real and lie on the CPU; pictures are on the meta device.
     """
     if isinstance(model, CLIP):
@@ -108,18 +112,24 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
         shape_of_one = (side, side) if isinstance(side, int) else tuple(side)
         text = torch.full((rows, model.context_length), model.vocab_size - 1)
         return {"image": torch.empty((rows, 3, *shape_of_one), dtype=torch.uint8, device="meta"), "text": text}
-    ids = torch.zeros(rows, shape.tokens, dtype=torch.long)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+    together = min(shape.together, rows) if isinstance(model, FlamingoForConditionalGeneration) else 1
+    places = -(-rows // together) * together  # the last packed row may have room left
+    ids = torch.zeros(places, shape.tokens, dtype=torch.long)
+    sequence = (torch.arange(places) % together + 1).where(torch.arange(places) < rows, 0)
+    sequence = sequence[:, None].repeat(1, shape.tokens).view(-1, together * shape.tokens)
+    batch = {"attention_mask": (sequence > 0).long(), "labels": torch.zeros_like(sequence).where(sequence > 0, -100)}
     if not isinstance(model, FlamingoForConditionalGeneration):
-        return batch
+        return {"input_ids": ids.view(sequence.shape), **batch}
+    if together > 1:
+        batch["sequence_ids"] = sequence
     pictures = min(shape.pictures, shape.tokens)
-    places = torch.arange(pictures) * (shape.tokens // max(1, pictures))
-    ids[:, places] = model.config.image_token_id
+    ids[:rows, torch.arange(pictures) * (shape.tokens // max(1, pictures))] = model.config.image_token_id
+    ids = ids.view(sequence.shape)
     size = model.config.vision.image_size
     pixels = torch.empty(rows * pictures, shape.frames, 3, size, size, dtype=torch.uint8, device="meta")
-    counts = torch.full((rows,), pictures, dtype=torch.long)
-    phi = (ids == model.config.image_token_id).cumsum(1)
-    return {**batch, "pixel_values": pixels, "image_counts": counts, "phi": phi}
+    shown = ids == model.config.image_token_id
+    phi = shown.cumsum(1) * (sequence > 0)
+    return {**batch, "input_ids": ids, "pixel_values": pixels, "image_counts": shown.sum(1), "phi": phi}
 
 
 def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memory:
@@ -225,4 +235,5 @@ def _own_gpu(config: TrainConfig) -> float:
 def rows_of(spec: Any) -> Rows:
     """What a dataset's description says about its largest batch."""
     pictures = 0 if spec.kind == "text" else spec.max_images
-    return Rows(spec.batch_size, spec.max_tokens, pictures, spec.max_frames)
+    together = spec.pack // spec.max_tokens if spec.pack else 1
+    return Rows(spec.batch_size, spec.max_tokens, pictures, spec.max_frames, together)

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo.backbones import load_language
 from flamingo.checkpoint import fingerprint, manifest_of
+from flamingo.errors import UserError
 from flamingo.processor import FlamingoProcessor, ImageTransform
+from flamingo.tables import embedding_table, table_shape
 from flamingo.training import build, lora
 from flamingo.training.compiling import compile_layers
 from flamingo.training.config import ModelConfig, RunConfig
@@ -52,6 +54,12 @@ def language_setup(
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
+        rows, _ = table_shape(embedding_table(lm))
+        if len(tokenizer) > rows:
+            raise UserError(
+                f"the tokenizer of {language.tokenizer or language.name} has {len(tokenizer)} tokens, more than the "
+                f"{rows} embeddings of {language.name}: set model.language.tokenizer to the one it was trained with"
+            )
     elif language.tokenizer:
         tokenizer = build.load_tokenizer(language.tokenizer)
     else:

@@ -17,6 +17,7 @@ from data.page import Node, Page, Picture, Text
 from data.schema import ShardWriter
 from data.spec import DatasetSpec
 from data.windows import IGNORED
+from flamingo.errors import UserError
 from tests.data.helpers import (
     SIDE,
     byte_processor,
@@ -172,6 +173,28 @@ def test_language_rows(tmp_path: Path) -> None:
     assert [bad.reason for bad in batch.bad] == ["no text"] * len(batch.bad)
     cut = one_batch(tmp_path, LanguageCollate(tokenizer), batch_size=2, max_tokens=3)
     assert cut.tensors["input_ids"].shape == (2, 3)
+
+
+def test_text_of_a_tokenizer_without_padding(tmp_path: Path) -> None:
+    """GPT-2's and LLaMA's have none. What pads is neither seen nor learnt; the end of a text is."""
+    with ShardWriter(tmp_path, "s") as writer:
+        for text in ("long text", "short"):
+            writer.write(Page("", [Text(text)]))
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tensors = one_batch(tmp_path, LanguageCollate(tokenizer), batch_size=2).tensors
+    for ids, mask, labels in zip(tensors["input_ids"], tensors["attention_mask"], tensors["labels"], strict=True):
+        assert labels[mask == 0].tolist() == [IGNORED] * int((mask == 0).sum())
+        assert labels[mask == 1].tolist() == ids[mask == 1].tolist()
+        assert int(ids[mask == 1][-1]) == tokenizer.eos_token_id
+    assert sorted(tensors["attention_mask"].sum(1).tolist()) == [6, 10]
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-text token; set its eos_token"):
+        LanguageCollate(tokenizer)
 
 
 def test_pairs(tmp_path: Path) -> None:

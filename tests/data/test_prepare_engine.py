@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.index import index_path
-from data.schema import MANIFEST, read_manifest
+from data.schema import MANIFEST, ShardWriter, read_manifest
 from data.spec import resolve_shards
 from data.verify import verify
 from flamingo.errors import UserError
@@ -156,6 +156,36 @@ def test_mistakes(tars: Path, tmp_path: Path) -> None:
     assert "--workers 0 must be at least 1" in refusal(tmp_path, "pairs", tars, "--workers", "0")
     assert "--pages-per-shard and --mb-per-shard" in refusal(tmp_path, "pairs", tars, "--pages-per-shard", 0)
     assert "none does not exist" in refusal(tmp_path, "pairs", tmp_path / "none")
+
+
+def test_an_output_that_is_no_folder(tars: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        assert f"cannot write into {out}: {file} is a file; give another folder" in refusal(out, "pairs", tars)
+        with pytest.raises(UserError, match=f"cannot write into {out}: {file} is a file"):
+            ShardWriter(out, "mine")
+    assert file.read_text() == "mine"
+    status, _, err = command("prepare", "pairs", tars, "--out", "s3://bucket/out")
+    assert status == 2
+    assert err.startswith("error: cannot write into s3://bucket/out: shards are written to a folder; copy it to that")
+    status, _, err = command("merge", tars, "--out", file)
+    assert (status, "no part manifest" in err) == (2, True)
+
+
+def test_an_input_that_is_a_url(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "out", "pairs", "s3://bucket/{00..02}.tar")
+    assert "input s3://bucket/{00..02}.tar is a URL; download it, or mount it as a folder" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_nothing_was_kept_other_options_may_be_tried(tars: Path, tmp_path: Path) -> None:
+    """The first try leaves nothing to go on with, so that it is in nobody's way and nothing is called unfinished."""
+    out = tmp_path / "out"
+    assert "not one page was kept" in refusal(out, "pairs", tars, "--min-words", 100)
+    assert not (out / ".prepare").exists()
+    assert list(verify(out)) == [f"folder {out} lists no shards; prepare the data again"]
+    assert len(prepare(out, "pairs", tars, "--min-words", 2).pages) == 36
 
 
 def start(tars: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:

@@ -108,6 +108,18 @@ def test_a_checkpoint_of_another_language_model_is_refused(world: Path, tmp_path
         train(settings)
 
 
+def test_the_tokenizer_of_another_language_model_is_refused(world: Path, tmp_path: Path) -> None:
+    train(config(world, tmp_path / "lm", "language", steps=1))
+    larger = AutoTokenizer.from_pretrained(str(world / "tokenizer"))
+    larger.add_tokens(["<more>"])
+    larger.save_pretrained(str(tmp_path / "other"))
+    settings = config(world, tmp_path / "run", "language", steps=1)
+    settings.model.language.name = str(tmp_path / "lm" / "model")
+    settings.model.language.tokenizer = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other has \d+ tokens, more than the \d+ embeddings of .*model: set model\."):
+        train(settings)
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, "language", steps=5, checkpoint_every=1)
     settings.optim.lr = 1e18

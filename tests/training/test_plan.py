@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from data.spec import DatasetSpec
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
 from flamingo.training.ledger import Ledger
 from flamingo.training.objectives import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
 from flamingo.training.optim import adamw
 from flamingo.training.parallel import Processes, before_backward, spawn
-from flamingo.training.planning import Rows, batch_of, memory_of, meta_model, plan, remedies
+from flamingo.training.planning import Rows, batch_of, memory_of, meta_model, plan, remedies, rows_of
 from flamingo.training.setups import place, strategy_of
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config as world_config
@@ -61,10 +63,12 @@ def other_run(world: Path, objective: str, **run: Any) -> TrainConfig:
     return config
 
 
-def pieces_of(config: TrainConfig, model: torch.nn.Module, processes: int) -> list[dict[str, torch.Tensor]]:
+def pieces_of(
+    config: TrainConfig, model: torch.nn.Module, processes: int, datasets: list[Rows]
+) -> list[dict[str, torch.Tensor]]:
     """The micro-batches of an update, pictures real."""
     pieces = []
-    for shape in DATASETS:
+    for shape in datasets:
         batch = batch_of(model, shape.rows // processes // config.run.micro_batches, shape)
         real = {
             name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
@@ -74,7 +78,7 @@ def pieces_of(config: TrainConfig, model: torch.nn.Module, processes: int) -> li
     return pieces
 
 
-def measured(config: TrainConfig, processes: Processes) -> int:
+def measured(config: TrainConfig, processes: Processes, datasets: list[Rows] = DATASETS) -> int:
     """The most bytes that torch's allocator had given out until the end of the second of two real updates."""
     torch.manual_seed(0)
     strategy = strategy_of(config.run, processes.size)
@@ -91,7 +95,7 @@ def measured(config: TrainConfig, processes: Processes) -> int:
         optimizer = adamw([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.95), eps=1e-8)
         model.train()
         for _ in range(2):
-            batches = pieces_of(config, model, processes.size)
+            batches = pieces_of(config, model, processes.size, datasets)
             for number, batch in enumerate(batches):
                 if strategy is not None:
                     before_backward(model, strategy, last=number + 1 == len(batches))
@@ -129,6 +133,35 @@ def test_plan_of_one_process_is_what_is_measured(family: str, recompute: bool) -
     config = run_of(family, activation_checkpointing=recompute)
     found = measured(config, Processes(0, 1, torch.device("cpu")))
     assert planned(config, 1) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+def test_plan_of_packed_rows_is_what_is_measured() -> None:
+    datasets = [Rows(8, 128, 3), Rows(24, 48, 1, together=5)]
+    found = measured(run_of("llama"), Processes(0, 1, torch.device("cpu")), datasets)
+    assert memory_of(run_of("llama"), datasets, 1).device == pytest.approx(found, rel=0.15)
+
+
+def test_packed_rows_are_planned_as_the_loader_lays_them_out() -> None:
+    spec = DatasetSpec(name="d", shards=["unused"], batch_size=10, max_tokens=16, max_images=2, pack=70)
+    shape = rows_of(spec)
+    assert shape == Rows(10, 16, 2, together=4)
+    batch = batch_of(meta_model(run_of("llama"))[0], 10, shape)
+    assert batch["sequence_ids"][:, ::16].tolist() == [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 0, 0]]
+    assert batch["input_ids"].shape == batch["phi"].shape == batch["labels"].shape == (3, 64)
+    assert batch["attention_mask"].sum(1).tolist() == [64, 64, 32]
+    assert batch["image_counts"].tolist() == [8, 8, 4]
+    assert batch["phi"][:, -1].tolist() == [8, 8, 0]
+    assert len(batch["pixel_values"]) == 20
+    alone = batch_of(meta_model(run_of("llama"))[0], 10, replace(shape, together=1))
+    assert "sequence_ids" not in alone
+    assert alone["input_ids"].shape == (10, 16)
+    assert memory_of(run_of("llama"), [shape], 1).device > 0
+
+
+def test_a_language_model_that_cannot_be_packed_is_refused_by_the_plan() -> None:
+    with pytest.raises(UserError, match="rows cannot be packed for .*; use pack=0"):
+        memory_of(run_of("mpt"), [Rows(8, 16, 1, together=2)], 1)
 
 
 @pytest.mark.slow
