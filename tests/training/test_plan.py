@@ -160,7 +160,7 @@ def test_packed_rows_are_planned_as_the_loader_lays_them_out() -> None:
 
 
 def test_a_language_model_that_cannot_be_packed_is_refused_by_the_plan() -> None:
-    with pytest.raises(UserError, match="rows cannot be packed for .*; use pack=0"):
+    with pytest.raises(UserError, match=r"rows cannot be packed for .*; use pack=0"):
         memory_of(run_of("mpt"), [Rows(8, 16, 1, together=2)], 1)
 
 
