@@ -1,5 +1,5 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
-# make learn   the same for longer (35 minutes): names made up for a page are bound to characters never seen in training
+# make learn   the same for longer (35 to 45 minutes): names made up for a page are bound to characters never seen in training
 # make test    set up, then run all tests
 # make bench   the same work here and in open_flamingo 2.0.1: time, memory, multiply-adds (BENCH_ARGS='decode_step --size tiny')
 VENV   ?= .venv
