@@ -179,7 +179,7 @@ def test_text_of_a_tokenizer_without_padding(tmp_path: Path) -> None:
     """GPT-2's and LLaMA's have none. What pads is neither seen nor learnt; the end of a text is."""
     with ShardWriter(tmp_path, "s") as writer:
         for text in ("long text", "short"):
-            writer.write(Page("", [Text(text)]))
+            writer.write(Page("", [Text(text)], []))
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     tensors = one_batch(tmp_path, LanguageCollate(tokenizer), batch_size=2).tensors
