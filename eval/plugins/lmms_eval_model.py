@@ -24,7 +24,7 @@ from flamingo.errors import UserError
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    command = "pip install --no-deps 'lmms-eval==0.7.3' loguru tenacity python-dotenv openai"
+    command = "pip install --no-deps 'lmms-eval==0.7.3' loguru tenacity"
     missing = f"lmms-eval cannot be imported ({error}): beside the extras run and harness, {command}"
     if __name__ == "__main__":
         stop(missing)
@@ -147,16 +147,22 @@ class FlamingoLMMs(lmms):
 
 
 class Command(FlamingoLMMs):
-    """The same under lmms-eval's own command, which would go on after a UserError and end with exit status 0."""
+    """The same under lmms-eval's own command, which would go on after a UserError and end with exit status 0.
+
+    Its evaluator (0.7.3) makes a string of anything but text, so of the pairs of `loglikelihood`, and cannot score
+    multiple choice; what a `GenerationResult` holds is left as it is.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         with _one_sentence():
             super().__init__(*arguments, **options)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """As above."""
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """As above, wrapped."""
+        from lmms_eval.api.instance import GenerationResult
+
         with _one_sentence():
-            return super().loglikelihood(requests)
+            return [GenerationResult(pair) for pair in super().loglikelihood(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """As above."""
