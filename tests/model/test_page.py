@@ -67,7 +67,7 @@ def test_python_of_the_page_runs(folder: Path) -> None:
     maps = r"^maps: \(2, 8, \d+, 16\) pictures seen by the last token of each row: \[2, 1\]$"
     assert re.search(maps, said, re.MULTILINE)
     assert "{torch.float32} torch.Size([1, 2])" in said
-    assert len(re.findall(r"^ +-\d+\.\d\d '", said, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +-\d+\.\d\d ['\"]", said, re.MULTILINE)) == 3
 
 
 def test_commands_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
