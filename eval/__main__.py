@@ -57,6 +57,9 @@ def load_config(arguments: Sequence[str]) -> Any:
         for override in overrides:
             if override.key_or_group != "task":
                 key, value = _setting(override, list(typed.task))
+                for end in (place for place, letter in enumerate(key) if letter == "."):
+                    if OmegaConf.select(typed, key[:end]) is None:  # a table that nothing was set in, as `support`
+                        typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([f"{key[:end]}={{}}"]))
                 OmegaConf.update(typed, key, value, force_add=False)
         config: Any = OmegaConf.to_object(typed)
     except UserError:

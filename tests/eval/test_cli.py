@@ -45,10 +45,20 @@ def test_settings_of_tasks_and_lists() -> None:
     assert (config.shots, config.pictures, config.seeds, config.gallery) == ([4], ["blank"], [1, 2], 1)
 
 
+def test_a_table_that_a_task_leaves_out_is_made_by_its_first_key() -> None:
+    changes = ["task.csv.source.path=a.csv", "task.csv.support.path=b.csv", "task.csv.support.format=csv"]
+    task = load_config(["model=m", "task=csv", *changes]).task["csv"]
+    assert task.support is not None
+    assert (task.support.path, task.support.format) == ("b.csv", "csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "model is missing"),
+        (["model=m", "task.toy_vqa.suport.path=1"], "task.toy_vqa.suport"),
+        (["model=m", "task.toy_vqa.support.pathh=1"], "pathh"),
+        (["model=m", "task.toy_vqa.queries.x=1"], "task.toy_vqa.queries"),
         (["model=m", "task=nope"], "unknown task 'nope'; the tasks are coco, csv, digits_binding, digits_naming"),
         (["model=m", "task=[toy_vqa,nope]"], "unknown task 'nope'"),
         (["model=m", "tassk=1"], "tassk"),
