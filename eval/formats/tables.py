@@ -40,6 +40,10 @@ def read_jsonl_table(path: Path, source: SourceSpec) -> Iterator[Item]:
 def _item(path: Path, number: int, row: Mapping[str, Any], source: SourceSpec) -> Item:
     facts = {field: row.get(source.fields.get(field, field)) for field in FIELDS}
     choices, answers = _several(row.get("choices")), _several(facts["answer"])
+    if not any(answer.strip() for answer in answers):
+        raise UserError(
+            f"{path}: row {number + 1} has no answer, so whatever is said is wrong; fill it in or leave it out"
+        )
     if choices and not set(answers) <= set(choices):
         raise UserError(f"{path}: row {number + 1} has the answer {answers[0]!r}, which is not among its choices")
     plain = {field: str(value or "") for field, value in facts.items()}
@@ -47,7 +51,7 @@ def _item(path: Path, number: int, row: Mapping[str, Any], source: SourceSpec) -
         **{key: plain[key] for key in ("question", "kind", "label", "rationale")},
         "id": str(row.get("id") or f"{path.stem}.{number}"),
         "picture": _picture(path, number, row["picture"]),
-        "answers": answers or [""],
+        "answers": answers,
         "choices": choices,
         "group": str(row.get("group") or ""),
         "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "picture")},

@@ -58,6 +58,7 @@ def test_own_questions_with_choices_are_five_lines(tmp_path: Path) -> None:
         ('{"picture": "0.png"}\n', "line 1 has no 'answer'; it has picture"),
         ('{"picture": "9.png", "answer": "a"}\n', r"row 1 names the picture .*9.png, which does not exist"),
         ('{"picture": "0.png", "answer": "a", "choices": ["b"]}\n', "the answer 'a', which is not among its choices"),
+        ('{"picture": "0.png", "answer": " "}\n', "row 1 has no answer"),
         ("{\n", "line 1 is no JSON"),
     ],
 )
