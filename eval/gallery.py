@@ -19,6 +19,7 @@ from data.schema import sniff
 from eval.report import setting
 from eval.runner import Sample
 from eval.task import Picture
+from flamingo.processor import IMAGE_TOKEN
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -34,7 +35,6 @@ img { height: 80px; image-rendering: pixelated; display: block; }
 small { color: #666; } table { border-collapse: collapse; } td, th { padding: .1rem .7rem; text-align: right; }
 """
 MOST_SIDE = 256  # larger pictures are shown as thumbnails
-TAG = "<image>"
 UNSURE = 0.5  # confidences below it are shown by that filter
 FILTERS = {"all": "all", "wrong": "wrong", "unsure": f"confidence below {UNSURE:g}", "failed": "not parsed"}
 
@@ -108,11 +108,11 @@ def figures_of(sample: Sample) -> list[tuple[str | None, str, bool]]:
     """(picture, the text behind it, is it the query's) in the order of the prompt; a turn may have several pictures."""
     found = []
     left = iter(sample.pictures_sha256)
-    tagged = sum(text.count(TAG) + (sha256 is not None) for sha256, text in sample.turns)
+    tagged = sum(text.count(IMAGE_TOKEN) + (sha256 is not None) for sha256, text in sample.turns)
     split = tagged == len(sample.pictures_sha256)  # else a text has that word of its own
     for number, (sha256, text) in enumerate(sample.turns):
         is_query = number == len(sample.turns) - 1
-        first, *more = text.split(TAG) if split else [text]
+        first, *more = text.split(IMAGE_TOKEN) if split else [text]
         if sha256 is not None:
             next(left, None)
         found.append((sha256, first, is_query))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.__main__ import CONFIG
 from eval.model import FlamingoResponder
 from eval.plugins.shown import Prompts, shown
 from flamingo.errors import UserError
-from tests.eval.test_plugins import NAMES, TASK, image_of, lm_eval_folder, rows
+from tests.eval.test_plugins import NAMES, TASK, harness, image_of, lm_eval_folder, rows
 from tests.model import tiny
 
 
@@ -133,15 +129,7 @@ def test_lmms_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     lm_eval_folder(tmp_path)
     task = TASK.replace("doc_to_image", "doc_to_visual").format(folder=tmp_path / "tasks", names=", ".join(NAMES))
     (tmp_path / "tasks" / "tiny_pictures.yaml").write_text(task)
-    start = [sys.executable, "-m", "eval.plugins.lmms_eval_model", "--model", "flamingo", "--tasks", "tiny_pictures"]
-    start += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-
-    def run(arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*start, "--model_args", arguments]
-        return subprocess.run(command, cwd=CONFIG.parent, env=environment, capture_output=True, text=True, timeout=280)
-
-    done = run(f"pretrained={tmp_path / 'model'},shots=2")
+    done = harness("eval.plugins.lmms_eval_model", tmp_path, f"pretrained={tmp_path / 'model'},shots=2")
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (tmp_path / "out").rglob("*results.json")
     (samples,) = (tmp_path / "out").rglob("*samples_tiny_pictures.jsonl")
@@ -151,6 +139,6 @@ def test_lmms_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     assert all(loss > 0 for one in losses for loss in one)
     right = [int(np.argmin(one)) == sample["doc_id"] % 4 for one, sample in zip(losses, said, strict=True)]
     assert json.loads(found.read_text())["results"]["tiny_pictures"]["acc,none"] == pytest.approx(np.mean(right))
-    wrong = run("pretrained=/nowhere")
+    wrong = harness("eval.plugins.lmms_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")

@@ -206,25 +206,30 @@ def lm_eval_folder(folder: Path) -> None:
     (tasks / "shown.py").write_text(SHOWN)
 
 
+def harness(module: str, folder: Path, arguments: str) -> subprocess.CompletedProcess[str]:
+    """A harness's own command on the task of `lm_eval_folder`, with these `model_args`."""
+    command = [sys.executable, "-m", module, "--model", "flamingo", "--tasks", "tiny_pictures"]
+    command += ["--include_path", str(folder / "tasks"), "--output_path", str(folder / "out"), "--log_samples"]
+    command += ["--model_args", arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return subprocess.run(command, cwd=CONFIG.parent, env=environment, capture_output=True, text=True, timeout=280)
+
+
 @pytest.mark.slow
 def test_lm_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     lm_eval_folder(tmp_path)
-    start = [sys.executable, "-m", "eval.plugins.lm_eval_model", "--model", "flamingo", "--tasks", "tiny_pictures"]
-    start += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-
-    def run(arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*start, "--model_args", arguments]
-        return subprocess.run(command, cwd=CONFIG.parent, env=environment, capture_output=True, text=True, timeout=280)
-
-    done = run(f"pretrained={tmp_path / 'model'},shots=2,include_path={tmp_path / 'tasks'}")
+    done = harness(
+        "eval.plugins.lm_eval_model",
+        tmp_path,
+        f"pretrained={tmp_path / 'model'},shots=2,include_path={tmp_path / 'tasks'}",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tiny_pictures" in done.stdout
     (found,) = (tmp_path / "out").rglob("results_*.json")
     assert 0 <= json.loads(found.read_text())["results"]["tiny_pictures"]["acc,none"] <= 1
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     assert len(samples.read_text().splitlines()) == 6
-    wrong = run("pretrained=/nowhere")
+    wrong = harness("eval.plugins.lm_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")
