@@ -31,27 +31,29 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from data.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
+from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
 from data.enough import too_small
-from data.loader import MixLoader
-from data.spec import DatasetSpec, page_texts
-from eval.during import Evaluations, Probe
+from data.loading.loader import MixLoader
+from data.dataset import DatasetSpec, page_texts
+from eval.in_training import Evaluations, Probe
 from flamingo.errors import UserError
-from flamingo.training import parallel, planning, state
-from flamingo.training.averages import Averages
-from flamingo.training.checkpoints import Checkpoints
+from flamingo.training.distributed import fsdp
+from flamingo.training.memory_plan import plan
+from flamingo.training.checkpoints import store
+from flamingo.training.checkpoints.ema import Averages
+from flamingo.training.checkpoints.schedule import Checkpoints
 from flamingo.training.checks import unavailable
 from flamingo.training.config import TrainConfig
-from flamingo.training.failures import Stall, exit_status, submitted, watched
-from flamingo.training.flops import Flops
-from flamingo.training.launch import join_launcher
+from flamingo.training.distributed.failures import Stall, exit_status, submitted, watched
+from flamingo.training.metrics.flops import Flops
+from flamingo.training.distributed.launch import join_launcher
 from flamingo.training.nonfinite import Skipped
 from flamingo.training.optim import optimizer_of, scheduled, set_lr
-from flamingo.training.reports import Reports
-from flamingo.training.run import Throughput, claim_folder, describe, finish, mean_losses, model_values, part_norms
-from flamingo.training.run import same_backbones as check_backbones
-from flamingo.training.setups import SETUPS, Setup, place, strategy_of
-from flamingo.training.wording import explain, nearest
+from flamingo.training.metrics.sinks import Reports
+from flamingo.training.run_folder import Throughput, claim_folder, describe, finish, mean_losses, model_values, part_norms
+from flamingo.training.run_folder import same_backbones as check_backbones
+from flamingo.training.objectives.setup import SETUPS, Setup, place, strategy_of
+from flamingo.training.compose import explain, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "hydra"
 T = TypeVar("T")
@@ -84,19 +86,19 @@ def train(config: TrainConfig) -> Path:
     mixtures = checked(config, world_size)
     if config.plan:
         if int(os.environ.get("RANK", "0")) == 0:  # every process would say the same
-            print(planning.plan(config, [planning.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
+            print(plan.plan(config, [plan.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
         return Path(config.run.dir)
     with ExitStack() as cleanup:
-        cleanup.callback(parallel.stop_processes)
-        processes = parallel.start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
+        cleanup.callback(fsdp.stop_processes)
+        processes = fsdp.start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
         return watched(processes, lambda: run(config, mixtures, processes, cleanup))
 
 
-def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, cleanup: ExitStack) -> Path:
+def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, cleanup: ExitStack) -> Path:
     """The whole run; what must be closed, also after an error, is given to `cleanup`."""
     specs, held_out = mixtures
     strategy = strategy_of(config.run, processes.size)
-    parallel.set_threads(config.run.threads, processes.size)
+    fsdp.set_threads(config.run.threads, processes.size)
     run_dir, optim = Path(config.run.dir), config.optim
     probe = Probe(config.run.probe) if config.run.probe.every else None
     checkpoint = claim_folder(config, processes)
@@ -127,7 +129,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, 
     # Restore.
     step = 0
     if checkpoint is not None:
-        extra = state.load(checkpoint, model, optimizer, averages.means if averages else None)
+        extra = store.load(checkpoint, model, optimizer, averages.means if averages else None)
         check_backbones(extra["frozen"], setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
         skipped.load_state_dict(extra.get("skipped", {}))
@@ -161,7 +163,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, 
             for piece in parts[spec.name]:
                 left -= 1
                 if strategy is not None:  # gradients travel once, with the last piece
-                    parallel.before_backward(model, strategy, last=left == 0)
+                    fsdp.before_backward(model, strategy, last=left == 0)
                 tensors = {key: value.to(processes.device, non_blocking=True) for key, value in piece.tensors.items()}
                 loss = setup.objective.loss_sum(model, tensors)
                 # FSDP2 averages gradients over processes, hence the factor: counts are already those of all.
@@ -169,7 +171,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: parallel.Processes, 
                 sums[index] += float(loss.detach())
         logged = (step + 1) % config.run.log_every == 0 or step in (0, config.run.steps - 1)
         norms = part_norms(model, setup.part_of) if logged else {}
-        norm = float(parallel.whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
+        norm = float(fsdp.whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
         *totals, wrong = processes.sum([*sums, float(not math.isfinite(norm + sum(sums)))])
         if wrong:  # somewhere: no process makes this update
             skipped.add(step, norm, sums, {name: [piece.keys for piece in pieces] for name, pieces in parts.items()})
@@ -290,7 +292,7 @@ def command() -> None:
 def main() -> None:
     """The command line; a user's mistake is one line and exit status 2."""
     disable_progress_bar()  # transformers' own, one for every file it reads or writes
-    parallel.leave(exit_status(command))
+    fsdp.leave(exit_status(command))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 What open_flamingo's evaluation does for a batch is done with its model: the pictures of every prompt are stacked and
 encoded, demonstrations again for each query that shows them, then tokens are generated or class names ranked. Ours goes
-through `eval.engine` as `python -m eval` does.
+through `eval.inference.engine` as `python -m eval` does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.sizes import Size
 from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
-from eval.caches import FeatureCache, PictureStore
-from eval.engine import Engine
-from eval.model import FlamingoResponder
-from eval.prompts import Prompt
-from eval.requests import Decoding, Request
+from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.engine import Engine
+from eval.inference.model import FlamingoResponder
+from eval.prompting.prompts import Prompt
+from eval.prompting.requests import Decoding, Request
 from eval.task import Picture
 from flamingo import FlamingoProcessor
 

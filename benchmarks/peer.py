@@ -22,7 +22,7 @@ from benchmarks.sizes import Size
 from benchmarks.weights import backbones, peer_state, seeded
 from benchmarks.work import Row, image_id
 from flamingo.config import OPENAI_MEAN, OPENAI_STD
-from flamingo.vision import patch_tokens
+from flamingo.vision.encoder import patch_tokens
 
 MOST_PICTURES = 5
 """Of a training document; open_flamingo's loader fills every document up to it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from benchmarks.sizes import Size
-from flamingo.vision import build_open_clip
+from flamingo.vision.encoder import build_open_clip
 
 
 def seeded(name: str, shape: torch.Size) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from data.index import build_index, index_path
+from data.shards.index import build_index, index_path
 from data.prepare import DRAWN, SOURCES
 from flamingo.errors import UserError
 
@@ -20,7 +20,7 @@ MEASURES = {
     "bench": "this loader and open_flamingo's own on the same shards",
     "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
 }
-MODULES = {"bench": "data.bench.table", "simulate": "data.simulate"}
+MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate"}
 
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
     inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
     inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
     if inspecting:
-        import_module("data.sampled").add_sampling_arguments(inspect)
+        import_module("data.tools.show_sampled").add_sampling_arguments(inspect)
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
     index = commands.add_parser("index", help="write the index of tars made elsewhere, and a folder's catalogue")
@@ -58,16 +58,16 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
 
 def inspect(args: argparse.Namespace) -> int:
     """Print a page, or write it as HTML."""
-    from data.page import Page
-    from data.schema import read_page
-    from data.show import page_as_html, page_as_text
+    from data.shards.document import Page
+    from data.shards.writer import read_page
+    from data.tools.show import page_as_html, page_as_text
 
     page = read_page(args.shard, args.row)
     where = f"{args.shard}, row {args.row}"
     as_text: Callable[[Page, str], str] = page_as_text
     as_html: Callable[[Page, str], str] = page_as_html
     if args.sampled:
-        from data.sampled import sample_page, sampled_as_html, sampled_as_text
+        from data.tools.show_sampled import sample_page, sampled_as_html, sampled_as_text
 
         row = sample_page(page, args)
         as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
@@ -81,7 +81,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Print the faults, one a line."""
-    from data.verify import verify as faults
+    from data.tools.verify import verify as faults
 
     found = 0
     for path in args.path:

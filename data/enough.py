@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from data.spec import DatasetSpec, open_corpus
+from data.dataset import DatasetSpec, open_corpus
 from flamingo.errors import UserError
 
 
 def too_small(specs: Iterable[DatasetSpec], pieces: int) -> Iterator[str]:
     """One clause for each dataset whose shards are missing or broken, or that has less than a sample for each piece.
 
-    Shards need not be as many as processes, since the order deals out samples (`data.plan`); and a batch may be larger
+    Shards need not be as many as processes, since the order deals out samples (`data.order`); and a batch may be larger
     than a small dataset, which then repeats itself within it. `pieces` are processes x micro-batches.
     """
     for spec in specs:

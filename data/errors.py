@@ -1,7 +1,7 @@
 """The kinds of failure on the way from a shard to a batch, and how each is met.
 
 A sample whose *content* is bad (an undecodable picture, broken JSON) is replaced by another one, always the same one,
-and counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.retry). What the user must
+and counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.shards.retry). What the user must
 mend first (a missing shard, a page that names pictures it does not have) is a `flamingo.errors.UserError` and stops the
 run with one sentence. Anything else is a bug and keeps its traceback.
 """

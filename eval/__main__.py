@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FINISHED = ("report", "compare", "check", "export")
-"""Commands of eval.commands on what earlier runs wrote."""
+"""Commands of eval.reports.commands on what earlier runs wrote."""
 CONFIG = Path(__file__).resolve().parents[1] / "hydra"
 HELP = """python -m eval model=FOLDER task=[NAME,...] [key=value ...]
 
@@ -135,11 +135,11 @@ def main(arguments: Sequence[str]) -> int:
         print(usage())
         return 0
     if arguments and arguments[0] == "prepare":
-        from eval.prepare import main as prepare
+        from eval.check_data import main as prepare
 
         return prepare(arguments[1:])
     if arguments and arguments[0] in FINISHED:
-        from eval.commands import main as finished
+        from eval.reports.commands import main as finished
 
         return finished(arguments)
     from flamingo.errors import UserError
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if os.environ.get("RANK", "0") != "0":
         return 0
-    from eval.report import table
+    from eval.reports.results import table
 
     print(table(results))
     pictures, responses = results["pictures"], results["responses"]

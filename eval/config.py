@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.ablations import ABLATIONS
-from eval.query import Settings
-from eval.strategies import STRATEGIES
+from eval.demonstrations.ablations import ABLATIONS
+from eval.prompting.query import Settings
+from eval.prompting.strategies import STRATEGIES
 from eval.task import TaskSpec
 from flamingo.errors import UserError
 
@@ -38,7 +38,7 @@ class EvalConfig:
     pictures: list[str] = field(default_factory=lambda: ["real"])
     """real, and as controls shuffled, blank, text_only."""
     strategy: list[str] = field(default_factory=lambda: ["plain"])
-    """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/strategies.py."""
+    """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/prompting/strategies.py."""
     samples: int = 11
     """Self-consistency: answers sampled for each query."""
     temperature: float = 0.7
@@ -52,7 +52,7 @@ class EvalConfig:
     orders: int = 4
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
-    """Which demonstrations all tasks show, instead of what each says; see eval/demos.py."""
+    """Which demonstrations all tasks show, instead of what each says; see eval/demonstrations/samplers.py."""
     limit: int | None = None
     """Queries of each task at most, the first ones; null asks all."""
     batch_size: int = 32

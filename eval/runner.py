@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from eval.ablations import ABLATIONS, NEEDS_DEMOS
-from eval.caches import FeatureCache
-from eval.engine import Engine
-from eval.model import Responder
-from eval.query import Outcome, Query, Settings, Steps
-from eval.requests import Request, Response
-from eval.strategies import NEEDS_RATIONALES, STRATEGIES
+from eval.demonstrations.ablations import ABLATIONS, NEEDS_DEMOS
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.engine import Engine
+from eval.inference.model import Responder
+from eval.prompting.query import Outcome, Query, Settings, Steps
+from eval.prompting.requests import Request, Response
+from eval.prompting.strategies import NEEDS_RATIONALES, STRATEGIES
 from eval.task import Episode, Task
 from flamingo.errors import UserError
 

@@ -108,7 +108,7 @@ class TaskSpec:
     stem: str = ""
     """okvqa: generated answers are stemmed word by word as the annotation files stem theirs (raw_answer to answer)."""
     demos: str = "random"
-    """Which demonstrations a query gets: a name of eval.demos.SAMPLERS, with a number or file behind a colon."""
+    """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a number or file behind a colon."""
     max_new_tokens: int = 32
     """Longest generated answer, in tokens."""
     ways: int = 2

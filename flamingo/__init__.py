@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flamingo.config import FlamingoConfig as FlamingoConfig
     from flamingo.errors import UserError as UserError
-    from flamingo.images import ImageTransform as ImageTransform
+    from flamingo.vision.transform import ImageTransform as ImageTransform
     from flamingo.modeling import FlamingoForConditionalGeneration as FlamingoForConditionalGeneration
     from flamingo.processor import FlamingoProcessor as FlamingoProcessor
 
@@ -19,7 +19,7 @@ _WHERE = {
     "FlamingoConfig": "config",
     "FlamingoForConditionalGeneration": "modeling",
     "FlamingoProcessor": "processor",
-    "ImageTransform": "images",
+    "ImageTransform": "vision.transform",
     "UserError": "errors",
 }
 

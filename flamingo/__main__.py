@@ -9,8 +9,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from flamingo.convert_cli import add_arguments
-from flamingo.convert_cli import run as convert
+from flamingo.convert.cli import add_arguments
+from flamingo.convert.cli import run as convert
 from flamingo.errors import UserError
 
 NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "numpy")
@@ -38,7 +38,7 @@ def doctor() -> int:
         return 1
     import torch
 
-    from flamingo.attention import xformers_error
+    from flamingo.layers.attention import xformers_error
 
     print(f"cpu: {torch.get_num_threads()} threads; attention by torch's SDPA")
     if not torch.cuda.is_available():
@@ -81,9 +81,9 @@ def conformance(options: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from flamingo.conformance import CHECKS, TOLERANCE, conform
-    from flamingo.conformance_sharded import two_processes
-    from flamingo.families import FAMILIES, loaded_lm
+    from flamingo.conformance.checks import CHECKS, TOLERANCE, conform
+    from flamingo.training.distributed.conformance import two_processes
+    from flamingo.conformance.tiny_models import FAMILIES, loaded_lm
 
     logging.disable_progress_bar()
     known = [*CHECKS, "two_processes"]

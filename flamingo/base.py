@@ -19,12 +19,12 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.config import FlamingoConfig
-from flamingo.cross_attention import GatedCrossAttentionBlock
+from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
 from flamingo.hub import hub_reachable
-from flamingo.language import CallState, NewTokens
-from flamingo.resampler import PerceiverResampler
-from flamingo.vision import VisionEncoder, repair_buffers
+from flamingo.language.hooks import CallState, NewTokens
+from flamingo.layers.resampler import PerceiverResampler
+from flamingo.vision.encoder import VisionEncoder, repair_buffers
 
 PARTS = {
     "vision_encoder": "vision",

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-import flamingo.mosaic_gpt_config  # noqa: F401  (makes its model type known to transformers)
+import flamingo.mosaic_gpt.configuration  # noqa: F401  (makes its model type known to transformers)
 from flamingo.errors import UserError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 
 from flamingo.base import FlamingoPreTrainedModel
 from flamingo.errors import UserError
-from flamingo.media_cache import MediaCache, PictureInputs
-from flamingo.pictures import distinct, encode, flat_frames, frames_of
+from flamingo.inference.media_cache import MediaCache, PictureInputs
+from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
 
 class EncodesMedia(FlamingoPreTrainedModel):

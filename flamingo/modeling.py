@@ -29,20 +29,21 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flamingo import generation, scoring
-from flamingo.attention import laid_out
+from flamingo.inference import generation
+from flamingo.inference import scoring
+from flamingo.layers.attention import laid_out
 from flamingo.config import FlamingoConfig
-from flamingo.cross_attention import GatedCrossAttentionBlock
+from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.encoding import EncodesMedia
 from flamingo.errors import UserError
-from flamingo.generation import checked_phi, count_phi
-from flamingo.language import Call, CallState, attach, new_tokens_for
-from flamingo.loss import IGNORED, changes_logits, mean_nll, next_labels
-from flamingo.media import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.media_cache import MediaCache, PictureInputs
-from flamingo.packing import counted_positions, packed_inputs
-from flamingo.resampler import PerceiverResampler
-from flamingo.vision import VisionEncoder, build_tower
+from flamingo.inference.generation import checked_phi, count_phi
+from flamingo.language.hooks import Call, CallState, attach, new_tokens_for
+from flamingo.language.loss import IGNORED, changes_logits, mean_nll, next_labels
+from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
+from flamingo.inference.media_cache import MediaCache, PictureInputs
+from flamingo.language.packing import counted_positions, packed_inputs
+from flamingo.layers.resampler import PerceiverResampler
+from flamingo.vision.encoder import VisionEncoder, build_tower
 
 
 @dataclass
@@ -257,7 +258,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Continue prompts; see `flamingo.generation.generate`."""
+        """Continue prompts; see `flamingo.inference.generation.generate`."""
         return generation.generate(self, super().generate, inputs, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -286,13 +287,13 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     def compute_transition_scores(
         self, sequences: Tensor, scores: Any, beam_indices: Tensor | None = None, normalize_logits: bool = False
     ) -> Tensor:
-        """Return the scores of the chosen tokens; see `flamingo.generation.transition_scores`."""
+        """Return the scores of the chosen tokens; see `flamingo.inference.generation.transition_scores`."""
         return generation.transition_scores(sequences, scores, beam_indices, normalize_logits)
 
     def score_candidates(
         self, prompt_inputs: Mapping[str, Any], candidates: scoring.Candidates, *, batch_size: int = scoring.BATCH
     ) -> Float[Tensor, "B n"]:
-        """Return log-probabilities (B, n) of the candidates; see `flamingo.scoring.score_candidates`."""
+        """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 

@@ -22,7 +22,7 @@ from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedToke
 
 import flamingo.config  # noqa: F401  (makes the model type of a saved folder known to transformers)
 from flamingo.errors import UserError
-from flamingo.images import ImageTransform, Picture, to_rgb
+from flamingo.vision.transform import ImageTransform, Picture, to_rgb
 
 IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
 PROCESSOR_FILE = "processor_config.json"

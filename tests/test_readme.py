@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.page import Page, Picture, Text
-from data.schema import ShardWriter
+from data.shards.document import Page, Picture, Text
+from data.shards.writer import ShardWriter
 from tests.training.world import COLOURS, config, write_world
 from train import train
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.mmc4 import Mmc4Rule, mmc4_page
-from data.page import Page
-from data.schema import ShardWriter
+from data.shards.mmc4 import Mmc4Rule, mmc4_page
+from data.shards.document import Page
+from data.shards.writer import ShardWriter
 
 POOL = 48  # different pictures; drawing and encoding them costs more than all that is measured
 
@@ -137,6 +137,6 @@ def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 def tokenizer_of(material: Material) -> Any:
     """A byte-level BPE tokenizer of 8,000 tokens, trained on the material's text."""
-    from flamingo.training.build import train_tokenizer
+    from flamingo.training.objectives.build import train_tokenizer
 
     return train_tokenizer(material.texts.read_text().splitlines(), 8000)

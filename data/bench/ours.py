@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.bench.material import Material, tokenizer_of
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.spec import DatasetSpec
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.dataset import DatasetSpec
 from flamingo.processor import FlamingoProcessor, ImageTransform
 
 

@@ -140,7 +140,7 @@ def limit_rows(material: Material, documents: int, found: dict[tuple[str, str], 
 def amplification(material: Material, what: str, steps: int = 12) -> float:
     """Bytes that are read, over the bytes of the texts and pictures that are used."""
     from data.bench.ours import collate_of, spec_of
-    from data.loader import MixLoader
+    from data.loading.loader import MixLoader
 
     loader = MixLoader([spec_of(material, what, 16)], collate_of(material, 64), prefetch_factor=0)
     for _ in islice(loader, steps):
@@ -154,7 +154,7 @@ def index_rate(path: Path, samples: int = 40_000) -> float:
     import io
     import tarfile
 
-    from data.index import build_index
+    from data.shards.index import build_index
 
     if not path.exists():
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -174,7 +174,7 @@ def index_rate(path: Path, samples: int = 40_000) -> float:
 def fills(material: Material) -> tuple[float, float]:
     """(packed, plain) share of the places of batches of pairs that are tokens."""
     from data.bench.ours import collate_of, spec_of
-    from data.loader import MixLoader
+    from data.loading.loader import MixLoader
 
     shares = []
     for pack in (256, 0):

@@ -32,9 +32,9 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, cast
 
-from data.prepare.pictures import PictureRule
+from data.prepare.images import PictureRule
 from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
-from data.schema import ShardWriter, make_folder, read_manifest, replace_part, write_part
+from data.shards.writer import ShardWriter, make_folder, read_manifest, replace_part, write_part
 from flamingo.errors import UserError
 
 WORK = ".prepare"

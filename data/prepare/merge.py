@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.index import index_path
+from data.shards.index import index_path
 from data.prepare.engine import Record, finish, tidy
-from data.schema import make_folder
+from data.shards.writer import make_folder
 from flamingo.errors import UserError
 
 SAME = ("source", "fingerprint", "units", "layout", "options")

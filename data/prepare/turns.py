@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from data.page import Node, Text
+from data.shards.document import Node, Text
 
 
 def add_turn_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.page import Page, to_utf8
+from data.shards.document import Page, to_utf8
 from flamingo.errors import UserError
 
 # Options that say where things are or how fast to go. They change no page, so they are not in the manifest.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.schema import Node, Page, Picture, Text
+from data.shards.writer import Node, Page, Picture, Text
 from data.toy.drafts import Draft, Part, make_draft
 from data.toy.draw import draw_glyphs, draw_scenes
 from data.toy.glyphs import Glyph

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval.caches import FeatureCache
-from eval.engine import Engine
-from eval.model import FlamingoResponder
-from eval.plugins.shown import Prompts, Shown, Support, cut, load, shown, stop
-from eval.requests import Completion, Decoding, Request
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.engine import Engine
+from eval.inference.model import FlamingoResponder
+from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
+from eval.prompting.requests import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:

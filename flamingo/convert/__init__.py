@@ -1,7 +1,7 @@
 """Released checkpoints in: OpenFlamingo, Otter, IDEFICS.
 
 `from_openflamingo`, `from_otter` and `from_idefics` take the tensors and return (model, processor);
-`python -m flamingo convert` (`flamingo.convert_cli`) reads the files and writes the folder that `from_pretrained`
+`python -m flamingo convert` (`flamingo.convert.cli`) reads the files and writes the folder that `from_pretrained`
 loads.
 """
 

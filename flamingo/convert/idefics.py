@@ -32,7 +32,7 @@ from flamingo.convert.files import config_from
 from flamingo.convert.keys import IDEFICS, block_layers, renumber_blocks, translate
 from flamingo.convert.openflamingo import Converted, load_tokenizer
 from flamingo.errors import UserError
-from flamingo.images import ImageTransform
+from flamingo.vision.transform import ImageTransform
 from flamingo.processor import IMAGE_TOKEN, FlamingoProcessor
 
 FAKE_TOKEN, END_OF_UTTERANCE = "<fake_token_around_image>", "<end_of_utterance>"

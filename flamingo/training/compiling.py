@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flamingo.language import find_decoder_layers
+from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.resampler import FeedForward
+from flamingo.layers.resampler import FeedForward
 
 
 def compiled_parts(model: nn.Module) -> Iterator[nn.Module]:

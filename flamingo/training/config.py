@@ -75,7 +75,7 @@ class DataConfig:
     """The mixture: every step takes one batch of each dataset and makes one update (paper, section 2.2)."""
 
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> fields of `data.loader.DatasetSpec`."""
+    """Name -> fields of `data.loading.loader.DatasetSpec`."""
     num_workers: int = 0
     """Loader processes of each rank; 0 loads in the training process."""
     seed: int = 0

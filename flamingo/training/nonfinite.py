@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.errors import UserError
-from flamingo.training.parallel import Processes
+from flamingo.training.distributed.fsdp import Processes
 
 
 class Skipped:

@@ -46,7 +46,7 @@ class ValidationOptions:
     batches: int = 8
     """Batches of each dataset, always the same ones."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> fields of `data.loader.DatasetSpec`, as in `data.datasets`."""
+    """Name -> fields of `data.loading.loader.DatasetSpec`, as in `data.datasets`."""
 
     def problems(self, world_size: int) -> Iterator[str]:
         """Every impossible value."""

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.spec import DatasetSpec
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.page import Node, Page, Picture, Text
-from data.schema import ShardWriter
-from flamingo.images import ImageTransform
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.writer import ShardWriter
+from flamingo.vision.transform import ImageTransform
 from flamingo.processor import FlamingoProcessor
 
 SIDE = 8

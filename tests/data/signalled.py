@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.reader import RawSample
-from data.spec import DatasetSpec
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.shards.reader import RawSample
+from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor
 
 MORE = 30

@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from data.__main__ import main
-from data.page import Page, Picture, Text
-from data.schema import read_manifest, read_pages
-from data.verify import verify
+from data.shards.document import Page, Picture, Text
+from data.shards.writer import read_manifest, read_pages
+from data.tools.verify import verify
 from tests.data.helpers import encoded, random_image
 
 

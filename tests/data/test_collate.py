@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.collate import FlamingoCollate, LanguageCollate, PairCollate
-from data.loader import Batch, MixLoader
-from data.page import Node, Page, Picture, Text
-from data.schema import ShardWriter
-from data.spec import DatasetSpec
-from data.windows import IGNORED
+from data.batches.collate import FlamingoCollate, LanguageCollate, PairCollate
+from data.loading.loader import Batch, MixLoader
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec
+from data.batches.tokenize import IGNORED
 from flamingo.errors import UserError
 from tests.data.helpers import (
     SIDE,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import decode
+from data.batches.decode import decode
 from data.errors import ContentError
-from flamingo.images import MODES, ImageTransform, to_rgb
+from flamingo.vision.transform import MODES, ImageTransform, to_rgb
 from tests.data.helpers import encoded, random_image
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.__main__ import main
 from data.corpus import CATALOGUE
-from data.index import COLUMNS, KINDS, MAGIC, index_path
+from data.shards.index import COLUMNS, KINDS, MAGIC, index_path
 from tests.data.helpers import write_pages
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "shards.md").read_text()

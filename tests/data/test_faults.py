@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.collate import FlamingoCollate
+from data.batches.collate import FlamingoCollate
 from data.errors import BadSample, BadSampleCounter
-from data.index import index_path
-from data.loader import MixLoader
-from data.page import Node, Page, Picture, Text
-from data.schema import ShardWriter
-from data.spec import DatasetSpec
+from data.shards.index import index_path
+from data.loading.loader import MixLoader
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, encoded, numbered_page, png, random_image, write_pages
 from tests.data.test_index import make_tar

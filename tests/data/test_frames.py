@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.collate import FlamingoCollate
-from data.frames import jittered
-from data.loader import MixLoader
-from data.schema import ShardWriter
-from data.spec import DatasetSpec
+from data.batches.collate import FlamingoCollate
+from data.batches.frames import jittered
+from data.loading.loader import MixLoader
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, numbered_page, same
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from data.index import build_index, index_path, load_index, open_index
-from data.tar import walk
+from data.shards.index import build_index, index_path, load_index, open_index
+from data.shards.tar import walk
 from flamingo.errors import UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

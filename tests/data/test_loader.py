@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from data.collate import FlamingoCollate
+from data.batches.collate import FlamingoCollate
 from data.errors import BadSample, BadSampleCounter
-from data.loader import MixLoader, StepBatches
-from data.schema import ShardWriter
-from data.spec import DatasetSpec, resolve_shards
+from data.loading.loader import MixLoader, StepBatches
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec, resolve_shards
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, numbered_page, same, write_pages
 from tests.data.test_index import make_tar

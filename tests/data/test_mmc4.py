@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.collate import FlamingoCollate
+from data.batches.collate import FlamingoCollate
 from data.errors import ContentError
-from data.loader import MixLoader
-from data.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
-from data.page import Picture, Text
-from data.spec import DatasetSpec
+from data.loading.loader import MixLoader
+from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
+from data.shards.document import Picture, Text
+from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor, byte_tokenizer, encoded, png
 from tests.data.test_index import make_tar
 

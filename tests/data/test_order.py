@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader, StepBatches
-from data.page import Page, Picture, Text
-from data.schema import ShardWriter
-from data.spec import DatasetSpec
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader, StepBatches
+from data.shards.document import Page, Picture, Text
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor, numbered_page, png, write_pages
 
 COLLATE = FlamingoCollate(byte_processor())

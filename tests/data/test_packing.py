@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.collate import FlamingoCollate, LanguageCollate
-from data.loader import Batch, MixLoader
-from data.packing import groups, join
-from data.page import Picture
-from data.spec import DatasetSpec
-from data.windows import IGNORED, Row
+from data.batches.collate import FlamingoCollate, LanguageCollate
+from data.loading.loader import Batch, MixLoader
+from data.batches.packing import groups, join
+from data.shards.document import Picture
+from data.dataset import DatasetSpec
+from data.batches.tokenize import IGNORED, Row
 from flamingo.errors import UserError
-from flamingo.families import FAMILIES, SIZE, VOCABULARY, subject, tiny_lm
-from flamingo.packing import packed_positions
-from flamingo.training.objectives import FlamingoObjective
+from flamingo.conformance.tiny_models import FAMILIES, SIZE, VOCABULARY, subject, tiny_lm
+from flamingo.language.packing import packed_positions
+from flamingo.training.objectives.losses import FlamingoObjective
 from tests.data.helpers import byte_processor, byte_tokenizer, write_pages
 
 REFUSED = ["bloom", "mpt", "mosaic_gpt"]  # they have no positions to start again

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.schema import ShardWriter
-from flamingo.images import ImageTransform
-from flamingo.media import phi_from_ids
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.shards.writer import ShardWriter
+from flamingo.vision.transform import ImageTransform
+from flamingo.layers.media_mask import phi_from_ids
 from flamingo.processor import FlamingoProcessor
 from tests.data.helpers import SIDE, byte_tokenizer, numbered_page
 from tests.data.test_sampling import preset

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.plan import NEAR_ATTEMPTS, Plan, default_lanes, stream
+from data.order import NEAR_ATTEMPTS, Plan, default_lanes, stream
 from flamingo.errors import UserError
 
 

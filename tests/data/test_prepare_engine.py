@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data.index import index_path
-from data.schema import MANIFEST, ShardWriter, read_manifest
-from data.spec import resolve_shards
-from data.verify import verify
+from data.shards.index import index_path
+from data.shards.writer import MANIFEST, ShardWriter, read_manifest
+from data.dataset import resolve_shards
+from data.tools.verify import verify
 from flamingo.errors import UserError
 from tests.data.sources import command, jpeg, prepare, refusal
 from tests.data.test_index import make_tar

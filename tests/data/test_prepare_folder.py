@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.page import Picture
+from data.shards.document import Picture
 from tests.data.sources import flat, jpeg, prepare, refusal
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data.page import Node, Page, Picture, Text
-from data.prepare.repeats import hash_of, place_of, tabulate
-from data.schema import ShardWriter
+from data.shards.document import Node, Page, Picture, Text
+from data.prepare.web.duplicates import hash_of, place_of, tabulate
+from data.shards.writer import ShardWriter
 from tests.data.sources import Prepared, command, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 

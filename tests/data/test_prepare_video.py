@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.page import Picture
+from data.shards.document import Picture
 from data.prepare.clips import frames_of
 from data.prepare.units import Dropped
 from tests.data.sources import flat, jpeg, prepare, refusal

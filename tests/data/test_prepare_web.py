@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare.dom import WebPicture, decode_html, read_dom
-from data.prepare.filters import RULES, massive, punctuation, repeats, repetition, words_of
+from data.prepare.web.dom import WebPicture, decode_html, read_dom
+from data.prepare.web.text_filters import RULES, massive, punctuation, repeats, repetition, words_of
 from tests.data.helpers import encoded, random_image
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar

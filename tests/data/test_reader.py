@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.page import Page, Picture, Text
-from data.reader import SLACK, ShardReader, runs
-from data.schema import ShardWriter
-from data.spec import DatasetSpec, open_corpus
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.shards.document import Page, Picture, Text
+from data.shards.reader import SLACK, ShardReader, runs
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec, open_corpus
 from tests.data.helpers import byte_processor, encoded, random_image
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import pytest
 
-from data.cache import ShardCache
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.remote import download, expand, is_remote
-from data.spec import DatasetSpec
+from data.remote.shard_cache import ShardCache
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.remote.download import download, expand, is_remote
+from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, same, write_pages
 from tests.data.server import Behaviour, serving
@@ -202,12 +202,12 @@ def test_urls_are_told_from_paths_and_expanded() -> None:
 def test_a_download_that_nobody_wants_any_more_ends(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.remote.CHUNK", 1000)
+    monkeypatch.setattr("data.remote.download.CHUNK", 1000)
     with serving(shards) as server:
         url, partial = f"{server.url}/pages-000000.tar", tmp_path / "x"
         with pytest.raises(UserError, match="not wanted any more"):
             download(url, partial, wanted=lambda: False)
         assert partial.stat().st_size == 1000  # what came is kept
-        monkeypatch.setattr("data.remote.CHUNK", 1 << 20)
+        monkeypatch.setattr("data.remote.download.CHUNK", 1 << 20)
         download(url, partial, wanted=lambda: False)  # nothing is left to break off
         assert partial.read_bytes() == (shards / "pages-000000.tar").read_bytes()

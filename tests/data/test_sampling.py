@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.collate import FlamingoCollate, clip_frames
-from data.loader import MixLoader
-from data.page import Node, Page, Picture, Text
-from data.schema import ShardWriter
-from data.spec import DatasetSpec
-from data.windows import quick_encoder
-from flamingo.images import ImageTransform
+from data.batches.collate import FlamingoCollate, clip_frames
+from data.loading.loader import MixLoader
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.writer import ShardWriter
+from data.dataset import DatasetSpec
+from data.batches.tokenize import quick_encoder
+from flamingo.vision.transform import ImageTransform
 from tests.data.helpers import SIDE, byte_processor, byte_tokenizer, encoded, png
 from train import compose, dataset_specs
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data.collate import FlamingoCollate
+from data.batches.collate import FlamingoCollate
 from data.corpus import CATALOGUE, open_shards, read_catalogue
-from data.index import index_path, load_index, read_head
-from data.loader import MixLoader
-from data.spec import DatasetSpec
+from data.shards.index import index_path, load_index, read_head
+from data.loading.loader import MixLoader
+from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, write_pages
 

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.page import Node, Page, Picture, Text, sniff
-from data.schema import MANIFEST, ShardWriter, read_manifest, read_page, read_pages
+from data.shards.document import Node, Page, Picture, Text, sniff
+from data.shards.writer import MANIFEST, ShardWriter, read_manifest, read_page, read_pages
 from flamingo.errors import UserError
 from tests.data.helpers import encoded, numbered_page, png, random_image, write_pages
 from tests.data.test_index import make_tar

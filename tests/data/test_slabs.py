@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from data.collate import FlamingoCollate, LanguageCollate
-from data.loader import MixLoader
-from data.slabs import Slabs
-from data.spec import DatasetSpec
+from data.batches.batch import Batch
+from data.batches.collate import FlamingoCollate, LanguageCollate
+from data.loading.loader import MixLoader
+from data.loading.shared_memory import Slabs
+from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor, byte_tokenizer, same, write_pages
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from data.collate import FlamingoCollate
-from data.loader import MixLoader
-from data.reader import RawSample
-from data.spec import DatasetSpec
-from data.supply import Ahead
+from data.batches.collate import FlamingoCollate
+from data.loading.loader import MixLoader
+from data.shards.reader import RawSample
+from data.dataset import DatasetSpec
+from data.loading.workers import Ahead
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, same, write_pages
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare.toy import add_arguments, prepare, run
-from data.schema import Picture, Text, read_manifest, read_page, read_pages
+from data.prepare.sources.toy import add_arguments, prepare, run
+from data.shards.writer import Picture, Text, read_manifest, read_page, read_pages
 from data.toy.drafts import FAMILIAR, MAKERS, binding_page, class_name, familiar_name, make_draft
 from data.toy.names import FIRST, SECOND, draw_names, names
 from data.toy.pages import make_pages

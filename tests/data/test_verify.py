@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.index import build_index, index_path
-from data.schema import MANIFEST, read_manifest
-from data.verify import verify
+from data.shards.index import build_index, index_path
+from data.shards.writer import MANIFEST, read_manifest
+from data.tools.verify import verify
 from tests.data.helpers import encoded, numbered_page, png, random_image, write_pages
 from tests.data.sources import add_link, command, jpeg
 from tests.data.test_index import make_tar

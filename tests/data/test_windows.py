@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.page import Node, Picture, Text
-from data.windows import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page
-from flamingo.media import phi_from_ids
+from data.shards.document import Node, Picture, Text
+from data.batches.tokenize import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page
+from flamingo.layers.media_mask import phi_from_ids
 
 SPECIAL = SpecialTokens(image=1000, eoc=1001, eos=1002, pad=1003)
 BOS = SpecialTokens(image=1000, eoc=1001, eos=1002, pad=1003, bos=1004)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import CONFIG, load_config, main
-from eval.build import check_spec
+from eval.tasks.build import check_spec
 from eval.config import EvalConfig
 from flamingo.errors import UserError
 

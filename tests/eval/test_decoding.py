@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.caches import FeatureCache, PictureStore
-from eval.decoding import GreedyOrSampled, top_p
-from eval.documents import DocumentTask
-from eval.engine import Engine
-from eval.model import FlamingoResponder
-from eval.query import Settings
-from eval.requests import Completion, Decoding, Request
+from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.decoding import GreedyOrSampled, top_p
+from eval.tasks.documents import DocumentTask
+from eval.inference.engine import Engine
+from eval.inference.model import FlamingoResponder
+from eval.prompting.query import Settings
+from eval.prompting.requests import Completion, Decoding, Request
 from eval.runner import Cell, run_cell
-from eval.strategies import STRATEGIES
+from eval.prompting.strategies import STRATEGIES
 from eval.task import TaskSpec
 from tests.eval.test_strategies import with_rationales
 from tests.eval.worlds import colour_documents

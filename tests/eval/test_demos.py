@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from eval.binding import BindingTask
-from eval.demos import draw, generator, hash_order
-from eval.documents import DocumentTask
+from eval.tasks.binding import BindingTask
+from eval.demonstrations.samplers import draw, generator, hash_order
+from eval.tasks.documents import DocumentTask
 from eval.task import SourceSpec, TaskSpec
 from flamingo.errors import UserError
 from tests.eval.worlds import NAMES, colour_documents

@@ -15,10 +15,10 @@ import yaml
 
 from eval import __main__ as command
 from eval.__main__ import CONFIG, load_config, main
-from eval.commands import COMMANDS
-from eval.demos import SAMPLERS
+from eval.reports.commands import COMMANDS
+from eval.demonstrations.samplers import SAMPLERS
 from eval.protocols import names, settings_of
-from eval.strategies import STRATEGIES
+from eval.prompting.strategies import STRATEGIES
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png
 from tests.model import tiny

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.caches import FeatureCache, PictureStore
-from eval.documents import DocumentTask
-from eval.engine import Engine
-from eval.prompts import Prompt
-from eval.ranks import Ranks
-from eval.requests import Completion, Decoding, Request
-from eval.response_log import ResponseLog
+from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.tasks.documents import DocumentTask
+from eval.inference.engine import Engine
+from eval.prompting.prompts import Prompt
+from eval.inference.distributed import Ranks
+from eval.prompting.requests import Completion, Decoding, Request
+from eval.inference.response_log import ResponseLog
 from eval.runner import Grid, run
 from eval.task import Picture, Task, TaskSpec
 from flamingo.errors import UserError

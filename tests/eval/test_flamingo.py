@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
-from eval.documents import DocumentTask
-from eval.model import FeatureCache, FlamingoResponder
+from eval.tasks.documents import DocumentTask
+from eval.inference.model import FeatureCache, FlamingoResponder
 from eval.runner import Cell, run_cell
 from eval.task import Picture, Task, TaskSpec
 from flamingo.errors import UserError

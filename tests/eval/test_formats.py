@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import load_config
-from eval.build import build_task
-from eval.documents import definition_of
-from eval.formats.video import frames_of, spread
-from eval.prepare import check
-from eval.sources import read_documents
+from eval.tasks.build import build_task
+from eval.tasks.documents import definition_of
+from eval.tasks.formats.video import frames_of, spread
+from eval.check_data import check
+from eval.tasks.sources import read_documents
 from eval.task import SourceSpec, StoredPicture, TaskSpec
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS, dump

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.build import check_spec
+from eval.tasks.build import check_spec
 from eval.metrics.java import METEOR, PARSER, SPICE, meteor, program
 from eval.metrics.ptb import caption_words
 from eval.metrics.table import measure

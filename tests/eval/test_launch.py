@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from eval.__main__ import CONFIG, main
-from eval.report import VOLATILE
-from eval.stored import problems, read_run
+from eval.reports.results import VOLATILE
+from eval.reports.saved_run import problems, read_run
 from tests.eval.worlds import write_pool, write_scenes
 from tests.model import tiny
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.model import FlamingoResponder
-from eval.plugins.shown import Prompts, shown
+from eval.inference.model import FlamingoResponder
+from eval.plugins.harness_prompts import Prompts, shown
 from flamingo.errors import UserError
 from tests.eval.test_plugins import NAMES, TASK, harness, image_of, lm_eval_folder, rows
 from tests.model import tiny

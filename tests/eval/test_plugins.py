@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from eval.__main__ import CONFIG
-from eval.model import FlamingoResponder
-from eval.plugins.shown import Prompts, Support, shown
+from eval.inference.model import FlamingoResponder
+from eval.plugins.harness_prompts import Prompts, Support, shown
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png
 from tests.model import tiny

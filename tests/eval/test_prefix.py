@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.caches import FeatureCache
-from eval.documents import DocumentTask
-from eval.engine import MANY, Engine
-from eval.model import FlamingoResponder
-from eval.prompts import SHORTEST, Prompt
-from eval.requests import Completion, Decoding, Request, Response
+from eval.inference.feature_cache import FeatureCache
+from eval.tasks.documents import DocumentTask
+from eval.inference.engine import MANY, Engine
+from eval.inference.model import FlamingoResponder
+from eval.prompting.prompts import SHORTEST, Prompt
+from eval.prompting.requests import Completion, Decoding, Request, Response
 from eval.task import Document, TaskSpec
 from tests.eval.worlds import colour_documents
 from tests.model import tiny

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from data.page import Node, Picture, Text
-from data.windows import SpecialTokens, tokenize_page
-from eval.ablations import ABLATIONS, blank
-from eval.documents import DocumentTask
-from eval.prompts import PromptBuilder
+from data.shards.document import Node, Picture, Text
+from data.batches.tokenize import SpecialTokens, tokenize_page
+from eval.demonstrations.ablations import ABLATIONS, blank
+from eval.tasks.documents import DocumentTask
+from eval.prompting.prompts import PromptBuilder
 from eval.task import Episode, TaskSpec
 from flamingo.errors import UserError
 from tests.eval.worlds import EOC, IMAGE, Letters, colour_documents

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import load_config
-from eval.build import build_task, check_spec
-from eval.documents import DocumentTask
-from eval.prompts import PromptBuilder
+from eval.tasks.build import build_task, check_spec
+from eval.tasks.documents import DocumentTask
+from eval.prompting.prompts import PromptBuilder
 from eval.protocols import names, settings_of
 from eval.task import Episode
 from flamingo.errors import UserError

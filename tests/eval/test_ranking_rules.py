@@ -11,12 +11,12 @@ import pytest
 from torch import Tensor
 
 from eval.__main__ import load_config
-from eval.build import build_task
-from eval.documents import DocumentTask
+from eval.tasks.build import build_task
+from eval.tasks.documents import DocumentTask
 from eval.metrics.stems import Stems
 from eval.metrics.wordnet import WordNet
-from eval.model import FlamingoResponder
-from eval.prompts import Prompt, PromptBuilder
+from eval.inference.model import FlamingoResponder
+from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.runner import Grid, Sample, run
 from eval.task import Document, Task, TaskSpec, Turn
 from flamingo.errors import UserError

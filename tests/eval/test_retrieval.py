@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.caches import FeatureCache
-from eval.demos import SAMPLERS, draw, leak, parse_sampler
-from eval.documents import DocumentTask
-from eval.engine import Engine
-from eval.likeness import near_duplicates
-from eval.report import rows_of
-from eval.retrieval import Retriever
+from eval.inference.feature_cache import FeatureCache
+from eval.demonstrations.samplers import SAMPLERS, draw, leak, parse_sampler
+from eval.tasks.documents import DocumentTask
+from eval.inference.engine import Engine
+from eval.demonstrations.near_duplicates import near_duplicates
+from eval.reports.results import rows_of
+from eval.demonstrations.retrieval import Retriever
 from eval.runner import Grid, run
 from eval.task import Document, Picture, TaskSpec, Turn
 from flamingo.errors import UserError

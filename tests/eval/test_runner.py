@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from eval.binding import BindingTask
-from eval.documents import DocumentTask
-from eval.model import FeatureCache
-from eval.report import rows_of
+from eval.tasks.binding import BindingTask
+from eval.tasks.documents import DocumentTask
+from eval.inference.model import FeatureCache
+from eval.reports.results import rows_of
 from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.task import Task, TaskSpec
 from flamingo.errors import UserError

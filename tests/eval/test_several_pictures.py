@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from eval.ablations import ABLATIONS
-from eval.demos import leak
-from eval.documents import DocumentTask
-from eval.formats.interleaved import interleaved, without_first_mark
-from eval.gallery import figures_of
+from eval.demonstrations.ablations import ABLATIONS
+from eval.demonstrations.samplers import leak
+from eval.tasks.documents import DocumentTask
+from eval.tasks.formats.interleaved import interleaved, without_first_mark
+from eval.reports.gallery import figures_of
 from eval.metrics.text import open_match
-from eval.prompts import PromptBuilder
-from eval.report import rows_of, sample_line, sample_of
+from eval.prompting.prompts import PromptBuilder
+from eval.reports.results import rows_of, sample_line, sample_of
 from eval.runner import Grid, run
 from eval.task import Document, Episode, Picture, Turn
 from tests.eval.test_protocols import built, text

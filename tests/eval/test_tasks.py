@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import CONFIG, load_config
-from eval.build import build_task
+from eval.tasks.build import build_task
 from eval.metrics.wordnet import wordnet
-from eval.model import FlamingoResponder
-from eval.prepare import check, main
-from eval.report import rows_of
+from eval.inference.model import FlamingoResponder
+from eval.check_data import check, main
+from eval.reports.results import rows_of
 from eval.runner import Grid, run
 from tests.eval.published import COUNT, WRITERS, dump
 from tests.eval.test_metrics_table import small_wordnet

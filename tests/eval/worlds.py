@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.page import Node, Page, Picture, Text
-from data.schema import ShardWriter
-from eval.model import Completion
-from eval.prompts import Prompt, PromptBuilder
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.writer import ShardWriter
+from eval.inference.model import Completion
+from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.task import Document, Turn
 from eval.task import Picture as TaskPicture
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import config
-from flamingo.conformance import CHECKS
-from flamingo.conformance_sharded import two_processes
-from flamingo.families import FAMILIES
-from flamingo.presets import PRESETS
+from flamingo.conformance.checks import CHECKS
+from flamingo.training.distributed.conformance import two_processes
+from flamingo.conformance.tiny_models import FAMILIES
+from flamingo.convert.presets import PRESETS
 from tests.model.test_encoders import TOWERS
 from tests.model.test_transformers_encoders import ENCODERS
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo.attention import attend, attend_segments, attend_segments_slow
-from flamingo.media import segments_from_slots
+from flamingo.layers.attention import attend, attend_segments, attend_segments_slow
+from flamingo.layers.media_mask import segments_from_slots
 
 
 @pytest.mark.parametrize(

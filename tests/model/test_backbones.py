@@ -15,7 +15,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_language, load_vision, open_clip_config
 from flamingo.config import VisionConfig
-from flamingo.vision import VisionEncoder, patch_tokens
+from flamingo.vision.encoder import VisionEncoder, patch_tokens
 from tests.model import tiny
 
 MODEL_CFG: dict[str, Any] = {

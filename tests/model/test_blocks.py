@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo.cross_attention import GatedCrossAttentionBlock
+from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
-from flamingo.media import picture_table, segments_from_slots, slots_from_phi
-from flamingo.resampler import PerceiverResampler
+from flamingo.layers.media_mask import picture_table, segments_from_slots, slots_from_phi
+from flamingo.layers.resampler import PerceiverResampler
 
 Weights = Mapping[str, Tensor]
 

@@ -8,7 +8,7 @@ import torch
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError
 from flamingo.__main__ import main
-from flamingo.checkpoint import fingerprint, load_trained, save_trained
+from flamingo.training.checkpoints.trained_weights import fingerprint, load_trained, save_trained
 from tests.model import tiny
 
 Trained = tuple[FlamingoForConditionalGeneration, FlamingoProcessor, Path]

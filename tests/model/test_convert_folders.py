@@ -15,7 +15,7 @@ from flamingo.__main__ import main
 from flamingo.convert import from_idefics, read_checkpoint
 from flamingo.convert.idefics import clip_config, llama_config
 from flamingo.convert.otter import backbones_of
-from flamingo.vision import patch_tokens
+from flamingo.vision.encoder import patch_tokens
 from tests.model import otter, peers, tiny
 from tests.model import test_parity_idefics as idefics
 from tests.model.test_parity_openflamingo import PICTURES, ROWS, padded

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.__main__ import main
-from flamingo.convert_cli import check_out, write_whole
+from flamingo.convert.cli import check_out, write_whole
 from tests.model import otter, peers, tiny
 from tests.model import test_parity_idefics as idefics
 from tests.model.test_convert_folders import shards

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo import attention
-from flamingo.attention import attend, attend_segments, attend_segments_slow
-from flamingo.media import segments_from_slots
+from flamingo.layers import attention
+from flamingo.layers.attention import attend, attend_segments, attend_segments_slow
+from flamingo.layers.media_mask import segments_from_slots
 from tests.model import tiny
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -65,7 +65,7 @@ def test_a_model_on_a_gpu_is_the_model_on_the_cpu() -> None:
 def test_an_xformers_that_does_not_import_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "xformers").mkdir()
     (tmp_path / "xformers" / "__init__.py").write_text("raise ImportError('built for another torch')\n")
-    program = "from flamingo.attention import xformers_error; print(xformers_error())"
+    program = "from flamingo.layers.attention import xformers_error; print(xformers_error())"
     paths = os.pathsep.join([str(tmp_path), str(Path(attention.__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True

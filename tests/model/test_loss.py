@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration
-from flamingo import loss as loss_module
-from flamingo.loss import chunk_of, mean_nll, next_labels, nll_in_chunks
+from flamingo.language import loss as loss_module
+from flamingo.language.loss import chunk_of, mean_nll, next_labels, nll_in_chunks
 from tests.model import tiny
 
 

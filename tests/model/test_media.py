@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo.errors import UserError
-from flamingo.media import phi_from_ids, picture_table, segments_from_slots, slots_from_phi, visibility
+from flamingo.layers.media_mask import phi_from_ids, picture_table, segments_from_slots, slots_from_phi, visibility
 
 IMAGE = 9
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flamingo.attention import (
+from flamingo.layers.attention import (
     attend_segments,
     attend_segments_slow,
     attention_weights,
@@ -16,7 +16,7 @@ from flamingo.attention import (
     laid_out,
     pictures_seen,
 )
-from flamingo.media import (
+from flamingo.layers.media_mask import (
     Segments,
     phi_from_ids,
     picture_table,

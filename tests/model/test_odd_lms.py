@@ -11,9 +11,9 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 
 from flamingo import FlamingoForConditionalGeneration, UserError
-from flamingo.families import tiny_lm
-from flamingo.language import find_decoder_layers
-from flamingo.tables import table_shape, table_values
+from flamingo.conformance.tiny_models import tiny_lm
+from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.embeddings import table_shape, table_values
 from tests.model import tiny
 
 

@@ -15,7 +15,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from flamingo.convert import from_idefics
 from flamingo.convert.keys import IDEFICS, renumber_blocks, translate
-from flamingo.media import phi_from_ids, seen_after
+from flamingo.layers.media_mask import phi_from_ids, seen_after
 from tests.model import peers, tiny
 from tests.model.test_parity_openflamingo import padded, show
 

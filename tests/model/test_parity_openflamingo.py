@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from flamingo.convert import from_openflamingo
 from flamingo.convert.keys import OPENFLAMINGO, translate
-from flamingo.cross_attention import GatedCrossAttentionBlock
-from flamingo.media import picture_table, segments_from_slots, slots_from_phi
-from flamingo.resampler import PerceiverResampler
+from flamingo.layers.cross_attention import GatedCrossAttentionBlock
+from flamingo.layers.media_mask import picture_table, segments_from_slots, slots_from_phi
+from flamingo.layers.resampler import PerceiverResampler
 from tests.model import peers, tiny
 
 ROWS = [

@@ -13,7 +13,7 @@ from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import open_clip_config
 from flamingo.config import VisionConfig
 from flamingo.convert.idefics import clip_config, flamingo_options, llama_config
-from flamingo.presets import PRESETS, Preset, preset
+from flamingo.convert.presets import PRESETS, Preset, preset
 
 
 def shape(of: Preset) -> FlamingoConfig:

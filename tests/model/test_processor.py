@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flamingo import FlamingoProcessor, ImageTransform, UserError
-from flamingo.images import to_rgb
+from flamingo.vision.transform import to_rgb
 from tests.model import tiny
 
 

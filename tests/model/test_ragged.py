@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo import FlamingoForConditionalGeneration, UserError
-from flamingo.pictures import distinct, flat_frames
+from flamingo.vision.frames import distinct, flat_frames
 from tests.model import tiny
 
 text_rows = torch.tensor([[1, 40, 41, 42, 43], [1, 50, 51, 52, 53]])
@@ -184,7 +184,7 @@ def test_no_padded_picture_is_encoded(batch: list[int]) -> None:
 
 def test_explicit_phi_of_the_next_picture() -> None:
     """The text in front of a picture sees it: the paper's other placement, as `phi` from the batch."""
-    from flamingo.media import phi_from_ids
+    from flamingo.layers.media_mask import phi_from_ids
 
     model, processor = tiny.flamingo()
     inputs = dict(tiny.batch(processor, [0]))

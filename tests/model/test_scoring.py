@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration
-from flamingo.scoring import score_candidates_slow, takes_tree
+from flamingo.inference.scoring import score_candidates_slow, takes_tree
 from flamingo.trie import Trie
 from tests.model import tiny
 

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from flamingo.language import find_decoder_layers
-from flamingo.training.parallel import Processes, spawn
+from flamingo.language.hooks import find_decoder_layers
+from flamingo.training.distributed.fsdp import Processes, spawn
 from tests.model import tiny
 
 

@@ -32,7 +32,7 @@ import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-from flamingo.training import state
+from flamingo.training.checkpoints import store
 from flamingo.training.config import TrainConfig
 from tests.training.tally import Row, table
 from tests.training.world import config, write_world
@@ -110,7 +110,7 @@ def lines(run_dir: Path) -> list[dict[str, float]]:
 
 def writing(run_dir: Path, since: float) -> bool:
     """Whether a checkpoint was begun after `since` and is not whole; older ones are what a kill has left."""
-    for _, folder in state.step_folders(run_dir / "checkpoints", complete=False):
+    for _, folder in store.step_folders(run_dir / "checkpoints", complete=False):
         with suppress(FileNotFoundError):  # it has just been removed
             if folder.stat().st_mtime >= since:
                 return True
@@ -119,7 +119,7 @@ def writing(run_dir: Path, since: float) -> bool:
 
 def newest(run_dir: Path) -> int:
     """Update of the newest checkpoint that has its marker; 0: there is none."""
-    return max((step for step, _ in state.step_folders(run_dir / "checkpoints")), default=0)
+    return max((step for step, _ in store.step_folders(run_dir / "checkpoints")), default=0)
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flamingo.families import page, subject, tiny_lm
-from flamingo.training.build import fsdp_units
-from flamingo.training.objectives import FlamingoObjective
-from flamingo.training.parallel import Processes, Strategy, before_backward, shard
+from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
 
 HALF = Strategy(precision="bf16", frozen_dtype=torch.bfloat16)
 

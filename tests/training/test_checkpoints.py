@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from flamingo.errors import UserError
-from flamingo.training import state
-from flamingo.training.averages import Averages
-from flamingo.training.checkpoints import Checkpoints
+from flamingo.training.checkpoints import store
+from flamingo.training.checkpoints.ema import Averages
+from flamingo.training.checkpoints.schedule import Checkpoints
 from flamingo.training.config import RunConfig
-from flamingo.training.parallel import Processes
-from flamingo.training.signals import StopSignals
+from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.distributed.signals import StopSignals
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -57,7 +57,7 @@ def test_the_newest_and_every_nth_stay(tmp_path: Path) -> None:
         for step in range(1, 9):
             made.save(step, {"step": step}, wait=False)
         made.finish()
-    assert [step for step, _ in state.step_folders(tmp_path)] == [3, 6, 7, 8]
+    assert [step for step, _ in store.step_folders(tmp_path)] == [3, 6, 7, 8]
 
 
 def test_written_in_the_background_it_is_what_it_was_when_asked(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_written_in_the_background_it_is_what_it_was_when_asked(tmp_path: Path) 
     made.finish()
     made.close()
     other, fresh = toy()
-    state.load(path, other, fresh)
+    store.load(path, other, fresh)
     assert torch.equal(other.weight, then)
 
 
@@ -98,7 +98,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's
         assert signals.signum == signal.SIGINT
-        monkeypatch.setattr("flamingo.training.signals.AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr("flamingo.training.distributed.signals.AGAIN_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -129,9 +129,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Pa
             made.due(2, made.votes())
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 600
-        assert [path for _, path in state.step_folders(tmp_path)] == [good]
+        assert [path for _, path in store.step_folders(tmp_path)] == [good]
         assert not list(tmp_path.glob("step-00000002"))  # what it had of the disk is free again
-        assert made.save(3, {"step": 3}, wait=True) == state.newest(tmp_path)
+        assert made.save(3, {"step": 3}, wait=True) == store.newest(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence() -> None:
@@ -148,11 +148,11 @@ def test_a_checkpoint_that_lost_its_end_is_passed_over(tmp_path: Path) -> None:
             made.save(step, {"step": step}, wait=True)
     (data,) = (tmp_path / "step-00000002").glob("*.distcp")
     os.truncate(data, data.stat().st_size // 2)
-    assert "bytes" in state.damage(tmp_path / "step-00000002")
-    assert state.newest(tmp_path) == tmp_path / "step-00000001"
+    assert "bytes" in store.damage(tmp_path / "step-00000002")
+    assert store.newest(tmp_path) == tmp_path / "step-00000001"
     with checkpoints(tmp_path, RunConfig()) as made:
         made.save(2, {"step": 2}, wait=True)  # not into the damaged one
-    assert state.newest(tmp_path) == tmp_path / "step-00000002"
+    assert store.newest(tmp_path) == tmp_path / "step-00000002"
 
 
 def test_all_generators_are_restored(tmp_path: Path) -> None:
@@ -162,15 +162,15 @@ def test_all_generators_are_restored(tmp_path: Path) -> None:
     model, optimizer = toy()
     update(model, optimizer)
     np.random.standard_normal()  # noqa: NPY002 - leaves a second one in its state
-    path = state.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
+    path = store.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
     expected = draw()
     draw()
-    state.load(path, *toy())
+    store.load(path, *toy())
     assert draw() == expected
     # Python's by itself: the checks of types that are on in tests draw from it in every call.
-    found, drawn = state.random_state(), []
+    found, drawn = store.random_state(), []
     for _ in range(2):
-        state.restore_random(found)
+        store.restore_random(found)
         drawn.append(random.random())
     assert drawn[0] == drawn[1]
 
@@ -184,10 +184,10 @@ def test_means_of_the_weights_follow_and_are_saved(tmp_path: Path) -> None:
         averages.update()
         expected = 0.75 * expected + 0.25 * model.weight.detach()
     torch.testing.assert_close(averages.means["weight"], expected)
-    path = state.save(tmp_path, 3, model, optimizer, {}, keep_last=2, averages=averages.means)
+    path = store.save(tmp_path, 3, model, optimizer, {}, keep_last=2, averages=averages.means)
     other, fresh = toy()
     restored = Averages(other, 0.75)
-    state.load(path, other, fresh, restored.means)
+    store.load(path, other, fresh, restored.means)
     assert torch.equal(restored.means["weight"], averages.means["weight"])
     own = other.weight.detach().clone()
     with restored.in_place():

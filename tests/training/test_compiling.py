@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo.conformance import gradients
-from flamingo.families import subject, tiny_lm
-from flamingo.training.build import fsdp_units
+from flamingo.conformance.checks import gradients
+from flamingo.conformance.tiny_models import subject, tiny_lm
+from flamingo.training.objectives.build import fsdp_units
 from flamingo.training.compiling import compile_layers, compiled_parts
-from flamingo.training.parallel import Processes, Strategy, shard, spawn, whole
+from flamingo.training.distributed.fsdp import Processes, Strategy, shard, spawn, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = [[0, 1], [2]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flamingo.training.launch import first_host, join_launcher, restarted
+from flamingo.training.distributed.launch import first_host, join_launcher, restarted
 from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
 from tests.training.world import config, write_world
 from train import compose
@@ -129,7 +129,7 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
     settings = config(world, tmp_path / "run", "flamingo", steps=100000, checkpoint_every=1000)
     arguments = given(settings, tmp_path)
     code = (
-        "import os, sys, train, flamingo.training.run as run\n"
+        "import os, sys, train, flamingo.training.run_folder as run\n"
         "if os.environ['RANK'] == '1':\n"
         "    count = iter(range(10**6))\n"
         "    plain = run.Throughput.add\n"

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
-from flamingo.families import page, subject, tiny_lm
-from flamingo.training import lora
+from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.training.objectives import lora
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config, write_world
 from train import train

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo.training.curves import draw_losses, read_metrics, smooth
+from flamingo.training.metrics.loss_plot import draw_losses, read_metrics, smooth
 from flamingo.training.metrics import JsonLines
 
 

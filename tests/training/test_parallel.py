@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo.families import page, subject, tiny_lm
-from flamingo.training import lora
-from flamingo.training.build import fsdp_units
-from flamingo.training.collectives import measure_all, table
-from flamingo.training.objectives import FlamingoObjective
+from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.training.objectives import lora
+from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.memory_plan.collectives import measure_all, table
+from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.optim import adamw
-from flamingo.training.parallel import Processes, Strategy, before_backward, shard, spawn, whole
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

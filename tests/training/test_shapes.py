@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flamingo import FlamingoForConditionalGeneration
-from flamingo.training.build import flamingo_shape
+from flamingo.training.objectives.build import flamingo_shape
 from train import compose
 
 # Billions of parameters as published: paper, table 5 (its 3B: gated blocks 1.2, resampler 0.19, LM 1.4; its 9B: 1.6 and

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.page import Page, Picture, Text
-from data.schema import ShardWriter
+from data.shards.document import Page, Picture, Text
+from data.shards.writer import ShardWriter
 from data.toy.vocabulary import write_tokenizer
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
 from flamingo.training.config import (

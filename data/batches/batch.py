@@ -1,0 +1,58 @@
+"""What the loader delivers: the batches of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data.errors import BadSample
+from data.batches.tokenize import IGNORED
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one dataset for one micro-batch of one rank."""
+
+    dataset: str
+    tensors: dict[str, Tensor]
+    keys: list[str]
+    bad: list[BadSample] = field(default_factory=list)
+    retries: int = 0
+    """Reads that had to be repeated for this batch."""
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Samples, replaced ones, tokens without padding, tokens with a label, pictures (frames are not counted)."""
+        tensors = self.tensors
+        counts = {"rows": len(self.keys), "bad": len(self.bad)}
+        if "attention_mask" in tensors:
+            counts["tokens"] = int(tensors["attention_mask"].sum())
+            counts["labels"] = int((tensors["labels"] != IGNORED).sum())
+        pictures = tensors.get("pixel_values", tensors.get("image"))
+        return counts | {"images": 0 if pictures is None else len(pictures)}
+
+    @property
+    def fill(self) -> float:
+        """Share of the places of its rows that are no padding."""
+        mask = self.tensors["attention_mask"]
+        return float(mask.sum()) / max(1, mask.numel())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The same batch with its tensors on a device."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
+        return Batch(self.dataset, moved, self.keys, self.bad, self.retries)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
+        return Batch(self.dataset, pinned, self.keys, self.bad, self.retries)
+
+
+@dataclass(slots=True)
+class StepBatches:
+    """All that a rank needs for one step: for each dataset its micro-batches, in the order of the mixture."""
+
+    step: int
+    batches: dict[str, list[Batch]]

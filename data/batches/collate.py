@@ -1,0 +1,269 @@
+"""Samples to the tensors of one objective: `FlamingoCollate`, `LanguageCollate`, `PairCollate`.
+
+A collate has two steps. `sample` runs for every sample alone, with that sample's own random numbers, and may raise
+`ContentError`; `batch` puts the results together. Pictures leave here as raw uint8 (a quarter of the bytes of floats on
+the way between processes); the model normalises them. A batch is ragged: pictures of all rows in one stack, with
+counts.
+
+Letters: B rows, T tokens (the longest row of the batch), I pictures of all rows, F frames, S side of a picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.errors import ContentError, PassedOver
+from data.batches.frames import Transform, clip_frames, empty, jittered, load_picture, picture_bytes, stacked
+from data.batches.packing import groups, join
+from data.shards.document import Node, Picture, Text
+from data.shards.reader import RawSample
+from data.dataset import DatasetSpec
+from data.batches.tokenize import (
+    IGNORED,
+    CachedEncoder,
+    Row,
+    SpecialTokens,
+    make_row,
+    quick_encoder,
+    tokenize_page,
+    window_of,
+)
+from flamingo.errors import UserError
+
+SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
+NO_EOS = "the tokenizer has no end-of-text token; set its eos_token"
+
+
+class Collate(Protocol):
+    """What the loader asks of an objective."""
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
+        """One sample, ready for `batch`. Raises ContentError when it cannot be used."""
+
+    def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
+        """The tensors of a batch."""
+
+
+def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
+    """Rows of different lengths to (B, T), padded on the right."""
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def attention_mask(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """(B, T) int64: 1 for tokens, 0 for padding."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
+class FlamingoCollate:
+    """Interleaved rows for `FlamingoForConditionalGeneration.forward`.
+
+    Tensors: input_ids, attention_mask, phi, labels (B, T) int64; pixel_values (I, F, 3, S, S) uint8; image_counts (B,)
+    int64. F is the dataset's `max_frames`: a longer clip gives a run of F frames of it, a shorter one (or a picture)
+    repeats its last frame. Where the dataset packs, B counts packed rows, and `sequence_ids` (B, T) int64 numbers the
+    samples of a row from 1 (0: padding).
+
+    `processor` is a FlamingoProcessor, or anything with its `encode_text`, `image_token_id`, `eoc_token_id`,
+    `image_transform` and `tokenizer` (eos_token_id, bos_token_id, pad_token_id).
+    """
+
+    can_pack = True
+    empty = staticmethod(empty)
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = processor.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(NO_EOS)
+        self.special = SpecialTokens(
+            image=processor.image_token_id,
+            eoc=processor.eoc_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            bos=tokenizer.bos_token_id,
+        )
+        self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
+        self.transform: Transform = processor.image_transform
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
+        """A row and the frames of its pictures, F for each."""
+        draws = random.random(2).tolist()
+        nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
+        if not nodes:
+            raise ContentError("empty", "the page has neither text nor pictures that this dataset uses")
+        if spec.space_probability and random.random() < spec.space_probability:
+            nodes = with_space(nodes)
+        may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
+        row = make_row(
+            tokenize_page(nodes, self.encode, self.special),
+            self.special,
+            max_tokens=spec.max_tokens,
+            max_images=spec.max_images,
+            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its picture
+            labels=spec.labels,
+            next_image_probability=spec.next_image_probability,
+            draws=(draws[0], draws[1]),
+        )
+        if len(row.pictures) == 1 and spec.single_picture_share < 1 and random.random() >= spec.single_picture_share:
+            raise PassedOver
+        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.pictures]
+        raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
+        frames: list[Tensor] = []
+        decoded: dict[int, Tensor] = {}  # a page may show one picture several times
+        for flip, numbers in chosen:
+            draws = random.random(3).tolist() if spec.colour else ()
+            for number in numbers:
+                if number not in decoded:
+                    decoded[number] = load_picture(raw, number, self.transform)
+                frame = decoded[number].flip(-1) if flip else decoded[number]
+                frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
+        return row, frames
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        if spec.pack:
+            return self._packed(spec, samples)
+        rows = [row for row, _ in samples]
+        return {
+            "input_ids": pad_rows([row.ids for row in rows], self.special.pad),
+            "attention_mask": attention_mask([row.ids for row in rows]),
+            "phi": pad_rows([row.phi for row in rows], 0),
+            "labels": pad_rows([row.labels for row in rows], IGNORED),
+            "pixel_values": self._pixels(spec, [frame for _, more in samples for frame in more]),
+            "image_counts": torch.tensor([len(row.pictures) for row in rows]),
+        }
+
+    def _packed(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+        shared = groups([len(row.ids) for row, _ in samples], spec.pack)
+        rows = [join([samples[number][0] for number in group]) for group in shared]
+        sequences = pad_rows([row.sequence for row in rows], 0)
+        return {
+            "input_ids": pad_rows([row.ids for row in rows], self.special.pad),
+            "attention_mask": (sequences > 0).long(),
+            "sequence_ids": sequences,
+            "phi": pad_rows([row.phi for row in rows], 0),
+            "labels": pad_rows([row.labels for row in rows], IGNORED),
+            "pixel_values": self._pixels(
+                spec, [frame for group in shared for number in group for frame in samples[number][1]]
+            ),
+            "image_counts": torch.tensor([row.pictures for row in rows]),
+        }
+
+    def _pixels(self, spec: DatasetSpec, frames: list[Tensor]) -> Tensor:
+        size = self.transform.size
+        return stacked(frames, size, self.empty).view(-1, spec.max_frames, 3, size, size)
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many samples can take."""
+        pictures = picture_bytes(spec.max_images * spec.max_frames, self.transform.size)
+        return rows * (pictures + 8 * 5 * max(spec.max_tokens, 1) + 64)
+
+
+def with_space(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with one space in front of the first text (the paper's augmentation of pairs, its appendix)."""
+    out = list(nodes)
+    first = next((place for place, node in enumerate(out) if isinstance(node, Text)), None)
+    if first is not None:
+        text = out[first]
+        assert isinstance(text, Text)
+        out[first] = Text(f" {text.text}", text.loss)
+    return out
+
+
+class LanguageCollate:
+    """Rows of text only, for training a language model on the text of pages.
+
+    Text nodes that touch are joined as they are, as in a Flamingo row; where pictures lie between two texts stands a
+    line break; EOS ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
+    (B, T) int64. `tokenizer` is a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(NO_EOS)
+        self.eos, self.bos = int(tokenizer.eos_token_id), tokenizer.bos_token_id
+        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.tokenizer = tokenizer
+        self.encode = CachedEncoder(self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def sample(
+        self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, labels), both (T,). Raises ContentError for a page without text."""
+        ids: list[int] = []
+        learn: list[bool] = []
+        gap = False
+        for node in raw.nodes:
+            if isinstance(node, Picture):
+                gap = bool(ids)
+                continue
+            tokens = [*(self.encode("\n") if gap else ()), *self.encode(node.text)]
+            ids += tokens
+            learn += [node.loss] * len(tokens)
+            gap = False
+        if not ids:
+            raise ContentError("no text", "the page has pictures only")
+        ids.append(self.eos)
+        learn.append(True)
+        begin = [] if self.bos is None else [self.bos]
+        start, stop = window_of(len(ids), spec.max_tokens - len(begin), spec.window, random.random())
+        row = np.array(begin + ids[start:stop], dtype=np.int64)
+        return row, np.where([False] * len(begin) + learn[start:stop], row, IGNORED)
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        ids = [row for row, _ in samples]
+        labels = pad_rows([row for _, row in samples], IGNORED)
+        return {"input_ids": pad_rows(ids, self.pad), "attention_mask": attention_mask(ids), "labels": labels}
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many samples can take."""
+        return rows * 8 * 3 * spec.max_tokens
+
+
+class PairCollate:
+    """Pictures with their captions, for contrastive training with open_clip.
+
+    Tensors: image (B, 3, S, S) uint8, text (B, context) int64. `tokenizer` maps a list of B strings to (B, context).
+    """
+
+    empty = staticmethod(empty)
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor], transform: Transform) -> None:
+        self.tokenizer, self.transform = tokenizer, transform
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
+        """The sample's first picture (of a clip, the first frame) and all of its text."""
+        first = next((node for node in raw.nodes if isinstance(node, Picture)), None)
+        text = caption(raw.nodes)
+        if first is None or not text:
+            raise ContentError("not a pair", "a picture and a text are needed")
+        image = load_picture(raw, first.frames[0], self.transform)
+        may_flip = spec.flip and not SIDES.search(text)
+        return image.flip(-1) if may_flip and random.random() < 0.5 else image, text
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
+        """Tensors as in the class's description."""
+        images = stacked([image for image, _ in samples], self.transform.size, self.empty)
+        return {"image": images, "text": self.tokenizer([text for _, text in samples])}
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """What a batch of so many pairs can take; for texts up to 512 tokens."""
+        return rows * (picture_bytes(1, self.transform.size) + 8 * 512)
+
+
+def caption(nodes: Sequence[Node]) -> str:
+    """All text of a page, without the spaces around it."""
+    return "".join(node.text for node in nodes if isinstance(node, Text)).strip()

@@ -1,0 +1,217 @@
+"""A page to a row of tokens: text node by text node, a window cut out of it, and which picture each token sees.
+
+    page     <picture 0> a kibo <picture 1> a lumo
+    tokens   <image> a kibo <EOC> <image> a lumo <EOC> <eos>
+    phi         1    1   1    1      2    2   2    2     2
+
+`<EOC>` ends a chunk: it stands before every `<image>` that does not begin the row, and at the end before EOS. Special
+tokens are spliced in as ids, so a page whose text says "<image>" stays text. What is notable: the window is cut between
+tokens and only pictures whose token is in it are ever decoded; a row that would show more than `max_images` pictures
+ends before the first one too many, so no text is ever learnt beside a picture that is not its own.
+
+The image placement of the paper (section 3.1.3, p_next) is a choice of phi and moves no token:
+
+    previous    1    1   1    1      2    2   2    2     2
+    next        1    2   2    2      2    0   0    0     0
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from data.shards.document import Node, Picture, Text
+
+IGNORED = -100  # no loss on this token
+LABEL_POLICIES = ("text", "openflamingo")
+WINDOWS = ("random", "start")
+
+
+# The tokenizers of transformers change while they tokenize and raise when two threads do it at once. A process that was
+# forked meanwhile gets a lock of its own: the thread that would open the old one does not exist there.
+_TOKENIZING = [threading.Lock()]
+os.register_at_fork(after_in_child=lambda: _TOKENIZING.__setitem__(0, threading.Lock()))
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The ids that are spliced between texts. `bos` is None for a tokenizer without one."""
+
+    image: int
+    eoc: int
+    eos: int
+    pad: int
+    bos: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PageTokens:
+    """A whole page, before any window: ids, whether a token is learnt, and where each picture's token stands."""
+
+    ids: list[int]
+    learn: list[bool]
+    places: list[int]
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A training row of T tokens: ids, phi and labels (T,) int64, and the pictures to decode, in the order of phi."""
+
+    ids: NDArray[np.int64]
+    phi: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    pictures: list[Picture]
+
+
+class CachedEncoder:
+    """Text to token ids, remembering the last texts: captions repeat, and a dictionary is faster than any tokenizer."""
+
+    def __init__(self, encode: Callable[[str], list[int]], limit: int = 1 << 16) -> None:
+        self.encode, self.limit = encode, limit
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text without special tokens. The list is shared: do not change it."""
+        ids = self._known.get(text)
+        if ids is None:
+            if len(self._known) >= self.limit:
+                self._known.clear()
+            with _TOKENIZING[0]:
+                ids = self._known[text] = list(self.encode(text))
+        return ids
+
+    def __getstate__(self) -> tuple[Callable[[str], list[int]], int]:
+        return self.encode, self.limit
+
+    def __setstate__(self, state: tuple[Callable[[str], list[int]], int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+PROBES = ("A cat, 12 dogs.\n", " <image>x<|endofchunk|> \u00e9\u4e16 ", "a  b\t</s><eos>", "")
+
+
+class QuickEncoder:
+    """A private copy of a fast tokenizer's core: the same ids without the work that its Python side does around it."""
+
+    def __init__(self, core: Tokenizer) -> None:
+        self.core = Tokenizer.from_str(core.to_str())
+        self.core.no_padding()
+        self.core.no_truncation()
+        self.core.encode_special_tokens = True  # a special token's name in a text is text
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text without special tokens."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def __reduce__(self) -> tuple[type[QuickEncoder], tuple[Tokenizer]]:
+        return QuickEncoder, (self.core,)
+
+
+def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """A function with the same result as `encode` in a fraction of its time, or `encode` where there is none."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(core, Tokenizer):
+        return encode
+    quick = QuickEncoder(core)
+    return quick if all(quick(text) == list(encode(text)) for text in PROBES) else encode
+
+
+def tokenize_page(nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens) -> PageTokens:
+    """All tokens of a page, without BOS. The EOC after a text with `loss=False` is not learnt either."""
+    ids: list[int] = []
+    learn: list[bool] = []
+    places: list[int] = []
+    pictures: list[Picture] = []
+    last = True
+    for node in nodes:
+        if isinstance(node, Text):
+            tokens = encode(node.text)
+            ids += tokens
+            learn += [node.loss] * len(tokens)
+            last = node.loss
+            continue
+        if ids:
+            ids.append(special.eoc)
+            learn.append(last)
+        places.append(len(ids))
+        pictures.append(node)
+        ids.append(special.image)
+        learn.append(False)
+        last = True
+    ids += (special.eoc, special.eos)
+    learn += (last, last)
+    return PageTokens(ids, learn, places, pictures)
+
+
+def window_of(length: int, room: int, window: str, draw: float) -> tuple[int, int]:
+    """The [start, stop) of a window of at most `room` tokens in `length`; `draw` in [0, 1) places a random one."""
+    if length <= room:
+        return 0, length
+    start = int(draw * (length - room + 1)) if window == "random" else 0
+    return start, start + room
+
+
+def make_row(
+    page: PageTokens,
+    special: SpecialTokens,
+    *,
+    max_tokens: int,
+    max_images: int,
+    window: str = "random",
+    labels: str = "text",
+    next_image_probability: float = 0.0,
+    draws: tuple[float, float] = (0.0, 0.5),
+) -> Row:
+    """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` pictures out of a page.
+
+    `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next picture.
+    """
+    see_next = draws[1] < next_image_probability
+    start, stop = window_of(len(page.ids), max_tokens - (special.bos is not None), window, draws[0])
+    inside = [k for k, place in enumerate(page.places) if start <= place < stop]
+    if len(inside) > max_images:
+        stop = page.places[inside[max_images]]
+        inside = inside[:max_images]
+    while not see_next and inside and page.places[inside[-1]] == stop - 1 and stop - start > 1:
+        inside.pop()  # its token ends the window: nothing that is learnt would see it
+        stop -= 1
+    begin = [] if special.bos is None else [special.bos]
+    ids = np.array(begin + page.ids[start:stop], dtype=np.int64)
+    learn = np.array([False] * len(begin) + page.learn[start:stop], dtype=np.bool_)
+    places = [page.places[k] - start + len(begin) for k in inside]
+    if labels == "openflamingo":
+        learn &= _inside_chunks(ids, special)
+    phi = phi_of(len(ids), places, see_next)
+    return Row(ids, phi, np.where(learn, ids, IGNORED), [page.pictures[k] for k in inside])
+
+
+def phi_of(length: int, places: Sequence[int], see_next: bool) -> NDArray[np.int64]:
+    """Which picture each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
+    phi = np.zeros(length, dtype=np.int64)
+    for number, place in enumerate(places, start=1):
+        if not see_next:
+            phi[place:] = number
+        else:
+            phi[places[number - 2] + 1 if number > 1 else 0 : place + 1] = number
+    return phi
+
+
+def _inside_chunks(ids: NDArray[np.int64], special: SpecialTokens) -> NDArray[np.bool_]:
+    """OpenFlamingo's rule: nothing before the first `<image>`, nothing after an EOC until the next `<image>`."""
+    inside = np.zeros(len(ids), dtype=np.bool_)
+    open_chunk = False
+    for position, token in enumerate(ids.tolist()):
+        if token == special.image:
+            open_chunk = True
+        inside[position] = open_chunk
+        if token == special.eoc:
+            open_chunk = False
+    return inside

@@ -1,0 +1,145 @@
+"""What a dataset of a mixture is, which shards it has, and which of their samples count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from data.remote.shard_cache import ShardCache
+from data.corpus import Corpus, open_shards, resolve_shards
+from data.shards.index import KINDS
+from data.shards.mmc4 import Mmc4Rule
+from data.shards.document import Text
+from data.order import default_lanes
+from data.shards.reader import ShardReader
+from data.batches.tokenize import LABEL_POLICIES, WINDOWS
+from flamingo.errors import UserError
+
+__all__ = ["KINDS", "REDUCTIONS", "Corpus", "DatasetSpec", "open_corpus", "page_texts", "reader_of", "resolve_shards"]
+REDUCTIONS = ("token_mean", "sequence_sum")
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetSpec:
+    """One dataset of a mixture, and how a training row is cut out of its samples.
+
+    Raises UserError, naming the dataset and the field, for a value that cannot be.
+    """
+
+    name: str
+    shards: list[str]
+    """Tars, folders of tars, glob or brace patterns, URLs; used in this order (a folder's or a pattern's by name)."""
+    batch_size: int
+    """Samples of a global batch: of all processes and micro-batches together."""
+    weight: float = 1.0
+    """What the trainer multiplies this dataset's loss by. The loader only carries it."""
+    kind: str = "interleaved"
+    """"interleaved" (any sample), "pairs" (samples with a picture and text), "text" (the pictures are left out)."""
+    max_tokens: int = 256
+    """Longest row, in tokens."""
+    max_images: int = 5
+    """Most pictures of a row; the row ends before the first one more."""
+    max_frames: int = 1
+    """Frames of every picture of this dataset: 1 for pictures."""
+    next_image_probability: float = 0.0
+    """Share of the rows whose tokens see the next picture and not the one before them (the paper: 0.5 on M3W)."""
+    labels: str = "text"
+    """"text" (every text token, EOC and EOS) or "openflamingo" (only from an <image> to its EOC)."""
+    window: str = "random"
+    """Where a row begins in a page (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
+    flip: bool = False
+    """Mirror each picture with probability 1/2, but none of a page whose text says left or right. Wrong for letters."""
+    colour: float = 0.0
+    """Brightness, contrast and saturation of each picture are multiplied by a number from 1 - colour to 1 + colour."""
+    single_picture_share: float = 1.0
+    """Share of the rows with a single picture that is kept; others stand in (open_flamingo: 0.5 of MMC4's pages)."""
+    space_probability: float = 0.0
+    """Share of the rows whose first text gets one space in front (the paper: 0.5 on its pairs)."""
+    frame_rate: float = 0.0
+    """Frames a second taken of a clip that says its own rate (the paper: 1); 0: every stored frame."""
+    reduction: str = "token_mean"
+    """What a loss is divided by: "token_mean", the labels of the batch; "sequence_sum", its samples (the paper)."""
+    pack: int = 0
+    """Put the samples of a micro-batch together in rows of at most this many tokens; 0: a row a sample."""
+    similarity: float = 0.24
+    """Least similarity of a picture to its sentence, in open_flamingo's MMC4 shards (not scaled by 100)."""
+    cache: str = ""
+    """Folder on this machine's disk for copies of remote shards; the datasets and ranks of a machine may share it."""
+    cache_gb: float = 100.0
+    """Most bytes in that folder, in units of 1e9."""
+    lanes: int = 0
+    """Lanes of the order (see data.order); 0: the greatest common divisor of the batch size and 64."""
+    block: int = 16
+    """Shards whose samples are shuffled together."""
+
+    def __post_init__(self) -> None:
+        self.lanes = self.lanes or default_lanes(self.batch_size)
+        wrong = [
+            (not self.shards, "shards is empty; give at least one tar, folder or pattern"),
+            (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1"),
+            (self.kind not in KINDS, f"kind={self.kind!r} must be one of {', '.join(KINDS)}"),
+            (self.labels not in LABEL_POLICIES, f"labels={self.labels!r} must be one of {', '.join(LABEL_POLICIES)}"),
+            (self.window not in WINDOWS, f"window={self.window!r} must be one of {', '.join(WINDOWS)}"),
+            (self.max_tokens < 2, f"max_tokens={self.max_tokens} must be at least 2"),
+            (self.max_images < 0, f"max_images={self.max_images} must not be negative"),
+            (self.max_frames < 1, f"max_frames={self.max_frames} must be at least 1"),
+            (self.block < 1, f"block={self.block} must be at least 1"),
+            (self.reduction not in REDUCTIONS, f"reduction={self.reduction!r} must be one of {', '.join(REDUCTIONS)}"),
+            (0 < self.pack < self.max_tokens or self.pack < 0, f"pack={self.pack} must be 0 or at least max_tokens"),
+            (self.frame_rate < 0, f"frame_rate={self.frame_rate} must not be negative"),
+            (self.similarity > 1, f"similarity={self.similarity} must be at most 1 (0.24, not 24)"),
+            (self.cache_gb <= 0, f"cache_gb={self.cache_gb} must be above 0"),
+            (not 0 <= self.space_probability <= 1, f"space_probability={self.space_probability} must be from 0 to 1"),
+            (not 0 <= self.colour < 1, f"colour={self.colour} must be at least 0 and below 1"),
+            (
+                not 0 <= self.single_picture_share <= 1,
+                f"single_picture_share={self.single_picture_share} must be from 0 to 1",
+            ),
+            (
+                self.kind == "pairs" and self.single_picture_share < 1,
+                "single_picture_share is for pages; a pair has a single picture",
+            ),
+            (
+                not 0 <= self.next_image_probability <= 1,
+                f"next_image_probability={self.next_image_probability} must be between 0 and 1",
+            ),
+            (
+                self.lanes < 0 or (self.lanes > 0 and self.batch_size % self.lanes != 0),
+                f"lanes={self.lanes} must divide batch_size={self.batch_size}",
+            ),
+        ]
+        for bad, message in wrong:
+            if bad:
+                raise UserError(f"dataset {self.name!r}: {message}")
+
+    def divisor(self, labels: float) -> float:
+        """What the sum of the token losses of a global batch with so many labels is divided by."""
+        return float(self.batch_size) if self.reduction == "sequence_sum" else max(1.0, labels)
+
+
+def open_corpus(spec: DatasetSpec, rank: int = 0, world: int = 1) -> Corpus:
+    """Open a dataset's shards; each rank checks its share of them, so together all, before anything trains.
+
+    Raises UserError, naming the dataset and the shard.
+    """
+    owner = f"dataset {spec.name!r}: "
+    paths = resolve_shards(spec.shards, owner=owner)
+    cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9)) if spec.cache else None
+    return open_shards(paths, spec.kind, owner=owner, share=(rank, world), cache=cache)
+
+
+def reader_of(spec: DatasetSpec, corpus: Corpus) -> ShardReader:
+    """A reader for a dataset's shards."""
+    return ShardReader(corpus.indexes, local=corpus.local, mmc4=Mmc4Rule(similarity=spec.similarity))
+
+
+def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
+    """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
+    for spec in specs:
+        corpus = open_corpus(spec)
+        reader = reader_of(spec, corpus)
+        for shard, rows in enumerate(corpus.counts):
+            for number in range(rows):
+                nodes = reader.sample(shard, corpus.row(shard, number), pictures=False).nodes
+                yield "".join(node.text for node in nodes if isinstance(node, Text))
+        reader.close()

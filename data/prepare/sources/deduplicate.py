@@ -1,0 +1,207 @@
+"""Shards once more, without what repeats over the corpus: a second pass after any other source.
+
+    python -m data prepare mmc4 ... --out shards/raw
+    python -m data prepare shards shards/raw --out shards/mmc4
+
+With OBELICS' limits (Laurencon et al. 2023, section 3.2): a picture of more than 10 documents is left out of all of
+them; of documents with one address the last is kept; a paragraph that is on more than 2 pages of a site is left out; of
+documents with the same set of pictures the last is kept; a picture that returns in its document is shown once. Pictures
+are the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a page without an
+address is of no site. Pairs come out as pages of one picture and one text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+from data.errors import ContentError
+from data.shards.index import build_index, index_path, load_index
+from data.shards.document import Node, Page, Picture, Text
+from data.prepare.conditions import add_where, conditions_of, hold
+from data.prepare.engine import die_with_parent
+from data.prepare.inputs import file_units
+from data.prepare.web.duplicates import Table, count, hash_of, page_hashes, paragraph_hash, place_of, site_of, tabulate
+from data.prepare.units import Dropped, Tally, Unit, parse_part
+from data.shards.reader import ShardReader
+from data.shards.writer import make_folder
+from flamingo.errors import UserError
+
+LAYOUT = "interleaved"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data prepare shards`."""
+    parser.add_argument(
+        "--max-picture-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
+    )
+    parser.add_argument(
+        "--max-paragraph-pages",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of one site; 0: no limit (default 2, as OBELICS)",
+    )
+    parser.add_argument("--keep-same-url", action="store_true", help="keep all documents of an address")
+    parser.add_argument("--keep-same-pictures", action="store_true", help="keep all documents with the same pictures")
+    parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    parser.add_argument(
+        "--counts", metavar="DIR", help="where the counts of each shard are kept; give all parts (--part) the same"
+    )
+    add_where(parser, "a page's meta", "perplexity<=1500")
+
+
+def units(args: argparse.Namespace) -> list[Unit]:
+    """Shards whole."""
+    conditions_of(tuple(args.where))
+    if min(args.max_picture_documents, args.max_paragraph_pages, args.min_images) < 0:
+        raise UserError("--max-picture-documents, --max-paragraph-pages and --min-images must not be negative")
+    return file_units(args.inputs, (".tar",))
+
+
+def begin(args: argparse.Namespace, work: Path) -> None:
+    """Count what repeats, unless it is known from before."""
+    if (work / "repeats.npz").exists():
+        return
+    folder = Path(args.counts) if args.counts else work / "counts"
+    make_folder(folder)
+    shards = units(args)
+    files = [folder / f"{number:06d}-{unit.digest}.npz" for number, unit in enumerate(shards)]
+    part, parts = parse_part(args.part) if args.part else (1, 1)
+    first = (part - 1) * len(shards) // parts  # parts that count at the same time begin at different shards
+    order = [*range(first, len(shards)), *range(first)]
+    todo = [(shards[n], files[n], args.skip_bad_files) for n in order if not files[n].exists()]
+    if args.workers > 1 and len(todo) > 1:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(args.workers, len(todo)), context, die_with_parent) as pool:
+            list(pool.map(_count, *zip(*todo, strict=True)))
+    else:
+        for one in todo:
+            _count(*one)
+    tabulate(files, args.max_picture_documents, args.max_paragraph_pages).save(work / "repeats.npz")
+
+
+def _count(unit: Unit, path: Path, skip: bool) -> None:
+    if path.exists():
+        return  # another part was faster
+    try:
+        count(((row, page) for row, _, page in _pages(unit) if isinstance(page, Page)), path)
+    except UserError:
+        if not skip:
+            raise
+        count((), path)  # it is counted as damaged when its pages are asked for
+
+
+def _pages(unit: Unit) -> Iterator[tuple[int, str, Page | ContentError]]:
+    """(row, where, page or what is wrong with it) of a shard."""
+    index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
+    reader = ShardReader([index])
+    try:
+        for row in range(len(index)):
+            where = f"{unit.label} row {row} (key {index.key(row)})"
+            try:
+                sample = reader.sample(0, row)
+                sample.fetch(list(sample.numbers))
+                images = [sample.picture(number) for number in sample.numbers]
+            except ContentError as error:
+                yield row, where, error
+                continue
+            place = {number: at for at, number in enumerate(sample.numbers)}
+            nodes = [
+                Picture(tuple(place[frame] for frame in node.frames), node.fps) if isinstance(node, Picture) else node
+                for node in sample.nodes
+            ]
+            yield row, where, Page("", nodes, images, sample.meta)
+    finally:
+        reader.close()
+
+
+@lru_cache(maxsize=2)
+def _table(path: str) -> Table:
+    return Table.load(path)
+
+
+@lru_cache(maxsize=2)
+def _numbers(inputs: tuple[str, ...]) -> dict[str, int]:
+    return {unit.path: number for number, unit in enumerate(file_units(inputs, (".tar",)))}
+
+
+def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+    """The pages of a shard that are kept, of each what is kept."""
+    table = _table(str(Path(args.work) / "repeats.npz"))
+    number = _numbers(tuple(args.inputs))[unit.path]
+    for row, where, page in _pages(unit):
+        try:
+            if isinstance(page, ContentError):
+                raise Dropped(page.reason)
+            hold(page.meta, conditions_of(tuple(args.where)))
+            _is_the_one(page, place_of(number, row), table, args)
+            kept = without(page, table, where, tally)
+            if len(kept.images) < args.min_images:
+                raise Dropped(f"fewer than {args.min_images} pictures left")
+            if not any(isinstance(node, Text) for node in kept.nodes):
+                raise Dropped("no text")
+        except Dropped as dropped:
+            tally.drop_page(dropped.reason, where)
+            continue
+        yield kept
+
+
+def _is_the_one(page: Page, place: int, table: Table, args: argparse.Namespace) -> None:
+    """Raise Dropped for a page whose address, or whose pictures, a later one has."""
+    hashes = page_hashes(page)
+    for kind, all_kept, reason in (
+        ("urls", args.keep_same_url, "address of a later page"),
+        ("sets", args.keep_same_pictures, "pictures of a later page"),
+    ):
+        if not all_kept and any(not table.keeps(kind, value, place) for value in hashes[kind]):
+            raise Dropped(reason)
+
+
+def without(page: Page, table: Table, where: str, tally: Tally) -> Page:
+    """The page without the pictures and paragraphs that return. Around a picture that goes two paragraphs are left."""
+    site = site_of(page)
+    nodes: list[Node] = []
+    images: list[bytes] = []
+    stored: dict[int, int] = {}  # hash of a picture to its number in the new page
+    shown: set[int] = set()
+    gone = False  # whether a picture went since the last node
+    for node in page.nodes:
+        if isinstance(node, Text):
+            if text := _text_without(node, site, table):
+                before = nodes[-1] if nodes else None
+                if gone and isinstance(before, Text) and before.loss == node.loss:
+                    nodes[-1] = Text(f"{before.text}\n\n{text}", node.loss)
+                else:
+                    nodes.append(Text(text, node.loss))
+                gone = False
+            continue
+        hashes = [hash_of(page.images[frame]) for frame in node.frames]
+        reason = ""
+        if any(table.has("pictures", value) for value in hashes):
+            reason = "picture of too many documents"
+        elif len(hashes) == 1 and hashes[0] in shown:
+            reason = "picture of the same document again"
+        if gone := bool(reason):
+            tally.drop_picture(reason, f"{where} picture {node.frames[0]}")
+            continue
+        shown.add(hashes[0])
+        for value, frame in zip(hashes, node.frames, strict=True):
+            if value not in stored:
+                stored[value] = len(images)
+                images.append(page.images[frame])
+        nodes.append(Picture(tuple(stored[value] for value in hashes), node.fps))
+    return Page("", nodes, images, page.meta)
+
+
+def _text_without(node: Text, site: str, table: Table) -> str:
+    """A text without the paragraphs that return; as it is when it has none of them."""
+    if not site:
+        return node.text
+    parts = [part for part in node.text.split("\n\n") if part.strip()]
+    kept = [part for part in parts if not table.has("paragraphs", paragraph_hash(site, part))]
+    return node.text if len(kept) == len(parts) else "\n\n".join(kept)

@@ -1,0 +1,85 @@
+"""M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
+
+The raw files name their fields differently from one sub-task to the next; `--field image_base64_str=img_str` says what
+a field is called in this file. Several pictures of a row are pictures one after another, or with --clips one clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from data.shards.document import Page, Picture
+from data.prepare.inputs import input_files, json_lines, line_units
+from data.prepare.sources.obelics import parquet_rows, parquet_units
+from data.prepare.images import PictureRule, add_picture_arguments, from_base64
+from data.prepare.turns import add_turn_arguments, answer, question
+from data.prepare.units import Dropped, Tally, Unit
+from flamingo.errors import UserError
+
+LAYOUT = "interleaved"
+FIELDS = ("instruction", "inputs", "image_base64_str", "outputs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data prepare m3it`."""
+    parser.add_argument("--field", nargs="+", default=[], metavar="NAME=HERE", help="what a field is called here")
+    parser.add_argument("--clips", action="store_true", help="several pictures of a row are the frames of a clip")
+    add_turn_arguments(parser)
+    add_picture_arguments(parser)
+
+
+def fields(args: argparse.Namespace) -> dict[str, str]:
+    """What each field is called in these files. Raises UserError."""
+    names = {name: name for name in FIELDS}
+    for item in args.field:
+        name, _, here = item.partition("=")
+        if name not in FIELDS or not here:
+            raise UserError(f"--field {item!r} must be NAME=HERE with NAME one of {', '.join(FIELDS)}")
+        names[name] = here
+    return names
+
+
+def units(args: argparse.Namespace) -> list[Unit]:
+    """Lines of JSONL, row groups of parquet."""
+    names, found = fields(args), []
+    for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
+        one = argparse.Namespace(inputs=[str(path)])
+        found += (
+            parquet_units(one, (names["instruction"], names["outputs"]))
+            if path.suffix == ".parquet"
+            else line_units([str(path)], (".jsonl", ".jsonl.gz"))
+        )
+    return found
+
+
+def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+    """One page a row."""
+    rule, names = PictureRule.of(args), fields(args)
+    for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
+        try:
+            if not isinstance(row, dict):
+                raise Dropped("line is no JSON object")
+            yield _page(row, names, args, rule)
+        except Dropped as dropped:
+            tally.drop_page(dropped.reason, where)
+
+
+def _page(row: dict[str, Any], names: dict[str, str], args: argparse.Namespace, rule: PictureRule) -> Page:
+    encoded = row.get(names["image_base64_str"])
+    encoded = [encoded] if isinstance(encoded, str | bytes) else encoded or []
+    if not isinstance(encoded, list):
+        raise Dropped(f"{names['image_base64_str']!r} is neither a string nor a list")
+    images = [rule.check(from_base64(text)) for text in encoded if text is not None]
+    texts = {name: row.get(names[name]) for name in ("instruction", "inputs", "outputs")}
+    for name, text in texts.items():
+        if not isinstance(text, str | None):
+            raise Dropped(f"{names[name]!r} is not text")
+    told = (texts["outputs"] or "").strip()
+    if not told:
+        raise Dropped("no answer")
+    asked = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
+    numbers = tuple(range(len(images)))
+    pictures = [Picture(numbers)] if args.clips and images else [Picture((number,)) for number in numbers]
+    return Page("", [*pictures, question(asked, args, first=True), answer(told)], images)

@@ -1,0 +1,120 @@
+"""Multimodal C4 (allenai/mmc4): `docs_shard_N_v3.jsonl`, or `docs_no_face_shard_N_v2.jsonl.zip`, and its pictures.
+
+A line lists sentences, pictures and which sentence each picture belongs to; the pictures' bytes are what MMC4's
+`download_images.py` left under --images: `{image_name}`, or `{N}/{image_name}` with the number of the shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
+from data.shards.document import Page
+from data.prepare.inputs import json_lines, line_units
+from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.units import Dropped, Tally, Unit
+from flamingo.errors import UserError
+
+LAYOUT = "interleaved"
+SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data prepare mmc4`."""
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the downloaded pictures")
+    add_document_arguments(parser)
+
+
+def add_document_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of documents in MMC4's form, wherever their pictures are."""
+    parser.add_argument(
+        "--min-similarity", type=float, default=0.24, metavar="X", help="of a picture to its sentence (default 0.24)"
+    )
+    parser.add_argument(
+        "--matching",
+        choices=MATCHING,
+        default="assigned",
+        help="pictures without a matched_text_index: each to its most similar sentence (listed), or one to one "
+        "as MMC4 does (default: assigned)",
+    )
+    parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
+    parser.add_argument("--drop-url-duplicates", action="store_true", help="drop where could_have_url_duplicate is 1")
+    add_picture_arguments(parser)
+
+
+def units(args: argparse.Namespace) -> list[Unit]:
+    """Files; plain ones are cut at lines."""
+    if not -1 <= args.min_similarity < 1:
+        raise UserError(
+            f"--min-similarity {args.min_similarity:g} must be in [-1, 1): MMC4's similarities are cosines, about 0.15 "
+            "to 0.35, not multiplied by 100"
+        )
+    _folder(args.images)
+    return line_units(args.inputs, SUFFIXES)
+
+
+@lru_cache(maxsize=4)
+def _folder(root: str) -> PictureFolder:
+    return PictureFolder(root)
+
+
+def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+    """One page a line."""
+    shard = re.search(r"shard_(\d+)", unit.label)
+    folder = _folder(args.images)
+
+    def bytes_of(info: dict[str, Any]) -> bytes:
+        name = info.get("image_name")
+        if not isinstance(name, str) or not name:
+            raise Dropped("picture has no 'image_name'")
+        return folder.read(name, *([str(PurePosixPath(shard[1]) / name)] if shard else []))
+
+    rule = PictureRule.of(args)
+    for where, body in json_lines(unit):
+        page = document(body, where, args, rule, bytes_of, tally)
+        if page is not None:
+            yield page
+
+
+def document(
+    body: Any,
+    where: str,
+    args: argparse.Namespace,
+    rule: PictureRule,
+    bytes_of: Callable[[dict[str, Any]], bytes],
+    tally: Tally,
+) -> Page | None:
+    """The page of one document, or None when it is dropped; either way counted."""
+    if isinstance(body, Exception):
+        tally.drop_page("line is no JSON", where)
+        return None
+    try:
+        if not isinstance(body, dict):
+            raise Dropped("line is no JSON object")
+        sentences, listed = read_document(body, args.matching)
+        if args.drop_url_duplicates and body.get("could_have_url_duplicate"):
+            raise Dropped("url may be a duplicate")
+        if not any(sentence.strip() for sentence in sentences):
+            raise Dropped("no text")
+    except (Dropped, Malformed) as dropped:
+        tally.drop_page(dropped.reason, where)
+        return None
+    kept: list[tuple[int, bytes]] = []
+    for number, picture in enumerate(listed):
+        try:
+            if not picture.similarity >= args.min_similarity:
+                raise Dropped(f"similarity below {args.min_similarity:g}")
+            kept.append((picture.sentence, rule.check(bytes_of(picture.info))))
+        except Dropped as dropped:
+            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+    if len(kept) < args.min_images:
+        tally.drop_page(f"fewer than {args.min_images} pictures left", where)
+        return None
+    meta = {"url": body["url"]} if isinstance(body.get("url"), str) else {}
+    nodes, images, places = interleave(sentences, kept)
+    return Page("", nodes, images, meta | {"sentences": places})

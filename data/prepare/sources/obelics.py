@@ -1,0 +1,223 @@
+"""OBELICS: parquet files of `images` and `texts`, where entry i is one or the other, in the order of the web page.
+
+`images` holds URLs, whose pictures come from --images (see `data.prepare.lookup`), or the pictures themselves as
+`{"bytes", "path"}`. A picture that is missing leaves its page, and the texts around it are joined by an empty line, as
+OBELICS' own builder does. The mark that OBELICS left where several documents shared a page ends one page and begins the
+next; it is never text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.shards.mmc4 import add_text
+from data.shards.document import Node, Page, Picture, Text
+from data.prepare.conditions import add_where, conditions_of, hold
+from data.prepare.inputs import file_units, one_line, required
+from data.prepare.lookup import build_url_lookup, open_lookup
+from data.prepare.images import PictureRule, add_picture_arguments
+from data.prepare.units import Dropped, Tally, Unit
+from flamingo.errors import UserError
+
+LAYOUT = "interleaved"
+END = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+GENERAL = "general_metadata."
+ROWS = 4000  # at least so many in a unit, unless the file ends
+Part = str | bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data prepare obelics`."""
+    parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
+    parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    add_where(parser, "a row's columns (or general_metadata.NAME)", "perplexity<=1500")
+    parser.add_argument(
+        "--where-picture",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="the same of a picture's entry in metadata, such as 'porn<=0.85' (a picture is left out, not its page)",
+    )
+    add_picture_arguments(parser)
+
+
+def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[Unit]:
+    """Row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
+
+    Raises UserError for a file that is no parquet or lacks one of the columns.
+    """
+    parquet = required("pyarrow.parquet", "reading parquet")
+    units = []
+    for unit in file_units(args.inputs, (".parquet",)):
+        try:
+            with parquet.ParquetFile(unit.path) as file:
+                names = file.schema_arrow.names
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{unit.path} is no parquet file, or truncated ({one_line(error)}); download it again"
+            ) from None
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
+        begin, count = 0, 0
+        for group, size in enumerate(sizes, 1):
+            count += size
+            if count >= rows or group == len(sizes):
+                label = unit.label if begin == 0 else f"{unit.label} from row group {begin}"
+                units.append(Unit(label, unit.path, begin, group, unit.size))
+                begin, count = group, 0
+    return units
+
+
+def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
+    arrow = required("pyarrow", "reading parquet")
+    parquet = required("pyarrow.parquet", "reading parquet")
+    try:
+        with parquet.ParquetFile(unit.path) as file:
+            names = file.schema_arrow.names
+            first = sum(file.metadata.row_group(group).num_rows for group in range(unit.begin))
+            wanted = None if columns is None else [name for name in columns if name in names]
+            groups = list(range(unit.begin, unit.end))
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=wanted):
+                for row in batch.to_pylist():
+                    yield f"{Path(unit.path).name} row {first}", row
+                    first += 1
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(f"{unit.path} is damaged ({one_line(error)}); download it again") from None
+
+
+def units(args: argparse.Namespace) -> list[Unit]:
+    """Row groups."""
+    conditions_of(tuple(args.where_picture))
+    return parquet_units(args, ("images", "texts", *_columns(args)))
+
+
+def _columns(args: argparse.Namespace) -> list[str]:
+    """Columns that conditions ask for; a name with a dot is of general_metadata."""
+    names = [name for name, *_ in conditions_of(tuple(args.where))]
+    return [name for name in dict.fromkeys(names) if not name.startswith(GENERAL)]
+
+
+def begin(args: argparse.Namespace, work: Path) -> None:
+    """Find out where the pictures are."""
+    if args.images:
+        build_url_lookup(work / "pictures.sqlite", args.images)
+
+
+def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+    """One page a document, or several where the document holds several."""
+    rule = PictureRule.of(args)
+    columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]
+    for where, row in parquet_rows(unit, columns):
+        try:
+            hold(_facts(row), conditions_of(tuple(args.where)))
+            parts = _parts(row, args, rule, where, tally)
+        except Dropped as dropped:
+            tally.drop_page(dropped.reason, where)
+            continue
+        for piece in _documents(parts):
+            page = _page(piece, _url(row))
+            if len(page.images) < args.min_images:
+                tally.drop_page(f"fewer than {args.min_images} pictures left", where)
+            elif not any(isinstance(node, Text) for node in page.nodes):
+                tally.drop_page("no text", where)
+            else:
+                yield page
+
+
+def _parts(row: dict[str, Any], args: argparse.Namespace, rule: PictureRule, where: str, tally: Tally) -> list[Part]:
+    """Texts and the bytes of the pictures that are kept, in order. Raises Dropped where a type is wrong."""
+    images, texts = row["images"], row["texts"]
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        raise Dropped("'images' and 'texts' are not lists of the same length")
+    parts: list[Part] = []
+    known = _of_pictures(row, len(images)) if args.where_picture else []
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if (image is None) == (text is None) or not isinstance(text, str | None):
+            raise Dropped("an entry is neither a picture nor a text, or both")
+        if text is not None:
+            parts.append(text)
+            continue
+        try:
+            if args.where_picture:
+                hold(known[number], conditions_of(tuple(args.where_picture)))
+            parts.append(rule.check(_bytes(image, args)))
+        except Dropped as dropped:
+            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+    return parts
+
+
+def _bytes(image: Any, args: argparse.Namespace) -> bytes:
+    if isinstance(image, dict):
+        data = image.get("bytes")
+        if not isinstance(data, bytes):
+            raise Dropped("picture is missing")
+        return data
+    if not isinstance(image, str):
+        raise Dropped("picture is neither a URL nor bytes")
+    if not args.images:
+        raise UserError("the parquet holds URLs, not pictures; give the downloaded pictures with --images")
+    return open_lookup(str(Path(args.work) / "pictures.sqlite")).read(image)
+
+
+def _general(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found = json.loads(row.get("general_metadata") or "{}")
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    """What conditions may ask of a row: its columns, and `general_metadata.NAME`."""
+    return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
+
+
+def _of_pictures(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """The entries of `metadata`, one for each place; an empty one where there is none."""
+    try:
+        found = json.loads(row.get("metadata") or "[]")
+    except (ValueError, TypeError):
+        found = []
+    if not isinstance(found, list) or len(found) != number:
+        return [{}] * number
+    return [one if isinstance(one, dict) else {} for one in found]
+
+
+def _url(row: dict[str, Any]) -> dict[str, Any]:
+    url = _general(row).get("url")
+    return {"url": url} if isinstance(url, str) else {}
+
+
+def _documents(parts: list[Part]) -> Iterator[list[Part]]:
+    """The parts, divided at the mark that ends a document."""
+    piece: list[Part] = []
+    for part in parts:
+        if isinstance(part, bytes):
+            piece.append(part)
+            continue
+        for number, text in enumerate(part.split(END)):
+            if number:
+                yield piece
+                piece = []
+            if text.strip():
+                piece.append(text.strip())
+    yield piece
+
+
+def _page(parts: list[Part], meta: dict[str, Any]) -> Page:
+    """Texts that touch are joined by an empty line; a picture stands where it stood."""
+    nodes: list[Node] = []
+    images: list[bytes] = []
+    for part in parts:
+        if isinstance(part, bytes):
+            nodes.append(Picture((len(images),)))
+            images.append(part)
+        else:
+            add_text(nodes, part, "\n\n")
+    return Page("", nodes, images, meta)

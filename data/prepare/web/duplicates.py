@@ -1,0 +1,147 @@
+"""What repeats over a corpus: counted shard by shard, and put together in one table of what is too much.
+
+Everything is known by 64 bits of its BLAKE2b. A shard's counts are a file of their own, so counting goes on where it
+was stopped and several processes share it; the table holds only what is to be left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.document import Page, Text
+
+Hashes = NDArray[np.uint64]
+ONCE = ("urls", "sets")  # of these one document is kept, of the others none
+KINDS = ("pictures", "paragraphs", *ONCE)
+
+
+def hash_of(data: bytes) -> int:
+    """64 bits for some bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def site_of(page: Page) -> str:
+    """The host of a page's address, "" where it has none."""
+    url = page.meta.get("url")
+    try:
+        return (urlsplit(url).hostname or "") if isinstance(url, str) else ""
+    except ValueError:
+        return ""
+
+
+def paragraph_hash(site: str, paragraph: str) -> int:
+    """A paragraph is the same only on the same site."""
+    return hash_of(f"{site}\0{paragraph.strip()}".encode("utf-8", "replace"))
+
+
+def paragraphs_of(page: Page) -> Iterator[str]:
+    """Stretches of text between empty lines and pictures."""
+    for node in page.nodes:
+        if isinstance(node, Text):
+            yield from (part for part in node.text.split("\n\n") if part.strip())
+
+
+def page_hashes(page: Page) -> dict[str, list[int]]:
+    """What a page has of each of `KINDS`, each thing once."""
+    pictures = sorted({hash_of(image) for image in page.images})
+    site, url = site_of(page), page.meta.get("url")
+    return {
+        "pictures": pictures,
+        "paragraphs": sorted({paragraph_hash(site, text) for text in paragraphs_of(page)}) if site else [],
+        "urls": [hash_of(url.encode("utf-8", "replace"))] if isinstance(url, str) and url else [],
+        "sets": [hash_of(np.array(pictures, dtype=np.uint64).tobytes())] if pictures else [],
+    }
+
+
+def count(pages: Iterable[tuple[int, Page]], path: Path) -> None:
+    """Write the hashes of (row, page) of a shard: for `ONCE` also the rows, to know which document is the last."""
+    found: dict[str, list[int]] = {name: [] for name in (*KINDS, *(f"{kind}_rows" for kind in ONCE))}
+    for row, page in pages:
+        for kind, hashes in page_hashes(page).items():
+            found[kind] += hashes
+            if kind in ONCE:
+                found[f"{kind}_rows"] += [row] * len(hashes)
+    _write(path, {name: np.array(values, dtype=np.uint64) for name, values in found.items()})
+
+
+def _write(path: Path, columns: Any) -> None:
+    """Write columns under a name when they are whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, **columns)
+    partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What is left out: sorted hashes of pictures and paragraphs, and for `ONCE` of what returns and who is kept."""
+
+    pictures: Hashes
+    paragraphs: Hashes
+    urls: Hashes
+    urls_kept: Hashes
+    sets: Hashes
+    sets_kept: Hashes
+
+    def has(self, kind: str, value: int) -> bool:
+        """Whether a picture or paragraph is among those that return too often."""
+        known: Hashes = getattr(self, kind)
+        at = int(np.searchsorted(known, np.uint64(value)))
+        return at < len(known) and int(known[at]) == value
+
+    def keeps(self, kind: str, value: int, place: int) -> bool:
+        """Whether the document at `place` (see `place_of`) is the one of its address, or its pictures, that stays."""
+        known: Hashes = getattr(self, kind)
+        at = int(np.searchsorted(known, np.uint64(value)))
+        there = at < len(known) and int(known[at]) == value
+        return not there or int(getattr(self, f"{kind}_kept")[at]) == place
+
+    def save(self, path: Path) -> None:
+        """Write the table under its name when it is whole."""
+        _write(path, {name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """The inverse of `save`."""
+        with np.load(path, allow_pickle=False) as body:
+            return cls(**{name: body[name] for name in cls.__dataclass_fields__})
+
+
+def place_of(shard: int, row: int) -> int:
+    """The order of documents as one number."""
+    return shard << 32 | row
+
+
+def tabulate(files: Sequence[Path], most_pictures: int, most_paragraphs: int) -> Table:
+    """Put the counts of all shards together: 8 bytes of memory for each picture and paragraph of the corpus, twice."""
+    columns: dict[str, Any] = {}
+    for kind, most in (("pictures", most_pictures), ("paragraphs", most_paragraphs)):
+        values, counts = np.unique(_column(files, kind), return_counts=True)
+        columns[kind] = values[counts > most] if most else values[:0]
+        del values, counts
+    for kind in ONCE:
+        values = _column(files, kind)
+        places = _column(files, f"{kind}_rows", with_shard=True)
+        order = np.lexsort((places, values))
+        values, places = values[order], places[order]
+        last = np.append(values[1:] != values[:-1], True)[: len(values)]  # the last document of each
+        again = np.append(False, values[1:] == values[:-1])[: len(values)]
+        columns[kind], columns[f"{kind}_kept"] = values[last & again], places[last & again]
+    return Table(**columns)
+
+
+def _column(files: Sequence[Path], name: str, with_shard: bool = False) -> Hashes:
+    parts = []
+    for number, path in enumerate(files):
+        with np.load(path, allow_pickle=False) as body:
+            parts.append(body[name] + np.uint64(number << 32) if with_shard else body[name])
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)

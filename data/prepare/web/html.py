@@ -1,0 +1,81 @@
+"""Saved web pages to interleaved pages, by the order of the DOM and the rules of OBELICS or M3W.
+
+A page's picture is the file that its address names, below the folder given as input (a page saved "complete"); with
+--images it is looked up by its absolute address (tars of img2dataset or a map). `data:` pictures are read as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import posixpath
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from data.shards.document import Page
+from data.prepare.web.dom import decode_html
+from data.prepare.inputs import folder_units, input_files
+from data.prepare.lookup import build_url_lookup, open_lookup
+from data.prepare.images import PictureFolder
+from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_page
+
+LAYOUT = "interleaved"
+SUFFIXES = (".html", ".htm", ".xhtml")
+IN_A_UNIT = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data prepare html`."""
+    parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
+    add_web_arguments(parser)
+
+
+def units(args: argparse.Namespace) -> list[Unit]:
+    """Some thousand files each."""
+    check_web_arguments(args)
+    found: list[Unit] = []
+    for item in args.inputs:
+        if Path(item).is_dir():
+            names = [label for label, _ in input_files([item], SUFFIXES)]
+            found += folder_units(item, names, IN_A_UNIT)
+            continue
+        for label, path in input_files([item], SUFFIXES):
+            found.append(Unit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
+    return found
+
+
+def begin(args: argparse.Namespace, work: Path) -> None:
+    """Find out where the pictures are."""
+    if args.images:
+        build_url_lookup(work / "pictures.sqlite", args.images)
+
+
+@lru_cache(maxsize=4)
+def _folder(root: str) -> PictureFolder:
+    return PictureFolder(root)
+
+
+def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
+    """One page a file."""
+    folder = _folder(unit.path)
+    for name in unit.names:
+        html = decode_html((Path(unit.path) / name).read_bytes())
+        url = page_address(html)
+        page = web_page(html, url if args.images else "", name, args, _fetcher(name, args, folder), tally)
+        if page is not None:
+            yield page
+
+
+def _fetcher(name: str, args: argparse.Namespace, folder: PictureFolder) -> Callable[[str], bytes]:
+    def fetch(address: str) -> bytes:
+        if args.images:
+            return open_lookup(lookup_of(args)).read(address)
+        parts = urlsplit(address)
+        if parts.scheme or parts.netloc:
+            raise Dropped("picture is not in the folder; give --images")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path)))
+        return folder.read(path)
+
+    return fetch

@@ -1,0 +1,158 @@
+"""Shards that lie elsewhere: any URL that webdataset opens, http(s) with resuming, and what fsspec knows (s3).
+
+    https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
+
+What is notable: a download that breaks off goes on where it was (http, fsspec) and gives up only after several attempts
+*without any progress*. A shard that the server says is not there is an error at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError
+
+from data.shards.retry import ATTEMPTS, FIRST_WAIT
+from flamingo.errors import UserError
+
+TIMEOUT = 30.0  # seconds without a byte
+CHUNK = 1 << 20
+GONE = (400, 401, 403, 404, 405, 410)  # answers that the next attempt would get as well
+
+
+def is_remote(path: str) -> bool:
+    """Whether a shard is named by a URL (or a command, `pipe:`) and not by a path."""
+    return path.startswith("pipe:") or ("://" in path and not path.startswith("file://"))
+
+
+def expand(pattern: str) -> list[str]:
+    """Braces and `::` of a pattern as webdataset reads them: `{00..02}` is 00, 01, 02."""
+    from braceexpand import braceexpand
+
+    try:
+        parts = [pattern] if "[" in pattern else pattern.split("::")  # but not the colons of [::1]
+        found = [one for part in parts for one in (braceexpand(part) if "{" in part else [part])]
+    except ValueError:
+        raise UserError(f"shards {pattern}: the braces are not balanced") from None
+    return [one.removeprefix("file://") for one in found]
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    attempts: int = ATTEMPTS,
+    first_wait: float = FIRST_WAIT,
+    wanted: Callable[[], bool] | None = None,
+) -> int:
+    """Write what a URL gives to a file, going on behind what the file already has. Returns how often it broke off.
+
+    Raises UserError, naming the URL, when it is not there, when `attempts` attempts in a row brought nothing new, and
+    as soon as it is not `wanted` any more.
+    """
+    failed = broken = 0
+    begun = time.monotonic()
+    while True:
+        have = target.stat().st_size if target.exists() else 0
+        try:
+            with target.open("r+b" if have else "wb") as file:
+                _copy(url, file, have, wanted)
+            return broken
+        except HTTPError as error:
+            error.close()
+            if error.code in GONE:
+                raise UserError(
+                    f"shard {url} cannot be had: the server answers {error.code} {error.reason}; correct the URL"
+                ) from None
+            failure: Exception = error
+        except FileNotFoundError as error:
+            raise UserError(f"shard {url} does not exist ({error}); correct the URL") from None
+        except (OSError, HTTPException) as error:
+            failure = error
+        broken += 1
+        grown = (target.stat().st_size if target.exists() else 0) > have
+        failed = 0 if grown and resumes(url) else failed + 1
+        if failed >= attempts:
+            raise UserError(
+                f"shard {url} could not be fetched: {failed} attempts in a row over {time.monotonic() - begun:.1f} s "
+                f"brought nothing, the last one: {failure}; start again when the server answers"
+            ) from None
+        time.sleep(first_wait * 2 ** max(0, failed - 1))
+
+
+def resumes(url: str) -> bool:
+    """Whether a download of this URL can go on in the middle."""
+    return not url.startswith("pipe:") and (url.startswith(("http://", "https://")) or not _webdataset_opens(url))
+
+
+def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None) -> None:
+    with _opened(url, have) as (stream, start, expected):
+        file.seek(start)
+        file.truncate()
+        got = 0
+        while chunk := stream.read(CHUNK):
+            file.write(chunk)
+            got += len(chunk)
+            if wanted is not None and got != expected and not wanted():
+                raise UserError(f"shard {url} is not wanted any more")
+    if expected is not None and got < expected:
+        raise OSError(f"the connection closed after {got} of {expected} bytes")
+
+
+@contextmanager
+def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
+    """(stream, the byte at which it begins, how many it should give) of a URL, from byte `have` on where that goes."""
+    if url.startswith(("http://", "https://")):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        except HTTPError as error:
+            if error.code != 416:  # the file here is longer than the one there: start anew
+                raise
+            error.close()
+            answer = urllib.request.urlopen(url, timeout=TIMEOUT)
+        with answer:
+            length = answer.headers.get("Content-Length")
+            yield answer, have if answer.status == 206 else 0, None if length is None else int(length)
+    elif _webdataset_opens(url):
+        import webdataset
+
+        with webdataset.gopen(url) as stream:  # leaving raises IOError when a command failed
+            yield stream, 0, None
+    else:
+        with _fsspec_opened(url) as stream:
+            stream.seek(have)
+            yield stream, have, None
+
+
+def _webdataset_opens(url: str) -> bool:
+    from webdataset.gopen import gopen_schemes
+
+    return url.split(":", 1)[0] in gopen_schemes
+
+
+def _fsspec_opened(url: str) -> BinaryIO:
+    try:
+        import fsspec  # type: ignore[import-untyped]
+
+        return fsspec.open(url, "rb").open()
+    except ImportError as error:
+        scheme = url.split(":", 1)[0]
+        raise UserError(
+            f"shard {url}: {scheme}:// needs a package that is not here ({error}); for s3 install the extra "
+            "'flamingo-vlm[s3]', or name the shards as pipe:COMMAND"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"shard {url} cannot be opened: {error}") from None
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk of a folder still takes."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize

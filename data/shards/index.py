@@ -1,0 +1,268 @@
+"""Where every member of a tar lies: one walk over the headers, kept beside the tar as `{shard}.tar.idx`.
+
+With the offsets known, any sample is one `pread` away, so the order of training is free and resuming costs nothing.
+Columns are mapped, not read: the processes of a machine share them. What is notable: samples are grouped exactly as
+webdataset groups them (the name up to the first dot of its last part is the key), but what webdataset passes over in
+silence is an error here: a truncated tar, a key that returns later in the tar, a suffix twice in one sample. The
+sidecar knows its tar's size and a digest of both ends, so it cannot go stale unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.tar import walk
+from flamingo.errors import UserError
+
+MAGIC = b"TARIDX01"
+ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
+OTHER, JSON, TEXT, PICTURE = 0, 1, 2, 3  # kinds of members
+KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
+HEAD_BYTES = 4096  # a header is far smaller
+KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule (base_plus_ext)
+SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's rule for members that are not samples
+PICTURE_SUFFIX = re.compile(r"^(?:(\d{1,5})\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
+
+
+@dataclass(slots=True)
+class TarIndex:
+    """The columns of an index. Sample `row` has the members `first[row] : first[row + 1]`.
+
+    first (N+1,) int64; offset, size (M,) int64; kind (M,) uint8; number (M,) uint16, which picture of its sample;
+    pictures_per_row (N,) uint16; keys: all keys as UTF-8, key_end (N+1,) int64 where they end.
+    """
+
+    path: str
+    tar_size: int
+    digest: str
+    first: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    key_end: NDArray[np.int64]
+    number: NDArray[np.uint16]
+    pictures_per_row: NDArray[np.uint16]
+    kind: NDArray[np.uint8]
+    keys: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def key(self, row: int) -> str:
+        """The key of a sample."""
+        return bytes(self.keys[self.key_end[row] : self.key_end[row + 1]]).decode("utf-8", "surrogateescape")
+
+    def members(self, row: int) -> list[tuple[int, int, int, int]]:
+        """(kind, picture number, offset, size) of each member of a sample, in the order of the tar."""
+        a, b = int(self.first[row]), int(self.first[row + 1])
+        columns = (self.kind, self.number, self.offset, self.size)
+        return list(zip(*(column[a:b].tolist() for column in columns), strict=True))
+
+    def rows_with(self, kind: int) -> NDArray[np.bool_]:
+        """(N,) which samples have a member of this kind."""
+        counts = np.concatenate([[0], np.cumsum(self.kind == kind)])
+        return counts[self.first[1:]] > counts[self.first[:-1]]
+
+    def usable(self, kind: str) -> NDArray[np.int64] | None:
+        """Rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
+        texts = self.rows_with(JSON) | self.rows_with(TEXT)
+        pictures = self.pictures_per_row > 0
+        usable = {"interleaved": texts | pictures, "pairs": texts & pictures, "text": texts}[kind]
+        return None if usable.all() else np.flatnonzero(usable)
+
+    def head(self) -> IndexHead:
+        """What a plan needs to know of this shard."""
+        rows = {kind: self.usable(kind) for kind in KINDS}
+        counts = {kind: len(self) if found is None else len(found) for kind, found in rows.items()}
+        return IndexHead(self.tar_size, self.digest, counts)
+
+    def save(self, path: str | Path) -> None:
+        """Write the sidecar: magic, header length, JSON header, then the columns, widest first."""
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
+        body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
+        body += b" " * (-(len(MAGIC) + 8 + len(body)) % 8)
+        partial = Path(f"{path}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            file.write(MAGIC + len(body).to_bytes(8, "little") + body)
+            for name, column in columns.items():
+                file.write(np.ascontiguousarray(column, dtype=COLUMNS[name]).tobytes())
+        partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexHead:
+    """An index without its columns: the tar's size and digest, and how many samples each kind of dataset can use."""
+
+    tar_size: int
+    digest: str
+    usable: dict[str, int]
+
+
+COLUMNS: dict[str, np.dtype[Any]] = {
+    **dict.fromkeys(("first", "offset", "size", "key_end"), np.dtype("<i8")),
+    **dict.fromkeys(("number", "pictures_per_row"), np.dtype("<u2")),
+    **dict.fromkeys(("kind", "keys"), np.dtype("u1")),
+}
+
+
+def index_path(tar: str | Path) -> Path:
+    """The sidecar's name."""
+    return Path(f"{tar}.idx")
+
+
+def tar_digest(path: str | Path) -> tuple[int, str]:
+    """(size, digest of both ends) of a tar. Raises UserError when it is missing."""
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(ENDS)
+            file.seek(max(0, size - ENDS))
+            return size, hashlib.sha256(head + file.read()).hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"shard {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"shard {path} is a folder, a tar was expected") from None
+
+
+def build_index(path: str | Path) -> TarIndex:
+    """Walk a tar and group its members into samples. Raises UserError as `walk`, and for duplicate keys or suffixes."""
+    keys: list[str] = []
+    first: list[int] = []
+    rows: list[tuple[int, int, int, int]] = []
+    seen: set[str] = set()
+    suffixes: set[str] = set()
+    for member in walk(path):
+        match = None if SKIPPED.match(member.name) else KEY_AND_SUFFIX.match(member.name)
+        if match is None:
+            continue
+        key, suffix = match.group(1), match.group(2).lower()
+        if not keys or key != keys[-1]:
+            if key in seen:
+                raise UserError(f"shard {path}: key {key!r} appears twice (rows {keys.index(key)} and {len(keys)})")
+            seen.add(key)
+            suffixes = set()
+            keys.append(key)
+            first.append(len(rows))
+        if suffix in suffixes:
+            raise UserError(f"shard {path}: {member.name!r} appears twice in row {len(keys) - 1}")
+        suffixes.add(suffix)
+        rows.append((member.offset, member.size, *_kind_of(suffix)))
+    return _to_index(path, keys, first, rows)
+
+
+def _kind_of(suffix: str) -> tuple[int, int]:
+    """(kind, picture number) of a member by its suffix."""
+    if match := PICTURE_SUFFIX.match(suffix):
+        return PICTURE, int(match.group(1) or 0)
+    return {"json": JSON, "txt": TEXT}.get(suffix, OTHER), 0
+
+
+def _to_index(path: str | Path, keys: list[str], first: list[int], rows: list[tuple[int, int, int, int]]) -> TarIndex:
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    starts = np.array([*first, len(rows)], dtype=np.int64)
+    running = np.concatenate([[0], np.cumsum(table[:, 2] == PICTURE)])
+    size, digest = tar_digest(path)
+    return TarIndex(
+        path=str(path),
+        tar_size=size,
+        digest=digest,
+        first=starts,
+        offset=table[:, 0].copy(),
+        size=table[:, 1].copy(),
+        key_end=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        number=table[:, 3].astype(np.uint16),
+        pictures_per_row=np.diff(running[starts]).astype(np.uint16),
+        kind=table[:, 2].astype(np.uint8),
+        keys=np.frombuffer(b"".join(encoded), dtype=np.uint8),
+    )
+
+
+def _damaged(path: Path, tar: str | Path, error: Exception) -> UserError:
+    return UserError(f"index {path} is damaged ({error}); build it again: python -m data index {tar}")
+
+
+def _header(raw: bytes) -> tuple[dict[str, Any], int]:
+    """(JSON header, where the columns begin) of the first bytes of a sidecar. Raises ValueError."""
+    if raw[:8] != MAGIC:
+        raise ValueError("wrong magic")
+    at = 16 + int.from_bytes(raw[8:16], "little")
+    if len(raw) < at:
+        raise ValueError("too short")
+    return json.loads(raw[16:at]), at
+
+
+def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
+    """The head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
+    path = sidecar or index_path(tar)
+    try:
+        with path.open("rb") as file:
+            header, _ = _header(file.read(HEAD_BYTES))
+        if "usable" not in header:  # written before there were heads
+            return load_index(tar, path, check=False).head()
+        usable = {kind: int(header["usable"][kind]) for kind in KINDS}
+        return IndexHead(int(header["tar_size"]), str(header["digest"]), usable)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, UserError) else _damaged(path, tar, error) from None
+
+
+def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Path = "", check: bool = True) -> TarIndex:
+    """Map a tar's sidecar. Raises UserError when it is damaged or does not belong to the tar as it is now.
+
+    `local` is the file to compare it with where that is a copy; without `check` nothing is compared.
+    """
+    path = sidecar or index_path(tar)
+    try:
+        # A plain view: slices of a memmap object cost several times as much.
+        raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        header, at = _header(raw[:HEAD_BYTES].tobytes())
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            stop = at + dtype.itemsize * header["lengths"][name]
+            columns[name] = raw[at:stop].view(dtype)
+            if len(columns[name]) != header["lengths"][name]:
+                raise ValueError("too short")
+            at = stop
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, tar, error) from None
+    index = TarIndex(path=str(tar), tar_size=header["tar_size"], digest=header["digest"], **columns)
+    if check:
+        check_tar(index.path, index.tar_size, index.digest, local or tar)
+    return index
+
+
+def wrong_size(tar: str | Path, size: int, expected: int) -> UserError:
+    """What to say of a tar that is not as long as its index says."""
+    return UserError(
+        f"shard {tar} has {size} bytes but its index was built for {expected}: the shard is truncated or was replaced; "
+        f"fetch it again, or if it is right: python -m data index {tar}"
+    )
+
+
+def check_tar(tar: str, size: int, digest: str, local: str | Path) -> None:
+    """Raise UserError unless the tar (whose bytes are in `local`) is the one that was indexed."""
+    found, ends = tar_digest(local)
+    if found != size:
+        raise wrong_size(tar, found, size)
+    if ends != digest:
+        raise UserError(f"shard {tar} changed after its index was built; build it again: python -m data index {tar}")
+
+
+def open_index(tar: str | Path) -> TarIndex:
+    """The index of a tar: its sidecar, or one walk (whose result is left as a sidecar where the folder allows it)."""
+    if index_path(tar).exists():
+        return load_index(tar)
+    index = build_index(tar)
+    with contextlib.suppress(OSError):
+        index.save(index_path(tar))
+    return index

@@ -1,0 +1,190 @@
+"""One sample of a shard at a time, by its place: of its bytes only what is asked for, in as few reads as that takes.
+
+What is notable: members that lie side by side are read together as long as what lies between them (the headers of the
+tar) stays a small part of what is wanted; a page of ten pictures of which a row shows three costs three.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import ContentError
+from data.shards.index import JSON, PICTURE, TEXT, TarIndex
+from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_page
+from data.shards.document import Node, Text, check_pictures, nodes_of
+from data.shards.retry import Retry
+from data.shards.tar import LFS
+
+SLACK = 0.04  # bytes read for nothing, of those that are wanted, for the sake of fewer reads
+MAX_OPEN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """A sample with its pictures still encoded: `picture(i)` gives number i of the page, read when it is asked for.
+
+    `fetch` reads several at once: say which ones will be asked for, and the disk is asked once where that is possible.
+    """
+
+    key: str
+    where: str
+    nodes: list[Node]
+    meta: dict[str, Any]
+    numbers: Sequence[int]
+    picture: Callable[[int], bytes]
+    fetch: Callable[[Sequence[int]], None] = lambda numbers: None
+
+
+class ShardReader:
+    """Reads samples of many shards. File descriptors stay open, the least used is closed first.
+
+    `local` gives the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
+    `bytes_used` what of it was asked for.
+    """
+
+    def __init__(
+        self,
+        indexes: Sequence[TarIndex],
+        *,
+        local: Callable[[str], str] = str,
+        retry: Retry | None = None,
+        max_open: int = MAX_OPEN,
+        mmc4: Mmc4Rule | None = None,
+    ) -> None:
+        self.indexes, self.local, self.max_open = indexes, local, max_open
+        self.retry = retry or Retry()
+        self.mmc4 = mmc4 or Mmc4Rule()
+        self.samples_read = self.bytes_read = self.bytes_used = 0
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": OrderedDict()}  # a descriptor means nothing in another process
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Some bytes of a shard; repeated when it fails. Raises UserError."""
+        try:
+            return self._once(shard, offset, size)
+        except OSError:
+            path = self.indexes[shard].path
+            self.retry.repeats += 1
+            return self.retry(lambda: self._once(shard, offset, size), f"shard {path}")
+
+    def _once(self, shard: int, offset: int, size: int) -> bytes:
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            descriptor = os.open(self.local(self.indexes[shard].path), os.O_RDONLY | os.O_CLOEXEC)
+            self._open[shard] = descriptor
+            if len(self._open) > self.max_open:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(shard)
+        try:
+            data = os.pread(descriptor, size, offset)
+        except OSError:
+            self._forget(shard)
+            raise
+        self.bytes_read += len(data)
+        if len(data) < size:
+            self._forget(shard)
+            raise OSError(f"it is truncated: byte {offset + size} is needed, it ends at {offset + len(data)}")
+        return data
+
+    def _forget(self, shard: int) -> None:
+        os.close(self._open.pop(shard))
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def sample(self, shard: int, row: int, *, pictures: bool = True) -> RawSample:
+        """A sample; its text is read now, and with `pictures` the picture of a pair too.
+
+        Raises ContentError for broken JSON or text, UserError for pictures that are not there.
+        """
+        index = self.indexes[shard]
+        self.samples_read += 1
+        places: dict[int, tuple[int, int]] = {}
+        texts: dict[int, tuple[int, int]] = {}
+        for kind, number, offset, size in index.members(row):
+            if kind == PICTURE:
+                places.setdefault(number, (offset, size))
+            elif kind in (JSON, TEXT):
+                texts[kind] = offset, size
+        pieces = _Pieces(self, shard)
+        pieces.fetch([*texts.values(), *(places.values() if pictures and len(places) == 1 else ())])
+        parts = {kind: pieces.of(*place) for kind, place in texts.items()}
+        key = index.key(row)
+        where = f"shard {index.path}, row {row} (key {key!r})"
+        try:
+            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(places))
+            if not nodes and is_mmc4(meta):
+                nodes, inside = mmc4_page(meta, self.mmc4)
+                check_text(nodes)
+                return RawSample(key, where, nodes, {}, range(len(inside)), lambda number: inside[number].decode())
+        except (ValueError, RecursionError) as error:
+            pointer = parts.get(JSON, b"").startswith(LFS)
+            raise ContentError("bad text or JSON", "it is a Git-LFS pointer" if pointer else str(error)) from None
+        check_text(nodes)
+        check_pictures(nodes, places, where)
+        return RawSample(
+            key,
+            where,
+            nodes,
+            meta,
+            sorted(places),
+            lambda number: pieces.of(*places[number]),
+            lambda numbers: pieces.fetch([places[number] for number in numbers]),
+        )
+
+
+class _Pieces:
+    """What was read of a sample so far."""
+
+    def __init__(self, reader: ShardReader, shard: int) -> None:
+        self.reader, self.shard = reader, shard
+        self.known: list[tuple[int, bytes]] = []
+
+    def _find(self, offset: int, size: int) -> bytes | None:
+        for begin, data in self.known:
+            if begin <= offset and offset + size <= begin + len(data):
+                return data[offset - begin : offset - begin + size]
+        return None
+
+    def fetch(self, places: Sequence[tuple[int, int]]) -> None:
+        """Read these, where they are not known."""
+        for offset, size in runs([place for place in places if self._find(*place) is None]):
+            self.known.append((offset, self.reader.read(self.shard, offset, size)))
+
+    def of(self, offset: int, size: int) -> bytes:
+        """The bytes of a member."""
+        self.reader.bytes_used += size
+        found = self._find(offset, size)
+        return self.reader.read(self.shard, offset, size) if found is None else found
+
+
+def runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, size) of reads that cover these places: neighbours are joined while the gaps stay within SLACK."""
+    spare = SLACK * sum(size for _, size in places)
+    found: list[tuple[int, int]] = []
+    for offset, size in sorted(places):
+        gap = offset - sum(found[-1]) if found else 0
+        if found and gap <= spare:
+            spare -= gap
+            found[-1] = found[-1][0], found[-1][1] + gap + size
+        else:
+            found.append((offset, size))
+    return found
+
+
+def check_text(nodes: Sequence[Node]) -> None:
+    """Raise ContentError for text that is no Unicode (JSON can hold half a character), which no tokenizer takes."""
+    for node in nodes:
+        if isinstance(node, Text) and not node.text.isascii():
+            try:
+                node.text.encode()
+            except UnicodeEncodeError as error:
+                raise ContentError("bad text or JSON", f"text is no Unicode ({error.reason})") from None

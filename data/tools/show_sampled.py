@@ -1,0 +1,178 @@
+"""A page after the sampling, as a person would look at it: which tokens are read, learnt, and see which picture.
+
+The row is cut by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on. Without a
+tokenizer at hand words stand for tokens, which are fewer than a language model's by about a quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from data.shards.document import Page
+from data.tools.show import STYLE, figure
+from data.batches.tokenize import IGNORED, LABEL_POLICIES, WINDOWS, Row, SpecialTokens, make_row, tokenize_page
+from flamingo.errors import UserError
+
+COLOURS = ("#fde2c4", "#d3ecd3", "#d5e3f7", "#f6d6e6", "#e9e4b8", "#cfeeee", "#e3d6f5", "#f3cfc6")
+MARKS = """
+.tokens { line-height: 2; white-space: pre-wrap; }
+.tokens span { border-radius: 3px; padding: 1px 0; }
+.unlearnt { opacity: .55; text-decoration: underline dotted; }
+.special { font-family: monospace; font-size: 12px; }
+"""
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m data inspect --sampled`."""
+    parser.add_argument("--sampled", action="store_true", help="the row that training would cut out of the page")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved model or tokenizer (default: words)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="(default 256)")
+    parser.add_argument("--max-images", type=int, default=5, help="(default 5)")
+    parser.add_argument("--window", choices=WINDOWS, default="random", help="(default random)")
+    parser.add_argument("--labels", choices=LABEL_POLICIES, default="text", help="(default text)")
+    parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next picture")
+    parser.add_argument("--seed", type=int, default=0, help="another seed cuts another window")
+
+
+class Words:
+    """Words (with the space before them) in place of a tokenizer's tokens."""
+
+    def __init__(self) -> None:
+        self.known: list[str] = ["<image>", "<EOC>", "<eos>", "<pad>"]
+        self.special = SpecialTokens(image=0, eoc=1, eos=2, pad=3)
+
+    def encode(self, text: str) -> list[int]:
+        """A new id for every word of a text."""
+        words = re.findall(r"\s*\S+|\s+$", text)
+        self.known += words
+        return list(range(len(self.known) - len(words), len(self.known)))
+
+    def text(self, token: int) -> str:
+        """What a token says."""
+        return self.known[token]
+
+
+class Saved:
+    """The tokenizer of a folder: a Flamingo model's processor, or any of transformers'."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        from flamingo.processor import PROCESSOR_FILE, FlamingoProcessor
+
+        if (Path(folder) / PROCESSOR_FILE).is_file():
+            processor = FlamingoProcessor.from_pretrained(folder)
+            self.tokenizer = processor.tokenizer
+            self.image, self.eoc = processor.image_token_id, processor.eoc_token_id
+        else:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError):
+                raise UserError(f"--tokenizer {folder} holds no tokenizer; give the folder of a saved model") from None
+            self.image, self.eoc = len(self.tokenizer), len(self.tokenizer) + 1
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(f"the tokenizer of {folder} has no end-of-text token; set its eos_token")
+        self.special = SpecialTokens(self.image, self.eoc, eos, eos, self.tokenizer.bos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def text(self, token: int) -> str:
+        """What a token says."""
+        return {self.image: "<image>", self.eoc: "<EOC>"}.get(token) or str(self.tokenizer.decode([token]))
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A row with its tokens as texts."""
+
+    row: Row
+    texts: list[str]
+    special: SpecialTokens
+    see_next: bool
+    whole: int
+
+    def runs(self) -> list[tuple[int, bool, str]]:
+        """(picture seen from 1 or 0, learnt, text) of stretches of tokens that are alike in both."""
+        marks = zip(self.row.phi.tolist(), (self.row.labels != IGNORED).tolist(), self.texts, strict=True)
+        return [
+            (phi, learnt, "".join(text for _, _, text in group))
+            for (phi, learnt), group in groupby(marks, key=lambda mark: (mark[0], mark[1]))
+        ]
+
+
+def sample_page(page: Page, args: argparse.Namespace) -> Sampled:
+    """Cut a row out of a page as training does. Raises UserError for options that cannot be."""
+    if args.max_tokens < 2 or args.max_images < 0 or not 0 <= args.next_image <= 1:
+        raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
+    tokenizer = Saved(args.tokenizer) if args.tokenizer else Words()
+    draws = np.random.default_rng(args.seed).random(2).tolist()
+    tokens = tokenize_page(page.nodes, tokenizer.encode, tokenizer.special)
+    row = make_row(
+        tokens,
+        tokenizer.special,
+        max_tokens=args.max_tokens,
+        max_images=args.max_images,
+        window=args.window,
+        labels=args.labels,
+        next_image_probability=args.next_image,
+        draws=(draws[0], draws[1]),
+    )
+    texts = [tokenizer.text(token) for token in row.ids.tolist()]
+    return Sampled(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
+
+
+def facts(sampled: Sampled, page: Page) -> str:
+    """The row in one sentence."""
+    row = sampled.row
+    return (
+        f"{len(row.ids)} of the page's {sampled.whole} tokens, {int((row.labels != IGNORED).sum())} of them learnt, "
+        f"{len(row.pictures)} of its {len(page.images)} pictures; each token sees the "
+        f"{'next' if sampled.see_next else 'previous'} picture"
+    )
+
+
+def sampled_as_text(sampled: Sampled, page: Page, where: str) -> str:
+    """One line for each stretch of tokens that see the same picture; `?` marks what is read and not learnt."""
+    lines = [f"{where}, key {page.key}", f"  {facts(sampled, page)}", ""]
+    for phi, learnt, text in sampled.runs():
+        seen = f"picture {sampled.row.pictures[phi - 1].frames[0]}" if phi else "nothing"
+        lines.append(f"  {' ' if learnt else '?'} [sees {seen}] {text!r}")
+    return "\n".join(lines)
+
+
+def sampled_as_html(sampled: Sampled, page: Page, where: str) -> str:
+    """A page of HTML: every token on the colour of the picture that it sees, the pictures on theirs."""
+    shown = []
+    for number, picture in enumerate(sampled.row.pictures):
+        colour = COLOURS[number % len(COLOURS)]
+        frames = "".join(figure(page.images[frame], f"picture {frame}") for frame in picture.frames)
+        shown.append(f'<div style="background:{colour}">{frames}</div>')
+    spans = []
+    specials = {sampled.special.image, sampled.special.eoc, sampled.special.eos}
+    for token, text, phi, label in zip(
+        sampled.row.ids.tolist(), sampled.texts, sampled.row.phi.tolist(), sampled.row.labels.tolist(), strict=True
+    ):
+        seen = f"sees picture {sampled.row.pictures[phi - 1].frames[0]}" if phi else "sees no picture"
+        classes = " ".join(
+            name for name, holds in (("unlearnt", label == IGNORED), ("special", token in specials)) if holds
+        )
+        colour = f"background:{COLOURS[(phi - 1) % len(COLOURS)]}" if phi else ""
+        title = f"token {token}, {seen}, {'read' if label == IGNORED else 'learnt'}"
+        spans.append(f'<span class="{classes}" style="{colour}" title="{title}">{html.escape(text)}</span>')
+    title = html.escape(f"{where}, key {page.key}, sampled")
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<style>{STYLE}{MARKS}</style>\n<h1 class="facts">{title}</h1>\n<p class="facts">{facts(sampled, page)}. '
+        f'<span class="unlearnt">Like this</span>: read and not learnt.</p>\n{"".join(shown)}\n'
+        f'<p class="tokens">{"".join(spans)}</p>\n</html>\n'
+    )

@@ -1,0 +1,122 @@
+"""Everything that can be wrong with a shard, found before training: one sentence for each fault."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.batches.decode import decode
+from data.errors import ContentError
+from data.shards.index import TarIndex, build_index, index_path, load_index
+from data.shards.document import Text
+from data.prepare.inputs import refuse_pointer
+from data.shards.reader import ShardReader
+from data.shards.writer import MANIFEST, read_manifest
+from flamingo.errors import UserError
+
+
+def verify(path: str | Path) -> Iterator[str]:
+    """The faults of a shard, or of a folder of shards and its manifest.
+
+    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, keys and members that occur twice,
+    links and names that lead out of the folder, broken JSON, pages without text or that name pictures they do not have,
+    pictures that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the manifest
+    or changed since it was written, and preparations that were not finished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        yield from verify_shard(path)
+        return
+    shards = sorted(path.rglob("*.tar"))
+    manifests = sorted(path.rglob(MANIFEST))
+    if not shards and not manifests:
+        raise UserError(f"folder {path} has neither shards nor a manifest; nothing to verify")
+    for manifest in manifests:
+        yield from verify_manifest(manifest.parent)
+    for shard in shards:
+        yield from verify_shard(shard)
+
+
+def verify_manifest(folder: Path) -> Iterator[str]:
+    """What does not agree between a folder and its manifest."""
+    try:
+        parts = read_manifest(folder)["parts"]
+        listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
+        if not listed and next(folder.glob("_part-*-of-*.json"), None):
+            yield f"folder {folder} holds parts that are not joined; join them: python -m data merge {folder}"
+            return
+        if (folder / ".prepare").exists():
+            yield f"folder {folder} holds an unfinished preparation; start the same command again to finish it"
+            return
+        if not listed:
+            yield f"folder {folder} lists no shards; prepare the data again"
+    except UserError as error:
+        yield str(error)
+        return
+    except (KeyError, TypeError, AttributeError) as error:
+        yield f"{folder / MANIFEST} is not a manifest of this format ({type(error).__name__}: {error})"
+        return
+    present = {tar.name for tar in folder.glob("*.tar")}
+    for name in sorted(present - listed.keys()):
+        yield f"shard {folder / name} is not in the folder's manifest"
+    for name, expected in sorted(listed.items()):
+        if name not in present:
+            yield f"shard {folder / name} is in the folder's manifest and missing"
+            continue
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                yield f"shard {folder / name} is not the one of the folder's manifest (another sha256)"
+
+
+def verify_shard(shard: Path) -> Iterator[str]:
+    """The faults of one shard."""
+    try:
+        if shard.is_file():
+            refuse_pointer(shard)
+        index = build_index(shard)
+    except UserError as error:
+        yield str(error)
+        return
+    if index_path(shard).exists():
+        try:
+            load_index(shard)
+        except UserError as error:
+            yield str(error)
+    yield from _odd_members(shard)
+    if not len(index):
+        yield f"shard {shard} has no sample"
+    reader = ShardReader([index])
+    for row in range(len(index)):
+        yield from _verify_row(reader, index, row)
+    reader.close()
+
+
+def _odd_members(shard: Path) -> Iterator[str]:
+    """Links and names that lead out of the folder: passed over or only keys here, other programs may follow them."""
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if member.issym() or member.islnk():
+                yield f"shard {shard} has a link, {member.name!r} to {member.linkname!r}; links are never followed"
+            elif member.name.startswith("/") or ".." in member.name.split("/"):
+                yield f"shard {shard} has a member whose name leads out of its folder, {member.name!r}"
+
+
+def _verify_row(reader: ShardReader, index: TarIndex, row: int) -> Iterator[str]:
+    where = f"shard {index.path}, row {row} (key {index.key(row)!r})"
+    try:
+        sample = reader.sample(0, row)
+    except UserError as error:
+        yield str(error)
+        return
+    except ContentError as error:
+        yield f"{where}: {error}"
+        return
+    if not any(isinstance(node, Text) and node.text.strip() for node in sample.nodes):
+        yield f"{where}: has no text" + ("" if sample.nodes else " and no pictures")
+    for number in sample.numbers:
+        try:
+            decode(sample.picture(number))
+        except ContentError as error:
+            yield f"{where}: picture {number} is {error}"

@@ -1,0 +1,60 @@
+"""`python -m eval prepare TASK --from FOLDER`: are a data set's files there, and are they the published ones?
+
+Nothing is fetched or written: the files are read as the evaluation will read them, missing ones are named with their
+publisher's page, and the number of questions is compared with the published split's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flamingo.errors import UserError
+
+USAGE = "python -m eval prepare TASK --from FOLDER"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0 when the task can be run, 1 when something is missing, 2 for a mistake in the command."""
+    try:
+        if len(arguments) != 3 or arguments[1] != "--from":
+            raise UserError(f"give a task and a folder: {USAGE}")
+        lines, complete = check(arguments[0], Path(arguments[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0 if complete else 1
+
+
+def check(name: str, folder: Path) -> tuple[list[str], bool]:
+    """(what there is to say, whether the task can be run from `folder`).
+
+    Raises:
+        UserError: there is no such task or folder, or the task has no published files.
+    """
+    from eval.__main__ import load_config
+    from eval.tasks.build import check_spec
+    from eval.tasks.sources import read_documents, read_support
+
+    spec = load_config(["model=none", f"task={name}"]).task[name]
+    if not spec.published:
+        raise UserError(f"task {name} has no published files; `prepare` checks tasks of published data sets")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    spec.root = str(folder)
+    check_spec(name, spec)
+    missing = [file for file in spec.published if not (folder / file).exists()]
+    if missing:
+        lines = [f"{name}: {len(missing)} of {len(spec.published)} files are missing in {folder}:"]
+        return [*lines, *(f"  {file}  published by {spec.published[file]}" for file in missing)], False
+    try:
+        queries = len(read_documents(name, spec, spec.source))
+        support = None if spec.support is None else len(read_support(name, spec, spec.support))
+    except UserError as error:
+        return [str(error)], False
+    lines = [f"{name}: {queries} queries" + (f", {support} to show as demonstrations" if support is not None else "")]
+    if spec.expected is not None and queries != spec.expected:
+        lines.append(f"  the published split has {spec.expected}; a score over another number is another score")
+    return [*lines, f"  run it with task={name} task.{name}.root={folder}"], True

@@ -1,0 +1,210 @@
+"""Which demonstrations a query gets: a pure function of (task hash, seed, query id).
+
+Every draw has its own counter-based generator, keyed by what the draw is for. So a query gets the same demonstrations
+whatever the batch size, the order or the limit, on one process or eight; the public harnesses draw from one global
+stream, where each of these changes them. (Retrieval by picture depends on the encoder too, which the results name.)
+Demonstrations are nested: the k-shot prompt shows the last k of the (k + 1)-shot prompt, so a curve over shots is
+paired and the pictures of the longest prompt serve all shorter ones.
+
+The leakage guard refuses what would show the answer: the query itself, an identical picture (equal SHA-256) under
+whatever name, a near duplicate of it, and, where neither has a picture, the same question. It counts each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.demonstrations.near_duplicates import near_duplicates
+from eval.demonstrations.retrieval import Retriever
+from eval.task import Document
+from flamingo.errors import UserError
+
+
+def generator(*purpose: str | int) -> np.random.Generator:
+    """The generator of one purpose: equal parts give equal numbers, any difference an independent stream."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in purpose).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def hash_order(ids: Sequence[str], *purpose: str | int) -> list[int]:
+    """Indices of `ids` in a shuffled order that depends on each id alone: a further item moves no other two."""
+    prefix = "\x1f".join(str(part) for part in purpose).encode()
+    keys = [hashlib.sha256(prefix + b"\x1f" + name.encode()).digest() for name in ids]
+    return sorted(range(len(ids)), key=lambda index: (keys[index], ids[index]))
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Chosen documents, far end first (the last stands next to the query), and how many the guard refused, and why."""
+
+    documents: tuple[Document, ...]
+    excluded: int
+    refused: tuple[tuple[str, int], ...] = ()
+
+
+def leak(demo: Document, query: Document) -> str:
+    """Why showing `demo` would show the query: item, picture, near_duplicate or question; "" if it would not."""
+    if demo.id == query.id:
+        return "item"
+    ours, theirs = demo.turn.pictures, query.turn.pictures
+    if not ours and not theirs:
+        return "question" if _words(demo.turn.asked) == _words(query.turn.asked) else ""
+    if {picture.sha256 for picture in ours} & {picture.sha256 for picture in theirs}:
+        return "picture"
+    return "near_duplicate" if any(near_duplicates(a, b) for a in ours for b in theirs) else ""
+
+
+def _words(text: str) -> list[str]:
+    return "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
+
+
+SAMPLERS = {
+    "random": "any of the support set",
+    "fixed": "the same for all queries",
+    "same_kind": "of the query's kind (question type, open or closed)",
+    "balanced": "every class equally often",
+    "rices_image": "the most similar pictures, nearest last",
+    "rices_text": "the most similar questions, nearest last",
+    "rices_joint": "both; the pictures' share behind a colon, 0.5 by default",
+    "mmr": "similar to the query and not to each other; the query's share behind a colon, 0.5 by default",
+    "file": "ids from a JSON file behind a colon: {query id, or * for all: [id, ...]}, the last next to the query",
+}
+"""Name in a task's `demos` to what is shown."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A name of `SAMPLERS`, with the number or path behind its colon."""
+
+    name: str
+    value: float = 0.5
+    path: str = ""
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it compares documents."""
+        return self.name.startswith("rices") or self.name == "mmr"
+
+    def weight(self, pictures: bool) -> float:
+        """The pictures' share in the likeness; `pictures`: whether the documents have any."""
+        if self.name == "mmr":
+            return 1.0 if pictures else 0.0
+        return {"rices_image": 1.0, "rices_text": 0.0}.get(self.name, self.value)
+
+
+def parse_sampler(text: str) -> Sampler:
+    """`rices_joint:0.3` to its parts. Raises UserError naming what is wrong."""
+    name, colon, behind = text.partition(":")
+    if name not in SAMPLERS:
+        raise UserError(f"demos={text}: use one of {', '.join(SAMPLERS)}")
+    if name == "file":
+        if not behind:
+            raise UserError("demos=file needs a path, for example demos=file:demos.json")
+        return Sampler(name, path=behind)
+    if not colon:
+        return Sampler(name)
+    try:
+        value = float(behind)
+    except ValueError:
+        value = -1.0
+    if name not in ("rices_joint", "mmr") or not 0 <= value <= 1:
+        raise UserError(f"demos={text}: only rices_joint and mmr take a number, from 0 to 1")
+    return Sampler(name, value)
+
+
+def read_listed(path: str, support: Sequence[Document]) -> dict[str, list[str]]:
+    """The ids of a `file:` sampler. Raises UserError for a file that is none, or an id that is not in `support`."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"demos=file:{path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(ids, list) for ids in found.values()):
+        raise UserError(f"demos=file:{path} is no JSON object of lists of ids, one for each query id (or * for all)")
+    known = {document.id for document in support}
+    for query, ids in found.items():
+        for name in ids:
+            if name not in known:
+                raise UserError(f"demos=file:{path}: {name!r} (of query {query}) is not in the support set")
+    return found
+
+
+def draw(
+    support: Sequence[Document],
+    query: Document,
+    shots: int,
+    *,
+    task_hash: str,
+    seed: int,
+    sampler: str = "random",
+    retriever: Retriever | None = None,
+    listed: Mapping[str, Sequence[str]] | None = None,
+) -> Demonstrations:
+    """`shots` demonstrations for `query`, nested over `shots`.
+
+    Raises:
+        UserError: the support set has too few documents that may be shown.
+    """
+    if shots == 0:
+        return Demonstrations((), 0)
+    chosen: list[Document] = []
+    refused: Counter[str] = Counter()
+    for index in _nearest_first(support, query, parse_sampler(sampler), task_hash, seed, retriever, listed):
+        reason = leak(support[index], query)
+        if reason:
+            refused[reason] += 1
+        else:
+            chosen.append(support[index])
+        if len(chosen) == shots:
+            return Demonstrations(tuple(reversed(chosen)), refused.total(), tuple(sorted(refused.items())))
+    raise UserError(
+        f"query {query.id} asks for {shots} demonstrations (demos={sampler}) and the support set of {len(support)} "
+        f"has {len(chosen)} for it; use fewer shots or a larger support set"
+    )
+
+
+def _nearest_first(
+    support: Sequence[Document],
+    query: Document,
+    sampler: Sampler,
+    task_hash: str,
+    seed: int,
+    retriever: Retriever | None,
+    listed: Mapping[str, Sequence[str]] | None,
+) -> Iterable[int]:
+    """Places in `support` of what may be shown, beginning with what stands next to the query."""
+    whose = "" if sampler.name == "fixed" else query.id
+    order = generator("demos", task_hash, seed, whose).permutation(len(support)).tolist()
+    if sampler.name == "same_kind":
+        return (index for index in order if support[index].kind == query.kind)
+    if sampler.name == "balanced":
+        return _balanced(support, order, (task_hash, seed, query.id))
+    if sampler.name == "file":
+        assert listed is not None
+        places = {document.id: index for index, document in enumerate(support)}
+        return [places[name] for name in reversed(listed.get(query.id, listed.get("*", [])))]
+    if sampler.retrieves:
+        assert retriever is not None, "retrieval needs a retriever"
+        if sampler.name == "mmr":
+            return retriever.diverse(query, order, sampler.value)
+        return retriever.nearest(query, order).tolist()
+    return order
+
+
+def _balanced(support: Sequence[Document], order: Sequence[int], purpose: tuple[str | int, ...]) -> Iterator[int]:
+    """Rounds of one document a class, classes in a new order each round, as long as there are any."""
+    classes: dict[str, list[int]] = {}
+    for index in order:
+        classes.setdefault(support[index].label or support[index].golds[0], []).append(index)
+    labels = sorted(classes)
+    for turn in range(max(map(len, classes.values()), default=0)):
+        for place in generator("classes", *purpose, turn).permutation(len(labels)):
+            own = classes[labels[int(place)]]
+            if turn < len(own):
+                yield own[turn]

@@ -1,0 +1,117 @@
+"""Evaluation in the middle of training: the loss on held-out pages, and few-shot scores by the evaluation's own loop.
+
+Validation shares the pages among all processes. A probe is asked by every process in full, the same batches in the same
+order: so all of them gather the same weights at the same time, no more memory is needed than for training, and the
+figures are those of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from data.loading.loader import MixLoader
+from eval.tasks.build import build_task, check_shots
+from eval.inference.model import FlamingoResponder
+from eval.inference.distributed import Ranks
+from eval.runner import Grid, Sample, run
+from eval.task import content_hash
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.training.config import RunConfig
+from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.run_options import ProbeOptions
+from flamingo.training.objectives.setup import Setup
+from flamingo.training.validation import evaluating, validation_losses
+
+
+class Probe:
+    """Some tasks and numbers of shots, ready to be asked again and again."""
+
+    def __init__(self, options: ProbeOptions) -> None:
+        """Reads the tasks' data.
+
+        Raises:
+            UserError: no such task, data are missing, or they give fewer demonstrations than asked for.
+        """
+        from eval.__main__ import load_config
+
+        settings = (f"task=[{','.join(options.tasks)}]", f"data={options.data}", f"shots={options.shots}", "model=none")
+        config = load_config(settings)
+        self._tasks = {name: build_task(name, spec) for name, spec in config.task.items()}
+        check_shots(self._tasks, options.shots)
+        self._grid = Grid(options.shots, [0], ["real"], options.queries, options.batch_size)
+
+    def agree(self, processes: Processes) -> None:
+        """Called by every process: with other questions somewhere, the processes would wait for each other for ever.
+
+        Raises:
+            UserError: the tasks' data differ between the processes.
+        """
+        asked = content_hash({name: task.hash for name, task in self._tasks.items()})
+        Ranks(processes.rank, processes.size).agree("the data of run.probe.tasks", asked)
+
+    def scores(
+        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
+    ) -> dict[str, float]:
+        """`probe/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
+        by_cell: dict[str, list[float]] = {}
+        for sample in self.samples(model, processor, processes):
+            by_cell.setdefault(f"probe/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)
+        return {cell: sum(scores) / len(scores) for cell, scores in by_cell.items()}
+
+    def samples(
+        self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
+    ) -> list[Sample]:
+        """All answers; pictures are encoded anew, since the resampler trains."""
+        responder = FlamingoResponder(model, processor, str(processes.device))
+        if processes.size > 1 and isinstance(model, FSDPModule):
+            # A process whose text ends earlier, by a rounding of its device, still takes part in the others' steps.
+            responder.generate_options["synced_gpus"] = True
+        return run(self._tasks, self._grid, responder)[0]
+
+
+class Evaluations:
+    """What a run asks of its model on a schedule; nothing of it is left behind in the run."""
+
+    def __init__(
+        self,
+        options: RunConfig,
+        model: nn.Module,
+        setup: Setup,
+        processes: Processes,
+        *,
+        held_out: MixLoader | None,
+        probe: Probe | None,
+    ) -> None:
+        """`held_out` and `probe`: None where they are not wanted. Made by every process.
+
+        Raises:
+            UserError: the processes would ask other questions.
+        """
+        self._options, self._model, self._setup, self._processes = options, model, setup, processes
+        self._held_out, self._probe = held_out, probe
+        if probe is not None:
+            probe.agree(processes)
+
+    def values(self, step: int, *, last: bool) -> dict[str, float]:
+        """What is due after update `step`. Called by every process."""
+        found: dict[str, float] = {}
+        validation, questions = self._options.validation, self._options.probe
+        if self._held_out is not None and (last or step % validation.every == 0):
+            pages = islice(_from_the_start(self._held_out), validation.batches)
+            found |= validation_losses(self._model, self._setup.objective, pages, self._processes)
+        if self._probe is not None and (last or step % questions.every == 0):
+            assert isinstance(self._model, FlamingoForConditionalGeneration)
+            assert self._setup.processor is not None
+            with evaluating(self._model):
+                found |= self._probe.scores(self._model, self._setup.processor, self._processes)
+        return found
+
+
+def _from_the_start(loader: MixLoader) -> Iterator[Mapping[str, Sequence[Mapping[str, Tensor]]]]:
+    loader.step = 0
+    for step in loader:
+        yield {name: [piece.tensors for piece in pieces] for name, pieces in step.batches.items()}

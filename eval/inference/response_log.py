@@ -1,0 +1,78 @@
+"""An append-only log of what the model said, so that a killed run goes on where it was.
+
+One JSON object a line: the key of a request (a hash of the weights, the code, the prompt's tokens, its pictures and the
+decoding) and the response. A request whose key is in the log is not asked again, whatever task, strategy or number of
+shots it came from. A line counts once it ends in a newline; what a kill left behind the last one is cut off, and a line
+that cannot be read is asked again. Each process appends to a file of its own and reads all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from eval.prompting.requests import Completion, Response
+from flamingo.errors import UserError
+
+NAME = "responses"
+
+
+class ResponseLog:
+    """The log files `responses*.jsonl` of a folder; `rank` appends to its own."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.known: dict[str, Response] = {}
+        self.unreadable = 0
+        self._path = folder / (f"{NAME}.jsonl" if rank == 0 else f"{NAME}.{rank}.jsonl")
+        self._begun = False
+        try:
+            for path in sorted(folder.glob(f"{NAME}*.jsonl")):
+                self._read(path)
+        except OSError as error:
+            raise UserError(f"the log of responses in {folder} cannot be read: {error}; give another `out`") from None
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
+        for line in content[: content.rfind(b"\n") + 1].splitlines():
+            try:
+                entry = json.loads(line)
+                self.known[entry["key"]] = decode(entry["response"])
+            except (ValueError, KeyError, TypeError):
+                self.unreadable += 1
+
+    def append(self, responses: Iterable[tuple[str, Response]]) -> None:
+        """Write some responses and hand them to the operating system, which keeps them if this process is killed."""
+        entries = list(responses)
+        lines = [json.dumps({"key": key, "response": encode(said)}, ensure_ascii=False) for key, said in entries]
+        if not self._begun:
+            self._begin()
+        with self._path.open("ab") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+        self.known.update(entries)
+
+    def _begin(self) -> None:
+        """Make the folder; cut off what an earlier process began to write when it was killed."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            content = self._path.read_bytes()
+            if not content.endswith(b"\n"):
+                with self._path.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)
+        self._begun = True
+
+
+def encode(response: Response) -> object:
+    """A response as JSON: scores as a list, a completion as an object."""
+    if isinstance(response, Completion):
+        return {"text": response.text, "ended": response.ended, "log_prob": response.log_prob}
+    return list(response)
+
+
+def decode(found: object) -> Response:
+    """The inverse of `encode`. Raises TypeError or KeyError for what is neither."""
+    if isinstance(found, dict):
+        return Completion(str(found["text"]), bool(found["ended"]), found["log_prob"])
+    if isinstance(found, list) and found:
+        return [float(value) for value in found]
+    raise TypeError(f"{type(found).__name__} is no response")

@@ -1,0 +1,181 @@
+"""What a foreign harness shows, as prompts of ours: texts that may mark pictures, pictures, and demonstrations.
+
+A harness gives a text and a list of pictures. Where the text has `<image>` tags the pictures take their places; those
+left over stand in front. Demonstrations are drawn here (a pure function of task, seed and query, the leakage guard on),
+because the harnesses draw theirs without pictures; each ends in the end-of-chunk token, as in training.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+
+from eval.demonstrations.samplers import draw, hash_order
+from eval.inference.model import FlamingoResponder, context_length
+from eval.prompting.prompts import Prompt
+from eval.task import Document, Picture, Turn
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.errors import UserError
+from flamingo.processor import IMAGE_TOKEN
+
+MOST_SUPPORT = 2048
+"""Documents of the harness's few-shot split that may be shown: as many as in the papers."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A text with the places of its pictures (at most as many as there are), and for a demonstration its answer."""
+
+    text: str
+    pictures: tuple[Picture, ...]
+    answer: str = ""
+
+
+def picture_of(value: Any) -> Picture:
+    """A harness's picture: PIL, bytes, path, or a list of frames of these (a clip)."""
+    if isinstance(value, list | tuple):
+        return Picture(tuple(frame for item in value for frame in picture_of(item).frames))
+    if isinstance(value, bytes):
+        return Picture((value,))
+    if isinstance(value, str):
+        return Picture((Path(value).read_bytes(),))
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.convert("RGB").save(buffer, format="PNG", compress_level=1)
+        return Picture((buffer.getvalue(),))
+    raise UserError(f"the harness gives a {type(value).__name__} where a picture is expected; PIL, bytes or a path are")
+
+
+def shown(text: str, pictures: Any, answer: str = "") -> Shown:
+    """A harness's text and pictures (None, one, or a list). Raises UserError for more tags than pictures."""
+    listed = [] if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
+    found = tuple(picture_of(picture) for picture in listed if picture is not None)
+    tags = text.count(IMAGE_TOKEN)
+    if tags > len(found):
+        raise UserError(
+            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} pictures: its own few-shot "
+            "examples come without pictures; leave num_fewshot at 0 and give shots=N in model_args"
+        )
+    return Shown(text, found, answer)
+
+
+class Prompts:
+    """Builds prompts for one model."""
+
+    def __init__(self, responder: FlamingoResponder) -> None:
+        self._builder = responder.builder
+        self._encoder = responder.processor
+        self._start = list(responder.start)
+        self.context = context_length(responder.model)
+        end = responder.processor.eos_token_id
+        self.first_token = self._start[0] if self._start else responder.processor.eoc_token_id if end is None else end
+        """What stands in front of a text of which every token is to be predicted."""
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return list(self._builder.encode(text))
+
+    @staticmethod
+    def bare(before: Sequence[int], own: Sequence[int]) -> Prompt:
+        """Given ids behind given ids, without pictures."""
+        return Prompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
+
+    def build(self, demos: Sequence[Shown], query: Shown, room: int, continuations: Sequence[str] = ()) -> Prompt:
+        """The prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
+
+        Where `room` more tokens would not fit, whole demonstrations are dropped from the far end.
+        """
+        head, last = self._query(query)
+        whole = [self._builder.encode(f"{last}{text}") for text in continuations] or [self._builder.encode(last)]
+        # A boundary inside a token: what all continuations share of it belongs to the prompt, at most the text itself.
+        own = self._builder.encode(last)
+        shared = next((n for n, ids in enumerate(zip(own, *whole, strict=False)) if len(set(ids)) > 1), len(own))
+        shared = min(shared, *(len(ids) - 1 for ids in whole)) if continuations else shared
+        candidates = tuple(ids[shared:] for ids in whole) if continuations else ()
+        asked = [*head, *own[:shared]]
+        pieces = [self._demo(demo) for demo in demos]
+        room = max([room, *map(len, candidates)])
+        while self._too_long(pieces, asked, room):
+            if not pieces:
+                tokens = len(asked) + room
+                raise UserError(f"a prompt of the harness has {tokens} tokens; the model's context is {self.context}")
+            pieces.pop(0)
+        kept = demos[len(demos) - len(pieces) :]
+        pictures = tuple(picture for one in [*kept, query] for picture in one.pictures)
+        ids = (*self._start, *(i for piece in pieces for i in piece), *asked)
+        assert ids.count(self._encoder.image_token_id) == len(pictures)
+        turns = tuple(((one.pictures or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
+        return Prompt(tuple(ids), pictures, candidates, turns, len(kept))
+
+    def _too_long(self, pieces: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
+        tokens = sum(map(len, pieces)) + len(asked) + len(self._start) + room
+        return self.context is not None and tokens > self.context
+
+    def _query(self, query: Shown) -> tuple[list[int], str]:
+        """(ids up to the last picture, the text behind it)."""
+        texts = query.text.split(IMAGE_TOKEN)
+        head = [self._encoder.image_token_id] * (len(query.pictures) - len(texts) + 1)
+        for text in texts[:-1]:
+            head += [*self._builder.encode(text), self._encoder.image_token_id]
+        return head, texts[-1]
+
+    def _demo(self, demo: Shown) -> list[int]:
+        head, last = self._query(demo)
+        return [*head, *self._builder.encode(f"{last}{demo.answer}"), self._encoder.eoc_token_id]
+
+
+class Support:
+    """The few-shot split of one task of a harness. `show` makes a document of the harness a demonstration."""
+
+    def __init__(self, name: str, documents: Sequence[Any], show: Callable[[Any], Shown], seed: int) -> None:
+        order = hash_order([str(place) for place in range(len(documents))], "support", name)[:MOST_SUPPORT]
+        self._name = name
+        self._seed = seed
+        self._shown = {str(place): show(documents[place]) for place in order}
+        self._documents = [_document(key, one) for key, one in self._shown.items()]
+
+    def demos(self, query: Shown, query_id: str, shots: int) -> list[Shown]:
+        """`shots` of them, nearest last; nested over shots."""
+        asked = _document(f"query {query_id}", query)
+        found = draw(self._documents, asked, shots, task_hash=self._name, seed=self._seed)
+        return [self._shown[document.id] for document in found.documents]
+
+
+def _document(key: str, one: Shown) -> Document:
+    frames = tuple(frame for picture in one.pictures for frame in picture.frames)
+    turn = Turn(Picture(frames) if frames else None, one.text, "", one.answer)
+    return Document(key, turn, (one.answer,))
+
+
+def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
+    """The model of a saved folder; without a `device` on a GPU if there is one. Raises UserError where there is none.
+
+    lm_eval's own command line gives None where its `--device` is left out, or cuda:0 on a machine without one.
+    """
+    if not (Path(pretrained) / "config.json").is_file():
+        raise UserError(f"pretrained={pretrained} is no folder that save_pretrained or train.py wrote")
+    model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+    if not torch.cuda.is_available():
+        device = "cpu" if device is None or device.startswith("cuda") else device
+    device = device or "cuda"
+    return FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of a task's stop strings."""
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def stop(error: object) -> NoReturn:
+    """End a command by one sentence."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

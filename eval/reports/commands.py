@@ -1,0 +1,117 @@
+"""What `python -m eval` does with finished runs: report, compare, check, export. Settings are key=value here too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from eval.reports.compare import compare, differing_definitions, lines
+from eval.reports.submissions import KEYS, read_ids, submission
+from eval.reports.results import table, write_atomically
+from eval.reports.saved_run import problems, read_run
+from flamingo.errors import UserError
+
+
+def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(folders, settings). Raises UserError for a setting that is not among `keys`."""
+    folders = [argument for argument in arguments if "=" not in argument]
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    unknown = sorted(settings.keys() - set(keys))
+    if unknown:
+        raise UserError(f"unknown key {unknown[0]!r}; the keys are {', '.join(keys) or 'none'}")
+    return folders, settings
+
+
+def report(arguments: Sequence[str]) -> int:
+    """`report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
+    from eval.reports.html import report_html
+    from eval.reports.plots import curves_png, risk_png
+
+    folders, settings = _split(arguments, ["out"])
+    if not folders:
+        raise UserError("report needs a folder that `python -m eval` wrote")
+    runs = [read_run(folder) for folder in folders]
+    out = Path(settings.get("out", folders[0]))
+    curve, risk = curves_png(runs), risk_png(runs)
+    write_atomically(out / "curve.png", curve)
+    if risk is not None:
+        write_atomically(out / "risk.png", risk)
+    write_atomically(out / "report.html", report_html(runs, curve, risk))
+    for run in runs:
+        print(f"{run.folder}\n{table(run.results)}\n")
+    print(f"look at {out}/report.html")
+    return 0
+
+
+def compare_runs(arguments: Sequence[str]) -> int:
+    """`compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
+    folders, settings = _split(arguments, ["out"])
+    if len(folders) != 2:
+        raise UserError(f"compare needs two folders, and there are {len(folders)}")
+    first, second = (read_run(folder) for folder in folders)
+    found = compare(first, second)
+    print("\n".join(lines(found)))
+    for name, keys in differing_definitions(first, second).items():
+        print(f"{name} is defined differently: {', '.join(keys)}")
+    if "out" in settings:
+        write_atomically(Path(settings["out"]), json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    return 0
+
+
+def check(arguments: Sequence[str]) -> int:
+    """`check FOLDER ...`: are the results complete, and do they follow from the samples? Exit status 1 if not."""
+    folders, _ = _split(arguments, [])
+    if not folders:
+        raise UserError("check needs a folder that `python -m eval` wrote")
+    bad = 0
+    for folder in folders:
+        run = read_run(folder)
+        found = problems(run)
+        bad += bool(found)
+        print(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, ", end="")
+        print("all follow" if not found else f"{len(found)} problems")
+        for sentence in found:
+            print(f"  {sentence}")
+    return 1 if bad else 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """`export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
+    keys = ["format", "to", "task", "shots", "seed", "strategy", "ids", "pad"]
+    folders, settings = _split(arguments, keys)
+    if len(folders) != 1 or not {"format", "to"} <= settings.keys():
+        raise UserError(f"export needs a folder, format={'|'.join(KEYS)} and to=FILE")
+    kind = settings["format"]
+    if kind not in KEYS:
+        raise UserError(f"format={kind}: use one of {', '.join(KEYS)}")
+    samples = [sample for sample in read_run(folders[0]).samples if sample.cell.pictures == "real"]
+    for key in ("task", "shots", "seed", "strategy"):
+        if key in settings:
+            samples = [sample for sample in samples if str(getattr(sample.cell, key)) == settings[key]]
+    if not samples:
+        raise UserError(f"{folders[0]} has no sample of what was chosen")
+    ids = read_ids(settings["ids"], kind) if "ids" in settings else None
+    content = submission(samples, kind, ids, pad=settings.get("pad", "false") == "true")
+    write_atomically(Path(settings["to"]), json.dumps(content, ensure_ascii=False) + "\n")
+    print(f"{len(content)} answers written to {settings['to']}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "report": report,
+    "compare": compare_runs,
+    "check": check,
+    "export": export,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One of `COMMANDS` with its arguments; a mistake is one sentence and exit status 2."""
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

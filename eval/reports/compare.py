@@ -1,0 +1,189 @@
+"""Two runs on the same queries: is the difference more than chance?
+
+The scores are paired by query (the mean over seeds of each), so what makes a query hard cancels. Queries of one picture
+are not independent: the interval resamples pictures, the test flips the sign of a picture's whole difference. Runs with
+the same seeds, several, are paired by seed too, and the interval resamples seeds and pictures as that of a single score
+does: it is about any choice of demonstrations, where the tests are about these. For right-or-wrong scores McNemar's
+exact test stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
+from eval.reports.results import groups_of
+from eval.runner import Sample
+from eval.reports.saved_run import Stored
+from flamingo.errors import UserError
+
+FLIPS = 10_000
+POWER = (1.959963984540054 + 0.8416212335729143) ** 2  # 5 % two-sided, 80 % power
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One setting in both runs. `difference` is second minus first; `p` of the sign-flip test, `p_mcnemar` or None.
+
+    `n_needed`: queries with which such a difference would be found (5 %) in four runs of five; None for none at all.
+    """
+
+    task: str
+    first: str
+    second: str
+    shots: int
+    pictures: str
+    n: int
+    scores: tuple[float, float]
+    difference: float
+    interval: tuple[float, float]
+    interval_method: str
+    p: float
+    p_mcnemar: float | None
+    same_demonstrations: bool
+    n_needed: int | None
+
+
+def compare(first: Stored, second: Stored) -> list[Comparison]:
+    """Every setting that both runs have. If each has one strategy, and another one, these are what is compared.
+
+    Raises:
+        UserError: no setting in common, or the queries or their gold answers are not the same.
+    """
+    ours, theirs = groups_of(first.samples), groups_of(second.samples)
+    strategies = [sorted({key[1] for key in groups}) for groups in (ours, theirs)]
+    across = strategies[0] != strategies[1] and len(strategies[0]) == len(strategies[1]) == 1
+    found = []
+    for key, samples in ours.items():
+        task, strategy, shots, pictures = key
+        other = theirs.get((task, strategies[1][0] if across else strategy, shots, pictures))
+        if other is not None:
+            found.append(compare_samples(samples, other))
+    if not found:
+        raise UserError(
+            f"{first.folder} and {second.folder} have no setting in common (task, strategy, shots, pictures); "
+            "compare runs of the same tasks and shots"
+        )
+    return found
+
+
+def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Comparison:
+    """Two lists of samples of the same queries."""
+    cell, other = first[0].cell, second[0].cell
+    ours, theirs = _by_query(first), _by_query(second)
+    where = f"{cell.task}, {cell.shots} shots"
+    if ours.keys() != theirs.keys():
+        only = sorted(ours.keys() ^ theirs.keys())
+        raise UserError(f"{where}: {len(only)} queries are in one run alone, first {only[0]}; give both the same limit")
+    for query_id, samples in ours.items():
+        if samples[0].golds != theirs[query_id][0].golds:
+            raise UserError(f"{where}: query {query_id} has other gold answers in the second run; the data differ")
+    a, b = (np.array([np.mean([s.score for s in groups[q]]) for q in ours]) for groups in (ours, theirs))
+    clusters = [samples[0].cluster for samples in ours.values()]
+    difference = b - a
+    interval = _interval(ours, theirs)
+    spread = float(difference.var(ddof=1)) if len(a) > 1 else 0.0
+    mean = float(difference.mean())
+    return Comparison(
+        task=cell.task,
+        first=cell.strategy,
+        second=other.strategy,
+        shots=cell.shots,
+        pictures=cell.pictures,
+        n=len(a),
+        scores=(float(a.mean()), float(b.mean())),
+        difference=mean,
+        interval=(interval.low, interval.high),
+        interval_method=interval.method,
+        p=sign_flip(difference, clusters),
+        p_mcnemar=mcnemar(a, b),
+        same_demonstrations=all(_demos(ours[q]) == _demos(theirs[q]) for q in ours),
+        n_needed=int(np.ceil(POWER * spread / mean**2)) if mean else None,
+    )
+
+
+def _by_query(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.query_id, []).append(sample)
+    return found
+
+
+def _interval(first: Mapping[str, Sequence[Sample]], second: Mapping[str, Sequence[Sample]]) -> Interval:
+    """Of the difference. Runs of other seeds, or of other numbers of them, cannot be paired by seed: pictures alone."""
+    scores: list[float] = []
+    clusters: list[str] = []
+    seeds: list[int] = []
+    sets = {tuple(sorted(one.cell.seed for one in group)) for groups in (first, second) for group in groups.values()}
+    for query_id, samples in first.items():
+        ours, theirs = ({one.cell.seed: one.score for one in group} for group in (samples, second[query_id]))
+        if len(sets) == 1:
+            scores += [theirs[seed] - score for seed, score in ours.items()]
+            clusters += [samples[0].cluster] * len(ours)
+            seeds += list(ours)
+        else:
+            scores.append(float(np.mean(list(theirs.values())) - np.mean(list(ours.values()))))
+            clusters.append(samples[0].cluster)
+    return two_level_bootstrap(scores, clusters, seeds) if seeds else cluster_bootstrap(scores, clusters)
+
+
+def _demos(samples: Sequence[Sample]) -> list[tuple[int, tuple[str, ...]]]:
+    return sorted((sample.cell.seed, sample.demo_ids) for sample in samples)
+
+
+def sign_flip(differences: np.ndarray, clusters: Sequence[str]) -> float:
+    """Two-sided p: how often the sum is as far from 0 when each cluster's sign is a coin; never 0."""
+    names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(inverse, weights=differences)
+    sums = sums[sums != 0]
+    if not len(sums):
+        return 1.0
+    rng = np.random.Generator(np.random.Philox(key=len(names)))
+    hits, block = 0, max(1, 2_000_000 // len(sums))
+    for start in range(0, FLIPS, block):
+        signs = rng.integers(0, 2, size=(min(block, FLIPS - start), len(sums))) * 2 - 1
+        hits += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    return (hits + 1) / (FLIPS + 1)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float | None:
+    """McNemar's exact two-sided p for scores of 0 and 1; None for any other."""
+    from scipy.stats import binomtest
+
+    if not set(np.unique(a)) | set(np.unique(b)) <= {0.0, 1.0}:
+        return None
+    better, worse = int((b > a).sum()), int((b < a).sum())
+    return 1.0 if better + worse == 0 else float(binomtest(better, better + worse, 0.5).pvalue)
+
+
+def lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """For the terminal."""
+    head = f"{'task':<18}{'setting':<26}{'shots':>5}{'first':>8}{'second':>8}{'change':>8}   {'95 % interval':<17}"
+    found = [f"{head}{'p':>8}{'McNemar':>9}{'n':>7}  demos"]
+    for one in comparisons:
+        what = one.first if one.first == one.second else f"{one.first} > {one.second}"
+        what += "" if one.pictures == "real" else f" {one.pictures}"
+        exact = "-" if one.p_mcnemar is None else f"{one.p_mcnemar:.4f}"
+        low, high = one.interval
+        found.append(
+            f"{one.task:<18}{what:<26}{one.shots:>5}{100 * one.scores[0]:>8.1f}{100 * one.scores[1]:>8.1f}"
+            f"{100 * one.difference:>+8.1f}   {f'{100 * low:+.1f} to {100 * high:+.1f}':<17}{one.p:>8.4f}{exact:>9}"
+            f"{one.n:>7}  {'same' if one.same_demonstrations else 'different'}"
+        )
+    return found
+
+
+def differing_definitions(first: Stored, second: Stored) -> dict[str, list[str]]:
+    """For each task in both runs, the keys of its definition in which they differ."""
+    found: dict[str, list[str]] = {}
+    for name, task in first.results["tasks"].items():
+        other: dict[str, Any] | None = second.results["tasks"].get(name)
+        if other is not None and task["hash"] != other["hash"]:
+            one, two = task["definition"], other["definition"]
+            keys = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+            found[name] = keys or ["data"]
+    return found

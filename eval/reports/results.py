@@ -1,0 +1,200 @@
+"""What a run leaves behind: `results.json`, `samples.jsonl` and the rows they are made of.
+
+A score stands in `results.json` with its 95 % interval, n, its baselines, and everything that would let it mislead: how
+often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations to
+the context. Files appear under their names only when they are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.inference.feature_cache import FeatureCache
+from eval.metrics.interval import mean_interval
+from eval.metrics.selective import selective
+from eval.metrics.table import measure
+from eval.runner import Cell, Grid, Sample
+from eval.task import Baselines, Task, content_hash
+
+FORMAT = 2
+VOLATILE = ("command", "date", "wall_s", "pictures", "responses", "processes", "device", "threads")
+"""Keys of `results.json` that two runs of the same evaluation may differ in."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+
+
+def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
+    """One row of the results: the samples of one task, strategy, number of shots and ablation, all seeds together."""
+    baselines = task.baselines(list(dict.fromkeys(sample.query_id for sample in samples)))
+    return summary(samples, baselines, getattr(task, "metrics", ()))
+
+
+def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = ()) -> dict[str, Any]:
+    """A row from its samples, baselines and metrics' names, so that it can be made again from what was written."""
+    first = samples[0].cell
+    scores = [sample.score for sample in samples]
+    clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
+    interval, these = mean_interval(scores, clusters, seeds), mean_interval(scores, clusters)
+    demos = sorted((s.cell.seed, s.query_id, s.demo_ids) for s in samples)
+    refused: Counter[str] = Counter()
+    for sample in samples:
+        refused.update(dict(sample.refused))
+    return {
+        "task": first.task,
+        "strategy": first.strategy,
+        "shots": first.shots,
+        "pictures": first.pictures,
+        "score": _mean(scores),
+        "interval": [interval.low, interval.high],
+        "interval_method": interval.method,
+        "interval_these_seeds": [these.low, these.high],
+        "interval_these_seeds_method": these.method,
+        "n": len(samples),
+        "n_pictures": len({sample.cluster for sample in samples}),
+        "metrics": measure(metrics, samples),
+        "chance": baselines.chance,
+        "constant": baselines.constant,
+        "constant_answer": baselines.constant_answer,
+        "score_by_seed": _by(samples, lambda sample: str(sample.cell.seed)),
+        "score_by_kind": _by(samples, lambda sample: sample.kind),
+        "parse_fail_rate": _mean([sample.parse_failed for sample in samples]),
+        "unended_rate": _mean([not sample.ended for sample in samples]),
+        "copy_rate": _mean([sample.copied for sample in samples]),
+        "copy_last_rate": _mean([sample.copied_last for sample in samples]),
+        "demos_shown": {str(k): n for k, n in sorted(Counter(s.shots_kept for s in samples).items())},
+        "prompts_cut": sum(sample.demos_dropped > 0 for sample in samples),
+        "leaks_refused": sum(sample.excluded for sample in samples),
+        "leaks_by_reason": dict(sorted(refused.items())),
+        "demo_ids_sha256": content_hash(demos),
+        "selective": _selective(samples),
+    }
+
+
+def _selective(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    confidences = [sample.confidence for sample in samples if sample.confidence is not None]
+    if len(confidences) < len(samples):
+        return None
+    return asdict(selective([sample.score for sample in samples], confidences))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _by(samples: Sequence[Sample], key: Callable[[Sample], str]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[float]] = {}
+    for sample in samples:
+        groups.setdefault(key(sample), []).append(sample.score)
+    return {name: {"score": _mean(groups[name]), "n": len(groups[name])} for name in sorted(groups)}
+
+
+def groups_of(samples: Sequence[Sample]) -> dict[tuple[str, str, int, str], list[Sample]]:
+    """The samples of each row, in the order in which they were run."""
+    groups: dict[tuple[str, str, int, str], list[Sample]] = {}
+    for sample in samples:
+        cell = sample.cell
+        groups.setdefault((cell.task, cell.strategy, cell.shots, cell.pictures), []).append(sample)
+    return groups
+
+
+def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
+    """All rows, in the order in which they were run."""
+    return [summarise(group, tasks[name]) for (name, _, _, _), group in groups_of(samples).items()]
+
+
+def results_of(
+    samples: Sequence[Sample],
+    tasks: Mapping[str, Task],
+    grid: Grid,
+    cache: FeatureCache,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `results.json`; `provenance` may say better than one process's `cache` what was encoded."""
+    rows = rows_of(samples, tasks)
+    return {
+        "format": FORMAT,
+        "rows": rows,
+        "tasks": {name: _describe(task, samples) for name, task in tasks.items()},
+        "decoding": {"strategy": "greedy", "ranking": "sum of log-probabilities with end of chunk"},
+        "strategies": {"names": list(grid.strategies), **asdict(grid.settings)},
+        "shots": list(grid.shots),
+        "seeds": list(grid.seeds),
+        "limit": grid.limit,
+        "batch_size": grid.batch_size,
+        "samples": {"n": len(samples), "sha256": hashlib.sha256(samples_text(samples).encode()).hexdigest()},
+        "pictures": {"shown": cache.shown, "distinct": len(cache.pictures), "encoded": cache.encoded},
+        **provenance,
+    }
+
+
+def _describe(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A task's definition and hash, and the longest prompt as an example of its form."""
+    prompts = [sample.prompt for sample in samples if sample.cell.task == task.name]
+    decoding = {key: getattr(task, key) for key in ("num_beams", "length_penalty") if hasattr(task, key)}
+    example = max(prompts, key=len, default="")
+    return {
+        "hash": task.hash,
+        "definition": task.description,
+        "queries": len({sample.query_id for sample in samples if sample.cell.task == task.name}),
+        "max_new_tokens": task.max_new_tokens,
+        **decoding,
+        "example_prompt": example,
+    }
+
+
+def sample_line(sample: Sample) -> dict[str, Any]:
+    """A sample as one JSON object; the cell's fields come first."""
+    fields = asdict(sample)
+    return {**fields.pop("cell"), "prompt": sample.prompt, **fields}
+
+
+def samples_text(samples: Sequence[Sample]) -> str:
+    """The content of `samples.jsonl`."""
+    return "".join(json.dumps(sample_line(sample), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def sample_of(line: Mapping[str, Any]) -> Sample:
+    """The inverse of `sample_line`. Raises KeyError or TypeError for a line that is no sample."""
+    cell = Cell(line["task"], line["shots"], line["seed"], line["pictures"], line.get("strategy", "plain"))
+    fields = {key: line[key] for key in Sample.__dataclass_fields__ if key != "cell" and key in line}
+    for key in ("demo_ids", "golds", "candidates", "log_probs", "pictures_sha256"):
+        fields[key] = tuple(fields.get(key, ()))
+    for key in ("turns", "refused", "votes"):
+        fields[key] = tuple((first, second) for first, second in fields[key])
+    return Sample(cell=cell, **fields)
+
+
+def write_report(out: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Write `results.json` and `samples.jsonl` into `out`."""
+    write_atomically(out / "samples.jsonl", samples_text(samples))
+    write_atomically(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """How a row differs from the plain one, in a few words: strategy and pictures."""
+    return " ".join([row.get("strategy", "plain"), *([row["pictures"]] if row["pictures"] != "real" else [])])
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The rows as lines of text for the terminal."""
+    lines = [f"{'task':<18}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
+    for row in results["rows"]:
+        low, high = row["interval"]
+        chance = "-" if row["chance"] is None else f"{100 * row['chance']:.1f}"
+        lines.append(
+            f"{row['task']:<18}{setting(row):<20}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
+            f"{f'{100 * low:.1f} to {100 * high:.1f}':<17}{chance:>7}{row['n']:>7}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""From a task's YAML to a task, everything checked that can be checked without a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from eval.tasks.binding import BindingTask
+from eval.demonstrations.samplers import parse_sampler
+from eval.tasks.documents import DocumentTask
+from eval.tasks.formats.files import place, read_json
+from eval.tasks.formats.questions import stem_pairs
+from eval.metrics.stems import Stems
+from eval.metrics.table import METRICS, NEEDS_RANKING, check_metric
+from eval.metrics.text import SCORE_NAMES
+from eval.metrics.wordnet import wordnet_if_there
+from eval.tasks.sources import chosen_support, read_documents, read_names
+from eval.task import Document, Task, TaskSpec
+from flamingo.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": ("documents", "binding"),
+    "output": ("generate", "rank"),
+    "metric": SCORE_NAMES,
+    "options": ("lines", "inline"),
+    "answer_as": ("text", "letter"),
+    "demo_answer": ("first", "majority"),
+    "zero_shot": ("none", "two_text", "two_text_fixed", "two_text_first_picture"),
+    "ranking": ("sum", "mean"),
+    "open_metric": ("", *SCORE_NAMES),
+    "stem": ("", "okvqa"),
+}
+POSITIVE = ("queries", "max_new_tokens", "min_pictures", "support_size", "num_beams")
+
+
+def check_spec(name: str, spec: TaskSpec) -> None:
+    """Raise UserError for a value that no task can have, naming its key."""
+    assert {f.name for f in fields(spec)} >= {*CHOICES, *POSITIVE}
+    for key, allowed in CHOICES.items():
+        if getattr(spec, key) not in allowed:
+            raise UserError(f"task.{name}.{key} is {getattr(spec, key)!r}; use one of {', '.join(allowed)}")
+    try:
+        parse_sampler(spec.demos)
+    except UserError as error:
+        raise UserError(f"task.{name}.{error}") from None
+    for key in POSITIVE:
+        if getattr(spec, key) is not None and getattr(spec, key) < 1:
+            raise UserError(f"task.{name}.{key} is {getattr(spec, key)}; it must be at least 1")
+    unknown = sorted(set(spec.metrics) - METRICS.keys())
+    if unknown:
+        raise UserError(f"task.{name}.metrics has {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+    for metric in spec.metrics:
+        check_metric(metric)
+    ranked = sorted(NEEDS_RANKING.intersection(spec.metrics))
+    if ranked and spec.output != "rank":
+        raise UserError(f"task.{name}.metrics has {ranked[0]}, which compares candidates; set task.{name}.output=rank")
+    if not spec.end_of_chunk and not spec.separator:
+        raise UserError(f"task.{name}.separator is empty and end_of_chunk is false; a demonstration needs an end")
+    if spec.ways < 2:
+        raise UserError(f"task.{name}.ways is {spec.ways}; a choice needs at least 2")
+
+
+def build_task(name: str, spec: TaskSpec) -> Task:
+    """Read the task's data. Raises UserError in one sentence for what is wrong with it."""
+    check_spec(name, spec)
+    documents = read_documents(name, spec, spec.source)
+    if spec.kind == "documents":
+        shown = None if spec.support is None else read_documents(name, spec, spec.support)
+        vocabulary = vocabulary_of(name, spec, documents if shown is None else shown)
+        support = None if shown is None else chosen_support(name, spec, shown)
+        return DocumentTask(name, spec, documents, support, vocabulary=vocabulary, stems=stems_of(name, spec))
+    names = list(spec.names)
+    if not names and spec.names_source is not None:
+        names = read_names(name, spec.names_source)
+    return BindingTask(name, spec, documents, names)
+
+
+def check_shots(tasks: Mapping[str, Task], shots: list[int]) -> None:
+    """Raise UserError when a task's data cannot give as many demonstrations as are asked for."""
+    for name, task in tasks.items():
+        if max(shots) > task.max_shots():
+            raise UserError(
+                f"shots={max(shots)} is more than task {name} can give: its data allow {task.max_shots()}; use fewer "
+                f"shots, more data, or a lower task.{name}.queries, which leaves more to show"
+            )
+
+
+def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Document]) -> list[str]:
+    """The candidates that `candidates_from` names, sorted; [] where it names none.
+
+    Raises:
+        UserError: the file cannot be read, or no answer is frequent enough.
+    """
+    where = spec.candidates_from
+    if not where:
+        return []
+    if where.startswith("support:"):
+        least = where.removeprefix("support:")
+        if not least.isdecimal() or int(least) < 1:
+            raise UserError(f"task.{name}.candidates_from={where}: give a number of 1 or more, as in support:2")
+        counts = Counter(gold for document in shown for gold in document.golds)
+        found = sorted(answer for answer, count in counts.items() if count >= int(least) and answer)
+        if not found:
+            raise UserError(f"task.{name}.candidates_from={where}: no answer of the support occurs so often")
+        return found
+    listed = read_json(Path(spec.root) / where)
+    if not isinstance(listed, list | dict) or not listed:
+        raise UserError(f"task.{name}.candidates_from={where} is neither a list of answers nor an object of such keys")
+    return sorted({str(answer) for answer in listed})
+
+
+def stems_of(name: str, spec: TaskSpec) -> Stems | None:
+    """The stems that `stem` asks for, from all annotation files of the task."""
+    if not spec.stem:
+        return None
+    sources = [place(source, spec.root) for source in (spec.source, spec.support) if source is not None]
+    files = [Path(source.annotations) for source in sources if source.annotations]
+    if not files:
+        raise UserError(f"task.{name}.stem={spec.stem} reads source.annotations, and there are none")
+    return Stems((pair for file in files for pair in stem_pairs(file)), wordnet_if_there())

@@ -1,0 +1,227 @@
+"""Tasks whose demonstrations are other items with their answers: captions and question answering.
+
+Where the answers are a closed set they are ranked, by the sum of their tokens' log-probabilities, and there is nothing
+to parse; otherwise the answer is generated greedily.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING
+
+from eval.demonstrations.ablations import blanked
+from eval.answers import clean
+from eval.demonstrations.samplers import draw, hash_order, parse_sampler, read_listed
+from eval.metrics.stems import Stems
+from eval.metrics.text import scorer
+from eval.demonstrations.retrieval import Retriever
+from eval.task import Baselines, Document, Episode, Frame, TaskSpec, Turn, content_hash
+from flamingo.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.inference.engine import Engine
+
+
+PLACES = ("source", "support", "root", "published", "expected", "candidates_from")
+"""What a task's hash leaves out: the same data elsewhere is the same task."""
+_LATER = (
+    "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
+    "remove metrics support_size ranking rank_end open_metric stem"
+)
+LATER = frozenset(_LATER.split())
+"""Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
+
+
+def definition_of(spec: TaskSpec) -> dict[str, object]:
+    """What of a task's settings makes it another task."""
+    plain = asdict(TaskSpec())
+    known = {f.name for f in fields(spec)}
+    assert known >= {*PLACES, *LATER}
+    every = asdict(spec).items()
+    return {key: value for key, value in every if key not in PLACES and (key not in LATER or value != plain[key])}
+
+
+class DocumentTask:
+    """Queries and support are documents. `support=None` splits `documents`: the first in hash order ask.
+
+    `vocabulary` are the candidates that `candidates_from` names, `stems` what `stem` asks for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: TaskSpec,
+        documents: Sequence[Document],
+        support: Sequence[Document] | None = None,
+        *,
+        vocabulary: Sequence[str] = (),
+        stems: Stems | None = None,
+    ) -> None:
+        self.name = name
+        self.max_new_tokens = spec.max_new_tokens
+        self.description: dict[str, object] = asdict(spec)
+        order = [documents[index] for index in hash_order([document.id for document in documents], "queries", name)]
+        queries = order[: spec.queries]
+        rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
+        self._support = list(rest if support is None else support)
+        _check_overlap(name, queries, support)
+        self._queries = {document.id: document for document in queries}
+        if len(self._queries) != len(queries):
+            twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]
+            raise UserError(f"task {name}: the id {twice[0]!r} occurs twice among its queries; ids must be unique")
+        if not queries:
+            raise UserError(f"task {name}: its source {spec.source.path} holds no item to ask about")
+        self._spec = spec
+        self.metrics = tuple(spec.metrics)
+        self.num_beams, self.length_penalty = spec.num_beams, spec.length_penalty
+        self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk)
+        self.ranking, self.rank_end = spec.ranking, spec.rank_end
+        self._closed = tuple(vocabulary or spec.candidates)
+        self._stems = stems
+        self._score = scorer(spec.metric, [query.golds for query in queries])
+        self._open_score = scorer(spec.open_metric or spec.metric, [query.golds for query in queries])
+        definition = definition_of(spec)
+        self._sampler = parse_sampler(spec.demos)
+        self._listed = read_listed(self._sampler.path, self._support) if self._sampler.name == "file" else None
+        self._retriever: Retriever | None = None
+        # What a list of demonstrations says counts, not where it lies.
+        definition |= {} if self._listed is None else {"demos": sorted(self._listed.items())}
+        definition |= {"vocabulary": tuple(vocabulary)} if vocabulary else {}
+        definition |= {} if stems is None else {"stems": stems.hash}
+        self.description |= {} if stems is None else {"stems": stems.description}
+        self.description |= {"vocabulary": f"{len(vocabulary)} answers"} if vocabulary else {}
+        self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
+        self._answers = _answers_by_kind(self._support)
+
+    def query_ids(self) -> Sequence[str]:
+        """Ids in hash order."""
+        return list(self._queries)
+
+    def max_shots(self) -> int:
+        """Size of the support set."""
+        return len(self._support)
+
+    def episode(self, query_id: str, shots: int, seed: int) -> Episode:
+        """The query with `shots` demonstrations from the support set, at 0 shots as the task's `zero_shot` says."""
+        if shots == 0 and self._spec.zero_shot != "none":
+            fixed = self._spec.zero_shot == "two_text_fixed"
+            return self._with_two_texts(self._episode(query_id, 2, seed, "fixed" if fixed else self._spec.demos))
+        return self._episode(query_id, shots, seed, self._spec.demos)
+
+    def _episode(self, query_id: str, shots: int, seed: int, sampler: str) -> Episode:
+        query = self._queries[query_id]
+        demos = draw(
+            self._support,
+            query,
+            shots,
+            task_hash=self.hash,
+            seed=seed,
+            sampler=sampler,
+            retriever=self._retriever,
+            listed=self._listed,
+        )
+        return Episode(
+            query_id=query.id,
+            demos=tuple(document.turn for document in demos.documents),
+            demo_ids=tuple(document.id for document in demos.documents),
+            query=query.turn,
+            golds=query.golds,
+            kind=query.kind,
+            cluster=query.cluster,
+            candidates=self._candidates(query),
+            excluded=demos.excluded,
+            refused=demos.refused,
+            frame=self._frame,
+        )
+
+    def connect(self, engine: Engine, query_ids: Sequence[str]) -> None:
+        """Embed support and queries, where demonstrations are chosen by likeness."""
+        if not self._sampler.retrieves or not self._support:
+            return
+        queries = [self._queries[query_id] for query_id in query_ids]
+        weight = self._sampler.weight(all(d.turn.picture is not None for d in [*self._support, *queries]))
+        try:
+            self._retriever = Retriever(self._support, queries, weight, engine.embed)
+        except UserError as error:
+            raise UserError(f"task {self.name}: demos={self._spec.demos}: {error}") from None
+        self.description["retrieval"] = {"pictures": weight, "encoder": engine.encoder_name}
+
+    def content_free(self, turn: Turn) -> Turn:
+        """The query without content: a grey picture and N/A for the question."""
+        question = self._spec.question.replace("{question}", "N/A") if turn.question else ""
+        return blanked(replace(turn.with_pictures(turn.pictures[:1]) if turn.more else turn, question=question))
+
+    def _with_two_texts(self, episode: Episode) -> Episode:
+        """The demonstrations without their pictures; with the historic fault the query gets the first one's."""
+        query = episode.query
+        if self._spec.zero_shot == "two_text_first_picture":
+            query = replace(query, picture=episode.demos[0].picture)
+        return replace(episode, demos=tuple(demo.with_pictures(()) for demo in episode.demos), query=query)
+
+    def parse(self, raw: str, episode: Episode) -> str:
+        """The answer in a completion; "" where there is none."""
+        answer = clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
+        return answer if self._stems is None else self._stems(answer)
+
+    def _candidates(self, query: Document) -> tuple[str, ...]:
+        if self._spec.output != "rank" or query.is_open:
+            return ()
+        if query.candidates or self._closed:
+            return query.candidates or self._closed
+        found = self._answers.get(query.kind)
+        if not found:
+            raise UserError(
+                f"task {self.name}: output=rank has no candidates for kind {query.kind!r} (query {query.id}); "
+                "list `candidates` or enlarge the support set"
+            )
+        return tuple(sorted(found))
+
+    def score(self, answer: str, episode: Episode) -> float:
+        """The task's metric."""
+        score = self._open_score if self._queries[episode.query_id].is_open else self._score
+        return score(answer, episode.golds)
+
+    def baselines(self, query_ids: Sequence[str]) -> Baselines:
+        """Chance when ranked; constant: for every kind the support set's most frequent answer."""
+        queries = [self._queries[query_id] for query_id in query_ids]
+        chance = None
+        if self._spec.output == "rank":
+            closed = [self._candidates(query) for query in queries]
+            chance = sum(1 / len(several) for several in closed if several) / len(queries)  # an open one: 0
+        if not self._support:
+            return Baselines(chance, None, None)
+        overall = sum(self._answers.values(), Counter())
+        said = {query.kind: _mode(self._answers.get(query.kind) or overall) for query in queries}
+        scores = [
+            (self._open_score if query.is_open else self._score)(said[query.kind], query.golds) for query in queries
+        ]
+        answer = ", ".join(sorted({said[kind] if not kind else f"{kind}: {said[kind]}" for kind in said}))
+        return Baselines(chance, sum(scores) / len(scores), answer)
+
+
+def _check_overlap(name: str, queries: Sequence[Document], support: Sequence[Document] | None) -> None:
+    """Raise UserError for a support set that holds queries: their answers would be shown to each other."""
+    asked = {_identity(document) for document in queries}
+    both = sorted(document.id for document in support or () if _identity(document) in asked)
+    if both:
+        raise UserError(
+            f"task {name}: {len(both)} of its {len(queries)} queries are in the support set too (first: {both[0]}); "
+            "give another `support`, or leave it out so that the source is split"
+        )
+
+
+def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:
+    return document.id, document.cluster, document.golds, document.turn.question
+
+
+def _answers_by_kind(support: Sequence[Document]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for document in support:
+        found.setdefault(document.kind, Counter())[document.turn.answer] += 1
+    return found
+
+
+def _mode(answers: Counter[str]) -> str:
+    return min(answers, key=lambda answer: (-answers[answer], answer))

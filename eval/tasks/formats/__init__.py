@@ -1,0 +1,30 @@
+"""Readers of data sets' own annotation files, as people download them.
+
+A reader takes the path of a file (or folder) and the task's `SourceSpec` and yields items; a new data set is a function
+and an entry here. Nothing is decoded: pictures are files to be read when a model must see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eval.tasks.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
+from eval.tasks.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
+from eval.tasks.formats.files import Item
+from eval.tasks.formats.labels import hateful_memes, imagenet, rareact, winoground
+from eval.tasks.formats.mmmu import mmmu
+from eval.tasks.formats.questions import ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad
+from eval.task import SourceSpec
+
+Reader = Callable[[Path, SourceSpec], Iterator[Item]]
+FORMATS: dict[str, Reader] = {
+    reader.__name__: reader
+    for reader in (
+        *(coco_captions, karpathy, textcaps, vatex, youcook2),
+        *(ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad),
+        *(medmcqa, medqa, mmlu, mmmu, nextqa_choice, pubmedqa, scienceqa, star),
+        *(hateful_memes, imagenet, rareact, winoground),
+    )
+}
+"""Name in a task's `source.format` to its reader."""

@@ -1,0 +1,151 @@
+"""Reading annotation files: what is missing or not as published is told in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval.task import Picture, SourceSpec, StoredPicture
+from flamingo.errors import UserError
+
+Item = dict[str, Any]
+"""One question: id, picture, question, answers (accepted ones), kind, label, text (the answer's node as a page has it,
+or None); optionally choices, rationale, group (what ties scores together) and values (for the question's `{...}`)."""
+
+VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+
+
+def item(
+    name: object, picture: Picture | None, question: str, answers: Sequence[object], kind: object = "", **more: Any
+) -> Item:
+    """An item of a data set. Answers may be numbers in some files; they are text here, without blanks around."""
+    texts = [str(answer).strip() for answer in answers]
+    facts: Item = {"id": str(name), "picture": picture, "question": " ".join(question.split()), "answers": texts}
+    return facts | {"kind": str(kind or ""), "label": "", "text": None} | more
+
+
+def place(source: SourceSpec, root: str) -> SourceSpec:
+    """The source with its relative paths below `root`."""
+    if not root:
+        return source
+    path, annotations, images = (
+        value and str(Path(root) / value) for value in (source.path, source.annotations, source.images)
+    )
+    return replace(source, path=path, annotations=annotations, images=images)
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError when it is missing or damaged."""
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one JSON object a line."""
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number} is no JSON: {error}") from None
+
+
+def read_csv(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file with a header. Raises UserError if a column of `needed` is missing."""
+    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    names = reader.fieldnames or ()
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    yield from reader
+
+
+def need(row: Mapping[str, Any], key: str, path: Path, what: object = "an entry") -> Any:
+    """`row[key]`. Raises UserError when it is not there."""
+    if not isinstance(row, Mapping) or key not in row:
+        has = ", ".join(map(str, list(row)[:8])) if isinstance(row, Mapping) else type(row).__name__
+        raise UserError(f"{path}: {what} has no {key!r} (it has {has}); is this the published file?")
+    return row[key]
+
+
+def rows(path: Path, content: Any, key: str | None = None) -> list[Any]:
+    """The list in a file's content, under `key` if given."""
+    found = content if key is None else need(content, key, path, "the file")
+    if not isinstance(found, list):
+        raise UserError(f"{path}: {key or 'the file'} is no list; is this the published file?")
+    return found
+
+
+def wanted(row: Mapping[str, Any], source: SourceSpec) -> bool:
+    """Whether a row has the values that `source.only` asks for."""
+    return all(str(row.get(key)) == value for key, value in source.only.items())
+
+
+def in_split(split: object, source: SourceSpec) -> bool:
+    """Whether a row's split is one of those asked for; all are if none is named."""
+    return not source.split or str(split) in source.split.split("+")
+
+
+def check_annotators(count: int, source: SourceSpec, path: Path, question: object) -> None:
+    """Raise UserError for an answer list of the wrong length."""
+    if source.annotators is not None and count != source.annotators:
+        raise UserError(
+            f"{path}: question {question} has {count} answers and every question of this data set has "
+            f"{source.annotators}; the file is not as published, or set source.annotators"
+        )
+
+
+def _read_file(file: Path) -> tuple[bytes, ...]:
+    return (file.read_bytes(),)
+
+
+def stored(file: Path) -> StoredPicture:
+    """The picture in a file, read when it is needed."""
+    return StoredPicture(partial(_read_file, file), file)
+
+
+def picture_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredPicture:
+    """The picture of a row: `source.images` filled with the row's fields, or the folder it is with `name` in it.
+
+    Without `source.images` the folder is that of `beside`, the annotation file.
+    """
+    return stored(Path(_location(source, beside, name, row)))
+
+
+def _location(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> str:
+    if "{" in source.images:
+        try:
+            return source.images.format(**row)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"images={source.images} cannot be filled from {beside} ({type(error).__name__}: {error})"
+            ) from None
+    return str(Path(source.images or beside.parent) / name)
+
+
+def clip_of(
+    source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any], start: float = 0.0, end: float | None = None
+) -> StoredPicture:
+    """`source.frames` frames of a row's video from `start` to `end` seconds: a file, or a folder of pictures."""
+    from eval.tasks.formats.video import frames_of
+
+    where = Path(_location(source, beside, name, row))
+    options = [where, *(where.with_name(where.name + ending) for ending in VIDEO_ENDINGS)]
+    file = next((option for option in options if option.exists()), options[0])
+    return StoredPicture(partial(frames_of, file, source.frames, start, end), file)

@@ -1,0 +1,147 @@
+"""Question answering with free answers: VQAv2 and its form, TextVQA, VizWiz, the medical sets, and on videos."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval.tasks.formats.files import (
+    Item,
+    check_annotators,
+    clip_of,
+    item,
+    need,
+    picture_of,
+    read_csv,
+    read_json,
+    rows,
+    wanted,
+)
+from eval.task import SourceSpec
+from flamingo.errors import UserError
+
+
+def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """VQAv2 and OK-VQA: a file of questions and one of annotations (`answers[].answer`), joined by question_id.
+
+    `fields: {answer: raw_answer}` takes OK-VQA's answers as they were given; its `answer` is stemmed.
+    """
+    if not source.annotations:
+        raise UserError(f"{path} has questions alone; give source.annotations, the file with their answers")
+    answers_at = Path(source.annotations)
+    key = source.fields.get("answer", "answer")
+    found = {
+        need(row, "question_id", answers_at): row for row in rows(answers_at, read_json(answers_at), "annotations")
+    }
+    for row in rows(path, read_json(path), "questions"):
+        number = need(row, "question_id", path)
+        if number not in found:
+            raise UserError(f"{answers_at} has no answers to question {number} of {path}; are they of the same split?")
+        given = need(found[number], "answers", answers_at, number)
+        answers = [str(need(answer, key, answers_at, number)) for answer in given]
+        check_annotators(len(answers), source, answers_at, number)
+        picture = picture_of(source, path, str(need(row, "image_id", path)), row)
+        kind = found[number].get("answer_type", "")
+        yield item(number, picture, need(row, "question", path), answers, kind, group=str(row["image_id"]))
+
+
+def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """The answers of an OK-VQA annotation file as they were given and as they are stemmed."""
+    for row in rows(path, read_json(path), "annotations"):
+        for answer in need(row, "answers", path):
+            yield str(need(answer, "raw_answer", path)), str(need(answer, "answer", path))
+
+
+def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
+    for row in rows(path, read_json(path), "data"):
+        number, image = need(row, "question_id", path), str(need(row, "image_id", path))
+        answers = need(row, "answers", path, f"question {number}")
+        check_annotators(len(answers), source, path, number)
+        yield item(number, picture_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
+
+
+def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`val.json`: image, question, answers[].answer, answer_type. The question's blanks and line ends are trimmed."""
+    for row in rows(path, read_json(path)):
+        image = str(need(row, "image", path))
+        answers = [need(answer, "answer", path, image) for answer in need(row, "answers", path, image)]
+        check_annotators(len(answers), source, path, image)
+        picture = picture_of(source, path, image, row)
+        yield item(Path(image).stem, picture, row["question"], answers, row.get("answer_type", ""), group=image)
+
+
+def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
+    return _medical(path, source, picture="image_name")
+
+
+def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`test.json`: img_name, question, answer, q_lang, answer_type; `only: {q_lang: en}` takes the English ones."""
+    return _medical(path, source, picture="img_name")
+
+
+def _medical(path: Path, source: SourceSpec, picture: str) -> Iterator[Item]:
+    for row in rows(path, read_json(path)):
+        if wanted(row, source):
+            image = str(need(row, picture, path))
+            kind = str(need(row, "answer_type", path)).strip().upper()
+            shown = picture_of(source, path, image, row)
+            yield item(need(row, "qid", path), shown, row["question"], [need(row, "answer", path)], kind, group=image)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loads lists, dicts, strings and numbers; anything that would need an import is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`test_qa.pkl`, a pickled list of image, question, answer; yes and no are the closed answers.
+
+    Unpickling may run code, so only plain values are read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with path.open("rb") as file:
+            content = _PlainUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is no pickle of plain values: {error}") from None
+    for number, row in enumerate(rows(path, content)):
+        image, answer = str(need(row, "image", path)), str(need(row, "answer", path)).strip()
+        kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
+        yield item(number, picture_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
+
+
+def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """MSVD-QA and MSRVTT-QA: `test_qa.json`, a list of id, video_id, question, answer."""
+    for row in rows(path, read_json(path)):
+        video = str(need(row, "video_id", path))
+        question = str(need(row, "question", path))
+        kind = question.split()[0].lower() if question.split() else ""
+        name = need(row, "id", path)
+        yield item(name, clip_of(source, path, video, row), question, [need(row, "answer", path)], kind, group=video)
+
+
+def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """`test.csv`: video_id, start, end, question, answer1 to answer5."""
+    keys = [f"answer{number}" for number in range(1, 6)]
+    for number, row in enumerate(read_csv(path, ["video_id", "start", "end", "question", *keys])):
+        answers = [row[key] for key in keys if row[key]]
+        check_annotators(len(answers), source, path, number)
+        clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))
+        yield item(f"{row['video_id']}.{number}", clip, row["question"], answers, group=row["video_id"])
+
+
+def nextqa(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """Open-ended NExT-QA: `test.csv`, and as annotations `add_reference_answer_test.json` ({video: {qid: answer}})."""
+    more = read_json(Path(source.annotations)) if source.annotations else {}
+    for row in read_csv(path, ["video", "question", "answer", "qid", "type"]):
+        answers = [row["answer"], *filter(None, [more.get(row["video"], {}).get(row["qid"])])]
+        kind = "TN" if row["type"] == "TP" else row["type"]
+        clip = clip_of(source, path, row["video"], row)
+        yield item(f"{row['video']}.{row['qid']}", clip, row["question"], answers, kind, group=row["video"])

@@ -1,0 +1,78 @@
+"""Data of one's own: a CSV or JSONL table is a task in five lines of YAML.
+
+Columns: picture (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
+(several accepted ones separated by | or, in JSONL, a list; the first is the one shown), and if there are any question,
+kind, id, label, rationale, group, and choices (separated by |, or a list). `source.fields` gives columns other names.
+Further columns may stand in the task's question as `{column}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval.tasks.formats.files import Item, read_csv, read_jsonl
+from eval.task import Picture, SourceSpec, StoredPicture
+from flamingo.errors import UserError
+
+FIELDS = ("question", "answer", "kind", "label", "rationale")
+
+
+def read_csv_table(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """Rows of a CSV file with a header."""
+    needed = ["picture", source.fields.get("answer", "answer"), *source.fields.values()]
+    for number, row in enumerate(read_csv(path, sorted(set(needed)))):
+        yield _item(path, number, row, source)
+
+
+def read_jsonl_table(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """One object a line."""
+    needed = ["picture", source.fields.get("answer", "answer")]
+    for number, row in enumerate(read_jsonl(path)):
+        lacking = [key for key in needed if key not in row]
+        if lacking:
+            raise UserError(f"{path}: line {number + 1} has no {lacking[0]!r}; it has {', '.join(row)}")
+        yield _item(path, number, row, source)
+
+
+def _item(path: Path, number: int, row: Mapping[str, Any], source: SourceSpec) -> Item:
+    facts = {field: row.get(source.fields.get(field, field)) for field in FIELDS}
+    choices, answers = _several(row.get("choices")), _several(facts["answer"])
+    if not any(answer.strip() for answer in answers):
+        raise UserError(
+            f"{path}: row {number + 1} has no answer, so whatever is said is wrong; fill it in or leave it out"
+        )
+    if choices and not set(answers) <= set(choices):
+        raise UserError(f"{path}: row {number + 1} has the answer {answers[0]!r}, which is not among its choices")
+    plain = {field: str(value or "") for field, value in facts.items()}
+    return {
+        **{key: plain[key] for key in ("question", "kind", "label", "rationale")},
+        "id": str(row.get("id") or f"{path.stem}.{number}"),
+        "picture": _picture(path, number, row["picture"]),
+        "answers": answers,
+        "choices": choices,
+        "group": str(row.get("group") or ""),
+        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "picture")},
+        "text": None,
+    }
+
+
+def _several(cell: Any) -> list[str]:
+    if isinstance(cell, list):
+        return [str(part) for part in cell]
+    return str(cell).split("|") if cell not in (None, "") else []
+
+
+def _picture(path: Path, number: int, cell: str | Sequence[str] | None) -> Picture | None:
+    names = [cell] if isinstance(cell, str) else list(cell or ())
+    files = [path.parent / name for name in names if name]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path}: row {number + 1} names the picture {file}, which does not exist")
+    return StoredPicture(partial(_read, tuple(files))) if files else None
+
+
+def _read(files: tuple[Path, ...]) -> tuple[bytes, ...]:
+    return tuple(file.read_bytes() for file in files)

@@ -1,0 +1,59 @@
+"""A few frames of a video, as encoded pictures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from data.shards.document import sniff
+from flamingo.errors import UserError
+
+
+def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = None) -> tuple[bytes, ...]:
+    """`count` frames evenly spread over `start` to `end` seconds, each from the middle of its part.
+
+    A folder's pictures count as frames in the order of their names, `start` and `end` do not apply to it. Frames of a
+    video are PNG, so nothing is lost twice; a video with fewer frames gives those it has.
+
+    Raises:
+        UserError: nothing there can be read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        kept = [files[place] for place in spread(len(files), count)]
+        pictures = tuple(file.read_bytes() for file in kept)
+        if not pictures or any(sniff(picture) is None for picture in pictures):
+            raise UserError(f"{path} is no folder of pictures")
+        return pictures
+    try:
+        import av
+    except ImportError:
+        raise UserError(
+            "videos are decoded by PyAV: pip install flamingo-vlm[tasks]; or give folders of frames"
+        ) from None
+    wanted: list[bytes] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            inside = [
+                frame.time
+                for frame in container.decode(stream)
+                if frame.time is not None and frame.time >= start and (end is None or frame.time < end)
+            ]
+            chosen = {inside[place] for place in spread(len(inside), count)}
+            container.seek(0)
+            for frame in container.decode(stream):
+                if frame.time in chosen:
+                    buffer = io.BytesIO()
+                    frame.to_image().save(buffer, format="PNG", compress_level=1)
+                    wanted.append(buffer.getvalue())
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path} cannot be decoded as a video: {error}") from None
+    if not wanted:
+        raise UserError(f"{path} has no frame between {start} and {end} seconds")
+    return tuple(wanted)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` places out of `total`, in the middle of equal parts; (10, 2) gives 2, 7."""
+    return list(range(total)) if total <= count else [(2 * place + 1) * total // (2 * count) for place in range(count)]

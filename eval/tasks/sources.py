@@ -1,0 +1,200 @@
+"""Where documents come from: shards written by `python -m data prepare`, or a table of one's own.
+
+A page is read as turns. Every picture (or clip) begins one; the text up to the next picture belongs to it, text out of
+the loss being its question and text in the loss its answer. So a page of three pictures gives three documents, each
+with exactly the text that training would have shown. Pictures are never decoded here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.shards.writer import Page, Text, read_manifest, read_pages
+from eval.demonstrations.samplers import hash_order
+from eval.tasks.formats import FORMATS as DATA_SETS
+from eval.tasks.formats.choices import letters, written_options
+from eval.tasks.formats.files import Item, place
+from eval.tasks.formats.interleaved import interleaved
+from eval.tasks.formats.tables import FIELDS, read_csv_table, read_jsonl_table
+from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
+from flamingo.errors import UserError
+
+
+def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
+    """The documents of one source under the task's text format.
+
+    Raises:
+        UserError: the source is missing, empty or cannot be read, or a field is not there; naming the task.
+    """
+    if source.format not in FORMATS:
+        raise UserError(f"task {name}: source.format is {source.format!r}; known formats are {', '.join(FORMATS)}")
+    unknown = sorted(set(source.fields) - set(FIELDS))
+    if unknown:
+        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+    source = place(source, spec.root)
+    path = Path(source.path)
+    for key, file in (("path", source.path), ("annotations", source.annotations)):
+        if (key == "path" and not file) or (file and not Path(file).exists()):
+            where = f"; {published}" if (published := _published(spec, Path(file))) else ""
+            raise UserError(
+                f"task {name}: its data {file or '(no path)'} do not exist; prepare them or give source.{key}{where}"
+            )
+    try:
+        items = list(islice(FORMATS[source.format](path, source), source.max_items))
+        check_pictures(items)
+    except UserError as error:
+        raise UserError(f"task {name}: {error}") from None
+    if not items:
+        raise UserError(f"task {name}: {source.path} holds no picture with an answer")
+    return [_document(name, item, spec) for item in items]
+
+
+def _published(spec: TaskSpec, path: Path) -> str:
+    found = [where for file, where in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
+    return f"{path.name} is published by {found[0]}" if found else ""
+
+
+def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
+    """The documents that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
+    return chosen_support(name, spec, read_documents(name, spec, source))
+
+
+def chosen_support(name: str, spec: TaskSpec, documents: list[Document]) -> list[Document]:
+    """`support_size` of the documents, by their ids alone."""
+    order = hash_order([document.id for document in documents], "support", name)
+    return documents if spec.support_size is None else [documents[index] for index in order[: spec.support_size]]
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """Raise UserError if pictures that lie in files of their own are missing, saying how many."""
+    pictures = [item["picture"] for item in items if isinstance(item["picture"], StoredPicture)]
+    files = {picture.file for picture in pictures if picture.file is not None}
+    missing = sorted(str(file) for file in files if not file.exists())
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(files)} pictures are missing, the first is {missing[0]}; put them there, or set "
+            "source.images to their folder or pattern"
+        )
+
+
+def _document(name: str, item: Item, spec: TaskSpec) -> Document:
+    choices, answers = item.get("choices", ()), item["answers"]
+    if choices and spec.answer_as == "letter":
+        answers = [letters(choices)[choices.index(answer)] for answer in answers]
+    golds = tuple(_between(answer, spec.lead, spec.tail) for answer in answers)
+    values = {"question": item["question"], "options": written_options(item.get("shown") or choices, spec.options)}
+    values |= item.get("values", {})
+    template = spec.question.replace("\n{options}", "") if item.get("open") else spec.question
+    first, question, more = interleaved(_filled(name, template, values), item)
+    rationale = item.get("rationale", "")
+    turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
+    if spec.kind == "documents" and item["text"] not in (None, turn.text):
+        raise UserError(
+            f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
+            "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
+        )
+    candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
+    label, group = item["label"] or golds[0], item.get("group", "")
+    return Document(item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False))
+
+
+def _filled(name: str, template: str, values: Mapping[str, str]) -> str:
+    """The question with its `{...}` replaced; braces in the values stay what they are."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in values:
+            raise UserError(
+                f"task {name}: question has {found[0]}, and its items have {', '.join(sorted(values))}; change "
+                "task.NAME.question"
+            )
+        return values[found[1]]
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def _shown(golds: tuple[str, ...], spec: TaskSpec) -> str:
+    """The answer that a demonstration shows. Of equally frequent ones the first counts."""
+    return golds[0] if spec.demo_answer == "first" else max(golds, key=golds.count)
+
+
+def _between(answer: str, lead: str, tail: str) -> str:
+    """The answer without the task's fixed start and end, where it has them."""
+    return answer.removeprefix(lead).removesuffix(tail).strip()
+
+
+def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
+    for shard in shards_of(folder):
+        for page in read_pages(shard):
+            for number, (picture, question, answer) in enumerate(page_turns(page)):
+                facts = {"question": question, "answer": answer, "kind": str(page.meta.get("kind", ""))}
+                facts["label"] = _label(page.meta, answer)
+                for fact, key in source.fields.items():
+                    facts[fact] = str(_fact(page.meta, key, f"{shard}: page {page.key}"))
+                if facts["answer"]:
+                    yield {
+                        "id": f"{page.key}.{number}",
+                        "picture": picture,
+                        "question": facts["question"],
+                        "answers": [facts["answer"]],
+                        "kind": facts["kind"],
+                        "label": facts["label"],
+                        "rationale": facts.get("rationale", ""),
+                        "text": None if "answer" in source.fields else answer,
+                    }
+
+
+def page_turns(page: Page) -> Iterator[tuple[Picture, str, str]]:
+    """(picture, question, answer) of every picture of a page; text before the first picture belongs to none."""
+    turns: list[tuple[Picture, list[str], list[str]]] = []
+    for node in page.nodes:
+        if not isinstance(node, Text):
+            turns.append((Picture(tuple(page.images[frame] for frame in node.frames)), [], []))
+        elif turns:
+            (turns[-1][2] if node.loss else turns[-1][1]).append(node.text)
+    for picture, question, answer in turns:
+        yield picture, "".join(question), "".join(answer)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards that a folder's manifest lists, all present."""
+    parts: Mapping[str, Any] = read_manifest(folder)["parts"]
+    shards = [folder / entry["name"] for part in parts.values() for entry in part["shards"]]
+    for shard in shards:
+        if not shard.exists():
+            raise UserError(f"shard {shard} is listed in the folder's manifest and missing; prepare the data again")
+    return shards
+
+
+def read_names(name: str, source: SourceSpec) -> list[str]:
+    """All names that the pages of a folder list in their meta."""
+    folder = Path(source.path)
+    if not folder.exists():
+        raise UserError(f"task {name}: its names' folder {source.path} does not exist; prepare it or list `names`")
+    pages = (page for shard in shards_of(folder) for page in read_pages(shard))
+    return sorted({str(word) for page in islice(pages, source.max_items) for word in page.meta.get("names", [])})
+
+
+def _fact(meta: Mapping[str, Any], key: str, where: str) -> object:
+    if key not in meta:
+        raise UserError(f"{where} has no {key!r} in its meta, it has {', '.join(sorted(meta)) or 'nothing'}")
+    return meta[key]
+
+
+def _label(meta: Mapping[str, Any], answer: str) -> str:
+    """The picture's class: the page's only one, or, in a binding page, the class that goes by this name there."""
+    if "class" in meta:
+        return str(meta["class"])
+    named = dict(zip(meta.get("names", []), meta.get("classes", []), strict=False))
+    return str(named.get(answer.strip(), ""))
+
+
+FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {
+    "pages": _from_pages,
+    "csv": read_csv_table,
+    "jsonl": read_jsonl_table,
+    **DATA_SETS,
+}

@@ -1,0 +1,261 @@
+"""Ranking of given answers: the log-probability of each candidate behind its prompt.
+
+Notable: every prompt is run once. The candidates form a trie, so that what several of them begin with is run once, and
+the last token of a candidate is only read, never run: candidates of one token cost a look at one row of logits. The
+whole trie is one forward pass in which a token attends to the prompt and to its own ancestors, where the LM takes such
+a mask; elsewhere it goes level by level, one row for each node. A cache that the caller gave is not touched.
+
+Letters: R rows (prompts), P tokens of the prompt, n candidates of a row, N inner nodes of a trie, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from flamingo.errors import UserError
+from flamingo.inference.generation import count_phi, left_padded, token_phi
+from flamingo.inference.media_cache import MediaCache, PictureInputs, check_counts
+from flamingo.trie import Trie
+
+if TYPE_CHECKING:
+    from flamingo.modeling import FlamingoForConditionalGeneration
+
+BATCH = 64
+"""Candidates of a row that are run together; the logits of their inner nodes, about as many times V, are in memory."""
+
+Candidates = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+
+
+@dataclass
+class Prompt:
+    """The prompts of a call, padded left, and what running them gave."""
+
+    ids: Tensor
+    mask: Tensor
+    """(R, past + P), 0 for padding."""
+    phi: Tensor
+    media: MediaCache
+    past: Cache | None
+    logits: Tensor | None = None
+    """(R, V) behind each prompt."""
+
+
+def per_row_candidates(candidates: Candidates, rows: int) -> list[list[list[int]]]:
+    """Return candidates as ids per row; one list for all rows is repeated.
+
+    Raises:
+        UserError: no candidates, an empty one, or lists that do not match the rows.
+    """
+    if not len(candidates):
+        raise UserError("score_candidates needs at least one candidate")
+    shared = not len(candidates[0]) or isinstance(candidates[0][0], int)
+    listed: Any = [candidates] * rows if shared else candidates
+    if len(listed) != rows or len({len(row) for row in listed}) != 1:
+        raise UserError(f"candidates must be one list, or {rows} lists (one a row) of one length each")
+    for row, options in enumerate(listed):
+        for index, option in enumerate(options):
+            if not len(option):
+                raise UserError(f"candidate {index} of row {row} has no tokens")
+    return [[list(option) for option in row] for row in listed]
+
+
+@torch.no_grad()
+def score_candidates(
+    model: FlamingoForConditionalGeneration,
+    prompt_inputs: Mapping[str, Any],
+    candidates: Candidates,
+    *,
+    batch_size: int = BATCH,
+) -> Float[Tensor, "R n"]:
+    """Return the log-probability of each candidate after its row's prompt, summed over the candidate's tokens.
+
+    `prompt_inputs` as from the processor (or `media_features` instead of `pixel_values`), or a `past_key_values` with
+    the tokens that follow it; `candidates` n lists of token ids shared by all rows, or one list of n lists a row.
+    """
+    prompt = _prompt(model, prompt_inputs)
+    options = per_row_candidates(candidates, len(prompt.ids))
+    out = model(
+        input_ids=prompt.ids,
+        attention_mask=prompt.mask,
+        phi=prompt.phi,
+        media_cache=prompt.media,
+        past_key_values=prompt.past,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    prompt.past, prompt.logits = out.past_key_values, out.logits[:, -1].float()
+    number = len(options[0])
+    scores = prompt.logits.new_empty(len(options), number)
+    # Sorted, so that candidates which begin alike are run together.
+    orders = [sorted(range(number), key=row.__getitem__) for row in options]
+    for start in range(0, number, batch_size):
+        places = [order[start : start + batch_size] for order in orders]
+        tries = [Trie.of([row[i] for i in chosen]) for row, chosen in zip(options, places, strict=True)]
+        for row, (chosen, totals) in enumerate(zip(places, _totals(model, prompt, tries), strict=True)):
+            scores[row, chosen] = totals
+    return scores
+
+
+def _prompt(model: FlamingoForConditionalGeneration, inputs: Mapping[str, Any]) -> Prompt:
+    """Read the caller's inputs; his cache and what it remembers of pictures are branched, not used."""
+    ids, past = inputs["input_ids"], inputs.get("past_key_values")
+    mask, phi = inputs.get("attention_mask"), inputs.get("phi")
+    pictures = PictureInputs(**{name: inputs.get(name) for name in PictureInputs._fields})
+    media = model._media_of(len(ids), inputs.get("media_cache"), past, pictures).branch()
+    before = 0 if past is None else past.get_seq_length()
+    if phi is None:
+        seen = media.seen if before else None
+        phi = count_phi(model.config, ids, seen=seen)
+        check_counts(phi, media, seen)
+    if mask is None:
+        mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.long, device=ids.device)
+    if not before:
+        ids, mask, phi = left_padded(ids, mask, phi)
+    return Prompt(ids, mask, phi, media, None if past is None else _branch(past))
+
+
+def _branch(cache: Cache) -> Cache:
+    """Return a cache that can be continued while the given one stays as it is."""
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        kept, cache_media = getattr(cache, "media", None), copy.copy(cache)
+        cache_media.media = None  # type: ignore[attr-defined]
+        out = copy.deepcopy(cache_media)
+        out.media = kept  # type: ignore[attr-defined]
+        return out
+    out = copy.copy(cache)
+    out.layers = [copy.copy(layer) for layer in cache.layers]  # these grow by making new tensors
+    return out
+
+
+def _totals(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[Tensor]:
+    """Return each row's scores of its trie's candidates."""
+    assert prompt.logits is not None
+    behind = _by_tree if takes_tree(model, prompt.past) else _by_levels
+    found = behind(model, prompt, tries) if any(trie.inner for trie in tries) else [{} for _ in tries]
+    out = []
+    for row, trie in enumerate(tries):
+        roots = [node for node, parent in enumerate(trie.parents) if parent < 0]
+        found[row] |= _read(prompt.logits[row : row + 1], [(node, 0, trie.tokens[node]) for node in roots])
+        totals: list[float] = []
+        for node, parent in enumerate(trie.parents):
+            totals.append(found[row][node] + (totals[parent] if parent >= 0 else 0.0))
+        out.append(prompt.logits.new_tensor([totals[end] for end in trie.ends]))
+    return out
+
+
+def _read(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> dict[int, float]:
+    """Return for each (node, place, token) the node's log-probability: of the token, by the logits at the place."""
+    nodes, places, tokens = zip(*wanted, strict=True) if wanted else ((), (), ())
+    logits = logits.float()
+    where = torch.tensor(places, dtype=torch.long, device=logits.device)
+    values = logits[where, list(tokens)] - logits.logsumexp(-1)[where]
+    return dict(zip(nodes, values.tolist(), strict=True))
+
+
+def takes_tree(model: FlamingoForConditionalGeneration, cache: Cache | None) -> bool:
+    """Say whether the LM runs a whole trie at once: it takes a mask of its own making, and positions.
+
+    Not so with ALiBi, local attention, and caches that forget; nor with a class that is not known to pass such a mask
+    through unchanged, as those that build theirs with transformers' `create_causal_mask` do.
+    """
+    lm = model.language_model
+    config: Any = lm.config.get_text_config(decoder=True)
+    return (
+        model._lm_takes_positions
+        and cache is not None
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and config._attn_implementation in ("sdpa", "eager")
+        and not getattr(config, "alibi", False)
+        and "local" not in getattr(config, "attention_layers", ())
+        and hasattr(sys.modules[type(lm).__module__], "create_causal_mask")
+    )
+
+
+def _by_tree(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+    """Run all inner nodes of a row as one sequence in which each attends to the prompt, its ancestors and itself."""
+    rows, width = len(tries), max(len(trie.inner) for trie in tries)
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    depths = torch.zeros_like(ids)
+    related = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)
+    places = [{node: place for place, node in enumerate(trie.inner)} for trie in tries]
+    for row, trie in enumerate(tries):
+        for node, place in places[row].items():
+            ids[row, place], depths[row, place] = trie.tokens[node], trie.depths[node]
+            related[row, place, [places[row][other] for other in trie.path(node)]] = True
+    device, mask = prompt.ids.device, prompt.mask.bool()
+    seen = torch.cat([mask[:, None].expand(-1, width, -1), related.to(device)], dim=-1)[:, None]
+    config: Any = model.language_model.config.get_text_config(decoder=True)
+    if config._attn_implementation == "eager":  # adds the mask to its scores
+        dtype = model.language_model.dtype
+        seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    assert prompt.past is not None
+    out = model(
+        input_ids=ids.to(device),
+        attention_mask=seen,
+        position_ids=mask.sum(1, keepdim=True) + depths.to(device),
+        phi=prompt.phi[:, -1:].expand(-1, width),
+        media_cache=prompt.media.branch(),
+        past_key_values=_branch(prompt.past),
+        use_cache=True,
+    )
+    return [
+        _read(out.logits[row], [(n, places[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
+        for row, trie in enumerate(tries)
+    ]
+
+
+def _by_levels(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+    """Run the inner nodes of one depth after the other, each as a row with a copy of its parent's cache."""
+    found: list[dict[int, float]] = [{} for _ in tries]
+    place = {(row, -1): row for row in range(len(tries))}
+    cache, depth = prompt.past, 0
+    while level := [(row, node) for row, trie in enumerate(tries) for node in trie.inner if trie.depths[node] == depth]:
+        assert cache is not None
+        parents = torch.tensor([place[row, tries[row].parents[node]] for row, node in level], device=prompt.ids.device)
+        rows = torch.tensor([row for row, _ in level], device=prompt.ids.device)
+        cache = _branch(cache)
+        cache.reorder_cache(parents)  # type: ignore[arg-type]  # any index of rows
+        depth += 1
+        logits = model(
+            input_ids=prompt.ids.new_tensor([[tries[row].tokens[node]] for row, node in level]),
+            attention_mask=torch.cat([prompt.mask[rows], prompt.mask.new_ones(len(level), depth)], dim=1),
+            phi=prompt.phi[rows, -1:],
+            media_cache=prompt.media.branch(rows),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        place = {key: slot for slot, key in enumerate(level)}
+        for slot, (row, node) in enumerate(level):
+            children = [(n, 0, t) for n, (p, t) in enumerate(tries[row].edges()) if p == node]
+            found[row] |= _read(logits[slot : slot + 1], children)
+    return found
+
+
+@torch.no_grad()
+def score_candidates_slow(
+    model: FlamingoForConditionalGeneration, prompt_inputs: Mapping[str, Any], candidates: Candidates
+) -> Float[Tensor, "R n"]:
+    """The twin of `score_candidates` for tests: each prompt is run anew with each candidate, without any cache."""
+    prompt = _prompt(model, {name: value for name, value in prompt_inputs.items() if name != "past_key_values"})
+    scores = []
+    for row, options in enumerate(per_row_candidates(candidates, len(prompt.ids))):
+        for option in options:
+            ids = torch.cat([prompt.ids[row], prompt.ids.new_tensor(option)])[None]
+            logits = model(
+                input_ids=ids,
+                attention_mask=torch.cat([prompt.mask[row], prompt.mask.new_ones(len(option))])[None],
+                phi=token_phi(prompt.phi[row : row + 1], ids.shape[1]),
+                media_cache=prompt.media.branch(torch.tensor([row])),
+                use_cache=False,
+            ).logits[0, -len(option) - 1 : -1]
+            scores.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(option) :, None]).sum())
+    return torch.stack(scores).view(len(prompt.ids), -1)

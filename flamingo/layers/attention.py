@@ -1,0 +1,162 @@
+"""The one place where attention is computed for the resampler and the gated blocks.
+
+Notable: a text token attends to the L latents of its one picture, so the work is block-diagonal and never a masked row
+over all pictures. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
+xformers is not installed, the tokens are laid out as one padded table per picture and torch's SDPA runs over it
+(xformers has no CPU operator). Both are tested, values and gradients, against a slow twin that follows the formula.
+
+Where a token sees all previous pictures, which no released model does, SDPA runs over each row with a mask.
+
+Letters: N queries, A groups of them, I pictures, M most pictures of a row, L latents, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flamingo.layers.media_mask import Segments
+
+
+def attend(
+    q: Float[Tensor, "B S H K"], k: Float[Tensor, "B L H K"], v: Float[Tensor, "B L H K"]
+) -> Float[Tensor, "B S H K"]:
+    """Softmax attention of every query to every key of its batch entry, scaled by K ** -0.5."""
+    if q.is_cuda and _xformers_takes(q):
+        return _xformers().memory_efficient_attention(q, k, v)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def attend_segments(
+    q: Float[Tensor, "N H K"],
+    k: Float[Tensor, "I L H K"],
+    v: Float[Tensor, "I L H K"],
+    segments: Segments,
+) -> Float[Tensor, "N H K"]:
+    """Attention of every query to the L keys of each picture it sees; query n belongs to `segments.tokens[n]`."""
+    if not segments.lengths:
+        return q * (k.sum() + v.sum())  # no rows; keeps keys and values in the graph, with gradients of zero
+    if segments.maps is not None:
+        segments.maps.append(attention_weights(q, k, segments))
+    if segments.reach is not None:
+        return _attend_rows(q, k, v, segments)
+    if not segments.is_whole_stack:
+        k, v = k.index_select(0, segments.pictures), v.index_select(0, segments.pictures)
+    if q.is_cuda and _xformers_takes(q):
+        return _attend_xformers(q, k, v, segments.lengths)
+    longest = segments.pad.shape[1]
+    if all(length == longest for length in segments.lengths):
+        return attend(q.unflatten(0, (-1, longest)), k, v).flatten(0, 1)
+    padded = q.index_select(0, segments.pad.flatten()).unflatten(0, segments.pad.shape)
+    return attend(padded, k, v).flatten(0, 1).index_select(0, segments.unpad)
+
+
+def attend_segments_slow(
+    q: Float[Tensor, "N H K"],
+    k: Float[Tensor, "I L H K"],
+    v: Float[Tensor, "I L H K"],
+    segments: Segments,
+) -> Float[Tensor, "N H K"]:
+    """The twin of `attend_segments` for tests: all keys of all pictures, and a mask."""
+    scores = torch.einsum("nhk,ilhk->nhil", q, k) * q.shape[-1] ** -0.5
+    hidden = ~pictures_seen(segments, len(k))
+    scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
+    weights = scores.flatten(2).softmax(-1).unflatten(2, scores.shape[2:])
+    return torch.einsum("nhil,ilhk->nhk", weights, v)
+
+
+def pictures_seen(segments: Segments, num_pictures: int) -> Bool[Tensor, "N I"]:
+    """Return the mask of which query sees which picture of the flat stack."""
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.pictures.device)
+    place = torch.arange(num_pictures, device=segments.pictures.device)
+    if segments.reach is None or segments.upto is None:
+        return segments.pictures.repeat_interleave(lengths)[:, None] == place
+    upto = segments.upto.flatten()[segments.unpad]
+    reach = segments.reach.repeat_interleave(lengths, dim=0)
+    reach = reach.masked_fill(torch.arange(reach.shape[1], device=reach.device) >= upto[:, None], -1)
+    return (reach[..., None] == place).any(1)
+
+
+def attention_weights(
+    q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], segments: Segments
+) -> Float[Tensor, "N H W"]:
+    """Return how each query's attention is spread over the latents it sees: W = L, or M * L of its row's pictures.
+
+    The slow way, which copies the keys for every query; for maps to look at.
+    """
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
+    places = segments.pictures[:, None] if segments.reach is None else segments.reach
+    places = places.repeat_interleave(lengths, dim=0)
+    keys = k[places.clamp(min=0)]
+    scores = torch.einsum("nhk,nmlhk->nhml", q, keys) * q.shape[-1] ** -0.5
+    if segments.upto is not None:
+        column = torch.arange(places.shape[1], device=q.device)
+        hidden = column >= segments.upto.flatten()[segments.unpad][:, None]
+        scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
+    return scores.flatten(2).softmax(-1)
+
+
+def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) -> tuple[Float[Tensor, "B H T W"], ...]:
+    """Return each block's weights (N, H, W) in their places in the text, zero for tokens that see nothing.
+
+    Where no token of the call sees a picture the blocks left no weights; then there is one head of zeros, `width` wide.
+    """
+    rows, length = segments.sees.shape
+    if not maps:
+        return (torch.zeros(rows, 1, length, width, device=segments.sees.device),) * blocks
+    out = []
+    for weights in maps:
+        flat = weights.new_zeros(rows * length, *weights.shape[1:])
+        flat = flat.index_copy(0, segments.tokens.to(weights.device), weights)
+        out.append(flat.unflatten(0, (rows, length)).transpose(1, 2))
+    return tuple(out)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Every row's queries over all keys of the row's pictures, with a mask of how many of them each sees."""
+    assert segments.reach is not None
+    assert segments.upto is not None
+    reach = segments.reach.clamp(min=0)
+    keys, values = (x[reach].flatten(1, 2).transpose(1, 2) for x in (k, v))
+    owner = torch.arange(reach.shape[1], device=q.device).repeat_interleave(k.shape[1])
+    seen = owner < segments.upto[..., None]
+    padded = q.index_select(0, segments.pad.flatten()).unflatten(0, segments.pad.shape).transpose(1, 2)
+    out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=seen[:, None])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, segments.unpad)
+
+
+def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    keys, values = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
+    bias = block_diagonal_bias(lengths, k.shape[1])
+    return _xformers().memory_efficient_attention(q[None], keys, values, attn_bias=bias)[0]
+
+
+def block_diagonal_bias(lengths: list[int], latents: int) -> Any:
+    """Return xformers' bias under which group after group of `lengths` queries sees `latents` keys of its own."""
+    return _xformers().fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, [latents] * len(lengths))
+
+
+def _xformers_takes(q: Tensor) -> bool:
+    """xformers' kernels want heads in multiples of 8 and no float64; the rest goes to SDPA."""
+    fits = q.shape[-1] % 8 == 0 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and xformers_error() is None
+
+
+@cache
+def xformers_error() -> str | None:
+    """Return why xformers cannot be used, None when it can; without it SDPA serves CUDA as it serves the CPU."""
+    try:
+        _xformers()
+    except (ImportError, OSError) as error:  # OSError: a library built for another CUDA
+        return str(error)
+    return None
+
+
+def _xformers() -> Any:
+    return import_module("xformers.ops")

@@ -1,0 +1,1 @@
+"""TODO flamingo/mosaic_gpt."""

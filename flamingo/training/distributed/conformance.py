@@ -1,0 +1,60 @@
+"""The conformance check that starts processes: two under FSDP2 give the gradients of one.
+
+Notable: one start of two processes serves any number of LMs, since starting takes longer than the check. One process
+has a batch with pictures and the other a row of text alone, which is where a sharded Flamingo waits for ever if its
+processes call different modules.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flamingo.conformance.checks import GRADIENT, Outcome, close, gradients
+from flamingo.conformance.tiny_models import MakeLM, subject
+from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, Strategy, shard, spawn, whole
+
+_ROWS = ((0, 1), (2,))
+
+
+def two_processes(makes: Mapping[str, MakeLM]) -> dict[str, Outcome]:
+    """Return an outcome for each LM; the makers must be picklable (functions of a module, or `partial`s of such)."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_work, 2, dict(makes), folder)
+        return {name: _compare(make, Path(folder) / f"{i}.pt") for i, (name, make) in enumerate(makes.items())}
+
+
+def _compare(make: MakeLM, file: Path) -> Outcome:
+    if not file.is_file():
+        return Outcome("two_processes", False, file.with_suffix(".txt").read_text())
+    sharded: dict[str, Tensor] = torch.load(file, weights_only=True)
+    parts = [gradients(subject(make), rows)[1] for rows in _ROWS]
+    try:
+        if sorted(sharded) != sorted(parts[0]):
+            return Outcome("two_processes", False, "other parameters have a gradient than in one process")
+        notes = [
+            close(gradient, (parts[0][name] + parts[1][name]) / 2, f"gradient of {name}", least=GRADIENT)
+            for name, gradient in sharded.items()
+        ]
+    except AssertionError as error:
+        return Outcome("two_processes", False, str(error))
+    return Outcome("two_processes", True, max(notes, key=float))
+
+
+def _work(processes: Processes, makes: dict[str, MakeLM], folder: str) -> None:
+    """One of the two processes: writes the whole gradients of each LM, or why there are none."""
+    for index, make in enumerate(makes.values()):
+        try:
+            model = subject(make)
+            shard(model, fsdp_units(model), processes, Strategy())
+            mine = {name: whole(grad) for name, grad in gradients(model, _ROWS[processes.rank])[1].items()}
+        except Exception as error:
+            Path(folder, f"{index}.txt").write_text(f"{type(error).__name__}: {error}")
+            continue
+        if processes.is_main:
+            torch.save(mine, Path(folder, f"{index}.pt"))

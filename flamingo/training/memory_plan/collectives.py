@@ -1,0 +1,171 @@
+"""What travels between the processes of a step: `python -m flamingo.training.memory_plan.collectives` measures every strategy.
+
+    python -m flamingo.training.memory_plan.collectives                      # 2 and 4 gloo processes, a small LLaMA Flamingo
+    python -m flamingo.training.memory_plan.collectives --family gpt2 --processes 2 --pieces 4
+
+Counted where torch hands collectives to its backend, in a real step of real processes. A collective's bytes are those
+of its larger side: an all-gather's output, a reduce-scatter's input, the tensor of an all-reduce; of n processes each
+receives (n - 1) / n of that, of an all-reduce twice as much. Beside them, the bytes that a process keeps: its part of
+the weights, of the gradients and of AdamW's two moments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flamingo.conformance.tiny_models import FAMILIES, page, subject, tiny_lm
+from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.optim import adamw, parameter_groups
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
+
+_KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+
+
+@dataclass
+class Traffic:
+    """Collectives and their bytes, by kind."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def see(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Counts one call to torch's backend, if it is a collective."""
+        if func.namespace != "c10d":
+            return
+        name = str(func._schema.name).removeprefix("c10d::")
+        for part, kind in _KINDS.items():
+            if part in name:
+                self.calls[kind] += 1
+                tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+                self.bytes[kind] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class CountTraffic(TorchDispatchMode):
+    """Counts what is sent while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = Traffic()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it becomes collectives on plain tensors first
+        self.traffic.see(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+STRATEGIES = {
+    "full shard": Strategy(),
+    "full shard, kept gathered": Strategy(keep_gathered=True),
+    "full shard, every piece reduced": Strategy(sync_every_piece=True),
+    "hybrid: 2 share a copy": Strategy(shard_size=2),
+    "frozen replicated": Strategy(frozen="replicate"),
+    "frozen replicated, kept gathered": Strategy(frozen="replicate", keep_gathered=True),
+    "full shard, CPU offload": Strategy(offload=True),
+    "full shard, bf16": Strategy(precision="bf16", frozen_dtype=torch.bfloat16),
+    "frozen replicated, bf16": Strategy(precision="bf16", frozen="replicate", frozen_dtype=torch.bfloat16),
+}
+
+
+def local_bytes(tensors: Any) -> int:
+    """Bytes of this process' part of the tensors."""
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def kept_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that a process keeps between backward and update: trained and frozen weights, gradients, AdamW's state."""
+    parameters = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    with torch.no_grad():
+        return {
+            "trained": local_bytes(p for p in parameters if p.requires_grad),
+            "frozen": local_bytes(p for p in parameters if not p.requires_grad),
+            "gradients": local_bytes(p.grad for p in parameters if p.grad is not None),
+            "frozen gradients": local_bytes(p.grad for p in parameters if p.grad is not None and not p.requires_grad),
+            "optimizer": local_bytes(state for state in states if state.ndim),
+        }
+
+
+def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[str, Any]:
+    """One update with `pieces` micro-batches under a strategy of `STRATEGIES`; the first update is not counted."""
+    strategy = STRATEGIES[name]
+    model = subject(partial(tiny_lm, family))
+    shard(model, fsdp_units(model), processes, strategy)
+    groups = parameter_groups(model.named_parameters(), lr=1e-3, weight_decay=0.1, lr_factors={}, part_of=model.part_of)
+    optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-8)
+    batch = page(model, (0, 1, 2), side="right")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model.train()
+    counted: dict[str, Any] = {}
+    for _ in range(2):
+        with CountTraffic() as seen:
+            for piece in range(pieces):
+                before_backward(model, strategy, last=piece + 1 == pieces)
+                FlamingoObjective().loss_sum(model, batch).backward()
+        counted = {"calls": seen.traffic.calls, "bytes": seen.traffic.bytes, "kept": kept_bytes(model, optimizer)}
+        optimizer.step()
+        counted["kept"]["optimizer"] = kept_bytes(model, optimizer)["optimizer"]
+        optimizer.zero_grad()
+    return counted
+
+
+def _all(processes: Processes, family: str, pieces: int, file: str) -> None:
+    names = [name for name, strategy in STRATEGIES.items() if processes.size % (strategy.shard_size or 1) == 0]
+    found = {name: measure(processes, family, name, pieces) for name in names}
+    if processes.is_main:
+        Path(file).write_text(json.dumps(found))
+
+
+def measure_all(family: str, processes: int, pieces: int) -> dict[str, dict[str, Any]]:
+    """Every strategy's traffic and kept bytes, as the first of `processes` gloo processes sees them."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        spawn(_all, processes, family, pieces, str(file))
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The measurements as a Markdown table; kB are 1,000 bytes."""
+    kinds = list(_KINDS.values())
+    head = ["strategy", *(f"{kind} (kB)" for kind in kinds), "trained kB", "frozen kB", "gradients kB", "AdamW kB"]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for name, one in found.items():
+        sent = [f"{one['calls'].get(kind, 0)} ({one['bytes'].get(kind, 0) / 1e3:.1f})" for kind in kinds]
+        kept = [f"{one['kept'][part] / 1e3:.1f}" for part in ("trained", "frozen", "gradients", "optimizer")]
+        lines.append(" | ".join([name, *sent, *kept]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m flamingo.training.memory_plan.collectives", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--family", default="llama", choices=list(FAMILIES), help="of the tiny language model")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--pieces", type=int, default=1, help="micro-batches of an update")
+    options = parser.parse_args(arguments)
+    for processes in options.processes:
+        print(f"\n{options.family}, {processes} processes, {options.pieces} micro-batches an update:\n")
+        print(table(measure_all(options.family, processes, options.pieces)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

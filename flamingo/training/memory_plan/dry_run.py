@@ -1,0 +1,159 @@
+"""The memory that a process needs for a step, before anything is allocated: `python train.py ... plan=true`.
+
+Notable: nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
+the same model, on tensors that have a shape and no memory and with processes that exist in name only, while a ledger
+adds up the storages that live (`ledger.py`). So whatever changes the step, another strategy, recomputation, another
+LM, changes the plan. Only tensors of integers, who sees which picture, are real: their values decide shapes.
+
+What the plan leaves out is the context of the GPU, its allocator's fragmentation and what kernels allocate inside; the
+check against a device's memory sets something aside for them (`planning.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flamingo.language import loss as chunked_loss
+from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.memory_plan.collectives import Traffic
+from flamingo.training.memory_plan.ledger import Ledger, local
+from flamingo.training.objectives.losses import Objective
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
+
+PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the highest moment of a step, by part, and what travels in that step."""
+
+    parts: dict[str, int]
+    offloaded: int
+    """Of these, bytes that lie in the CPU's memory."""
+    traffic: Traffic
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device."""
+        return sum(self.parts.values()) - self.offloaded
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Inside FakeTensorMode: what works on integers alone is computed for real."""
+
+    def __init__(self, ledger: Ledger, traffic: Traffic) -> None:
+        super().__init__()
+        self._ledger, self._traffic = ledger, traffic
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if func.namespace == "c10d":
+            self._traffic.see(func, args)
+        elif _whole(func, tensors, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _whole(func: Any, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator has to do with real integers only."""
+    dtype = kwargs.get("dtype")
+    if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
+        return False
+    if tensors:
+        return not any(t.is_floating_point() or isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+    # Without a dtype these take that of their numbers; all other makers of tensors make floats.
+    numbers = args[:1] if func.overloadpacket is not torch.ops.aten.full else args[1:2]
+    of_numbers = func.overloadpacket in (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
+    return dtype is not None or (of_numbers and all(isinstance(number, int) for number in numbers))
+
+
+@contextmanager
+def _pretended_group(size: int) -> Iterator[Processes]:
+    """A process group of `size` of which this process is the first and the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a plan is made before the processes join their group")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield Processes(0, size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _chunks_of(kind: str) -> Iterator[None]:
+    """The loss takes as many positions at a time as it does on this kind of device."""
+    kept = chunked_loss.CHUNK_BYTES["cpu"]
+    chunked_loss.CHUNK_BYTES["cpu"] = chunked_loss.CHUNK_BYTES[kind]
+    try:
+        yield
+    finally:
+        chunked_loss.CHUNK_BYTES["cpu"] = kept
+
+
+def plan_step(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    strategy: Strategy | None,
+    processes: int = 1,
+    device: str = "cpu",
+) -> Memory:
+    """What the first process needs for one update from these micro-batches.
+
+    Args:
+        model: on the meta device; parts frozen, adapters put in and recomputation switched on as they will be.
+        objective: what its loss is.
+        batches: integer tensors are real; `pixel_values` may be on the meta device.
+        strategy: how it is sharded; None: not at all.
+        processes: that share the work.
+        device: `cpu` or `cuda`, which decides the chunks of the loss.
+    """
+    ledger, traffic = Ledger(), Traffic()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _pretended_group(processes) as group, _chunks_of(device), fake, _RealIntegers(ledger, traffic):
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_floating_point():
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        if strategy is not None:
+            shard(model, fsdp_units(model), group, strategy)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        moments = [torch.empty_like(local(parameter)) for parameter in trained for _ in range(2)]
+        subject: Any = model
+        if getattr(model, "_head_is_last", False) is None:
+            subject._head_is_last = True  # found out by comparing values, of which there are none
+        model.train()
+        with ledger:
+            ledger.own((*model.parameters(), *model.buffers()), "weights")
+            ledger.own(moments, "optimizer")
+            for place, batch in enumerate(batches):
+                if strategy is not None:
+                    before_backward(model, strategy, last=place + 1 == len(batches))
+                tensors = {name: value.to("cpu") if value.is_meta else value for name, value in batch.items()}
+                loss = objective.loss_sum(model, tensors)
+                loss.backward()
+                ledger.relabel((p.grad for p in trained if p.grad is not None), "gradients")
+                del loss, tensors
+            ledger._note_peak()
+    parts = {part: ledger.at_peak.get(part, 0) for part in PARTS}
+    kept = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
+    return Memory(parts, kept if strategy is not None and strategy.offload else 0, traffic)

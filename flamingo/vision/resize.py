@@ -1,0 +1,211 @@
+"""Encoders at another resolution than they were trained at, and timm's encoders by name.
+
+Notable: learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
+do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
+has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
+saved is an encoder of the new size. A side that is no multiple of the patch loses the rest at its right and bottom: at
+patch 14, 322 or 336 px make better use of a picture than the paper's 320.
+
+Letters: G side of a grid of patches, R rows before it (class token), D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flamingo.config import VisionConfig
+from flamingo.errors import UserError
+from flamingo.hub import hub_reachable, read_safetensors
+from flamingo.vision.encoder import build_open_clip, token_width
+
+TIMM = "timm/"
+
+
+def resized_positions(
+    table: Float[Tensor, "N D"], grid: int, *, prefix: int, antialias: bool = True
+) -> Float[Tensor, "M D"]:
+    """Return a table of R + G*G positions with its grid at `grid` x `grid`; the first `prefix` rows stay.
+
+    Raises:
+        UserError: the rows behind the prefix are no square.
+    """
+    first, old = table[:prefix], table[prefix:]
+    side = math.isqrt(len(old))
+    if side * side != len(old):
+        raise UserError(f"{len(old)} position embeddings are no square grid, so they cannot be interpolated")
+    if side == grid:
+        return table
+    picture = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
+    return torch.cat([first, picture[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
+
+
+@torch.no_grad()
+def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None:
+    """Make an encoder take pictures of `image_size` px, in place.
+
+    open_clip's towers, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
+    module. Convolutional encoders and those that interpolate in every forward pass (DINOv2) stay as they are.
+    `antialias=False` is transformers' own `interpolate_pos_encoding`; timm and open_clip have no such thing.
+
+    Raises:
+        UserError: timm needs a multiple of the patch size; the positions are of a kind that is not known here.
+    """
+    trunk = getattr(tower, "trunk", tower)
+    if hasattr(trunk, "set_input_size"):  # timm, inside open_clip's adapter or bare
+        patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))[0]
+        if image_size % patch:
+            raise UserError(
+                f"{type(trunk).__name__} of timm takes sides that are multiples of its patch, {patch} px; "
+                f"image_size={image_size} is none, {image_size // patch * patch} is"
+            )
+        tower.set_input_size((image_size, image_size))
+        return
+    if isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):  # open_clip's own
+        grid = _grid(image_size, tower.patch_size)
+        old = tower.positional_embedding
+        tower.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
+        tower.image_size, tower.grid_size = (image_size, image_size), (grid, grid)
+    for module in tower.modules():
+        if isinstance(getattr(module, "position_embedding", None), nn.Embedding):  # transformers' CLIP, SigLIP, ...
+            _resize_embedding(module, image_size, antialias)
+        elif _has_fixed_positions(module):  # its ViT, DeiT, ...
+            _resize_parameter(module, image_size, antialias)
+        else:
+            continue
+        if hasattr(tower, "config"):
+            tower.config.image_size = image_size
+    try:
+        token_width(tower, image_size)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise UserError(
+            f"{type(tower).__name__} does not take pictures of {image_size} px ({_first_line(error)}), and its "
+            "positions are not of a kind that is interpolated here; build it for that size"
+        ) from error
+
+
+def _grid(image_size: int, patch_size: int | Sequence[int]) -> int:
+    patch = patch_size if isinstance(patch_size, int) else patch_size[0]
+    if image_size < patch:
+        raise UserError(f"image_size={image_size} is smaller than the encoder's patch, {patch} px")
+    return image_size // patch
+
+
+def _prefix(rows: int) -> int:
+    """Return how many of a table's rows stand before its grid: 197 = 1 + 14 * 14 has 1, 196 has none."""
+    return rows - math.isqrt(rows) ** 2
+
+
+def _resize_embedding(module: Any, image_size: int, antialias: bool) -> None:
+    """Resize positions that are an `nn.Embedding`, and what their module remembers of its size."""
+    grid, old = _grid(image_size, module.patch_size), module.position_embedding
+    table = resized_positions(old.weight, grid, prefix=_prefix(len(old.weight)), antialias=antialias)
+    module.position_embedding = nn.Embedding.from_pretrained(table.clone(), freeze=not old.weight.requires_grad)
+    module.image_size, module.num_patches, module.num_positions = image_size, grid * grid, len(table)
+    module.position_ids = torch.arange(len(table), device=table.device).expand(1, -1)
+
+
+def _has_fixed_positions(module: Any) -> bool:
+    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is told to interpolate it."""
+    table = getattr(module, "position_embeddings", None)
+    fixed = isinstance(table, nn.Parameter) and table.ndim == 3 and hasattr(module, "patch_embeddings")
+    return fixed and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
+
+
+def _resize_parameter(module: Any, image_size: int, antialias: bool) -> None:
+    """Resize positions that are a parameter (1, N, D), and what their module remembers of its size."""
+    patches, old = module.patch_embeddings, module.position_embeddings
+    grid = _grid(image_size, patches.patch_size)
+    table = resized_positions(old[0], grid, prefix=_prefix(old.shape[1]), antialias=antialias)
+    module.position_embeddings = nn.Parameter(table[None].clone(), old.requires_grad)
+    patches.num_patches = grid * grid
+    for one in (module, patches):
+        if hasattr(one, "image_size"):
+            one.image_size = (image_size, image_size)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
+    """Return the width D of a tower's tokens, from a run at this size.
+
+    Raises:
+        UserError: the tower does not take pictures of this size.
+    """
+    try:
+        return token_width(tower, image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{name} does not take pictures of {image_size} px ({_first_line(error)}); "
+            f"where it has learned positions, flamingo.vision.resize.resize_tower(module, {image_size}) interpolates them"
+        ) from error
+
+
+def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
+    """Return one of timm's encoders with its config: `timm/dm_nfnet_f6` with the tag `dm_in1k` is the paper's.
+
+    `pretrained` is one of timm's tags, a file of weights, or None for random weights.
+
+    Raises:
+        UserError: an unknown name or tag, no network, or a file that does not fit.
+    """
+    import timm
+
+    model = name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        raise UserError(f"timm has no model {model!r}; timm.list_models('*{model[:8]}*') lists names like it")
+    file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
+    tagged = f"{model}.{pretrained}" if pretrained and file is None else model
+    if tagged != model and tagged not in timm.list_pretrained():
+        tags = ", ".join(known.split(".", 1)[-1] for known in timm.list_pretrained(f"{model}.*"))
+        raise UserError(f"timm has no weights {pretrained!r} for {model}; known are {tags or 'none'}")
+    described: Any = timm.get_pretrained_cfg(tagged)
+    native = int(described.input_size[-1])
+    vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": native}
+    arch = {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}
+    tower: Any = build_open_clip(arch)
+    if pretrained:
+        _load_timm_weights(tower.trunk, tagged, file)
+    size = image_size or native
+    if size != native:
+        resize_tower(tower, size)
+        vision_cfg["image_size"] = size
+    config = VisionConfig(
+        kind="open_clip",
+        name=name,
+        arch=arch,
+        width=checked_width(tower.eval(), size, name),
+        image_size=size,
+        mean=tuple(described.mean),
+        std=tuple(described.std),
+    )
+    return tower, config
+
+
+def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:
+    """Fill a trunk from a file, or with timm's weights of a tag; the classifier that it lacks is left out."""
+    if file is not None:
+        weights = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    elif hub_reachable():
+        import timm
+
+        weights = timm.create_model(tagged, pretrained=True, num_classes=0, global_pool="").state_dict()
+    else:
+        raise UserError(
+            f"timm's weights {tagged} are not at hand: the network is not reachable; give vision_pretrained= a file"
+        )
+    told = trunk.load_state_dict(weights, strict=False)
+    if wrong := [*told.missing_keys, *(key for key in told.unexpected_keys if not key.startswith("head"))]:
+        raise UserError(f"{file or tagged} does not fit {tagged}: {len(wrong)} keys differ, the first is {wrong[0]}")
