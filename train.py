@@ -24,38 +24,34 @@ from typing import Any, TypeVar
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
-from data.enough import too_small
+from data.dataset import DatasetSpec, page_texts, too_small
 from data.loading.loader import MixLoader
-from data.dataset import DatasetSpec, page_texts
 from eval.in_training import Evaluations, Probe
 from flamingo.errors import UserError
-from flamingo.training.distributed import fsdp
-from flamingo.training.memory_plan import plan
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.checkpoints.schedule import Checkpoints
-from flamingo.training.checks import unavailable
-from flamingo.training.config import TrainConfig
+from flamingo.training.compose import CONFIGS, compose, nearest, typed
+from flamingo.training.config import TrainConfig, unavailable
+from flamingo.training.distributed import fsdp
 from flamingo.training.distributed.failures import Stall, exit_status, submitted, watched
-from flamingo.training.metrics.flops import Flops
 from flamingo.training.distributed.launch import join_launcher
-from flamingo.training.nonfinite import Skipped
-from flamingo.training.optim import optimizer_of, scheduled, set_lr
+from flamingo.training.memory_plan import plan
+from flamingo.training.metrics.flops import Flops
 from flamingo.training.metrics.sinks import Reports
-from flamingo.training.run_folder import Throughput, claim_folder, describe, finish, mean_losses, model_values, part_norms
-from flamingo.training.run_folder import same_backbones as check_backbones
+from flamingo.training.metrics.throughput import Throughput, describe, mean_losses, model_values, part_norms
+from flamingo.training.nonfinite import Skipped
 from flamingo.training.objectives.setup import SETUPS, Setup, place, strategy_of
-from flamingo.training.compose import explain, nearest
+from flamingo.training.optim import optimizer_of, scheduled, set_lr
+from flamingo.training.run_folder import claim_folder, finish
+from flamingo.training.run_folder import same_backbones as check_backbones
 
-CONFIGS = Path(__file__).resolve().parent / "hydra"
 T = TypeVar("T")
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -238,39 +234,6 @@ def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[s
         except (OmegaConfBaseException, UserError) as error:
             wrong.append(f"{where}: {str(error).strip().splitlines()[0]}")
     return specs  # type: ignore[return-value]
-
-
-def compose(arguments: list[str]) -> TrainConfig:
-    """`key=value` arguments to a typed config.
-
-    hydra composes the groups (`experiment=...`); values are then set on the typed result, whose tables may grow.
-
-    Raises:
-        UserError: an unknown key or group, a value of the wrong type.
-    """
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
-        groups = [o for o in overrides if o.key_or_group.startswith("hydra.") or (CONFIGS / o.key_or_group).is_dir()]
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose("train", overrides=[str(override.input_line) for override in groups])
-        OmegaConf.set_struct(composed, False)  # the schema stays: only its own tables take new keys
-        for override in overrides:
-            if override not in groups:
-                key = override.key_or_group
-                merge = OmegaConf.select(composed, key) is not None  # omegaconf cannot merge onto nothing
-                OmegaConf.update(composed, key, override.value(), merge=merge)
-        return typed(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-
-
-def typed(composed: DictConfig) -> TrainConfig:
-    """The composed YAML as `TrainConfig`."""
-    if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
-        raise UserError(f"{extra[0]} is no key of the config")
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, TrainConfig)
-    return config
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from benchmarks.sizes import Size
 from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, training_steps
-from flamingo.trie import Trie
+from flamingo.inference.scoring import Trie
 
 
 def tower(size: Size) -> int:

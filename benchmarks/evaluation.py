@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.sizes import Size
 from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
-from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import Prompt
 from eval.prompting.requests import Decoding, Request

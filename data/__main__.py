@@ -12,8 +12,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from data.shards.index import build_index, index_path
 from data.prepare import DRAWN, SOURCES
+from data.shards.index import build_index, index_path
 from flamingo.errors import UserError
 
 MEASURES = {
@@ -35,7 +35,7 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
         if name == source:
             if name not in DRAWN:
                 import_module("data.prepare.engine").add_arguments(one)
-            import_module(f"data.prepare.{name}").add_arguments(one)
+            import_module(f"data.prepare.sources.{name}").add_arguments(one)
     merge = commands.add_parser("merge", help="join what `prepare --part i/n` wrote")
     merge.add_argument("folder", nargs="+", metavar="DIR")
     merge.add_argument("--out", metavar="DIR", help="folder for the whole (default: the first DIR)")
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     try:
         if args.command == "prepare":
             if args.source in DRAWN:
-                import_module(f"data.prepare.{args.source}").run(args)
+                import_module(f"data.prepare.sources.{args.source}").run(args)
             else:
                 import_module("data.prepare.engine").run(args.source, args)
             return 0

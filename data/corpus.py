@@ -22,9 +22,9 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from data.remote.download import expand, is_remote
 from data.remote.shard_cache import ShardCache
 from data.shards.index import IndexHead, TarIndex, build_index, check_tar, index_path, load_index, read_head, wrong_size
-from data.remote.download import expand, is_remote
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
 

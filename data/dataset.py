@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from data.remote.shard_cache import ShardCache
 from data.corpus import Corpus, open_shards, resolve_shards
+from data.order import default_lanes
+from data.remote.shard_cache import ShardCache
+from data.shards.document import Text
 from data.shards.index import KINDS
 from data.shards.mmc4 import Mmc4Rule
-from data.shards.document import Text
-from data.order import default_lanes
 from data.shards.reader import ShardReader
-from data.batches.tokenize import LABEL_POLICIES, WINDOWS
 from flamingo.errors import UserError
 
 __all__ = ["KINDS", "REDUCTIONS", "Corpus", "DatasetSpec", "open_corpus", "page_texts", "reader_of", "resolve_shards"]
@@ -143,3 +142,26 @@ def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
                 nodes = reader.sample(shard, corpus.row(shard, number), pictures=False).nodes
                 yield "".join(node.text for node in nodes if isinstance(node, Text))
         reader.close()
+
+
+def too_small(specs: Iterable[DatasetSpec], pieces: int) -> Iterator[str]:
+    """One clause for each dataset whose shards are missing or broken, or that has less than a sample for each piece.
+
+    Shards need not be as many as processes, since the order deals out samples (`data.order`); and a batch may be larger
+    than a small dataset, which then repeats itself within it. `pieces` are processes x micro-batches.
+    """
+    for spec in specs:
+        try:
+            samples = int(open_corpus(spec).counts.sum())
+        except UserError as error:
+            yield str(error)
+            continue
+        if samples < pieces:
+            yield (
+                f"data.datasets.{spec.name}.shards hold {samples} samples, fewer than processes x run.micro_batches = "
+                f"{pieces}, so processes would learn the same ones: add shards or use fewer processes"
+            )
+
+
+LABEL_POLICIES = ("text", "openflamingo")
+WINDOWS = ("random", "start")

@@ -34,7 +34,7 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
     Raises:
         UserError: there is no such task or folder, or the task has no published files.
     """
-    from eval.__main__ import load_config
+    from eval.compose import load_config
     from eval.tasks.build import check_spec
     from eval.tasks.sources import read_documents, read_support
 

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data.loading.loader import MixLoader
-from eval.tasks.build import build_task, check_shots
-from eval.inference.model import FlamingoResponder
 from eval.inference.distributed import Ranks
+from eval.inference.model import FlamingoResponder
 from eval.runner import Grid, Sample, run
 from eval.task import content_hash
+from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.training.config import RunConfig
+from flamingo.training.config import ProbeOptions, RunConfig
 from flamingo.training.distributed.fsdp import Processes
-from flamingo.training.run_options import ProbeOptions
 from flamingo.training.objectives.setup import Setup
 from flamingo.training.validation import evaluating, validation_losses
 
@@ -36,7 +35,7 @@ class Probe:
         Raises:
             UserError: no such task, data are missing, or they give fewer demonstrations than asked for.
         """
-        from eval.__main__ import load_config
+        from eval.compose import load_config
 
         settings = (f"task=[{','.join(options.tasks)}]", f"data={options.data}", f"shots={options.shots}", "model=none")
         config = load_config(settings)

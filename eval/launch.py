@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from eval.tasks.build import build_task, check_shots
-from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.config import EvalConfig
+from eval.inference.distributed import Ranks
 from eval.inference.engine import Engine
-from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
+from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.model import FlamingoResponder
 from eval.inference.provenance import code_hash, folder_hash, provenance
-from eval.inference.distributed import Ranks
-from eval.reports.results import results_of, write_atomically, write_report
 from eval.inference.response_log import ResponseLog
-from eval.runner import Cell, Grid, Sample, run
 from eval.prompting.strategies import requests_of
+from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
+from eval.reports.results import results_of, write_atomically, write_report
+from eval.runner import Cell, Grid, Sample, run
 from eval.task import TaskSpec, content_hash
+from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 
@@ -107,7 +107,9 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     if config.cache is not None:
         limit = int(config.cache_gb * 1e9)
         store = PictureStore(Path(config.cache), responder.picture_key, limit)
-    code = code_hash("flamingo", "eval/inference/model.py", "eval/inference/decoding.py", "eval/inference/shared_prefix.py")
+    code = code_hash(
+        "flamingo", "eval/inference/model.py", "eval/inference/decoding.py", "eval/inference/shared_prefix.py"
+    )
     key = content_hash(model_hash, responder.picture_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
     ranks.barrier()  # nobody writes before everybody has read
@@ -117,7 +119,9 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
 
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
     """Every file but the log, which is there already."""
-    from eval.reports.plots import curve_png  # matplotlib takes a second to import, and a mistake should be told before it
+    from eval.reports.plots import (
+        curve_png,  # matplotlib takes a second to import, and a mistake should be told before it
+    )
 
     out = Path(config.out)
     write_report(out, results, samples)

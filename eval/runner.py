@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eval.demonstrations.ablations import ABLATIONS, NEEDS_DEMOS
-from eval.inference.feature_cache import FeatureCache
 from eval.inference.engine import Engine
-from eval.inference.model import Responder
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.protocol import Responder
 from eval.prompting.query import Outcome, Query, Settings, Steps
 from eval.prompting.requests import Request, Response
 from eval.prompting.strategies import NEEDS_RATIONALES, STRATEGIES

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flamingo.config import FlamingoConfig as FlamingoConfig
     from flamingo.errors import UserError as UserError
-    from flamingo.vision.transform import ImageTransform as ImageTransform
     from flamingo.modeling import FlamingoForConditionalGeneration as FlamingoForConditionalGeneration
     from flamingo.processor import FlamingoProcessor as FlamingoProcessor
+    from flamingo.vision.transform import ImageTransform as ImageTransform
 
 _WHERE = {
     "FlamingoConfig": "config",

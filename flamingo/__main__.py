@@ -82,8 +82,8 @@ def conformance(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from flamingo.conformance.checks import CHECKS, TOLERANCE, conform
-    from flamingo.training.distributed.conformance import two_processes
     from flamingo.conformance.tiny_models import FAMILIES, loaded_lm
+    from flamingo.training.distributed.conformance import two_processes
 
     logging.disable_progress_bar()
     known = [*CHECKS, "two_processes"]

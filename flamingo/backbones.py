@@ -27,12 +27,12 @@ from flamingo.config import (
 )
 from flamingo.errors import UserError
 from flamingo.hub import from_hub, hub_reachable, read_safetensors
-from flamingo.vision.transform import ImageTransform
+from flamingo.language.embeddings import embedding_table
 from flamingo.language.hooks import place_beside
 from flamingo.processor import FlamingoProcessor
-from flamingo.language.embeddings import embedding_table
-from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_tower
 from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_tower, vision_model_from_config
+from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_tower
+from flamingo.vision.transform import ImageTransform
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # Of `VisionConfig`, what a caller may say of any encoder, and what of a built module.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.errors import BadSample
 from data.batches.tokenize import IGNORED
+from data.errors import BadSample
 
 
 @dataclass(slots=True)

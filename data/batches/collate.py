@@ -19,12 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.errors import ContentError, PassedOver
 from data.batches.frames import Transform, clip_frames, empty, jittered, load_picture, picture_bytes, stacked
 from data.batches.packing import groups, join
-from data.shards.document import Node, Picture, Text
-from data.shards.reader import RawSample
-from data.dataset import DatasetSpec
 from data.batches.tokenize import (
     IGNORED,
     CachedEncoder,
@@ -35,6 +31,10 @@ from data.batches.tokenize import (
     tokenize_page,
     window_of,
 )
+from data.dataset import DatasetSpec
+from data.errors import ContentError, PassedOver
+from data.shards.document import Node, Picture, Text
+from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
 SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong

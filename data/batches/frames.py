@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data.batches.decode import decode
+from data.dataset import DatasetSpec
 from data.shards.document import Picture
 from data.shards.reader import RawSample
-from data.dataset import DatasetSpec
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
 

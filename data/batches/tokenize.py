@@ -30,8 +30,6 @@ from tokenizers import Tokenizer
 from data.shards.document import Node, Picture, Text
 
 IGNORED = -100  # no loss on this token
-LABEL_POLICIES = ("text", "openflamingo")
-WINDOWS = ("random", "start")
 
 
 # The tokenizers of transformers change while they tokenize and raise when two threads do it at once. A process that was

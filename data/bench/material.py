@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.shards.mmc4 import Mmc4Rule, mmc4_page
 from data.shards.document import Page
+from data.shards.mmc4 import Mmc4Rule, mmc4_page
 from data.shards.writer import ShardWriter
 
 POOL = 48  # different pictures; drawing and encoding them costs more than all that is measured

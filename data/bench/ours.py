@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data.bench.material import Material, tokenizer_of
 from data.batches.collate import FlamingoCollate
-from data.loading.loader import MixLoader
+from data.bench.material import Material, tokenizer_of
 from data.dataset import DatasetSpec
+from data.loading.loader import MixLoader
 from flamingo.processor import FlamingoProcessor, ImageTransform
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import CATALOGUE, read_catalogue, write_catalogue
-from data.shards.index import KINDS, IndexHead
 from data.order import Plan
+from data.shards.index import KINDS, IndexHead
 from flamingo.errors import UserError
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from data.batches.batch import Batch, StepBatches
 from data.batches.collate import Collate
+from data.dataset import DatasetSpec
 from data.errors import BadSampleCounter, BadSampleLog
+from data.loading.heartbeat import Board, warn
 from data.loading.prefetch import Prefetcher
 from data.loading.shared_memory import in_slabs
 from data.loading.step_dataset import Failure, Source, StepDataset, StepSampler
-from data.dataset import DatasetSpec
 from data.loading.workers import Ahead, InTurn, Supply, WorkerLostError, Workers
-from data.loading.heartbeat import Board, warn
 from flamingo.errors import UserError
 
 __all__ = ["Batch", "MixLoader", "StepBatches"]

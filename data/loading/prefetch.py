@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
-from data.remote.shard_cache import ShardCache
-from data.remote.download import is_remote
 from data.loading.step_dataset import Source, StepDataset
+from data.remote.download import is_remote
+from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
 
 AT_ONCE = 4

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from data.batches.batch import Batch
 from data.batches.collate import Collate
-from data.errors import BadSample, ContentError, PassedOver
-from data.order import SAMPLE, Plan, Slot, dataset_seed, stream
 from data.dataset import Corpus, DatasetSpec, open_corpus, reader_of
+from data.errors import BadSample, ContentError, PassedOver
 from data.loading.heartbeat import Board
+from data.order import SAMPLE, Plan, Slot, dataset_seed, stream
 from flamingo.errors import UserError
 
 ATTEMPTS = 8  # replacements tried for a bad sample

@@ -23,7 +23,7 @@ SOURCES = {
     "video": "videos with captions: tars of video2dataset, folders, frames extracted before",
     "html": "saved web pages, in the order of their DOM",
     "warc": "web pages of WARC files, in the order of their DOM",
-    "shards": "shards once more, without what repeats over the corpus: pictures, addresses, paragraphs",
+    "deduplicate": "shards once more, without what repeats over the corpus: pictures, addresses, paragraphs",
     "folder": "a folder of Markdown or text files with pictures in them",
 }
 DRAWN = ("toy", "digits")

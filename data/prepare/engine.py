@@ -48,7 +48,7 @@ class NothingKeptError(UserError):
 
 def load_source(name: str) -> Source:
     """The module of a source."""
-    return cast(Source, import_module(f"data.prepare.{name}"))
+    return cast(Source, import_module(f"data.prepare.sources.{name}"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from data.shards.document import sniff
 from data.prepare.inputs import LFS
 from data.prepare.units import Dropped
+from data.shards.document import sniff
 from flamingo.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

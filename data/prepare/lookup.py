@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from data.prepare.inputs import input_files, one_line
 from data.prepare.images import PictureFolder
+from data.prepare.inputs import input_files, one_line
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
 from flamingo.errors import UserError

@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.shards.index import index_path
 from data.prepare.engine import Record, finish, tidy
+from data.shards.index import index_path
 from data.shards.writer import make_folder
 from flamingo.errors import UserError
 

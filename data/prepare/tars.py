@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.shards.index import KEY_AND_SUFFIX, PICTURE_SUFFIX, SKIPPED
 from data.prepare.units import Dropped, Tally
+from data.shards.index import KEY_AND_SUFFIX, PICTURE_SUFFIX, SKIPPED
 from data.shards.tar import walk
 from flamingo.errors import UserError
 

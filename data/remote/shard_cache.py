@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.shards.index import build_index, check_tar, read_head
 from data.remote.download import download, free_bytes
+from data.shards.index import build_index, check_tar, read_head
 from data.shards.retry import ATTEMPTS, FIRST_WAIT
 from flamingo.errors import UserError
 

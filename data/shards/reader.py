@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import ContentError
+from data.shards.document import Node, Text, check_pictures, nodes_of
 from data.shards.index import JSON, PICTURE, TEXT, TarIndex
 from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_page
-from data.shards.document import Node, Text, check_pictures, nodes_of
 from data.shards.retry import Retry
 from data.shards.tar import LFS
 

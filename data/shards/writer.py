@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.index import build_index, index_path, open_index
 from data.shards.document import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff, to_utf8
+from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 

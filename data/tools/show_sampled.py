@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_page
+from data.dataset import LABEL_POLICIES, WINDOWS
 from data.shards.document import Page
 from data.tools.show import STYLE, figure
-from data.batches.tokenize import IGNORED, LABEL_POLICIES, WINDOWS, Row, SpecialTokens, make_row, tokenize_page
 from flamingo.errors import UserError
 
 COLOURS = ("#fde2c4", "#d3ecd3", "#d5e3f7", "#f6d6e6", "#e9e4b8", "#cfeeee", "#e3d6f5", "#f3cfc6")

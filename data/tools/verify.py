@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data.batches.decode import decode
 from data.errors import ContentError
-from data.shards.index import TarIndex, build_index, index_path, load_index
-from data.shards.document import Text
 from data.prepare.inputs import refuse_pointer
+from data.shards.document import Text
+from data.shards.index import TarIndex, build_index, index_path, load_index
 from data.shards.reader import ShardReader
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError

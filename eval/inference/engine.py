@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eval.inference.feature_cache import FeatureCache
-from eval.inference.model import Responder
 from eval.inference.distributed import Ranks
-from eval.prompting.requests import Decoding, Request, Response
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.protocol import Responder
 from eval.inference.response_log import ResponseLog
+from eval.prompting.requests import Decoding, Request, Response
 from eval.task import Picture
 from flamingo.errors import UserError
 

@@ -27,7 +27,7 @@ from eval.task import Picture
 from flamingo.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.inference.model import Responder
+    from eval.inference.protocol import Responder
 
 MEMORY_BYTES = 4 << 30
 """Features kept in memory when there is a folder to read the others from."""

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import LogitsProcessorList
 
-from eval.inference.feature_cache import FeatureCache as FeatureCache
 from eval.inference.decoding import GreedyOrSampled
+from eval.inference.feature_cache import FeatureCache as FeatureCache
+from eval.inference.provenance import code_hash, weights_hash
 from eval.inference.shared_prefix import SharedPrefix
 from eval.prompting.prompts import Prompt, PromptBuilder
-from eval.inference.provenance import code_hash, weights_hash
 from eval.prompting.requests import Completion as Completion
 from eval.prompting.requests import Decoding
 from eval.task import Picture, content_hash
@@ -30,34 +30,6 @@ from flamingo.errors import UserError
 
 FORMAT = 1
 """Of stored features; raised when what is stored changes."""
-
-
-class Responder(Protocol):
-    """What the loop needs of a model. L latents, Dv their width."""
-
-    builder: PromptBuilder
-
-    def encode(self, pictures: Sequence[Picture]) -> Tensor:
-        """(N, L, Dv) features of N pictures or clips."""
-        ...
-
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
-        """For every prompt the log-probability of each candidate; `features` (sum of I, L, Dv) in prompt order."""
-        ...
-
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
-        """For every prompt its greedy continuation."""
-        ...
-
-
-class Sampler(Protocol):
-    """What the loop needs beside `Responder` where text is sampled or searched for with beams."""
-
-    def sample(
-        self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
-    ) -> list[Completion]:
-        """For every prompt a continuation; `streams` name the random numbers of each."""
-        ...
 
 
 class FlamingoResponder:

@@ -33,7 +33,7 @@ def folder_hash(folder: Path) -> str:
 @lru_cache
 def code_hash(*paths: str) -> str:
     """SHA-256 over Python files, or folders' own ones, of the checkout: what other code computed is not reused."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     folders = [root / path for path in paths]
     files = [path for path in folders if path.is_file()]
@@ -86,7 +86,7 @@ def _device(device: str) -> str:
 
 def _commit() -> str:
     """The checkout's commit, with "-dirty" where files differ from it; "unknown" outside git."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from eval.prompting.prompts import Prompt
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.inference.generation import count_phi
-from flamingo.layers.media_mask import seen_after
 from flamingo.inference.media_cache import MediaCache
+from flamingo.layers.media_mask import seen_after
 
 
 @dataclass(frozen=True)

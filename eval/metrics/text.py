@@ -83,3 +83,15 @@ def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
     if name == "wups":
         wordnet()
     return OF_SET[name](golds) if name in OF_SET else SCORES[name]
+
+
+def clean(raw: str, *, tail: str = "", cut: Sequence[str] = (), remove: str = "") -> str:
+    """The first line of `raw`, up to the first of the strings in `cut`, without the characters of `remove`.
+
+    `tail` is the fixed end of an answer.
+    """
+    answer = parse_answer(raw)
+    for mark in cut:
+        answer = answer.split(mark, 1)[0]
+    answer = " ".join("".join(letter for letter in answer if letter not in remove).split())
+    return " ".join(answer.removesuffix(tail).split()) if tail else answer

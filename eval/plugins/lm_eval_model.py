@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval.inference.feature_cache import FeatureCache
 from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
 from eval.prompting.requests import Completion, Decoding, Request

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval.reports.compare import compare, differing_definitions, lines
-from eval.reports.submissions import KEYS, read_ids, submission
 from eval.reports.results import table, write_atomically
 from eval.reports.saved_run import problems, read_run
+from eval.reports.submissions import KEYS, read_ids, submission
 from flamingo.errors import UserError
 
 

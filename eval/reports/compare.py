@@ -17,8 +17,8 @@ import numpy as np
 
 from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
 from eval.reports.results import groups_of
-from eval.runner import Sample
 from eval.reports.saved_run import Stored
+from eval.runner import Sample
 from flamingo.errors import UserError
 
 FLIPS = 10_000

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from eval.tasks.binding import BindingTask
 from eval.demonstrations.samplers import parse_sampler
-from eval.tasks.documents import DocumentTask
-from eval.tasks.formats.files import place, read_json
-from eval.tasks.formats.questions import stem_pairs
 from eval.metrics.stems import Stems
 from eval.metrics.table import METRICS, NEEDS_RANKING, check_metric
 from eval.metrics.text import SCORE_NAMES
 from eval.metrics.wordnet import wordnet_if_there
-from eval.tasks.sources import chosen_support, read_documents, read_names
 from eval.task import Document, Task, TaskSpec
+from eval.tasks.binding import BindingTask
+from eval.tasks.documents import DocumentTask
+from eval.tasks.formats.files import place, read_json
+from eval.tasks.formats.questions import stem_pairs
+from eval.tasks.sources import chosen_support, read_documents, read_names
 from flamingo.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -12,11 +12,10 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
 from eval.demonstrations.ablations import blanked
-from eval.answers import clean
+from eval.demonstrations.retrieval import Retriever
 from eval.demonstrations.samplers import draw, hash_order, parse_sampler, read_listed
 from eval.metrics.stems import Stems
-from eval.metrics.text import scorer
-from eval.demonstrations.retrieval import Retriever
+from eval.metrics.text import clean, scorer
 from eval.task import Baselines, Document, Episode, Frame, TaskSpec, Turn, content_hash
 from flamingo.errors import UserError
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from data.shards.writer import Page, Text, read_manifest, read_pages
 from eval.demonstrations.samplers import hash_order
+from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
 from eval.tasks.formats import FORMATS as DATA_SETS
 from eval.tasks.formats.choices import letters, written_options
 from eval.tasks.formats.files import Item, place
 from eval.tasks.formats.interleaved import interleaved
 from eval.tasks.formats.tables import FIELDS, read_csv_table, read_jsonl_table
-from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
 from flamingo.errors import UserError
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import MakeLM, page, subject
+from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 
 Check = Callable[[MakeLM], str]
 

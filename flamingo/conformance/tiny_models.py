@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.language.embeddings import embedding_table, output_head, table_shape
+from flamingo.modeling import FlamingoForConditionalGeneration
 
 MakeLM = Callable[[], PreTrainedModel]
 """Returns an LM, with the same weights every time."""

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from flamingo.errors import UserError
 from flamingo.convert.presets import PRESETS, Preset, preset
+from flamingo.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,8 +32,8 @@ from flamingo.convert.files import config_from
 from flamingo.convert.keys import IDEFICS, block_layers, renumber_blocks, translate
 from flamingo.convert.openflamingo import Converted, load_tokenizer
 from flamingo.errors import UserError
-from flamingo.vision.transform import ImageTransform
 from flamingo.processor import IMAGE_TOKEN, FlamingoProcessor
+from flamingo.vision.transform import ImageTransform
 
 FAKE_TOKEN, END_OF_UTTERANCE = "<fake_token_around_image>", "<end_of_utterance>"
 

@@ -37,11 +37,11 @@ from flamingo.convert.build import assemble, dtype_of, empty_weights, load_clean
 from flamingo.convert.keys import OPENFLAMINGO, block_layers, translate
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.vision.transform import ImageTransform
 from flamingo.language.hooks import embedding_table, output_head
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import EOC_TOKEN, IMAGE_TOKEN, FlamingoProcessor
 from flamingo.vision.encoder import build_open_clip, token_width
+from flamingo.vision.transform import ImageTransform
 
 PAD_TOKEN = "<PAD>"
 GPT_NEOX_HEAD = "language_model.embed_out.weight"

@@ -9,7 +9,7 @@ Letters: B batch, T text tokens, P tokens of the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,12 +19,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.layers.media_mask import phi_from_ids
 from flamingo.inference.media_cache import MediaCache as MediaCache
 from flamingo.inference.media_cache import PictureInputs, check_counts
-
-if TYPE_CHECKING:
-    from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.inference.protocol import MediaModel
+from flamingo.layers.media_mask import phi_from_ids
 
 
 def left_padded(
@@ -75,7 +73,7 @@ def default_generation_config(lm: PreTrainedModel, config: FlamingoConfig) -> Ge
 
 @torch.no_grad()
 def generate(
-    model: FlamingoForConditionalGeneration,
+    model: MediaModel,
     base_generate: Callable[..., Any],
     inputs: Tensor | None,
     *,
@@ -101,7 +99,7 @@ def generate(
     pictures = PictureInputs(**{name: kwargs.pop(name, None) for name in PictureInputs._fields})
     mask, phi = kwargs.pop("attention_mask", None), kwargs.pop("phi", None)
     past = kwargs.get("past_key_values")
-    media = model._media_of(len(ids), kwargs.pop("media_cache", None), past, pictures)
+    media = model.media_of(len(ids), kwargs.pop("media_cache", None), past, pictures)
     media = media.branch() if past is None else media
     if phi is None and getattr(past, "media", None) is None:
         check_counts(count_phi(model.config, ids), media)
@@ -125,7 +123,7 @@ def generate(
     return out
 
 
-def _copies(model: FlamingoForConditionalGeneration, options: dict[str, Any]) -> int:
+def _copies(model: MediaModel, options: dict[str, Any]) -> int:
     """Return how many beams or sequences follow each prompt, 1 where they cannot start from one run of the prompt."""
     config = options.get("generation_config") or model.generation_config
 
@@ -139,7 +137,7 @@ def _copies(model: FlamingoForConditionalGeneration, options: dict[str, Any]) ->
 
 
 def _prompt_cache(
-    model: FlamingoForConditionalGeneration,
+    model: MediaModel,
     ids: Tensor,
     mask: Tensor | None,
     phi: Tensor | None,

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flamingo.layers.cross_attention import KeysValues
 from flamingo.errors import UserError
+from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import picture_table
 
 

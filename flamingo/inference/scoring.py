@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from flamingo.errors import UserError
 from flamingo.inference.generation import count_phi, left_padded, token_phi
 from flamingo.inference.media_cache import MediaCache, PictureInputs, check_counts
-from flamingo.trie import Trie
-
-if TYPE_CHECKING:
-    from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.inference.protocol import MediaModel
 
 BATCH = 64
 """Candidates of a row that are run together; the logits of their inner nodes, about as many times V, are in memory."""
@@ -70,7 +67,7 @@ def per_row_candidates(candidates: Candidates, rows: int) -> list[list[list[int]
 
 @torch.no_grad()
 def score_candidates(
-    model: FlamingoForConditionalGeneration,
+    model: MediaModel,
     prompt_inputs: Mapping[str, Any],
     candidates: Candidates,
     *,
@@ -105,12 +102,12 @@ def score_candidates(
     return scores
 
 
-def _prompt(model: FlamingoForConditionalGeneration, inputs: Mapping[str, Any]) -> Prompt:
+def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> Prompt:
     """Read the caller's inputs; his cache and what it remembers of pictures are branched, not used."""
     ids, past = inputs["input_ids"], inputs.get("past_key_values")
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
     pictures = PictureInputs(**{name: inputs.get(name) for name in PictureInputs._fields})
-    media = model._media_of(len(ids), inputs.get("media_cache"), past, pictures).branch()
+    media = model.media_of(len(ids), inputs.get("media_cache"), past, pictures).branch()
     before = 0 if past is None else past.get_seq_length()
     if phi is None:
         seen = media.seen if before else None
@@ -136,7 +133,7 @@ def _branch(cache: Cache) -> Cache:
     return out
 
 
-def _totals(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[Tensor]:
+def _totals(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[Tensor]:
     """Return each row's scores of its trie's candidates."""
     assert prompt.logits is not None
     behind = _by_tree if takes_tree(model, prompt.past) else _by_levels
@@ -161,7 +158,7 @@ def _read(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> d
     return dict(zip(nodes, values.tolist(), strict=True))
 
 
-def takes_tree(model: FlamingoForConditionalGeneration, cache: Cache | None) -> bool:
+def takes_tree(model: MediaModel, cache: Cache | None) -> bool:
     """Say whether the LM runs a whole trie at once: it takes a mask of its own making, and positions.
 
     Not so with ALiBi, local attention, and caches that forget; nor with a class that is not known to pass such a mask
@@ -170,7 +167,7 @@ def takes_tree(model: FlamingoForConditionalGeneration, cache: Cache | None) -> 
     lm = model.language_model
     config: Any = lm.config.get_text_config(decoder=True)
     return (
-        model._lm_takes_positions
+        model.lm_takes_positions
         and cache is not None
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and config._attn_implementation in ("sdpa", "eager")
@@ -180,7 +177,7 @@ def takes_tree(model: FlamingoForConditionalGeneration, cache: Cache | None) -> 
     )
 
 
-def _by_tree(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_tree(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
     """Run all inner nodes of a row as one sequence in which each attends to the prompt, its ancestors and itself."""
     rows, width = len(tries), max(len(trie.inner) for trie in tries)
     ids = torch.zeros(rows, width, dtype=torch.long)
@@ -213,7 +210,7 @@ def _by_tree(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: lis
     ]
 
 
-def _by_levels(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_levels(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
     """Run the inner nodes of one depth after the other, each as a row with a copy of its parent's cache."""
     found: list[dict[int, float]] = [{} for _ in tries]
     place = {(row, -1): row for row in range(len(tries))}
@@ -242,7 +239,7 @@ def _by_levels(model: FlamingoForConditionalGeneration, prompt: Prompt, tries: l
 
 @torch.no_grad()
 def score_candidates_slow(
-    model: FlamingoForConditionalGeneration, prompt_inputs: Mapping[str, Any], candidates: Candidates
+    model: MediaModel, prompt_inputs: Mapping[str, Any], candidates: Candidates
 ) -> Float[Tensor, "R n"]:
     """The twin of `score_candidates` for tests: each prompt is run anew with each candidate, without any cache."""
     prompt = _prompt(model, {name: value for name, value in prompt_inputs.items() if name != "past_key_values"})
@@ -259,3 +256,48 @@ def score_candidates_slow(
             ).logits[0, -len(option) - 1 : -1]
             scores.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(option) :, None]).sum())
     return torch.stack(scores).view(len(prompt.ids), -1)
+
+
+@dataclass
+class Trie:
+    """Candidates of one row. Node -1 is the prompt; every other node is a token behind its parent, parents first."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    """0 for a first token."""
+    ends: list[int] = field(default_factory=list)
+    """Of each candidate the node of its last token."""
+    inner: list[int] = field(default_factory=list)
+    """Nodes that others follow: the ones that the LM has to run."""
+
+    @classmethod
+    def of(cls, options: Sequence[Sequence[int]]) -> Trie:
+        """Build the trie: [[5] [5 6] [5 7 8]] gives tokens [5 6 7 8], parents [-1 0 0 2], inner [0 2], ends [0 1 3]."""
+        trie = cls()
+        known: dict[tuple[int, int], int] = {}
+        for option in options:
+            node = -1
+            for depth, token in enumerate(option):
+                key = (node, token)
+                if key not in known:
+                    known[key] = len(trie.tokens)
+                    trie.tokens.append(token)
+                    trie.parents.append(node)
+                    trie.depths.append(depth)
+                node = known[key]
+            trie.ends.append(node)
+        trie.inner = sorted(set(trie.parents) - {-1})
+        return trie
+
+    def path(self, node: int) -> list[int]:
+        """Return a node and its ancestors."""
+        out = []
+        while node >= 0:
+            out.append(node)
+            node = self.parents[node]
+        return out
+
+    def edges(self) -> list[tuple[int, int]]:
+        """Return each node's parent and token."""
+        return list(zip(self.parents, self.tokens, strict=True))

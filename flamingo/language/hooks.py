@@ -27,11 +27,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flamingo.mosaic_gpt.modeling  # noqa: F401  (makes its model type known to transformers)
 from flamingo.config import num_decoder_layers
-from flamingo.layers.cross_attention import KeysValues
 from flamingo.errors import UserError
-from flamingo.language.loss import chunk_of, nll_in_chunks
-from flamingo.layers.media_mask import Segments
 from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape, table_values
+from flamingo.language.loss import chunk_of, nll_in_chunks
+from flamingo.layers.cross_attention import KeysValues
+from flamingo.layers.media_mask import Segments
 
 
 @dataclass

@@ -19,6 +19,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from flamingo.errors import UserError
+from flamingo.inference.protocol import MediaModel
 
 ATTENTIONS = ("sdpa", "eager")  # the others take no mask of ones own
 
@@ -38,10 +39,10 @@ def counted_positions(given: Tensor | None, attention_mask: Any, length: int) ->
     return given
 
 
-def packed_mask(model: Any, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B 1 T T"]:
+def packed_mask(model: MediaModel, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B 1 T T"]:
     """Return who may see whom, as the LM's attention takes it: earlier tokens of the own sequence, and oneself.
 
-    `model` is a FlamingoForConditionalGeneration. Raises UserError when the rows are longer than the LM's window.
+    Raises UserError when the rows are longer than the LM's window.
     """
     config = model.language_model.config.get_text_config(decoder=True)
     length, window = sequence_ids.shape[1], getattr(config, "sliding_window", None)
@@ -59,7 +60,7 @@ def packed_mask(model: Any, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, 
 
 
 def packed_inputs(
-    model: Any,
+    model: MediaModel,
     sequence_ids: Int[Tensor, "B T"],
     phi: Tensor | None,
     past_key_values: Any,
@@ -70,11 +71,8 @@ def packed_inputs(
     return packed_mask(model, sequence_ids), packed_positions(sequence_ids), False
 
 
-def check_packs(model: Any, phi: Tensor | None, past_key_values: Any, use_cache: bool | None) -> None:
-    """Raise UserError unless packed sequences stay apart in this model and call.
-
-    `model` is a FlamingoForConditionalGeneration.
-    """
+def check_packs(model: MediaModel, phi: Tensor | None, past_key_values: Any, use_cache: bool | None) -> None:
+    """Raise UserError unless packed sequences stay apart in this model and call."""
     lm = model.language_model
     config = lm.config.get_text_config(decoder=True)
     name = type(lm).__name__
@@ -90,7 +88,7 @@ def check_packs(model: Any, phi: Tensor | None, past_key_values: Any, use_cache:
             f"{', '.join(ATTENTIONS)}, or pack=0"
         )
     if (
-        not model._lm_takes_positions
+        not model.lm_takes_positions
         or getattr(config, "alibi", False)
         or not hasattr(sys.modules[type(lm).__module__], "create_causal_mask")
     ):

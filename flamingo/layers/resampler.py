@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flamingo.layers.attention import attend
 from flamingo.errors import UserError
+from flamingo.layers.attention import attend
 from flamingo.vision.frames import by_length
 
 

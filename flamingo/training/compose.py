@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig, flatten
 
 
@@ -24,3 +33,39 @@ def nearest(key: str, known: Sequence[str]) -> str:
     """`: did you mean ...` when something alike exists."""
     close = difflib.get_close_matches(key, known, n=1)
     return f": did you mean {close[0]}?" if close else ""
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
+
+
+def compose(arguments: list[str]) -> TrainConfig:
+    """`key=value` arguments to a typed config.
+
+    hydra composes the groups (`experiment=...`); values are then set on the typed result, whose tables may grow.
+
+    Raises:
+        UserError: an unknown key or group, a value of the wrong type.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        groups = [o for o in overrides if o.key_or_group.startswith("hydra.") or (CONFIGS / o.key_or_group).is_dir()]
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = hydra.compose("train", overrides=[str(override.input_line) for override in groups])
+        OmegaConf.set_struct(composed, False)  # the schema stays: only its own tables take new keys
+        for override in overrides:
+            if override not in groups:
+                key = override.key_or_group
+                merge = OmegaConf.select(composed, key) is not None  # omegaconf cannot merge onto nothing
+                OmegaConf.update(composed, key, override.value(), merge=merge)
+        return typed(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def typed(composed: DictConfig) -> TrainConfig:
+    """The composed YAML as `TrainConfig`."""
+    if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
+        raise UserError(f"{extra[0]} is no key of the config")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TrainConfig)
+    return config

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
@@ -22,10 +18,9 @@ from flamingo.errors import UserError
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.config import TrainConfig, differences
-from flamingo.training.metrics.loss_plot import draw_losses
-from flamingo.training.metrics.flops import Flops, peak_tflops
+from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
-from flamingo.training.distributed.fsdp import Processes, whole
+from flamingo.training.metrics.loss_plot import draw_losses
 
 
 def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
@@ -160,98 +155,3 @@ def finish(
             print(f"{run_dir / 'loss.png'} cannot be written: {error}", file=sys.stderr, flush=True)
     processes.wait()  # nobody leaves while the model is being written
     return run_dir / "model"
-
-
-def describe(
-    model: nn.Module, part_of: Callable[[str], str], processes: Processes, checkpoint: Path | None = None
-) -> str:
-    """Parameters of each part, trained and frozen, where the run computes, and what it goes on from."""
-    rows: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        row = rows.setdefault(part_of(name), [0, 0])
-        row[0 if parameter.requires_grad else 1] += parameter.numel()
-    lines = [f"  {part:<16} {trained:>14,} trained {frozen:>14,} frozen" for part, (trained, frozen) in rows.items()]
-    resumed = [f"resumed {checkpoint}"] if checkpoint else []
-    where = f"{processes.size} process(es) on {processes.device.type}, {torch.get_num_threads()} threads each"
-    return "\n".join([f"{where}, torch {torch.__version__}, Python {platform.python_version()}", *lines, *resumed])
-
-
-def mean_losses(weights: Mapping[str, float], sums: list[float], counts: list[float]) -> dict[str, float]:
-    """`loss/<dataset>` over all labels of all processes, and `loss`, their weighted sum: what an update minimises."""
-    means = {name: total / count for name, total, count in zip(weights, sums, counts, strict=True)}
-    loss = sum(weight * means[name] for name, weight in weights.items())
-    return {"loss": loss, **{f"loss/{name}": mean for name, mean in means.items()}}
-
-
-def model_values(model: nn.Module) -> dict[str, float]:
-    """Mean |tanh| of the attention and feed-forward gates (0 = the frozen LM alone), and the memory used so far."""
-    found: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf in ("attn_gate", "ff_gate"):
-            found.setdefault(f"gate/{leaf.removesuffix('_gate')}", []).append(whole(parameter.detach()).float())
-    values = {name: float(torch.cat(gates).tanh().abs().mean()) for name, gates in found.items()}
-    return {**values, "memory_gib": memory_gib()}
-
-
-def part_norms(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, float]:
-    """Norm of the trained weights and of their gradients, for each part of the model. Called by every process."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parts.setdefault(part_of(name), []).append(parameter)
-    norms = {}
-    for part, members in parts.items():
-        gradients = [parameter.grad for parameter in members if parameter.grad is not None]
-        weights = [parameter.detach() for parameter in members]
-        norms[f"norm/{part}"] = float(whole(nn.utils.get_total_norm(weights)))
-        norms[f"grad_norm/{part}"] = float(whole(nn.utils.get_total_norm(gradients))) if gradients else 0.0
-    return norms
-
-
-def memory_gib() -> float:
-    """Most memory of this process so far: of the GPU as torch allocated it, else resident."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Throughput:
-    """Tokens, pictures and FLOPs a second over all processes, and the share of time spent waiting for data."""
-
-    def __init__(self, processes: Processes, flops: Flops) -> None:
-        """Starts counting now."""
-        self._processes, self._flops = processes, flops
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was counted: something else than training took its time."""
-        self._began = time.perf_counter()
-        self._tokens = self._images = 0
-        self._waited = 0.0
-        self._flops.take()
-
-    def add(self, batches: Iterable[Mapping[str, Tensor]], waited: float) -> None:
-        """One step: its batches on this process and the seconds it waited for them."""
-        self._waited += waited
-        for tensors in batches:
-            if "attention_mask" in tensors:
-                self._tokens += int(tensors["attention_mask"].sum())
-            pictures = tensors.get("pixel_values", tensors.get("image"))
-            self._images += 0 if pictures is None else int(pictures.shape[0])
-
-    def read(self) -> dict[str, float]:
-        """Rates since the last reading. Called by every process."""
-        own = [float(self._tokens), float(self._images), float(self._flops.take())]
-        tokens, images, flops = self._processes.sum(own)
-        seconds = max(1e-9, time.perf_counter() - self._began)
-        values = {
-            "tokens_per_s": tokens / seconds,
-            "images_per_s": images / seconds,
-            "data_wait": min(1.0, self._waited / seconds),
-            "model_tflops_per_s": flops / seconds / 1e12,
-        }
-        if peak := peak_tflops(self._processes.device):
-            values["mfu"] = values["model_tflops_per_s"] / (peak * self._processes.size)
-        self.restart()
-        return values

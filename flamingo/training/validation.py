@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flamingo.training.objectives.losses import Objective
 from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.objectives.losses import Objective
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from data.batches.collate import FlamingoCollate
-from data.loading.loader import MixLoader
 from data.dataset import DatasetSpec
+from data.loading.loader import MixLoader
 from tests.data.helpers import byte_processor
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.shards.document import Node, Page, Picture, Text
 from data.shards.writer import ShardWriter
-from flamingo.vision.transform import ImageTransform
 from flamingo.processor import FlamingoProcessor
+from flamingo.vision.transform import ImageTransform
 
 SIDE = 8
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.reader import RawSample
-from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor
 
 MORE = 30

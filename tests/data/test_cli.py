@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data.shards.index import index_path
-from data.shards.document import Node, Page, Picture, Text
 from data.prepare.sources.digits import WORDS
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.index import index_path
 from data.shards.writer import ShardWriter, read_manifest, read_pages
 from data.toy.names import names
 from tests.data.helpers import png, write_pages

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.batches.collate import FlamingoCollate, LanguageCollate, PairCollate
+from data.batches.tokenize import IGNORED
+from data.dataset import DatasetSpec
 from data.loading.loader import Batch, MixLoader
 from data.shards.document import Node, Page, Picture, Text
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec
-from data.batches.tokenize import IGNORED
 from flamingo.errors import UserError
 from tests.data.helpers import (
     SIDE,

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec
 from data.errors import BadSample, BadSampleCounter
-from data.shards.index import index_path
 from data.loading.loader import MixLoader
 from data.shards.document import Node, Page, Picture, Text
+from data.shards.index import index_path
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, encoded, numbered_page, png, random_image, write_pages
 from tests.data.test_index import make_tar

@@ -11,9 +11,9 @@ import torch
 
 from data.batches.collate import FlamingoCollate
 from data.batches.frames import jittered
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, numbered_page, same
 

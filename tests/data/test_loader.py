@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec, resolve_shards
 from data.errors import BadSample, BadSampleCounter
 from data.loading.loader import MixLoader, StepBatches
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec, resolve_shards
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, numbered_page, same, write_pages
 from tests.data.test_index import make_tar

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec
 from data.errors import ContentError
 from data.loading.loader import MixLoader
-from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
 from data.shards.document import Picture, Text
-from data.dataset import DatasetSpec
+from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
 from tests.data.helpers import byte_processor, byte_tokenizer, encoded, png
 from tests.data.test_index import make_tar
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader, StepBatches
 from data.shards.document import Page, Picture, Text
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor, numbered_page, png, write_pages
 
 COLLATE = FlamingoCollate(byte_processor())

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches.collate import FlamingoCollate, LanguageCollate
-from data.loading.loader import Batch, MixLoader
 from data.batches.packing import groups, join
-from data.shards.document import Picture
-from data.dataset import DatasetSpec
 from data.batches.tokenize import IGNORED, Row
-from flamingo.errors import UserError
+from data.dataset import DatasetSpec
+from data.loading.loader import Batch, MixLoader
+from data.shards.document import Picture
 from flamingo.conformance.tiny_models import FAMILIES, SIZE, VOCABULARY, subject, tiny_lm
+from flamingo.errors import UserError
 from flamingo.language.packing import packed_positions
 from flamingo.training.objectives.losses import FlamingoObjective
 from tests.data.helpers import byte_processor, byte_tokenizer, write_pages

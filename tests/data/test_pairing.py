@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.shards.mmc4 import interleave, read_document
-from data.shards.document import Page, Picture
 from data.batches.tokenize import SpecialTokens, make_row, tokenize_page
+from data.shards.document import Page, Picture
+from data.shards.mmc4 import interleave, read_document
 from tests.data.helpers import encoded, png
 from tests.data.sources import document
 

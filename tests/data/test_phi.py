@@ -12,9 +12,9 @@ import torch
 from data.batches.collate import FlamingoCollate
 from data.loading.loader import MixLoader
 from data.shards.writer import ShardWriter
-from flamingo.vision.transform import ImageTransform
 from flamingo.layers.media_mask import phi_from_ids
 from flamingo.processor import FlamingoProcessor
+from flamingo.vision.transform import ImageTransform
 from tests.data.helpers import SIDE, byte_tokenizer, numbered_page
 from tests.data.test_sampling import preset
 

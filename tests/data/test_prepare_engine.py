@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from data.dataset import resolve_shards
 from data.shards.index import index_path
 from data.shards.writer import MANIFEST, ShardWriter, read_manifest
-from data.dataset import resolve_shards
 from data.tools.verify import verify
 from flamingo.errors import UserError
 from tests.data.sources import command, jpeg, prepare, refusal

@@ -11,10 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.shards.document import Page, Text
 from data.prepare import inputs
-from data.prepare.sources import llava
-from data.prepare.sources import mimicit
+from data.prepare.sources import llava, mimicit
+from data.shards.document import Page, Text
 from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 

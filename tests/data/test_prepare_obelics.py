@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.prepare.sources import obelics
 from data.prepare.lookup import Lookup, build_url_lookup
+from data.prepare.sources import obelics
 from data.prepare.sources.obelics import END
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 from tests.data.test_index import make_tar

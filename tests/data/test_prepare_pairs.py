@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.shards.document import sniff
 from data.prepare.sources import pairs
+from data.shards.document import sniff
 from tests.data.helpers import encoded, png, random_image
 from tests.data.sources import add_link, bad_pictures, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar

@@ -44,7 +44,7 @@ def test_the_docs_name_options_that_exist(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_no_source_needs_torch_to_start() -> None:
-    code = "import sys, importlib; [importlib.import_module(f'data.prepare.{n}') for n in sys.argv[1:]]"
+    code = "import sys, importlib; [importlib.import_module(f'data.prepare.sources.{n}') for n in sys.argv[1:]]"
     code += "; import data.prepare.engine, data.prepare.merge; print('torch' in sys.modules)"
     names = [name for name in SOURCES if name not in DRAWN]
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)

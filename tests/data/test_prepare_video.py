@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.shards.document import Picture
 from data.prepare.clips import frames_of
 from data.prepare.units import Dropped
+from data.shards.document import Picture
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec, open_corpus
 from data.loading.loader import MixLoader
 from data.shards.document import Page, Picture, Text
 from data.shards.reader import SLACK, ShardReader, runs
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec, open_corpus
 from tests.data.helpers import byte_processor, encoded, random_image
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import pytest
 
-from data.remote.shard_cache import ShardCache
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.remote.download import download, expand, is_remote
-from data.dataset import DatasetSpec
+from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, same, write_pages
 from tests.data.server import Behaviour, serving

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from data.batches.collate import FlamingoCollate
+from data.dataset import DatasetSpec, open_corpus
 from data.loading.loader import MixLoader
 from data.shards.reader import ShardReader
 from data.shards.retry import Retry
-from data.dataset import DatasetSpec, open_corpus
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, write_pages
 

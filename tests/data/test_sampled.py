@@ -7,8 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from data.shards.document import Page, Picture, Text
-from data.tools.show_sampled import COLOURS, sample_page, sampled_as_html, sampled_as_text
 from data.shards.writer import ShardWriter
+from data.tools.show_sampled import COLOURS, sample_page, sampled_as_html, sampled_as_text
 from tests.data.helpers import byte_processor, byte_tokenizer, png
 from tests.data.sources import command
 

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.batches.collate import FlamingoCollate, clip_frames
+from data.batches.tokenize import quick_encoder
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.document import Node, Page, Picture, Text
 from data.shards.writer import ShardWriter
-from data.dataset import DatasetSpec
-from data.batches.tokenize import quick_encoder
+from flamingo.training.compose import compose
 from flamingo.vision.transform import ImageTransform
 from tests.data.helpers import SIDE, byte_processor, byte_tokenizer, encoded, png
-from train import compose, dataset_specs
+from train import dataset_specs
 
 PROCESSOR = byte_processor()
 

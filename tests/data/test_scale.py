@@ -12,9 +12,9 @@ import pytest
 
 from data.batches.collate import FlamingoCollate
 from data.corpus import CATALOGUE, open_shards, read_catalogue
-from data.shards.index import index_path, load_index, read_head
-from data.loading.loader import MixLoader
 from data.dataset import DatasetSpec
+from data.loading.loader import MixLoader
+from data.shards.index import index_path, load_index, read_head
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, write_pages
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from data.batches.collate import FlamingoCollate, LanguageCollate
+from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.loading.shared_memory import Slabs
-from data.dataset import DatasetSpec
 from tests.data.helpers import byte_processor, byte_tokenizer, same, write_pages
 
 

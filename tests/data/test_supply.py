@@ -16,10 +16,10 @@ import pytest
 from torch import Tensor
 
 from data.batches.collate import FlamingoCollate
-from data.loading.loader import MixLoader
-from data.shards.reader import RawSample
 from data.dataset import DatasetSpec
+from data.loading.loader import MixLoader
 from data.loading.workers import Ahead
+from data.shards.reader import RawSample
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, same, write_pages
 

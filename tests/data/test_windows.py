@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards.document import Node, Picture, Text
 from data.batches.tokenize import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page
+from data.shards.document import Node, Picture, Text
 from flamingo.layers.media_mask import phi_from_ids
 
 SPECIAL = SpecialTokens(image=1000, eoc=1001, eos=1002, pad=1003)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import CONFIG, load_config, main
-from eval.tasks.build import check_spec
+from eval.__main__ import main
+from eval.compose import CONFIG, load_config
 from eval.config import EvalConfig
+from eval.tasks.build import check_spec
 from flamingo.errors import UserError
 
 TASKS = sorted(path.stem for path in (CONFIG / "task").glob("*.yaml"))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.decoding import GreedyOrSampled, top_p
-from eval.tasks.documents import DocumentTask
 from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.model import FlamingoResponder
 from eval.prompting.query import Settings
 from eval.prompting.requests import Completion, Decoding, Request
-from eval.runner import Cell, run_cell
 from eval.prompting.strategies import STRATEGIES
+from eval.runner import Cell, run_cell
 from eval.task import TaskSpec
+from eval.tasks.documents import DocumentTask
 from tests.eval.test_strategies import with_rationales
 from tests.eval.worlds import colour_documents
 from tests.model import tiny

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from eval.tasks.binding import BindingTask
 from eval.demonstrations.samplers import draw, generator, hash_order
-from eval.tasks.documents import DocumentTask
 from eval.task import SourceSpec, TaskSpec
+from eval.tasks.binding import BindingTask
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import NAMES, colour_documents
 

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from eval import __main__ as command
-from eval.__main__ import CONFIG, load_config, main
-from eval.reports.commands import COMMANDS
+from eval.__main__ import main
+from eval.compose import CONFIG, load_config
 from eval.demonstrations.samplers import SAMPLERS
-from eval.protocols import names, settings_of
 from eval.prompting.strategies import STRATEGIES
+from eval.protocols import names, settings_of
+from eval.reports.commands import COMMANDS
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png
 from tests.model import tiny

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.inference.feature_cache import FeatureCache, PictureStore
-from eval.tasks.documents import DocumentTask
-from eval.inference.engine import Engine
-from eval.prompting.prompts import Prompt
 from eval.inference.distributed import Ranks
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache, PictureStore
 from eval.inference.response_log import ResponseLog
+from eval.prompting.prompts import Prompt
+from eval.prompting.requests import Completion, Decoding, Request
 from eval.runner import Grid, run
 from eval.task import Picture, Task, TaskSpec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Looker, colour_documents, png
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
-from eval.tasks.documents import DocumentTask
 from eval.inference.model import FeatureCache, FlamingoResponder
 from eval.runner import Cell, run_cell
 from eval.task import Picture, Task, TaskSpec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import colour_documents, write_pool, write_scenes
 from tests.model import tiny

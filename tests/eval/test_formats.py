@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.__main__ import load_config
+from eval.check_data import check
+from eval.compose import load_config
+from eval.task import SourceSpec, StoredPicture, TaskSpec
 from eval.tasks.build import build_task
 from eval.tasks.documents import definition_of
 from eval.tasks.formats.video import frames_of, spread
-from eval.check_data import check
 from eval.tasks.sources import read_documents
-from eval.task import SourceSpec, StoredPicture, TaskSpec
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS, dump
 from tests.eval.published.files import clip, dump_lines, picture

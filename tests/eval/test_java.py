@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.tasks.build import check_spec
 from eval.metrics.java import METEOR, PARSER, SPICE, meteor, program
 from eval.metrics.ptb import caption_words
 from eval.metrics.table import measure
 from eval.task import TaskSpec
+from eval.tasks.build import check_spec
 from flamingo.errors import UserError
 from tests.eval.test_metrics_table import Answer
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from eval.__main__ import CONFIG, main
+from eval.__main__ import main
+from eval.compose import CONFIG
 from eval.reports.results import VOLATILE
 from eval.reports.saved_run import problems, read_run
 from tests.eval.worlds import write_pool, write_scenes

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.__main__ import CONFIG
+from eval.compose import CONFIG
 from eval.inference.model import FlamingoResponder
 from eval.plugins.harness_prompts import Prompts, Support, shown
 from flamingo.errors import UserError

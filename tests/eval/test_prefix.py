@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.inference.feature_cache import FeatureCache
-from eval.tasks.documents import DocumentTask
 from eval.inference.engine import MANY, Engine
+from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import SHORTEST, Prompt
 from eval.prompting.requests import Completion, Decoding, Request, Response
 from eval.task import Document, TaskSpec
+from eval.tasks.documents import DocumentTask
 from tests.eval.worlds import colour_documents
 from tests.model import tiny
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from data.shards.document import Node, Picture, Text
 from data.batches.tokenize import SpecialTokens, tokenize_page
+from data.shards.document import Node, Picture, Text
 from eval.demonstrations.ablations import ABLATIONS, blank
-from eval.tasks.documents import DocumentTask
 from eval.prompting.prompts import PromptBuilder
 from eval.task import Episode, TaskSpec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import EOC, IMAGE, Letters, colour_documents
 

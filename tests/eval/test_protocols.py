@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import load_config
-from eval.tasks.build import build_task, check_spec
-from eval.tasks.documents import DocumentTask
+from eval.compose import load_config
 from eval.prompting.prompts import PromptBuilder
 from eval.protocols import names, settings_of
 from eval.task import Episode
+from eval.tasks.build import build_task, check_spec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS
 from tests.eval.worlds import EOC, IMAGE, Letters

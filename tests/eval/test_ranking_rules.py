@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from eval.__main__ import load_config
-from eval.tasks.build import build_task
-from eval.tasks.documents import DocumentTask
+from eval.compose import load_config
+from eval.inference.model import FlamingoResponder
 from eval.metrics.stems import Stems
 from eval.metrics.wordnet import WordNet
-from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.runner import Grid, Sample, run
 from eval.task import Document, Task, TaskSpec, Turn
+from eval.tasks.build import build_task
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.published import dump
 from tests.eval.test_metrics_table import small_wordnet

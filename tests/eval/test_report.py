@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from eval.demonstrations.ablations import blank
-from eval.tasks.build import build_task
+from eval.inference.provenance import folder_hash, provenance
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
-from eval.inference.provenance import folder_hash, provenance
 from eval.reports.results import results_of, sample_line, table, write_report
 from eval.runner import Grid, Sample, run
 from eval.task import Picture, SourceSpec, Task, TaskSpec
+from eval.tasks.build import build_task
 from tests.eval.worlds import Looker, png, write_pool, write_scenes
 
 SHOTS = [0, 1, 4]

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.inference.feature_cache import FeatureCache
-from eval.demonstrations.samplers import SAMPLERS, draw, leak, parse_sampler
-from eval.tasks.documents import DocumentTask
-from eval.inference.engine import Engine
 from eval.demonstrations.near_duplicates import near_duplicates
-from eval.reports.results import rows_of
 from eval.demonstrations.retrieval import Retriever
+from eval.demonstrations.samplers import SAMPLERS, draw, leak, parse_sampler
+from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache
+from eval.reports.results import rows_of
 from eval.runner import Grid, run
 from eval.task import Document, Picture, TaskSpec, Turn
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Looker, colour_documents, png
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from eval.tasks.binding import BindingTask
-from eval.tasks.documents import DocumentTask
 from eval.inference.model import FeatureCache
 from eval.reports.results import rows_of
 from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.task import Task, TaskSpec
+from eval.tasks.binding import BindingTask
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import NAMES, Constant, Looker, colour_documents
 

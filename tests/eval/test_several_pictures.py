@@ -9,14 +9,14 @@ import pytest
 
 from eval.demonstrations.ablations import ABLATIONS
 from eval.demonstrations.samplers import leak
-from eval.tasks.documents import DocumentTask
-from eval.tasks.formats.interleaved import interleaved, without_first_mark
-from eval.reports.gallery import figures_of
 from eval.metrics.text import open_match
 from eval.prompting.prompts import PromptBuilder
+from eval.reports.gallery import figures_of
 from eval.reports.results import rows_of, sample_line, sample_of
 from eval.runner import Grid, run
 from eval.task import Document, Episode, Picture, Turn
+from eval.tasks.documents import DocumentTask
+from eval.tasks.formats.interleaved import interleaved, without_first_mark
 from tests.eval.test_protocols import built, text
 from tests.eval.worlds import COLOURS, Constant, Letters, png
 

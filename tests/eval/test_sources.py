@@ -8,9 +8,9 @@ import pytest
 
 from data.shards.document import Node, Page, Picture, Text
 from data.shards.writer import ShardWriter
+from eval.task import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
 from eval.tasks.sources import page_turns, read_documents
-from eval.task import SourceSpec, TaskSpec
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
 

@@ -14,12 +14,12 @@ import pytest
 
 from eval.__main__ import main
 from eval.reports.compare import compare, compare_samples, mcnemar, sign_flip
-from eval.tasks.documents import DocumentTask
-from eval.reports.submissions import read_ids, submission
 from eval.reports.results import results_of, write_report
-from eval.runner import Grid, run
 from eval.reports.saved_run import problems, read_run
+from eval.reports.submissions import read_ids, submission
+from eval.runner import Grid, run
 from eval.task import Task, TaskSpec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import Constant, Looker, colour_documents
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from eval.inference.feature_cache import FeatureCache
-from eval.tasks.documents import DocumentTask
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.prompting.query import Query, Settings, read_rationales, softmax
-from eval.reports.results import sample_line
 from eval.prompting.requests import Completion, Decoding
-from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.prompting.strategies import STRATEGIES, different_orders
+from eval.reports.results import sample_line
+from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.task import Document, Picture, TaskSpec
+from eval.tasks.documents import DocumentTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Constant, Letters, Looker, colour_documents
 

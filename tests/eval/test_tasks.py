@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import CONFIG, load_config
-from eval.tasks.build import build_task
-from eval.metrics.wordnet import wordnet
-from eval.inference.model import FlamingoResponder
 from eval.check_data import check, main
+from eval.compose import CONFIG, load_config
+from eval.inference.model import FlamingoResponder
+from eval.metrics.wordnet import wordnet
 from eval.reports.results import rows_of
 from eval.runner import Grid, run
+from eval.tasks.build import build_task
 from tests.eval.published import COUNT, WRITERS, dump
 from tests.eval.test_metrics_table import small_wordnet
 from tests.eval.worlds import Constant

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import config
 from flamingo.conformance.checks import CHECKS
-from flamingo.training.distributed.conformance import two_processes
 from flamingo.conformance.tiny_models import FAMILIES
 from flamingo.convert.presets import PRESETS
+from flamingo.training.distributed.conformance import two_processes
 from tests.model.test_encoders import TOWERS
 from tests.model.test_transformers_encoders import ENCODERS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.errors import UserError
+from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import picture_table, segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverResampler
 

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from flamingo import UserError
 from flamingo.conformance.checks import CHECKS, ConformanceError, conform
-from flamingo.training.distributed.conformance import two_processes
 from flamingo.conformance.tiny_models import FAMILIES, loaded_lm, page, subject, tiny_lm
 from flamingo.language.embeddings import embedding_scale
+from flamingo.training.distributed.conformance import two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a process of its own: what is compiled here would be the shape checks that the test run adds to every function.

@@ -21,8 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_vision
 from flamingo.config import VisionConfig
-from flamingo.vision.resize import resize_tower, resized_positions
 from flamingo.vision.encoder import build_tower, patch_tokens
+from flamingo.vision.resize import resize_tower, resized_positions
 from tests.model import tiny
 
 SIZE, PATCH, WIDTH = 64, 16, 32

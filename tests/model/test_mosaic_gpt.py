@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MptConfig, MptForCausalLM
 
 from flamingo import FlamingoConfig, UserError
-from flamingo.mosaic_gpt.modeling import MosaicGPTForCausalLM, alibi_slopes
 from flamingo.mosaic_gpt.configuration import MosaicGPTConfig
+from flamingo.mosaic_gpt.modeling import MosaicGPTForCausalLM, alibi_slopes
 
 WIDTH, HEADS, LAYERS, ROWS = 32, 4, 3, 61
 SIZES: dict[str, Any] = {"d_model": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "vocab_size": ROWS, "max_seq_len": 64}

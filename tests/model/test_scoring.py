@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration
-from flamingo.inference.scoring import score_candidates_slow, takes_tree
-from flamingo.trie import Trie
+from flamingo.inference.scoring import Trie, score_candidates_slow, takes_tree
 from tests.model import tiny
 
 CANDIDATES = [[40], [41, 42, 43], [41, 42, 44, 45], [41, 50], [60, 61], [41, 42], [40]]

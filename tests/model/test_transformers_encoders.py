@@ -27,8 +27,8 @@ from transformers import (
 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_vision
-from flamingo.vision.resize import resize_tower
 from flamingo.vision.encoder import patch_tokens
+from flamingo.vision.resize import resize_tower
 from tests.model import tiny
 from tests.model.test_encoders import PATCH, SIZE, WIDTH, open_clip_tower, pixels
 

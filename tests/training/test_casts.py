@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo.conformance.tiny_models import page, subject, tiny_lm
-from flamingo.training.objectives.build import fsdp_units
-from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
+from flamingo.training.distributed.units import fsdp_units
+from flamingo.training.objectives.losses import FlamingoObjective
 
 HALF = Strategy(precision="bf16", frozen_dtype=torch.bfloat16)
 

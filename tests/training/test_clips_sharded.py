@@ -11,10 +11,10 @@ import torch
 
 from flamingo.conformance.tiny_models import SIZE, page, subject, tiny_lm
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
+from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.optim import adamw
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
 from tests.training.test_parallel import distance
 
 FRAMES = {0: [1, 3], 1: [2]}

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from flamingo.conformance.checks import gradients
 from flamingo.conformance.tiny_models import subject, tiny_lm
-from flamingo.training.objectives.build import fsdp_units
-from flamingo.training.compiling import compile_layers, compiled_parts
-from flamingo.training.distributed.fsdp import Processes, Strategy, shard, spawn, whole
+from flamingo.training.distributed.fsdp import Processes, Strategy, compile_layers, compiled_parts, shard, spawn, whole
+from flamingo.training.distributed.units import fsdp_units
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = [[0, 1], [2]]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flamingo.errors import UserError
-from train import compose, dataset_specs
+from flamingo.training.compose import compose
+from train import dataset_specs
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "hydra" / "experiment").glob("*.yaml"))

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo.training.checks import unavailable
 from flamingo.training.config import (
     FreezePolicy,
     ModelConfig,
     RunConfig,
+    Sharding,
     TrainConfig,
     VisionSource,
     differences,
     flatten,
+    unavailable,
 )
-from flamingo.training.options import Sharding
 
 
 def test_all_problems_are_reported_at_once() -> None:

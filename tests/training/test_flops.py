@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flamingo.layers.cross_attention import CrossAttention
 from flamingo.conformance.tiny_models import FAMILIES, page, subject, tiny_lm
+from flamingo.layers.cross_attention import CrossAttention
 from flamingo.layers.media_mask import segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverAttention
-from flamingo.training.compiling import compile_layers
+from flamingo.training.distributed.fsdp import Processes, compile_layers, spawn
 from flamingo.training.metrics.flops import Flops, is_attention, peak_tflops
 from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective
-from flamingo.training.distributed.fsdp import Processes, spawn
 from tests.training.world import CLIP
 
 

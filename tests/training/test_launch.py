@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from flamingo.training.compose import compose
 from flamingo.training.distributed.launch import first_host, join_launcher, restarted
 from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
 from tests.training.world import config, write_world
-from train import compose
 
 # CPU time of tests is not theirs alone: how long something real may take.
 PATIENCE = 280

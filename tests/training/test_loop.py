@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
-from flamingo.training.nonfinite import Skipped
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.signals import Stopped
+from flamingo.training.nonfinite import Skipped
 from tests.eval.worlds import write_scenes
 from tests.training.commands import lines
 from tests.training.world import config, write_world

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError
 from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.errors import UserError
 from flamingo.training.objectives import lora
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config, write_world

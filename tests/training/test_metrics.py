@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flamingo.training.metrics.loss_plot import draw_losses, read_metrics, smooth
-from flamingo.training.metrics import JsonLines
+from flamingo.training.metrics.sinks import JsonLines
 
 
 def test_resume_drops_what_lies_beyond_and_the_torn_line(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import page, subject, tiny_lm
-from flamingo.training.objectives import lora
-from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
+from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.memory_plan.collectives import measure_all, table
+from flamingo.training.objectives import lora
 from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.optim import adamw
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
-from flamingo.training.memory_plan.ledger import Ledger
-from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
-from flamingo.training.optim import adamw
 from flamingo.training.distributed.fsdp import Processes, before_backward, spawn
+from flamingo.training.memory_plan.ledger import Ledger
 from flamingo.training.memory_plan.plan import Rows, batch_of, memory_of, meta_model, plan, remedies, rows_of
+from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
 from flamingo.training.objectives.setup import place, strategy_of
+from flamingo.training.optim import adamw
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config as world_config
 from tests.training.world import write_world

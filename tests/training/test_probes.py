@@ -11,12 +11,11 @@ import torch
 from eval.in_training import Probe
 from eval.runner import Sample
 from flamingo.errors import UserError
-from flamingo.training.objectives.build import fsdp_units
-from flamingo.training.config import TrainConfig
+from flamingo.training.config import ProbeOptions, TrainConfig
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
+from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.optim import adamw
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
-from flamingo.training.run_options import ProbeOptions
 from flamingo.training.validation import evaluating
 from tests.eval.worlds import write_pool, write_scenes
 from tests.model import tiny

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flamingo import FlamingoForConditionalGeneration
+from flamingo.training.compose import compose
 from flamingo.training.objectives.build import flamingo_shape
-from train import compose
 
 # Billions of parameters as published: paper, table 5 (its 3B: gated blocks 1.2, resampler 0.19, LM 1.4; its 9B: 1.6 and
 # 7.1), OpenFlamingo's table 1 (LM of 1, 3 and 7 billion; blocks counted from OpenFlamingo's layers).

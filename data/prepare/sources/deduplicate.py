@@ -1,7 +1,7 @@
 """Shards once more, without what repeats over the corpus: a second pass after any other source.
 
     python -m data prepare mmc4 ... --out shards/raw
-    python -m data prepare shards shards/raw --out shards/mmc4
+    python -m data prepare deduplicate shards/raw --out shards/mmc4
 
 With OBELICS' limits (Laurencon et al. 2023, section 3.2): a picture of more than 10 documents is left out of all of
 them; of documents with one address the last is kept; a paragraph that is on more than 2 pages of a site is left out; of
@@ -20,13 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from data.errors import ContentError
-from data.shards.index import build_index, index_path, load_index
-from data.shards.document import Node, Page, Picture, Text
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.engine import die_with_parent
 from data.prepare.inputs import file_units
-from data.prepare.web.duplicates import Table, count, hash_of, page_hashes, paragraph_hash, place_of, site_of, tabulate
 from data.prepare.units import Dropped, Tally, Unit, parse_part
+from data.prepare.web.duplicates import Table, count, hash_of, page_hashes, paragraph_hash, place_of, site_of, tabulate
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.index import build_index, index_path, load_index
 from data.shards.reader import ShardReader
 from data.shards.writer import make_folder
 from flamingo.errors import UserError
@@ -35,7 +35,7 @@ LAYOUT = "interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare shards`."""
+    """The options of `python -m data prepare deduplicate`."""
     parser.add_argument(
         "--max-picture-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
     )

@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from data.shards.document import Page, Picture, Text
-from data.prepare.inputs import folder_units, input_files
 from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.inputs import folder_units, input_files
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Picture, Text
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from data.shards.document import Node, Page, Picture
-from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
 from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
 from data.prepare.turns import add_turn_arguments, answer, has_text, question
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Node, Page, Picture
 
 LAYOUT = "interleaved"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from data.shards.document import Page, Picture
+from data.prepare.images import PictureRule, add_picture_arguments, from_base64
 from data.prepare.inputs import input_files, json_lines, line_units
 from data.prepare.sources.obelics import parquet_rows, parquet_units
-from data.prepare.images import PictureRule, add_picture_arguments, from_base64
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Picture
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.shards.document import Page, Picture
+from data.prepare.images import PictureRule, add_picture_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans, required
 from data.prepare.lookup import Entry, build_lookup, open_lookup
-from data.prepare.images import PictureRule, add_picture_arguments, from_base64
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Picture
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
-from data.shards.document import Page
-from data.prepare.inputs import json_lines, line_units
 from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.inputs import json_lines, line_units
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page
+from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.shards.mmc4 import add_text
-from data.shards.document import Node, Page, Picture, Text
 from data.prepare.conditions import add_where, conditions_of, hold
+from data.prepare.images import PictureRule, add_picture_arguments
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.images import PictureRule, add_picture_arguments
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from data.shards.mmc4 import Malformed, generated
-from data.shards.document import Page, Text
+from data.prepare.images import PictureRule, from_base64
 from data.prepare.inputs import file_units
 from data.prepare.sources.mmc4 import add_document_arguments, document
-from data.prepare.images import PictureRule, from_base64
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Text
+from data.shards.mmc4 import Malformed, generated
 
 LAYOUT = "interleaved"
 

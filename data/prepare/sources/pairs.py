@@ -18,13 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.shards.index import PICTURE_SUFFIX
-from data.shards.document import Page, Picture, Text
 from data.prepare.conditions import add_where, conditions_of, hold
-from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Picture, Text
+from data.shards.index import PICTURE_SUFFIX
 from flamingo.errors import UserError
 
 LAYOUT = "pairs"

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.shards.index import PICTURE_SUFFIX
-from data.shards.document import Page, Picture, Text
 from data.prepare.clips import frames_of
-from data.prepare.inputs import file_units, folder_units
 from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
+from data.shards.document import Page, Picture, Text
+from data.shards.index import PICTURE_SUFFIX
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shards.mmc4 import add_text
-from data.shards.document import Node, Page, Picture, Text
-from data.prepare.web.dom import WebPart, WebPicture, read_dom
-from data.prepare.web.text_filters import RULES, WebRule, word_list
 from data.prepare.images import PictureRule, from_base64
 from data.prepare.units import Dropped, Tally
+from data.prepare.web.dom import WebPart, WebPicture, read_dom
+from data.prepare.web.text_filters import RULES, WebRule, word_list
+from data.shards.document import Node, Page, Picture, Text
+from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from eval.task import SourceSpec
 from eval.tasks.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
 from eval.tasks.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
 from eval.tasks.formats.files import Item
 from eval.tasks.formats.labels import hateful_memes, imagenet, rareact, winoground
 from eval.tasks.formats.mmmu import mmmu
 from eval.tasks.formats.questions import ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad
-from eval.task import SourceSpec
 
 Reader = Callable[[Path, SourceSpec], Iterator[Item]]
 FORMATS: dict[str, Reader] = {

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval.tasks.formats.files import Item, clip_of, in_split, item, need, picture_of, read_json, rows
 from eval.task import SourceSpec
+from eval.tasks.formats.files import Item, clip_of, in_split, item, need, picture_of, read_json, rows
 
 
 def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.task import SourceSpec
 from eval.tasks.formats.files import (
     Item,
     clip_of,
@@ -18,7 +19,6 @@ from eval.tasks.formats.files import (
     read_jsonl,
     rows,
 )
-from eval.task import SourceSpec
 from flamingo.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

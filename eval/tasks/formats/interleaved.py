@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from eval.tasks.formats.files import Item
 from eval.task import Picture
+from eval.tasks.formats.files import Item
 
 MARK = re.compile(r"<image (\d)>")
 Pieces = tuple[Picture | None, str, tuple[tuple[Picture, str], ...]]

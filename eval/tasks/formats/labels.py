@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval.tasks.formats.files import Item, clip_of, item, need, picture_of, read_csv, read_jsonl, stored
 from eval.metrics.ranking import ANNOTATIONS
 from eval.task import SourceSpec
+from eval.tasks.formats.files import Item, clip_of, item, need, picture_of, read_csv, read_jsonl, stored
 from flamingo.errors import UserError
 
 PICTURES = {".jpeg", ".jpg", ".png", ".webp"}

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.task import SourceSpec, StoredPicture
 from eval.tasks.formats.choices import choice_item, letters
 from eval.tasks.formats.files import Item, item, need
 from eval.tasks.formats.interleaved import MARK, without_first_mark
-from eval.task import SourceSpec, StoredPicture
 from flamingo.errors import UserError
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eval.task import SourceSpec
 from eval.tasks.formats.files import (
     Item,
     check_annotators,
@@ -19,7 +20,6 @@ from eval.tasks.formats.files import (
     rows,
     wanted,
 )
-from eval.task import SourceSpec
 from flamingo.errors import UserError
 
 

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.tasks.formats.files import Item, read_csv, read_jsonl
 from eval.task import Picture, SourceSpec, StoredPicture
+from eval.tasks.formats.files import Item, read_csv, read_jsonl
 from flamingo.errors import UserError
 
 FIELDS = ("question", "answer", "kind", "label", "rationale")

@@ -101,7 +101,7 @@ class Checkpoints:
                 future = dcp.async_save(content, checkpoint_id=str(path), process_group=self._group)
             except (AssertionError, NotImplementedError, TypeError, ValueError) as error:  # the same on all processes
                 self._background = False
-                print(f"checkpoints are written in the foreground ({state.why(error)})", file=sys.stderr, flush=True)
+                print(f"checkpoints are written in the foreground ({store.why(error)})", file=sys.stderr, flush=True)
             else:
                 assert isinstance(future, Future)
                 self._writing = path, future

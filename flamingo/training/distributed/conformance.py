@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flamingo.conformance.checks import GRADIENT, Outcome, close, gradients
 from flamingo.conformance.tiny_models import MakeLM, subject
-from flamingo.training.objectives.build import fsdp_units
 from flamingo.training.distributed.fsdp import Processes, Strategy, shard, spawn, whole
+from flamingo.training.distributed.units import fsdp_units
 
 _ROWS = ((0, 1), (2,))
 

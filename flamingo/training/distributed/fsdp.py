@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +26,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from flamingo.errors import UserError
+from flamingo.language.hooks import find_decoder_layers
+from flamingo.layers.resampler import FeedForward
+from flamingo.modeling import FlamingoForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -236,3 +240,22 @@ def whole(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def compiled_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of any of the three models whose `forward` is compiled."""
+    if isinstance(model, FlamingoForConditionalGeneration):
+        yield from find_decoder_layers(model.language_model, model.config.decoder_layers_path)
+        yield from (module for module in model.modules() if isinstance(module, FeedForward))
+    elif isinstance(model, PreTrainedModel):
+        yield from find_decoder_layers(model)
+    else:
+        for tower in (model.visual, model):
+            yield from getattr(getattr(tower, "transformer", None), "resblocks", ())
+
+
+def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compiles the layers in place; parameters keep their names. The first updates of each shape take longer."""
+    part: Any
+    for part in compiled_parts(model):
+        part.forward = torch.compile(part.forward, backend=backend)

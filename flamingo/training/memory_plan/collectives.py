@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,50 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flamingo.conformance.tiny_models import FAMILIES, page, subject, tiny_lm
-from flamingo.training.objectives.build import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
+from flamingo.training.distributed.traffic import _KINDS, CountTraffic
+from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.objectives.losses import FlamingoObjective
 from flamingo.training.optim import adamw, parameter_groups
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
-
-_KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
-
-
-@dataclass
-class Traffic:
-    """Collectives and their bytes, by kind."""
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-    def see(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Counts one call to torch's backend, if it is a collective."""
-        if func.namespace != "c10d":
-            return
-        name = str(func._schema.name).removeprefix("c10d::")
-        for part, kind in _KINDS.items():
-            if part in name:
-                self.calls[kind] += 1
-                tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
-                self.bytes[kind] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class CountTraffic(TorchDispatchMode):
-    """Counts what is sent while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.traffic = Traffic()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it becomes collectives on plain tensors first
-        self.traffic.see(func, args)
-        return func(*args, **(kwargs or {}))
-
 
 STRATEGIES = {
     "full shard": Strategy(),

@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flamingo.language import loss as chunked_loss
-from flamingo.training.objectives.build import fsdp_units
-from flamingo.training.memory_plan.collectives import Traffic
+from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
+from flamingo.training.distributed.traffic import Traffic
+from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.memory_plan.ledger import Ledger, local
 from flamingo.training.objectives.losses import Objective
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
 

@@ -19,9 +19,9 @@ from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.objectives.build import build_contrastive, flamingo_shape, load_tokenizer
 from flamingo.training.config import ModelConfig, TrainConfig
 from flamingo.training.memory_plan.dry_run import PARTS, Memory, plan_step
+from flamingo.training.objectives.build import build_contrastive, flamingo_shape, load_tokenizer
 from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
 from flamingo.training.objectives.setup import add_lora, strategy_of
 

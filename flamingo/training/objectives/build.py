@@ -8,7 +8,7 @@ FSDP2 units, and a folder in the format of the library it came from: open_clip's
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,10 @@ from transformers import (
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
-from flamingo.language.embeddings import embedding_table, output_head
 from flamingo.training.config import ModelConfig
 from flamingo.training.objectives.losses import ContrastiveObjective
-from flamingo.training.distributed.fsdp import Unit
 from flamingo.vision.encoder import build_open_clip, describe_tower
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -240,43 +237,3 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
         image_token_id=vocab,
         eoc_token_id=vocab + 1,
     )
-
-
-def fsdp_units(model: nn.Module) -> Iterator[Unit]:
-    """What becomes FSDP2 units, children before parents, of any of the three models.
-
-    In a Flamingo each decoder layer, each gated block, the encoder, the resampler, the rows of new tokens and, where it
-    is not tied to the head, the LM's embedding are units of their own, and the LM's remaining weights are one.
-    """
-    seen: set[nn.Parameter] = set()
-    for module, options in _unit_modules(model):
-        own = set(module.parameters()) - seen
-        seen |= own
-        if len({parameter.requires_grad for parameter in own}) == 2:
-            # Adapters in a frozen layer. They are small, and together one unit beside that of the layer.
-            leaves = [leaf for leaf in module.modules() if set(leaf.parameters(recurse=False)) & own]
-            yield Unit([leaf for leaf in leaves if all(p.requires_grad for p in leaf.parameters())], keep=True)
-        yield Unit([module], **options)
-
-
-def _unit_modules(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
-    if isinstance(model, FlamingoForConditionalGeneration):
-        lm = model.language_model
-        # The encoder runs without gradients, and a look-up has no need of its table afterwards.
-        yield model.vision_encoder, {"backward": not model.vision_encoder.frozen}
-        for small in (model.resampler, *model.cross_attn_blocks.values(), model.new_tokens):
-            yield small, {"keep": True}
-        for layer in find_decoder_layers(lm, model.config.decoder_layers_path):
-            yield layer, {}
-        table, head = embedding_table(lm), output_head(lm)
-        if not set(table.parameters()) & set(head.parameters()):
-            yield table, {"backward": any(p.requires_grad for p in table.parameters())}
-        # Used last in forward and first in backward.
-        yield lm, {"keep": True}
-    elif isinstance(model, PreTrainedModel):
-        for layer in find_decoder_layers(model):
-            yield layer, {}
-    else:
-        for tower in (model.visual, model):
-            for layer in getattr(getattr(tower, "transformer", None), "resblocks", ()):
-                yield layer, {}

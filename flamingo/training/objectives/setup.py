@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo.backbones import load_language
-from flamingo.training.checkpoints.trained_weights import fingerprint, manifest_of
 from flamingo.errors import UserError
-from flamingo.processor import FlamingoProcessor, ImageTransform
 from flamingo.language.embeddings import embedding_table, table_shape
-from flamingo.training.objectives import build
-from flamingo.training.objectives import lora
-from flamingo.training.compiling import compile_layers
+from flamingo.processor import FlamingoProcessor, ImageTransform
+from flamingo.training.checkpoints.trained_weights import fingerprint, manifest_of
 from flamingo.training.config import ModelConfig, RunConfig
+from flamingo.training.distributed.fsdp import Processes, Strategy, compile_layers, shard, store
+from flamingo.training.distributed.units import fsdp_units
+from flamingo.training.objectives import build, lora
 from flamingo.training.objectives.losses import (
     ContrastiveObjective,
     FlamingoObjective,
     LanguageObjective,
     Objective,
 )
-from flamingo.training.distributed.fsdp import Processes, Strategy, shard, store
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def place(model: nn.Module, run: RunConfig, processes: Processes, strategy: Stra
     if strategy is None:
         store(model.to(processes.device), torch.float32)
     else:
-        shard(model, build.fsdp_units(model), processes, strategy)
+        shard(model, fsdp_units(model), processes, strategy)
     return model
 
 

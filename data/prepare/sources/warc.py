@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.shards.document import Page
-from data.prepare.web.dom import decode_html
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import Entry, build_lookup, build_url_lookup, open_lookup
 from data.prepare.units import Tally, Unit
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, web_page
+from data.prepare.web.dom import decode_html
+from data.shards.document import Page
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"

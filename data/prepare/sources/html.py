@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from data.shards.document import Page
-from data.prepare.web.dom import decode_html
+from data.prepare.images import PictureFolder
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.images import PictureFolder
 from data.prepare.units import Dropped, Tally, Unit
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_page
+from data.prepare.web.dom import decode_html
+from data.shards.document import Page
 
 LAYOUT = "interleaved"
 SUFFIXES = (".html", ".htm", ".xhtml")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.shards.document import Node, Page, Picture, Text
 from data.prepare.web.duplicates import hash_of, place_of, tabulate
+from data.shards.document import Node, Page, Picture, Text
 from data.shards.writer import ShardWriter
 from tests.data.sources import Prepared, command, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
@@ -36,13 +36,13 @@ def kept(done: Prepared) -> list[list[Any]]:
 def test_a_picture_of_too_many_documents_goes_from_all_of_them(tmp_path: Path) -> None:
     logo = 30
     pages = [page(logo, f"Page {n}.", n, "End.") for n in range(11)] + [page(20, "A.", 20, "B.", 21, "C.")]
-    done = prepare(tmp_path / "out", "shards", write(tmp_path / "in", *pages))
+    done = prepare(tmp_path / "out", "deduplicate", write(tmp_path / "in", *pages))
     assert kept(done) == [[f"Page {n}.", n, "End."] for n in range(11)] + [[20, "A.\n\nB.", 21, "C."]]
     assert done.dropped_pictures == {
         "picture of too many documents": 11,
         "picture of the same document again": 1,
     }
-    done = prepare(tmp_path / "all", "shards", tmp_path / "in", "--max-picture-documents", 11)
+    done = prepare(tmp_path / "all", "deduplicate", tmp_path / "in", "--max-picture-documents", 11)
     assert kept(done)[:11] == [[logo, f"Page {n}.", n, "End."] for n in range(11)]
 
 
@@ -56,7 +56,7 @@ def test_of_an_address_and_of_a_set_of_pictures_the_last_page_is_kept(tmp_path: 
         page(5, "No address."),
         page(6, "No address."),
     ]
-    done = prepare(tmp_path / "out", "shards", write(tmp_path / "in", *pages))
+    done = prepare(tmp_path / "out", "deduplicate", write(tmp_path / "in", *pages))
     assert kept(done) == [
         [1, "Other."],
         [0, 4, "New."],
@@ -65,7 +65,7 @@ def test_of_an_address_and_of_a_set_of_pictures_the_last_page_is_kept(tmp_path: 
         [6, "No address."],
     ]
     assert done.dropped == {"address of a later page": 1, "pictures of a later page": 1}
-    done = prepare(tmp_path / "b", "shards", tmp_path / "in", "--keep-same-url", "--keep-same-pictures")
+    done = prepare(tmp_path / "b", "deduplicate", tmp_path / "in", "--keep-same-url", "--keep-same-pictures")
     assert len(done.pages) == 7
 
 
@@ -74,10 +74,10 @@ def test_a_paragraph_of_too_many_pages_of_a_site_goes(tmp_path: Path) -> None:
     pages = [page(n, f"{banner}\n\nPage {n}.\n\n{banner}", url=f"http://a/{n}") for n in range(3)]
     pages += [page(10 + n, f"Text {n}.\n\n{banner}", url=f"http://b/{n}") for n in range(2)]
     pages += [page(20, banner, url="http://a/9")]
-    done = prepare(tmp_path / "out", "shards", write(tmp_path / "in", *pages))
+    done = prepare(tmp_path / "out", "deduplicate", write(tmp_path / "in", *pages))
     assert kept(done) == [[n, f"Page {n}."] for n in range(3)] + [[10 + n, f"Text {n}.\n\n{banner}"] for n in range(2)]
     assert done.dropped == {"no text": 1}
-    assert len(prepare(tmp_path / "b", "shards", tmp_path / "in", "--max-paragraph-pages", 0).pages) == 6
+    assert len(prepare(tmp_path / "b", "deduplicate", tmp_path / "in", "--max-paragraph-pages", 0).pages) == 6
 
 
 def test_what_does_not_repeat_stays_as_it_is(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_does_not_repeat_stays_as_it_is(tmp_path: Path) -> None:
     one.meta = {"facts": [1], "perplexity": 12}
     two = page(5, "x", perplexity=2000)
     folder = write(tmp_path / "in", one, two)
-    done = prepare(tmp_path / "out", "shards", folder, "--where", "perplexity<=1500")
+    done = prepare(tmp_path / "out", "deduplicate", folder, "--where", "perplexity<=1500")
     (left,) = done.pages
     assert left.nodes == [*one.nodes[:3], Picture((0, 1), 2.0)]
     assert (left.images, left.meta) == ([jpeg(1), jpeg(0)], one.meta)
@@ -95,10 +95,12 @@ def test_what_does_not_repeat_stays_as_it_is(tmp_path: Path) -> None:
 def test_parts_and_workers_give_the_same_bytes(tmp_path: Path) -> None:
     pages = [page(n % 9, f"Page {n}.", 9 + n, url=f"http://a/{n // 2}") for n in range(24)]
     folder = write(tmp_path / "in", *pages, per_shard=2)
-    assert len(prepare(tmp_path / "whole", "shards", folder, "--max-picture-documents", 2).pages) == 12
+    assert len(prepare(tmp_path / "whole", "deduplicate", folder, "--max-picture-documents", 2).pages) == 12
     for part in (2, 1, 3):
         arguments = ["--part", f"{part}/3", "--counts", tmp_path / "counts", "--max-picture-documents", 2]
-        assert command("prepare", "shards", folder, "--out", tmp_path / "parts", "--workers", 1, *arguments)[0] == 0
+        assert (
+            command("prepare", "deduplicate", folder, "--out", tmp_path / "parts", "--workers", 1, *arguments)[0] == 0
+        )
     assert len(list((tmp_path / "counts").iterdir())) == 12
     assert command("merge", tmp_path / "parts")[0] == 0
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -111,28 +113,28 @@ def test_parts_and_workers_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_processes_count(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", *(page(0, n + 1, f"Page {n}.") for n in range(20)), per_shard=4)
-    done = prepare(tmp_path / "out", "shards", folder, "--workers", 2)
+    done = prepare(tmp_path / "out", "deduplicate", folder, "--workers", 2)
     assert kept(done) == [[n + 1, f"Page {n}."] for n in range(20)]
 
 
 def test_img2datasets_shards_and_what_is_broken_in_them(tmp_path: Path) -> None:
     members = [("1.jpg", jpeg(1)), ("1.txt", b"A cat."), ("2.jpg", jpeg(2)), ("2.txt", b"\xff"), ("3.txt", b"Alone.")]
     shard = make_tar(tmp_path / "00000.tar", members)
-    done = prepare(tmp_path / "out", "shards", shard)
+    done = prepare(tmp_path / "out", "deduplicate", shard)
     assert kept(done) == [[1, "A cat."]]
     assert done.dropped == {"bad text or JSON": 1, "fewer than 1 pictures left": 1}
     cut = tmp_path / "00001.tar"
     cut.write_bytes(shard.read_bytes()[:1500])
-    assert "00001.tar is truncated" in refusal(tmp_path / "o", "shards", shard, cut)
-    done = prepare(tmp_path / "p", "shards", shard, cut, "--skip-bad-files")
+    assert "00001.tar is truncated" in refusal(tmp_path / "o", "deduplicate", shard, cut)
+    done = prepare(tmp_path / "p", "deduplicate", shard, cut, "--skip-bad-files")
     assert done.dropped["whole file damaged"] == 1
 
 
 def test_mistakes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", page(0, "x"))
-    assert "must not be negative" in refusal(tmp_path / "o", "shards", folder, "--min-images", -1)
-    assert "is no condition" in refusal(tmp_path / "o", "shards", folder, "--where", "perplexity")
-    assert "does not exist" in refusal(tmp_path / "o", "shards", tmp_path / "none")
+    assert "must not be negative" in refusal(tmp_path / "o", "deduplicate", folder, "--min-images", -1)
+    assert "is no condition" in refusal(tmp_path / "o", "deduplicate", folder, "--where", "perplexity")
+    assert "does not exist" in refusal(tmp_path / "o", "deduplicate", tmp_path / "none")
 
 
 def test_nothing_is_left_out_of_nothing() -> None:

@@ -1,12 +1,9 @@
-"""What a run says about itself: `metrics.jsonl`, TensorBoard, and a progress line with the time left."""
+"""A progress line with the time left."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
-from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,57 +17,6 @@ from rich.progress import (
 
 QUIET_SECONDS = 10.0
 """Without a terminal a line is printed at most this often."""
-
-
-class JsonLines:
-    """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
-
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Opens `path` for appending after removing every line whose `step` is above `resume_step`."""
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            # A killed run can leave half a line at the end; it belongs to a step that is done again.
-            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-        self._file: IO[str] = path.open("a")
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        return None
-
-
-class TensorBoard:
-    """The same values for TensorBoard."""
-
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds one scalar per value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()
 
 
 class ProgressLine:
