@@ -55,10 +55,10 @@ demo: setup $(OUT)/data/.complete
 	$(PY) train.py experiment=$(WHICH)_language $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH)_vision $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH) $(TRAIN_ARGS)
-	$(PY) -m eval task=$(TASKS) pictures=[real,shuffled,blank] \
+	$(PY) -m eval task=$(TASKS) images=[real,shuffled,blank] \
 	  model=$(OUT)/flamingo/model data=$(OUT)/data out=$(OUT)/eval $(EVAL_ARGS)
 	@echo
-	@echo "Look at  $(OUT)/eval/gallery.html     prompts, pictures and answers"
+	@echo "Look at  $(OUT)/eval/gallery.html     prompts, images and answers"
 	@echo "         $(OUT)/eval/curve.png        accuracy against shots"
 	@echo "         $(OUT)/flamingo/loss.png     the loss of each data set"
 	@echo "         $(OUT)/eval/results.json     every figure, with its interval"

@@ -30,7 +30,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
-from data.dataset import DatasetSpec, page_texts, too_small
+from data.dataset import DatasetSpec, document_texts, too_small
 from data.loading.loader import MixLoader
 from eval.in_training import Evaluations, Probe
 from flamingo.errors import UserError
@@ -56,7 +56,7 @@ T = TypeVar("T")
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
-# How each objective turns pages into tensors.
+# How each objective turns documents into tensors.
 COLLATES: dict[str, Callable[[Setup], Collate]] = {
     "language": lambda setup: LanguageCollate(setup.tokenizer),
     "contrastive": lambda setup: PairCollate(required(setup.pairs), required(setup.transform)),
@@ -101,7 +101,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(config.run.seed)
-    setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: page_texts(specs))
+    setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: document_texts(specs))
     collate = COLLATES[config.objective](setup)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.evaluation import print_evaluation
 from benchmarks.sizes import SIZES, Size
-from benchmarks.steps import BATCHES, PICTURES, TOKENS, grid, print_steps
+from benchmarks.steps import BATCHES, IMAGES, TOKENS, grid, print_steps
 from benchmarks.table import print_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +50,9 @@ def jobs(
         for shots in (1, size.shots // 2, size.shots):
             yield "decode_step", {"shots": shots}, LIBRARIES
     else:
-        for pictures in size.cost_pictures:
+        for images in size.cost_images:
             for tokens in size.cost_tokens:
-                yield "forward", {"pictures": pictures, "tokens": tokens}, LIBRARIES
+                yield "forward", {"images": images, "tokens": tokens}, LIBRARIES
 
 
 def measure(what: str, own: dict[str, int], library: str, variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs behind a warm-up; the median is shown")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--without-peer", action="store_true", help="measure this library alone")
-    for key, values in (("batches", BATCHES), ("pictures", PICTURES), ("tokens", TOKENS)):
+    for key, values in (("batches", BATCHES), ("images", IMAGES), ("tokens", TOKENS)):
         parser.add_argument(f"--{key}", type=int, nargs="+", default=values, help="of step_cost")
     parser.add_argument("--out", type=Path, help="the JSON; runs/bench/SIZE.json by default")
     options = parser.parse_args()

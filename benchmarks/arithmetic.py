@@ -1,6 +1,6 @@
 """How many operations the mathematics needs, counted by hand: two for each multiply-add of a matrix product.
 
-Every picture once, every token of the prompt once whatever the number of beams, causal attention without its upper
+Every image once, every token of the prompt once whatever the number of beams, causal attention without its upper
 half, logits only where they are read. Norms, activations and the optimizer are left out, as FlopCounterMode leaves
 them out.
 """
@@ -13,25 +13,25 @@ from flamingo.inference.scoring import Trie
 
 
 def tower(size: Size) -> int:
-    """The encoder at one picture: patches, then layers of 12 width^2 weights over patches and class token."""
+    """The encoder at one image: patches, then layers of 12 width^2 weights over patches and class token."""
     w, tokens = size.vision_width, size.patches + 1
     return 2 * size.patches * w * 3 * size.patch**2 + size.vision_layers * (24 * w**2 * tokens + 4 * tokens**2 * w)
 
 
 def resampler(size: Size) -> int:
-    """The resampler at one picture: latents attend to patches and latents."""
+    """The resampler at one image: latents attend to patches and latents."""
     w, latents, keys = size.vision_width, size.latents, size.patches + size.latents
     attention = 4 * latents * w * size.inner + 4 * keys * w * size.inner + 4 * latents * keys * size.inner
     return size.depth * (attention + 4 * latents * w * size.ff_mult * w)
 
 
 def keys_values(size: Size) -> int:
-    """One picture's keys and values in all blocks."""
+    """One image's keys and values in all blocks."""
     return size.lm_layers * 4 * size.latents * size.vision_width * size.inner
 
 
 def blocks(size: Size, tokens: int) -> int:
-    """All gated blocks at some tokens, each of which sees one picture."""
+    """All gated blocks at some tokens, each of which sees one image."""
     w = size.lm_width
     return size.lm_layers * tokens * (4 * w * size.inner + 4 * size.latents * size.inner + 4 * w * size.ff_mult * w)
 
@@ -47,9 +47,9 @@ def head(size: Size, positions: int) -> int:
     return 2 * size.lm_width * (size.vocab + 2) * positions
 
 
-def seeing(size: Size, pictures: int) -> int:
-    """All that is done with pictures before the text."""
-    return pictures * (tower(size) + resampler(size) + keys_values(size))
+def seeing(size: Size, images: int) -> int:
+    """All that is done with images before the text."""
+    return images * (tower(size) + resampler(size) + keys_values(size))
 
 
 def decode_step(size: Size, shots: int) -> int:
@@ -59,7 +59,7 @@ def decode_step(size: Size, shots: int) -> int:
 
 
 def first_token(size: Size, shots: int) -> int:
-    """Pictures and prompt once; the number of beams does not matter."""
+    """Images and prompt once; the number of beams does not matter."""
     tokens = (shots + 1) * SHOT_TOKENS
     return seeing(size, shots + 1) + language(size, tokens) + blocks(size, tokens) + head(size, 1)
 
@@ -77,9 +77,9 @@ def ranking(size: Size, shots: int) -> int:
 def update(size: Size, rows: list[Row]) -> int:
     """A training step on these rows: forward once; backward once through frozen weights, twice through trained ones."""
     tokens = len(rows[0].ids)
-    pictures = sum(len(row.pictures) for row in rows)
+    images = sum(len(row.images) for row in rows)
     labelled = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
-    total = pictures * (tower(size) + 3 * (resampler(size) + keys_values(size)))
+    total = images * (tower(size) + 3 * (resampler(size) + keys_values(size)))
     total += 2 * (len(rows) * language(size, tokens) + head(size, labelled))
     return total + 3 * blocks(size, len(rows) * tokens)
 
@@ -90,6 +90,6 @@ def train_step(size: Size) -> int:
     return sum(update(size, rows) for rows in steps) // len(steps)
 
 
-def forward(size: Size, pictures: int, tokens: int) -> int:
+def forward(size: Size, images: int, tokens: int) -> int:
     """A document with logits of all positions."""
-    return seeing(size, pictures) + language(size, tokens) + blocks(size, tokens) + head(size, tokens)
+    return seeing(size, images) + language(size, tokens) + blocks(size, tokens) + head(size, tokens)

@@ -1,6 +1,6 @@
 """A few-shot evaluation as a whole: many queries, each with demonstrations of its own from one support set.
 
-What open_flamingo's evaluation does for a batch is done with its model: the pictures of every prompt are stacked and
+What open_flamingo's evaluation does for a batch is done with its model: the images of every prompt are stacked and
 encoded, demonstrations again for each query that shows them, then tokens are generated or class names ranked. Ours goes
 through `eval.inference.engine` as `python -m eval` does.
 """
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from benchmarks.sizes import Size
 from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
 from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import Prompt
 from eval.prompting.requests import Decoding, Request
-from eval.task import Picture
+from eval.task import EncodedImage
 from flamingo import FlamingoProcessor
 
 NEW_TOKENS = 5  # of an answer to a question, as open_flamingo's evaluation has it
@@ -33,14 +33,14 @@ Found = dict[str, Any]
 
 
 class Work:
-    """Queries and support: a picture and eight tokens each; demonstrations of a query are drawn from the support."""
+    """Queries and support: an image and eight tokens each; demonstrations of a query are drawn from the support."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
         generator = torch.Generator().manual_seed(7)
         count = size.eval_queries + size.eval_support
         shape = (count, 3, size.image_size, size.image_size)
-        self.pictures = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        self.images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         self.tokens = torch.randint(10, size.vocab, (count, SHOT_TOKENS), generator=generator)
         self.tokens[:, 0], self.tokens[:, -1] = image_id(size), image_id(size) + 1
         orders = [torch.randperm(size.eval_support, generator=generator) for _ in range(size.eval_queries)]
@@ -54,7 +54,7 @@ class Work:
         """The prompt of a query."""
         items = self.items(query, shots, fixed)
         ids = self.tokens[items].flatten()[:-1]
-        return Row(ids, self.pictures[items], torch.full_like(ids, IGNORED))
+        return Row(ids, self.images[items], torch.full_like(ids, IGNORED))
 
 
 class RawProcessor:
@@ -74,33 +74,33 @@ class RawProcessor:
 
 
 class RawResponder(FlamingoResponder):
-    """The evaluation's model; a picture's file is its pixels."""
+    """The evaluation's model; an image's file is its pixels."""
 
     def __init__(self, model: Any, size: Size, share_prefix: bool = True) -> None:
         super().__init__(model, RawProcessor(size), share_prefix=share_prefix)  # type: ignore[arg-type]
         self._side = size.image_size
 
-    def _pixels(self, picture: Picture) -> Tensor:
-        pixels = torch.frombuffer(bytearray(picture.frames[0]), dtype=torch.uint8)
+    def _pixels(self, image: EncodedImage) -> Tensor:
+        pixels = torch.frombuffer(bytearray(image.frames[0]), dtype=torch.uint8)
         return pixels.view(1, 1, 3, self._side, self._side)
 
 
 def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int, fixed: bool = False) -> list[Request]:
     """One for each query: an answer to generate, or names to rank."""
-    files = [Picture((picture.numpy().tobytes(),)) for picture in work.pictures]
+    files = [EncodedImage((image.numpy().tobytes(),)) for image in work.images]
     found = []
     for query in range(queries):
-        pictures = tuple(files[item] for item in work.items(query, shots, fixed))
+        images = tuple(files[item] for item in work.items(query, shots, fixed))
         ids = tuple(work.row(query, shots, fixed).ids.tolist())
         candidates = tuple(tuple(name) for name in names or ())
         shared = (shots * SHOT_TOKENS, shots) if fixed else (0, 0)
-        prompt = Prompt(ids, pictures, candidates, ((None, ""),), shots, shared)
+        prompt = Prompt(ids, images, candidates, ((None, ""),), shots, shared)
         found.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
     return found
 
 
 def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
-    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the pictures from disk.
+    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the images from disk.
 
     At last the same queries behind the same demonstrations for all, which are run once, and as whole prompts.
     """
@@ -108,18 +108,18 @@ def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
     with tempfile.TemporaryDirectory() as folder:
         seconds, values, encoded = [], [], []
         for count in (shots, shots // 2):
-            cache = FeatureCache(responder, store=PictureStore(Path(folder), "benchmark", 1 << 40))
+            cache = FeatureCache(responder, store=ImageStore(Path(folder), "benchmark", 1 << 40))
             asked = requests(work, count, names, queries)
             start = time.perf_counter()
             values.append(Engine(responder, cache, BATCH).ask(asked))
             seconds.append(time.perf_counter() - start)
-            encoded += [cache.encoded, len(cache.pictures)]
+            encoded += [cache.encoded, len(cache.images)]
         fixed = []
         for share in (True, False):
             own = RawResponder(library.model, work.size, share)
-            cache = FeatureCache(own, store=PictureStore(Path(folder), "benchmark", 1 << 40))
+            cache = FeatureCache(own, store=ImageStore(Path(folder), "benchmark", 1 << 40))
             asked = requests(work, shots, names, queries, fixed=True)
-            cache.features([picture for request in asked for picture in request.prompt.pictures])
+            cache.features([image for request in asked for image in request.prompt.images])
             start = time.perf_counter()
             Engine(own, cache, BATCH).ask(asked)
             fixed.append(time.perf_counter() - start)
@@ -177,7 +177,7 @@ EVAL_AT_MOST = {"eval_questions": 1 / 3, "eval_classes": 1 / 15}
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
-    """A table of its own: time, share, pictures encoded."""
+    """A table of its own: time, share, images encoded."""
     results = [result for result in document["results"] if result["name"] == "eval_speed"]
     if not results:
         return

@@ -109,14 +109,14 @@ def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Fo
 
 
 def first_token(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """From the pictures' pixels to the first token, three beams."""
+    """From the images' pixels to the first token, three beams."""
     seconds, flop, tokens = generation(library, prompt(size, options.shots), 1, 3, options.repeats)
     first = [run[0] for run in seconds]
     return {"seconds": first, "flop": flop[0], "needed": arithmetic.first_token(size, options.shots), "values": tokens}
 
 
 def ranking(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """All names behind one prompt, from the pictures' pixels on."""
+    """All names behind one prompt, from the images' pixels on."""
     work, names = prompt(size, options.shots), class_names(size)
     seconds, scores = timed(lambda: library.rank(work, names), options.repeats)
     flop = counted(lambda: library.rank(work, names))
@@ -124,7 +124,7 @@ def ranking(library: Library, size: Size, options: argparse.Namespace) -> Found:
 
 
 def train_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """Forward, backward, clip and AdamW, over rows of different numbers of pictures."""
+    """Forward, backward, clip and AdamW, over rows of different numbers of images."""
     steps = training_steps(size)
     losses = [library.train_step(steps[0])]
     seconds = []
@@ -140,10 +140,10 @@ def train_step(library: Library, size: Size, options: argparse.Namespace) -> Fou
 
 def forward(library: Library, size: Size, options: argparse.Namespace) -> Found:
     """One document without a cache, with all its logits."""
-    work = row(size, options.pictures, options.tokens, seed=0)
+    work = row(size, options.images, options.tokens, seed=0)
     seconds, logits = timed(lambda: library.forward(work), options.repeats)
     flop = counted(lambda: library.forward(work))
-    needed = arithmetic.forward(size, options.pictures, options.tokens)
+    needed = arithmetic.forward(size, options.images, options.tokens)
     return {"seconds": seconds, "flop": flop, "needed": needed, "values": logits[:256].tolist()}
 
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -42,10 +42,10 @@ class Ours:
             self.model.language_model.to(torch.bfloat16)
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def _pictures(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _images(self, rows: list[Row]) -> dict[str, Tensor]:
         return {
-            "pixel_values": torch.cat([row.pictures for row in rows])[:, None],
-            "image_counts": torch.tensor([len(row.pictures) for row in rows]),
+            "pixel_values": torch.cat([row.images for row in rows])[:, None],
+            "image_counts": torch.tensor([len(row.images) for row in rows]),
         }
 
     def _casting(self) -> Any:
@@ -56,7 +56,7 @@ class Ours:
         with self._casting():
             out = self.model.generate(
                 row.ids[None],
-                **self._pictures([row]),
+                **self._images([row]),
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 num_beams=beams,
@@ -68,12 +68,12 @@ class Ours:
     def rank(self, row: Row, names: list[list[int]]) -> list[float]:
         """Log-probability of each name behind the prompt."""
         with self._casting():
-            return self.model.score_candidates({"input_ids": row.ids[None], **self._pictures([row])}, names)[0].tolist()
+            return self.model.score_candidates({"input_ids": row.ids[None], **self._images([row])}, names)[0].tolist()
 
     def forward(self, row: Row) -> Tensor:
         """Logits of the last position, of a pass that gives all."""
         with torch.no_grad(), self._casting():
-            out = self.model(input_ids=row.ids[None], **self._pictures([row]), use_cache=False)
+            out = self.model(input_ids=row.ids[None], **self._images([row]), use_cache=False)
             return out.logits[0, -1].float()
 
     def train_step(self, rows: list[Row]) -> float:
@@ -84,7 +84,7 @@ class Ours:
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=self.fused)
         ids, labels = (torch.stack([getattr(row, name) for row in rows]) for name in ("ids", "labels"))
         with self._casting():
-            loss = self.model(input_ids=ids, labels=labels, **self._pictures(rows)).loss
+            loss = self.model(input_ids=ids, labels=labels, **self._images(rows)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()

@@ -24,7 +24,7 @@ from benchmarks.work import Row, image_id
 from flamingo.config import OPENAI_MEAN, OPENAI_STD
 from flamingo.vision.encoder import patch_tokens
 
-MOST_PICTURES = 5
+MOST_IMAGES = 5
 """Of a training document; open_flamingo's loader fills every document up to it."""
 
 
@@ -100,13 +100,13 @@ class Peer:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def _vision_x(self, rows: list[Row], most: int | None = None) -> Tensor:
-        """(B, T_img, 1, 3, S, S), normalised; filled up with black pictures to `most`."""
-        most = max(len(row.pictures) for row in rows) if most is None else most
+        """(B, T_img, 1, 3, S, S), normalised; filled up with black images to `most`."""
+        most = max(len(row.images) for row in rows) if most is None else most
         shape = (1, 3, 1, 1)
         mean, std = (torch.tensor(values).view(shape) for values in (OPENAI_MEAN, OPENAI_STD))
         out = torch.zeros(len(rows), most, 1, 3, self.size.image_size, self.size.image_size)
         for place, row in zip(out, rows, strict=True):
-            place[: len(row.pictures), 0] = (row.pictures.float() / 255 - mean) / std
+            place[: len(row.images), 0] = (row.images.float() / 255 - mean) / std
         return out
 
     def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]:
@@ -191,7 +191,7 @@ class Peer:
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
         ids, labels = (torch.stack([getattr(row, name) for row in rows]) for name in ("ids", "labels"))
         loss = self.model(
-            self._vision_x(rows, MOST_PICTURES), ids, attention_mask=torch.ones_like(ids), labels=labels
+            self._vision_x(rows, MOST_IMAGES), ids, attention_mask=torch.ones_like(ids), labels=labels
         ).loss
         loss.backward()
         # As its training does: only the rows of the new tokens move.

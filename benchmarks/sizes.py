@@ -29,8 +29,8 @@ class Size:
     tokens: int
     """Of a training row."""
     counts: tuple[tuple[int, ...], ...]
-    """Pictures of the training rows, step by step; the first step warms up and is not timed."""
-    cost_pictures: tuple[int, ...]
+    """Images of the training rows, step by step; the first step warms up and is not timed."""
+    cost_images: tuple[int, ...]
     cost_tokens: tuple[int, ...]
     eval_queries: int
     eval_support: int
@@ -45,7 +45,7 @@ class Size:
 
     @property
     def patches(self) -> int:
-        """Patch tokens of a picture."""
+        """Patch tokens of an image."""
         return (self.image_size // self.patch) ** 2
 
     @property
@@ -54,7 +54,7 @@ class Size:
         return self.heads * self.head_dim
 
 
-# Rows of 1 to 5 pictures, 2.5 on the average, behind a warm-up.
+# Rows of 1 to 5 images, 2.5 on the average, behind a warm-up.
 COUNTS = ((2, 3), (1, 4), (5, 1), (2, 3), (3, 1), (2, 3))
 
 SIZES = {
@@ -77,7 +77,7 @@ SIZES = {
         batch=2,
         tokens=256,
         counts=COUNTS,
-        cost_pictures=(1, 5, 32),
+        cost_images=(1, 5, 32),
         cost_tokens=(256, 1024, 2048),
         eval_queries=64,
         eval_support=64,
@@ -103,7 +103,7 @@ SIZES = {
         batch=2,
         tokens=48,
         counts=COUNTS[:3],
-        cost_pictures=(1, 5),
+        cost_images=(1, 5),
         cost_tokens=(64, 128),
         eval_queries=12,
         eval_support=6,

@@ -1,4 +1,4 @@
-"""What a training step costs against batch, pictures of a row and tokens of a row; this library alone.
+"""What a training step costs against batch, images of a row and tokens of a row; this library alone.
 
     python -m benchmarks step_cost --size tiny
 
@@ -19,18 +19,18 @@ from benchmarks.sizes import Size
 from benchmarks.work import row
 from flamingo.training.metrics.flops import Flops
 
-BATCHES, PICTURES, TOKENS = (1, 2, 4), (1, 5, 32), (256, 1024, 2048)
+BATCHES, IMAGES, TOKENS = (1, 2, 4), (1, 5, 32), (256, 1024, 2048)
 
 
 def grid(options: argparse.Namespace) -> Iterator[dict[str, int]]:
     """Every step that is measured."""
-    for batch, pictures, tokens in product(options.batches, options.pictures, options.tokens):
-        yield {"batch": batch, "pictures": pictures, "tokens": tokens}
+    for batch, images, tokens in product(options.batches, options.images, options.tokens):
+        yield {"batch": batch, "images": images, "tokens": tokens}
 
 
 def step_cost(library: Any, size: Size, options: argparse.Namespace) -> dict[str, Any]:
     """Forward, backward, clip and AdamW; the first step warms up."""
-    rows = [row(size, options.pictures, options.tokens, seed=place) for place in range(options.batch)]
+    rows = [row(size, options.images, options.tokens, seed=place) for place in range(options.batch)]
     losses = [library.train_step(rows)]
     seconds = []
     flops = Flops(library.model)
@@ -49,7 +49,7 @@ WHAT = {"step_cost": step_cost}
 def cells(result: dict[str, Any]) -> list[str]:
     """One line of the table."""
     seconds = median(result["seconds"])
-    sizes = [str(result[key]) for key in ("batch", "pictures", "tokens")]
+    sizes = [str(result[key]) for key in ("batch", "images", "tokens")]
     text = result["batch"] * result["tokens"] / seconds
     added = (result["peak_bytes"] - result["built_bytes"]) / 2**30
     figures = [f"{1000 * seconds:,.0f}", f"{text:,.0f}", f"{result['flop'] / 2e9:.3g}"]
@@ -61,7 +61,7 @@ def print_steps(document: dict[str, Any]) -> None:
     results = [result for result in document["results"] if result["name"] == "step_cost"]
     if not results:
         return
-    head = ["batch", "pictures", "tokens", "ms", "tokens/s", "G multiply-adds", "peak GiB", "of it by the steps"]
+    head = ["batch", "images", "tokens", "ms", "tokens/s", "G multiply-adds", "peak GiB", "of it by the steps"]
     print()
     for line in [head, ["---:"] * len(head), *map(cells, results)]:
         print("| " + " | ".join(line) + " |")

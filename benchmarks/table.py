@@ -30,7 +30,7 @@ def largest_difference(result: Result, reference: Result) -> str:
 
 def title(result: Result) -> str:
     """What was measured, with its options."""
-    own = [f"{result[key]} {key}" for key in ("shots", "pictures", "tokens") if key in result]
+    own = [f"{result[key]} {key}" for key in ("shots", "images", "tokens") if key in result]
     return ", ".join([TITLES[result["name"]], *own])
 
 

@@ -11,15 +11,15 @@ from benchmarks.sizes import Size
 
 IGNORED = -100
 SHOT_TOKENS = 8
-"""Tokens of a demonstration, those for its picture and its end included: <image> A photo of a ... <|endofchunk|>."""
+"""Tokens of a demonstration, those for its image and its end included: <image> A photo of a ... <|endofchunk|>."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One document or prompt: ids (T,), raw pictures (I, 3, S, S) uint8, labels (T,)."""
+    """One document or prompt: ids (T,), raw images (I, 3, S, S) uint8, labels (T,)."""
 
     ids: Tensor
-    pictures: Tensor
+    images: Tensor
     labels: Tensor
 
 
@@ -28,21 +28,21 @@ def image_id(size: Size) -> int:
     return size.vocab
 
 
-def row(size: Size, pictures: int, tokens: int, seed: int) -> Row:
-    """A document whose pictures stand at equal distances, each behind an end-of-chunk; no loss on their tokens."""
+def row(size: Size, images: int, tokens: int, seed: int) -> Row:
+    """A document whose images stand at equal distances, each behind an end-of-chunk; no loss on their tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, size.vocab, (tokens,), generator=generator)
-    for place in (torch.arange(pictures) * tokens) // max(pictures, 1):
+    for place in (torch.arange(images) * tokens) // max(images, 1):
         ids[place] = image_id(size)
         if place:
             ids[place - 1] = image_id(size) + 1
-    shape = (pictures, 3, size.image_size, size.image_size)
+    shape = (images, 3, size.image_size, size.image_size)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return Row(ids, pixels, ids.masked_fill(ids == image_id(size), IGNORED))
 
 
 def prompt(size: Size, shots: int) -> Row:
-    """`shots` demonstrations and a query, each with a picture."""
+    """`shots` demonstrations and a query, each with an image."""
     return row(size, shots + 1, (shots + 1) * SHOT_TOKENS, seed=shots)
 
 

@@ -39,10 +39,10 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
     merge = commands.add_parser("merge", help="join what `prepare --part i/n` wrote")
     merge.add_argument("folder", nargs="+", metavar="DIR")
     merge.add_argument("--out", metavar="DIR", help="folder for the whole (default: the first DIR)")
-    inspect = commands.add_parser("inspect", help="one page as a person would look at it")
+    inspect = commands.add_parser("inspect", help="one document as a person would look at it")
     inspect.add_argument("shard")
-    inspect.add_argument("--row", type=int, default=0, help="which page, counted from 0")
-    inspect.add_argument("--html", metavar="FILE", help="write the page with its pictures instead of printing it")
+    inspect.add_argument("--row", type=int, default=0, help="which document, counted from 0")
+    inspect.add_argument("--html", metavar="FILE", help="write the document with its images instead of printing it")
     if inspecting:
         import_module("data.tools.show_sampled").add_sampling_arguments(inspect)
     check = commands.add_parser("verify", help="find faults; status 1 when there are any")
@@ -57,24 +57,24 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print a page, or write it as HTML."""
-    from data.shards.document import Page
-    from data.shards.writer import read_page
-    from data.tools.show import page_as_html, page_as_text
+    """Print a document, or write it as HTML."""
+    from data.shards.document import Document
+    from data.shards.writer import read_document
+    from data.tools.show import document_as_html, document_as_text
 
-    page = read_page(args.shard, args.row)
+    document = read_document(args.shard, args.row)
     where = f"{args.shard}, row {args.row}"
-    as_text: Callable[[Page, str], str] = page_as_text
-    as_html: Callable[[Page, str], str] = page_as_html
+    as_text: Callable[[Document, str], str] = document_as_text
+    as_html: Callable[[Document, str], str] = document_as_html
     if args.sampled:
-        from data.tools.show_sampled import sample_page, sampled_as_html, sampled_as_text
+        from data.tools.show_sampled import sample_document, sampled_as_html, sampled_as_text
 
-        row = sample_page(page, args)
+        row = sample_document(document, args)
         as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
     if args.html is None:
-        print(as_text(page, where))
+        print(as_text(document, where))
     else:
-        Path(args.html).write_text(as_html(page, where), encoding="utf-8")
+        Path(args.html).write_text(as_html(document, where), encoding="utf-8")
         print(args.html)
     return 0
 

@@ -14,7 +14,16 @@ from data.shards.mmc4 import Mmc4Rule
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 
-__all__ = ["KINDS", "REDUCTIONS", "Corpus", "DatasetSpec", "open_corpus", "page_texts", "reader_of", "resolve_shards"]
+__all__ = [
+    "KINDS",
+    "REDUCTIONS",
+    "Corpus",
+    "DatasetSpec",
+    "document_texts",
+    "open_corpus",
+    "reader_of",
+    "resolve_shards",
+]
 REDUCTIONS = ("token_mean", "sequence_sum")
 
 
@@ -33,25 +42,26 @@ class DatasetSpec:
     weight: float = 1.0
     """What the trainer multiplies this dataset's loss by. The loader only carries it."""
     kind: str = "interleaved"
-    """"interleaved" (any sample), "pairs" (samples with a picture and text), "text" (the pictures are left out)."""
+    """"interleaved" (any sample), "pairs" (samples with an image and text), "text" (the images are left out)."""
     max_tokens: int = 256
     """Longest row, in tokens."""
     max_images: int = 5
-    """Most pictures of a row; the row ends before the first one more."""
+    """Most images of a row; the row ends before the first one more."""
     max_frames: int = 1
-    """Frames of every picture of this dataset: 1 for pictures."""
+    """Frames of every image of this dataset: 1 for images."""
     next_image_probability: float = 0.0
-    """Share of the rows whose tokens see the next picture and not the one before them (the paper: 0.5 on M3W)."""
+    """Share of the rows whose tokens see the next image and not the one before them (the paper: 0.5 on M3W)."""
     labels: str = "text"
     """"text" (every text token, EOC and EOS) or "openflamingo" (only from an <image> to its EOC)."""
     window: str = "random"
-    """Where a row begins in a page (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
+    """Where a row begins in a document (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
     flip: bool = False
-    """Mirror each picture with probability 1/2, but none of a page whose text says left or right. Wrong for letters."""
+    """Mirror each image with probability 1/2, but none of a document whose text says left or right. Wrong for letters.
+    """
     colour: float = 0.0
-    """Brightness, contrast and saturation of each picture are multiplied by a number from 1 - colour to 1 + colour."""
-    single_picture_share: float = 1.0
-    """Share of the rows with a single picture that is kept; others stand in (open_flamingo: 0.5 of MMC4's pages)."""
+    """Brightness, contrast and saturation of each image are multiplied by a number from 1 - colour to 1 + colour."""
+    single_image_share: float = 1.0
+    """Share of the rows with a single image that is kept; others stand in (open_flamingo: 0.5 of MMC4's documents)."""
     space_probability: float = 0.0
     """Share of the rows whose first text gets one space in front (the paper: 0.5 on its pairs)."""
     frame_rate: float = 0.0
@@ -61,7 +71,7 @@ class DatasetSpec:
     pack: int = 0
     """Put the samples of a micro-batch together in rows of at most this many tokens; 0: a row a sample."""
     similarity: float = 0.24
-    """Least similarity of a picture to its sentence, in open_flamingo's MMC4 shards (not scaled by 100)."""
+    """Least similarity of an image to its sentence, in open_flamingo's MMC4 shards (not scaled by 100)."""
     cache: str = ""
     """Folder on this machine's disk for copies of remote shards; the datasets and ranks of a machine may share it."""
     cache_gb: float = 100.0
@@ -91,12 +101,12 @@ class DatasetSpec:
             (not 0 <= self.space_probability <= 1, f"space_probability={self.space_probability} must be from 0 to 1"),
             (not 0 <= self.colour < 1, f"colour={self.colour} must be at least 0 and below 1"),
             (
-                not 0 <= self.single_picture_share <= 1,
-                f"single_picture_share={self.single_picture_share} must be from 0 to 1",
+                not 0 <= self.single_image_share <= 1,
+                f"single_image_share={self.single_image_share} must be from 0 to 1",
             ),
             (
-                self.kind == "pairs" and self.single_picture_share < 1,
-                "single_picture_share is for pages; a pair has a single picture",
+                self.kind == "pairs" and self.single_image_share < 1,
+                "single_image_share is for documents; a pair has a single image",
             ),
             (
                 not 0 <= self.next_image_probability <= 1,
@@ -132,14 +142,14 @@ def reader_of(spec: DatasetSpec, corpus: Corpus) -> ShardReader:
     return ShardReader(corpus.indexes, local=corpus.local, mmc4=Mmc4Rule(similarity=spec.similarity))
 
 
-def page_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
-    """The text of every page of a mixture, once, in the order of the shards (for training a tokenizer)."""
+def document_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
+    """The text of every document of a mixture, once, in the order of the shards (for training a tokenizer)."""
     for spec in specs:
         corpus = open_corpus(spec)
         reader = reader_of(spec, corpus)
         for shard, rows in enumerate(corpus.counts):
             for number in range(rows):
-                nodes = reader.sample(shard, corpus.row(shard, number), pictures=False).nodes
+                nodes = reader.sample(shard, corpus.row(shard, number), images=False).nodes
                 yield "".join(node.text for node in nodes if isinstance(node, Text))
         reader.close()
 

@@ -1,9 +1,9 @@
 """The kinds of failure on the way from a shard to a batch, and how each is met.
 
-A sample whose *content* is bad (an undecodable picture, broken JSON) is replaced by another one, always the same one,
-and counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.shards.retry). What the user must
-mend first (a missing shard, a page that names pictures it does not have) is a `flamingo.errors.UserError` and stops the
-run with one sentence. Anything else is a bug and keeps its traceback.
+A sample whose *content* is bad (an undecodable image, broken JSON) is replaced by another one, always the same one, and
+counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.shards.retry). What the user
+must mend first (a missing shard, a document that names images it does not have) is a `flamingo.errors.UserError` and
+stops the run with one sentence. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BadSample(NamedTuple):
 class BadSampleCounter:
     """Counts replaced samples and stops the run when they are no longer the exception.
 
-    The limit is `max_rate` of the newest `window` samples, plus a grace of `grace` samples, so that one bad picture at
+    The limit is `max_rate` of the newest `window` samples, plus a grace of `grace` samples, so that one bad image at
     the very start does not end a run and a long clean past does not hide a bad present.
     """
 

@@ -66,13 +66,13 @@ def main(arguments: Sequence[str]) -> int:
     from eval.reports.results import table
 
     print(table(results))
-    pictures, responses = results["pictures"], results["responses"]
+    images, responses = results["images"], results["responses"]
     if responses["from_log"]:
         print(
             f"\n{responses['from_log']} answers were in {config.out}/responses.jsonl, {responses['asked']} were asked"
         )
     print(
-        f"\n{pictures['shown']} pictures shown, {pictures['distinct']} distinct, {pictures['encoded']} encoded, "
+        f"\n{images['shown']} images shown, {images['distinct']} distinct, {images['encoded']} encoded, "
         f"{results['wall_s']:.0f} s; look at {config.out}/gallery.html and {config.out}/curve.png"
     )
     return 0

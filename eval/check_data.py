@@ -36,7 +36,7 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
     """
     from eval.compose import load_config
     from eval.tasks.build import check_spec
-    from eval.tasks.sources import read_documents, read_support
+    from eval.tasks.sources import read_examples, read_support
 
     spec = load_config(["model=none", f"task={name}"]).task[name]
     if not spec.published:
@@ -50,7 +50,7 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
         lines = [f"{name}: {len(missing)} of {len(spec.published)} files are missing in {folder}:"]
         return [*lines, *(f"  {file}  published by {spec.published[file]}" for file in missing)], False
     try:
-        queries = len(read_documents(name, spec, spec.source))
+        queries = len(read_examples(name, spec, spec.source))
         support = None if spec.support is None else len(read_support(name, spec, spec.support))
     except UserError as error:
         return [str(error)], False

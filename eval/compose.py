@@ -82,7 +82,7 @@ def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
     if key.startswith("task.") and key.split(".")[1] not in tasks:
         raise UserError(f"{key} is of a task that is not chosen; chosen are {', '.join(tasks)}")
     value = override.value()
-    return key, [value] if key in ("shots", "pictures", "strategy") and not isinstance(value, list) else value
+    return key, [value] if key in ("shots", "images", "strategy") and not isinstance(value, list) else value
 
 
 def _hydra_sentence(error: Exception, names: list[str]) -> str:

@@ -35,7 +35,7 @@ class EvalConfig:
     """Numbers of demonstrations (of examples a class, for binding)."""
     seed: Any = 0
     """Seed of the demonstrations, or a list: the queries are then asked once a seed and scored together."""
-    pictures: list[str] = field(default_factory=lambda: ["real"])
+    images: list[str] = field(default_factory=lambda: ["real"])
     """real, and as controls shuffled, blank, text_only."""
     strategy: list[str] = field(default_factory=lambda: ["plain"])
     """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/prompting/strategies.py."""
@@ -58,7 +58,7 @@ class EvalConfig:
     batch_size: int = 32
     """Prompts in a batch. Results do not depend on it."""
     cache: str | None = "runs/cache"
-    """Folder of encoded pictures, shared by all runs; null keeps them for the run alone."""
+    """Folder of encoded images, shared by all runs; null keeps them for the run alone."""
     cache_gb: float = 20.0
     """The most that folder may hold, in GB; what was not used for longest goes."""
     device: str = "auto"
@@ -83,9 +83,9 @@ class EvalConfig:
             raise UserError(f"shots={self.shots}; give different numbers of 0 or more, for example shots=[0,4]")
         if not self.seeds or not all(type(seed) is int and seed >= 0 for seed in self.seeds):
             raise UserError(f"seed={self.seed}; give a whole number of 0 or more, or a list of such")
-        unknown = [name for name in self.pictures if name not in ABLATIONS]
-        if unknown or not self.pictures:
-            raise UserError(f"pictures={self.pictures}; each is one of {', '.join(ABLATIONS)}")
+        unknown = [name for name in self.images if name not in ABLATIONS]
+        if unknown or not self.images:
+            raise UserError(f"images={self.images}; each is one of {', '.join(ABLATIONS)}")
         unknown = [name for name in self.strategy if name not in STRATEGIES]
         if unknown or not self.strategy:
             raise UserError(f"strategy={self.strategy}; each is one of {', '.join(STRATEGIES)}")

@@ -64,7 +64,7 @@ class Probe:
     def samples(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> list[Sample]:
-        """All answers; pictures are encoded anew, since the resampler trains."""
+        """All answers; images are encoded anew, since the resampler trains."""
         responder = FlamingoResponder(model, processor, str(processes.device))
         if processes.size > 1 and isinstance(model, FSDPModule):
             # A process whose text ends earlier, by a rounding of its device, still takes part in the others' steps.

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from eval.config import EvalConfig
 from eval.inference.distributed import Ranks
 from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
 from eval.inference.provenance import code_hash, folder_hash, provenance
 from eval.inference.response_log import ResponseLog
@@ -68,7 +68,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
         grid = Grid(
             config.shots,
             config.seeds,
-            config.pictures,
+            config.images,
             config.limit,
             config.batch_size,
             config.strategy,
@@ -82,7 +82,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
         shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))
         facts = provenance(config.model, command, config.device_name(), time.perf_counter() - start, model_key)
         facts |= {
-            "pictures": {"shown": cache.shown, "distinct": len(cache.pictures), "encoded": sum(s[0] for s in shares)},
+            "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": sum(s[0] for s in shares)},
             "responses": {"asked": sum(s[1] for s in shares), "from_log": shares[0][2]},
             "processes": ranks.world,
         }
@@ -106,11 +106,11 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     store = None
     if config.cache is not None:
         limit = int(config.cache_gb * 1e9)
-        store = PictureStore(Path(config.cache), responder.picture_key, limit)
+        store = ImageStore(Path(config.cache), responder.image_key, limit)
     code = code_hash(
         "flamingo", "eval/inference/model.py", "eval/inference/decoding.py", "eval/inference/shared_prefix.py"
     )
-    key = content_hash(model_hash, responder.picture_key, config.dtype, code)
+    key = content_hash(model_hash, responder.image_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
     ranks.barrier()  # nobody writes before everybody has read
     cache = FeatureCache(responder, store=store)
@@ -127,8 +127,8 @@ def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sam
     write_report(out, results, samples)
     write_atomically(out / "curve.png", curve_png(results))
     if config.gallery:
-        write_atomically(out / "gallery.html", gallery_html(results, samples, cache.pictures, config.gallery))
-        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.pictures))
+        write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
+        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
 
 
 class progress_bar:  # noqa: N801
@@ -144,7 +144,7 @@ class progress_bar:  # noqa: N801
         return self._advance
 
     def _advance(self, cell: Cell, done: int) -> None:
-        what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.pictures}"
+        what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.images}"
         self._progress.update(self._id, advance=done, description=what)
 
     def __exit__(self, *raised: object) -> None:

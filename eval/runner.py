@@ -29,7 +29,7 @@ class Cell:
     task: str
     shots: int
     seed: int
-    pictures: str
+    images: str
     strategy: str = "plain"
 
 
@@ -37,8 +37,8 @@ class Cell:
 class Sample:
     """One answered query, everything needed to judge it again.
 
-    `turns` are the prompt that asked for the answer: each turn's first picture (SHA-256, None for text only) and text,
-    the query's last; `pictures_sha256` are all of the prompt.
+    `turns` are the prompt that asked for the answer: each turn's first image (SHA-256, None for text only) and text,
+    the query's last; `images_sha256` are all of the prompt.
     """
 
     cell: Cell
@@ -64,7 +64,7 @@ class Sample:
     confidence: float | None = None  # in [0, 1], as the strategy says
     rationale: str = ""
     votes: tuple[tuple[str, float], ...] = ()
-    pictures_sha256: tuple[str, ...] = ()
+    images_sha256: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -74,7 +74,7 @@ class Sample:
     @property
     def prompt(self) -> str:
         """The prompt as one string, for reading; the model got ids that were never joined as text."""
-        marked = [f"{'' if picture is None else '<image>'}{text}" for picture, text in self.turns]
+        marked = [f"{'' if image is None else '<image>'}{text}" for image, text in self.turns]
         return "<|endofchunk|>".join(marked)
 
 
@@ -84,7 +84,7 @@ class Grid:
 
     shots: Sequence[int]
     seeds: Sequence[int]
-    pictures: Sequence[str]
+    images: Sequence[str]
     limit: int | None = None
     batch_size: int = 32
     strategies: Sequence[str] = ("plain",)
@@ -92,7 +92,7 @@ class Grid:
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
         """Every cell; an ablation of demonstrations, or a strategy over them, is left out where there are none."""
-        every = itertools.product(tasks, self.strategies, self.pictures, self.shots, self.seeds)
+        every = itertools.product(tasks, self.strategies, self.images, self.shots, self.seeds)
         return [
             Cell(t, k, seed, p, s)
             for t, s, p, k, seed in every
@@ -138,7 +138,7 @@ def run_cell(
 ) -> list[Sample]:
     """The samples of one cell, in the order of `query_ids`. `on_batch` hears how many more requests are done."""
     engine = engine or Engine(responder, cache, batch_size)
-    ablate, strategy = ABLATIONS[cell.pictures], STRATEGIES[cell.strategy]
+    ablate, strategy = ABLATIONS[cell.images], STRATEGIES[cell.strategy]
     episodes = [ablate(task.episode(query_id, cell.shots, cell.seed), cell.seed) for query_id in query_ids]
     chosen = settings or Settings()
     runs = [strategy(Query(task, episode, responder.builder, chosen, cell.seed)) for episode in episodes]
@@ -176,7 +176,7 @@ def _sample(task: Task, cell: Cell, episode: Episode, outcome: Outcome) -> Sampl
         cell=cell,
         query_id=episode.query_id,
         demo_ids=asked.demo_ids[dropped:],
-        turns=tuple((None if picture is None else picture.sha256, text) for picture, text in prompt.turns),
+        turns=tuple((None if image is None else image.sha256, text) for image, text in prompt.turns),
         raw=outcome.raw,
         answer=outcome.answer,
         golds=episode.golds,
@@ -196,7 +196,7 @@ def _sample(task: Task, cell: Cell, episode: Episode, outcome: Outcome) -> Sampl
         confidence=None if outcome.confidence is None else round(outcome.confidence, 6),
         rationale=outcome.rationale,
         votes=outcome.votes,
-        pictures_sha256=tuple(picture.sha256 for picture in prompt.pictures),
+        images_sha256=tuple(image.sha256 for image in prompt.images),
     )
 
 
@@ -207,7 +207,7 @@ def run(
     on_batch: Callable[[Cell, int], None] = lambda cell, done: None,
     engine: Engine | None = None,
 ) -> tuple[list[Sample], FeatureCache]:
-    """All cells. The cache that comes back knows every picture shown and how many were encoded."""
+    """All cells. The cache that comes back knows every image shown and how many were encoded."""
     engine = engine or Engine(responder, FeatureCache(responder), grid.batch_size)
     connect(tasks, grid, engine)
     check_context(tasks, grid, responder)
@@ -224,7 +224,7 @@ def run(
 
 
 def connect(tasks: Mapping[str, Task], grid: Grid, engine: Engine) -> None:
-    """Give tasks that choose demonstrations by likeness of pictures the means to compare them."""
+    """Give tasks that choose demonstrations by likeness of images the means to compare them."""
     for task in tasks.values():
         offer: Callable[[Engine, Sequence[str]], None] | None = getattr(task, "connect", None)
         if offer is not None:

@@ -10,14 +10,14 @@ class SourceSpec:
     """Where a task's items come from."""
 
     format: str = "pages"
-    """pages: shards of `python -m data prepare`; csv and jsonl: a table of one's own with columns picture, answer and
+    """pages: shards of `python -m data prepare`; csv and jsonl: a table of one's own with columns image, answer and
     optionally question, id, kind, choices; the others are data sets' own files, see eval/formats."""
     path: str = ""
     """Folder of shards, or the file."""
     annotations: str = ""
     """A second file that some data sets keep their answers (or splits) in."""
     images: str = ""
-    """Folder of the pictures or videos, or a pattern such as `val2014/COCO_val2014_{image_id:012d}.jpg`."""
+    """Folder of the images or videos, or a pattern such as `val2014/COCO_val2014_{image_id:012d}.jpg`."""
     split: str = ""
     """Which split of a file that holds several; `a+b` takes both."""
     only: dict[str, str] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class SourceSpec:
 class TaskSpec:
     """One YAML under `hydra/task/`. Every field is checked before a model is loaded."""
 
-    kind: str = "documents"
-    """documents: demonstrations are other items with their answers; binding: new names for classes of pictures."""
+    kind: str = "examples"
+    """examples: demonstrations are other items with their answers; binding: new names for classes of images."""
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
     """Where demonstrations come from; null splits `source`: the first `queries` in hash order ask, the rest show."""
@@ -57,7 +57,7 @@ class TaskSpec:
     prefix: str = ""
     """Text at the head of the prompt: an instruction."""
     before: str = ""
-    """Text ahead of every picture."""
+    """Text ahead of every image."""
     separator: str = ""
     """Text behind every demonstration."""
     end_of_chunk: bool = True
@@ -69,9 +69,9 @@ class TaskSpec:
     demo_answer: str = "first"
     """Which of several annotators' answers a demonstration shows: first or majority."""
     zero_shot: str = "none"
-    """At 0 shots: none, or two_text, which shows two demonstrations without their pictures (they are no shots), drawn
-    for each query; with two_text_fixed they are the same for all. two_text_first_picture is a historic fault: the query
-    is then shown with a demonstration's picture."""
+    """At 0 shots: none, or two_text, which shows two demonstrations without their images (they are no shots), drawn
+    for each query; with two_text_fixed they are the same for all. two_text_first_image is a historic fault: the query
+    is then shown with a demonstration's image."""
     num_beams: int = 1
     """Beams of a generated answer."""
     length_penalty: float = 1.0
@@ -108,13 +108,15 @@ class TaskSpec:
     stem: str = ""
     """okvqa: generated answers are stemmed word by word as the annotation files stem theirs (raw_answer to answer)."""
     demos: str = "random"
-    """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a number or file behind a colon."""
+    """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a number or file behind
+    a colon.
+    """
     max_new_tokens: int = 32
     """Longest generated answer, in tokens."""
     ways: int = 2
     """Binding: classes in an episode. Shots are examples of each."""
-    min_pictures: int = 9
-    """Binding: classes with fewer different pictures are left out; one more than the most shots."""
+    min_images: int = 9
+    """Binding: classes with fewer different images are left out; one more than the most shots."""
     names: list[str] = field(default_factory=list)
     """Binding: names to give; empty reads them from `names_source`."""
     names_source: SourceSpec | None = None

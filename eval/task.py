@@ -1,9 +1,9 @@
 """What a task is: data, `episode` (what to show for one query) and `score` (what an answer is worth).
 
 The loop in `eval.runner` knows tasks through this protocol only. A task does not know the model, the tokenizer, the
-batch or the ablation; an episode is a plain value, so the same one can be shown with its pictures shuffled or blanked.
+batch or the ablation; an episode is a plain value, so the same one can be shown with its images shuffled or blanked.
 
-A prompt is a sequence of turns, each a picture and the text that belongs to it. The text of a turn has four parts:
+A prompt is a sequence of turns, each an image and the text that belongs to it. The text of a turn has four parts:
 `question` is given and never learnt ("what colour is the circle?"), `lead` is a fixed start of the answer which the
 query's prompt carries as well (" It is a"), `answer` is what the model must say and is judged by ("red"), `tail` a
 fixed end ("."). The question is a text node of its own; lead, answer and tail are one node. As in a training page each
@@ -24,22 +24,22 @@ from eval.spec import TaskSpec as TaskSpec
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, or a clip when it has several frames, as encoded files. Decoded only if a model must see it."""
+class EncodedImage:
+    """One image, or a clip when it has several frames, as encoded files. Decoded only if a model must see it."""
 
     frames: tuple[bytes, ...]
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the files: equal for identical pictures, whatever they are called."""
+        """Hash of the files: equal for identical images, whatever they are called."""
         digest = hashlib.sha256()
         for frame in self.frames:
             digest.update(hashlib.sha256(frame).digest())
         return digest.hexdigest()
 
 
-class StoredPicture(Picture):
-    """A picture that is read each time it is needed, so that thousands of them cost no memory.
+class StoredImage(EncodedImage):
+    """An image that is read each time it is needed, so that thousands of them cost no memory.
 
     `read` gives the encoded frames; `file` is what must exist for that, where it is a file (or folder) of its own.
     """
@@ -50,7 +50,7 @@ class StoredPicture(Picture):
         vars(self).update(_read=read, file=file)  # the class is frozen
 
     def __repr__(self) -> str:
-        return f"StoredPicture({str(self.file)!r})"
+        return f"StoredImage({str(self.file)!r})"
 
     @property
     def frames(self) -> tuple[bytes, ...]:
@@ -60,46 +60,46 @@ class StoredPicture(Picture):
 
 @dataclass(frozen=True)
 class Turn:
-    """A picture (None: a text-only demonstration) and its text, in the parts told in the module's docstring."""
+    """An image (None: a text-only demonstration) and its text, in the parts told in the module's docstring."""
 
-    picture: Picture | None
+    image: EncodedImage | None
     question: str
     lead: str
     answer: str
     tail: str = ""
     rationale: str = ""  # why, where the data say so; shown by chains of thought alone
-    more: tuple[tuple[Picture, str], ...] = ()  # of a question about several: a further picture, the text behind it
+    more: tuple[tuple[EncodedImage, str], ...] = ()  # of a question about several: a further image, the text behind it
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def images(self) -> tuple[EncodedImage, ...]:
         """All of them, in order."""
-        first = () if self.picture is None else (self.picture,)
-        return (*first, *(picture for picture, _ in self.more))
+        first = () if self.image is None else (self.image,)
+        return (*first, *(image for image, _ in self.more))
 
     @property
-    def pieces(self) -> tuple[tuple[Picture | None, str], ...]:
-        """The question as it is shown: each picture with the text up to the next."""
-        return ((self.picture, self.question), *self.more)
+    def pieces(self) -> tuple[tuple[EncodedImage | None, str], ...]:
+        """The question as it is shown: each image with the text up to the next."""
+        return ((self.image, self.question), *self.more)
 
     @property
     def asked(self) -> str:
-        """The question for reading; the first picture stands before it, `<image>` marks the others' places."""
+        """The question for reading; the first image stands before it, `<image>` marks the others' places."""
         return self.question + "".join(f"<image>{text}" for _, text in self.more)
 
-    def with_pictures(self, pictures: Sequence[Picture]) -> Turn:
-        """The same with other pictures in their places. Of none, the text alone is left."""
-        if not pictures:
+    def with_images(self, images: Sequence[EncodedImage]) -> Turn:
+        """The same with other images in their places. Of none, the text alone is left."""
+        if not images:
             question = self.question + "".join(text for _, text in self.more)
-            return replace(self, picture=None, question=question, more=())
-        more = tuple((picture, text) for picture, (_, text) in zip(pictures[1:], self.more, strict=True))
-        return replace(self, picture=pictures[0], more=more)
+            return replace(self, image=None, question=question, more=())
+        more = tuple((image, text) for image, (_, text) in zip(images[1:], self.more, strict=True))
+        return replace(self, image=images[0], more=more)
 
     def asking(self, text: str) -> Turn:
         """The same with `text` behind the question."""
         if not self.more:
             return replace(self, question=f"{self.question}{text}")
-        *before, (picture, last) = self.more
-        return replace(self, more=(*before, (picture, f"{last}{text}")))
+        *before, (image, last) = self.more
+        return replace(self, more=(*before, (image, f"{last}{text}")))
 
     @property
     def text(self) -> str:
@@ -108,11 +108,11 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Document:
+class Example:
     """One item of a task's data, in the query or in the support set.
 
-    `golds` are the accepted answers, the first being the one shown in demonstrations; `label` is the picture's class
-    where there is one; `kind` groups the report; `cluster` names what makes scores dependent (the picture).
+    `golds` are the accepted answers, the first being the one shown in demonstrations; `label` is the image's class
+    where there is one; `kind` groups the report; `cluster` names what makes scores dependent (the image).
     """
 
     id: str
@@ -121,15 +121,15 @@ class Document:
     kind: str = ""
     label: str = ""
     candidates: tuple[str, ...] = ()  # the item's own closed answers
-    group: str = ""  # what the data set calls the picture (or what else ties scores together)
+    group: str = ""  # what the data set calls the image (or what else ties scores together)
     is_open: bool = False  # its answer is generated even where the task ranks
 
     @property
     def cluster(self) -> str:
-        """Scores of the same picture are not independent of each other."""
+        """Scores of the same image are not independent of each other."""
         if self.group:
             return self.group
-        return self.turn.picture.sha256 if self.turn.picture is not None else self.id
+        return self.turn.image.sha256 if self.turn.image is not None else self.id
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Frame:
     """What stands around the turns of a prompt; by default nothing but the end-of-chunk token behind each one."""
 
     prefix: str = ""  # once, at the head: an instruction
-    before: str = ""  # ahead of every turn's picture
+    before: str = ""  # ahead of every turn's image
     separator: str = ""  # behind every demonstration (and its end-of-chunk token)
     end_of_chunk: bool = True
 

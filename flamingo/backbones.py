@@ -59,7 +59,7 @@ def load_vision(
         raise UserError(f"vision_options.{unknown[0]} is not an option; known are {', '.join(known)}")
     if isinstance(vision, nn.Module):
         if image_size is None:
-            raise UserError("a built vision module needs image_size=..., the side of its pictures in pixels")
+            raise UserError("a built vision module needs image_size=..., the side of its images in pixels")
         checked_width(vision, image_size, type(vision).__name__)
         tower, config = vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
     else:
@@ -239,7 +239,7 @@ def from_backbones(
         language: folder, transformers name, or built causal LM (then `tokenizer`).
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
-        image_size: side of the pictures in pixels, where it is not the encoder's own.
+        image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
         cross_attn_layers: those layers by number instead.
         resampler: options of `ResamplerConfig`.

@@ -39,13 +39,13 @@ class VisionConfig:
     width: int = 0
     """Width of a patch token; may be left out where `arch` says it."""
     image_size: int = 224
-    """Side of the square picture it takes, in pixels."""
+    """Side of the square image it takes, in pixels."""
     mean: Sequence[float] = OPENAI_MEAN
     """Mean per channel that is subtracted, on the scale 0 to 1."""
     std: Sequence[float] = OPENAI_STD
     """Standard deviation per channel, on the scale 0 to 1."""
     resize_mode: str = "crop"
-    """How a picture becomes square: "squash", "crop" (the centre), "pad" or "pad_mean"."""
+    """How an image becomes square: "squash", "crop" (the centre), "pad" or "pad_mean"."""
     class_token: bool = False
     """True: the encoder's class (and register) tokens stand in front of the patch tokens, as in IDEFICS."""
     final_norm: bool = False
@@ -73,11 +73,11 @@ class ResamplerConfig:
     head_dim: int = 64
     """Width of one head."""
     latents: int = 64
-    """Tokens per picture or clip that come out."""
+    """Tokens per image or clip that come out."""
     width: int | None = None
     """Width of the latents; None: the encoder's."""
     init_std: float = 1.0
-    """Deviation of the initial latents and time embeddings. At small widths 1 drowns the picture: see LOG.md."""
+    """Deviation of the initial latents and time embeddings. At small widths 1 drowns the image: see LOG.md."""
     ff_mult: float = 4.0
     """Width of the feed-forward as a multiple of the model width."""
     activation: str = "gelu"
@@ -121,7 +121,7 @@ class CrossAttentionConfig:
     ff_width: int | None = None
     """Width of the feed-forward in units, instead of `ff_mult`."""
     mask_ffn_without_media: bool = False
-    """True: a token that sees no picture skips the feed-forward too, so a text-only row is the frozen LM's."""
+    """True: a token that sees no image skips the feed-forward too, so a text-only row is the frozen LM's."""
 
     def __post_init__(self) -> None:
         _choice("cross_attention_config.activation", self.activation, ACTIVATIONS)
@@ -147,9 +147,9 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
         language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
         decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
-        media_reset_token_id: id of a token behind which no picture is seen until the next `<image>` (IDEFICS: the end
-            of a sequence); None: a picture stays in sight until the next one.
-        attend_all_previous: a token sees the pictures before its own as well; no released model does.
+        media_reset_token_id: id of a token behind which no image is seen until the next `<image>` (IDEFICS: the end
+            of a sequence); None: an image stays in sight until the next one.
+        attend_all_previous: a token sees the images before its own as well; no released model does.
         kwargs: of any transformers config.
 
     Raises:

@@ -1,10 +1,10 @@
 """`FlamingoForConditionalGeneration`: frozen encoder, resampler, gated blocks inside a frozen causal LM.
 
-Alayrac et al. 2022. Notable: the pictures of a batch are one flat stack with a count per row, never padded; the LM is
+Alayrac et al. 2022. Notable: the images of a batch are one flat stack with a count per row, never padded; the LM is
 an untouched transformers model that is driven through hooks (`language.py`); the loss is computed over the labelled
 positions only and in chunks, so that training builds no (B, T, V) tensor (`loss.py`).
 
-Letters: B batch, T text tokens, I pictures of all rows, F frames, C channels, S side in pixels, L latents, E media
+Letters: B batch, T text tokens, I images of all rows, F frames, C channels, S side in pixels, L latents, E media
 width, H heads, V vocabulary.
 """
 
@@ -39,7 +39,7 @@ from flamingo.errors import UserError
 from flamingo.hub import hub_reachable
 from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
-from flamingo.inference.media_cache import MediaCache, PictureInputs
+from flamingo.inference.media_cache import ImageInputs, MediaCache
 from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
 from flamingo.language.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.language.packing import counted_positions, packed_inputs
@@ -53,11 +53,11 @@ from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
 @dataclass
 class FlamingoOutput(CausalLMOutputWithPast):
-    """What a forward pass returns; `media_features` (I, L, E) can be given again instead of the pictures.
+    """What a forward pass returns; `media_features` (I, L, E) can be given again instead of the images.
 
     `cross_attentions`, if asked for, is for each block how the attention of every token is spread over the latents of
-    the picture it sees, (B, H, T, L), zero where it sees none; `phi` (B, T) says which picture that is. (With
-    `attend_all_previous` the last axis holds the latents of all pictures of the row, one after the other.)
+    the image it sees, (B, H, T, L), zero where it sees none; `phi` (B, T) says which image that is. (With
+    `attend_all_previous` the last axis holds the latents of all images of the row, one after the other.)
     """
 
     loss: Tensor | None = None  # transformers before 5.23 declares these two as float32
@@ -68,7 +68,7 @@ class FlamingoOutput(CausalLMOutputWithPast):
 
 
 class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
-    """Text and pictures in, next tokens out.
+    """Text and images in, next tokens out.
 
     Built from a config with random weights, or by `from_backbones` / `from_pretrained`. `vision_tower` and `causal_lm`
     are built modules to use instead of what the config describes.
@@ -146,15 +146,15 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         """Run the model.
 
         Args:
-            input_ids: tokens; each `<image>` stands for one picture or clip.
+            input_ids: tokens; each `<image>` stands for one image or clip.
             attention_mask: (B, past + T), 0 for padding.
-            pixel_values: all rows' pictures in order, (I, F, C, S, S), or their frames (N, C, S, S); None or empty
+            pixel_values: all rows' images in order, (I, F, C, S, S), or their frames (N, C, S, S); None or empty
                 for none. Instead: `media_features` from `encode_media`, or `media_cache`, what `media_cache()` gave.
-            image_counts: pictures of each row; may be left out for one row.
-            frame_counts: frames of each picture, where they differ.
-            phi: the picture each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
+            image_counts: images of each row; may be left out for one row.
+            frame_counts: frames of each image, where they differ.
+            phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
-            past_key_values: the cache of earlier calls; it remembers their pictures too.
+            past_key_values: the cache of earlier calls; it remembers their images too.
             use_cache: make and return such a cache; off by default in training and with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
@@ -165,12 +165,12 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             kwargs: go to the language model.
 
         Raises:
-            UserError: the pictures do not match the counts or the `<image>` tags (names the row).
+            UserError: the images do not match the counts or the `<image>` tags (names the row).
         """
         if sequence_ids is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
-        pictures = PictureInputs(pixel_values, media_features, image_counts, frame_counts)
-        media = self.media_of(len(input_ids), media_cache, past_key_values, pictures)
+        images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
+        media = self.media_of(len(input_ids), media_cache, past_key_values, images)
         if phi is None:
             phi = checked_phi(self.config, input_ids, media, past_key_values)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
@@ -192,9 +192,9 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             media.seen = seen_after(phi, input_ids, self.config.media_reset_token_id, media.seen)
             options["past_key_values"].media = media
         if self.config.attend_all_previous:
-            segments = segments_of_rows(phi, media.pictures)
+            segments = segments_of_rows(phi, media.images)
         else:
-            segments = segments_from_slots(slots_from_phi(phi, media.pictures), len(media.features))
+            segments = segments_from_slots(slots_from_phi(phi, media.images), len(media.features))
         if maps or media.maps is not None:
             segments = replace(segments, maps=[])
         keys_values = media.keys_values if options["use_cache"] else None
@@ -243,10 +243,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     def _output(
         self, out: Any, loss: Tensor | None, phi: Tensor, media: MediaCache, segments: Segments, lean: bool
     ) -> FlamingoOutput:
-        """Return what the LM gave, with the loss, the pictures of this call and the maps that were asked for."""
+        """Return what the LM gave, with the loss, the images of this call and the maps that were asked for."""
         maps = None
         if segments.maps is not None:
-            latents = media.features.shape[1] * (media.pictures.shape[1] if self.config.attend_all_previous else 1)
+            latents = media.features.shape[1] * (media.images.shape[1] if self.config.attend_all_previous else 1)
             maps = laid_out(segments.maps, segments, len(self.cross_attn_blocks), latents)
             if media.maps is not None:
                 media.maps.append(maps)
@@ -275,7 +275,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         phi: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Let the LM prepare its inputs its own way (many families do), then add which picture the tokens see."""
+        """Let the LM prepare its inputs its own way (many families do), then add which image the tokens see."""
         language_model: Any = self.language_model
         inputs = language_model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
@@ -471,22 +471,22 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
 
 class EncodesMedia(FlamingoPreTrainedModel):
-    """What `FlamingoForConditionalGeneration` does with pictures before the language model runs."""
+    """What `FlamingoForConditionalGeneration` does with images before the language model runs."""
 
     def encode_media(
         self, pixel_values: Shaped[Tensor, "..."], frame_counts: Int[Tensor, "I"] | None = None
     ) -> Float[Tensor, "I L E"]:
-        """Return the latents of each picture or clip; uint8 pixels are normalised with the encoder's statistics.
+        """Return the latents of each image or clip; uint8 pixels are normalised with the encoder's statistics.
 
-        `pixel_values` is (I, F, C, S, S), or (frames of all pictures, C, S, S) with `frame_counts`. Without gradients
-        equal pictures are encoded once.
+        `pixel_values` is (I, F, C, S, S), or (frames of all images, C, S, S) with `frame_counts`. Without gradients
+        equal images are encoded once.
 
         Raises:
-            UserError: pictures of another size than the encoder's, or counts that do not fit the frames.
+            UserError: images of another size than the encoder's, or counts that do not fit the frames.
         """
         if pixel_values.shape[-1] != self.vision_encoder.image_size:
             raise UserError(
-                f"the pictures are {pixel_values.shape[-1]} px wide, but the encoder takes "
+                f"the images are {pixel_values.shape[-1]} px wide, but the encoder takes "
                 f"{self.vision_encoder.image_size} px; build the ImageTransform with that size"
             )
         frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
@@ -506,17 +506,15 @@ class EncodesMedia(FlamingoPreTrainedModel):
         image_counts: Int[Tensor, "B"] | None = None,
         frame_counts: Int[Tensor, "I"] | None = None,
     ) -> MediaCache:
-        """Encode the pictures of `rows` rows; pixels and features may be None or empty.
+        """Encode the images of `rows` rows; pixels and features may be None or empty.
 
         Raises:
-            UserError: counts are missing or do not fit the rows or the pictures.
+            UserError: counts are missing or do not fit the rows or the images.
         """
         number = len(next((x for x in (media_features, frame_counts, pixel_values) if x is not None), ()))
         if image_counts is None:
             if rows > 1 and number:
-                raise UserError(
-                    f"{number} pictures for {rows} rows need image_counts, the number of pictures of each row"
-                )
+                raise UserError(f"{number} images for {rows} rows need image_counts, the number of images of each row")
             image_counts = torch.tensor([number] + [0] * (rows - 1), device=self.device)
         if len(image_counts) != rows:
             raise UserError(f"image_counts has {len(image_counts)} entries for {rows} rows")
@@ -530,15 +528,15 @@ class EncodesMedia(FlamingoPreTrainedModel):
         size, dtype = self.vision_encoder.image_size, torch.uint8
         sharded = hasattr(self, "set_requires_gradient_sync")  # a method that FSDP2 gives
         if sharded or (self.training and torch.is_grad_enabled()):
-            # One black picture that nobody sees: in a sharded run every process must call the same modules, in
-            # validation too, and give gradients (of zeros) for the same parameters, whether its batch has pictures or
+            # One black image that nobody sees: in a sharded run every process must call the same modules, in
+            # validation too, and give gradients (of zeros) for the same parameters, whether its batch has images or
             # not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
         latents = self.resampler.latents
         return latents.new_zeros(0, *latents.shape)
 
-    def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: PictureInputs) -> MediaCache:
-        """Return the pictures of this call: given, encoded now, remembered by the cache, or the last two together."""
+    def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:
+        """Return the images of this call: given, encoded now, remembered by the cache, or the last two together."""
         if given is not None:
             return given
         remembered: MediaCache | None = getattr(past, "media", None)
@@ -547,4 +545,4 @@ class EncodesMedia(FlamingoPreTrainedModel):
         new = self.media_cache(rows, **inputs._asdict())
         if remembered is None:
             return new
-        return remembered.extended(new.features, (new.pictures >= 0).sum(1))
+        return remembered.extended(new.features, (new.images >= 0).sum(1))

@@ -1,10 +1,10 @@
-"""Prompts of text and pictures to tensors, and tokens back to text.
+"""Prompts of text and images to tensors, and tokens back to text.
 
 Notable: text is tokenised piece by piece and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
-tokens of a sentence do not depend on what stands beside it, and training pages and prompts agree. In chat-style lists
-and in `encode_text` such a tag inside a user's text is plain text; in a prompt given as one string it is the tag.
+tokens of a sentence do not depend on what stands beside it, and training documents and prompts agree. In chat-style
+lists and in `encode_text` such a tag inside a user's text is plain text; in a prompt given as one string it is the tag.
 
-Letters: B rows, T tokens, I pictures of all rows, F frames, C channels, S side in pixels.
+Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedToke
 
 import flamingo.config  # noqa: F401  (makes the model type of a saved folder known to transformers)
 from flamingo.errors import UserError
-from flamingo.vision.transform import ImageTransform, Picture, to_rgb
+from flamingo.vision.transform import ImageInput, ImageTransform, to_rgb
 
 IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
 PROCESSOR_FILE = "processor_config.json"
@@ -36,8 +36,8 @@ class FlamingoProcessor:
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
     `new_tokens` says which ones were added when a saved tokenizer has them already; the first two are the tag of a
-    picture and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
-    in front of and behind every picture, once between two of them (IDEFICS).
+    image and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
+    in front of and behind every image, once between two of them (IDEFICS).
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class FlamingoProcessor:
     ) -> BatchFeature:
         """Return `input_ids`, `attention_mask` (B, T), `pixel_values` (I, F, C, S, S) uint8 and `image_counts` (B,).
 
-        Where the pictures and clips have different numbers of frames, `pixel_values` is the stack of all their frames
+        Where the images and clips have different numbers of frames, `pixel_values` is the stack of all their frames
         (N, C, S, S), and `frame_counts` (I,) says how many each has.
 
         Args:
-            images: for each row its pictures (PIL, path, bytes, array or uint8 (3, h, w) tensor); a list of frames is
-                a clip. For a single row the list of its pictures is enough.
+            images: for each row its images (PIL, path, bytes, array or uint8 (3, h, w) tensor); a list of frames is
+                a clip. For a single row the list of its images is enough.
             text: for each row a string with `<image>` tags, or a chat-style list of `{"type": "image" | "video" |
-                "text", ...}` (or of messages with such a `content`), which may carry its pictures itself.
+                "text", ...}` (or of messages with such a `content`), which may carry its images itself.
             padding_side: "left" to generate, "right" to train.
 
         Raises:
-            UserError: a row's tags and pictures differ in number, or a picture cannot be decoded; names the row.
+            UserError: a row's tags and images differ in number, or an image cannot be decoded; names the row.
         """
         single = isinstance(text, str) or (
             isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping)
@@ -102,20 +102,20 @@ class FlamingoProcessor:
         texts: list[Any] = [text] if single else list(text or [])
         if not texts:
             raise UserError("the processor needs text, one string or chat-style list a row")
-        given = _pictures_by_row(images, len(texts))
-        rows, pictures = [], []
+        given = _images_by_row(images, len(texts))
+        rows, images_by_row = [], []
         for index, (item, own) in enumerate(zip(texts, given, strict=True)):
             row, inline = self._parse(item, index)
             if inline and own:
-                raise UserError(f"row {index} has pictures both in its chat-style list and in images=")
+                raise UserError(f"row {index} has images both in its chat-style list and in images=")
             rows.append(row)
-            pictures.append(inline or own)
+            images_by_row.append(inline or own)
             tags = sum(piece == self.image_token_id for piece in row)
-            if tags != len(pictures[-1]):
-                raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(pictures[-1])} pictures")
+            if tags != len(images_by_row[-1]):
+                raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(images_by_row[-1])} images")
         data = self.pad([self._ids(row) for row in rows], padding_side)
-        data |= self._pixels(pictures)
-        data["image_counts"] = torch.tensor([len(row) for row in pictures])
+        data |= self._pixels(images_by_row)
+        data["image_counts"] = torch.tensor([len(row) for row in images_by_row])
         return BatchFeature(data)
 
     def pad(self, ids: Sequence[Sequence[int]], padding_side: str = "left") -> dict[str, Tensor]:
@@ -136,12 +136,12 @@ class FlamingoProcessor:
         return {"input_ids": input_ids, "attention_mask": mask}
 
     def prompt(
-        self, demos: Sequence[tuple[Picture | None, str]], query: tuple[Picture | None, str]
-    ) -> tuple[list[Picture], str]:
-        """Return the pictures and the text of a few-shot prompt; a picture of None makes a text-only example.
+        self, demos: Sequence[tuple[ImageInput | None, str]], query: tuple[ImageInput | None, str]
+    ) -> tuple[list[ImageInput], str]:
+        """Return the images and the text of a few-shot prompt; an image of None makes a text-only example.
 
         Two demonstrations "A cat." and "A dog." and the query "A" give
-        `<image>A cat.<|endofchunk|><image>A dog.<|endofchunk|><image>A`, as in the training pages.
+        `<image>A cat.<|endofchunk|><image>A dog.<|endofchunk|><image>A`, as in the training documents.
 
         Raises:
             UserError: a text contains a tag.
@@ -150,8 +150,8 @@ class FlamingoProcessor:
         for _, text in chunks:
             if self._tags.search(text):
                 raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
-        pictures = [picture for picture, _ in chunks if picture is not None]
-        return pictures, self.eoc_token.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
+        images = [image for image, _ in chunks if image is not None]
+        return images, self.eoc_token.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """Return the text of each row of ids, without special tokens unless `skip_special_tokens=False`."""
@@ -189,22 +189,22 @@ class FlamingoProcessor:
         return cls(tokenizer, transform, **document)
 
     def _parse(self, item: Any, index: int) -> tuple[Row, list[Any]]:
-        """Return a row's pieces, and the pictures that a chat-style list carries."""
+        """Return a row's pieces, and the images that a chat-style list carries."""
         if isinstance(item, str):
             return [self._tag_ids.get(piece, piece) for piece in self._tags.split(item) if piece], []
         row: Row = []
-        pictures = []
+        images = []
         for node in _nodes(item):
             kind = node.get("type")
             if kind == "text":
                 row.append(str(node["text"]))
             elif kind in ("image", "video"):
                 row += [self.eoc_token_id, self.image_token_id] if row else [self.image_token_id]
-                if (picture := node.get(kind)) is not None:
-                    pictures.append(list(picture) if kind == "video" else picture)
+                if (image := node.get(kind)) is not None:
+                    images.append(list(image) if kind == "video" else image)
             else:
                 raise UserError(f"row {index} has a part of type {kind!r}; known are text, image and video")
-        return row, pictures
+        return row, images
 
     def _ids(self, row: Row) -> list[int]:
         ids = [] if self.bos_token_id is None else [self.bos_token_id]
@@ -213,7 +213,7 @@ class FlamingoProcessor:
         return ids
 
     def _surrounded(self, row: Row, around: int) -> Row:
-        """Return the row with the id `around` on both sides of each picture, where it is not there already."""
+        """Return the row with the id `around` on both sides of each image, where it is not there already."""
         out: Row = []
         for piece in row:
             if piece == self.image_token_id and out[-1:] != [around]:
@@ -223,9 +223,9 @@ class FlamingoProcessor:
             out += [piece, around] if piece == self.image_token_id else [piece]
         return out
 
-    def _pixels(self, pictures: list[list[Any]]) -> dict[str, Tensor]:
+    def _pixels(self, images: list[list[Any]]) -> dict[str, Tensor]:
         clips = [
-            self._clip(item, f"picture {j} of row {r}") for r, row in enumerate(pictures) for j, item in enumerate(row)
+            self._clip(item, f"image {j} of row {r}") for r, row in enumerate(images) for j, item in enumerate(row)
         ]
         if not clips:
             size = self.image_transform.size
@@ -254,7 +254,7 @@ def _nodes(item: Any) -> list[Mapping[str, Any]]:
     return nodes
 
 
-def _pictures_by_row(images: Sequence[Any] | None, rows: int) -> list[list[Any]]:
+def _images_by_row(images: Sequence[Any] | None, rows: int) -> list[list[Any]]:
     if images is None:
         return [[] for _ in range(rows)]
     listed = list(images)

@@ -73,7 +73,7 @@ def test_a_name_that_needs_the_network(world: Path) -> None:
     assert "network" in line
 
 
-def test_a_picture_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n but no more than that")
     model = str(world / "run" / "model")
@@ -81,11 +81,11 @@ def test_a_picture_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
     assert "broken.png" in line
 
 
-def test_more_tags_than_pictures_in_row_3(world: Path) -> None:
+def test_more_tags_than_images_in_row_3(world: Path) -> None:
     processor = FlamingoProcessor.from_pretrained(world / "run" / "model")
-    picture = Image.new("RGB", (16, 16))
+    image = Image.new("RGB", (16, 16))
     with pytest.raises(UserError, match=r"row 3.* 2 .*<image>.* 1 "):
-        processor(text=["<image>a"] * 3 + ["<image>a<image>b"], images=[[picture]] * 4)
+        processor(text=["<image>a"] * 3 + ["<image>a<image>b"], images=[[image]] * 4)
 
 
 def test_a_model_folder_that_is_none(world: Path) -> None:

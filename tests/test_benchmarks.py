@@ -28,14 +28,14 @@ peer = pytest.mark.skipif(
 
 
 def options(**own: int) -> argparse.Namespace:
-    return argparse.Namespace(**{"repeats": 1, "shots": 2, "pictures": 3, "tokens": 64, **own})
+    return argparse.Namespace(**{"repeats": 1, "shots": 2, "images": 3, "tokens": 64, **own})
 
 
 def test_the_work() -> None:
     row = prompt(TINY, 3)
-    assert int((row.ids == image_id(TINY)).sum()) == len(row.pictures) == 4
+    assert int((row.ids == image_id(TINY)).sum()) == len(row.images) == 4
     assert set(row.labels[row.ids == image_id(TINY)].tolist()) == {IGNORED}
-    counts = [len(row.pictures) for rows in training_steps(SIZES["small"])[1:] for row in rows]
+    counts = [len(row.images) for rows in training_steps(SIZES["small"])[1:] for row in rows]
     assert sum(counts) / len(counts) == 2.5
     assert (min(counts), max(counts)) == (1, 5)
     assert len(class_names(SIZES["small"])) == 100
@@ -58,10 +58,10 @@ def test_a_training_step_does_little_more_than_is_needed() -> None:
     assert len(found["values"]) == len(TINY.counts)
 
 
-@pytest.mark.parametrize(("batch", "pictures", "tokens"), [(1, 1, 64), (2, 3, 48), (2, 5, 128)])
-def test_the_cost_of_a_step_is_counted_as_it_is_needed(batch: int, pictures: int, tokens: int) -> None:
+@pytest.mark.parametrize(("batch", "images", "tokens"), [(1, 1, 64), (2, 3, 48), (2, 5, 128)])
+def test_the_cost_of_a_step_is_counted_as_it_is_needed(batch: int, images: int, tokens: int) -> None:
     """By the counter of a run; causal attention without its upper half is the little that the arithmetic has less."""
-    chosen = options(batch=batch, pictures=pictures, tokens=tokens)
+    chosen = options(batch=batch, images=images, tokens=tokens)
     found = steps.step_cost(Ours(TINY), TINY, chosen)
     assert 0.99 <= found["flop"] / found["needed"] <= 1.1
     assert len(found["values"]) == 2
@@ -70,7 +70,7 @@ def test_the_cost_of_a_step_is_counted_as_it_is_needed(batch: int, pictures: int
 @pytest.mark.slow
 def test_the_table_of_steps(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "step_cost", "--size", "tiny", "--threads", "1", "--repeats", "1"]
-    few = ["--batches", "1", "2", "--pictures", "1", "--tokens", "64", "--out", str(tmp_path / "found.json")]
+    few = ["--batches", "1", "2", "--images", "1", "--tokens", "64", "--out", str(tmp_path / "found.json")]
     done = subprocess.run([*command, *few], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
@@ -122,7 +122,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "known are decode_step, first_token" in wrong.stderr
 
 
-def test_the_evaluation_encodes_each_picture_once_and_then_none() -> None:
+def test_the_evaluation_encodes_each_image_once_and_then_none() -> None:
     library = Ours(TINY)
     library.model.requires_grad_(False)
     for what, queries in (("eval_questions", TINY.eval_queries), ("eval_classes", TINY.eval_ranked)):

@@ -28,7 +28,7 @@ def test_demo_runs_end_to_end_and_again_at_once(tmp_path: Path, which: str) -> N
         f"--assume-old={sys.prefix}/.installed",  # this environment is the installation
         f"OUT={out}",
         "TOY_ARGS=--scale 0.02 --processes 1",
-        "DIGITS_ARGS=--pages 40",
+        "DIGITS_ARGS=--documents 40",
         "TRAIN_ARGS=run.steps=2 run.log_every=1 run.tensorboard=false",
         f"TASKS=[toy_caption,toy_vqa,{'digits_naming' if which == 'demo' else 'digits_binding'}]",
         "EVAL_ARGS=limit=4 shots=[0,1] gallery=2 task.toy_caption.queries=8 task.toy_vqa.queries=8",

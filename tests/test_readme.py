@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python in the order of the page, its make targets and experiments by name."""
+"""What the README shows is run: its Python in the order of the document, its make targets and experiments by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image as PILImage
 
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from tests.training.world import COLOURS, config, write_world
 from train import train
@@ -25,10 +25,10 @@ def test_python_of_the_readme_runs(tmp_path: Path) -> None:
     train(config(world, tmp_path / "runs/demo/flamingo", "flamingo", steps=1))
     with ShardWriter(tmp_path / "runs/demo/data/toy/heldout/scene_pairs", "scene_pairs", layout="pairs") as writer:
         for name, colour in list(COLOURS.items())[:3]:
-            picture = tmp_path / f"{name}.png"
-            Image.new("RGB", (16, 16), colour).save(picture)
-            writer.write(Page("", [Picture((0,)), Text(name)], [picture.read_bytes()], {"caption": name}))
-    Image.new("RGB", (40, 30), (90, 80, 70)).save(tmp_path / "cat.jpg")
+            image = tmp_path / f"{name}.png"
+            PILImage.new("RGB", (16, 16), colour).save(image)
+            writer.write(Document("", [Image((0,)), Text(name)], [image.read_bytes()], {"caption": name}))
+    PILImage.new("RGB", (40, 30), (90, 80, 70)).save(tmp_path / "cat.jpg")
     blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)]
     assert len(blocks) == 2
     for block in blocks:

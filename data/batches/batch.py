@@ -24,14 +24,14 @@ class Batch:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Samples, replaced ones, tokens without padding, tokens with a label, pictures (frames are not counted)."""
+        """Samples, replaced ones, tokens without padding, tokens with a label, images (frames are not counted)."""
         tensors = self.tensors
         counts = {"rows": len(self.keys), "bad": len(self.bad)}
         if "attention_mask" in tensors:
             counts["tokens"] = int(tensors["attention_mask"].sum())
             counts["labels"] = int((tensors["labels"] != IGNORED).sum())
-        pictures = tensors.get("pixel_values", tensors.get("image"))
-        return counts | {"images": 0 if pictures is None else len(pictures)}
+        images = tensors.get("pixel_values", tensors.get("image"))
+        return counts | {"images": 0 if images is None else len(images)}
 
     @property
     def fill(self) -> float:
@@ -45,7 +45,7 @@ class Batch:
         return Batch(self.dataset, moved, self.keys, self.bad, self.retries)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the DataLoader)."""
+        """The same batch in document-locked memory (called by the DataLoader)."""
         pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
         return Batch(self.dataset, pinned, self.keys, self.bad, self.retries)
 

@@ -1,11 +1,11 @@
 """Samples to the tensors of one objective: `FlamingoCollate`, `LanguageCollate`, `PairCollate`.
 
 A collate has two steps. `sample` runs for every sample alone, with that sample's own random numbers, and may raise
-`ContentError`; `batch` puts the results together. Pictures leave here as raw uint8 (a quarter of the bytes of floats on
-the way between processes); the model normalises them. A batch is ragged: pictures of all rows in one stack, with
+`ContentError`; `batch` puts the results together. Images leave here as raw uint8 (a quarter of the bytes of floats on
+the way between processes); the model normalises them. A batch is ragged: images of all rows in one stack, with
 counts.
 
-Letters: B rows, T tokens (the longest row of the batch), I pictures of all rows, F frames, S side of a picture.
+Letters: B rows, T tokens (the longest row of the batch), I images of all rows, F frames, S side of an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.batches.frames import Transform, clip_frames, empty, jittered, load_picture, picture_bytes, stacked
+from data.batches.frames import Transform, clip_frames, empty, image_bytes, jittered, load_image, stacked
 from data.batches.packing import groups, join
 from data.batches.tokenize import (
     IGNORED,
@@ -28,12 +28,12 @@ from data.batches.tokenize import (
     SpecialTokens,
     make_row,
     quick_encoder,
-    tokenize_page,
+    tokenize_document,
     window_of,
 )
 from data.dataset import DatasetSpec
 from data.errors import ContentError, PassedOver
-from data.shards.document import Node, Picture, Text
+from data.shards.document import Image, Node, Text
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
@@ -69,7 +69,7 @@ class FlamingoCollate:
     """Interleaved rows for `FlamingoForConditionalGeneration.forward`.
 
     Tensors: input_ids, attention_mask, phi, labels (B, T) int64; pixel_values (I, F, 3, S, S) uint8; image_counts (B,)
-    int64. F is the dataset's `max_frames`: a longer clip gives a run of F frames of it, a shorter one (or a picture)
+    int64. F is the dataset's `max_frames`: a longer clip gives a run of F frames of it, a shorter one (or an image)
     repeats its last frame. Where the dataset packs, B counts packed rows, and `sequence_ids` (B, T) int64 numbers the
     samples of a row from 1 (0: padding).
 
@@ -95,35 +95,35 @@ class FlamingoCollate:
         self.transform: Transform = processor.image_transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
-        """A row and the frames of its pictures, F for each."""
+        """A row and the frames of its images, F for each."""
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
-            raise ContentError("empty", "the page has neither text nor pictures that this dataset uses")
+            raise ContentError("empty", "the document has neither text nor images that this dataset uses")
         if spec.space_probability and random.random() < spec.space_probability:
             nodes = with_space(nodes)
         may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
         row = make_row(
-            tokenize_page(nodes, self.encode, self.special),
+            tokenize_document(nodes, self.encode, self.special),
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
-            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its picture
+            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its image
             labels=spec.labels,
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
         )
-        if len(row.pictures) == 1 and spec.single_picture_share < 1 and random.random() >= spec.single_picture_share:
+        if len(row.images) == 1 and spec.single_image_share < 1 and random.random() >= spec.single_image_share:
             raise PassedOver
-        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.pictures]
+        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.images]
         raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
         frames: list[Tensor] = []
-        decoded: dict[int, Tensor] = {}  # a page may show one picture several times
+        decoded: dict[int, Tensor] = {}  # a document may show one image several times
         for flip, numbers in chosen:
             draws = random.random(3).tolist() if spec.colour else ()
             for number in numbers:
                 if number not in decoded:
-                    decoded[number] = load_picture(raw, number, self.transform)
+                    decoded[number] = load_image(raw, number, self.transform)
                 frame = decoded[number].flip(-1) if flip else decoded[number]
                 frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
         return row, frames
@@ -139,7 +139,7 @@ class FlamingoCollate:
             "phi": pad_rows([row.phi for row in rows], 0),
             "labels": pad_rows([row.labels for row in rows], IGNORED),
             "pixel_values": self._pixels(spec, [frame for _, more in samples for frame in more]),
-            "image_counts": torch.tensor([len(row.pictures) for row in rows]),
+            "image_counts": torch.tensor([len(row.images) for row in rows]),
         }
 
     def _packed(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ class FlamingoCollate:
             "pixel_values": self._pixels(
                 spec, [frame for group in shared for number in group for frame in samples[number][1]]
             ),
-            "image_counts": torch.tensor([row.pictures for row in rows]),
+            "image_counts": torch.tensor([row.images for row in rows]),
         }
 
     def _pixels(self, spec: DatasetSpec, frames: list[Tensor]) -> Tensor:
@@ -164,8 +164,8 @@ class FlamingoCollate:
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
         """What a batch of so many samples can take."""
-        pictures = picture_bytes(spec.max_images * spec.max_frames, self.transform.size)
-        return rows * (pictures + 8 * 5 * max(spec.max_tokens, 1) + 64)
+        images = image_bytes(spec.max_images * spec.max_frames, self.transform.size)
+        return rows * (images + 8 * 5 * max(spec.max_tokens, 1) + 64)
 
 
 def with_space(nodes: Sequence[Node]) -> list[Node]:
@@ -180,9 +180,9 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
 
 
 class LanguageCollate:
-    """Rows of text only, for training a language model on the text of pages.
+    """Rows of text only, for training a language model on the text of documents.
 
-    Text nodes that touch are joined as they are, as in a Flamingo row; where pictures lie between two texts stands a
+    Text nodes that touch are joined as they are, as in a Flamingo row; where images lie between two texts stands a
     line break; EOS ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
     (B, T) int64. `tokenizer` is a transformers tokenizer.
     """
@@ -201,12 +201,12 @@ class LanguageCollate:
     def sample(
         self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, labels), both (T,). Raises ContentError for a page without text."""
+        """(ids, labels), both (T,). Raises ContentError for a document without text."""
         ids: list[int] = []
         learn: list[bool] = []
         gap = False
         for node in raw.nodes:
-            if isinstance(node, Picture):
+            if isinstance(node, Image):
                 gap = bool(ids)
                 continue
             tokens = [*(self.encode("\n") if gap else ()), *self.encode(node.text)]
@@ -214,7 +214,7 @@ class LanguageCollate:
             learn += [node.loss] * len(tokens)
             gap = False
         if not ids:
-            raise ContentError("no text", "the page has pictures only")
+            raise ContentError("no text", "the document has images only")
         ids.append(self.eos)
         learn.append(True)
         begin = [] if self.bos is None else [self.bos]
@@ -234,7 +234,7 @@ class LanguageCollate:
 
 
 class PairCollate:
-    """Pictures with their captions, for contrastive training with open_clip.
+    """Images with their captions, for contrastive training with open_clip.
 
     Tensors: image (B, 3, S, S) uint8, text (B, context) int64. `tokenizer` maps a list of B strings to (B, context).
     """
@@ -245,12 +245,12 @@ class PairCollate:
         self.tokenizer, self.transform = tokenizer, transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
-        """The sample's first picture (of a clip, the first frame) and all of its text."""
-        first = next((node for node in raw.nodes if isinstance(node, Picture)), None)
+        """The sample's first image (of a clip, the first frame) and all of its text."""
+        first = next((node for node in raw.nodes if isinstance(node, Image)), None)
         text = caption(raw.nodes)
         if first is None or not text:
-            raise ContentError("not a pair", "a picture and a text are needed")
-        image = load_picture(raw, first.frames[0], self.transform)
+            raise ContentError("not a pair", "an image and a text are needed")
+        image = load_image(raw, first.frames[0], self.transform)
         may_flip = spec.flip and not SIDES.search(text)
         return image.flip(-1) if may_flip and random.random() < 0.5 else image, text
 
@@ -261,9 +261,9 @@ class PairCollate:
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
         """What a batch of so many pairs can take; for texts up to 512 tokens."""
-        return rows * (picture_bytes(1, self.transform.size) + 8 * 512)
+        return rows * (image_bytes(1, self.transform.size) + 8 * 512)
 
 
 def caption(nodes: Sequence[Node]) -> str:
-    """All text of a page, without the spaces around it."""
+    """All text of a document, without the spaces around it."""
     return "".join(node.text for node in nodes if isinstance(node, Text)).strip()

@@ -1,8 +1,8 @@
-"""Bytes of a picture to a uint8 RGB tensor, by one rule for training and evaluation.
+"""Bytes of an image to a uint8 RGB tensor, by one rule for training and evaluation.
 
-The rule is `flamingo.vision.transform.ImageTransform.to_rgb`; a plain RGB picture takes a shorter way to the same result. What is
-notable: the size is checked in the header, before a bomb can unfold; a JPEG much larger than what will be asked of it
-is decoded at a fraction of its size. Pillow does all of it: torchvision's decoders are up to a third faster but
+The rule is `flamingo.vision.transform.ImageTransform.to_rgb`; a plain RGB image takes a shorter way to the same result.
+What is notable: the size is checked in the header, before a bomb can unfold; a JPEG much larger than what will be asked
+of it is decoded at a fraction of its size. Pillow does all of it: torchvision's decoders are up to a third faster but
 deprecated since 0.29.
 """
 
@@ -37,19 +37,19 @@ def _to_rgb(image: Image.Image, spare: bool) -> Tensor:
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, spare: bool = False) -> Tensor:
-    """Decode a picture to uint8 (3, h, w).
+    """Decode an image to uint8 (3, h, w).
 
     With `spare` there may be a fourth channel, which means nothing, in memory laid out as (h, w, 4): torch resizes
     that twice as fast as three channels.
 
     `at_least`: the side that will be asked of it later; a JPEG whose shorter side is 4 times that or more is decoded
-    at a fraction of its size, never below 2 times. Raises ContentError for what is no picture, is damaged, or has more
+    at a fraction of its size, never below 2 times. Raises ContentError for what is no image, is damaged, or has more
     than `max_pixels` pixels.
     """
     kind = sniff(data)
     if kind is None:
         what = "a Git-LFS pointer: fetch the file itself with git lfs pull" if data.startswith(LFS) else repr(data[:16])
-        raise ContentError("not a picture", f"begins with {what}" if what[0] == "b" else f"it is {what}")
+        raise ContentError("not an image", f"begins with {what}" if what[0] == "b" else f"it is {what}")
     try:
         with Image.open(io.BytesIO(data), formats=(FORMATS[kind],)) as image:
             if image.width * image.height > max_pixels:

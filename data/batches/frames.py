@@ -1,4 +1,4 @@
-"""Pictures on their way into a batch: which frames of a clip, decoded, scaled, coloured and stacked."""
+"""Images on their way into a batch: which frames of a clip, decoded, scaled, coloured and stacked."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from data.batches.decode import decode
 from data.dataset import DatasetSpec
-from data.shards.document import Picture
+from data.shards.document import Image
 from data.shards.reader import RawSample
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
 
 
 class Transform(Protocol):
-    """A picture of any size to (3, S, S); `flamingo.processor.ImageTransform`."""
+    """An image of any size to (3, S, S); `flamingo.processor.ImageTransform`."""
 
     @property
     def size(self) -> int:
         """S, in pixels."""
 
     def __call__(self, image: Tensor, /) -> Tensor:
-        """The picture (C, h, w), both uint8, in the size that the encoder takes; each channel for itself."""
+        """The image (C, h, w), both uint8, in the size that the encoder takes; each channel for itself."""
 
 
-def load_picture(raw: RawSample, number: int, transform: Transform) -> Tensor:
-    """Picture `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
+def load_image(raw: RawSample, number: int, transform: Transform) -> Tensor:
+    """Image `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
     size = transform.size
-    image = decode(raw.picture(number), at_least=size, spare=True)
+    image = decode(raw.image(number), at_least=size, spare=True)
     return (image if image.shape[1:] == (size, size) else transform(image))[:3]
 
 
@@ -40,9 +40,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype)
 
 
-def picture_bytes(pictures: int, size: int) -> int:
-    """Bytes of so many pictures of `size` pixels a side."""
-    return pictures * 3 * size * size
+def image_bytes(images: int, size: int) -> int:
+    """Bytes of so many images of `size` pixels a side."""
+    return images * 3 * size * size
 
 
 def stacked(frames: Sequence[Tensor], size: int, new: Callable[[Sequence[int], torch.dtype], Tensor]) -> Tensor:
@@ -67,15 +67,15 @@ def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
     return (mean + (pixels - mean) * contrast).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def clip_frames(picture: Picture, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
+def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
     """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated.
 
     With a `frame_rate`, of a clip that says its own: every so many frames that the rate comes nearest.
     """
-    frames = list(picture.frames)
+    frames = list(image.frames)
     every = 1
-    if spec.frame_rate and isinstance(picture.fps, int | float) and 0 < picture.fps < 1e6:
-        every = max(1, round(picture.fps / spec.frame_rate))
+    if spec.frame_rate and isinstance(image.fps, int | float) and 0 < image.fps < 1e6:
+        every = max(1, round(image.fps / spec.frame_rate))
     reach = (spec.max_frames - 1) * every + 1  # from the first to the last of the frames taken
     if len(frames) > reach:
         start = int(random.integers(len(frames) - reach + 1)) if spec.window == "random" else 0

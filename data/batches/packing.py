@@ -25,13 +25,13 @@ from data.batches.tokenize import IGNORED, Row
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Several rows in one of T tokens: ids, phi, labels and sequence (T,) int64, and its number of pictures."""
+    """Several rows in one of T tokens: ids, phi, labels and sequence (T,) int64, and its number of images."""
 
     ids: NDArray[np.int64]
     phi: NDArray[np.int64]
     labels: NDArray[np.int64]
     sequence: NDArray[np.int64]
-    pictures: int
+    images: int
 
 
 def groups(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -63,7 +63,7 @@ def _spread(order: Sequence[int], lengths: Sequence[int], rows: int, size: int) 
 def join(rows: Sequence[Row]) -> PackedRow:
     """Rows one behind the other. A row's first token is predicted by nothing, so it has no label here either."""
     lengths = [len(row.ids) for row in rows]
-    before = np.cumsum([0, *(len(row.pictures) for row in rows)])
+    before = np.cumsum([0, *(len(row.images) for row in rows)])
     labels = np.concatenate([row.labels for row in rows])
     starts = np.cumsum([0, *lengths])[:-1]
     labels[starts[starts < len(labels)]] = IGNORED

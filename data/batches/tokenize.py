@@ -1,13 +1,13 @@
-"""A page to a row of tokens: text node by text node, a window cut out of it, and which picture each token sees.
+"""A document to a row of tokens: text node by text node, a window cut out of it, and which image each token sees.
 
-    page     <picture 0> a kibo <picture 1> a lumo
+    document     <image 0> a kibo <image 1> a lumo
     tokens   <image> a kibo <EOC> <image> a lumo <EOC> <eos>
     phi         1    1   1    1      2    2   2    2     2
 
 `<EOC>` ends a chunk: it stands before every `<image>` that does not begin the row, and at the end before EOS. Special
-tokens are spliced in as ids, so a page whose text says "<image>" stays text. What is notable: the window is cut between
-tokens and only pictures whose token is in it are ever decoded; a row that would show more than `max_images` pictures
-ends before the first one too many, so no text is ever learnt beside a picture that is not its own.
+tokens are spliced in as ids, so a document whose text says "<image>" stays text. What is notable: the window is cut
+between tokens and only images whose token is in it are ever decoded; a row that would show more than `max_images`
+images ends before the first one too many, so no text is ever learnt beside an image that is not its own.
 
 The image placement of the paper (section 3.1.3, p_next) is a choice of phi and moves no token:
 
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from data.shards.document import Node, Picture, Text
+from data.shards.document import Image, Node, Text
 
 IGNORED = -100  # no loss on this token
 
@@ -50,23 +50,23 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class PageTokens:
-    """A whole page, before any window: ids, whether a token is learnt, and where each picture's token stands."""
+class DocumentTokens:
+    """A whole document, before any window: ids, whether a token is learnt, and where each image's token stands."""
 
     ids: list[int]
     learn: list[bool]
     places: list[int]
-    pictures: list[Picture]
+    images: list[Image]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A training row of T tokens: ids, phi and labels (T,) int64, and the pictures to decode, in the order of phi."""
+    """A training row of T tokens: ids, phi and labels (T,) int64, and the images to decode, in the order of phi."""
 
     ids: NDArray[np.int64]
     phi: NDArray[np.int64]
     labels: NDArray[np.int64]
-    pictures: list[Picture]
+    images: list[Image]
 
 
 class CachedEncoder:
@@ -122,12 +122,14 @@ def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callabl
     return quick if all(quick(text) == list(encode(text)) for text in PROBES) else encode
 
 
-def tokenize_page(nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens) -> PageTokens:
-    """All tokens of a page, without BOS. The EOC after a text with `loss=False` is not learnt either."""
+def tokenize_document(
+    nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens
+) -> DocumentTokens:
+    """All tokens of a document, without BOS. The EOC after a text with `loss=False` is not learnt either."""
     ids: list[int] = []
     learn: list[bool] = []
     places: list[int] = []
-    pictures: list[Picture] = []
+    images: list[Image] = []
     last = True
     for node in nodes:
         if isinstance(node, Text):
@@ -140,13 +142,13 @@ def tokenize_page(nodes: Sequence[Node], encode: Callable[[str], list[int]], spe
             ids.append(special.eoc)
             learn.append(last)
         places.append(len(ids))
-        pictures.append(node)
+        images.append(node)
         ids.append(special.image)
         learn.append(False)
         last = True
     ids += (special.eoc, special.eos)
     learn += (last, last)
-    return PageTokens(ids, learn, places, pictures)
+    return DocumentTokens(ids, learn, places, images)
 
 
 def window_of(length: int, room: int, window: str, draw: float) -> tuple[int, int]:
@@ -158,7 +160,7 @@ def window_of(length: int, room: int, window: str, draw: float) -> tuple[int, in
 
 
 def make_row(
-    page: PageTokens,
+    document: DocumentTokens,
     special: SpecialTokens,
     *,
     max_tokens: int,
@@ -168,31 +170,31 @@ def make_row(
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
 ) -> Row:
-    """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` pictures out of a page.
+    """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` images out of a document.
 
-    `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next picture.
+    `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next image.
     """
     see_next = draws[1] < next_image_probability
-    start, stop = window_of(len(page.ids), max_tokens - (special.bos is not None), window, draws[0])
-    inside = [k for k, place in enumerate(page.places) if start <= place < stop]
+    start, stop = window_of(len(document.ids), max_tokens - (special.bos is not None), window, draws[0])
+    inside = [k for k, place in enumerate(document.places) if start <= place < stop]
     if len(inside) > max_images:
-        stop = page.places[inside[max_images]]
+        stop = document.places[inside[max_images]]
         inside = inside[:max_images]
-    while not see_next and inside and page.places[inside[-1]] == stop - 1 and stop - start > 1:
+    while not see_next and inside and document.places[inside[-1]] == stop - 1 and stop - start > 1:
         inside.pop()  # its token ends the window: nothing that is learnt would see it
         stop -= 1
     begin = [] if special.bos is None else [special.bos]
-    ids = np.array(begin + page.ids[start:stop], dtype=np.int64)
-    learn = np.array([False] * len(begin) + page.learn[start:stop], dtype=np.bool_)
-    places = [page.places[k] - start + len(begin) for k in inside]
+    ids = np.array(begin + document.ids[start:stop], dtype=np.int64)
+    learn = np.array([False] * len(begin) + document.learn[start:stop], dtype=np.bool_)
+    places = [document.places[k] - start + len(begin) for k in inside]
     if labels == "openflamingo":
         learn &= _inside_chunks(ids, special)
     phi = phi_of(len(ids), places, see_next)
-    return Row(ids, phi, np.where(learn, ids, IGNORED), [page.pictures[k] for k in inside])
+    return Row(ids, phi, np.where(learn, ids, IGNORED), [document.images[k] for k in inside])
 
 
 def phi_of(length: int, places: Sequence[int], see_next: bool) -> NDArray[np.int64]:
-    """Which picture each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
+    """Which image each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
     phi = np.zeros(length, dtype=np.int64)
     for number, place in enumerate(places, start=1):
         if not see_next:

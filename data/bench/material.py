@@ -1,8 +1,8 @@
-"""The shards that are measured on: MMC4 pages as open_flamingo's converter writes them, and pairs as img2dataset does.
+"""The shards that are measured on: MMC4 documents as open_flamingo writes them, pairs as img2dataset does.
 
-Nothing is downloaded: pictures are smooth random colours with grain, saved as JPEG of the size that web pictures have,
-words are made up. What matters for the time is kept: 640 x 480 pixels and about 70 kB a picture, 5.5 pictures and 24
-sentences a page, one picture in seven not similar enough to its sentence, captions of a dozen words.
+Nothing is downloaded: images are smooth random colours with grain, saved as JPEG of the size that web images have,
+words are made up. What matters for the time is kept: 640 x 480 pixels and about 70 kB an image, 5.5 images and 24
+sentences a document, one image in seven not similar enough to its sentence, captions of a dozen words.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.shards.document import Page
-from data.shards.mmc4 import Mmc4Rule, mmc4_page
+from data.shards.document import Document
+from data.shards.mmc4 import Mmc4Rule, mmc4_document
 from data.shards.writer import ShardWriter
 
-POOL = 48  # different pictures; drawing and encoding them costs more than all that is measured
+POOL = 48  # different images; drawing and encoding them costs more than all that is measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Material:
         return cls(folder / "mmc4", folder / "raw", folder / "pairs", folder / "texts.txt")
 
 
-def picture(random: np.random.Generator, width: int, height: int) -> bytes:
+def image(random: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG with large shapes and grain."""
     coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -79,8 +79,8 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
         return material
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
     words = Words(random)
-    large = [picture(random, 640, 480) for _ in range(POOL)]
-    small = [picture(random, 400, 300) for _ in range(POOL)]
+    large = [image(random, 640, 480) for _ in range(POOL)]
+    small = [image(random, 400, 300) for _ in range(POOL)]
     lines = [_document(number, random, words, large) for number in range(documents)]
     captions = [words.sentence(12) for _ in range(pairs)]
     material.mmc4.mkdir(parents=True, exist_ok=True)
@@ -98,8 +98,8 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
     with ShardWriter(material.raw, "raw", -(-documents // shards)) as writer:
         for shard in range(shards):
             for n in range(shard, documents, shards):
-                nodes, inside = mmc4_page(lines[n], Mmc4Rule(similarity=-1.0))
-                writer.write(Page(f"{n:032x}", nodes, [one.decode() for one in inside]))
+                nodes, inside = mmc4_document(lines[n], Mmc4Rule(similarity=-1.0))
+                writer.write(Document(f"{n:032x}", nodes, [one.decode() for one in inside]))
     material.texts.write_text("\n".join([*captions, *(text for line in lines for text in line["text_list"])]))
     done.touch()
     return material
@@ -107,8 +107,8 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
 
 def _document(number: int, random: np.random.Generator, words: Words, pool: list[bytes]) -> dict[str, Any]:
     sentences = max(8, int(random.normal(24, 6)))
-    pictures = int(np.clip(random.poisson(4.5) + 1, 1, 12))
-    chosen = random.choice(sentences, min(pictures, sentences), replace=False)
+    images = int(np.clip(random.poisson(4.5) + 1, 1, 12))
+    chosen = random.choice(sentences, min(images, sentences), replace=False)
     infos, matrix = [], []
     for nth, sentence in enumerate(chosen.tolist()):
         row = random.uniform(0.05, 0.2, sentences)

@@ -69,16 +69,16 @@ def main() -> None:
     for _ in islice(supply, args.warm):
         pass
     cpu, wall, read = cpu_seconds(), time.perf_counter(), bytes_read()
-    documents = pictures = 0
-    for more_documents, more_pictures in islice(supply, args.count):
+    documents = images = 0
+    for more_documents, more_images in islice(supply, args.count):
         documents += more_documents
-        pictures += more_pictures
+        images += more_images
     result = {
         "cpu": cpu_seconds() - cpu,
         "wall": time.perf_counter() - wall,
         "read": bytes_read() - read,
         "documents": documents,
-        "pictures": pictures,
+        "images": images,
         "private": private_memory(),
         "first": first,
     }

@@ -1,4 +1,4 @@
-"""This loader at the same work: the same shards, tokenizer, picture size, windows and pictures a page."""
+"""This loader at the same work: the same shards, tokenizer, image size, windows and images a document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flamingo.processor import FlamingoProcessor, ImageTransform
 
 
 def spec_of(material: Material, what: str, batch: int, **options: Any) -> DatasetSpec:
-    """The dataset of a measurement: "mmc4", "raw" (the same pages, pictures as members) or "pairs"."""
+    """The dataset of a measurement: "mmc4", "raw" (the same documents, images as members) or "pairs"."""
     folder = str(getattr(material, what))
     if what == "pairs":
         values: dict[str, Any] = {"kind": "pairs", "max_tokens": 32, "max_images": 1, "flip": True}
@@ -28,7 +28,7 @@ def collate_of(material: Material, size: int) -> FlamingoCollate:
 
 
 def batches(material: Material, what: str, size: int, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    """(documents, pictures that a token sees) of each batch, without end."""
+    """(documents, images that a token sees) of each batch, without end."""
     loader = MixLoader([spec_of(material, what, batch)], collate_of(material, size), num_workers=workers)
     for step in loader:
         made = step.batches[what][0]

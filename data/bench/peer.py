@@ -58,7 +58,7 @@ def tokenizer(material: Material) -> Any:
 
 
 def batches(material: Material, what: str, size: int, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    """(documents, pictures that a token sees) of each batch, without end."""
+    """(documents, images that a token sees) of each batch, without end."""
     from open_clip import image_transform
 
     code, tokens = module(), tokenizer(material)
@@ -83,8 +83,8 @@ def batches(material: Material, what: str, size: int, batch: int, workers: int) 
     image = tokens.convert_tokens_to_ids("<image>")
     for made in loader:
         if what == "pairs":
-            pictures, (ids, _) = made
-            yield len(ids), len(pictures)
+            images, (ids, _) = made
+            yield len(ids), len(images)
         else:
             rows = [ids for ids, _ in made[1]]
             yield len(rows), sum(int((ids == image).sum()) for ids in rows)

@@ -16,7 +16,7 @@ from data.bench.material import Material, write
 from flamingo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same pages, raw members"))
+WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same documents, raw members"))
 # What the loader promises: documents a second and core beside the peer, and absolute limits.
 LEAST_RATIO = {"mmc4": 3.0, "pairs": 2.5}
 MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 100_000, 0.95
@@ -83,21 +83,21 @@ Row = tuple[str, str, str, str, str, bool]
 
 
 def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
-    """Documents and pictures a second and core, and private memory.
+    """Documents and images a second and core, and private memory.
 
     Peer and ours of a round ran one right after the other, so the ratio is the median of the rounds' own ratios; the
     least and greatest of them stand beside it. The rates are medians too, and say less on a busy machine.
     """
     rows: list[Row] = []
     for what, label in WORK:
-        for count in ("documents", "pictures"):
+        for count in ("documents", "images"):
             rates = {
                 who: [one[count] / one["cpu"] for one in found[who, what]]
                 for who in ("peer", "ours")
                 if (who, what) in found
             }
             ours = f"{statistics.median(rates['ours']):.1f}"
-            name = f"{label}: {'seen pictures' if count == 'pictures' else count}/s/core"
+            name = f"{label}: {'seen images' if count == 'images' else count}/s/core"
             if "peer" not in rates:
                 rows.append((name, "", ours, "", "", True))
                 continue
@@ -138,7 +138,7 @@ def limit_rows(material: Material, documents: int, found: dict[tuple[str, str], 
 
 
 def amplification(material: Material, what: str, steps: int = 12) -> float:
-    """Bytes that are read, over the bytes of the texts and pictures that are used."""
+    """Bytes that are read, over the bytes of the texts and images that are used."""
     from data.bench.ours import collate_of, spec_of
     from data.loading.loader import MixLoader
 

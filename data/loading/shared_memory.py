@@ -1,6 +1,6 @@
 """Batches on their way from a worker to the trainer: written once, into memory that both have, and never copied.
 
-The way torch has for it makes a new file in memory for every tensor of every batch: each page of it is cleared and
+The way torch has for it makes a new file in memory for every tensor of every batch: each document of it is cleared and
 mapped anew, and every handle goes through a socket. Here are a few slabs, made before the workers are forked and used
 again and again. A worker takes a free one, its collate writes the batch into it, and only the slab's number and the
 places of the tensors go through the queue. When the last tensor of the batch is gone in the trainer the slab is free.
@@ -29,7 +29,7 @@ from data.batches.batch import Batch
 from data.loading.step_dataset import StepDataset
 
 ALIGN = 64
-MOST_BYTES = 1 << 31  # of a slab; pages that no batch has reached take no memory
+MOST_BYTES = 1 << 31  # of a slab; documents that no batch has reached take no memory
 SPARE = 1 << 14  # bytes for what lies between tensors
 NUMBER = 2  # bytes of a slab's number
 _numbers = count()

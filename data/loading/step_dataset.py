@@ -131,10 +131,10 @@ class StepDataset(Dataset[Batch | Failure]):
             at = source.plan.replacement(lane, n, attempt) if attempt else source.plan.at(lane, n)
             self.board.write(worker, number, step, at.shard, at.row)
             row = source.corpus.row(at.shard, at.row)
-            # The last one is not passed over: where every page has a single picture there is none that stands in.
-            spec = source.spec if attempt < ATTEMPTS else dataclasses.replace(source.spec, single_picture_share=1.0)
+            # The last one is not passed over: where every document has a single image there is none that stands in.
+            spec = source.spec if attempt < ATTEMPTS else dataclasses.replace(source.spec, single_image_share=1.0)
             try:
-                raw = self.readers[number].sample(at.shard, row, pictures=spec.kind != "text")
+                raw = self.readers[number].sample(at.shard, row, images=spec.kind != "text")
                 random = stream(source.plan.seed, SAMPLE, at.epoch, at.shard, row)
                 sample = collate.sample(spec, raw, random)
             except PassedOver:

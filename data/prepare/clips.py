@@ -21,7 +21,7 @@ def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) ->
     try:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.video:
-                raise Dropped("video without a picture track")
+                raise Dropped("video without an image track")
             stream = container.streams.video[0]
             stream.thread_count = 1
             if stream.codec_context.width * stream.codec_context.height > max_pixels:

@@ -1,4 +1,4 @@
-"""Conditions on what a source knows of a document or picture: `--where 'similarity>=0.28' 'NSFW=UNLIKELY'`.
+"""Conditions on what a source knows of a document or image: `--where 'similarity>=0.28' 'NSFW=UNLIKELY'`.
 
 So the scores of models that are not here (perplexity, NSFW, watermarks, aesthetics) decide what is kept wherever a
 source brings them along as columns or facts.

@@ -32,7 +32,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, cast
 
-from data.prepare.images import PictureRule
+from data.prepare.images import ImageRule
 from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
 from data.shards.writer import ShardWriter, make_folder, read_manifest, replace_part, write_part
 from flamingo.errors import UserError
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
     parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    parser.add_argument("--pages-per-shard", type=int, default=1000, metavar="N", help="(default 1000)")
+    parser.add_argument("--documents-per-shard", type=int, default=1000, metavar="N", help="(default 1000)")
     parser.add_argument("--mb-per-shard", type=int, default=1000, metavar="MB", help="close a shard beyond this size")
     parser.add_argument("--skip-bad-files", action="store_true", help="leave out and count damaged input files")
     parser.add_argument("--restart", action="store_true", help="forget what an earlier, different preparation did")
@@ -64,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(source: str, args: argparse.Namespace) -> None:
     """Prepare as the command line says, and print what was kept and dropped. Raises UserError."""
-    if args.pages_per_shard < 1 or args.mb_per_shard < 1:
-        raise UserError("--pages-per-shard and --mb-per-shard must be at least 1")
+    if args.documents_per_shard < 1 or args.mb_per_shard < 1:
+        raise UserError("--documents-per-shard and --mb-per-shard must be at least 1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if args.workers is None else args.workers
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")
     if hasattr(args, "min_side"):
-        PictureRule.of(args)  # a limit that cannot be is said before anything is read
+        ImageRule.of(args)  # a limit that cannot be is said before anything is read
     part = parse_part(args.part) if args.part else None
     module, out = load_source(source), Path(args.out)
     units = module.units(args)
@@ -147,9 +147,9 @@ def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None
     """Write the manifest of a whole source and print the report. Raises NothingKeptError."""
     tally, source = total(records), facts["source"]
     report = tally.report()
-    if not tally.pages:
+    if not tally.documents:
         reasons = "; ".join(" ".join(line.split()) for line in report) or "the input is empty"
-        raise NothingKeptError(f"{source}: not one page was kept ({reasons}); change the options or the input")
+        raise NothingKeptError(f"{source}: not one document was kept ({reasons}); change the options or the input")
     shards = _shards(records)
     listed = {entry["name"] for entry in shards}
     leftover = re.compile(rf"\.?({re.escape(source)}-\d{{6}}-\d{{6}}\.tar)(\.idx)?(\.\d+)?(\.partial)?")
@@ -175,11 +175,11 @@ def _shards(records: dict[int, Record]) -> list[dict[str, Any]]:
 
 def _headline(source: str, records: dict[int, Record]) -> str:
     tally = total(records)
-    seen = tally.pages + tally.dropped_pages.total()
+    seen = tally.documents + tally.dropped_documents.total()
     shards = _shards(records)
     size = sum(entry["bytes"] for entry in shards) / 1e6
     return (
-        f"{source}: {tally.pages:,} of {seen:,} pages kept with {tally.pictures:,} pictures, "
+        f"{source}: {tally.documents:,} of {seen:,} documents kept with {tally.images:,} images, "
         f"in {len(shards):,} shards of {size:,.1f} MB together"
     )
 
@@ -257,23 +257,23 @@ def run_unit(source: str, args: argparse.Namespace, number: int, unit: Unit) -> 
     writer = ShardWriter(
         out,
         f"{source}-{number:06d}",
-        args.pages_per_shard,
+        args.documents_per_shard,
         layout=module.LAYOUT,
         bytes_per_shard=args.mb_per_shard * 1_000_000,
         listed=False,
     )
     try:
         with writer:
-            for page in module.pages(unit, args, tally):
-                writer.write(page)
-                tally.pages += 1
-                tally.pictures += len(page.images)
+            for document in module.documents(unit, args, tally):
+                writer.write(document)
+                tally.documents += 1
+                tally.images += len(document.images)
     except UserError as error:
         if not args.skip_bad_files:
             raise
         print(f"skipped: {error}", file=sys.stderr)
         tally = Tally()
-        tally.drop_page("whole file damaged", unit.label)
+        tally.drop_document("whole file damaged", unit.label)
         writer.shards.clear()
         writer.close()
     record: Record = {"unit": unit.digest, "label": unit.label, "shards": writer.shards, "tally": tally.to_json()}

@@ -1,4 +1,4 @@
-"""Pictures in: read from a folder that nothing may lead out of, decoded from base64, and judged by their header."""
+"""Images in: read from a folder that nothing may lead out of, decoded from base64, and judged by their header."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from flamingo.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
-    """The options by which pictures are judged."""
+def add_image_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
+    """The options by which images are judged."""
     parser.add_argument("--min-side", type=int, default=min_side, metavar="PX", help=f"(default {min_side})")
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
     parser.add_argument(
         "--max-aspect", type=float, default=max_aspect, help=f"long by short side (default {max_aspect})"
     )
     parser.add_argument("--min-bytes", type=int, default=0, metavar="N", help="smallest file (open_flamingo: 10000)")
-    parser.add_argument("--decode", action="store_true", help="decode every picture whole and leave out damaged ones")
+    parser.add_argument("--decode", action="store_true", help="decode every image whole and leave out damaged ones")
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRule:
-    """Which pictures are kept. `plain`: also those of a single colour."""
+class ImageRule:
+    """Which images are kept. `plain`: also those of a single colour."""
 
     min_side: int = 1
     max_side: int = 1 << 30
@@ -45,7 +45,7 @@ class PictureRule:
     plain: bool = True
 
     @classmethod
-    def of(cls, args: argparse.Namespace, **fixed: Any) -> PictureRule:
+    def of(cls, args: argparse.Namespace, **fixed: Any) -> ImageRule:
         """The rule of the command line. Raises UserError for limits that cannot be."""
         if args.min_side < 1 or args.max_pixels < 1 or args.max_aspect < 1:
             raise UserError("--min-side, --max-pixels and --max-aspect must be at least 1")
@@ -63,27 +63,27 @@ class PictureRule:
         )
 
     def check(self, data: bytes) -> bytes:
-        """The picture's bytes as they are. Raises Dropped with the first reason against it."""
+        """The image's bytes as they are. Raises Dropped with the first reason against it."""
         if sniff(data) is None:
             raise Dropped(_what_instead(data))
         if len(data) < self.min_bytes:
-            raise Dropped(f"picture of fewer than {self.min_bytes} bytes")
+            raise Dropped(f"image of fewer than {self.min_bytes} bytes")
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise Dropped(f"picture of more than {self.max_pixels} pixels") from None
+            raise Dropped(f"image of more than {self.max_pixels} pixels") from None
         except Exception:  # what a decoder raises over foreign bytes is not known beforehand
-            raise Dropped("picture cannot be decoded") from None
+            raise Dropped("image cannot be decoded") from None
         short, long = sorted((width, height))
         if width * height > self.max_pixels:
-            raise Dropped(f"picture of more than {self.max_pixels} pixels")
+            raise Dropped(f"image of more than {self.max_pixels} pixels")
         if short < self.min_side:
-            raise Dropped(f"picture with a side below {self.min_side} pixels")
+            raise Dropped(f"image with a side below {self.min_side} pixels")
         if long > self.max_side:
-            raise Dropped(f"picture with a side above {self.max_side} pixels")
+            raise Dropped(f"image with a side above {self.max_side} pixels")
         if long > short * self.max_aspect:
-            raise Dropped(f"picture longer than {self.max_aspect:g} times its width")
+            raise Dropped(f"image longer than {self.max_aspect:g} times its width")
         if self.decode or not self.plain:
             self._look(data)
         return data
@@ -95,26 +95,26 @@ class PictureRule:
                     image.draft("L", (64, 64))  # a JPEG unfolds to an eighth; others ignore it
                 extremes = image.convert("RGB").getextrema()
         except Exception:
-            raise Dropped("picture cannot be decoded") from None
+            raise Dropped("image cannot be decoded") from None
         if not self.plain and all(low == high for low, high in extremes):  # type: ignore[misc]
-            raise Dropped("picture of a single colour")
+            raise Dropped("image of a single colour")
 
 
 def _what_instead(data: bytes) -> str:
     if not data:
-        return "picture is an empty file"
+        return "image is an empty file"
     if data.startswith(LFS):
-        return "picture is a Git-LFS pointer"
-    return "HTML saved as a picture" if data.lstrip()[:1] == b"<" else "not a picture"
+        return "image is a Git-LFS pointer"
+    return "HTML saved as an image" if data.lstrip()[:1] == b"<" else "not an image"
 
 
-class PictureFolder:
-    """Pictures by their path below a folder. No name and no link leads out of it."""
+class ImageFolder:
+    """Images by their path below a folder. No name and no link leads out of it."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise UserError(f"picture folder {root} does not exist; correct --images")
+            raise UserError(f"image folder {root} does not exist; correct --images")
         self._real = str(self.root.resolve())
 
     def read(self, *names: str) -> bytes:
@@ -123,22 +123,22 @@ class PictureFolder:
             if not _can_be_a_name(name):
                 continue
             if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):  # noqa: PTH117
-                raise Dropped("picture's name leads out of its folder")
+                raise Dropped("image's name leads out of its folder")
             path = self.root / name
             try:
                 real = os.path.realpath(path)
                 if os.path.commonpath([real, self._real]) != self._real:
-                    raise Dropped("picture is a link out of its folder")
+                    raise Dropped("image is a link out of its folder")
                 return path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except IsADirectoryError:
-                raise Dropped("picture is a folder") from None
+                raise Dropped("image is a folder") from None
             except OSError as error:
                 if error.errno == 36:  # ENAMETOOLONG
-                    raise Dropped("picture is missing") from None
+                    raise Dropped("image is missing") from None
                 raise UserError(f"{path} cannot be read ({error.strerror})") from None
-        raise Dropped("picture is missing")
+        raise Dropped("image is missing")
 
 
 def _can_be_a_name(name: str) -> bool:
@@ -150,12 +150,12 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def from_base64(text: Any) -> bytes:
-    """A picture from base64 in either alphabet, also from text that says `b'...'` or `data:image/png;base64,...`.
+    """An image from base64 in either alphabet, also from text that says `b'...'` or `data:image/png;base64,...`.
 
     Raises Dropped for anything else.
     """
     if not isinstance(text, str) or not text:
-        raise Dropped("picture is missing" if text in (None, "") else "picture's base64 is not a string")
+        raise Dropped("image is missing" if text in (None, "") else "image's base64 is not a string")
     if text.startswith("data:") and "," in text:
         text = text.partition(",")[2]
     if text[:2] in ("b'", 'b"') and text[-1] == text[1]:
@@ -164,4 +164,4 @@ def from_base64(text: Any) -> bytes:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise Dropped("picture's base64 cannot be read") from None
+        raise Dropped("image's base64 cannot be read") from None

@@ -1,6 +1,6 @@
-"""Bytes by name from files too large to hold: where each picture lies, in an SQLite file made once.
+"""Bytes by name from files too large to hold: where each image lies, in an SQLite file made once.
 
-For pictures by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; its
+For images by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; its
 keys are positions in a list, which joins nothing), or a map, CSV, TSV or JSONL with `url` and `path` (below the map's
 folder).
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from data.prepare.images import PictureFolder
+from data.prepare.images import ImageFolder
 from data.prepare.inputs import input_files, one_line
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
@@ -61,7 +61,7 @@ class Lookup:
     def __init__(self, path: str | Path) -> None:
         self.base = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
         (root,) = self.base.execute("SELECT path FROM files WHERE id = 0").fetchone()
-        self.folder = PictureFolder(root) if root else None
+        self.folder = ImageFolder(root) if root else None
         self._open: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -74,7 +74,7 @@ class Lookup:
             "SELECT path, offset, size FROM places JOIN files ON id = file WHERE name = ?", (_hash(name),)
         ).fetchone()
         if found is None:
-            raise Dropped("picture is missing")
+            raise Dropped("image is missing")
         path, offset, size = found
         if offset < 0:
             assert self.folder is not None
@@ -108,7 +108,7 @@ def _opened(path: str, inode: int, changed: int) -> Lookup:
 
 
 def build_url_lookup(path: Path, images: Sequence[str]) -> None:
-    """The lookup of pictures by URL from the values of --images. Raises UserError."""
+    """The lookup of images by URL from the values of --images. Raises UserError."""
     maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
     if maps and len(images) > 1:
         raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")
@@ -132,7 +132,7 @@ def _stamp_of(path: Path) -> str:
 def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
     for label, tar in files:
         for sample in tar_samples(tar, label, Tally()):
-            suffix = sample.first_picture()
+            suffix = sample.first_image()
             try:
                 url = json.loads(sample.read("json"))["url"]
             except (KeyError, ValueError, TypeError):

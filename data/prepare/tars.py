@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.units import Dropped, Tally
-from data.shards.index import KEY_AND_SUFFIX, PICTURE_SUFFIX, SKIPPED
+from data.shards.index import IMAGE_SUFFIX, KEY_AND_SUFFIX, SKIPPED
 from data.shards.tar import walk
 from flamingo.errors import UserError
 
@@ -28,9 +28,9 @@ class TarSample:
         offset, size = self.members[suffix]
         return os.pread(self.descriptor, size, offset)
 
-    def first_picture(self) -> str | None:
-        """The suffix of the sample's first picture."""
-        return next((suffix for suffix in self.members if PICTURE_SUFFIX.match(suffix)), None)
+    def first_image(self) -> str | None:
+        """The suffix of the sample's first image."""
+        return next((suffix for suffix in self.members if IMAGE_SUFFIX.match(suffix)), None)
 
 
 def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSample]:
@@ -54,7 +54,7 @@ def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSampl
         for key, members in groups:
             where = f"{label} key {key}"
             if key in seen:
-                tally.drop_page("key appears again later in its tar", where)
+                tally.drop_document("key appears again later in its tar", where)
                 continue
             seen.add(key)
             yield TarSample(key, where, members, descriptor)

@@ -14,7 +14,7 @@ def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def question(text: str, args: argparse.Namespace, *, first: bool, begins: bool = True, ends: bool = True) -> Text:
-    """A question, or a piece of one with pictures in it; a line break divides it from the turn before."""
+    """A question, or a piece of one with images in it; a line break divides it from the turn before."""
     head = ("" if first else "\n") + args.user if begins else ""
     return Text(f"{head}{text}{args.assistant if ends else ''}", loss=False)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.shards.document import Page, to_utf8
+from data.shards.document import Document, to_utf8
 from flamingo.errors import UserError
 
-# Options that say where things are or how fast to go. They change no page, so they are not in the manifest.
+# Options that say where things are or how fast to go. They change no document, so they are not in the manifest.
 PLACES = {
     "command",
     "source",
@@ -53,8 +53,8 @@ class Unit:
         return hashlib.sha256(body.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-class Dropped(Exception):  # noqa: N818 (it is no error: a page or picture that is left out, and the reason to count by)
-    """A page or picture that is left out. `reason` is a few words to count by, the same for all like it."""
+class Dropped(Exception):  # noqa: N818 (it is no error: a document or image that is left out, and the reason to count by)
+    """A document or image that is left out. `reason` is a few words to count by, the same for all like it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -63,23 +63,23 @@ class Dropped(Exception):  # noqa: N818 (it is no error: a page or picture that 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the pages and pictures of the input: kept, or dropped and why, with the first of each reason."""
+    """What became of the documents and images of the input: kept, or dropped and why, with the first of each reason."""
 
-    pages: int = 0
-    pictures: int = 0
-    dropped_pages: Counter[str] = field(default_factory=Counter)
-    dropped_pictures: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+    images: int = 0
+    dropped_documents: Counter[str] = field(default_factory=Counter)
+    dropped_images: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def drop_page(self, reason: str, where: str) -> None:
-        """Count a page that is left out."""
-        self.dropped_pages[reason] += 1
-        self._remember(f"page: {reason}", where)
+    def drop_document(self, reason: str, where: str) -> None:
+        """Count a document that is left out."""
+        self.dropped_documents[reason] += 1
+        self._remember(f"document: {reason}", where)
 
-    def drop_picture(self, reason: str, where: str) -> None:
-        """Count a picture that is left out of its page."""
-        self.dropped_pictures[reason] += 1
-        self._remember(f"picture: {reason}", where)
+    def drop_image(self, reason: str, where: str) -> None:
+        """Count an image that is left out of its document."""
+        self.dropped_images[reason] += 1
+        self._remember(f"image: {reason}", where)
 
     def _remember(self, name: str, where: str) -> None:
         if name not in self.first:  # printable, whatever a file or an address is called
@@ -87,31 +87,31 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Add the counts of a later piece."""
-        self.pages += other.pages
-        self.pictures += other.pictures
-        self.dropped_pages.update(other.dropped_pages)
-        self.dropped_pictures.update(other.dropped_pictures)
+        self.documents += other.documents
+        self.images += other.images
+        self.dropped_documents.update(other.dropped_documents)
+        self.dropped_images.update(other.dropped_images)
         self.first = other.first | self.first
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest, reasons in alphabetical order."""
         return {
-            "pages": {"kept": self.pages, "dropped": dict(sorted(self.dropped_pages.items()))},
-            "pictures": {"kept": self.pictures, "dropped": dict(sorted(self.dropped_pictures.items()))},
+            "documents": {"kept": self.documents, "dropped": dict(sorted(self.dropped_documents.items()))},
+            "images": {"kept": self.images, "dropped": dict(sorted(self.dropped_images.items()))},
             "first": dict(sorted(self.first.items())),
         }
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> Tally:
         """The inverse of `to_json`."""
-        pages, pictures = body["pages"], body["pictures"]
-        dropped = Counter(pages["dropped"]), Counter(pictures["dropped"])
-        return cls(pages["kept"], pictures["kept"], *dropped, dict(body["first"]))
+        documents, images = body["documents"], body["images"]
+        dropped = Counter(documents["dropped"]), Counter(images["dropped"])
+        return cls(documents["kept"], images["kept"], *dropped, dict(body["first"]))
 
     def report(self) -> list[str]:
         """Lines for the reader, the commonest reason first."""
         lines = []
-        for what, counts in (("page", self.dropped_pages), ("picture", self.dropped_pictures)):
+        for what, counts in (("document", self.dropped_documents), ("image", self.dropped_images)):
             if counts:
                 lines.append(f"  dropped {what}s: {counts.total():,}")
             for reason, number in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -127,8 +127,8 @@ class Source(Protocol):
     def units(self, args: argparse.Namespace) -> list[Unit]:
         """Independent pieces of the input, always in the same order. Raises UserError when there is none."""
 
-    def pages(self, unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-        """The pages of one piece, in its order."""
+    def documents(self, unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+        """The documents of one piece, in its order."""
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""What a page is, in memory and as JSON: text and pictures in reading order.
+"""What a document is, in memory and as JSON: text and images in reading order.
 
     {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},{"c":[1,2],"fps":1.0}],"meta":{}}
 
-`t` is text, `i` a picture, `c` a clip (several frames), both as indices into the page's pictures. A sample without
-such a JSON is a pair as img2dataset writes it: its picture, then its text.
+`t` is text, `i` an image, `c` a clip (several frames), both as indices into the document's images. A sample without
+such a JSON is a pair as img2dataset writes it: its image, then its text.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture (one frame) or a clip (several): indices into the page's `images`; `fps` is the clip's frame rate."""
+class Image:
+    """An image (one frame) or a clip (several): indices into the document's `images`; `fps` is a clip's frame rate."""
 
     frames: tuple[int, ...]
     fps: float | None = None
 
 
-Node = Text | Picture
+Node = Text | Image
 
 
 @dataclass(slots=True)
-class Page:
-    """Text and pictures in reading order; `images` holds encoded bytes. An empty `key` is filled in by the writer."""
+class Document:
+    """Text and images in reading order; `images` holds encoded bytes. An empty `key` is filled in by the writer."""
 
     key: str
     nodes: list[Node]
@@ -48,7 +48,7 @@ class Page:
 
 
 def sniff(data: bytes) -> str | None:
-    """The extension that the bytes of a picture deserve, or None when they are no picture known here."""
+    """The extension that the bytes of an image deserve, or None when they are no image known here."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:3] == b"\xff\xd8\xff":
@@ -61,7 +61,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
-    """The JSON member of a page."""
+    """The JSON member of a document."""
     out: list[dict[str, Any]] = []
     for node in nodes:
         if isinstance(node, Text):
@@ -80,7 +80,7 @@ def to_utf8(text: str) -> bytes:
 
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
-    """The nodes of a decoded page JSON. Raises ValueError, with the node's number, where the format is not kept."""
+    """The nodes of a decoded document JSON. Raises ValueError, with the node's number, where the format is not kept."""
     if body.get("v") != VERSION:
         raise ValueError(f"format version {body.get('v')!r}, this program reads {VERSION}")
     if not isinstance(body["nodes"], list):
@@ -94,16 +94,16 @@ def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
             continue
         frames = item.get("c", [item.get("i")])
         if not isinstance(frames, list) or not frames or not all(type(f) is int and f >= 0 for f in frames):
-            raise ValueError(f"node {number} is neither text ('t'), a picture ('i') nor a clip ('c')")
-        nodes.append(Picture(tuple(frames), item.get("fps")))
+            raise ValueError(f"node {number} is neither text ('t'), an image ('i') nor a clip ('c')")
+        nodes.append(Image(tuple(frames), item.get("fps")))
     return nodes
 
 
-def nodes_of(json_bytes: bytes | None, text: bytes | None, pictures: int) -> tuple[list[Node], dict[str, Any]]:
-    """Nodes and meta of a sample from its members: a page if the JSON has nodes, otherwise a pair.
+def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple[list[Node], dict[str, Any]]:
+    """Nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
 
-    Raises ValueError (in words for the reader) when the JSON is broken. Whether the pictures are all there is for the
-    caller to check with `check_pictures`: only it knows the shard and the row.
+    Raises ValueError (in words for the reader) when the JSON is broken. Whether the images are all there is for the
+    caller to check with `check_images`: only it knows the shard and the row.
     """
     body: Any = {}
     if json_bytes is not None:
@@ -116,7 +116,7 @@ def nodes_of(json_bytes: bytes | None, text: bytes | None, pictures: int) -> tup
         if "nodes" in body:
             meta = body.get("meta", {})
             return parse_nodes(body), meta if isinstance(meta, dict) else {}
-    nodes: list[Node] = [Picture((number,)) for number in range(pictures)]
+    nodes: list[Node] = [Image((number,)) for number in range(images)]
     if text is not None:
         try:
             nodes.append(Text(text.decode("utf-8")))
@@ -125,11 +125,11 @@ def nodes_of(json_bytes: bytes | None, text: bytes | None, pictures: int) -> tup
     return nodes, body
 
 
-def check_pictures(nodes: Iterable[Node], present: Collection[int], where: str) -> None:
-    """Raise UserError, with both numbers, when the nodes name pictures that the sample does not have."""
-    used = {frame for node in nodes if isinstance(node, Picture) for frame in node.frames}
+def check_images(nodes: Iterable[Node], present: Collection[int], where: str) -> None:
+    """Raise UserError, with both numbers, when the nodes name images that the sample does not have."""
+    used = {frame for node in nodes if isinstance(node, Image) for frame in node.frames}
     if missing := used - set(present):
         raise UserError(
-            f"{where}: its <image> places ask for {max(used) + 1} pictures but the sample has {len(present)} (number "
-            f"{min(missing)} is missing); add the missing pictures or remove the places"
+            f"{where}: its <image> places ask for {max(used) + 1} images but the sample has {len(present)} (number "
+            f"{min(missing)} is missing); add the missing images or remove the places"
         )

@@ -26,20 +26,20 @@ from flamingo.errors import UserError
 
 MAGIC = b"TARIDX01"
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
-OTHER, JSON, TEXT, PICTURE = 0, 1, 2, 3  # kinds of members
+OTHER, JSON, TEXT, IMAGE = 0, 1, 2, 3  # kinds of members
 KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
 HEAD_BYTES = 4096  # a header is far smaller
 KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule (base_plus_ext)
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's rule for members that are not samples
-PICTURE_SUFFIX = re.compile(r"^(?:(\d{1,5})\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
+IMAGE_SUFFIX = re.compile(r"^(?:(\d{1,5})\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
 
 
 @dataclass(slots=True)
 class TarIndex:
     """The columns of an index. Sample `row` has the members `first[row] : first[row + 1]`.
 
-    first (N+1,) int64; offset, size (M,) int64; kind (M,) uint8; number (M,) uint16, which picture of its sample;
-    pictures_per_row (N,) uint16; keys: all keys as UTF-8, key_end (N+1,) int64 where they end.
+    first (N+1,) int64; offset, size (M,) int64; kind (M,) uint8; number (M,) uint16, which image of its sample;
+    images_per_row (N,) uint16; keys: all keys as UTF-8, key_end (N+1,) int64 where they end.
     """
 
     path: str
@@ -50,7 +50,7 @@ class TarIndex:
     size: NDArray[np.int64]
     key_end: NDArray[np.int64]
     number: NDArray[np.uint16]
-    pictures_per_row: NDArray[np.uint16]
+    images_per_row: NDArray[np.uint16]
     kind: NDArray[np.uint8]
     keys: NDArray[np.uint8]
 
@@ -62,7 +62,7 @@ class TarIndex:
         return bytes(self.keys[self.key_end[row] : self.key_end[row + 1]]).decode("utf-8", "surrogateescape")
 
     def members(self, row: int) -> list[tuple[int, int, int, int]]:
-        """(kind, picture number, offset, size) of each member of a sample, in the order of the tar."""
+        """(kind, image number, offset, size) of each member of a sample, in the order of the tar."""
         a, b = int(self.first[row]), int(self.first[row + 1])
         columns = (self.kind, self.number, self.offset, self.size)
         return list(zip(*(column[a:b].tolist() for column in columns), strict=True))
@@ -75,8 +75,8 @@ class TarIndex:
     def usable(self, kind: str) -> NDArray[np.int64] | None:
         """Rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
         texts = self.rows_with(JSON) | self.rows_with(TEXT)
-        pictures = self.pictures_per_row > 0
-        usable = {"interleaved": texts | pictures, "pairs": texts & pictures, "text": texts}[kind]
+        images = self.images_per_row > 0
+        usable = {"interleaved": texts | images, "pairs": texts & images, "text": texts}[kind]
         return None if usable.all() else np.flatnonzero(usable)
 
     def head(self) -> IndexHead:
@@ -110,7 +110,7 @@ class IndexHead:
 
 COLUMNS: dict[str, np.dtype[Any]] = {
     **dict.fromkeys(("first", "offset", "size", "key_end"), np.dtype("<i8")),
-    **dict.fromkeys(("number", "pictures_per_row"), np.dtype("<u2")),
+    **dict.fromkeys(("number", "images_per_row"), np.dtype("<u2")),
     **dict.fromkeys(("kind", "keys"), np.dtype("u1")),
 }
 
@@ -161,9 +161,9 @@ def build_index(path: str | Path) -> TarIndex:
 
 
 def _kind_of(suffix: str) -> tuple[int, int]:
-    """(kind, picture number) of a member by its suffix."""
-    if match := PICTURE_SUFFIX.match(suffix):
-        return PICTURE, int(match.group(1) or 0)
+    """(kind, image number) of a member by its suffix."""
+    if match := IMAGE_SUFFIX.match(suffix):
+        return IMAGE, int(match.group(1) or 0)
     return {"json": JSON, "txt": TEXT}.get(suffix, OTHER), 0
 
 
@@ -171,7 +171,7 @@ def _to_index(path: str | Path, keys: list[str], first: list[int], rows: list[tu
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     starts = np.array([*first, len(rows)], dtype=np.int64)
-    running = np.concatenate([[0], np.cumsum(table[:, 2] == PICTURE)])
+    running = np.concatenate([[0], np.cumsum(table[:, 2] == IMAGE)])
     size, digest = tar_digest(path)
     return TarIndex(
         path=str(path),
@@ -182,7 +182,7 @@ def _to_index(path: str | Path, keys: list[str], first: list[int], rows: list[tu
         size=table[:, 1].copy(),
         key_end=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         number=table[:, 3].astype(np.uint16),
-        pictures_per_row=np.diff(running[starts]).astype(np.uint16),
+        images_per_row=np.diff(running[starts]).astype(np.uint16),
         kind=table[:, 2].astype(np.uint8),
         keys=np.frombuffer(b"".join(encoded), dtype=np.uint8),
     )

@@ -1,15 +1,15 @@
-"""MMC4's documents to pages in reading order: sentences, and pictures that belong to one of them.
+"""MMC4's documents to documents in reading order: sentences, and images that belong to one of them.
 
-    sentences          A.   B.   C.        pictures  0 -> sentence 2, 1 -> sentence 1
-    page               A. <picture 1> B. <picture 0> C.
+    sentences          A.   B.   C.        images  0 -> sentence 2, 1 -> sentence 1
+    document               A. <image 1> B. <image 0> C.
 
-MMC4 lists a document's pictures in an order that is not that of its text (the example is the one of its own README).
-Here each picture stands right before its own sentence, so which picture a token sees (phi) follows from the page.
-open_flamingo stacks the pictures as listed and puts the places in the order of the sentences, which pairs the two above
+MMC4 lists a document's images in an order that is not that of its text (the example is the one of its own README).
+Here each image stands right before its own sentence, so which image a token sees (phi) follows from the document.
+open_flamingo stacks the images as listed and puts the places in the order of the sentences, which pairs the two above
 with each other's text.
 
 One implementation for `python -m data prepare` and for open_flamingo's shards trained on in place, where each found
-picture's bytes are base64 in `image_info[i]["image_base64"]`. What the two choose differently are the options of
+image's bytes are base64 in `image_info[i]["image_base64"]`. What the two choose differently are the options of
 `Mmc4Rule`.
 """
 
@@ -23,22 +23,22 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from data.errors import ContentError
-from data.shards.document import Node, Picture, Text
+from data.shards.document import Image, Node, Text
 
 T = TypeVar("T")
-SMALLEST = 11_000  # bytes of an encoded picture; open_flamingo leaves out what has fewer, which are mostly icons
+SMALLEST = 11_000  # bytes of an encoded image; open_flamingo leaves out what has fewer, which are mostly icons
 MATCHING = ("listed", "assigned")
 PLACE = re.compile(r"_!_IMAGE(\d+)_!_")
 
 
 @dataclass(frozen=True, slots=True)
 class Mmc4Rule:
-    """Which pictures are kept, and which sentence a picture belongs to.
+    """Which images are kept, and which sentence an image belongs to.
 
     `similarity`: the least to its sentence (CLIP ViT-L/14, not scaled by 100). `smallest`: the fewest encoded bytes.
-    `matching`: a picture's sentence is its `matched_text_index`; where that is not given, "listed" takes the sentence
-    it is most similar to, "assigned" what MMC4 itself does: unless every picture of the document has one, they are
-    assigned one to one for the greatest sum of similarities (each to its best where pictures outnumber sentences).
+    `matching`: an image's sentence is its `matched_text_index`; where that is not given, "listed" takes the sentence
+    it is most similar to, "assigned" what MMC4 itself does: unless every image of the document has one, they are
+    assigned one to one for the greatest sum of similarities (each to its best where images outnumber sentences).
     """
 
     similarity: float = 0.24
@@ -56,7 +56,7 @@ class Malformed(ValueError):  # noqa: N818 (a description of the document)
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A picture of a document as it is listed: what it is called, its sentence (from 0) and how similar the two are."""
+    """An image of a document as it is listed: what it is called, its sentence (from 0) and how similar the two are."""
 
     info: dict[str, Any]
     sentence: int
@@ -64,13 +64,13 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Base64Picture:
-    """A picture as it lies in the JSON; decoded only when its place is in the window."""
+class Base64Image:
+    """An image as it lies in the JSON; decoded only when its place is in the window."""
 
     text: str
 
     def decode(self) -> bytes:
-        """The picture's bytes. Raises ContentError when it is no base64 (some writers leave `b'...'` around it)."""
+        """The image's bytes. Raises ContentError when it is no base64 (some writers leave `b'...'` around it)."""
         text = self.text
         if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
             text = text[2:-1]
@@ -93,7 +93,7 @@ def is_mmc4(body: Mapping[str, Any]) -> bool:
 def read_document(
     body: Mapping[str, Any], matching: str = "listed", wanted: Callable[[dict[str, Any]], bool] | None = None
 ) -> tuple[list[str], list[Listed]]:
-    """The sentences and the listed pictures of a document (only the `wanted` ones). Raises Malformed."""
+    """The sentences and the listed images of a document (only the `wanted` ones). Raises Malformed."""
     sentences, infos, matrix = body.get("text_list"), body.get("image_info"), body.get("similarity_matrix")
     if not isinstance(sentences, list) or not all(isinstance(text, str) for text in sentences) or not sentences:
         raise Malformed("'text_list' is not a list of sentences")
@@ -110,7 +110,7 @@ def read_document(
             row = _row(matrix, number, len(sentences))
             place = max(range(len(sentences)), key=row.__getitem__)
         if not 0 <= place < len(sentences):
-            detail = f"picture {number} belongs to sentence {place} of {len(sentences)}"
+            detail = f"image {number} belongs to sentence {place} of {len(sentences)}"
             raise Malformed("'matched_text_index' is outside the sentences", detail)
         similarity = info.get("matched_sim") if info.get("matched_text_index") == place else None
         if not isinstance(similarity, int | float):
@@ -123,29 +123,29 @@ def _row(matrix: Any, number: int, sentences: int) -> list[float]:
     row = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
     if not isinstance(row, list) or len(row) != sentences or not all(isinstance(x, int | float) for x in row):
         raise Malformed(
-            "'similarity_matrix' is not a row of numbers for each picture",
-            f"picture {number} has neither a row of {sentences} similarities nor a matched text",
+            "'similarity_matrix' is not a row of numbers for each image",
+            f"image {number} has neither a row of {sentences} similarities nor a matched text",
         )
     return row
 
 
-def _assigned(matrix: Any, pictures: int, sentences: int) -> list[int]:
+def _assigned(matrix: Any, images: int, sentences: int) -> list[int]:
     import numpy as np
     from scipy.optimize import linear_sum_assignment
 
-    if not pictures:
+    if not images:
         return []
-    table = np.nan_to_num(np.array([_row(matrix, number, sentences) for number in range(pictures)]), nan=-1.0)
-    if pictures > sentences:
+    table = np.nan_to_num(np.array([_row(matrix, number, sentences) for number in range(images)]), nan=-1.0)
+    if images > sentences:
         return table.argmax(1).tolist()
     return linear_sum_assignment(table, maximize=True)[1].tolist()
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[int, T]]) -> tuple[list[Node], list[T], list[int]]:
-    """(nodes, pictures, each picture's sentence) of a page, of sentences and (sentence, picture) as they were listed.
+    """(nodes, images, each image's sentence) of a document, of sentences and (sentence, image) as they were listed.
 
-    Pictures of one sentence keep their order, and the last of them is the one that the sentence sees. Sentences are
-    joined by a space; around a picture there is none.
+    Images of one sentence keep their order, and the last of them is the one that the sentence sees. Sentences are
+    joined by a space; around an image there is none.
     """
     order = sorted(range(len(placed)), key=lambda k: placed[k][0])  # stable: by sentence, then as listed
     nodes: list[Node] = []
@@ -154,7 +154,7 @@ def interleave(sentences: Sequence[str], placed: Sequence[tuple[int, T]]) -> tup
     for number, sentence in enumerate(sentences):
         while waiting < len(order) and placed[order[waiting]][0] == number:
             _flush(nodes, run)
-            nodes.append(Picture((waiting,)))
+            nodes.append(Image((waiting,)))
             waiting += 1
         if stripped := sentence.strip():
             run.append(stripped)
@@ -169,51 +169,51 @@ def _flush(nodes: list[Node], run: list[str]) -> None:
 
 
 def add_text(nodes: list[Node], text: str, between: str) -> None:
-    """Append a text; where the last node is one too (a picture between them is missing), they become one."""
+    """Append a text; where the last node is one too (an image between them is missing), they become one."""
     if nodes and isinstance(nodes[-1], Text):
         nodes[-1] = Text(f"{nodes[-1].text}{between}{text}")
     else:
         nodes.append(Text(text))
 
 
-def generated(body: Mapping[str, Any], picture: Callable[[int, Any], T | None]) -> tuple[list[Node], list[T]]:
-    """(nodes, pictures) of a sequence made by ChatGPT: text with places `_!_IMAGE1_!_`, and an `image_map`.
+def generated(body: Mapping[str, Any], image: Callable[[int, Any], T | None]) -> tuple[list[Node], list[T]]:
+    """(nodes, images) of a sequence made by ChatGPT: text with places `_!_IMAGE1_!_`, and an `image_map`.
 
-    `picture(number, base64)` gives a place's picture; a place without one is closed. Raises Malformed.
+    `image(number, base64)` gives a place's image; a place without one is closed. Raises Malformed.
     """
     text, items = body.get("example"), body.get("image_map")
     if not isinstance(text, str) or not isinstance(items, dict):
         raise Malformed("'example' is not text or 'image_map' not an object")
     nodes: list[Node] = []
-    pictures: list[T] = []
+    images: list[T] = []
     for number, piece in enumerate(PLACE.split(text)):  # text, number, text, number, ...
         if number % 2 == 0:
             if piece.strip():
                 add_text(nodes, piece.strip(), " ")
             continue
         item = items.get(f"_!_IMAGE{piece}_!_")
-        found = picture(int(piece), item.get("base64_image") if isinstance(item, dict) else None)
+        found = image(int(piece), item.get("base64_image") if isinstance(item, dict) else None)
         if found is not None:
-            nodes.append(Picture((len(pictures),)))
-            pictures.append(found)
-    return nodes, pictures
+            nodes.append(Image((len(images),)))
+            images.append(found)
+    return nodes, images
 
 
-def mmc4_page(body: Mapping[str, Any], rule: Mmc4Rule) -> tuple[list[Node], list[Base64Picture]]:
-    """The nodes of a page and its pictures, of JSON with the pictures in it; pictures that were not found are left out.
+def mmc4_document(body: Mapping[str, Any], rule: Mmc4Rule) -> tuple[list[Node], list[Base64Image]]:
+    """The nodes of a document and its images, of JSON with the images in it; images that were not found are left out.
 
-    Raises Malformed, and ContentError when no picture is left.
+    Raises Malformed, and ContentError when no image is left.
     """
     if "is_gpt" in body:
-        nodes, pictures = generated(body, lambda _, text: Base64Picture(text) if isinstance(text, str) else None)
-        if not pictures:
-            raise ContentError("no picture left", "none of the places has its picture")
-        return nodes, pictures
+        nodes, images = generated(body, lambda _, text: Base64Image(text) if isinstance(text, str) else None)
+        if not images:
+            raise ContentError("no image left", "none of the places has its image")
+        return nodes, images
     sentences, listed = read_document(body, rule.matching, lambda info: isinstance(info.get("image_base64"), str))
-    found = [(one.sentence, one.similarity, Base64Picture(one.info["image_base64"])) for one in listed]
+    found = [(one.sentence, one.similarity, Base64Image(one.info["image_base64"])) for one in listed]
     kept = [(at, one) for at, like, one in found if one.size >= rule.smallest and like >= rule.similarity]
     if not kept:
         number = len(body["image_info"])
-        raise ContentError("no picture left", f"{number} pictures, none found and similar enough to its text")
-    nodes, pictures, _ = interleave(sentences, kept)
-    return nodes, pictures
+        raise ContentError("no image left", f"{number} images, none found and similar enough to its text")
+    nodes, images, _ = interleave(sentences, kept)
+    return nodes, images

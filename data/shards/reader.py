@@ -1,7 +1,7 @@
 """One sample of a shard at a time, by its place: of its bytes only what is asked for, in as few reads as that takes.
 
 What is notable: members that lie side by side are read together as long as what lies between them (the headers of the
-tar) stays a small part of what is wanted; a page of ten pictures of which a row shows three costs three.
+tar) stays a small part of what is wanted; a document of ten images of which a row shows three costs three.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Node, Text, check_pictures, nodes_of
-from data.shards.index import JSON, PICTURE, TEXT, TarIndex
-from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_page
+from data.shards.document import Node, Text, check_images, nodes_of
+from data.shards.index import IMAGE, JSON, TEXT, TarIndex
+from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_document
 from data.shards.retry import Retry
 from data.shards.tar import LFS
 
@@ -25,7 +25,7 @@ MAX_OPEN = 256
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample with its pictures still encoded: `picture(i)` gives number i of the page, read when it is asked for.
+    """A sample with its images still encoded: `image(i)` gives number i of the document, read when it is asked for.
 
     `fetch` reads several at once: say which ones will be asked for, and the disk is asked once where that is possible.
     """
@@ -35,7 +35,7 @@ class RawSample:
     nodes: list[Node]
     meta: dict[str, Any]
     numbers: Sequence[int]
-    picture: Callable[[int], bytes]
+    image: Callable[[int], bytes]
     fetch: Callable[[Sequence[int]], None] = lambda numbers: None
 
 
@@ -100,36 +100,36 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def sample(self, shard: int, row: int, *, pictures: bool = True) -> RawSample:
-        """A sample; its text is read now, and with `pictures` the picture of a pair too.
+    def sample(self, shard: int, row: int, *, images: bool = True) -> RawSample:
+        """A sample; its text is read now, and with `images` the image of a pair too.
 
-        Raises ContentError for broken JSON or text, UserError for pictures that are not there.
+        Raises ContentError for broken JSON or text, UserError for images that are not there.
         """
         index = self.indexes[shard]
         self.samples_read += 1
         places: dict[int, tuple[int, int]] = {}
         texts: dict[int, tuple[int, int]] = {}
         for kind, number, offset, size in index.members(row):
-            if kind == PICTURE:
+            if kind == IMAGE:
                 places.setdefault(number, (offset, size))
             elif kind in (JSON, TEXT):
                 texts[kind] = offset, size
         pieces = _Pieces(self, shard)
-        pieces.fetch([*texts.values(), *(places.values() if pictures and len(places) == 1 else ())])
+        pieces.fetch([*texts.values(), *(places.values() if images and len(places) == 1 else ())])
         parts = {kind: pieces.of(*place) for kind, place in texts.items()}
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
             nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(places))
             if not nodes and is_mmc4(meta):
-                nodes, inside = mmc4_page(meta, self.mmc4)
+                nodes, inside = mmc4_document(meta, self.mmc4)
                 check_text(nodes)
                 return RawSample(key, where, nodes, {}, range(len(inside)), lambda number: inside[number].decode())
         except (ValueError, RecursionError) as error:
             pointer = parts.get(JSON, b"").startswith(LFS)
             raise ContentError("bad text or JSON", "it is a Git-LFS pointer" if pointer else str(error)) from None
         check_text(nodes)
-        check_pictures(nodes, places, where)
+        check_images(nodes, places, where)
         return RawSample(
             key,
             where,

@@ -1,12 +1,12 @@
-"""The shard format: interleaved pages and pairs in plain POSIX tars that any webdataset user can read.
+"""The shard format: interleaved documents and pairs in plain POSIX tars that any webdataset user can read.
 
-A page is text and pictures in reading order. On disk it is one JSON member and one member a picture, side by side:
+A document is text and images in reading order. On disk it is one JSON member and one member an image, side by side:
 
-    {key}.json       {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},...],"meta":{}}: see data.shards.document
-    {key}.000.png    the picture's own bytes, never re-encoded; the extension is what the bytes are
+    {key}.json       {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},...],"meta":{}}
+    {key}.000.png    the image's own bytes, never re-encoded; the extension is what the bytes are
 
 and a pair, as img2dataset writes it, is `{key}.jpg` + `{key}.txt` (+ `{key}.json` with facts about it). What is
-notable: the same pages give the same bytes (no times, no owners), and a shard, its index and the manifest appear
+notable: the same documents give the same bytes (no times, no owners), and a shard, its index and the manifest appear
 under their names only when they are whole.
 """
 
@@ -24,18 +24,28 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import VERSION, Node, Page, Picture, Text, check_pictures, nodes_to_json, sniff, to_utf8
+from data.shards.document import VERSION, Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 
 MANIFEST = "_dataset.json"
-__all__ = ["MANIFEST", "Node", "Page", "Picture", "ShardWriter", "Text", "read_manifest", "read_page", "read_pages"]
+__all__ = [
+    "MANIFEST",
+    "Document",
+    "Image",
+    "Node",
+    "ShardWriter",
+    "Text",
+    "read_document",
+    "read_documents",
+    "read_manifest",
+]
 MAX_KEY_BYTES = 80  # with ".00000.jpeg" it still fits the 100 bytes of a plain tar header
 
 
-def read_pages(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator[Page]:
-    """Samples of a shard as Pages, pairs included, all or some. Raises UserError for what cannot be read."""
+def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator[Document]:
+    """Samples of a shard as Documents, pairs included, all or some. Raises UserError for what cannot be read."""
     index = open_index(shard)
     reader = ShardReader([index])
     try:
@@ -46,32 +56,34 @@ def read_pages(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator
                 sample = reader.sample(0, row)
             except ContentError as error:
                 raise UserError(f"shard {shard}, row {row} (key {index.key(row)!r}): {error}") from None
-            images = [sample.picture(number) for number in sample.numbers]
-            yield Page(sample.key, sample.nodes, images, sample.meta)
+            images = [sample.image(number) for number in sample.numbers]
+            yield Document(sample.key, sample.nodes, images, sample.meta)
     finally:
         reader.close()
 
 
-def read_page(shard: str | Path, row: int) -> Page:
+def read_document(shard: str | Path, row: int) -> Document:
     """One sample of a shard."""
-    return next(read_pages(shard, [row]))
+    return next(read_documents(shard, [row]))
 
 
-def _members(page: Page, layout: str) -> list[tuple[str, bytes]]:
-    """(suffix, bytes) of the members of a page. The JSON or text comes first, so a reader may stop after it."""
-    check_pictures(page.nodes, range(len(page.images)), f"page {page.key!r}")
-    kinds = [sniff(image) for image in page.images]
+def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
+    """(suffix, bytes) of the members of a document. The JSON or text comes first, so a reader may stop after it."""
+    check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
+    kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"page {page.key!r}: picture {kinds.index(None)} is no PNG, JPEG, WebP, GIF or BMP")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is no PNG, JPEG, WebP, GIF or BMP")
     if layout == "interleaved":
-        pictures = [(f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, page.images, strict=True))]
-        return [("json", nodes_to_json(page.nodes, page.meta)), *pictures]
-    texts = [node.text for node in page.nodes if isinstance(node, Text)]
-    if len(page.images) != 1 or len(texts) != 1 or page.nodes != [Picture((0,)), page.nodes[-1]]:
-        raise UserError(f"page {page.key!r} is no pair: a pair is one picture followed by one text")
-    members = [(str(kinds[0]), page.images[0]), ("txt", to_utf8(texts[0]))]
-    if page.meta:
-        members.append(("json", to_utf8(json.dumps(page.meta, ensure_ascii=False, separators=(",", ":")))))
+        images = [
+            (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))
+        ]
+        return [("json", nodes_to_json(document.nodes, document.meta)), *images]
+    texts = [node.text for node in document.nodes if isinstance(node, Text)]
+    if len(document.images) != 1 or len(texts) != 1 or document.nodes != [Image((0,)), document.nodes[-1]]:
+        raise UserError(f"document {document.key!r} is no pair: a pair is one image followed by one text")
+    members = [(str(kinds[0]), document.images[0]), ("txt", to_utf8(texts[0]))]
+    if document.meta:
+        members.append(("json", to_utf8(json.dumps(document.meta, ensure_ascii=False, separators=(",", ":")))))
     return members
 
 
@@ -98,35 +110,35 @@ def make_folder(name: str | Path) -> Path:
 
 
 class ShardWriter:
-    """Writes pages as `{prefix}-000000.tar`, ... with their indexes, and at the end the folder's manifest.
+    """Writes documents as `{prefix}-000000.tar`, ... with their indexes, and at the end the folder's manifest.
 
     Use it as a context manager. `layout` is "interleaved" or "pairs". Several prefixes may share a folder: each writer
     replaces its own prefix's shards and its own part of the manifest. When the block raises, the unfinished shard is
-    removed and the manifest does not list this prefix. A shard ends with `pages_per_shard` pages, or with the page
-    that takes it to `bytes_per_shard`. With `listed=False` the manifest is left to the caller (several processes that
-    write into one folder), who finds its entries in `shards`.
+    removed and the manifest does not list this prefix. A shard ends with `documents_per_shard` documents, or with the
+    document that takes it to `bytes_per_shard`. With `listed=False` the manifest is left to the caller (several
+    processes that write into one folder), who finds its entries in `shards`.
     """
 
     def __init__(
         self,
         folder: str | Path,
         prefix: str,
-        pages_per_shard: int = 1000,
+        documents_per_shard: int = 1000,
         *,
         layout: str = "interleaved",
         meta: Mapping[str, Any] | None = None,
         bytes_per_shard: int | None = None,
         listed: bool = True,
     ) -> None:
-        if pages_per_shard < 1 or layout not in ("interleaved", "pairs"):
-            raise ValueError(f"pages_per_shard={pages_per_shard}, layout={layout!r}")
+        if documents_per_shard < 1 or layout not in ("interleaved", "pairs"):
+            raise ValueError(f"documents_per_shard={documents_per_shard}, layout={layout!r}")
         check_key(prefix)
         self.folder, self.prefix, self.layout, self.meta = Path(folder), prefix, layout, dict(meta or {})
-        self.pages_per_shard, self.bytes_per_shard, self.listed = pages_per_shard, bytes_per_shard, listed
+        self.documents_per_shard, self.bytes_per_shard, self.listed = documents_per_shard, bytes_per_shard, listed
         self.shards: list[dict[str, Any]] = []
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
-        self._pictures = 0
+        self._images = 0
         make_folder(folder)
         if listed:
             replace_part(self.folder, self.prefix, None)
@@ -139,22 +151,22 @@ class ShardWriter:
     def _partial(self) -> Path:
         return self._final.with_name(f".{self._final.name}.partial")
 
-    def write(self, page: Page) -> str:
-        """Append a page and return its key. Raises UserError for a bad key, picture or reference."""
+    def write(self, document: Document) -> str:
+        """Append a document and return its key. Raises UserError for a bad key, image or reference."""
         if self._tar is None:
             self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        key = page.key or f"{self.prefix}-{len(self.shards):06d}-{len(self._keys):08d}"
+        key = document.key or f"{self.prefix}-{len(self.shards):06d}-{len(self._keys):08d}"
         check_key(key)
         if key in self._keys:
             raise UserError(f"key {key!r} is already in {self._final.name}; keys are unique within a shard")
-        for suffix, body in _members(page, self.layout):
+        for suffix, body in _members(document, self.layout):
             info = tarfile.TarInfo(f"{key}.{suffix}")  # owner, group and time stay 0
             info.size = len(body)
             self._tar.addfile(info, io.BytesIO(body))
         self._keys.add(key)
-        self._pictures += len(page.images)
+        self._images += len(document.images)
         too_big = self.bytes_per_shard is not None and self._tar.offset >= self.bytes_per_shard
-        if len(self._keys) == self.pages_per_shard or too_big:
+        if len(self._keys) == self.documents_per_shard or too_big:
             self._finish_shard()
         return key
 
@@ -167,9 +179,9 @@ class ShardWriter:
         final, size = self._final, self._partial.stat().st_size
         index.save(index_path(final))
         self._partial.replace(final)
-        entry = {"name": final.name, "pages": len(self._keys), "pictures": self._pictures, "bytes": size}
+        entry = {"name": final.name, "documents": len(self._keys), "images": self._images, "bytes": size}
         self.shards.append(entry | {"sha256": digest})
-        self._tar, self._keys, self._pictures = None, set(), 0
+        self._tar, self._keys, self._images = None, set(), 0
 
     def close(self) -> None:
         """Finish the last shard, remove older shards of this prefix beyond it, write the manifest."""
@@ -194,11 +206,11 @@ class ShardWriter:
         elif self._tar is not None:
             self._tar.close()
             self._partial.unlink(missing_ok=True)
-            self._tar, self._keys, self._pictures = None, set(), 0
+            self._tar, self._keys, self._images = None, set(), 0
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of shards: {"v", "parts": {prefix: {"pages", "pictures", "meta", "shards": [...]}}}."""
+    """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}."""
     path = Path(folder) / MANIFEST
     try:
         return json.loads(path.read_bytes())
@@ -210,7 +222,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def write_part(folder: Path, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """List the shards of a prefix in the folder's manifest, in place of what it listed before."""
-    totals = {name: sum(entry[name] for entry in shards) for name in ("pages", "pictures")}
+    totals = {name: sum(entry[name] for entry in shards) for name in ("documents", "images")}
     replace_part(folder, prefix, totals | {"meta": meta, "shards": shards})
 
 

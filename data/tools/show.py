@@ -1,4 +1,4 @@
-"""A page as a person would look at it: as text for the terminal, or as HTML with the pictures in their places."""
+"""A document as a person would look at it: as text for the terminal, or as HTML with the images in their places."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import base64
 import html
 import io
 
-from PIL import Image
+from PIL import Image as PILImage
 
-from data.shards.document import Page, Picture, Text, sniff
+from data.shards.document import Document, Image, Text, sniff
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 48em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -19,43 +19,43 @@ figcaption, .facts { color: #777; font-size: 12px; }
 """
 
 
-def describe_picture(data: bytes) -> str:
-    """Format, size and bytes of an encoded picture, or why it has none."""
+def describe_image(data: bytes) -> str:
+    """Format, size and bytes of an encoded image, or why it has none."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with PILImage.open(io.BytesIO(data)) as image:
             size = f"{image.width} x {image.height}"
     except (OSError, ValueError, SyntaxError):
         size = "undecodable"
     return f"{sniff(data) or 'unknown'}, {size}, {len(data)} bytes"
 
 
-def page_as_text(page: Page, where: str) -> str:
-    """The page in reading order, one node a line; `?` marks text that is read and not learnt."""
-    lines = [f"{where}, key {page.key}", *(f"  {name}: {value}" for name, value in page.meta.items()), ""]
-    for node in page.nodes:
+def document_as_text(document: Document, where: str) -> str:
+    """The document in reading order, one node a line; `?` marks text that is read and not learnt."""
+    lines = [f"{where}, key {document.key}", *(f"  {name}: {value}" for name, value in document.meta.items()), ""]
+    for node in document.nodes:
         if isinstance(node, Text):
             lines.append(f"  {' ' if node.loss else '?'} {node.text!r}")
             continue
         label = (
-            f"[picture {node.frames[0]}: " if len(node.frames) == 1 else f"[clip of {len(node.frames)} frames, first: "
+            f"[image {node.frames[0]}: " if len(node.frames) == 1 else f"[clip of {len(node.frames)} frames, first: "
         )
-        lines.append(f"  {label}{describe_picture(page.images[node.frames[0]])}]")
-    pictures = sum(isinstance(node, Picture) for node in page.nodes)
-    lines += ["", f"{pictures} pictures shown, {len(page.images)} stored; '?' marks text that is read and not learnt"]
+        lines.append(f"  {label}{describe_image(document.images[node.frames[0]])}]")
+    images = sum(isinstance(node, Image) for node in document.nodes)
+    lines += ["", f"{images} images shown, {len(document.images)} stored; '?' marks text that is read and not learnt"]
     return "\n".join(lines)
 
 
-def page_as_html(page: Page, where: str) -> str:
-    """A page of HTML that needs nothing else: the pictures are in it."""
+def document_as_html(document: Document, where: str) -> str:
+    """A document of HTML that needs nothing else: the images are in it."""
     parts = []
-    for node in page.nodes:
+    for node in document.nodes:
         if isinstance(node, Text):
             name = "learnt" if node.loss else "unlearnt"
             parts.append(f'<span class="{name}">{html.escape(node.text)}</span>')
         else:
-            parts += [figure(page.images[frame], f"picture {frame}") for frame in node.frames]
-    facts = "<br>".join(f"{html.escape(str(name))}: {html.escape(str(value))}" for name, value in page.meta.items())
-    title = html.escape(f"{where}, key {page.key}")
+            parts += [figure(document.images[frame], f"image {frame}") for frame in node.frames]
+    facts = "<br>".join(f"{html.escape(str(name))}: {html.escape(str(value))}" for name, value in document.meta.items())
+    title = html.escape(f"{where}, key {document.key}")
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
         f'<h1 class="facts">{title}</h1>\n<p>{"".join(parts)}</p>\n'
@@ -64,8 +64,8 @@ def page_as_html(page: Page, where: str) -> str:
 
 
 def figure(data: bytes, caption: str) -> str:
-    """A picture with its format and size below it, as HTML that holds its bytes."""
+    """An image with its format and size below it, as HTML that holds its bytes."""
     kind = {"jpg": "jpeg", None: "octet-stream"}.get(sniff(data), sniff(data))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    text = html.escape(f"{caption}: {describe_picture(data)}")
+    text = html.escape(f"{caption}: {describe_image(data)}")
     return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'

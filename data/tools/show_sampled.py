@@ -1,7 +1,7 @@
-"""A page after the sampling, as a person would look at it: which tokens are read, learnt, and see which picture.
+"""A document after the sampling, as a person would look at it: which tokens are read, learnt, and see which image.
 
-The row is cut by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on. Without a
-tokenizer at hand words stand for tokens, which are fewer than a language model's by about a quarter.
+The row is cut by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on. Without
+a tokenizer at hand words stand for tokens, which are fewer than a language model's by about a quarter.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_page
+from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_document
 from data.dataset import LABEL_POLICIES, WINDOWS
-from data.shards.document import Page
+from data.shards.document import Document
 from data.tools.show import STYLE, figure
 from flamingo.errors import UserError
 
@@ -32,13 +32,13 @@ MARKS = """
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data inspect --sampled`."""
-    parser.add_argument("--sampled", action="store_true", help="the row that training would cut out of the page")
+    parser.add_argument("--sampled", action="store_true", help="the row that training would cut out of the document")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved model or tokenizer (default: words)")
     parser.add_argument("--max-tokens", type=int, default=256, help="(default 256)")
     parser.add_argument("--max-images", type=int, default=5, help="(default 5)")
     parser.add_argument("--window", choices=WINDOWS, default="random", help="(default random)")
     parser.add_argument("--labels", choices=LABEL_POLICIES, default="text", help="(default text)")
-    parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next picture")
+    parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next image")
     parser.add_argument("--seed", type=int, default=0, help="another seed cuts another window")
 
 
@@ -103,7 +103,7 @@ class Sampled:
     whole: int
 
     def runs(self) -> list[tuple[int, bool, str]]:
-        """(picture seen from 1 or 0, learnt, text) of stretches of tokens that are alike in both."""
+        """(image seen from 1 or 0, learnt, text) of stretches of tokens that are alike in both."""
         marks = zip(self.row.phi.tolist(), (self.row.labels != IGNORED).tolist(), self.texts, strict=True)
         return [
             (phi, learnt, "".join(text for _, _, text in group))
@@ -111,13 +111,13 @@ class Sampled:
         ]
 
 
-def sample_page(page: Page, args: argparse.Namespace) -> Sampled:
-    """Cut a row out of a page as training does. Raises UserError for options that cannot be."""
+def sample_document(document: Document, args: argparse.Namespace) -> Sampled:
+    """Cut a row out of a document as training does. Raises UserError for options that cannot be."""
     if args.max_tokens < 2 or args.max_images < 0 or not 0 <= args.next_image <= 1:
         raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
     tokenizer = Saved(args.tokenizer) if args.tokenizer else Words()
     draws = np.random.default_rng(args.seed).random(2).tolist()
-    tokens = tokenize_page(page.nodes, tokenizer.encode, tokenizer.special)
+    tokens = tokenize_document(document.nodes, tokenizer.encode, tokenizer.special)
     row = make_row(
         tokens,
         tokenizer.special,
@@ -132,48 +132,48 @@ def sample_page(page: Page, args: argparse.Namespace) -> Sampled:
     return Sampled(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
 
 
-def facts(sampled: Sampled, page: Page) -> str:
+def facts(sampled: Sampled, document: Document) -> str:
     """The row in one sentence."""
     row = sampled.row
     return (
-        f"{len(row.ids)} of the page's {sampled.whole} tokens, {int((row.labels != IGNORED).sum())} of them learnt, "
-        f"{len(row.pictures)} of its {len(page.images)} pictures; each token sees the "
-        f"{'next' if sampled.see_next else 'previous'} picture"
+        f"{len(row.ids)} of the document's {sampled.whole} tokens, {int((row.labels != IGNORED).sum())} in the loss, "
+        f"{len(row.images)} of its {len(document.images)} images; each token sees the "
+        f"{'next' if sampled.see_next else 'previous'} image"
     )
 
 
-def sampled_as_text(sampled: Sampled, page: Page, where: str) -> str:
-    """One line for each stretch of tokens that see the same picture; `?` marks what is read and not learnt."""
-    lines = [f"{where}, key {page.key}", f"  {facts(sampled, page)}", ""]
+def sampled_as_text(sampled: Sampled, document: Document, where: str) -> str:
+    """One line for each stretch of tokens that see the same image; `?` marks what is read and not learnt."""
+    lines = [f"{where}, key {document.key}", f"  {facts(sampled, document)}", ""]
     for phi, learnt, text in sampled.runs():
-        seen = f"picture {sampled.row.pictures[phi - 1].frames[0]}" if phi else "nothing"
+        seen = f"image {sampled.row.images[phi - 1].frames[0]}" if phi else "nothing"
         lines.append(f"  {' ' if learnt else '?'} [sees {seen}] {text!r}")
     return "\n".join(lines)
 
 
-def sampled_as_html(sampled: Sampled, page: Page, where: str) -> str:
-    """A page of HTML: every token on the colour of the picture that it sees, the pictures on theirs."""
+def sampled_as_html(sampled: Sampled, document: Document, where: str) -> str:
+    """A document of HTML: every token on the colour of the image that it sees, the images on theirs."""
     shown = []
-    for number, picture in enumerate(sampled.row.pictures):
+    for number, image in enumerate(sampled.row.images):
         colour = COLOURS[number % len(COLOURS)]
-        frames = "".join(figure(page.images[frame], f"picture {frame}") for frame in picture.frames)
+        frames = "".join(figure(document.images[frame], f"image {frame}") for frame in image.frames)
         shown.append(f'<div style="background:{colour}">{frames}</div>')
     spans = []
     specials = {sampled.special.image, sampled.special.eoc, sampled.special.eos}
     for token, text, phi, label in zip(
         sampled.row.ids.tolist(), sampled.texts, sampled.row.phi.tolist(), sampled.row.labels.tolist(), strict=True
     ):
-        seen = f"sees picture {sampled.row.pictures[phi - 1].frames[0]}" if phi else "sees no picture"
+        seen = f"sees image {sampled.row.images[phi - 1].frames[0]}" if phi else "sees no image"
         classes = " ".join(
             name for name, holds in (("unlearnt", label == IGNORED), ("special", token in specials)) if holds
         )
         colour = f"background:{COLOURS[(phi - 1) % len(COLOURS)]}" if phi else ""
         title = f"token {token}, {seen}, {'read' if label == IGNORED else 'learnt'}"
         spans.append(f'<span class="{classes}" style="{colour}" title="{title}">{html.escape(text)}</span>')
-    title = html.escape(f"{where}, key {page.key}, sampled")
+    title = html.escape(f"{where}, key {document.key}, sampled")
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<style>{STYLE}{MARKS}</style>\n<h1 class="facts">{title}</h1>\n<p class="facts">{facts(sampled, page)}. '
+        f'<style>{STYLE}{MARKS}</style>\n<h1 class="facts">{title}</h1>\n<p class="facts">{facts(sampled, document)}. '
         f'<span class="unlearnt">Like this</span>: read and not learnt.</p>\n{"".join(shown)}\n'
         f'<p class="tokens">{"".join(spans)}</p>\n</html>\n'
     )

@@ -21,9 +21,9 @@ def verify(path: str | Path) -> Iterator[str]:
     """The faults of a shard, or of a folder of shards and its manifest.
 
     Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, keys and members that occur twice,
-    links and names that lead out of the folder, broken JSON, pages without text or that name pictures they do not have,
-    pictures that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the manifest
-    or changed since it was written, and preparations that were not finished.
+    links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
+    have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the
+    manifest or changed since it was written, and preparations that were not finished.
     """
     path = Path(path)
     if not path.is_dir():
@@ -114,9 +114,9 @@ def _verify_row(reader: ShardReader, index: TarIndex, row: int) -> Iterator[str]
         yield f"{where}: {error}"
         return
     if not any(isinstance(node, Text) and node.text.strip() for node in sample.nodes):
-        yield f"{where}: has no text" + ("" if sample.nodes else " and no pictures")
+        yield f"{where}: has no text" + ("" if sample.nodes else " and no images")
     for number in sample.numbers:
         try:
-            decode(sample.picture(number))
+            decode(sample.image(number))
         except ContentError as error:
-            yield f"{where}: picture {number} is {error}"
+            yield f"{where}: image {number} is {error}"

@@ -20,7 +20,7 @@ _TRAVEL = 9.0  # pixels from first to last frame
 def draw_clip(rng: np.random.Generator, frames: int) -> tuple[tuple[Scene, ...], str]:
     """`frames` scenes of one moving shape, and the motion's words.
 
-    The middle of the way is uniform in the picture, so neither the first nor the last frame tells the direction.
+    The middle of the way is uniform in the image, so neither the first nor the last frame tells the direction.
     """
     still = draw_scene(rng, "one")
     shape = still.shapes[0]

@@ -1,8 +1,8 @@
-"""Page makers: what a page shows and says, before any picture is drawn.
+"""Document makers: what a document shows and says, before any image is drawn.
 
-A draft is cheap and a pure function of (seed, split, kind, index); `data.toy.pages` draws many drafts' pictures at
-once. Split "heldout" means pictures of another stream for every kind, and for binding also names and glyph classes
-that no training page has.
+A draft is cheap and a pure function of (seed, split, kind, index); `data.toy.documents` draws many drafts' images at
+once. Split "heldout" means images of another stream for every kind, and for binding also names and glyph classes
+that no training document has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.toy import glyphs, textpages
+from data.toy import glyphs, text_documents
 from data.toy.clips import clip_caption, draw_clip
 from data.toy.glyphs import Glyph, draw_glyph
 from data.toy.names import FIRST, SECOND, draw_names, names
@@ -27,16 +27,16 @@ Part = tuple[str, bool] | tuple[int, ...]
 
 @dataclass(slots=True)
 class Draft:
-    """A page to be drawn. A part is (text, counts in the loss) or the indices of the pictures shown there."""
+    """A document to be drawn. A part is (text, counts in the loss) or the indices of the images shown there."""
 
     parts: list[Part] = field(default_factory=list)
-    pictures: list[Scene | Glyph] = field(default_factory=list)
+    images: list[Scene | Glyph] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def show(self, *pictures: Scene | Glyph) -> None:
-        """Add one picture, or the frames of one clip."""
-        self.parts.append(tuple(range(len(self.pictures), len(self.pictures) + len(pictures))))
-        self.pictures.extend(pictures)
+    def show(self, *images: Scene | Glyph) -> None:
+        """Add one image, or the frames of one clip."""
+        self.parts.append(tuple(range(len(self.images), len(self.images) + len(images))))
+        self.images.extend(images)
 
     def say(self, text: str, loss: bool = True) -> None:
         """Add text; `loss` says whether it is learnt."""
@@ -72,7 +72,7 @@ def scene_pair(rng: np.random.Generator, split: str) -> Draft:
 
 @cache
 def class_name(number: int) -> str:
-    """The three-syllable name of a glyph class, for contrastive training; no page calls a glyph by it."""
+    """The three-syllable name of a glyph class, for contrastive training; no document calls a glyph by it."""
     parts = FIRST + SECOND
     return "".join(parts[i] for i in stream(0, "class name", number).permutation(len(parts))[:3])
 
@@ -99,7 +99,7 @@ def _show_and_say(draft: Draft, rng: np.random.Generator, split: str, asked: boo
         draft.say(caption(scene))
 
 
-def caption_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
+def caption_document(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     """One to `most` scenes with captions."""
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
@@ -107,7 +107,7 @@ def caption_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     return draft
 
 
-def question_page(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
+def question_document(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
     """One to `most` scenes, each with a question and its answer."""
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
@@ -123,7 +123,7 @@ def _stream_of_names(
     repeats: float,
     known: bool,
 ) -> Draft:
-    """Glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_page`."""
+    """Glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_document`."""
     draft = Draft(meta={"classes": list(numbers), "names": list(chosen), "answer": chosen[order[-1]]})
     earlier: list[list[int]] = [[] for _ in numbers]
     for way in order:
@@ -131,20 +131,23 @@ def _stream_of_names(
         if seen and rng.random() < repeats:
             draft.parts.append((earlier[way][int(rng.integers(len(earlier[way])))],))
         else:
-            earlier[way].append(len(draft.pictures))
+            earlier[way].append(len(draft.images))
             draft.show(draw_glyph(rng, numbers[way]))
         draft.say(f" {chosen[way]}", loss=known or seen)
     return draft
 
 
-def binding_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
-    """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the page's made-up name of its class.
+def binding_document(
+    rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5
+) -> Draft:
+    """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the document's made-up name of its class.
 
-    A training page draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting. A
-    held-out page has exactly `shots` examples of each class and one query, whatever `repeats` is no two pictures alike.
+    A training document draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting.
+    A held-out document has exactly `shots` examples of each class and one query, whatever `repeats` is no two images
+    alike.
 
-    In training every picture after a class's first is, with probability `repeats`, an exact repetition of an earlier
-    one of its class: matching equal pictures is learnt first and carries the rest (Singh et al. 2025, arXiv
+    In training every image after a class's first is, with probability `repeats`, an exact repetition of an earlier
+    one of its class: matching equal images is learnt first and carries the rest (Singh et al. 2025, arXiv
     2501.06256). A name's first mention cannot be known and is not in the loss; every later one is.
     """
     pool = glyphs.classes(split)
@@ -166,11 +169,11 @@ def familiar_name(number: int) -> str:
     return names("train")[number]
 
 
-def naming_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
-    """A binding page of familiar classes under their lasting names, which all are in the loss.
+def naming_document(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
+    """A binding document of familiar classes under their lasting names, which all are in the loss.
 
-    Without these pages the pictures of binding pages stay noise: nothing depends on a picture until examples are
-    matched, and nothing can be matched until pictures are told apart. A lasting name gives the direct reason to tell
+    Without these documents the images of binding documents stay noise: nothing depends on an image until examples are
+    matched, and nothing can be matched until images are told apart. A lasting name gives the direct reason to tell
     them apart, and binding follows within a few hundred steps.
     """
     del split
@@ -183,10 +186,10 @@ def naming_page(rng: np.random.Generator, split: str, ways: int = 2, shots: int 
     return _stream_of_names(rng, numbers, chosen, order, repeats, known=True)
 
 
-def long_page(rng: np.random.Generator, split: str, scenes: int = 9) -> Draft:
-    """A page as long as a prompt of eight demonstrations: scenes with captions, or scenes with questions.
+def long_document(rng: np.random.Generator, split: str, scenes: int = 9) -> Draft:
+    """A document as long as a prompt of eight demonstrations: scenes with captions, or scenes with questions.
 
-    A model that has only seen short pages loses its way in long prompts.
+    A model that has only seen short documents loses its way in long prompts.
     """
     asked = bool(rng.integers(2))
     draft = Draft()
@@ -195,9 +198,9 @@ def long_page(rng: np.random.Generator, split: str, scenes: int = 9) -> Draft:
     return draft
 
 
-def long_binding_page(rng: np.random.Generator, split: str) -> Draft:
-    """A binding page as long as a prompt of eight examples a name."""
-    return binding_page(rng, split, shots=8)
+def long_binding_document(rng: np.random.Generator, split: str) -> Draft:
+    """A binding document as long as a prompt of eight examples a name."""
+    return binding_document(rng, split, shots=8)
 
 
 def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
@@ -217,38 +220,38 @@ def _text_draft(kind: str, nodes: Sequence[tuple[str, bool]]) -> Draft:
     return draft
 
 
-def text_page(rng: np.random.Generator, split: str) -> Draft:
-    """A page without pictures: captions, or captions with questions and answers."""
+def text_document(rng: np.random.Generator, split: str) -> Draft:
+    """A document without images: captions, or captions with questions and answers."""
     del split
     if rng.random() < 0.5:
-        return _text_draft("describe", textpages.describe_text(rng))
-    return _text_draft("ask", textpages.ask_text(rng))
+        return _text_draft("describe", text_documents.describe_text(rng))
+    return _text_draft("ask", text_documents.ask_text(rng))
 
 
-def names_page(rng: np.random.Generator, split: str) -> Draft:
-    """A page without pictures from which looking back is learnt: a repeated line, or a binding page in words."""
+def names_document(rng: np.random.Generator, split: str) -> Draft:
+    """A document without images from which looking back is learnt: a repeated line, or a binding document in words."""
     if rng.random() < 1 / 3:
-        return _text_draft("repeat", textpages.repeat_text(rng))
-    return _text_draft("binding", textpages.binding_text(rng, split))
+        return _text_draft("repeat", text_documents.repeat_text(rng))
+    return _text_draft("binding", text_documents.binding_text(rng, split))
 
 
 MAKERS: dict[str, Callable[[np.random.Generator, str], Draft]] = {
     "scene_pairs": scene_pair,
     "glyph_pairs": glyph_pair,
-    "captions": caption_page,
-    "vqa": question_page,
-    "long": long_page,
-    "naming": naming_page,
-    "binding": binding_page,
-    "long_binding": long_binding_page,
+    "captions": caption_document,
+    "vqa": question_document,
+    "long": long_document,
+    "naming": naming_document,
+    "binding": binding_document,
+    "long_binding": long_binding_document,
     "clips": clip_pair,
-    "text": text_page,
-    "names": names_page,
+    "text": text_document,
+    "names": names_document,
 }
 
 
 def make_draft(seed: int, split: str, kind: str, index: int) -> Draft:
-    """Draft `index` of a kind of page in a split ("train" or "heldout")."""
+    """Draft `index` of a kind of document in a split ("train" or "heldout")."""
     if split not in ("train", "heldout"):
         raise ValueError(f"a split is train or heldout, not {split!r}")
     return MAKERS[kind](stream(seed, f"{split}/{kind}", index), split)

@@ -1,9 +1,9 @@
-"""Rasters: many tiny pictures at once, antialiased, with numpy alone.
+"""Rasters: many tiny images at once, antialiased, with numpy alone.
 
 Shapes are star-shaped regions: the boundary is a radius as a function of the angle, kept in a table, and a pixel's
 cover is the clipped distance to that boundary along the ray. Glyphs are dense points along strokes: a pixel's cover
 follows from the distance to the nearest point, found for all pixels by one matrix product. Both draw a whole batch
-without a Python loop over pixels or pictures.
+without a Python loop over pixels or images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.toy.glyphs import POINTS, Glyph
 from data.toy.scenes import COLOURS, SHAPES, SIZE, Scene
 
 _ANGLES = 256
-_BATCH = 32  # pictures drawn at once: the work arrays (about 8 MB) stay near the cache
+_BATCH = 32  # images drawn at once: the work arrays (about 8 MB) stay near the cache
 _RING_HOLE = 0.52
 
 
@@ -61,7 +61,7 @@ def _boundaries() -> np.ndarray:
 
 
 def draw_scenes(scenes: Sequence[Scene]) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 pictures of N scenes."""
+    """(N, 32, 32, 3) uint8 images of N scenes."""
     parts = [_draw_scenes(scenes[i : i + _BATCH]) for i in range(0, len(scenes), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, SIZE, SIZE, 3), np.uint8)
 
@@ -84,15 +84,15 @@ def _draw_scenes(scenes: Sequence[Scene]) -> np.ndarray:
 
     # The shapes of a scene never overlap, so their covers add up and the order of painting does not matter.
     ground = np.array([scene.ground for scene in scenes], np.float32)
-    picture = np.broadcast_to(ground[:, None, None, :], (len(scenes), SIZE, SIZE, 3)).copy()
+    image = np.broadcast_to(ground[:, None, None, :], (len(scenes), SIZE, SIZE, 3)).copy()
     layer = cover[..., None] * (paint - ground[owner])[:, None, None, :]
     starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    picture += np.add.reduceat(layer, starts, axis=0)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    image += np.add.reduceat(layer, starts, axis=0)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 def draw_glyphs(glyphs: Sequence[Glyph]) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 pictures of N glyphs."""
+    """(N, 32, 32, 3) uint8 images of N glyphs."""
     parts = [_draw_glyphs(glyphs[i : i + _BATCH]) for i in range(0, len(glyphs), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, SIZE, SIZE, 3), np.uint8)
 
@@ -115,5 +115,5 @@ def _draw_glyphs(glyphs: Sequence[Glyph]) -> np.ndarray:
     ink = np.array([glyph.ink for glyph in glyphs], np.float32)
     ground = np.array([glyph.ground for glyph in glyphs], np.float32)
     cover = np.clip(width[:, None, None, None] - distance + 0.5, 0.0, 1.0)
-    picture = ground[:, None, None, :] + cover * (ink - ground)[:, None, None, :]
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    image = ground[:, None, None, :] + cover * (ink - ground)[:, None, None, :]
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)

@@ -44,12 +44,12 @@ def names(split: str) -> tuple[str, ...]:
 
 
 def draw_names(rng: np.random.Generator, split: str, count: int) -> list[str]:
-    """`count` names of a split for one page, no two sharing a syllable, so that each is told by its first.
+    """`count` names of a split for one document, no two sharing a syllable, so that each is told by its first.
 
     Raises ValueError for more names than that allows.
     """
     if not 0 <= count <= 12:
-        raise ValueError(f"a page has 0 to 12 names, not {count}: names of a page share no syllable")
+        raise ValueError(f"a document has 0 to 12 names, not {count}: names of a document share no syllable")
     pool = names(split)
     chosen: list[str] = []
     used: set[str] = set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 32  # pixels, height and width of every toy picture
+SIZE = 32  # pixels, height and width of every toy image
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}

@@ -1,4 +1,4 @@
-"""Counter-based random streams: a page's randomness is a function of (seed, purpose, index) and of nothing else."""
+"""Counter-based random streams: a document's randomness is a function of (seed, purpose, index) and of nothing else."""
 
 from __future__ import annotations
 

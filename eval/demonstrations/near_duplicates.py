@@ -1,7 +1,7 @@
-"""Near duplicates of pictures, told without a model: what a re-encoded, rescaled or renamed file has in common.
+"""Near duplicates of images, told without a model: what a re-encoded, rescaled or renamed file has in common.
 
-A difference hash alone calls every flat picture a duplicate of every other, and two equal shapes in two colours too. So
-two pictures are near duplicates when their hashes differ in at most `HAMMING` of 64 bits and their 8 x 8 thumbnails in
+A difference hash alone calls every flat image a duplicate of every other, and two equal shapes in two colours too. So
+two images are near duplicates when their hashes differ in at most `HAMMING` of 64 bits and their 8 x 8 thumbnails in
 no channel of any cell by more than `LEVELS` of 256 levels.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from eval.task import Picture
+from eval.task import EncodedImage
 
 HAMMING = 4
 LEVELS = 14
@@ -27,19 +27,19 @@ class Fingerprint:
     colours: bytes
 
 
-_KNOWN: dict[str, Fingerprint | None] = {}  # by SHA-256, so that a picture is read and decoded once
+_KNOWN: dict[str, Fingerprint | None] = {}  # by SHA-256, so that an image is read and decoded once
 
 
-def fingerprint(picture: Picture) -> Fingerprint | None:
-    """Of a picture, or of a clip's middle frame; None if it cannot be decoded, which the encoder will tell."""
-    if picture.sha256 not in _KNOWN:
-        _KNOWN[picture.sha256] = _fingerprint(picture)
-    return _KNOWN[picture.sha256]
+def fingerprint(image: EncodedImage) -> Fingerprint | None:
+    """Of an image, or of a clip's middle frame; None if it cannot be decoded, which the encoder will tell."""
+    if image.sha256 not in _KNOWN:
+        _KNOWN[image.sha256] = _fingerprint(image)
+    return _KNOWN[image.sha256]
 
 
-def _fingerprint(picture: Picture) -> Fingerprint | None:
+def _fingerprint(encoded: EncodedImage) -> Fingerprint | None:
     try:
-        frames = picture.frames
+        frames = encoded.frames
         image: Image.Image = Image.open(io.BytesIO(frames[len(frames) // 2]))
         image.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size where that is enough
         image = image.convert("RGB")
@@ -51,8 +51,8 @@ def _fingerprint(picture: Picture) -> Fingerprint | None:
     return Fingerprint(bits, small.tobytes())
 
 
-def near_duplicates(one: Picture, other: Picture) -> bool:
-    """Whether two pictures show the same but for compression and scale."""
+def near_duplicates(one: EncodedImage, other: EncodedImage) -> bool:
+    """Whether two images show the same but for compression and scale."""
     a, b = fingerprint(one), fingerprint(other)
     if a is None or b is None or (a.bits ^ b.bits).bit_count() > HAMMING:
         return False

@@ -2,12 +2,12 @@
 
 Every draw has its own counter-based generator, keyed by what the draw is for. So a query gets the same demonstrations
 whatever the batch size, the order or the limit, on one process or eight; the public harnesses draw from one global
-stream, where each of these changes them. (Retrieval by picture depends on the encoder too, which the results name.)
+stream, where each of these changes them. (Retrieval by image depends on the encoder too, which the results name.)
 Demonstrations are nested: the k-shot prompt shows the last k of the (k + 1)-shot prompt, so a curve over shots is
-paired and the pictures of the longest prompt serve all shorter ones.
+paired and the images of the longest prompt serve all shorter ones.
 
-The leakage guard refuses what would show the answer: the query itself, an identical picture (equal SHA-256) under
-whatever name, a near duplicate of it, and, where neither has a picture, the same question. It counts each.
+The leakage guard refuses what would show the answer: the query itself, an identical image (equal SHA-256) under
+whatever name, a near duplicate of it, and, where neither has an image, the same question. It counts each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from eval.demonstrations.near_duplicates import near_duplicates
 from eval.demonstrations.retrieval import Retriever
-from eval.task import Document
+from eval.task import Example
 from flamingo.errors import UserError
 
 
@@ -42,22 +42,22 @@ def hash_order(ids: Sequence[str], *purpose: str | int) -> list[int]:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Chosen documents, far end first (the last stands next to the query), and how many the guard refused, and why."""
+    """Chosen examples, far end first (the last stands next to the query), and how many the guard refused, and why."""
 
-    documents: tuple[Document, ...]
+    examples: tuple[Example, ...]
     excluded: int
     refused: tuple[tuple[str, int], ...] = ()
 
 
-def leak(demo: Document, query: Document) -> str:
-    """Why showing `demo` would show the query: item, picture, near_duplicate or question; "" if it would not."""
+def leak(demo: Example, query: Example) -> str:
+    """Why showing `demo` would show the query: item, image, near_duplicate or question; "" if it would not."""
     if demo.id == query.id:
         return "item"
-    ours, theirs = demo.turn.pictures, query.turn.pictures
+    ours, theirs = demo.turn.images, query.turn.images
     if not ours and not theirs:
         return "question" if _words(demo.turn.asked) == _words(query.turn.asked) else ""
-    if {picture.sha256 for picture in ours} & {picture.sha256 for picture in theirs}:
-        return "picture"
+    if {image.sha256 for image in ours} & {image.sha256 for image in theirs}:
+        return "image"
     return "near_duplicate" if any(near_duplicates(a, b) for a in ours for b in theirs) else ""
 
 
@@ -70,9 +70,9 @@ SAMPLERS = {
     "fixed": "the same for all queries",
     "same_kind": "of the query's kind (question type, open or closed)",
     "balanced": "every class equally often",
-    "rices_image": "the most similar pictures, nearest last",
+    "rices_image": "the most similar images, nearest last",
     "rices_text": "the most similar questions, nearest last",
-    "rices_joint": "both; the pictures' share behind a colon, 0.5 by default",
+    "rices_joint": "both; the images' share behind a colon, 0.5 by default",
     "mmr": "similar to the query and not to each other; the query's share behind a colon, 0.5 by default",
     "file": "ids from a JSON file behind a colon: {query id, or * for all: [id, ...]}, the last next to the query",
 }
@@ -89,13 +89,13 @@ class Sampler:
 
     @property
     def retrieves(self) -> bool:
-        """Whether it compares documents."""
+        """Whether it compares examples."""
         return self.name.startswith("rices") or self.name == "mmr"
 
-    def weight(self, pictures: bool) -> float:
-        """The pictures' share in the likeness; `pictures`: whether the documents have any."""
+    def weight(self, images: bool) -> float:
+        """The images' share in the likeness; `images`: whether the examples have any."""
         if self.name == "mmr":
-            return 1.0 if pictures else 0.0
+            return 1.0 if images else 0.0
         return {"rices_image": 1.0, "rices_text": 0.0}.get(self.name, self.value)
 
 
@@ -119,7 +119,7 @@ def parse_sampler(text: str) -> Sampler:
     return Sampler(name, value)
 
 
-def read_listed(path: str, support: Sequence[Document]) -> dict[str, list[str]]:
+def read_listed(path: str, support: Sequence[Example]) -> dict[str, list[str]]:
     """The ids of a `file:` sampler. Raises UserError for a file that is none, or an id that is not in `support`."""
     try:
         found = json.loads(Path(path).read_text())
@@ -127,7 +127,7 @@ def read_listed(path: str, support: Sequence[Document]) -> dict[str, list[str]]:
         raise UserError(f"demos=file:{path} cannot be read: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(ids, list) for ids in found.values()):
         raise UserError(f"demos=file:{path} is no JSON object of lists of ids, one for each query id (or * for all)")
-    known = {document.id for document in support}
+    known = {example.id for example in support}
     for query, ids in found.items():
         for name in ids:
             if name not in known:
@@ -136,8 +136,8 @@ def read_listed(path: str, support: Sequence[Document]) -> dict[str, list[str]]:
 
 
 def draw(
-    support: Sequence[Document],
-    query: Document,
+    support: Sequence[Example],
+    query: Example,
     shots: int,
     *,
     task_hash: str,
@@ -149,11 +149,11 @@ def draw(
     """`shots` demonstrations for `query`, nested over `shots`.
 
     Raises:
-        UserError: the support set has too few documents that may be shown.
+        UserError: the support set has too few examples that may be shown.
     """
     if shots == 0:
         return Demonstrations((), 0)
-    chosen: list[Document] = []
+    chosen: list[Example] = []
     refused: Counter[str] = Counter()
     for index in _nearest_first(support, query, parse_sampler(sampler), task_hash, seed, retriever, listed):
         reason = leak(support[index], query)
@@ -170,8 +170,8 @@ def draw(
 
 
 def _nearest_first(
-    support: Sequence[Document],
-    query: Document,
+    support: Sequence[Example],
+    query: Example,
     sampler: Sampler,
     task_hash: str,
     seed: int,
@@ -187,7 +187,7 @@ def _nearest_first(
         return _balanced(support, order, (task_hash, seed, query.id))
     if sampler.name == "file":
         assert listed is not None
-        places = {document.id: index for index, document in enumerate(support)}
+        places = {example.id: index for index, example in enumerate(support)}
         return [places[name] for name in reversed(listed.get(query.id, listed.get("*", [])))]
     if sampler.retrieves:
         assert retriever is not None, "retrieval needs a retriever"
@@ -197,8 +197,8 @@ def _nearest_first(
     return order
 
 
-def _balanced(support: Sequence[Document], order: Sequence[int], purpose: tuple[str | int, ...]) -> Iterator[int]:
-    """Rounds of one document a class, classes in a new order each round, as long as there are any."""
+def _balanced(support: Sequence[Example], order: Sequence[int], purpose: tuple[str | int, ...]) -> Iterator[int]:
+    """Rounds of one example a class, classes in a new order each round, as long as there are any."""
     classes: dict[str, list[int]] = {}
     for index in order:
         classes.setdefault(support[index].label or support[index].golds[0], []).append(index)

@@ -18,7 +18,7 @@ from eval.inference.feature_cache import FeatureCache
 from eval.inference.protocol import Responder
 from eval.inference.response_log import ResponseLog
 from eval.prompting.requests import Decoding, Request, Response
-from eval.task import Picture
+from eval.task import EncodedImage
 from flamingo.errors import UserError
 
 DIGITS = 4
@@ -61,20 +61,20 @@ class Engine:
 
     @property
     def encoder_name(self) -> str:
-        """What pictures are compared by, for the results."""
-        key = str(getattr(self.responder, "picture_key", ""))
+        """What images are compared by, for the results."""
+        key = str(getattr(self.responder, "image_key", ""))
         return f"{type(self.responder).__name__} {key[:16]}".strip()
 
-    def embed(self, pictures: Sequence[Picture]) -> np.ndarray:
+    def embed(self, images: Sequence[EncodedImage]) -> np.ndarray:
         """(N, E) vectors of length 1; each process encodes its share."""
-        self.cache.prepare(pictures, self._ranks)
-        return self.cache.embeddings(pictures).numpy()
+        self.cache.prepare(images, self._ranks)
+        return self.cache.embeddings(images).numpy()
 
     def ask(self, requests: Sequence[Request], on_batch: Callable[[int], None] = lambda done: None) -> list[Response]:
         """The response to each request, in their order. `on_batch` hears how many more requests are answered."""
         keys = [request.key(self._model_key) for request in requests]
         for request in requests:
-            self.cache.see(request.prompt.pictures)
+            self.cache.see(request.prompt.images)
         unique: dict[str, _Asked] = {}
         for place, (key, request) in enumerate(zip(keys, requests, strict=True)):
             unique.setdefault(key, _Asked(key, request, place))
@@ -102,7 +102,7 @@ class Engine:
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def _run(self, batches: list[list[_Asked]], on_batch: Callable[[int], None]) -> dict[str, Response]:
-        self.cache.prepare([p for batch in batches for one in batch for p in one.request.prompt.pictures], self._ranks)
+        self.cache.prepare([p for batch in batches for one in batch for p in one.request.prompt.images], self._ranks)
         found: dict[str, Response] = {}
         for number, batch in enumerate(batches):
             if number % self._ranks.world == self._ranks.rank:
@@ -117,7 +117,7 @@ class Engine:
 
     def _answer(self, batch: list[_Asked]) -> Sequence[Response]:
         prompts = [one.request.prompt for one in batch]
-        features = self.cache.features([picture for prompt in prompts for picture in prompt.pictures])
+        features = self.cache.features([image for prompt in prompts for image in prompt.images])
         decoding = batch[0].request.decoding
         if decoding is None:
             return self.responder.rank(prompts, features)

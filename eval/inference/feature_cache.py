@@ -1,11 +1,11 @@
-"""Pictures are encoded once: in memory for a run, on disk for ever.
+"""Images are encoded once: in memory for a run, on disk for ever.
 
 What the resampler gives does not depend on the prompt, so every task, number of shots, seed, strategy and ablation
-shares it. On disk a picture is one file under the hash of what encoded it (weights, preprocessing, precision, the code
+shares it. On disk an image is one file under the hash of what encoded it (weights, preprocessing, precision, the code
 of these) and its own SHA-256, written beside its place and moved there: processes share the folder without locks, and
 what a kill left half-written is not found. When the folder is full, what was not used for longest goes.
 
-Letters: N pictures, L latents, D their width, E width of an embedding.
+Letters: N images, L latents, D their width, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.inference.distributed import Ranks
-from eval.task import Picture
+from eval.task import EncodedImage
 from flamingo.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ MEMORY_BYTES = 4 << 30
 SUFFIX = ".safetensors"
 
 
-class PictureStore:
+class ImageStore:
     """Files `folder/key/ab/abcdef....safetensors`; at most `limit` bytes in all of `folder`."""
 
     def __init__(self, folder: Path, key: str, limit: int) -> None:
@@ -64,7 +64,7 @@ class PictureStore:
         return found
 
     def read(self, sha256: str) -> dict[str, Tensor] | None:
-        """What was stored for a picture; None if there is nothing or it cannot be read."""
+        """What was stored for an image; None if there is nothing or it cannot be read."""
         path = self._path(sha256)
         try:
             found = load_file(path)
@@ -76,7 +76,7 @@ class PictureStore:
         return found
 
     def write(self, sha256: str, tensors: dict[str, Tensor]) -> None:
-        """Store a picture, unless what this run uses fills the folder alone."""
+        """Store an image, unless what this run uses fills the folder alone."""
         path = self._path(sha256)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._bytes + size > self._limit and not self._make_room(size):
@@ -114,7 +114,7 @@ class FeatureCache:
         self,
         responder: Responder,
         batch_size: int = 64,
-        store: PictureStore | None = None,
+        store: ImageStore | None = None,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._responder = responder
@@ -123,53 +123,53 @@ class FeatureCache:
         self._memory_bytes = memory_bytes
         self._features: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._held = 0
-        self.pictures: dict[str, Picture] = {}
+        self.images: dict[str, EncodedImage] = {}
         self.shown = 0
         self.encoded = 0
 
-    def see(self, pictures: Sequence[Picture]) -> None:
-        """Note pictures of a prompt, whether or not it must be run."""
-        self.shown += len(pictures)
-        for picture in pictures:
-            self.pictures.setdefault(picture.sha256, picture)
+    def see(self, images: Sequence[EncodedImage]) -> None:
+        """Note images of a prompt, whether or not it must be run."""
+        self.shown += len(images)
+        for image in images:
+            self.images.setdefault(image.sha256, image)
 
-    def prepare(self, pictures: Sequence[Picture], ranks: Ranks) -> None:
+    def prepare(self, images: Sequence[EncodedImage], ranks: Ranks) -> None:
         """Encode what is missing, each process its share, where they have a folder to exchange it by."""
         if self._store is None or ranks.world == 1:
             return
-        distinct = {picture.sha256: picture for picture in pictures}
-        self._fetch([picture for sha256, picture in sorted(distinct.items()) if ranks.owns(sha256)])
+        distinct = {image.sha256: image for image in images}
+        self._fetch([image for sha256, image in sorted(distinct.items()) if ranks.owns(sha256)])
         ranks.barrier()
 
-    def features(self, pictures: Sequence[Picture]) -> Tensor:
+    def features(self, images: Sequence[EncodedImage]) -> Tensor:
         """(N, L, D), the missing ones encoded first. N = 0 gives (0, 0, 0)."""
-        if not pictures:
+        if not images:
             return torch.zeros(0, 0, 0)
-        found = self._fetch(pictures)
-        return torch.stack([found[picture.sha256]["latents"] for picture in pictures])
+        found = self._fetch(images)
+        return torch.stack([found[image.sha256]["latents"] for image in images])
 
-    def embeddings(self, pictures: Sequence[Picture]) -> Tensor:
+    def embeddings(self, images: Sequence[EncodedImage]) -> Tensor:
         """(N, E) float32 on the CPU, of length 1: what retrieval compares."""
         rows = []
-        for start in range(0, len(pictures), 1024):  # bounds what is held at once
-            some = pictures[start : start + 1024]
+        for start in range(0, len(images), 1024):  # bounds what is held at once
+            some = images[start : start + 1024]
             found = self._fetch(some)
-            rows += [found[picture.sha256]["embedding"].float().cpu() for picture in some]
+            rows += [found[image.sha256]["embedding"].float().cpu() for image in some]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
-    def _fetch(self, pictures: Iterable[Picture]) -> dict[str, dict[str, Tensor]]:
-        """Everything known of these pictures, from memory, from disk, or encoded now; all of it held by the caller."""
-        wanted = {picture.sha256: picture for picture in pictures}
+    def _fetch(self, images: Iterable[EncodedImage]) -> dict[str, dict[str, Tensor]]:
+        """Everything known of these images, from memory, from disk, or encoded now; all of it held by the caller."""
+        wanted = {image.sha256: image for image in images}
         found: dict[str, dict[str, Tensor]] = {}
-        missing: dict[int, list[Picture]] = {}
-        for sha256, picture in wanted.items():
+        missing: dict[int, list[EncodedImage]] = {}
+        for sha256, image in wanted.items():
             known = self._features.get(sha256) or self._from_disk(sha256)
             if known is None:
-                missing.setdefault(len(picture.frames), []).append(picture)
+                missing.setdefault(len(image.frames), []).append(image)
             else:
                 self._keep(sha256, known)
                 found[sha256] = known
-        for group in missing.values():  # pictures of one call have the same number of frames
+        for group in missing.values():  # images of one call have the same number of frames
             for start in range(0, len(group), self._batch_size):
                 found |= self._encode(group[start : start + self._batch_size])
         return found
@@ -181,21 +181,21 @@ class FeatureCache:
         device = getattr(self._responder, "device", torch.device("cpu"))
         return found | {"latents": found["latents"].to(device)}
 
-    def _encode(self, pictures: list[Picture]) -> dict[str, dict[str, Tensor]]:
+    def _encode(self, images: list[EncodedImage]) -> dict[str, dict[str, Tensor]]:
         embed: Any = getattr(self._responder, "encode_and_embed", None)
         if embed is None:
-            latents = self._responder.encode(pictures)
+            latents = self._responder.encode(images)
             embeddings = latents.float().mean(1)
         else:
-            latents, embeddings = embed(pictures)
-        self.encoded += len(pictures)
+            latents, embeddings = embed(images)
+        self.encoded += len(images)
         found = {}
-        for picture, own, embedding in zip(pictures, latents, embeddings, strict=True):
-            # Cloned, or one picture would keep the memory of its whole batch.
-            found[picture.sha256] = {"latents": own.clone(), "embedding": embedding.clone()}
+        for image, own, embedding in zip(images, latents, embeddings, strict=True):
+            # Cloned, or one image would keep the memory of its whole batch.
+            found[image.sha256] = {"latents": own.clone(), "embedding": embedding.clone()}
             if self._store is not None:
-                self._store.write(picture.sha256, found[picture.sha256])
-            self._keep(picture.sha256, found[picture.sha256])
+                self._store.write(image.sha256, found[image.sha256])
+            self._keep(image.sha256, found[image.sha256])
         return found
 
     def _keep(self, sha256: str, tensors: dict[str, Tensor]) -> None:

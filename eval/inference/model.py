@@ -1,7 +1,7 @@
-"""The model as the evaluation sees it: pictures to features, prompts to scores or text.
+"""The model as the evaluation sees it: images to features, prompts to scores or text.
 
 `Responder` is the whole contract, small enough that a constant model for a test is ten lines and that other models can
-be evaluated by the same loop. `FlamingoResponder` is ours. Pictures are encoded once and travel as features from then
+be evaluated by the same loop. `FlamingoResponder` is ours. Images are encoded once and travel as features from then
 on: the resampler's output does not depend on the prompt, so every shot count, seed and ablation shares it.
 """
 
@@ -24,7 +24,7 @@ from eval.inference.shared_prefix import SharedPrefix
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.prompting.requests import Completion as Completion
 from eval.prompting.requests import Decoding
-from eval.task import Picture, content_hash
+from eval.task import EncodedImage, content_hash
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 
@@ -35,7 +35,8 @@ FORMAT = 1
 class FlamingoResponder:
     """A Flamingo and its processor behind `Responder`.
 
-    With `share_prefix` what all prompts of a batch begin with is run once (eval/inference/shared_prefix.py); without it, the slow twin.
+    With `share_prefix` what all prompts of a batch begin with is run once (eval/inference/shared_prefix.py); without
+    it, the slow twin.
     """
 
     def __init__(
@@ -57,20 +58,20 @@ class FlamingoResponder:
         self.generate_options: dict[str, Any] = {}
         """More arguments for the model's `generate`."""
 
-    def encode(self, pictures: Sequence[Picture]) -> Tensor:
-        """Decoded, transformed, encoded; pictures of one call have the same number of frames."""
-        return self.encode_and_embed(pictures)[0]
+    def encode(self, images: Sequence[EncodedImage]) -> Tensor:
+        """Decoded, transformed, encoded; images of one call have the same number of frames."""
+        return self.encode_and_embed(images)[0]
 
     @torch.inference_mode()
-    def encode_and_embed(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+    def encode_and_embed(self, images: Sequence[EncodedImage]) -> tuple[Tensor, Tensor]:
         """The latents (N, L, Dv), and the mean of the encoder's patch tokens (N, D), which retrieval compares."""
-        pixels = torch.cat([self._pixels(picture) for picture in pictures]).to(self.device)
+        pixels = torch.cat([self._pixels(image) for image in images]).to(self.device)
         tokens = self.model.vision_encoder(pixels)
         return self.model.resampler(tokens), tokens.float().mean((1, 2))
 
     @cached_property
-    def picture_key(self) -> str:
-        """Hash of everything that a picture's features depend on: weights, preprocessing, precision, code, device."""
+    def image_key(self) -> str:
+        """Hash of everything that an image's features depend on: weights, preprocessing, precision, code, device."""
         parts = [self.model.vision_encoder, self.model.resampler]
         return content_hash(
             FORMAT,
@@ -83,13 +84,13 @@ class FlamingoResponder:
             torch.__version__,
         )
 
-    def _pixels(self, picture: Picture) -> Tensor:
+    def _pixels(self, image: EncodedImage) -> Tensor:
         """(1, F, C, S, S) by the processor itself, so a clip is thinned out here as anywhere else."""
-        item = picture.frames[0] if len(picture.frames) == 1 else list(picture.frames)
+        item = image.frames[0] if len(image.frames) == 1 else list(image.frames)
         try:
             return self.processor(images=[[item]], text=["<image>"])["pixel_values"]
         except UserError as error:
-            raise UserError(f"picture sha256 {picture.sha256[:12]} of the task's data: {error}") from None
+            raise UserError(f"image sha256 {image.sha256[:12]} of the task's data: {error}") from None
 
     @torch.inference_mode()
     def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
@@ -163,7 +164,7 @@ class FlamingoResponder:
 
     def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
         """Left-padded model inputs; `features` stand in for pixels."""
-        counts = torch.tensor([len(prompt.pictures) for prompt in prompts])
+        counts = torch.tensor([len(prompt.images) for prompt in prompts])
         batch = {**self.processor.pad([prompt.ids for prompt in prompts]), "image_counts": counts}
         if len(features):
             batch["media_features"] = features

@@ -10,7 +10,7 @@ from torch import Tensor
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.prompting.requests import Completion as Completion
 from eval.prompting.requests import Decoding
-from eval.task import Picture
+from eval.task import EncodedImage
 
 
 class Responder(Protocol):
@@ -18,8 +18,8 @@ class Responder(Protocol):
 
     builder: PromptBuilder
 
-    def encode(self, pictures: Sequence[Picture]) -> Tensor:
-        """(N, L, Dv) features of N pictures or clips."""
+    def encode(self, images: Sequence[EncodedImage]) -> Tensor:
+        """(N, L, Dv) features of N images or clips."""
         ...
 
     def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:

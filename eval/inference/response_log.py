@@ -1,6 +1,6 @@
 """An append-only log of what the model said, so that a killed run goes on where it was.
 
-One JSON object a line: the key of a request (a hash of the weights, the code, the prompt's tokens, its pictures and the
+One JSON object a line: the key of a request (a hash of the weights, the code, the prompt's tokens, its images and the
 decoding) and the response. A request whose key is in the log is not asked again, whatever task, strategy or number of
 shots it came from. A line counts once it ends in a newline; what a kill left behind the last one is cut off, and a line
 that cannot be read is asked again. Each process appends to a file of its own and reads all of them.

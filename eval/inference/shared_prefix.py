@@ -6,7 +6,7 @@ prompt. Cut at column P, the length of what is shared, its left part is padding 
 taken from the cache and moved to the right by the row's padding; only the columns behind it are run. So every model
 that takes left-padded rows takes these, whatever it does with positions, and scores are those of the plain path.
 
-Letters: B rows, T columns, P columns from the cache, I pictures of the shared part.
+Letters: B rows, T columns, P columns from the cache, I images of the shared part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flamingo.layers.media_mask import seen_after
 
 @dataclass(frozen=True)
 class Beginning:
-    """The shared part of some prompts, run once: its keys and values, of one row, and its pictures."""
+    """The shared part of some prompts, run once: its keys and values, of one row, and its images."""
 
     key: tuple[object, ...]
     cache: Cache
@@ -53,14 +53,14 @@ class SharedPrefix:
     def continued(self, prompts: Sequence[Prompt], features: Tensor, batch: dict[str, Tensor]) -> dict[str, Any] | None:
         """Inputs that go on behind the shared part: `batch` with `past_key_values`, and `phi` of the whole rows.
 
-        `batch` is left-padded, on the model's device; `features` are all prompts' pictures in order. None where the
+        `batch` is left-padded, on the model's device; `features` are all prompts' images in order. None where the
         prompts share nothing, or the language model's cache is of a kind that forgets or rearranges.
         """
         key = common_beginning(prompts) if self._possible else None
         if key is None:
             return None
-        tokens, pictures = prompts[0].shared
-        beginning = self._beginning(key, prompts[0], features[:pictures])
+        tokens, images = prompts[0].shared
+        beginning = self._beginning(key, prompts[0], features[:images])
         if beginning is None:
             return None
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -77,8 +77,8 @@ class SharedPrefix:
         self._last = None  # its memory is free before the next one is made
         ids = torch.tensor([prompt.ids[: prompt.shared[0]]], device=self._model.device)
         counts = torch.tensor([len(features)], device=self._model.device)
-        pictures = {"media_features": features} if len(features) else {}
-        out = self._model(input_ids=ids, image_counts=counts, use_cache=True, logits_to_keep=1, **pictures)
+        images = {"media_features": features} if len(features) else {}
+        out = self._model(input_ids=ids, image_counts=counts, use_cache=True, logits_to_keep=1, **images)
         self.runs += 1
         cache = out.past_key_values
         if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
@@ -89,11 +89,11 @@ class SharedPrefix:
 
 
 def _media_of_rows(shared: MediaCache, prompts: Sequence[Prompt], features: Tensor) -> MediaCache:
-    """The rows' pictures: the shared ones, whose keys and values are there already, then each row's own."""
+    """The rows' images: the shared ones, whose keys and values are there already, then each row's own."""
     first = len(shared.features)
     own, table, start = [], [], 0
     for prompt in prompts:
-        count = len(prompt.pictures)
+        count = len(prompt.images)
         own.append(features[start + first : start + count])
         start += count
     place = first

@@ -1,8 +1,8 @@
 """CIDEr-D, BLEU-1..4 and ROUGE-L of captions, equal to the COCO caption scorers on the same captions.
 
 All take captions that `eval.metrics.ptb.caption_words` has made into words. What is notable about CIDEr-D (Vedantam et
-al. 2015): the weight of an n-gram falls with the number of *pictures* whose references have it, so a caption's score
-depends on which other pictures are scored. `Cider` therefore keeps the set it was built on: scores under the document
+al. 2015): the weight of an n-gram falls with the number of *images* whose references have it, so a caption's score
+depends on which other images are scored. `Cider` therefore keeps the set it was built on: scores under the example
 frequencies of a whole test set estimate that set's figure from any part of it, and a bootstrap costs nothing. A figure
 for a part under its own frequencies is another number and must not stand beside that of the whole.
 
@@ -33,14 +33,14 @@ def ngrams(words: Sequence[str]) -> Counter[NGram]:
 
 
 class Cider:
-    """CIDEr-D under the document frequencies of `references`, one list of captions a picture.
+    """CIDEr-D under the example frequencies of `references`, one list of captions an image.
 
     `score` is 10 at most, and in practice near 1: papers print it times 100. Any references may be scored; those of
     the set itself give the reference scorer's figures.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        self._pictures = len(references)
+        self._images = len(references)
         self._frequency: Counter[NGram] = Counter()
         for captions in references:
             self._frequency.update({gram for caption in captions for gram in ngrams(caption_words(caption).split())})
@@ -59,7 +59,7 @@ class Cider:
         weights: list[dict[NGram, float]] = [{} for _ in range(LONGEST)]
         pairs = 0
         for gram, count in ngrams(words.split()).items():
-            idf = math.log(max(1, self._pictures)) - math.log(max(1, self._frequency[gram]))
+            idf = math.log(max(1, self._images)) - math.log(max(1, self._frequency[gram]))
             weights[len(gram) - 1][gram] = count * idf
             pairs += count if len(gram) == 2 else 0
         made = weights, [math.sqrt(sum(w * w for w in part.values())) for part in weights], pairs
@@ -85,7 +85,7 @@ class Cider:
 
 
 def bleu_counts(caption: str, references: Sequence[str]) -> np.ndarray:
-    """(10,) what corpus BLEU sums over pictures: 4 x matches, 4 x n-grams said, words said, words of the reference
+    """(10,) what corpus BLEU sums over images: 4 x matches, 4 x n-grams said, words said, words of the reference
     nearest in length (the shorter of two equally near)."""
     words = caption_words(caption).split()
     lists = [caption_words(reference).split() for reference in references]

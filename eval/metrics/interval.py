@@ -1,14 +1,14 @@
 """95 % intervals of a mean score.
 
 Two kinds. Wilson's interval is for independent right-or-wrong answers; unlike the normal approximation it stays inside
-[0, 1] and is not empty at 0 % or 100 %. When one picture carries several questions, or several seeds ask the same
-queries, the answers are not independent and Wilson's would be too narrow: then whole pictures are resampled (a
-bootstrap clustered by picture), counter-based, so that the interval is the same on every machine and for every order of
+[0, 1] and is not empty at 0 % or 100 %. When one image carries several questions, or several seeds ask the same
+queries, the answers are not independent and Wilson's would be too narrow: then whole images are resampled (a
+bootstrap clustered by image), counter-based, so that the interval is the same on every machine and for every order of
 the samples.
 
 Several seeds are several choices of demonstrations, and a further choice would give a further score. The two-level
-bootstrap draws seeds and pictures, each with replacement and independently (they are crossed: every seed asks every
-query), so its interval is about the score under any demonstrations; the one over pictures alone is about these. With
+bootstrap draws seeds and images, each with replacement and independently (they are crossed: every seed asks every
+query), so its interval is about the score under any demonstrations; the one over images alone is about these. With
 two or three seeds the former is itself a rough estimate, on the narrow side (a resample of S seeds has (S - 1) / S of
 their variance).
 
@@ -28,7 +28,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval and the method that made it: "wilson", "bootstrap" (of pictures) or "two-level bootstrap"."""
+    """A 95 % interval and the method that made it: "wilson", "bootstrap" (of images) or "two-level bootstrap"."""
 
     low: float
     high: float

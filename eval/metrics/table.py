@@ -2,7 +2,7 @@
 
 `measure` takes what a run wrote down about its answers and nothing else, so a finished run can be measured again. A
 metric is an entry of `METRICS`: a function from answers to named values. Single answers are scored in
-`eval.metrics.text`; here is what needs the whole set (CIDEr's document frequencies, an AUC) or several views of one
+`eval.metrics.text`; here is what needs the whole set (CIDEr's example frequencies, an AUC) or several views of one
 answer (the medical scores).
 """
 
@@ -50,7 +50,7 @@ class Answered(Protocol):
 
     @property
     def cluster(self) -> str:
-        """What ties scores together: the picture."""
+        """What ties scores together: the image."""
         ...
 
     @property
@@ -105,7 +105,7 @@ def _statistic(
 
 
 def _captions(answers: Answers) -> dict[str, Value]:
-    """CIDEr-D under the frequencies of the very pictures scored, which is the reference scorer's figure."""
+    """CIDEr-D under the frequencies of the very images scored, which is the reference scorer's figure."""
     said = list({one.query_id: one.golds for one in answers}.values())
     cider = Cider(said)
     each = [cider.score(one.answer, one.golds) for one in answers]
@@ -170,14 +170,14 @@ def _wups(answers: Answers) -> dict[str, Value]:
 
 
 def _winoground(answers: Answers) -> dict[str, Value]:
-    """Queries `ITEM.0`, `ITEM.1` are its pictures, `ITEM.none` the captions without one, where that was asked."""
+    """Queries `ITEM.0`, `ITEM.1` are its images, `ITEM.none` the captions without one, where that was asked."""
     asked: dict[str, list[tuple[float, ...]]] = {}
     for one in answers:
         asked.setdefault(one.query_id, []).append(one.log_probs)
     by_id = {query_id: np.mean(several, axis=0) for query_id, several in asked.items()}  # over seeds
     items = sorted({one.cluster for one in answers if {f"{one.cluster}.0", f"{one.cluster}.1"} <= by_id.keys()})
     if not items:
-        return {}  # a limit has left no item both of its pictures
+        return {}  # a limit has left no item both of its images
     scores = np.array([[by_id[f"{item}.{i}"] for i in (0, 1)] for item in items]).transpose(0, 2, 1)
     found = _winoground_values("winoground", scores, items)
     if all(f"{item}.none" in by_id for item in items):

@@ -1,1 +1,1 @@
-"""This model inside other people's harnesses, with few-shot pictures, which neither of them has."""
+"""This model inside other people's harnesses, with few-shot images, which neither of them has."""

@@ -1,8 +1,8 @@
-"""What a foreign harness shows, as prompts of ours: texts that may mark pictures, pictures, and demonstrations.
+"""What a foreign harness shows, as prompts of ours: texts that may mark images, images, and demonstrations.
 
-A harness gives a text and a list of pictures. Where the text has `<image>` tags the pictures take their places; those
+A harness gives a text and a list of images. Where the text has `<image>` tags the images take their places; those
 left over stand in front. Demonstrations are drawn here (a pure function of task, seed and query, the leakage guard on),
-because the harnesses draw theirs without pictures; each ends in the end-of-chunk token, as in training.
+because the harnesses draw theirs without images; each ends in the end-of-chunk token, as in training.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from PIL import Image
 from eval.demonstrations.samplers import draw, hash_order
 from eval.inference.model import FlamingoResponder, context_length
 from eval.prompting.prompts import Prompt
-from eval.task import Document, Picture, Turn
+from eval.task import EncodedImage, Example, Turn
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
 
 MOST_SUPPORT = 2048
-"""Documents of the harness's few-shot split that may be shown: as many as in the papers."""
+"""Examples of the harness's few-shot split that may be shown: as many as in the papers."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A text with the places of its pictures (at most as many as there are), and for a demonstration its answer."""
+    """A text with the places of its images (at most as many as there are), and for a demonstration its answer."""
 
     text: str
-    pictures: tuple[Picture, ...]
+    images: tuple[EncodedImage, ...]
     answer: str = ""
 
 
-def picture_of(value: Any) -> Picture:
-    """A harness's picture: PIL, bytes, path, or a list of frames of these (a clip)."""
+def image_of(value: Any) -> EncodedImage:
+    """A harness's image: PIL, bytes, path, or a list of frames of these (a clip)."""
     if isinstance(value, list | tuple):
-        return Picture(tuple(frame for item in value for frame in picture_of(item).frames))
+        return EncodedImage(tuple(frame for item in value for frame in image_of(item).frames))
     if isinstance(value, bytes):
-        return Picture((value,))
+        return EncodedImage((value,))
     if isinstance(value, str):
-        return Picture((Path(value).read_bytes(),))
+        return EncodedImage((Path(value).read_bytes(),))
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
         value.convert("RGB").save(buffer, format="PNG", compress_level=1)
-        return Picture((buffer.getvalue(),))
-    raise UserError(f"the harness gives a {type(value).__name__} where a picture is expected; PIL, bytes or a path are")
+        return EncodedImage((buffer.getvalue(),))
+    raise UserError(f"the harness gives a {type(value).__name__} where an image is expected; PIL, bytes or a path are")
 
 
-def shown(text: str, pictures: Any, answer: str = "") -> Shown:
-    """A harness's text and pictures (None, one, or a list). Raises UserError for more tags than pictures."""
-    listed = [] if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
-    found = tuple(picture_of(picture) for picture in listed if picture is not None)
+def shown(text: str, images: Any, answer: str = "") -> Shown:
+    """A harness's text and images (None, one, or a list). Raises UserError for more tags than images."""
+    listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    found = tuple(image_of(image) for image in listed if image is not None)
     tags = text.count(IMAGE_TOKEN)
     if tags > len(found):
         raise UserError(
-            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} pictures: its own few-shot "
-            "examples come without pictures; leave num_fewshot at 0 and give shots=N in model_args"
+            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} images: its own few-shot "
+            "examples come without images; leave num_fewshot at 0 and give shots=N in model_args"
         )
     return Shown(text, found, answer)
 
@@ -84,7 +84,7 @@ class Prompts:
 
     @staticmethod
     def bare(before: Sequence[int], own: Sequence[int]) -> Prompt:
-        """Given ids behind given ids, without pictures."""
+        """Given ids behind given ids, without images."""
         return Prompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
     def build(self, demos: Sequence[Shown], query: Shown, room: int, continuations: Sequence[str] = ()) -> Prompt:
@@ -108,20 +108,20 @@ class Prompts:
                 raise UserError(f"a prompt of the harness has {tokens} tokens; the model's context is {self.context}")
             pieces.pop(0)
         kept = demos[len(demos) - len(pieces) :]
-        pictures = tuple(picture for one in [*kept, query] for picture in one.pictures)
+        images = tuple(image for one in [*kept, query] for image in one.images)
         ids = (*self._start, *(i for piece in pieces for i in piece), *asked)
-        assert ids.count(self._encoder.image_token_id) == len(pictures)
-        turns = tuple(((one.pictures or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
-        return Prompt(tuple(ids), pictures, candidates, turns, len(kept))
+        assert ids.count(self._encoder.image_token_id) == len(images)
+        turns = tuple(((one.images or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
+        return Prompt(tuple(ids), images, candidates, turns, len(kept))
 
     def _too_long(self, pieces: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
         tokens = sum(map(len, pieces)) + len(asked) + len(self._start) + room
         return self.context is not None and tokens > self.context
 
     def _query(self, query: Shown) -> tuple[list[int], str]:
-        """(ids up to the last picture, the text behind it)."""
+        """(ids up to the last image, the text behind it)."""
         texts = query.text.split(IMAGE_TOKEN)
-        head = [self._encoder.image_token_id] * (len(query.pictures) - len(texts) + 1)
+        head = [self._encoder.image_token_id] * (len(query.images) - len(texts) + 1)
         for text in texts[:-1]:
             head += [*self._builder.encode(text), self._encoder.image_token_id]
         return head, texts[-1]
@@ -132,26 +132,26 @@ class Prompts:
 
 
 class Support:
-    """The few-shot split of one task of a harness. `show` makes a document of the harness a demonstration."""
+    """The few-shot split of one task of a harness. `show` makes an example of the harness a demonstration."""
 
-    def __init__(self, name: str, documents: Sequence[Any], show: Callable[[Any], Shown], seed: int) -> None:
-        order = hash_order([str(place) for place in range(len(documents))], "support", name)[:MOST_SUPPORT]
+    def __init__(self, name: str, examples: Sequence[Any], show: Callable[[Any], Shown], seed: int) -> None:
+        order = hash_order([str(place) for place in range(len(examples))], "support", name)[:MOST_SUPPORT]
         self._name = name
         self._seed = seed
-        self._shown = {str(place): show(documents[place]) for place in order}
-        self._documents = [_document(key, one) for key, one in self._shown.items()]
+        self._shown = {str(place): show(examples[place]) for place in order}
+        self._examples = [_example(key, one) for key, one in self._shown.items()]
 
     def demos(self, query: Shown, query_id: str, shots: int) -> list[Shown]:
         """`shots` of them, nearest last; nested over shots."""
-        asked = _document(f"query {query_id}", query)
-        found = draw(self._documents, asked, shots, task_hash=self._name, seed=self._seed)
-        return [self._shown[document.id] for document in found.documents]
+        asked = _example(f"query {query_id}", query)
+        found = draw(self._examples, asked, shots, task_hash=self._name, seed=self._seed)
+        return [self._shown[example.id] for example in found.examples]
 
 
-def _document(key: str, one: Shown) -> Document:
-    frames = tuple(frame for picture in one.pictures for frame in picture.frames)
-    turn = Turn(Picture(frames) if frames else None, one.text, "", one.answer)
-    return Document(key, turn, (one.answer,))
+def _example(key: str, one: Shown) -> Example:
+    frames = tuple(frame for image in one.images for frame in image.frames)
+    turn = Turn(EncodedImage(frames) if frames else None, one.text, "", one.answer)
+    return Example(key, turn, (one.answer,))
 
 
 def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:

@@ -3,8 +3,8 @@
     python -m eval.plugins.lm_eval_model --model flamingo --model_args pretrained=FOLDER --tasks medqa_4options
     python -m eval.plugins.lm_eval_model --model flamingo --model_args pretrained=FOLDER,shots=4 --tasks mmmu_val
 
-These are lm_eval's own arguments. Its few-shot examples (`--num_fewshot`) come without pictures; with `shots=N` in
-model_args the demonstrations are drawn here, from the task's own few-shot split and with their pictures. Candidates of
+These are lm_eval's own arguments. Its few-shot examples (`--num_fewshot`) come without images; with `shots=N` in
+model_args the demonstrations are drawn here, from the task's own few-shot split and with their images. Candidates of
 one question are ranked together behind one run of their prompt.
 """
 
@@ -145,14 +145,14 @@ class FlamingoLM(LM):
     def _support(self, name: str) -> Support:
         if name not in self._supports:
             task = self._task(name)
-            documents = list(task.fewshot_docs())
-            if not documents:
+            examples = list(task.fewshot_docs())
+            if not examples:
                 raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
-            self._supports[name] = Support(name, documents, lambda doc: _demonstration(task, doc), self._seed)
+            self._supports[name] = Support(name, examples, lambda doc: _demonstration(task, doc), self._seed)
         return self._supports[name]
 
     def _task(self, name: str) -> Any:
-        """The harness's task object, which knows how its documents are shown."""
+        """The harness's task object, which knows how its examples are shown."""
         if name not in self._tasks:
             from lm_eval.tasks import TaskManager
 

@@ -3,8 +3,8 @@
     python -m eval.plugins.lmms_eval_model --model flamingo --tasks textvqa_val \\
         --model_args pretrained=FOLDER,shots=4,support_split=train
 
-These are lmms_eval's own arguments. lmms-eval has no few-shot pictures of its own; with `shots=N` in model_args the
-demonstrations are drawn here, with pictures and the guard on, from the split `support_split` of the task's data, or
+These are lmms_eval's own arguments. lmms-eval has no few-shot images of its own; with `shots=N` in model_args the
+demonstrations are drawn here, with images and the guard on, from the split `support_split` of the task's data, or
 without one from the task's few-shot, training or validation split, whichever it names first and does not ask from.
 """
 
@@ -88,7 +88,7 @@ class FlamingoLMMs(lmms):
         return [found[place] for place in range(len(requests))]
 
     def _continuation(self, request: Instance) -> str:
-        """The text, or what the task makes of the document."""
+        """The text, or what the task makes of the example."""
         given, number, task, split = (request.args[place] for place in (1, 3, 4, 5))
         return str(given(self.task_dict[task][split][number])) if callable(given) else given
 
@@ -133,17 +133,17 @@ class FlamingoLMMs(lmms):
             raise UserError(
                 f"shots={self._shots}: {wrong}; give support_split=NAME in model_args; its data has: {others}"
             )
-        documents = task.dataset[split]
+        examples = task.dataset[split]
 
-        def show(document: Any) -> Shown:
-            target = task.doc_to_target(document)
+        def show(example: Any) -> Shown:
+            target = task.doc_to_target(example)
             if task.config.doc_to_choice is not None and isinstance(target, int):
-                target = task.doc_to_choice(document)[target]
+                target = task.doc_to_choice(example)[target]
             target = target[0] if isinstance(target, list) else target
             delimiter = task.config.target_delimiter
-            return shown(task.doc_to_text(document), task.doc_to_visual(document), f"{delimiter}{target}")
+            return shown(task.doc_to_text(example), task.doc_to_visual(example), f"{delimiter}{target}")
 
-        return Support(name, documents, show, self._seed)
+        return Support(name, examples, show, self._seed)
 
 
 class Command(FlamingoLMMs):

@@ -1,6 +1,6 @@
-"""From an episode to token ids and pictures, exactly as a training page would have them.
+"""From an episode to token ids and images, exactly as a training page would have them.
 
-A prompt is a list of text and picture chunks; ids and pictures come from the same list and are counted against each
+A prompt is a list of text and image chunks; ids and images come from the same list and are counted against each
 other. Text is tokenised node by node, as the loader does, and special ids are put between: strings are never joined and
 then tokenised, so a demonstration that contains "<image>" stays text.
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eval.task import Episode, Frame, Picture, Turn
+from eval.task import EncodedImage, Episode, Frame, Turn
 from flamingo.errors import UserError
 
 
@@ -36,26 +36,26 @@ SHORTEST = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with their pictures in order.
+    """Token ids with their images in order.
 
-    `turns` tell the same for people: each turn's picture and text, the query's last. `shots_kept` of the episode's
-    demonstrations fitted the context. The first `shared` (tokens, pictures) do not depend on the query.
+    `turns` tell the same for people: each turn's image and text, the query's last. `shots_kept` of the episode's
+    demonstrations fitted the context. The first `shared` (tokens, images) do not depend on the query.
     """
 
     ids: tuple[int, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[EncodedImage, ...]
     candidates: tuple[tuple[int, ...], ...]
-    turns: tuple[tuple[Picture | None, str], ...]
+    turns: tuple[tuple[EncodedImage | None, str], ...]
     shots_kept: int
     shared: tuple[int, int] = (0, 0)
 
     @property
     def beginning(self) -> tuple[object, ...] | None:
-        """What does not depend on the query, ids and pictures; None where that is too short to be run apart."""
-        tokens, pictures = self.shared
+        """What does not depend on the query, ids and images; None where that is too short to be run apart."""
+        tokens, images = self.shared
         if tokens < SHORTEST or tokens >= len(self.ids):
             return None
-        return self.ids[:tokens], tuple(picture.sha256 for picture in self.pictures[:pictures])
+        return self.ids[:tokens], tuple(image.sha256 for image in self.images[:images])
 
     @property
     def length(self) -> int:
@@ -106,21 +106,21 @@ class PromptBuilder:
             kept -= 1
         shown = episode.demos[len(episode.demos) - kept :]
         ids = [*head, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
-        pictures = tuple(picture for turn in [*shown, episode.query] for picture in turn.pictures)
+        images = tuple(image for turn in [*shown, episode.query] for image in turn.images)
         tags = ids.count(self._encoder.image_token_id)
-        assert tags == len(pictures), f"{tags} picture tokens and {len(pictures)} pictures, query {episode.query_id}"
-        turns = [(turn.picture, f"{turn.asked}{turn.text}") for turn in shown]
-        turns.append((episode.query.picture, f"{episode.query.asked}{episode.query.lead.rstrip()}"))
-        shared = len(ids) - len(query) + len(before), len(pictures) - len(episode.query.pictures)
-        return Prompt(tuple(ids), pictures, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
+        assert tags == len(images), f"{tags} image tokens and {len(images)} images, query {episode.query_id}"
+        turns = [(turn.image, f"{turn.asked}{turn.text}") for turn in shown]
+        turns.append((episode.query.image, f"{episode.query.asked}{episode.query.lead.rstrip()}"))
+        shared = len(ids) - len(query) + len(before), len(images) - len(episode.query.images)
+        return Prompt(tuple(ids), images, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
 
     def _end(self, frame: Frame) -> list[int]:
         return [self._encoder.eoc_token_id] if frame.end_of_chunk else []
 
     def _opening(self, turn: Turn) -> list[int]:
         ids: list[int] = []
-        for picture, text in turn.pieces:
-            ids += [] if picture is None else [self._encoder.image_token_id]
+        for image, text in turn.pieces:
+            ids += [] if image is None else [self._encoder.image_token_id]
             ids += self.encode(text)
         return ids
 
@@ -144,10 +144,10 @@ def _length(head: Sequence[int], demos: Sequence[Sequence[int]], query: Sequence
     return len(head) + sum(len(demo) for demo in demos) + len(query)
 
 
-def _framed(turns: list[tuple[Picture | None, str]], frame: Frame) -> list[tuple[Picture | None, str]]:
-    """The turns for reading: what stands ahead of a picture is shown at the end of the turn before it."""
+def _framed(turns: list[tuple[EncodedImage | None, str]], frame: Frame) -> list[tuple[EncodedImage | None, str]]:
+    """The turns for reading: what stands ahead of an image is shown at the end of the turn before it."""
     between = f"{frame.separator}{frame.before}"
-    shown = [(picture, f"{text}{between}") for picture, text in turns[:-1]]
+    shown = [(image, f"{text}{between}") for image, text in turns[:-1]]
     head = f"{frame.prefix}{frame.before}"
     return [*([(None, head)] if head else []), *shown, turns[-1]]
 

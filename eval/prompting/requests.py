@@ -64,7 +64,7 @@ class Request:
             model,
             self.prompt.ids,
             self.prompt.candidates if self.decoding is None else None,
-            [picture.sha256 for picture in self.prompt.pictures],
+            [image.sha256 for image in self.prompt.images],
             None if self.decoding is None else asdict(self.decoding),
         ]
         return hashlib.sha256(json.dumps(material).encode()).hexdigest()

@@ -87,7 +87,7 @@ def export(arguments: Sequence[str]) -> int:
     kind = settings["format"]
     if kind not in KEYS:
         raise UserError(f"format={kind}: use one of {', '.join(KEYS)}")
-    samples = [sample for sample in read_run(folders[0]).samples if sample.cell.pictures == "real"]
+    samples = [sample for sample in read_run(folders[0]).samples if sample.cell.images == "real"]
     for key in ("task", "shots", "seed", "strategy"):
         if key in settings:
             samples = [sample for sample in samples if str(getattr(sample.cell, key)) == settings[key]]

@@ -1,8 +1,8 @@
 """Two runs on the same queries: is the difference more than chance?
 
-The scores are paired by query (the mean over seeds of each), so what makes a query hard cancels. Queries of one picture
-are not independent: the interval resamples pictures, the test flips the sign of a picture's whole difference. Runs with
-the same seeds, several, are paired by seed too, and the interval resamples seeds and pictures as that of a single score
+The scores are paired by query (the mean over seeds of each), so what makes a query hard cancels. Queries of one image
+are not independent: the interval resamples images, the test flips the sign of an image's whole difference. Runs with
+the same seeds, several, are paired by seed too, and the interval resamples seeds and images as that of a single score
 does: it is about any choice of demonstrations, where the tests are about these. For right-or-wrong scores McNemar's
 exact test stands beside it.
 """
@@ -36,7 +36,7 @@ class Comparison:
     first: str
     second: str
     shots: int
-    pictures: str
+    images: str
     n: int
     scores: tuple[float, float]
     difference: float
@@ -59,13 +59,13 @@ def compare(first: Stored, second: Stored) -> list[Comparison]:
     across = strategies[0] != strategies[1] and len(strategies[0]) == len(strategies[1]) == 1
     found = []
     for key, samples in ours.items():
-        task, strategy, shots, pictures = key
-        other = theirs.get((task, strategies[1][0] if across else strategy, shots, pictures))
+        task, strategy, shots, images = key
+        other = theirs.get((task, strategies[1][0] if across else strategy, shots, images))
         if other is not None:
             found.append(compare_samples(samples, other))
     if not found:
         raise UserError(
-            f"{first.folder} and {second.folder} have no setting in common (task, strategy, shots, pictures); "
+            f"{first.folder} and {second.folder} have no setting in common (task, strategy, shots, images); "
             "compare runs of the same tasks and shots"
         )
     return found
@@ -93,7 +93,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
         first=cell.strategy,
         second=other.strategy,
         shots=cell.shots,
-        pictures=cell.pictures,
+        images=cell.images,
         n=len(a),
         scores=(float(a.mean()), float(b.mean())),
         difference=mean,
@@ -114,7 +114,7 @@ def _by_query(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _interval(first: Mapping[str, Sequence[Sample]], second: Mapping[str, Sequence[Sample]]) -> Interval:
-    """Of the difference. Runs of other seeds, or of other numbers of them, cannot be paired by seed: pictures alone."""
+    """Of the difference. Runs of other seeds, or of other numbers of them, cannot be paired by seed: images alone."""
     scores: list[float] = []
     clusters: list[str] = []
     seeds: list[int] = []
@@ -166,7 +166,7 @@ def lines(comparisons: Sequence[Comparison]) -> list[str]:
     found = [f"{head}{'p':>8}{'McNemar':>9}{'n':>7}  demos"]
     for one in comparisons:
         what = one.first if one.first == one.second else f"{one.first} > {one.second}"
-        what += "" if one.pictures == "real" else f" {one.pictures}"
+        what += "" if one.images == "real" else f" {one.images}"
         exact = "-" if one.p_mcnemar is None else f"{one.p_mcnemar:.4f}"
         low, high = one.interval
         found.append(

@@ -1,6 +1,6 @@
-"""Prompts and answers to look at: an HTML page that needs nothing but itself, and one picture of a few prompts.
+"""Prompts and answers to look at: an HTML page that needs nothing but itself, and one image of a few prompts.
 
-Pictures stand in the prompt where the model saw them, enlarged without smoothing. Right and wrong answers are shown
+Images stand in the prompt where the model saw them, enlarged without smoothing. Right and wrong answers are shown
 half and half where there are both, the first of each in the task's order: chosen by no one.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.shards.writer import sniff
 from eval.reports.results import setting
 from eval.runner import Sample
-from eval.task import Picture
+from eval.task import EncodedImage
 from flamingo.processor import IMAGE_TOKEN
 
 STYLE = """
@@ -34,7 +34,7 @@ img { height: 80px; image-rendering: pixelated; display: block; }
 #failed:checked ~ .sample:not(.failed) { display: none; } label { margin-right: 1rem; }
 small { color: #666; } table { border-collapse: collapse; } td, th { padding: .1rem .7rem; text-align: right; }
 """
-MOST_SIDE = 256  # larger pictures are shown as thumbnails
+MOST_SIDE = 256  # larger images are shown as thumbnails
 UNSURE = 0.5  # confidences below it are shown by that filter
 FILTERS = {"all": "all", "wrong": "wrong", "unsure": f"confidence below {UNSURE:g}", "failed": "not parsed"}
 
@@ -49,18 +49,18 @@ def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def cells_to_show(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of the first seed and the real pictures, a list for each task, strategy and number of shots."""
+    """The samples of the first seed and the real images, a list for each task, strategy and number of shots."""
     groups: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
-        if sample.cell.pictures == "real" and sample.cell.seed == samples[0].cell.seed:
+        if sample.cell.images == "real" and sample.cell.seed == samples[0].cell.seed:
             groups.setdefault((sample.cell.task, sample.cell.strategy, sample.cell.shots), []).append(sample)
     return list(groups.values())
 
 
 def gallery_html(
-    results: Mapping[str, Any], samples: Sequence[Sample], pictures: Mapping[str, Picture], count: int = 8
+    results: Mapping[str, Any], samples: Sequence[Sample], images: Mapping[str, EncodedImage], count: int = 8
 ) -> str:
-    """The whole page as a string. `pictures` by SHA-256."""
+    """The whole page as a string. `images` by SHA-256."""
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Prompts and answers</title><style>{STYLE}</style>"
     ]
@@ -77,7 +77,7 @@ def gallery_html(
         right = sum(sample.score for sample in group)
         parts.append(f"<h2>{_text(cell.task)}, {cell.shots} shots{how}</h2><p>{right:g} of {len(group)} right; below, ")
         parts.append("right and wrong ones half and half.</p>")
-        parts += [_sample(sample, pictures) for sample in choose(group, count)]
+        parts += [_sample(sample, images) for sample in choose(group, count)]
     return "".join(parts) + "</html>\n"
 
 
@@ -105,11 +105,11 @@ def _text(text: str) -> str:
 
 
 def figures_of(sample: Sample) -> list[tuple[str | None, str, bool]]:
-    """(picture, the text behind it, is it the query's) in the order of the prompt; a turn may have several pictures."""
+    """(image, the text behind it, is it the query's) in the order of the prompt; a turn may have several images."""
     found = []
-    left = iter(sample.pictures_sha256)
+    left = iter(sample.images_sha256)
     tagged = sum(text.count(IMAGE_TOKEN) + (sha256 is not None) for sha256, text in sample.turns)
-    split = tagged == len(sample.pictures_sha256)  # else a text has that word of its own
+    split = tagged == len(sample.images_sha256)  # else a text has that word of its own
     for number, (sha256, text) in enumerate(sample.turns):
         is_query = number == len(sample.turns) - 1
         first, *more = text.split(IMAGE_TOKEN) if split else [text]
@@ -120,10 +120,10 @@ def figures_of(sample: Sample) -> list[tuple[str | None, str, bool]]:
     return found
 
 
-def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
+def _sample(sample: Sample, images: Mapping[str, EncodedImage]) -> str:
     figures = []
     for sha256, text, is_query in figures_of(sample):
-        frames = () if sha256 is None else pictures[sha256].frames
+        frames = () if sha256 is None else images[sha256].frames
         role = " class=query" if is_query else ""
         shown = "".join(f'<img alt="" src="{data_uri(frame)}">' for frame in frames)
         figures.append(f"<figure{role}>{shown}<figcaption>{_text(text)}</figcaption></figure>")
@@ -146,7 +146,7 @@ def _sample(sample: Sample, pictures: Mapping[str, Picture]) -> str:
 
 
 def data_uri(data: bytes) -> str:
-    """The picture's own bytes, or a JPEG thumbnail of a large one, as a data URI."""
+    """The image's own bytes, or a JPEG thumbnail of a large one, as a data URI."""
     kind = sniff(data)
     image: Image.Image = Image.open(io.BytesIO(data))
     if kind is None or max(image.size) > MOST_SIDE:
@@ -159,7 +159,7 @@ def data_uri(data: bytes) -> str:
 
 
 def choose_for_strip(samples: Sequence[Sample], each: int = 3, widest: int = 9) -> list[Sample]:
-    """`each` samples of every task, with the most shots whose prompts have at most `widest` pictures or texts."""
+    """`each` samples of every task, with the most shots whose prompts have at most `widest` images or texts."""
     best: dict[str, list[Sample]] = {}
     for group in cells_to_show(samples):
         if max(len(figures_of(sample)) for sample in group) <= widest or group[0].cell.task not in best:
@@ -175,8 +175,8 @@ def _lines(text: str, most: int = 3) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), 22, max_lines=most, placeholder=" …") or ["(nothing)"]
 
 
-def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: int = 112) -> bytes:
-    """A PNG with one prompt a line, read from left to right: each picture with its text, then what the model said."""
+def strip_png(samples: Sequence[Sample], images: Mapping[str, EncodedImage], side: int = 112) -> bytes:
+    """A PNG with one prompt a line, read from left to right: each image with its text, then what the model said."""
     font = ImageFont.load_default(size=13)
     widest = max(len(figures_of(sample)) for sample in samples)
     step, line = side + 14, side + 66
@@ -186,7 +186,7 @@ def strip_png(samples: Sequence[Sample], pictures: Mapping[str, Picture], side: 
         x, y = 8, 8 + row * line
         for sha256, text, is_query in figures_of(sample):
             if sha256 is not None:
-                frame = Image.open(io.BytesIO(pictures[sha256].frames[0])).convert("RGB")
+                frame = Image.open(io.BytesIO(images[sha256].frames[0])).convert("RGB")
                 sheet.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
             if is_query:
                 draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#0072B2", width=3)

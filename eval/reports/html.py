@@ -26,7 +26,7 @@ COLUMNS = (
     ("chance", "chance"),
     ("constant", "constant"),
     ("n", "n"),
-    ("n_pictures", "pictures"),
+    ("n_images", "images"),
     ("parse_fail_rate", "unparsed"),
     ("unended_rate", "cut off"),
     ("copy_rate", "copied"),
@@ -40,9 +40,9 @@ SELECTIVE = (("0.9", "score at 90 %"), ("0.8", "80 %"), ("0.55", "55 %"), ("0.5"
 def report_html(runs: Sequence[Stored], curve: bytes, risk: bytes | None) -> str:
     """The page. `curve` and `risk` are PNGs."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{STYLE}</style>"]
-    parts.append(f"<h1>Few-shot evaluation</h1>{_picture(curve, 'score against shots, with 95 % bands')}")
+    parts.append(f"<h1>Few-shot evaluation</h1>{_image(curve, 'score against shots, with 95 % bands')}")
     if risk is not None:
-        parts.append(f"<h2>Where it may decline to answer</h2>{_picture(risk, 'risk against coverage')}")
+        parts.append(f"<h2>Where it may decline to answer</h2>{_image(risk, 'risk against coverage')}")
     for run in runs:
         parts.append(_run(run))
     return "".join(parts) + "</html>\n"
@@ -111,7 +111,7 @@ def _kinds(row: Mapping[str, Any]) -> str:
     return f"<details><summary>{_text(title)}</summary><table>{''.join(lines)}</table></details>"
 
 
-def _picture(png: bytes, what: str) -> str:
+def _image(png: bytes, what: str) -> str:
     return f'<img alt="{_text(what)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

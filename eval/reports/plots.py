@@ -21,8 +21,8 @@ from eval.reports.saved_run import Stored
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
 MORE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKS = {"real": "o", "shuffled": "s", "blank": "^", "text_only": "D"}
-LABELS = {"real": "pictures as they are", "shuffled": "pictures shuffled", "blank": "pictures blank"}
-LABELS["text_only"] = "demonstrations without pictures"
+LABELS = {"real": "images as they are", "shuffled": "images shuffled", "blank": "images blank"}
+LABELS["text_only"] = "demonstrations without images"
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -80,13 +80,13 @@ def _tasks(named: Mapping[str, Results]) -> list[str]:
 
 
 def _series(run: str, row: Row) -> tuple[str, str, str]:
-    return run, row.get("strategy", "plain"), row["pictures"]
+    return run, row.get("strategy", "plain"), row["images"]
 
 
 def _label(series: tuple[str, str, str]) -> str:
-    run, strategy, pictures = series
-    how = LABELS.get(pictures, pictures)
-    parts = [run, strategy if strategy != "plain" else "", how if pictures != "real" or not (run or strategy) else ""]
+    run, strategy, images = series
+    how = LABELS.get(images, images)
+    parts = [run, strategy if strategy != "plain" else "", how if images != "real" or not (run or strategy) else ""]
     return ", ".join(part for part in parts if part) or how
 
 
@@ -150,7 +150,7 @@ def _reference(panel: Axes, reference: Any, rows: Mapping[str, Sequence[Row]]) -
 def _risks(named: Mapping[str, Results], task: str) -> dict[str, list[float]]:
     found = {}
     for run, results in named.items():
-        rows = [r for r in results["rows"] if r["task"] == task and r["pictures"] == "real" and r.get("selective")]
+        rows = [r for r in results["rows"] if r["task"] == task and r["images"] == "real" and r.get("selective")]
         most = max((row["shots"] for row in rows), default=0)
         for row in (row for row in rows if row["shots"] == most):
             label = ", ".join(filter(None, [run, row.get("strategy", "plain"), f"{most} shots"]))

@@ -23,7 +23,7 @@ from eval.runner import Cell, Grid, Sample
 from eval.task import Baselines, Task, content_hash
 
 FORMAT = 2
-VOLATILE = ("command", "date", "wall_s", "pictures", "responses", "processes", "device", "threads")
+VOLATILE = ("command", "date", "wall_s", "images", "responses", "processes", "device", "threads")
 """Keys of `results.json` that two runs of the same evaluation may differ in."""
 
 
@@ -55,14 +55,14 @@ def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[s
         "task": first.task,
         "strategy": first.strategy,
         "shots": first.shots,
-        "pictures": first.pictures,
+        "images": first.images,
         "score": _mean(scores),
         "interval": [interval.low, interval.high],
         "interval_method": interval.method,
         "interval_these_seeds": [these.low, these.high],
         "interval_these_seeds_method": these.method,
         "n": len(samples),
-        "n_pictures": len({sample.cluster for sample in samples}),
+        "n_images": len({sample.cluster for sample in samples}),
         "metrics": measure(metrics, samples),
         "chance": baselines.chance,
         "constant": baselines.constant,
@@ -105,7 +105,7 @@ def groups_of(samples: Sequence[Sample]) -> dict[tuple[str, str, int, str], list
     groups: dict[tuple[str, str, int, str], list[Sample]] = {}
     for sample in samples:
         cell = sample.cell
-        groups.setdefault((cell.task, cell.strategy, cell.shots, cell.pictures), []).append(sample)
+        groups.setdefault((cell.task, cell.strategy, cell.shots, cell.images), []).append(sample)
     return groups
 
 
@@ -134,7 +134,7 @@ def results_of(
         "limit": grid.limit,
         "batch_size": grid.batch_size,
         "samples": {"n": len(samples), "sha256": hashlib.sha256(samples_text(samples).encode()).hexdigest()},
-        "pictures": {"shown": cache.shown, "distinct": len(cache.pictures), "encoded": cache.encoded},
+        "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": cache.encoded},
         **provenance,
     }
 
@@ -167,9 +167,9 @@ def samples_text(samples: Sequence[Sample]) -> str:
 
 def sample_of(line: Mapping[str, Any]) -> Sample:
     """The inverse of `sample_line`. Raises KeyError or TypeError for a line that is no sample."""
-    cell = Cell(line["task"], line["shots"], line["seed"], line["pictures"], line.get("strategy", "plain"))
+    cell = Cell(line["task"], line["shots"], line["seed"], line["images"], line.get("strategy", "plain"))
     fields = {key: line[key] for key in Sample.__dataclass_fields__ if key != "cell" and key in line}
-    for key in ("demo_ids", "golds", "candidates", "log_probs", "pictures_sha256"):
+    for key in ("demo_ids", "golds", "candidates", "log_probs", "images_sha256"):
         fields[key] = tuple(fields.get(key, ()))
     for key in ("turns", "refused", "votes"):
         fields[key] = tuple((first, second) for first, second in fields[key])
@@ -183,8 +183,8 @@ def write_report(out: Path, results: Mapping[str, Any], samples: Sequence[Sample
 
 
 def setting(row: Mapping[str, Any]) -> str:
-    """How a row differs from the plain one, in a few words: strategy and pictures."""
-    return " ".join([row.get("strategy", "plain"), *([row["pictures"]] if row["pictures"] != "real" else [])])
+    """How a row differs from the plain one, in a few words: strategy and images."""
+    return " ".join([row.get("strategy", "plain"), *([row["images"]] if row["images"] != "real" else [])])
 
 
 def table(results: Mapping[str, Any]) -> str:

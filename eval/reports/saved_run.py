@@ -61,7 +61,7 @@ def read_run(folder: str | Path) -> Stored:
 def problems(run: Stored) -> list[str]:
     """What is wrong with a run, in sentences; empty if its results are complete and follow from its samples."""
     found = _missing(run)
-    rows = {(r["task"], r.get("strategy", "plain"), r["shots"], r["pictures"]): r for r in run.results["rows"]}
+    rows = {(r["task"], r.get("strategy", "plain"), r["shots"], r["images"]): r for r in run.results["rows"]}
     groups = groups_of(run.samples)
     found += [f"results.json has no row for {_title(key)}" for key in groups.keys() - rows.keys()]
     found += [f"samples.jsonl has no sample of {_title(key)}" for key in rows.keys() - groups.keys()]
@@ -110,8 +110,8 @@ def _missing(run: Stored) -> list[str]:
 
 
 def _title(key: Sequence[Any]) -> str:
-    task, strategy, shots, pictures = key
-    return f"{task}, {strategy}, {shots} shots, pictures {pictures}"
+    task, strategy, shots, images = key
+    return f"{task}, {strategy}, {shots} shots, images {images}"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,11 +1,11 @@
 """Fast binding: two classes never seen, two names never seen, a few examples of each, then "what is this?".
 
-An episode has `ways` classes, one name each, `shots` examples a way and a query picture of one of the classes. The
+An episode has `ways` classes, one name each, `shots` examples a way and a query image of one of the classes. The
 answer is ranked among the episode's names, so chance is 1/ways. A model cannot score above it by any habit that ignores
-the pictures, because everything such a habit could use is balanced exactly over the queries: whether the right name
+the images, because everything such a habit could use is balanced exactly over the queries: whether the right name
 comes first among the candidates, and whether it is the name shown last.
 
-Examples come in rounds of one picture of each class; the k-shot prompt is the last k rounds of the (k + 1)-shot prompt.
+Examples come in rounds of one image of each class; the k-shot prompt is the last k rounds of the (k + 1)-shot prompt.
 """
 
 from __future__ import annotations
@@ -14,56 +14,54 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from eval.demonstrations.samplers import generator, hash_order
-from eval.task import Baselines, Document, Episode, TaskSpec, Turn, content_hash
+from eval.task import Baselines, Episode, Example, TaskSpec, Turn, content_hash
 from flamingo.errors import UserError
 
 
 class BindingTask:
-    """Episodes over a pool of labelled pictures (`Document.label`) and a list of names.
+    """Episodes over a pool of labelled images (`Example.label`) and a list of names.
 
-    Query i is a picture of class i modulo the number of classes, classes and pictures in hash order.
+    Query i is an image of class i modulo the number of classes, classes and images in hash order.
     """
 
-    def __init__(self, name: str, spec: TaskSpec, pool: Sequence[Document], names: Sequence[str]) -> None:
+    def __init__(self, name: str, spec: TaskSpec, pool: Sequence[Example], names: Sequence[str]) -> None:
         self.name = name
         self.max_new_tokens = 0
         self.description: dict[str, object] = asdict(spec) | {"names": f"{len(names)} names"}
         self._spec = spec
         self._ways = spec.ways
         self._names = sorted(set(names))
-        self._classes = {
-            label: pictures for label, pictures in _by_class(pool).items() if len(pictures) >= spec.min_pictures
-        }
+        self._classes = {label: images for label, images in _by_class(pool).items() if len(images) >= spec.min_images}
         if len(self._classes) < spec.ways or len(self._names) < spec.ways:
             raise UserError(
                 f"task {name}: {spec.ways} ways need as many classes and names, and there are "
-                f"{len(self._classes)} classes of at least {spec.min_pictures} pictures and {len(self._names)} names"
+                f"{len(self._classes)} classes of at least {spec.min_images} images and {len(self._names)} names"
             )
         definition = (name, spec.question, spec.lead, spec.tail, spec.ways, tuple(self._names))
         self.hash = content_hash(*definition, *((d.label, d.cluster) for c in self._classes.values() for d in c))
         self._queries = self._list_queries()
 
-    def _list_queries(self) -> dict[str, tuple[int, Document]]:
+    def _list_queries(self) -> dict[str, tuple[int, Example]]:
         labels = list(self._classes)
         order = [labels[index] for index in hash_order(labels, "classes", self.hash)]
-        found: dict[str, tuple[int, Document]] = {}
-        depth = max(len(pictures) for pictures in self._classes.values())
+        found: dict[str, tuple[int, Example]] = {}
+        depth = max(len(images) for images in self._classes.values())
         for rank in range(depth):
             for label in order:
-                pictures = self._classes[label]
+                images = self._classes[label]
                 enough = self._spec.queries is not None and len(found) >= self._spec.queries
-                if rank < len(pictures) and not enough:
-                    index = hash_order([p.id for p in pictures], "queries", self.hash)[rank]
-                    found[pictures[index].id] = (len(found), pictures[index])
+                if rank < len(images) and not enough:
+                    index = hash_order([p.id for p in images], "queries", self.hash)[rank]
+                    found[images[index].id] = (len(found), images[index])
         return found
 
     def query_ids(self) -> Sequence[str]:
-        """Ids of the query pictures, one class after the other."""
+        """Ids of the query images, one class after the other."""
         return list(self._queries)
 
     def max_shots(self) -> int:
-        """The rarest class may be the query's, which needs a picture more."""
-        return min(len(pictures) for pictures in self._classes.values()) - 1
+        """The rarest class may be the query's, which needs an image more."""
+        return min(len(images) for images in self._classes.values()) - 1
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
         """`shots` examples of each of the ways; demonstrations are in prompt order."""
@@ -72,22 +70,22 @@ class BindingTask:
         classes = [query.label, *self._draw_classes(rng.permutation(len(self._classes)).tolist(), query.label)]
         names = self._draw_names(rng.permutation(len(self._names)).tolist())
         label_names = dict(zip(classes, names, strict=True))
-        drawn, excluded = zip(*(self._draw_pictures(label, query, shots, seed) for label in classes), strict=True)
-        rounds: list[list[Document]] = []
+        drawn, excluded = zip(*(self._draw_images(label, query, shots, seed) for label in classes), strict=True)
+        rounds: list[list[Example]] = []
         for number in range(shots):  # round 0 stands next to the query
             order = generator("round", self.hash, seed, query_id, number).permutation(self._ways).tolist()
             if number == 0:  # the name shown last is the right one for exactly one query in `ways`
                 last = position % self._ways
                 order = [*(way for way in order if way != last), last]
             rounds.append([drawn[way][number] for way in order])
-        demos = [document for one_round in reversed(rounds) for document in one_round]
+        demos = [example for one_round in reversed(rounds) for example in one_round]
         # Rotated by another digit of the position, so that first and last are balanced independently of each other.
         turn = position // self._ways % self._ways
         candidates = tuple(names[-turn:] + names[:-turn]) if turn else tuple(names)
         return Episode(
             query_id=query_id,
-            demos=tuple(self._turn(document, label_names[document.label]) for document in demos),
-            demo_ids=tuple(f"{document.id}={label_names[document.label]}" for document in demos),
+            demos=tuple(self._turn(example, label_names[example.label]) for example in demos),
+            demo_ids=tuple(f"{example.id}={label_names[example.label]}" for example in demos),
             query=self._turn(query, names[0]),
             golds=(names[0],),
             kind=query.kind,
@@ -96,8 +94,8 @@ class BindingTask:
             excluded=sum(excluded),
         )
 
-    def _turn(self, document: Document, name: str) -> Turn:
-        return Turn(document.turn.picture, self._spec.question, self._spec.lead, name, self._spec.tail)
+    def _turn(self, example: Example, name: str) -> Turn:
+        return Turn(example.turn.image, self._spec.question, self._spec.lead, name, self._spec.tail)
 
     def _draw_classes(self, order: Sequence[int], query_label: str) -> list[str]:
         labels = list(self._classes)
@@ -114,16 +112,16 @@ class BindingTask:
                 return chosen
         raise UserError(f"task {self.name}: no {self._ways} of its names differ in their first and last two letters")
 
-    def _draw_pictures(self, label: str, query: Document, shots: int, seed: int) -> tuple[list[Document], int]:
-        pictures = self._classes[label]
-        order = generator("pictures", self.hash, seed, query.id, label).permutation(len(pictures))
-        allowed = [pictures[int(i)] for i in order if pictures[int(i)].cluster != query.cluster]
+    def _draw_images(self, label: str, query: Example, shots: int, seed: int) -> tuple[list[Example], int]:
+        images = self._classes[label]
+        order = generator("images", self.hash, seed, query.id, label).permutation(len(images))
+        allowed = [images[int(i)] for i in order if images[int(i)].cluster != query.cluster]
         if len(allowed) < shots:
             raise UserError(
-                f"task {self.name}: {shots} shots need {shots} pictures of class {label} beside the query's, "
+                f"task {self.name}: {shots} shots need {shots} images of class {label} beside the query's, "
                 f"and there are {len(allowed)}; use fewer shots"
             )
-        return allowed[:shots], len(pictures) - len(allowed)
+        return allowed[:shots], len(images) - len(allowed)
 
     def score(self, answer: str, episode: Episode) -> float:
         """1 for the query's name."""
@@ -136,9 +134,9 @@ class BindingTask:
         return Baselines(1 / self._ways, hits / len(first), "the first candidate")
 
 
-def _by_class(pool: Sequence[Document]) -> dict[str, list[Document]]:
-    """Documents by label, labels sorted, identical pictures of a class once."""
-    found: dict[str, dict[str, Document]] = {}
-    for document in sorted(pool, key=lambda document: document.id):
-        found.setdefault(document.label, {}).setdefault(document.cluster, document)
+def _by_class(pool: Sequence[Example]) -> dict[str, list[Example]]:
+    """Examples by label, labels sorted, identical images of a class once."""
+    found: dict[str, dict[str, Example]] = {}
+    for example in sorted(pool, key=lambda example: example.id):
+        found.setdefault(example.label, {}).setdefault(example.cluster, example)
     return {label: list(found[label].values()) for label in sorted(found)}

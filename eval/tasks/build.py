@@ -12,27 +12,27 @@ from eval.metrics.stems import Stems
 from eval.metrics.table import METRICS, NEEDS_RANKING, check_metric
 from eval.metrics.text import SCORE_NAMES
 from eval.metrics.wordnet import wordnet_if_there
-from eval.task import Document, Task, TaskSpec
+from eval.task import Example, Task, TaskSpec
 from eval.tasks.binding import BindingTask
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from eval.tasks.formats.files import place, read_json
 from eval.tasks.formats.questions import stem_pairs
-from eval.tasks.sources import chosen_support, read_documents, read_names
+from eval.tasks.sources import chosen_support, read_examples, read_names
 from flamingo.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "kind": ("documents", "binding"),
+    "kind": ("examples", "binding"),
     "output": ("generate", "rank"),
     "metric": SCORE_NAMES,
     "options": ("lines", "inline"),
     "answer_as": ("text", "letter"),
     "demo_answer": ("first", "majority"),
-    "zero_shot": ("none", "two_text", "two_text_fixed", "two_text_first_picture"),
+    "zero_shot": ("none", "two_text", "two_text_fixed", "two_text_first_image"),
     "ranking": ("sum", "mean"),
     "open_metric": ("", *SCORE_NAMES),
     "stem": ("", "okvqa"),
 }
-POSITIVE = ("queries", "max_new_tokens", "min_pictures", "support_size", "num_beams")
+POSITIVE = ("queries", "max_new_tokens", "min_images", "support_size", "num_beams")
 
 
 def check_spec(name: str, spec: TaskSpec) -> None:
@@ -65,16 +65,16 @@ def check_spec(name: str, spec: TaskSpec) -> None:
 def build_task(name: str, spec: TaskSpec) -> Task:
     """Read the task's data. Raises UserError in one sentence for what is wrong with it."""
     check_spec(name, spec)
-    documents = read_documents(name, spec, spec.source)
-    if spec.kind == "documents":
-        shown = None if spec.support is None else read_documents(name, spec, spec.support)
-        vocabulary = vocabulary_of(name, spec, documents if shown is None else shown)
+    examples = read_examples(name, spec, spec.source)
+    if spec.kind == "examples":
+        shown = None if spec.support is None else read_examples(name, spec, spec.support)
+        vocabulary = vocabulary_of(name, spec, examples if shown is None else shown)
         support = None if shown is None else chosen_support(name, spec, shown)
-        return DocumentTask(name, spec, documents, support, vocabulary=vocabulary, stems=stems_of(name, spec))
+        return ExampleTask(name, spec, examples, support, vocabulary=vocabulary, stems=stems_of(name, spec))
     names = list(spec.names)
     if not names and spec.names_source is not None:
         names = read_names(name, spec.names_source)
-    return BindingTask(name, spec, documents, names)
+    return BindingTask(name, spec, examples, names)
 
 
 def check_shots(tasks: Mapping[str, Task], shots: list[int]) -> None:
@@ -87,7 +87,7 @@ def check_shots(tasks: Mapping[str, Task], shots: list[int]) -> None:
             )
 
 
-def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Document]) -> list[str]:
+def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Example]) -> list[str]:
     """The candidates that `candidates_from` names, sorted; [] where it names none.
 
     Raises:
@@ -100,7 +100,7 @@ def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Document]) -> list[
         least = where.removeprefix("support:")
         if not least.isdecimal() or int(least) < 1:
             raise UserError(f"task.{name}.candidates_from={where}: give a number of 1 or more, as in support:2")
-        counts = Counter(gold for document in shown for gold in document.golds)
+        counts = Counter(gold for example in shown for gold in example.golds)
         found = sorted(answer for answer, count in counts.items() if count >= int(least) and answer)
         if not found:
             raise UserError(f"task.{name}.candidates_from={where}: no answer of the support occurs so often")

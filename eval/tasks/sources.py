@@ -1,8 +1,8 @@
-"""Where documents come from: shards written by `python -m data prepare`, or a table of one's own.
+"""Where examples come from: shards written by `python -m data prepare`, or a table of one's own.
 
-A page is read as turns. Every picture (or clip) begins one; the text up to the next picture belongs to it, text out of
-the loss being its question and text in the loss its answer. So a page of three pictures gives three documents, each
-with exactly the text that training would have shown. Pictures are never decoded here.
+A page is read as turns. Every image (or clip) begins one; the text up to the next image belongs to it, text out of
+the loss being its question and text in the loss its answer. So a page of three images gives three examples, each
+with exactly the text that training would have shown. Images are never decoded here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.shards.writer import Page, Text, read_manifest, read_pages
+from data.shards.writer import Document, Text, read_documents, read_manifest
 from eval.demonstrations.samplers import hash_order
-from eval.task import Document, Picture, SourceSpec, StoredPicture, TaskSpec, Turn
+from eval.task import EncodedImage, Example, SourceSpec, StoredImage, TaskSpec, Turn
 from eval.tasks.formats import FORMATS as DATA_SETS
 from eval.tasks.formats.choices import letters, written_options
 from eval.tasks.formats.files import Item, place
@@ -24,8 +24,8 @@ from eval.tasks.formats.tables import FIELDS, read_csv_table, read_jsonl_table
 from flamingo.errors import UserError
 
 
-def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
-    """The documents of one source under the task's text format.
+def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example]:
+    """The examples of one source under the task's text format.
 
     Raises:
         UserError: the source is missing, empty or cannot be read, or a field is not there; naming the task.
@@ -45,12 +45,12 @@ def read_documents(name: str, spec: TaskSpec, source: SourceSpec) -> list[Docume
             )
     try:
         items = list(islice(FORMATS[source.format](path, source), source.max_items))
-        check_pictures(items)
+        check_images(items)
     except UserError as error:
         raise UserError(f"task {name}: {error}") from None
     if not items:
-        raise UserError(f"task {name}: {source.path} holds no picture with an answer")
-    return [_document(name, item, spec) for item in items]
+        raise UserError(f"task {name}: {source.path} holds no image with an answer")
+    return [_example(name, item, spec) for item in items]
 
 
 def _published(spec: TaskSpec, path: Path) -> str:
@@ -58,30 +58,30 @@ def _published(spec: TaskSpec, path: Path) -> str:
     return f"{path.name} is published by {found[0]}" if found else ""
 
 
-def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Document]:
-    """The documents that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
-    return chosen_support(name, spec, read_documents(name, spec, source))
+def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example]:
+    """The examples that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
+    return chosen_support(name, spec, read_examples(name, spec, source))
 
 
-def chosen_support(name: str, spec: TaskSpec, documents: list[Document]) -> list[Document]:
-    """`support_size` of the documents, by their ids alone."""
-    order = hash_order([document.id for document in documents], "support", name)
-    return documents if spec.support_size is None else [documents[index] for index in order[: spec.support_size]]
+def chosen_support(name: str, spec: TaskSpec, examples: list[Example]) -> list[Example]:
+    """`support_size` of the examples, by their ids alone."""
+    order = hash_order([example.id for example in examples], "support", name)
+    return examples if spec.support_size is None else [examples[index] for index in order[: spec.support_size]]
 
 
-def check_pictures(items: Sequence[Item]) -> None:
-    """Raise UserError if pictures that lie in files of their own are missing, saying how many."""
-    pictures = [item["picture"] for item in items if isinstance(item["picture"], StoredPicture)]
-    files = {picture.file for picture in pictures if picture.file is not None}
+def check_images(items: Sequence[Item]) -> None:
+    """Raise UserError if images that lie in files of their own are missing, saying how many."""
+    images = [item["image"] for item in items if isinstance(item["image"], StoredImage)]
+    files = {image.file for image in images if image.file is not None}
     missing = sorted(str(file) for file in files if not file.exists())
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(files)} pictures are missing, the first is {missing[0]}; put them there, or set "
+            f"{len(missing)} of {len(files)} images are missing, the first is {missing[0]}; put them there, or set "
             "source.images to their folder or pattern"
         )
 
 
-def _document(name: str, item: Item, spec: TaskSpec) -> Document:
+def _example(name: str, item: Item, spec: TaskSpec) -> Example:
     choices, answers = item.get("choices", ()), item["answers"]
     if choices and spec.answer_as == "letter":
         answers = [letters(choices)[choices.index(answer)] for answer in answers]
@@ -92,14 +92,14 @@ def _document(name: str, item: Item, spec: TaskSpec) -> Document:
     first, question, more = interleaved(_filled(name, template, values), item)
     rationale = item.get("rationale", "")
     turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
-    if spec.kind == "documents" and item["text"] not in (None, turn.text):
+    if spec.kind == "examples" and item["text"] not in (None, turn.text):
         raise UserError(
             f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
             "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
         )
     candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
     label, group = item["label"] or golds[0], item.get("group", "")
-    return Document(item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False))
+    return Example(item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False))
 
 
 def _filled(name: str, template: str, values: Mapping[str, str]) -> str:
@@ -128,8 +128,8 @@ def _between(answer: str, lead: str, tail: str) -> str:
 
 def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
     for shard in shards_of(folder):
-        for page in read_pages(shard):
-            for number, (picture, question, answer) in enumerate(page_turns(page)):
+        for page in read_documents(shard):
+            for number, (image, question, answer) in enumerate(page_turns(page)):
                 facts = {"question": question, "answer": answer, "kind": str(page.meta.get("kind", ""))}
                 facts["label"] = _label(page.meta, answer)
                 for fact, key in source.fields.items():
@@ -137,7 +137,7 @@ def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
                 if facts["answer"]:
                     yield {
                         "id": f"{page.key}.{number}",
-                        "picture": picture,
+                        "image": image,
                         "question": facts["question"],
                         "answers": [facts["answer"]],
                         "kind": facts["kind"],
@@ -147,16 +147,16 @@ def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
                     }
 
 
-def page_turns(page: Page) -> Iterator[tuple[Picture, str, str]]:
-    """(picture, question, answer) of every picture of a page; text before the first picture belongs to none."""
-    turns: list[tuple[Picture, list[str], list[str]]] = []
+def page_turns(page: Document) -> Iterator[tuple[EncodedImage, str, str]]:
+    """(image, question, answer) of every image of a page; text before the first image belongs to none."""
+    turns: list[tuple[EncodedImage, list[str], list[str]]] = []
     for node in page.nodes:
         if not isinstance(node, Text):
-            turns.append((Picture(tuple(page.images[frame] for frame in node.frames)), [], []))
+            turns.append((EncodedImage(tuple(page.images[frame] for frame in node.frames)), [], []))
         elif turns:
             (turns[-1][2] if node.loss else turns[-1][1]).append(node.text)
-    for picture, question, answer in turns:
-        yield picture, "".join(question), "".join(answer)
+    for image, question, answer in turns:
+        yield image, "".join(question), "".join(answer)
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -174,7 +174,7 @@ def read_names(name: str, source: SourceSpec) -> list[str]:
     folder = Path(source.path)
     if not folder.exists():
         raise UserError(f"task {name}: its names' folder {source.path} does not exist; prepare it or list `names`")
-    pages = (page for shard in shards_of(folder) for page in read_pages(shard))
+    pages = (page for shard in shards_of(folder) for page in read_documents(shard))
     return sorted({str(word) for page in islice(pages, source.max_items) for word in page.meta.get("names", [])})
 
 
@@ -185,7 +185,7 @@ def _fact(meta: Mapping[str, Any], key: str, where: str) -> object:
 
 
 def _label(meta: Mapping[str, Any], answer: str) -> str:
-    """The picture's class: the page's only one, or, in a binding page, the class that goes by this name there."""
+    """The image's class: the page's only one, or, in a binding page, the class that goes by this name there."""
     if "class" in meta:
         return str(meta["class"])
     named = dict(zip(meta.get("names", []), meta.get("classes", []), strict=False))

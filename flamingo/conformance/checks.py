@@ -1,7 +1,7 @@
 """Checks that say whether a causal LM works inside a Flamingo: `python -m flamingo conformance gpt2 path/to/lm ...`.
 
 Notable: every check is an equality between two ways of computing the same thing, so none needs a reference file, and
-none passes on a model whose pictures do nothing (`pictures_matter`). A check takes a function that returns the LM,
+none passes on a model whose images do nothing (`images_matter`). A check takes a function that returns the LM,
 the same weights every time, because most checks need it twice: once inside a model and once alone. It returns a note
 (the largest difference it saw) and raises `ConformanceError` where the two ways disagree.
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo.conformance.tiny_models import MakeLM, page, subject
+from flamingo.conformance.tiny_models import MakeLM, document, subject
 from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -43,7 +43,7 @@ class ConformanceError(AssertionError):
 def closed_gates(make: MakeLM) -> str:
     """With its gates closed the model is the LM, bit for bit, from ids and from what the new tokens embed to."""
     model, plain = subject(make, gates=0.0), make()
-    inputs = page(model)
+    inputs = document(model)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     table, rows = embedding_table(plain), table_shape(output_head(plain))[0]
     is_new = model.new_tokens.match(ids)
@@ -54,27 +54,25 @@ def closed_gates(make: MakeLM) -> str:
         options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     ours = model(**inputs, use_cache=False).logits[..., :rows]
     _same(ours, plain(inputs_embeds=embedded, **options).logits, "closed gates and the LM alone")
-    text = page(model, [2])
+    text = document(model, [2])
     ours = model(**text, use_cache=False).logits[..., :rows]
     _same(ours, plain(input_ids=text["input_ids"], use_cache=False).logits, "a text-only row and the LM alone")
     return "exact"
 
 
 @torch.no_grad()
-def pictures_matter(make: MakeLM) -> str:
-    """Another second picture changes the tokens from its tag on and none before it."""
+def images_matter(make: MakeLM) -> str:
+    """Another second image changes the tokens from its tag on and none before it."""
     model = subject(make)
-    inputs = page(model, [0])
+    inputs = document(model, [0])
     before = model(**inputs, use_cache=False).logits[0]
     inputs["pixel_values"][1] = 255 - inputs["pixel_values"][1]
     after = model(**inputs, use_cache=False).logits[0]
     place = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0])
-    _same(before[:place], after[:place], "logits before a picture that is exchanged")
+    _same(before[:place], after[:place], "logits before an image that is exchanged")
     changed = (before != after).any(-1)[place:]
     if not bool(changed.all()):
-        raise ConformanceError(
-            f"exchanging a picture changes {int(changed.sum())} of {len(changed)} tokens that see it"
-        )
+        raise ConformanceError(f"exchanging an image changes {int(changed.sum())} of {len(changed)} tokens that see it")
     return "seen"
 
 
@@ -82,7 +80,7 @@ def pictures_matter(make: MakeLM) -> str:
 def cached(make: MakeLM) -> str:
     """Token by token with a cache gives the logits of the whole text at once."""
     model = subject(make)
-    inputs = page(model)
+    inputs = document(model)
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     whole = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
     start = ids.shape[1] - 4
@@ -98,7 +96,7 @@ def cached(make: MakeLM) -> str:
 def generation(make: MakeLM) -> str:
     """Greedy and beam search give the same tokens with a cache as without, a beam of 1 those of greedy."""
     model = subject(make)
-    inputs: Any = page(model)
+    inputs: Any = document(model)
     for beams in (1, 3):
         ours = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=beams)
         theirs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=beams, use_cache=False)
@@ -110,18 +108,18 @@ def generation(make: MakeLM) -> str:
 def batched(make: MakeLM) -> str:
     """Rows of a left-padded batch are the rows alone: logits, greedy, beam."""
     model = subject(make)
-    together: Any = page(model)
+    together: Any = document(model)
     logits = model(**together, use_cache=False).logits
     notes = []
     for row in range(3):
-        alone: Any = page(model, [row])
+        alone: Any = document(model, [row])
         mine = logits[row][together["attention_mask"][row].bool()]
         notes.append(close(mine, model(**alone, use_cache=False).logits[0], f"row {row} in a batch and alone"))
     for beams in (1, 3):
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "num_beams": beams}
         ours = model.generate(**together, **options)
         for row in range(3):
-            theirs = model.generate(**page(model, [row]), **options)[0]
+            theirs = model.generate(**document(model, [row]), **options)[0]
             ended = [int(token) in model.generation_config.eos_token_id for token in theirs]
             length = ended.index(True) + 1 if True in ended else len(theirs)
             _same(ours[row, :length], theirs[:length], f"row {row}, {beams} beams, in a batch and alone")
@@ -142,11 +140,11 @@ def recomputed(make: MakeLM) -> str:
 def untouched(make: MakeLM) -> str:
     """The LM keeps its class, its keys and its function, and transformers saves and loads it."""
     model, plain = subject(make), make()
-    model(**page(model))
+    model(**document(model))
     lm: Any = model.language_model
     if type(lm) is not type(plain) or list(lm.state_dict()) != list(plain.state_dict()):
         raise ConformanceError("the LM's class or the keys of its state dict changed")
-    text = page(model, [2])["input_ids"]
+    text = document(model, [2])["input_ids"]
     wanted = plain(input_ids=text).logits
     _same(lm(input_ids=text).logits, wanted, "the LM inside the model, outside of a call, and alone")
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +161,7 @@ def untouched(make: MakeLM) -> str:
 def saved(make: MakeLM) -> str:
     """Saving and loading the whole model gives the same logits."""
     model = subject(make)
-    inputs: Any = page(model)
+    inputs: Any = document(model)
     wanted = model(**inputs).logits
     built = model.config.language_kind == "module"
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +175,7 @@ def saved(make: MakeLM) -> str:
 def compiled(make: MakeLM) -> str:
     """The LM with its blocks under `torch.compile` gives the same logits; the note says whether in one graph."""
     model = subject(make)
-    inputs: Any = page(model)
+    inputs: Any = document(model)
     wanted = model(**inputs, use_cache=False).logits
     lm: Any = model.language_model
     for whole in (True, False):
@@ -203,7 +201,7 @@ CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
         closed_gates,
-        pictures_matter,
+        images_matter,
         cached,
         generation,
         batched,
@@ -219,14 +217,14 @@ CHECKS: dict[str, Check] = {
 def gradients(
     model: FlamingoForConditionalGeneration, rows: Iterable[int], *, recompute: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return loss and gradients of a training step over some rows of the page, the loss divided by 10 labels."""
+    """Return loss and gradients of a training step over some rows of the document, the loss divided by 10 labels."""
     if recompute:
         model.activation_checkpointing_enable()
     model.train()
     layers = find_decoder_layers(model.language_model)
     if recompute and not all(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
         raise ConformanceError("the LM's layers do not recompute their activations")
-    inputs: Any = page(model, rows, side="right")
+    inputs: Any = document(model, rows, side="right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     out = model(**inputs, labels=labels, num_items_in_batch=10)
     out.loss.backward()

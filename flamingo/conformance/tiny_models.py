@@ -1,4 +1,4 @@
-"""What `flamingo.conformance.checks` checks with: tiny random LMs of every verified family, a model around one, a batch.
+"""What the checks run on: tiny random LMs of every verified family, a model around one, a batch.
 
 Notable: nothing is downloaded, and the same name gives the same weights every time. Sliding and local windows are set
 shorter than the texts of the batch, so that they act.
@@ -116,7 +116,7 @@ _VISION: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-# Rows of a batch: 0 a picture, 1 the end of a chunk, 2 a word. Two pictures, one after some text, and none.
+# Rows of a batch: 0 an image, 1 the end of a chunk, 2 a word. Two images, one after some text, and none.
 _ROWS = ([0, 2, 2, 2, 1, 0, 2, 2, 2, 2, 2], [2, 2, 0, 2, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2])
 
 
@@ -148,15 +148,15 @@ def subject(make: MakeLM, *, gates: float = 0.7) -> FlamingoForConditionalGenera
     return model.eval()
 
 
-def page(
+def document(
     model: FlamingoForConditionalGeneration, rows: Iterable[int] = (0, 1, 2), *, side: str = "left"
 ) -> dict[str, Tensor]:
-    """Return rows with two, one and no picture as the model takes them, padded on one side."""
+    """Return rows with two, one and no image as the model takes them, padded on one side."""
     vocabulary = table_shape(embedding_table(model.language_model))[0]
     named = [model.config.image_token_id, model.config.eoc_token_id]
     chosen = list(rows)
     width = max(len(_ROWS[row]) for row in chosen)
-    ids, mask, pictures = [], [], []
+    ids, mask, images = [], [], []
     for row in chosen:
         generator = torch.Generator().manual_seed(row)
         words = torch.randint(3, min(vocabulary, 1000), (len(_ROWS[row]),), generator=generator).tolist()
@@ -165,8 +165,8 @@ def page(
         ids.append(padding + text if side == "left" else text + padding)
         mask.append(padding + real if side == "left" else real + padding)
         pixels = (_ROWS[row].count(0), 1, 3, SIZE, SIZE)
-        pictures.append(torch.randint(0, 256, pixels, dtype=torch.uint8, generator=generator))
-    counts = torch.tensor([len(some) for some in pictures])
+        images.append(torch.randint(0, 256, pixels, dtype=torch.uint8, generator=generator))
+    counts = torch.tensor([len(some) for some in images])
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    inputs |= {"pixel_values": torch.cat(pictures), "image_counts": counts}
+    inputs |= {"pixel_values": torch.cat(images), "image_counts": counts}
     return {name: value.to(model.device) for name, value in inputs.items()}

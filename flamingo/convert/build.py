@@ -38,7 +38,7 @@ def assemble(
         model = FlamingoForConditionalGeneration(config, vision_tower=tower, causal_lm=lm)
     finally:
         torch.set_default_dtype(before)
-    for name in ("mean", "std"):  # of the pictures; bfloat16 would shift the colours
+    for name in ("mean", "std"):  # of the images; bfloat16 would shift the colours
         statistics = torch.tensor(getattr(config.vision, name), dtype=torch.float32)
         setattr(model.vision_encoder, name, statistics)
     ends = model.generation_config.eos_token_id

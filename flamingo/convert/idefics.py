@@ -58,7 +58,7 @@ def from_idefics(
         vision: without it: a CLIP's vision model or its config; the weights are the checkpoint's.
         language: likewise a LLaMA or its config.
         cross_attn_every_n_layers: checked, where it is given; blocks are before layers 0, n, 2n, ...
-        image_size: checked likewise; side of the pictures in pixels.
+        image_size: checked likewise; side of the images in pixels.
         dtype: of the whole model; None: the checkpoint's.
 
     Raises:
@@ -214,7 +214,7 @@ def _check(source: Any) -> None:
 
 
 def _processor(tokenizer: PreTrainedTokenizerBase, source: Any) -> FlamingoProcessor:
-    """Return the processor: pictures are squashed, `<image>` stands between two fake tokens, an utterance's end (in
+    """Return the processor: images are squashed, `<image>` stands between two fake tokens, an utterance's end (in
     the instructed models) or the end of a sequence is the end of a chunk.
     """
     tokenizer = copy.deepcopy(tokenizer)

@@ -105,7 +105,7 @@ IDEFICS: tuple[Rule, ...] = (
 
 _REFUSED = (
     ("lora_", "holds LoRA weights; merge them into the language model first (peft: merge_and_unload)"),
-    ("media_time_embs", "numbers the pictures by embeddings (max_num_media), which no released model does"),
+    ("media_time_embs", "numbers the images by embeddings (max_num_media), which no released model does"),
 )
 
 

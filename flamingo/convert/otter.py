@@ -3,7 +3,7 @@
 Notable: the encoder is transformers' CLIP, whose last hidden state is what OpenFlamingo takes from open_clip; the
 resampler may have frame embeddings (OTTER-Video); the tokenizer has one more new token, `<answer>`; the language
 model's config is inside Otter's, partly in the words of code that would have to be downloaded, which is not run here.
-Otter's own decoding with a cache forgets the picture after one token; that is not reproduced.
+Otter's own decoding with a cache forgets the image after one token; that is not reproduced.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`generate()` and what it needs around transformers' own.
 
-Notable: every picture is encoded and the prompt is run once, whatever the number of beams or of sequences to return;
+Notable: every image is encoded and the prompt is run once, whatever the number of beams or of sequences to return;
 the copies begin with the prompt's last token.
 
 Letters: B batch, T text tokens, P tokens of the prompt.
@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
+from flamingo.inference.media_cache import ImageInputs, check_counts
 from flamingo.inference.media_cache import MediaCache as MediaCache
-from flamingo.inference.media_cache import PictureInputs, check_counts
 from flamingo.inference.protocol import MediaModel
 from flamingo.layers.media_mask import phi_from_ids
 
@@ -36,14 +36,14 @@ def left_padded(
 def count_phi(
     config: FlamingoConfig, input_ids: Int[Tensor, "B T"], *, seen: Int[Tensor, "B"] | None = None
 ) -> Int[Tensor, "B T"]:
-    """Return the picture each token sees at inference, by counting `<image>` as the config says."""
+    """Return the image each token sees at inference, by counting `<image>` as the config says."""
     return phi_from_ids(input_ids, config.image_token_id, seen=seen, reset_token_id=config.media_reset_token_id)
 
 
 def checked_phi(
     config: FlamingoConfig, input_ids: Int[Tensor, "B T"], media: MediaCache, past_key_values: Cache | None
 ) -> Int[Tensor, "B T"]:
-    """Return `count_phi` behind what a cache has seen. Raises UserError where pictures and tags differ in number."""
+    """Return `count_phi` behind what a cache has seen. Raises UserError where images and tags differ in number."""
     past = past_key_values is not None and past_key_values.get_seq_length()
     seen = media.seen if past else None
     phi = count_phi(config, input_ids, seen=seen)
@@ -81,7 +81,7 @@ def generate(
     output_cross_attentions: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Encode every picture once, pad the prompts on the left, generate, and return the new tokens only.
+    """Encode every image once, pad the prompts on the left, generate, and return the new tokens only.
 
     Takes the processor's output and any argument of transformers' `generate`. With `return_full_text` the prompt is
     in front of what is returned, as transformers does it. Ends at `<|endofchunk|>` by default.
@@ -91,15 +91,15 @@ def generate(
     prompt, and B counts beams, in their order of that step.
 
     Raises:
-        UserError: no `input_ids`; pictures and `<image>` tags that differ in number (names the row and both numbers).
+        UserError: no `input_ids`; images and `<image>` tags that differ in number (names the row and both numbers).
     """
     ids = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids is None:
         raise UserError("generate needs input_ids, as from the processor")
-    pictures = PictureInputs(**{name: kwargs.pop(name, None) for name in PictureInputs._fields})
+    images = ImageInputs(**{name: kwargs.pop(name, None) for name in ImageInputs._fields})
     mask, phi = kwargs.pop("attention_mask", None), kwargs.pop("phi", None)
     past = kwargs.get("past_key_values")
-    media = model.media_of(len(ids), kwargs.pop("media_cache", None), past, pictures)
+    media = model.media_of(len(ids), kwargs.pop("media_cache", None), past, images)
     media = media.branch() if past is None else media
     if phi is None and getattr(past, "media", None) is None:
         check_counts(count_phi(model.config, ids), media)

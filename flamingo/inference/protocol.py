@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from flamingo.config import FlamingoConfig
-from flamingo.inference.media_cache import MediaCache, PictureInputs
+from flamingo.inference.media_cache import ImageInputs, MediaCache
 
 
 class MediaModel(Protocol):
@@ -31,6 +31,6 @@ class MediaModel(Protocol):
         """Run the model; takes and returns what `FlamingoForConditionalGeneration.forward` does."""
         ...
 
-    def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: PictureInputs) -> MediaCache:
+    def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:
         """Return what this call shows: the given cache, else that of earlier calls with new images, else new images."""
         ...

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.errors import UserError
 from flamingo.inference.generation import count_phi, left_padded, token_phi
-from flamingo.inference.media_cache import MediaCache, PictureInputs, check_counts
+from flamingo.inference.media_cache import ImageInputs, MediaCache, check_counts
 from flamingo.inference.protocol import MediaModel
 
 BATCH = 64
@@ -103,11 +103,11 @@ def score_candidates(
 
 
 def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> Prompt:
-    """Read the caller's inputs; his cache and what it remembers of pictures are branched, not used."""
+    """Read the caller's inputs; his cache and what it remembers of images are branched, not used."""
     ids, past = inputs["input_ids"], inputs.get("past_key_values")
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
-    pictures = PictureInputs(**{name: inputs.get(name) for name in PictureInputs._fields})
-    media = model.media_of(len(ids), inputs.get("media_cache"), past, pictures).branch()
+    images = ImageInputs(**{name: inputs.get(name) for name in ImageInputs._fields})
+    media = model.media_of(len(ids), inputs.get("media_cache"), past, images).branch()
     before = 0 if past is None else past.get_seq_length()
     if phi is None:
         seen = media.seen if before else None

@@ -39,7 +39,7 @@ class Call:
     """What the hooks need to know about the forward pass that is running in this thread."""
 
     media: Float[Tensor, "I L E"]
-    """Latents of all pictures that the rows may see, those of earlier calls included."""
+    """Latents of all images that the rows may see, those of earlier calls included."""
     segments: Segments
     cache: dict[str, KeysValues] | None
     is_new: Bool[Tensor, "B T n"] | None = None

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
-"""Memory for the float32 logits of a chunk. glibc gives blocks of up to 32 MiB again without fetching new pages."""
+"""Memory for the float32 logits of a chunk. glibc gives blocks of up to 32 MiB again without fetching new documents."""
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(hidden states (m, D), logits of the new tokens (m, n)) to all logits (m, V + n)."""

@@ -81,7 +81,7 @@ def check_packs(model: MediaModel, phi: Tensor | None, past_key_values: Any, use
     if past_key_values is not None or use_cache:
         raise UserError("packed rows (sequence_ids) have no cache; leave out past_key_values and use_cache")
     if model.config.attend_all_previous:
-        raise UserError("rows cannot be packed with attend_all_previous: a token would see other sequences' pictures")
+        raise UserError("rows cannot be packed with attend_all_previous: a token would see other sequences' images")
     if config._attn_implementation not in ATTENTIONS:
         raise UserError(
             f"rows cannot be packed with attn_implementation={config._attn_implementation!r}; use one of "

@@ -1,13 +1,13 @@
 """The one place where attention is computed for the resampler and the gated blocks.
 
-Notable: a text token attends to the L latents of its one picture, so the work is block-diagonal and never a masked row
-over all pictures. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
-xformers is not installed, the tokens are laid out as one padded table per picture and torch's SDPA runs over it
+Notable: a text token attends to the L latents of its one image, so the work is block-diagonal and never a masked row
+over all images. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
+xformers is not installed, the tokens are laid out as one padded table per image and torch's SDPA runs over it
 (xformers has no CPU operator). Both are tested, values and gradients, against a slow twin that follows the formula.
 
-Where a token sees all previous pictures, which no released model does, SDPA runs over each row with a mask.
+Where a token sees all previous images, which no released model does, SDPA runs over each row with a mask.
 
-Letters: N queries, A groups of them, I pictures, M most pictures of a row, L latents, H heads, K width of a head.
+Letters: N queries, A groups of them, I images, M most images of a row, L latents, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def attend_segments(
     v: Float[Tensor, "I L H K"],
     segments: Segments,
 ) -> Float[Tensor, "N H K"]:
-    """Attention of every query to the L keys of each picture it sees; query n belongs to `segments.tokens[n]`."""
+    """Attention of every query to the L keys of each image it sees; query n belongs to `segments.tokens[n]`."""
     if not segments.lengths:
         return q * (k.sum() + v.sum())  # no rows; keeps keys and values in the graph, with gradients of zero
     if segments.maps is not None:
@@ -47,7 +47,7 @@ def attend_segments(
     if segments.reach is not None:
         return _attend_rows(q, k, v, segments)
     if not segments.is_whole_stack:
-        k, v = k.index_select(0, segments.pictures), v.index_select(0, segments.pictures)
+        k, v = k.index_select(0, segments.images), v.index_select(0, segments.images)
     if q.is_cuda and _xformers_takes(q):
         return _attend_xformers(q, k, v, segments.lengths)
     longest = segments.pad.shape[1]
@@ -63,20 +63,20 @@ def attend_segments_slow(
     v: Float[Tensor, "I L H K"],
     segments: Segments,
 ) -> Float[Tensor, "N H K"]:
-    """The twin of `attend_segments` for tests: all keys of all pictures, and a mask."""
+    """The twin of `attend_segments` for tests: all keys of all images, and a mask."""
     scores = torch.einsum("nhk,ilhk->nhil", q, k) * q.shape[-1] ** -0.5
-    hidden = ~pictures_seen(segments, len(k))
+    hidden = ~images_seen(segments, len(k))
     scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
     weights = scores.flatten(2).softmax(-1).unflatten(2, scores.shape[2:])
     return torch.einsum("nhil,ilhk->nhk", weights, v)
 
 
-def pictures_seen(segments: Segments, num_pictures: int) -> Bool[Tensor, "N I"]:
-    """Return the mask of which query sees which picture of the flat stack."""
-    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.pictures.device)
-    place = torch.arange(num_pictures, device=segments.pictures.device)
+def images_seen(segments: Segments, num_images: int) -> Bool[Tensor, "N I"]:
+    """Return the mask of which query sees which image of the flat stack."""
+    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.images.device)
+    place = torch.arange(num_images, device=segments.images.device)
     if segments.reach is None or segments.upto is None:
-        return segments.pictures.repeat_interleave(lengths)[:, None] == place
+        return segments.images.repeat_interleave(lengths)[:, None] == place
     upto = segments.upto.flatten()[segments.unpad]
     reach = segments.reach.repeat_interleave(lengths, dim=0)
     reach = reach.masked_fill(torch.arange(reach.shape[1], device=reach.device) >= upto[:, None], -1)
@@ -86,12 +86,12 @@ def pictures_seen(segments: Segments, num_pictures: int) -> Bool[Tensor, "N I"]:
 def attention_weights(
     q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], segments: Segments
 ) -> Float[Tensor, "N H W"]:
-    """Return how each query's attention is spread over the latents it sees: W = L, or M * L of its row's pictures.
+    """Return how each query's attention is spread over the latents it sees: W = L, or M * L of its row's images.
 
     The slow way, which copies the keys for every query; for maps to look at.
     """
     lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
-    places = segments.pictures[:, None] if segments.reach is None else segments.reach
+    places = segments.images[:, None] if segments.reach is None else segments.reach
     places = places.repeat_interleave(lengths, dim=0)
     keys = k[places.clamp(min=0)]
     scores = torch.einsum("nhk,nmlhk->nhml", q, keys) * q.shape[-1] ** -0.5
@@ -105,7 +105,7 @@ def attention_weights(
 def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) -> tuple[Float[Tensor, "B H T W"], ...]:
     """Return each block's weights (N, H, W) in their places in the text, zero for tokens that see nothing.
 
-    Where no token of the call sees a picture the blocks left no weights; then there is one head of zeros, `width` wide.
+    Where no token of the call sees an image the blocks left no weights; then there is one head of zeros, `width` wide.
     """
     rows, length = segments.sees.shape
     if not maps:
@@ -119,7 +119,7 @@ def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) ->
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Every row's queries over all keys of the row's pictures, with a mask of how many of them each sees."""
+    """Every row's queries over all keys of the row's images, with a mask of how many of them each sees."""
     assert segments.reach is not None
     assert segments.upto is not None
     reach = segments.reach.clamp(min=0)

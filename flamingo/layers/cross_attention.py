@@ -1,10 +1,10 @@
-"""Gated cross-attention block: lets a frozen decoder layer look at a picture, and starts as the identity.
+"""Gated cross-attention block: lets a frozen decoder layer look at an image, and starts as the identity.
 
 Alayrac et al. 2022, section 3.1.2 and figure 4. Notable: the block holds parameters only. What the tokens may see
 (`segments`), the media and the cache of their keys and values are arguments, so that recomputation in the backward
 pass, two threads and FSDP2 (which gathers parameters around this `forward` alone) are all right by construction.
 
-Letters: B batch, T text tokens, I pictures, L latents, D width of the LM, E width of the media, H heads, K head width.
+Letters: B batch, T text tokens, I images, L latents, D width of the LM, E width of the media, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class CrossAttention(nn.Module):
-    """Text tokens attend to the latents of the one picture they see; the media are not normalised again."""
+    """Text tokens attend to the latents of the one image they see; the media are not normalised again."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):
     """`x + tanh(attn_gate) * attn(x, media)`, then `x + tanh(ff_gate) * mlp(x)`; both gates start at `gate_init`.
 
-    A token that sees no picture gets exactly zero from the attention. The feed-forward runs for every token, as in the
+    A token that sees no image gets exactly zero from the attention. The feed-forward runs for every token, as in the
     paper, OpenFlamingo and IDEFICS; with `mask_ffn_without_media` such a token skips it too.
     """
 
@@ -122,7 +122,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         if cache is not None:
             cache[key] = keys_values
         # With gradients the attention runs even over no tokens: every process of a sharded run must produce a gradient
-        # (of zeros) for the same parameters, whether its batch has pictures or not.
+        # (of zeros) for the same parameters, whether its batch has images or not.
         if segments.lengths or torch.is_grad_enabled():
             x = self._attend(x, keys_values, segments)
         update = self.ff_gate.tanh() * self.mlp(x)

@@ -1,11 +1,11 @@
-"""Who sees what: which picture each text token attends to, as pure functions of tensors.
+"""Who sees what: which image each text token attends to, as pure functions of tensors.
 
-Notable: nothing else in the library decides this. A batch's pictures are one flat stack of all rows' pictures, so
+Notable: nothing else in the library decides this. A batch's images are one flat stack of all rows' images, so
 there are two ways to name one: phi is 1-based within the row and 0 means none (the paper's symbol, section 3.1.3); a
 `slot` is 0-based in the flat stack and -1 means none.
 
-Letters: B batch rows, T text tokens, I pictures of all rows together, N tokens that see a picture, A pictures that are
-seen, S the most tokens that one picture has.
+Letters: B batch rows, T text tokens, I images of all rows together, N tokens that see an image, An images that are
+seen, S the most tokens that one image has.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def phi_from_ids(
     seen: Int[Tensor, "B"] | None = None,
     reset_token_id: int | None = None,
 ) -> Int[Tensor, "B T"]:
-    """Return which picture each token sees: 1-based within the row, 0 for none.
+    """Return which image each token sees: 1-based within the row, 0 for none.
 
-    An `<image>` token sees its own picture. With `attend="previous"` (paper, section 3.1.3; the only way at
+    An `<image>` token sees its own image. With `attend="previous"` (paper, section 3.1.3; the only way at
     inference) the tokens after it see it until the next one comes; with `attend="next"` (the paper's p_next placement,
-    in which the text stands before its picture) they see the picture that follows, and none after the last one:
+    in which the text stands before its image) they see the image that follows, and none after the last one:
 
         ids        a  <i>  b  c  <i>  d  e
         previous   0   1   1  1   2   2  2
         next       1   1   2  2   2   0  0
 
-    `seen` (B,) is the number of pictures in the part of the row that came before these ids (a continued cache).
+    `seen` (B,) is the number of images in the part of the row that came before these ids (a continued cache).
 
-    Behind a `reset_token_id` (IDEFICS: the end of a sequence) no picture is seen until the next one comes. The part
+    Behind a `reset_token_id` (IDEFICS: the end of a sequence) no image is seen until the next one comes. The part
     before may have ended so: `seen` is negative then (`seen_after`).
 
         ids        a  <i>  b  </s>  c  <i>  d
@@ -68,7 +68,7 @@ def seen_after(
     reset_token_id: int | None = None,
     before: Int[Tensor, "R"] | None = None,
 ) -> Int[Tensor, "B"]:
-    """Return the number of pictures that each row has had, negative where a reset token hides them from what follows.
+    """Return the number of images that each row has had, negative where a reset token hides them from what follows.
 
     `before` is the same for the part in front of these tokens; with beams each of its R rows stands for B / R.
     """
@@ -84,7 +84,7 @@ def seen_after(
 def _behind_reset(
     is_image: Bool[Tensor, "B T"], is_reset: Bool[Tensor, "B T"], seen: Int[Tensor, "B"] | None
 ) -> Bool[Tensor, "B T"]:
-    """Say which tokens have a reset token between them and the last picture; the reset token itself has not."""
+    """Say which tokens have a reset token between them and the last image; the reset token itself has not."""
     place = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
     image, reset = ((mask * place).cummax(dim=1).values for mask in (is_image, is_reset))
     behind = torch.nn.functional.pad(reset, (1, -1)) > image
@@ -92,37 +92,37 @@ def _behind_reset(
 
 
 def visibility(phi: Int[Tensor, "B T"], num_images: int, *, all_previous: bool = False) -> Bool[Tensor, "B T M"]:
-    """Return the mask of which token sees which of its row's first `num_images` pictures.
+    """Return the mask of which token sees which of its row's first `num_images` images.
 
-    One token sees one picture or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
+    One token sees one image or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
 
         phi        0 1 1 2        all_previous   0 1 1 2
-        picture 1  . x x .                       . x x x
-        picture 2  . . . x                       . . . x
+        image 1  . x x .                       . x x x
+        image 2  . . . x                       . . . x
     """
     index = torch.arange(1, num_images + 1, device=phi.device)
     return index <= phi[..., None] if all_previous else phi[..., None] == index
 
 
-def slots_from_phi(phi: Int[Tensor, "B T"], pictures: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
-    """Return the place in the flat stack of the picture each token sees, -1 for none.
+def slots_from_phi(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
+    """Return the place in the flat stack of the image each token sees, -1 for none.
 
-    `pictures` (R, M) lists every row's pictures as places in the stack, padded with -1. B is a multiple of R: with
-    beams each prompt's row is repeated, and its pictures are not.
+    `images` (R, M) lists every row's images as places in the stack, padded with -1. B is a multiple of R: with
+    beams each prompt's row is repeated, and its images are not.
 
-        phi [0 1 1 2], pictures [3 4 -1]   ->   [-1 3 3 4]
+        phi [0 1 1 2], images [3 4 -1]   ->   [-1 3 3 4]
 
-    A phi beyond the row's pictures sees none: -1 as well.
+    A phi beyond the row's images sees none: -1 as well.
     """
-    if pictures.shape[0] != phi.shape[0]:
-        pictures = pictures.repeat_interleave(phi.shape[0] // max(pictures.shape[0], 1), dim=0)
+    if images.shape[0] != phi.shape[0]:
+        images = images.repeat_interleave(phi.shape[0] // max(images.shape[0], 1), dim=0)
     # Column 0 is "none", and so is the last one, where every number that is too high ends up.
-    padded = torch.nn.functional.pad(pictures, (1, 1), value=-1)
+    padded = torch.nn.functional.pad(images, (1, 1), value=-1)
     return padded.gather(1, phi.clamp(max=padded.shape[1] - 1))
 
 
-def picture_table(image_counts: Int[Tensor, "B"], start: int = 0) -> Int[Tensor, "B M"]:
-    """Return every row's pictures as places in the flat stack, padded with -1; the first one has place `start`.
+def image_table(image_counts: Int[Tensor, "B"], start: int = 0) -> Int[Tensor, "B M"]:
+    """Return every row's images as places in the flat stack, padded with -1; the first one has place `start`.
 
     counts [2 0 1]   ->   [[0 1] [-1 -1] [2 -1]]
     """
@@ -134,19 +134,19 @@ def picture_table(image_counts: Int[Tensor, "B"], start: int = 0) -> Int[Tensor,
 
 @dataclass(frozen=True)
 class Segments:
-    """The tokens of a batch grouped by the picture they see, made once per forward and shared by all blocks.
+    """The tokens of a batch grouped by the image they see, made once per forward and shared by all blocks.
 
-    With slots [-1 0 0 2] over a stack of three pictures: tokens [1 2 3], pictures [0 2], lengths [2 1], and the padded
+    With slots [-1 0 0 2] over a stack of three images: tokens [1 2 3], images [0 2], lengths [2 1], and the padded
     table of tokens [[0 1] [2 2]] over the N=3 tokens, from which `unpad` [0 1 2] reads them back.
 
-    Where one picture has many more tokens than the mean, the groups are cut into pieces of about the mean, so that the
-    padded table stays small: slots [0 0 0 0 0 0 0 0 0 1] give pictures [0 0 1] and lengths [5 4 1].
+    Where one image has many more tokens than the mean, the groups are cut into pieces of about the mean, so that the
+    padded table stays small: slots [0 0 0 0 0 0 0 0 0 1] give images [0 0 1] and lengths [5 4 1].
     """
 
     tokens: Int[Tensor, "N"]
-    """Places in the flattened (B*T) text of the tokens that see a picture, one picture's after the other's."""
-    pictures: Int[Tensor, "A"]
-    """For each group the place of its picture in the flat stack."""
+    """Places in the flattened (B*T) text of the tokens that see an image, one image's after the other's."""
+    images: Int[Tensor, "A"]
+    """For each group the place of its image in the flat stack."""
     lengths: list[int]
     """How many tokens are in each group, (A,)."""
     pad: Int[Tensor, "A S"]
@@ -154,47 +154,47 @@ class Segments:
     unpad: Int[Tensor, "N"]
     """Where each token is in the flattened `pad`."""
     sees: Bool[Tensor, "B T"]
-    """Which tokens see a picture at all."""
+    """Which tokens see an image at all."""
     is_whole_stack: bool
-    """Whether `pictures` is just 0, 1, 2, ... to the end of the stack."""
+    """Whether `images` is just 0, 1, 2, ... to the end of the stack."""
     reach: Int[Tensor, "A M"] | None = None
-    """Where tokens see several pictures: a group is a row of the batch, these are its pictures, -1 for none."""
+    """Where tokens see several images: a group is a row of the batch, these are its images, -1 for none."""
     upto: Int[Tensor, "A S"] | None = None
     """And this is how many of them, from the first, each token of `pad` sees."""
     maps: list[Tensor] | None = None
     """Where each block leaves its attention weights (N, H, L or M * L), if they are asked for."""
 
 
-def segments_from_slots(slots: Int[Tensor, "B T"], num_pictures: int) -> Segments:
-    """Group the tokens of a batch by the picture they see; `slots` as of `slots_from_phi`."""
+def segments_from_slots(slots: Int[Tensor, "B T"], num_images: int) -> Segments:
+    """Group the tokens of a batch by the image they see; `slots` as of `slots_from_phi`."""
     flat = slots.flatten()
     sees = slots >= 0
     order = flat.argsort(stable=True)
     tokens = order[flat.numel() - int(sees.sum()) :]
-    pictures, counts = flat[tokens].unique_consecutive(return_counts=True)
+    images, counts = flat[tokens].unique_consecutive(return_counts=True)
     longest = int(counts.max()) if len(counts) else 0
-    whole = len(counts) == num_pictures
+    whole = len(counts) == num_images
     if longest > 1.5 * len(tokens) / max(len(counts), 1):
-        pictures, counts, longest = _in_pieces(pictures, counts, -(-len(tokens) // len(counts)))
+        images, counts, longest = _in_pieces(images, counts, -(-len(tokens) // len(counts)))
         whole = False
-    return Segments(tokens, pictures, counts.tolist(), *_padded(counts, longest), sees, whole)
+    return Segments(tokens, images, counts.tolist(), *_padded(counts, longest), sees, whole)
 
 
-def segments_of_rows(phi: Int[Tensor, "B T"], pictures: Int[Tensor, "R M"]) -> Segments:
-    """Group the tokens by row, each of which sees its row's pictures 1 to phi; `pictures` as of `slots_from_phi`.
+def segments_of_rows(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Segments:
+    """Group the tokens by row, each of which sees its row's images 1 to phi; `images` as of `slots_from_phi`.
 
-    phi [0 1 1 2], pictures [3 4 -1]   ->   tokens [1 2 3], reach [[3 4 -1]], upto [[1 1 2]]
+    phi [0 1 1 2], images [3 4 -1]   ->   tokens [1 2 3], reach [[3 4 -1]], upto [[1 1 2]]
     """
-    if pictures.shape[0] != phi.shape[0]:
-        pictures = pictures.repeat_interleave(phi.shape[0] // max(pictures.shape[0], 1), dim=0)
-    upto = torch.minimum(phi, (pictures >= 0).sum(1, keepdim=True))
+    if images.shape[0] != phi.shape[0]:
+        images = images.repeat_interleave(phi.shape[0] // max(images.shape[0], 1), dim=0)
+    upto = torch.minimum(phi, (images >= 0).sum(1, keepdim=True))
     sees = upto > 0
     counts = sees.sum(1)
     rows = counts.nonzero()[:, 0]
     counts = counts[rows]
     tokens = sees.flatten().nonzero()[:, 0]
     pad, unpad = _padded(counts, int(counts.max()) if len(counts) else 0)
-    reach, upto = pictures[rows], upto.flatten()[tokens][pad]
+    reach, upto = images[rows], upto.flatten()[tokens][pad]
     return Segments(
         tokens, reach[:, 0] if reach.numel() else rows, counts.tolist(), pad, unpad, sees, False, reach, upto
     )
@@ -211,10 +211,10 @@ def _padded(counts: Int[Tensor, "A"], longest: int) -> tuple[Int[Tensor, "A S"],
 
 
 def _in_pieces(
-    pictures: Int[Tensor, "A"], counts: Int[Tensor, "A"], size: int
+    images: Int[Tensor, "A"], counts: Int[Tensor, "A"], size: int
 ) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"], int]:
     """Cut groups of `counts` tokens into pieces of at most `size`."""
     pieces = (counts + size - 1) // size
     group = torch.arange(len(counts), device=counts.device).repeat_interleave(pieces)
     nth = torch.arange(len(group), device=counts.device) - (pieces.cumsum(0) - pieces)[group]
-    return pictures[group], (counts[group] - nth * size).clamp(max=size), size
+    return images[group], (counts[group] - nth * size).clamp(max=size), size

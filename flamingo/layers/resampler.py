@@ -1,9 +1,9 @@
-"""Perceiver Resampler: any number of patch tokens of a picture or clip in, L latent tokens out.
+"""Perceiver Resampler: any number of patch tokens of an image or clip in, L latent tokens out.
 
 Alayrac et al. 2022, section 3.1.1 and figure 5; parameters laid out so that OpenFlamingo's and IDEFICS' weights map one
 to one. Notable: keys and values come from the patches AND the latents, concatenated, as in the paper.
 
-Letters: I pictures, F frames, P patches, V encoder's width, L latents, D width, H heads.
+Letters: I images, F frames, P patches, V encoder's width, L latents, D width, H heads.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class PerceiverLayer(GradientCheckpointingLayer):
 
 
 class PerceiverResampler(nn.Module):
-    """(I, F, P, V) patch features of pictures (F=1) or clips to (I, L, D) latents.
+    """(I, F, P, V) patch features of images (F=1) or clips to (I, L, D) latents.
 
     D is the encoder's width V, as in OpenFlamingo and IDEFICS, unless `width` gives another: then a linear map brings
     the patches to it first (the paper's resampler is 1,536 wide whatever its encoder's width).
@@ -143,7 +143,7 @@ class PerceiverResampler(nn.Module):
     def forward(
         self, features: Float[Tensor, "*frames P V"], counts: Sequence[int] | None = None
     ) -> Float[Tensor, "I L D"]:
-        """Return the latents of each picture or clip, in this module's dtype whatever the encoder's.
+        """Return the latents of each image or clip, in this module's dtype whatever the encoder's.
 
         `features` is (I, F, P, V), or, with the number of frames of each, (N, P, V) of all frames.
         """

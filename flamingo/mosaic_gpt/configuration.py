@@ -1,4 +1,4 @@
-"""The config of MosaicGPT (`flamingo.mosaic_gpt.modeling`), apart from it so that a config can be read without the model's code.
+"""The config of MosaicGPT (`flamingo.mosaic_gpt.modeling`); reading it does not import the model.
 
 Importing this file registers the model type `mosaic_gpt`.
 """

@@ -32,7 +32,7 @@ FREEZE_LANGUAGE = (*FREEZE, "lora")
 
 @dataclass(kw_only=True, slots=True)
 class VisionSource:
-    """Where the picture encoder comes from. `name` (weights) wins over `config` (shape only, random weights)."""
+    """Where the image encoder comes from. `name` (weights) wins over `config` (shape only, random weights)."""
 
     name: str | None = None
     """An open_clip architecture such as `ViT-L-14`, or a folder that objective `contrastive` has written."""
@@ -41,7 +41,7 @@ class VisionSource:
     config: dict[str, Any] | None = None
     """open_clip's own model description: `embed_dim`, `vision_cfg`, `text_cfg`."""
     resize_mode: str | None = None
-    """How a picture becomes square: `squash`, `crop`, `pad`, `pad_mean` (the paper); none: as the encoder's own."""
+    """How an image becomes square: `squash`, `crop`, `pad`, `pad_mean` (the paper); none: as the encoder's own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class LanguageSource:
     config: dict[str, Any] | None = None
     """Arguments of the transformers config, with `model_type`."""
     tokenizer: str | None = None
-    """A tokenizer's name or folder; none: beside `name`, or trained on the page text (objective `language`)."""
+    """A tokenizer's name or folder; none: beside `name`, or trained on the document text (objective `language`)."""
     vocab_size: int = 512
     """Tokens of a tokenizer trained here."""
 
@@ -466,7 +466,7 @@ class CheckpointOptions:
 
 @dataclass(kw_only=True, slots=True)
 class ValidationOptions:
-    """The loss of each dataset on pages that are not trained on."""
+    """The loss of each dataset on documents that are not trained on."""
 
     every: int = 0
     """Updates between two validations, the last update included; 0: never."""

@@ -40,7 +40,7 @@ class Skipped:
             before = f" ({self.in_a_row} updates in a row)" if self._limit else ""
             raise UserError(
                 f"update {step}: the gradient is not finite, and no weight was changed{before}; the keys of the batch "
-                f"are in {where}: lower optim.lr, or look at these pages with python -m data inspect"
+                f"are in {where}: lower optim.lr, or look at these documents with python -m data inspect"
             )
 
     def fine(self) -> None:

@@ -151,7 +151,7 @@ def finish(
         try:
             draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{title} ({run_dir})")
             print(f"losses in {run_dir / 'loss.png'}", flush=True)
-        except OSError as error:  # a picture is no reason to call a finished run failed
+        except OSError as error:  # an image is no reason to call a finished run failed
             print(f"{run_dir / 'loss.png'} cannot be written: {error}", file=sys.stderr, flush=True)
     processes.wait()  # nobody leaves while the model is being written
     return run_dir / "model"

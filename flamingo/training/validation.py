@@ -1,4 +1,4 @@
-"""The loss of each dataset on pages held out, in the middle of training and without a trace in it."""
+"""The loss of each dataset on documents held out, in the middle of training and without a trace in it."""
 
 from __future__ import annotations
 

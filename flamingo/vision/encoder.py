@@ -8,10 +8,10 @@ Notable, each learned the hard way:
   all of them, so that the same weights give the same tokens by way of either library.
 - The OpenAI weights were trained with QuickGELU. `ViT-L-14` with the tag `openai` builds plain GELU in open_clip 3 and
   only warns; here the tag decides.
-- The pictures come as uint8 and are normalised here, so that nothing between the shard and the encoder has to know the
+- The images come as uint8 and are normalised here, so that nothing between the shard and the encoder has to know the
   encoder's mean and deviation.
 
-Letters: I pictures, F frames, C channels, S side in pixels, P patches, D width.
+Letters: I images, F frames, C channels, S side in pixels, P patches, D width.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Run a black picture, so that an encoder without a class token or final norm is refused before it is used."""
+        """Run a black image, so that an encoder without a class token or final norm is refused before it is used."""
         shape = (1, 1, 3, self.image_size, self.image_size)
         self(torch.zeros(shape, device=next(self.tower.parameters()).device))
 
@@ -161,7 +161,7 @@ def _note_input(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def token_width(tower: nn.Module, image_size: int, channels: int = 3) -> int:
-    """Return the width D of a tower's patch tokens, by running it once on a black picture."""
+    """Return the width D of a tower's patch tokens, by running it once on a black image."""
     parameter = next(tower.parameters())
     with torch.no_grad():
         black = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)

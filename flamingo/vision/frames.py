@@ -1,11 +1,11 @@
-"""Pictures and clips of any number of frames, from pixels to latents.
+"""Images and clips of any number of frames, from pixels to latents.
 
-Notable: a batch may mix pictures with clips of different lengths. Then the frames are one flat stack with a count for
-each picture; no frame is ever padded. The encoder runs over the flat frames, the resampler's layers once for each
-number of frames that occurs. Outside of training a picture that occurs several times (one demonstration in many rows)
+Notable: a batch may mix images with clips of different lengths. Then the frames are one flat stack with a count for
+each image; no frame is ever padded. The encoder runs over the flat frames, the resampler's layers once for each
+number of frames that occurs. Outside of training an image that occurs several times (one demonstration in many rows)
 is encoded once.
 
-Letters: N frames of all pictures, I pictures, F frames of a picture, C channels, S side, P patches, L latents, D width.
+Letters: N frames of all images, I images, F frames of an image, C channels, S side, P patches, L latents, D width.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from flamingo.errors import UserError
 def flat_frames(
     pixel_values: Shaped[Tensor, "..."], frame_counts: Sequence[int] | None = None
 ) -> tuple[Shaped[Tensor, "N C S S"], list[int]]:
-    """Return all frames in one stack and the number of frames of each picture.
+    """Return all frames in one stack and the number of frames of each image.
 
-    `pixel_values` is (I, F, C, S, S), every picture with F frames or, with `frame_counts`, with its first so many; or
-    (N, C, S, S), the frames of all pictures with `frame_counts`, or one picture each.
+    `pixel_values` is (I, F, C, S, S), every image with F frames or, with `frame_counts`, with its first so many; or
+    (N, C, S, S), the frames of all images with `frame_counts`, or one image each.
 
     Raises:
-        UserError: the counts do not fit the frames, or a picture has none.
+        UserError: the counts do not fit the frames, or an image has none.
     """
     if pixel_values.ndim not in (4, 5):
         raise UserError(
-            f"pixel_values has {pixel_values.ndim} dimensions; it is (pictures, frames, channels, side, side), or "
+            f"pixel_values has {pixel_values.ndim} dimensions; it is (images, frames, channels, side, side), or "
             "(frames, channels, side, side) with frame_counts"
         )
     given = len(pixel_values)
     counts = None if frame_counts is None else list(frame_counts)
     if counts is not None and min(counts, default=1) < 1:
-        raise UserError(f"frame_counts has a picture of {min(counts)} frames; each has at least 1")
+        raise UserError(f"frame_counts has an image of {min(counts)} frames; each has at least 1")
     if pixel_values.ndim == 4:
         counts = [1] * given if counts is None else counts
         if sum(counts) != given:
@@ -51,16 +51,16 @@ def flat_frames(
     if len(counts) != given or max(counts, default=0) > frames:
         raise UserError(
             f"frame_counts has {len(counts)} entries up to {max(counts, default=0)}, but pixel_values has {given} "
-            f"pictures of {frames} frames"
+            f"images of {frames} frames"
         )
     kept = torch.arange(frames, device=pixel_values.device) < torch.tensor(counts, device=pixel_values.device)[:, None]
     return pixel_values[kept], counts
 
 
 def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the first picture of each kind, and for each picture its place among those.
+    """Return the first image of each kind, and for each image its place among those.
 
-    Pictures a b a of one frame each: [0 1] and [0 1 0].
+    Images a b a of one frame each: [0 1] and [0 1 0].
     """
     host = frames.detach().cpu().contiguous()
     marks = [hashlib.blake2b(frame.view(torch.uint8).numpy().tobytes(), digest_size=16).digest() for frame in host]
@@ -68,11 +68,11 @@ def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[
     kept: list[int] = []
     places = []
     start = 0
-    for picture, count in enumerate(counts):
+    for image, count in enumerate(counts):
         key = tuple(marks[start : start + count])
         if key not in first:
             first[key] = len(kept)
-            kept.append(picture)
+            kept.append(image)
         places.append(first[key])
         start += count
     return kept, places
@@ -84,7 +84,7 @@ def encode(
     frames: Shaped[Tensor, "N C S S"],
     counts: Sequence[int],
 ) -> Float[Tensor, "I L D"]:
-    """Return the latents of each picture: `encoder` as (I, F, C, S, S) to (I, F, P, D), `resampler` from there.
+    """Return the latents of each image: `encoder` as (I, F, C, S, S) to (I, F, P, D), `resampler` from there.
 
     Each is called once, whatever the counts: sharded modules must be called as often on every process.
     """
@@ -96,11 +96,11 @@ def encode(
 def by_length(
     work: Callable[[Tensor], Tensor], features: Float[Tensor, "N P D"], counts: Sequence[int]
 ) -> Float[Tensor, "I L E"]:
-    """Return what `work`, (I, F, P, D) to (I, L, E), makes of each picture; it runs once for each number of frames."""
+    """Return what `work`, (I, F, P, D) to (I, L, E), makes of each image; it runs once for each number of frames."""
     first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
     groups, order = [], []
     for number in sorted(set(counts)):
-        which = [picture for picture, count in enumerate(counts) if count == number]
+        which = [image for image, count in enumerate(counts) if count == number]
         places = (first[which][:, None] + torch.arange(number)).to(features.device)
         groups.append(work(features[places]))
         order += which
@@ -109,10 +109,10 @@ def by_length(
 
 
 def frames_of(
-    frames: Shaped[Tensor, "N C S S"], counts: Sequence[int], pictures: Sequence[int]
+    frames: Shaped[Tensor, "N C S S"], counts: Sequence[int], images: Sequence[int]
 ) -> tuple[Shaped[Tensor, "M C S S"], list[int]]:
-    """Return the frames and counts of some of the pictures."""
-    if len(pictures) == len(counts):
+    """Return the frames and counts of some of the images."""
+    if len(images) == len(counts):
         return frames, list(counts)
     parts = frames.split(list(counts))
-    return torch.cat([parts[picture] for picture in pictures]), [counts[picture] for picture in pictures]
+    return torch.cat([parts[image] for image in images]), [counts[image] for image in images]

@@ -4,7 +4,7 @@ Notable: learned positions are interpolated bicubically with antialiasing, as op
 do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
 has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
 saved is an encoder of the new size. A side that is no multiple of the patch loses the rest at its right and bottom: at
-patch 14, 322 or 336 px make better use of a picture than the paper's 320.
+patch 14, 322 or 336 px make better use of an image than the paper's 320.
 
 Letters: G side of a grid of patches, R rows before it (class token), D width.
 """
@@ -44,14 +44,14 @@ def resized_positions(
         raise UserError(f"{len(old)} position embeddings are no square grid, so they cannot be interpolated")
     if side == grid:
         return table
-    picture = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
-    return torch.cat([first, picture[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
+    image = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
+    return torch.cat([first, image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
 
 
 @torch.no_grad()
 def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None:
-    """Make an encoder take pictures of `image_size` px, in place.
+    """Make an encoder take images of `image_size` px, in place.
 
     open_clip's towers, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
     module. Convolutional encoders and those that interpolate in every forward pass (DINOv2) stay as they are.
@@ -88,7 +88,7 @@ def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None
         token_width(tower, image_size)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(
-            f"{type(tower).__name__} does not take pictures of {image_size} px ({_first_line(error)}), and its "
+            f"{type(tower).__name__} does not take images of {image_size} px ({_first_line(error)}), and its "
             "positions are not of a kind that is interpolated here; build it for that size"
         ) from error
 
@@ -142,14 +142,14 @@ def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
     """Return the width D of a tower's tokens, from a run at this size.
 
     Raises:
-        UserError: the tower does not take pictures of this size.
+        UserError: the tower does not take images of this size.
     """
     try:
         return token_width(tower, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{name} does not take pictures of {image_size} px ({_first_line(error)}); "
-            f"where it has learned positions, flamingo.vision.resize.resize_tower(module, {image_size}) interpolates them"
+            f"{name} does not take images of {image_size} px ({_first_line(error)}); "
+            f"flamingo.vision.resize.resize_tower(module, {image_size}) interpolates learned positions"
         ) from error
 
 

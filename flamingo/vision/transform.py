@@ -1,9 +1,9 @@
-"""Pictures of any kind to square uint8 tensors.
+"""Images of any kind to square uint8 tensors.
 
-Notable: uint8 all the way; a picture is scaled with antialiasing on the uint8 tensor (within one grey level of
+Notable: uint8 all the way; an image is scaled with antialiasing on the uint8 tensor (within one grey level of
 open_clip's PIL transform, at a third of its time), and the encoder normalises.
 
-Letters: C channels (3, RGB), h and w the picture's own size, S side in pixels.
+Letters: C channels (3, RGB), h and w the image's own size, S side in pixels.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from flamingo.config import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
 
 MODES = ("squash", "crop", "pad", "pad_mean")
-Picture = Any
+ImageInput = Any
 """PIL image, path, bytes of a file, (h, w, 3) uint8 array, (3, h, w) uint8 tensor; a list of them is a clip."""
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Make a picture `size` pixels square; `mean` and `std` are the encoder's, kept here for the record.
+    """Make an image `size` pixels square; `mean` and `std` are the encoder's, kept here for the record.
 
     `mode`: "squash" ignores the shape; "crop" scales the shorter side and keeps the centre; "pad" scales the longer
     side and fills with black, "pad_mean" with the encoder's mean (Flamingo; nothing, once it is normalised).
@@ -51,17 +51,17 @@ class ImageTransform:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
-    def __call__(self, picture: UInt8[Tensor, "C h w"]) -> UInt8[Tensor, "C S S"]:
-        """Return the square picture."""
-        height, width = picture.shape[-2:]
+    def __call__(self, image: UInt8[Tensor, "C h w"]) -> UInt8[Tensor, "C S S"]:
+        """Return the square image."""
+        height, width = image.shape[-2:]
         if (height, width) == (self.size, self.size):
-            return picture
+            return image
         target = [self.size, self.size]
         if self.mode != "squash":
             side = min(height, width) if self.mode == "crop" else max(height, width)
             target = [max(1, round(height * self.size / side)), max(1, round(width * self.size / side))]
         way = tv.InterpolationMode(self.interpolation)
-        out = tv.resize(picture, target, interpolation=way, antialias=self.interpolation != "nearest")
+        out = tv.resize(image, target, interpolation=way, antialias=self.interpolation != "nearest")
         if self.mode == "crop":
             out = tv.center_crop(out, [self.size, self.size])
         elif self.mode in ("pad", "pad_mean"):
@@ -73,40 +73,40 @@ class ImageTransform:
         return out
 
     @staticmethod
-    def to_rgb(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
-        """Return a PIL picture as uint8 RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-            values = np.asarray(picture).astype(np.float32)
+    def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+        """Return a PIL image as uint8 RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            values = np.asarray(image).astype(np.float32)
             scale = 255.0 if values.max(initial=0) <= 255 else 65535.0
-            picture = Image.fromarray((values * (255.0 / scale)).clip(0, 255).round().astype(np.uint8))
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+            image = Image.fromarray((values * (255.0 / scale)).clip(0, 255).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def to_rgb(picture: Picture, where: str = "the picture") -> UInt8[Tensor, "3 h w"]:
-    """Return any kind of picture as a uint8 RGB tensor.
+def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"]:
+    """Return any kind of image as a uint8 RGB tensor.
 
     Raises:
         UserError: it cannot be decoded; `where` says which one.
     """
-    if isinstance(picture, Tensor):
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-            raise UserError(f"{where} is a {picture.dtype} tensor {tuple(picture.shape)}; uint8 (3, h, w) is needed")
-        return picture
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise UserError(f"{where} is a {image.dtype} tensor {tuple(image.shape)}; uint8 (3, h, w) is needed")
+        return image
     try:
-        if isinstance(picture, bytes | bytearray):
-            picture = Image.open(io.BytesIO(picture))
-        elif isinstance(picture, str | Path):
-            picture = Image.open(picture)
-        elif isinstance(picture, np.ndarray):
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            raise UserError(f"{where} is a {type(picture).__name__}, not a picture")
-        return ImageTransform.to_rgb(picture)
+        if isinstance(image, bytes | bytearray):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, str | Path):
+            image = Image.open(image)
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            raise UserError(f"{where} is a {type(image).__name__}, not an image")
+        return ImageTransform.to_rgb(image)
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise

@@ -1,4 +1,4 @@
-"""Pages, pictures and a byte tokenizer for the tests of the data engine."""
+"""Documents, images and a byte tokenizer for the tests of the data engine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.processor import FlamingoProcessor
 from flamingo.vision.transform import ImageTransform
@@ -21,29 +21,31 @@ SIDE = 8
 
 
 def png(value: int, side: int = SIDE) -> bytes:
-    """A grey picture whose every pixel has this value."""
-    return encoded(Image.new("RGB", (side, side), (value, value, value)), "PNG")
+    """A grey image whose every pixel has this value."""
+    return encoded(PILImage.new("RGB", (side, side), (value, value, value)), "PNG")
 
 
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+def encoded(image: PILImage.Image, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
 
 
-def numbered_page(first: int, pictures: int, key: str = "", words: int = 1) -> Page:
-    """Picture of brightness v followed by the text "v v ...", for v = first, first + 1, ..."""
+def numbered_document(first: int, images: int, key: str = "", words: int = 1) -> Document:
+    """Image of brightness v followed by the text "v v ...", for v = first, first + 1, ..."""
     nodes: list[Node] = []
-    for number in range(pictures):
-        nodes += [Picture((number,)), Text(" ".join([str(first + number)] * words))]
-    return Page(key, nodes, [png((first + number) % 256) for number in range(pictures)])
+    for number in range(images):
+        nodes += [Image((number,)), Text(" ".join([str(first + number)] * words))]
+    return Document(key, nodes, [png((first + number) % 256) for number in range(images)])
 
 
-def write_pages(folder: Path, prefix: str = "pages", count: int = 20, per_shard: int = 4, pictures: int = 2) -> Path:
-    """`count` numbered pages, no two alike."""
+def write_documents(
+    folder: Path, prefix: str = "documents", count: int = 20, per_shard: int = 4, images: int = 2
+) -> Path:
+    """`count` numbered documents, no two alike."""
     with ShardWriter(folder, prefix, per_shard) as writer:
         for number in range(count):
-            writer.write(numbered_page(number * pictures, pictures, words=1 + number % 3))
+            writer.write(numbered_document(number * images, images, words=1 + number % 3))
     return folder
 
 
@@ -57,7 +59,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_processor() -> FlamingoProcessor:
-    """A processor over bytes and pictures of SIDE pixels."""
+    """A processor over bytes and images of SIDE pixels."""
     return FlamingoProcessor(byte_tokenizer(), ImageTransform(SIDE, mode="squash"))
 
 
@@ -66,7 +68,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
+def random_image(mode: str, size: tuple[int, int], seed: int = 0) -> PILImage.Image:
     """Smooth random colours in a mode of Pillow."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    return PILImage.fromarray(small).resize(size, PILImage.Resampling.BICUBIC).convert(mode)

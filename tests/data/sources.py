@@ -10,30 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.__main__ import main
-from data.shards.document import Page, Picture, Text
-from data.shards.writer import read_manifest, read_pages
+from data.shards.document import Document, Image, Text
+from data.shards.writer import read_documents, read_manifest
 from data.tools.verify import verify
 from tests.data.helpers import encoded, random_image
 
 
 @dataclass
 class Prepared:
-    """What a preparation left: its pages in order, its manifest's facts, and what it printed."""
+    """What a preparation left: its documents in order, its manifest's facts, and what it printed."""
 
-    pages: list[Page]
+    documents: list[Document]
     meta: dict[str, Any]
     report: str
 
     @property
     def dropped(self) -> dict[str, int]:
-        return self.meta["pages"]["dropped"]
+        return self.meta["documents"]["dropped"]
 
     @property
-    def dropped_pictures(self) -> dict[str, int]:
-        return self.meta["pictures"]["dropped"]
+    def dropped_images(self) -> dict[str, int]:
+        return self.meta["images"]["dropped"]
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
@@ -50,14 +50,14 @@ def prepare(out: Path, source: str, *arguments: object, faults: int = 0) -> Prep
     assert status == 0, err
     assert len(list(verify(out))) == faults
     part = read_manifest(out)["parts"][source]
-    pages = [page for entry in part["shards"] for page in read_pages(out / entry["name"])]
+    documents = [document for entry in part["shards"] for document in read_documents(out / entry["name"])]
     meta = part["meta"]
-    assert meta["pages"]["kept"] == part["pages"] == len(pages)
-    assert meta["pictures"]["kept"] == part["pictures"] == sum(len(page.images) for page in pages)
-    assert set(meta["first"]) == {f"page: {r}" for r in meta["pages"]["dropped"]} | {
-        f"picture: {r}" for r in meta["pictures"]["dropped"]
+    assert meta["documents"]["kept"] == part["documents"] == len(documents)
+    assert meta["images"]["kept"] == part["images"] == sum(len(document.images) for document in documents)
+    assert set(meta["first"]) == {f"document: {r}" for r in meta["documents"]["dropped"]} | {
+        f"image: {r}" for r in meta["images"]["dropped"]
     }
-    return Prepared(pages, meta, report)
+    return Prepared(documents, meta, report)
 
 
 def refusal(out: Path, source: str, *arguments: object) -> str:
@@ -74,15 +74,15 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return encoded(random_image("RGB", size, seed=number), "JPEG")
 
 
-def flat(page: Page) -> list[str | bytes | tuple[bytes, ...]]:
-    """A page as texts, pictures (their bytes) and clips (the bytes of the frames), in reading order."""
+def flat(document: Document) -> list[str | bytes | tuple[bytes, ...]]:
+    """A document as texts, images (their bytes) and clips (the bytes of the frames), in reading order."""
     out: list[str | bytes | tuple[bytes, ...]] = []
-    for node in page.nodes:
+    for node in document.nodes:
         if isinstance(node, Text):
             out.append(node.text)
         else:
-            assert isinstance(node, Picture)
-            frames = tuple(page.images[frame] for frame in node.frames)
+            assert isinstance(node, Image)
+            frames = tuple(document.images[frame] for frame in node.frames)
             out.append(frames if len(frames) > 1 or node.fps is not None else frames[0])
     return out
 
@@ -103,21 +103,21 @@ def add_link(path: Path, name: str, target: str) -> None:
         tar.addfile(info)
 
 
-def bad_pictures() -> dict[str, bytes]:
-    """Files under the name of a picture that are none, by the reason that is given for them."""
-    bomb = encoded(Image.new("1", (10_000, 10_000)), "PNG")
+def bad_images() -> dict[str, bytes]:
+    """Files under the name of an image that are none, by the reason that is given for them."""
+    bomb = encoded(PILImage.new("1", (10_000, 10_000)), "PNG")
     return {
-        "picture is an empty file": b"",
-        "HTML saved as a picture": b"<!doctype html><title>404</title>",
-        "not a picture": b"\x00\x01\x02\x03" * 9,
-        "picture is a Git-LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
-        "picture cannot be decoded": jpeg(0)[:30],
-        "picture of more than 64000000 pixels": bomb,
+        "image is an empty file": b"",
+        "HTML saved as an image": b"<!doctype html><title>404</title>",
+        "not an image": b"\x00\x01\x02\x03" * 9,
+        "image is a Git-LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
+        "image cannot be decoded": jpeg(0)[:30],
+        "image of more than 64000000 pixels": bomb,
     }
 
 
-def document(sentences: list[str], *pictures: tuple[str, int, float], **more: Any) -> dict[str, Any]:
-    """A line of MMC4: pictures are (name, sentence, similarity)."""
+def mmc4_document(sentences: list[str], *images: tuple[str, int, float], **more: Any) -> dict[str, Any]:
+    """A line of MMC4: images are (name, sentence, similarity)."""
     infos = [
         {
             "image_name": name,
@@ -126,11 +126,11 @@ def document(sentences: list[str], *pictures: tuple[str, int, float], **more: An
             "matched_sim": similarity,
             "face_detections": None,
         }
-        for name, sentence, similarity in pictures
+        for name, sentence, similarity in images
     ]
     matrix = [
         [similarity if at == sentence else similarity / 2 for at in range(len(sentences))]
-        for _, sentence, similarity in pictures
+        for _, sentence, similarity in images
     ]
     return {
         "text_list": sentences,

@@ -12,7 +12,7 @@ from tests.data.sources import command
 
 
 def measured(documents: float, cpu: float, private: float = 1e8) -> dict[str, float]:
-    return {"documents": documents, "pictures": 2 * documents, "cpu": cpu, "private": private, "read": 1.0}
+    return {"documents": documents, "images": 2 * documents, "cpu": cpu, "private": private, "read": 1.0}
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -32,9 +32,9 @@ def test_ratios_are_taken_within_a_round() -> None:
         True,
     )
     assert rows["pairs: documents/s/core"] == ("100.0", "240.0", "2.40 (2.40 to 2.40)", ">= 2.5", False)
-    assert rows["the same pages, raw members: documents/s/core"] == ("", "50.0", "", "", True)
+    assert rows["the same documents, raw members: documents/s/core"] == ("", "50.0", "", "", True)
     assert rows["pairs: private MB a worker"] == ("100", "400", "", "<= 300", False)
-    assert rows["pairs: seen pictures/s/core"][-1] is True
+    assert rows["pairs: seen images/s/core"][-1] is True
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     values = {label: (peer, ours) for label, peer, ours, *_ in rows}
     for label in ("open_flamingo's MMC4 shards: documents/s/core", "pairs: documents/s/core"):
         assert all(float(value) > 0 for value in values[label])
-    for what in ("open_flamingo's MMC4 shards", "pairs", "the same pages, raw members"):
+    for what in ("open_flamingo's MMC4 shards", "pairs", "the same documents, raw members"):
         assert 1.0 <= float(values[f"{what}: bytes read/used"][1]) <= 1.05
     assert float(values["the same, packed in rows of 256"][1]) >= LEAST_FILL
     rounds = json.loads((tmp_path / "rounds.json").read_text())

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from data.prepare.sources.digits import WORDS
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.index import index_path
-from data.shards.writer import ShardWriter, read_manifest, read_pages
+from data.shards.writer import ShardWriter, read_documents, read_manifest
 from data.toy.names import names
-from tests.data.helpers import png, write_pages
+from tests.data.helpers import png, write_documents
 from tests.data.test_index import make_tar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,59 +39,61 @@ def mistake(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
-    done = run("prepare", "digits", "--out", out, "--pages", "30", "--pages-per-shard", "20", "--seed", "1")
+    done = run("prepare", "digits", "--out", out, "--documents", "30", "--documents-per-shard", "20", "--seed", "1")
     assert done.returncode == 0, done.stderr
-    assert "30 naming and 30 binding pages, 1258 pairs, 539 held-out pictures" in done.stdout
+    assert "30 naming and 30 binding documents, 1258 pairs, 539 held-out images" in done.stdout
     return out
 
 
-def test_digits_are_split_by_picture_and_by_name(digits: Path) -> None:
-    binding = list(read_pages(digits / "train/binding/digits-binding-000000.tar"))
+def test_digits_are_split_by_image_and_by_name(digits: Path) -> None:
+    binding = list(read_documents(digits / "train/binding/digits-binding-000000.tar"))
     assert len(binding) == 20
-    heldout = [page for shard in sorted((digits / "heldout").glob("*.tar")) for page in read_pages(shard)]
-    pairs = [page for shard in sorted((digits / "train/pairs").glob("*.tar")) for page in read_pages(shard)]
-    naming = [page for shard in sorted((digits / "train/naming").glob("*.tar")) for page in read_pages(shard)]
-    kept_out = {page.images[0] for page in heldout}
-    assert not kept_out & {image for page in [*binding, *naming, *pairs] for image in page.images}
+    heldout = [document for shard in sorted((digits / "heldout").glob("*.tar")) for document in read_documents(shard)]
+    pairs = [document for shard in sorted((digits / "train/pairs").glob("*.tar")) for document in read_documents(shard)]
+    naming = [
+        document for shard in sorted((digits / "train/naming").glob("*.tar")) for document in read_documents(shard)
+    ]
+    kept_out = {document.images[0] for document in heldout}
+    assert not kept_out & {image for document in [*binding, *naming, *pairs] for image in document.images}
     assert len(kept_out) == 539
-    assert {name for page in binding for name in page.meta["names"]} <= set(names("train"))
-    assert {name for page in heldout for name in page.meta["names"]} <= set(names("heldout"))
-    assert {page.meta["class"] for page in heldout} == set("0123456789")
+    assert {name for document in binding for name in document.meta["names"]} <= set(names("train"))
+    assert {name for document in heldout for name in document.meta["names"]} <= set(names("heldout"))
+    assert {document.meta["class"] for document in heldout} == set("0123456789")
     assert run("verify", digits).returncode == 0
     parts = read_manifest(digits / "train" / "binding")["parts"]
     assert parts["digits-binding"]["meta"]["ways"] == 2
 
 
-def test_a_binding_page_names_every_picture_rightly(digits: Path) -> None:
-    pairs = [page for shard in (digits / "train/pairs").glob("*.tar") for page in read_pages(shard)]
-    classes = {page.images[0]: page.meta["class"] for page in pairs}
-    for page in read_pages(digits / "train/binding/digits-binding-000000.tar"):
-        called = dict(zip(page.meta["classes"], page.meta["names"], strict=True))
-        turns = [page.nodes[at : at + 2] for at in range(0, len(page.nodes), 2)]
+def test_a_binding_document_names_every_image_rightly(digits: Path) -> None:
+    pairs = [document for shard in (digits / "train/pairs").glob("*.tar") for document in read_documents(shard)]
+    classes = {document.images[0]: document.meta["class"] for document in pairs}
+    for document in read_documents(digits / "train/binding/digits-binding-000000.tar"):
+        called = dict(zip(document.meta["classes"], document.meta["names"], strict=True))
+        turns = [document.nodes[at : at + 2] for at in range(0, len(document.nodes), 2)]
         assert len(turns) == 7
         mentioned = set()
-        for picture, name in turns:
-            assert isinstance(picture, Picture)
-            expected = called[classes[page.images[picture.frames[0]]]]
+        for image, name in turns:
+            assert isinstance(image, Image)
+            expected = called[classes[document.images[image.frames[0]]]]
             assert name == Text(f" {expected}", loss=expected in mentioned)
             mentioned.add(expected)
-        assert mentioned <= set(page.meta["names"])
+        assert mentioned <= set(document.meta["names"])
 
 
-def test_a_naming_page_says_what_the_digits_are(digits: Path) -> None:
-    pairs = [page for shard in (digits / "train/pairs").glob("*.tar") for page in read_pages(shard)]
-    classes = {page.images[0]: int(page.meta["class"]) for page in pairs}
-    pages = list(read_pages(digits / "train/naming/digits-naming-000000.tar"))
-    assert 1 < len({len(page.images) for page in pages}) <= 9
-    for page in pages:
-        said = [node.text for node in page.nodes if isinstance(node, Text)]
-        assert said == [f" {WORDS[classes[image]]}" for image in page.images]
+def test_a_naming_document_says_what_the_digits_are(digits: Path) -> None:
+    pairs = [document for shard in (digits / "train/pairs").glob("*.tar") for document in read_documents(shard)]
+    classes = {document.images[0]: int(document.meta["class"]) for document in pairs}
+    documents = list(read_documents(digits / "train/naming/digits-naming-000000.tar"))
+    assert 1 < len({len(document.images) for document in documents}) <= 9
+    for document in documents:
+        said = [node.text for node in document.nodes if isinstance(node, Text)]
+        assert said == [f" {WORDS[classes[image]]}" for image in document.images]
 
 
 def test_the_same_digits_again(digits: Path, tmp_path: Path) -> None:
     assert (
         run(
-            "prepare", "digits", "--out", tmp_path, "--pages", "30", "--pages-per-shard", "20", "--seed", "1"
+            "prepare", "digits", "--out", tmp_path, "--documents", "30", "--documents-per-shard", "20", "--seed", "1"
         ).returncode
         == 0
     )
@@ -101,22 +103,22 @@ def test_the_same_digits_again(digits: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_as_text_and_as_html(tmp_path: Path) -> None:
-    nodes: list[Node] = [Text("<b> & "), Picture((0,)), Text("what?", loss=False), Picture((1, 0), 1.0), Text("end")]
+    nodes: list[Node] = [Text("<b> & "), Image((0,)), Text("what?", loss=False), Image((1, 0), 1.0), Text("end")]
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("first", [Text("x")], []))
-        writer.write(Page("second", nodes, [png(0, 10), png(255, 12)], {"fact": "<i>"}))
+        writer.write(Document("first", [Text("x")], []))
+        writer.write(Document("second", nodes, [png(0, 10), png(255, 12)], {"fact": "<i>"}))
     shown = run("inspect", tmp_path / "s-000000.tar", "--row", "1").stdout
     for piece in (
         "row 1, key second",
         "fact: <i>",
-        "[picture 0: png, 10 x 10,",
+        "[image 0: png, 10 x 10,",
         "? 'what?'",
         "[clip of 2 frames, first: png, 12 x 12",
     ):
         assert piece in shown
-    page = tmp_path / "page.html"
-    assert run("inspect", tmp_path / "s-000000.tar", "--row", "1", "--html", page).returncode == 0
-    text = page.read_text()
+    document = tmp_path / "document.html"
+    assert run("inspect", tmp_path / "s-000000.tar", "--row", "1", "--html", document).returncode == 0
+    text = document.read_text()
     assert text.count('<img src="data:image/png;base64,') == 3
     assert "&lt;b&gt; &amp; " in text
     assert "<i>" not in text
@@ -132,35 +134,35 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
     def tar(name: str, *members: tuple[str, bytes]) -> Path:
         return make_tar(tmp_path / f"{name}.tar", list(members))
 
-    good = write_pages(tmp_path / "good")
-    page = json.dumps({"v": 1, "nodes": [{"i": 0}, {"t": "x"}]}).encode()
-    cut = tar("cut", ("k.json", page), ("k.000.png", png(1)))
+    good = write_documents(tmp_path / "good")
+    document = json.dumps({"v": 1, "nodes": [{"i": 0}, {"t": "x"}]}).encode()
+    cut = tar("cut", ("k.json", document), ("k.000.png", png(1)))
     cut.write_bytes(cut.read_bytes()[:1200])
-    stale = write_pages(tmp_path / "stale", count=2) / "pages-000000.tar"
-    index_path(stale).write_bytes(index_path(good / "pages-000000.tar").read_bytes())
+    stale = write_documents(tmp_path / "stale", count=2) / "documents-000000.tar"
+    index_path(stale).write_bytes(index_path(good / "documents-000000.tar").read_bytes())
     tar("twice", ("k.txt", b""), ("l.txt", b""), ("k.txt", b""))
-    tar("picture", ("k.json", page), ("k.000.png", png(1)[:50]), ("l.json", page), ("l.000.jpg", b"<html>"))
-    tar("json", ("k.json", b"{"), ("l.json", page), ("l.000.png", png(0)))
-    tar("few", ("k.json", page))
-    write_pages(tmp_path / "missing", count=8)
-    (tmp_path / "missing" / "pages-000001.tar").unlink()
-    write_pages(tmp_path / "extra", count=4)
-    (tmp_path / "extra" / "pages-000000.tar").replace(tmp_path / "extra" / "more.tar")
+    tar("image", ("k.json", document), ("k.000.png", png(1)[:50]), ("l.json", document), ("l.000.jpg", b"<html>"))
+    tar("json", ("k.json", b"{"), ("l.json", document), ("l.000.png", png(0)))
+    tar("few", ("k.json", document))
+    write_documents(tmp_path / "missing", count=8)
+    (tmp_path / "missing" / "documents-000001.tar").unlink()
+    write_documents(tmp_path / "extra", count=4)
+    (tmp_path / "extra" / "documents-000000.tar").replace(tmp_path / "extra" / "more.tar")
 
     done = run("verify", tmp_path)
     assert done.returncode == 1
     faults = done.stdout.strip().split("\n")
     for piece in (
         "cut.tar is truncated",
-        "pages-000000.tar has 10240 bytes but its index was built for 20480",
+        "documents-000000.tar has 10240 bytes but its index was built for 20480",
         "twice.tar: key 'k' appears twice (rows 0 and 2)",
-        "picture.tar, row 0 (key 'k'): picture 0 is undecodable",
-        "picture.tar, row 1 (key 'l'): picture 0 is not a picture",
+        "image.tar, row 0 (key 'k'): image 0 is undecodable",
+        "image.tar, row 1 (key 'l'): image 0 is not an image",
         "json.tar, row 0 (key 'k'): bad text or JSON: JSON cannot be read",
-        "few.tar, row 0 (key 'k'): its <image> places ask for 1 pictures but the sample has 0",
-        "pages-000001.tar is in the folder's manifest and missing",
+        "few.tar, row 0 (key 'k'): its <image> places ask for 1 images but the sample has 0",
+        "documents-000001.tar is in the folder's manifest and missing",
         "extra/more.tar is not in the folder's manifest",
-        "extra/pages-000000.tar is in the folder's manifest and missing",
+        "extra/documents-000000.tar is in the folder's manifest and missing",
     ):
         assert sum(piece in fault for fault in faults) == 1, (piece, faults)
     assert len(faults) == 10
@@ -170,7 +172,7 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
-    shard = write_pages(tmp_path, count=4) / "pages-000000.tar"
+    shard = write_documents(tmp_path, count=4) / "documents-000000.tar"
     assert "no.tar does not exist" in mistake("inspect", tmp_path / "no.tar")
     assert "has 4 rows, counted from 0; row 9 does not exist" in mistake("inspect", shard, "--row", "9")
     assert "row -1 does not exist" in mistake("inspect", shard, "--row", "-1")

@@ -1,4 +1,4 @@
-"""Batches: every picture beside its own text, and what the three objectives get."""
+"""Batches: every image beside its own text, and what the three objectives get."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.batches.collate import FlamingoCollate, LanguageCollate, PairCollate
 from data.batches.tokenize import IGNORED
 from data.dataset import DatasetSpec
 from data.loading.loader import Batch, MixLoader
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
 from tests.data.helpers import (
@@ -23,10 +23,10 @@ from tests.data.helpers import (
     byte_processor,
     byte_tokenizer,
     encoded,
-    numbered_page,
+    numbered_document,
     png,
     random_image,
-    write_pages,
+    write_documents,
 )
 
 PROCESSOR = byte_processor()
@@ -38,8 +38,8 @@ def one_batch(folder: Path, collate: Any, **options: Any) -> Batch:
     return next(iter(MixLoader([spec], collate))).batches["d"][0]
 
 
-def check_pictures_go_with_their_text(batch: Batch) -> int:
-    """In numbered pages a text says the brightness of its picture. Returns how many words were checked."""
+def check_images_go_with_their_text(batch: Batch) -> int:
+    """In numbered documents a text says the brightness of its image. Returns how many words were checked."""
     pixels = batch.tensors["pixel_values"].float().mean(dim=(1, 2, 3, 4))
     assert len(pixels) == batch.tensors["image_counts"].sum()
     checked, first = 0, 0
@@ -56,32 +56,34 @@ def check_pictures_go_with_their_text(batch: Batch) -> int:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    pictures=st.integers(1, 7),
+    images=st.integers(1, 7),
     max_tokens=st.integers(8, 120),
     max_images=st.integers(1, 8),
     order=st.randoms(use_true_random=False),
 )
-def test_pictures_go_with_their_own_text(
-    tmp_path_factory: pytest.TempPathFactory, pictures: int, max_tokens: int, max_images: int, order: Any
+def test_images_go_with_their_own_text(
+    tmp_path_factory: pytest.TempPathFactory, images: int, max_tokens: int, max_images: int, order: Any
 ) -> None:
-    folder = tmp_path_factory.mktemp("pages")
+    folder = tmp_path_factory.mktemp("documents")
     with ShardWriter(folder, "s", 3) as writer:
         for number in range(8):
-            page = numbered_page(number * pictures, pictures, words=5)
-            stored = list(range(pictures))  # stored in another order than shown
+            document = numbered_document(number * images, images, words=5)
+            stored = list(range(images))  # stored in another order than shown
             order.shuffle(stored)
-            page.images = [page.images[old] for old in stored]
-            page.nodes = [Picture((stored.index(n.frames[0]),)) if isinstance(n, Picture) else n for n in page.nodes]
-            writer.write(page)
+            document.images = [document.images[old] for old in stored]
+            document.nodes = [
+                Image((stored.index(n.frames[0]),)) if isinstance(n, Image) else n for n in document.nodes
+            ]
+            writer.write(document)
     options = {"batch_size": 8, "max_tokens": max_tokens, "max_images": max_images}
-    checked = check_pictures_go_with_their_text(one_batch(folder, FlamingoCollate(PROCESSOR), **options))
+    checked = check_images_go_with_their_text(one_batch(folder, FlamingoCollate(PROCESSOR), **options))
     assert checked > 0 or max_tokens < 60
 
 
 def test_shapes_padding_and_types(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("long", [Picture((0,)), Text("words"), Picture((1,)), Text("w")], [png(1), png(2, 20)]))
-        writer.write(Page("text", [Text("ab")], []))
+        writer.write(Document("long", [Image((0,)), Text("words"), Image((1,)), Text("w")], [png(1), png(2, 20)]))
+        writer.write(Document("text", [Text("ab")], []))
     batch = one_batch(tmp_path, FlamingoCollate(PROCESSOR), batch_size=2)
     t = {
         name: tensor[[batch.keys.index("long"), batch.keys.index("text")]]
@@ -103,8 +105,8 @@ def test_a_training_row_is_the_prompt_of_the_processor(tmp_path: Path) -> None:
     images = [encoded(random_image("RGB", (20, 12), seed), "PNG") for seed in range(3)]
     turns = list(zip(images, ("a <image> cat", " dog", ""), strict=True))
     with ShardWriter(tmp_path, "s") as writer:
-        nodes = [node for number, (_, text) in enumerate(turns) for node in (Picture((number,)), Text(text))]
-        writer.write(Page("", nodes, images))
+        nodes = [node for number, (_, text) in enumerate(turns) for node in (Image((number,)), Text(text))]
+        writer.write(Document("", nodes, images))
     row = one_batch(tmp_path, FlamingoCollate(PROCESSOR), batch_size=1).tensors
     chat = [
         part for image, text in turns for part in ({"type": "image", "image": image}, {"type": "text", "text": text})
@@ -116,20 +118,20 @@ def test_a_training_row_is_the_prompt_of_the_processor(tmp_path: Path) -> None:
     assert torch.equal(row["image_counts"], prompt["image_counts"])
 
 
-def test_no_pictures_at_all(tmp_path: Path) -> None:
+def test_no_images_at_all(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("", [Text("ab")], []))
+        writer.write(Document("", [Text("ab")], []))
     batch = one_batch(tmp_path, FlamingoCollate(PROCESSOR))
     assert batch.tensors["pixel_values"].shape == (0, 1, 3, SIDE, SIDE)
-    folder = write_pages(tmp_path / "p")
+    folder = write_documents(tmp_path / "p")
     batch = one_batch(folder, FlamingoCollate(PROCESSOR), kind="text")
     assert batch.tensors["image_counts"].tolist() == [0] * 4
 
 
-def test_a_picture_shown_twice_comes_twice(tmp_path: Path) -> None:
-    nodes: list[Node] = [Picture((0,)), Text("a"), Picture((1,)), Text("b"), Picture((0,)), Text("a")]
+def test_a_image_shown_twice_comes_twice(tmp_path: Path) -> None:
+    nodes: list[Node] = [Image((0,)), Text("a"), Image((1,)), Text("b"), Image((0,)), Text("a")]
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("", nodes, [png(7), png(9)]))
+        writer.write(Document("", nodes, [png(7), png(9)]))
     batch = one_batch(tmp_path, FlamingoCollate(PROCESSOR), batch_size=1)
     assert batch.tensors["pixel_values"][:, 0, 0, 0, 0].tolist() == [7, 9, 7]
 
@@ -137,33 +139,33 @@ def test_a_picture_shown_twice_comes_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("frames", "expected"), [(2, [1, 2]), (4, [1, 2, 3, 3]), (1, [1])])
 def test_clips_have_the_datasets_number_of_frames(tmp_path: Path, frames: int, expected: list[int]) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("", [Picture((1, 2, 3), 1.0), Text("x")], [png(n) for n in range(4)]))
+        writer.write(Document("", [Image((1, 2, 3), 1.0), Text("x")], [png(n) for n in range(4)]))
     options = {"batch_size": 1, "max_frames": frames, "window": "start"}
     pixels = one_batch(tmp_path, FlamingoCollate(PROCESSOR), **options).tensors["pixel_values"]
     assert pixels.shape == (1, frames, 3, SIDE, SIDE)
     assert pixels[0, :, 0, 0, 0].tolist() == expected
 
 
-def test_flips_are_drawn_for_each_picture_and_only_where_asked(tmp_path: Path) -> None:
+def test_flips_are_drawn_for_each_image_and_only_where_asked(tmp_path: Path) -> None:
     image = torch.zeros((SIDE, SIDE, 3), dtype=torch.uint8).numpy()
     image[:, 0] = 255
-    data = encoded(Image.fromarray(image), "PNG")
+    data = encoded(PILImage.fromarray(image), "PNG")
     with ShardWriter(tmp_path, "s") as writer:
         for _ in range(16):
-            writer.write(Page("", [Picture((0,)), Text("a"), Picture((1,)), Text("b")], [data, data]))
+            writer.write(Document("", [Image((0,)), Text("a"), Image((1,)), Text("b")], [data, data]))
     collate = FlamingoCollate(PROCESSOR)
     still = one_batch(tmp_path, collate, batch_size=16).tensors["pixel_values"]
     assert bool((still[:, 0, :, :, 0] == 255).all())
     flipped = one_batch(tmp_path, collate, batch_size=16, flip=True).tensors["pixel_values"][:, 0, 0, 0, -1] == 255
     assert 4 < int(flipped.sum()) < 28
-    assert len(set(map(tuple, flipped.view(16, 2).tolist()))) > 2  # two pictures of a page fall differently
+    assert len(set(map(tuple, flipped.view(16, 2).tolist()))) > 2  # two images of a document fall differently
 
 
 def test_language_rows(tmp_path: Path) -> None:
-    nodes: list[Node] = [Picture((0,)), Text("q?", loss=False), Text(" a"), Picture((0,)), Picture((0,)), Text("b")]
+    nodes: list[Node] = [Image((0,)), Text("q?", loss=False), Text(" a"), Image((0,)), Image((0,)), Text("b")]
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("", nodes, [png(0)]))
-        writer.write(Page("pictures-only", [Picture((0,))], [png(0)]))
+        writer.write(Document("", nodes, [png(0)]))
+        writer.write(Document("images-only", [Image((0,))], [png(0)]))
     tokenizer = byte_tokenizer()
     batch = one_batch(tmp_path, LanguageCollate(tokenizer), batch_size=2)
     assert set(batch.tensors) == {"input_ids", "attention_mask", "labels"}
@@ -179,7 +181,7 @@ def test_text_of_a_tokenizer_without_padding(tmp_path: Path) -> None:
     """GPT-2's and LLaMA's have none. What pads is neither seen nor learnt; the end of a text is."""
     with ShardWriter(tmp_path, "s") as writer:
         for text in ("long text", "short"):
-            writer.write(Page("", [Text(text)], []))
+            writer.write(Document("", [Text(text)], []))
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     tensors = one_batch(tmp_path, LanguageCollate(tokenizer), batch_size=2).tensors
@@ -200,7 +202,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused() -> None:
 def test_pairs(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", layout="pairs") as writer:
         for number in range(6):
-            writer.write(Page("", [Picture((0,)), Text(f" {number}")], [png(number)]))
+            writer.write(Document("", [Image((0,)), Text(f" {number}")], [png(number)]))
 
     def tokenize(texts: list[str]) -> torch.Tensor:
         return torch.tensor([[int(text), 0] for text in texts])

@@ -1,4 +1,4 @@
-"""Pictures of every mode to RGB by one rule, and what cannot be decoded as a named error."""
+"""Images of every mode to RGB by one rule, and what cannot be decoded as a named error."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_size_is_limited_before_decoding(side: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_cut_pictures_are_undecodable(form: str) -> None:
+def test_cut_images_are_undecodable(form: str) -> None:
     data = encoded(random_image("RGB", (40, 40)), form)
     for cut in (20, len(data) // 2):
         with pytest.raises(ContentError) as caught:
@@ -124,8 +124,8 @@ def test_cut_pictures_are_undecodable(form: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_what_is_no_picture(data: bytes) -> None:
-    with pytest.raises(ContentError, match="not a picture"):
+def test_what_is_no_image(data: bytes) -> None:
+    with pytest.raises(ContentError, match="not an image"):
         decode(data)
 
 

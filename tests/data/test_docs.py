@@ -9,7 +9,7 @@ from pathlib import Path
 from data.__main__ import main
 from data.corpus import CATALOGUE
 from data.shards.index import COLUMNS, KINDS, MAGIC, index_path
-from tests.data.helpers import write_pages
+from tests.data.helpers import write_documents
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "shards.md").read_text()
 INDEX, CATALOGUES = (DOCS.split(f"## The {name}\n")[1].split("\n## ")[0] for name in ("index", "catalogue"))
@@ -22,7 +22,7 @@ def names(table: str) -> list[str]:
 
 
 def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
-    shard = write_pages(tmp_path, count=3) / "pages-000000.tar"
+    shard = write_documents(tmp_path, count=3) / "pages-000000.tar"
     raw = index_path(shard).read_bytes()
     assert raw[:8] == MAGIC == b"TARIDX01"
     end = 16 + int.from_bytes(raw[8:16], "little")
@@ -37,7 +37,7 @@ def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_is_as_the_docs_say(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path)
+    folder = write_documents(tmp_path)
     assert main(["index", str(folder)]) == 0
     body = json.loads((folder / CATALOGUE).read_text())
     assert '{"v": 1, "shards": [[name, tar_size, digest, usable], ...]}' in CATALOGUES

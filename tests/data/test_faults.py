@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.batches.collate import FlamingoCollate
 from data.dataset import DatasetSpec
 from data.errors import BadSample, BadSampleCounter
 from data.loading.loader import MixLoader
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.index import index_path
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, encoded, numbered_page, png, random_image, write_pages
+from tests.data.helpers import byte_processor, encoded, numbered_document, png, random_image, write_documents
 from tests.data.test_index import make_tar
 
 COLLATE = FlamingoCollate(byte_processor())
-PAGE = b'{"v":1,"nodes":[{"i":0},{"t":"x"}]}'
+DOCUMENT = b'{"v":1,"nodes":[{"i":0},{"t":"x"}]}'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
 
@@ -48,31 +48,39 @@ def bomb() -> bytes:
 JPEG = encoded(random_image("RGB", (64, 64)), "JPEG")
 # Name -> (members of the sample "bad", the reason it is counted under, words of its detail).
 CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
-    "html as jpg": ([("bad.json", PAGE), ("bad.000.jpg", b"<html>gone")], "not a picture", "begins with b'<html>gone'"),
-    "cut jpeg": ([("bad.json", PAGE), ("bad.000.jpg", JPEG[: len(JPEG) // 2])], "undecodable", "jpg of"),
-    "empty picture": ([("bad.json", PAGE), ("bad.000.jpg", b"")], "not a picture", "begins with b''"),
-    "bomb": ([("bad.json", PAGE), ("bad.000.png", bomb())], "too large", "8200 x 8200 pixels, the limit is 64000000"),
-    "lfs picture": ([("bad.json", PAGE), ("bad.000.jpg", LFS)], "not a picture", "it is a Git-LFS pointer"),
+    "html as jpg": (
+        [("bad.json", DOCUMENT), ("bad.000.jpg", b"<html>gone")],
+        "not an image",
+        "begins with b'<html>gone'",
+    ),
+    "cut jpeg": ([("bad.json", DOCUMENT), ("bad.000.jpg", JPEG[: len(JPEG) // 2])], "undecodable", "jpg of"),
+    "empty image": ([("bad.json", DOCUMENT), ("bad.000.jpg", b"")], "not an image", "begins with b''"),
+    "bomb": (
+        [("bad.json", DOCUMENT), ("bad.000.png", bomb())],
+        "too large",
+        "8200 x 8200 pixels, the limit is 64000000",
+    ),
+    "lfs image": ([("bad.json", DOCUMENT), ("bad.000.jpg", LFS)], "not an image", "it is a Git-LFS pointer"),
     "lfs json": ([("bad.json", LFS), ("bad.000.png", png(1))], "bad text or JSON", "it is a Git-LFS pointer"),
-    "broken json": ([("bad.json", PAGE[:-3]), ("bad.000.png", png(1))], "bad text or JSON", "JSON cannot be read"),
+    "broken json": ([("bad.json", DOCUMENT[:-3]), ("bad.000.png", png(1))], "bad text or JSON", "JSON cannot be read"),
     "json is a list": ([("bad.json", b"[1]")], "bad text or JSON", "JSON is not an object"),
     "json too deep": ([("bad.json", b"[" * 100_000)], "bad text or JSON", "recursion"),
     "nodes are text": ([("bad.json", b'{"v":1,"nodes":"x"}')], "bad text or JSON", "'nodes' is not a list"),
-    "picture is text": ([("bad.json", b'{"v":1,"nodes":[{"i":"0"}]}')], "bad text or JSON", "node 0 is neither"),
+    "image is text": ([("bad.json", b'{"v":1,"nodes":[{"i":"0"}]}')], "bad text or JSON", "node 0 is neither"),
     "text is number": ([("bad.json", b'{"v":1,"nodes":[{"t":5}]}')], "bad text or JSON", "node 0 is neither"),
     "other version": ([("bad.json", b'{"v":9,"nodes":[]}')], "bad text or JSON", "format version 9"),
     "half a letter": ([("bad.json", b'{"v":1,"nodes":[{"t":"\\ud800"}]}')], "bad text or JSON", "no Unicode"),
     "latin-1 caption": ([("bad.png", png(1)), ("bad.txt", b"caf\xe9")], "bad text or JSON", "not UTF-8"),
-    "no text, no picture": ([("bad.json", b'{"v":1,"nodes":[]}')], "empty", "neither text nor pictures"),
+    "no text, no image": ([("bad.json", b'{"v":1,"nodes":[]}')], "empty", "neither text nor images"),
     "mmc4 with wrong types": (
         [("bad.json", b'{"text_list":[1],"image_info":[]}')],
         "bad text or JSON",
         "'text_list' is not a list of sentences",
     ),
-    "mmc4 without pictures": (
+    "mmc4 without images": (
         [("bad.json", b'{"text_list":["a"],"image_info":[{"matched_sim":0.3}],"similarity_matrix":[[0.3]]}')],
-        "no picture left",
-        "1 pictures, none found",
+        "no image left",
+        "1 images, none found",
     ),
 }
 
@@ -80,7 +88,7 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
 @pytest.mark.parametrize("fault", CONTENT)
 def test_bad_content_is_replaced_counted_and_written_down(tmp_path: Path, fault: str) -> None:
     members, reason, detail = CONTENT[fault]
-    good = [(f"good{n}.{name}", body) for n in range(5) for name, body in (("json", PAGE), ("000.png", png(n)))]
+    good = [(f"good{n}.{name}", body) for n in range(5) for name, body in (("json", DOCUMENT), ("000.png", png(n)))]
     shard = make_tar(tmp_path / "x.tar", [*good[:6], *members, *good[6:]])
     log = tmp_path / "run" / "bad_samples.jsonl"
     runs = []
@@ -107,9 +115,9 @@ def test_bad_content_is_replaced_counted_and_written_down(tmp_path: Path, fault:
 def test_the_list_of_bad_samples_goes_on_where_the_run_does(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "s", "s") as writer:
         for number in range(12):
-            page = numbered_page(number, 1)
-            page.images[0] = page.images[0][: 45 if number % 4 == 0 else None]
-            writer.write(page)
+            document = numbered_document(number, 1)
+            document.images[0] = document.images[0][: 45 if number % 4 == 0 else None]
+            writer.write(document)
     specs, log = [one(tmp_path / "s", batch_size=6)], tmp_path / "bad.jsonl"
     options: dict[str, Any] = {"max_bad_rate": 0.9, "bad_samples": log}
     for _ in itertools.islice(MixLoader(specs, COLLATE, **options), 6):
@@ -127,36 +135,36 @@ def test_the_list_of_bad_samples_goes_on_where_the_run_does(tmp_path: Path) -> N
     assert log.read_text() == whole
 
 
-EXIF = Image.Exif()
+EXIF = PILImage.Exif()
 EXIF[0x0112] = 6  # turned
 SHAPE = (20, 10)
-PICTURES = {
-    "cmyk": encoded(Image.new("CMYK", SHAPE), "JPEG"),
-    "16 bit": encoded(Image.new("I;16", SHAPE), "PNG"),
-    "animated": encoded(Image.new("P", SHAPE), "GIF", save_all=True, append_images=[Image.new("P", SHAPE, 9)]),
-    "alpha": encoded(Image.new("RGBA", SHAPE), "PNG"),
-    "exif": encoded(Image.new("RGB", SHAPE), "JPEG", exif=EXIF),
+IMAGES = {
+    "cmyk": encoded(PILImage.new("CMYK", SHAPE), "JPEG"),
+    "16 bit": encoded(PILImage.new("I;16", SHAPE), "PNG"),
+    "animated": encoded(PILImage.new("P", SHAPE), "GIF", save_all=True, append_images=[PILImage.new("P", SHAPE, 9)]),
+    "alpha": encoded(PILImage.new("RGBA", SHAPE), "PNG"),
+    "exif": encoded(PILImage.new("RGB", SHAPE), "JPEG", exif=EXIF),
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_unusual_pictures_are_ordinary_samples(tmp_path: Path, kind: str) -> None:
-    shard = make_tar(tmp_path / "x.tar", [("k.json", PAGE), ("k.000.jpg", PICTURES[kind])])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_unusual_images_are_ordinary_samples(tmp_path: Path, kind: str) -> None:
+    shard = make_tar(tmp_path / "x.tar", [("k.json", DOCUMENT), ("k.000.jpg", IMAGES[kind])])
     loader = MixLoader([one(shard, batch_size=1)], COLLATE)
     assert next(iter(loader)).batches["d"][0].tensors["pixel_values"].shape == (1, 1, 3, 8, 8)
     assert loader.bad.total == 0
 
 
-def test_pages_without_text_without_pictures_and_with_five_hundred(tmp_path: Path) -> None:
-    many: list[Node] = [node for n in range(500) for node in (Picture((n,)), Text(" a"))]
+def test_documents_without_text_without_images_and_with_five_hundred(tmp_path: Path) -> None:
+    many: list[Node] = [node for n in range(500) for node in (Image((n,)), Text(" a"))]
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Page("text", [Text("only words")], []))
-        writer.write(Page("picture", [Picture((0,))], [png(1)]))
-        writer.write(Page("many", many, [png(n % 256) for n in range(500)]))
+        writer.write(Document("text", [Text("only words")], []))
+        writer.write(Document("image", [Image((0,))], [png(1)]))
+        writer.write(Document("many", many, [png(n % 256) for n in range(500)]))
     loader = MixLoader([one(tmp_path, batch_size=3)], COLLATE)
     batch = next(iter(loader)).batches["d"][0]
     counts = dict(zip(batch.keys, batch.tensors["image_counts"].tolist(), strict=True))
-    assert counts == {"text": 0, "picture": 1, "many": 5}
+    assert counts == {"text": 0, "image": 1, "many": 5}
     assert loader.bad.total == 0
 
 
@@ -218,12 +226,12 @@ def test_members_that_lead_out_of_the_folder_lead_nowhere(tmp_path: Path) -> Non
 
 
 def test_a_shard_that_changed_behind_its_index(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=4)
-    shard = folder / "pages-000000.tar"
+    folder = write_documents(tmp_path, count=4)
+    shard = folder / "documents-000000.tar"
     raw = bytearray(shard.read_bytes())
     raw[600] ^= 1
     shard.write_bytes(raw)
-    with pytest.raises(UserError, match=r"pages-000000\.tar changed after its index was built"):
+    with pytest.raises(UserError, match=r"documents-000000\.tar changed after its index was built"):
         next(iter(MixLoader([one(folder)], COLLATE)))
 
 

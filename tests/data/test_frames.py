@@ -1,4 +1,4 @@
-"""Colour augmentation, and the pages with a single picture that a recipe keeps only some of."""
+"""Colour augmentation, and the documents with a single image that a recipe keeps only some of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, numbered_page, same
+from tests.data.helpers import byte_processor, numbered_document, same
 
 COLLATE = FlamingoCollate(byte_processor())
 MIDDLE = (0.5, 0.5, 0.5)
@@ -41,14 +41,14 @@ def test_each_of_the_three_factors() -> None:
 
 
 def mixed(folder: Path) -> Path:
-    """24 pages with one picture and 24 with two."""
+    """24 documents with one image and 24 with two."""
     with ShardWriter(folder, "s", 8) as writer:
         for number in range(48):
-            writer.write(numbered_page(2 * number, 1 + number % 2))
+            writer.write(numbered_document(2 * number, 1 + number % 2))
     return folder
 
 
-def test_colour_changes_pictures_and_nothing_else(tmp_path: Path) -> None:
+def test_colour_changes_images_and_nothing_else(tmp_path: Path) -> None:
     folder = str(mixed(tmp_path))
     plain, coloured, again = (
         next(
@@ -66,27 +66,27 @@ def test_colour_changes_pictures_and_nothing_else(tmp_path: Path) -> None:
     factor = factor[plain["pixel_values"].float().mean((1, 2, 3, 4)) > 40]
     assert factor.min() >= 0.68
     assert factor.max() <= 1.32
-    assert len(factor.unique()) > 10  # a picture has its own
+    assert len(factor.unique()) > 10  # an image has its own
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_a_share_of_the_single_pictures_is_kept(tmp_path: Path, share: float) -> None:
-    spec = DatasetSpec(name="d", shards=[str(mixed(tmp_path))], batch_size=16, lanes=1, single_picture_share=share)
+def test_a_share_of_the_single_images_is_kept(tmp_path: Path, share: float) -> None:
+    spec = DatasetSpec(name="d", shards=[str(mixed(tmp_path))], batch_size=16, lanes=1, single_image_share=share)
     loader = MixLoader([spec], COLLATE, prefetch_factor=0)
     counts = torch.cat(
         [step.batches["d"][0].tensors["image_counts"] for step in itertools.islice(loader, 30)]  # ten epochs
     )
     single = float((counts == 1).float().mean())
-    # Of two a page each with one half of the pages: p / (1 + p), where p is the share.
+    # Of two a document each with one half of the documents: p / (1 + p), where p is the share.
     assert abs(single - share / (1 + share)) < 0.05
     assert loader.bad.total == 0
 
 
-def test_where_all_have_a_single_picture_one_is_taken_all_the_same(tmp_path: Path) -> None:
+def test_where_all_have_a_single_image_one_is_taken_all_the_same(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", 8) as writer:
         for number in range(16):
-            writer.write(numbered_page(number, 1))
-    spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=8, single_picture_share=0.0)
+            writer.write(numbered_document(number, 1))
+    spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=8, single_image_share=0.0)
     batch = next(iter(MixLoader([spec], COLLATE))).batches["d"][0]
     assert batch.tensors["image_counts"].tolist() == [1] * 8
     assert batch.bad == []
@@ -96,8 +96,8 @@ def test_where_all_have_a_single_picture_one_is_taken_all_the_same(tmp_path: Pat
     ("options", "words"),
     [
         ({"colour": 1.5}, "colour=1.5 must be at least 0 and below 1"),
-        ({"single_picture_share": 2.0}, "single_picture_share=2.0 must be from 0 to 1"),
-        ({"single_picture_share": 0.5, "kind": "pairs"}, "a pair has a single picture"),
+        ({"single_image_share": 2.0}, "single_image_share=2.0 must be from 0 to 1"),
+        ({"single_image_share": 0.5, "kind": "pairs"}, "a pair has a single image"),
     ],
 )
 def test_mistakes(options: dict[str, object], words: str) -> None:

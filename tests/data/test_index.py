@@ -152,9 +152,9 @@ def test_sidecar_gives_back_the_index_and_knows_its_tar(tmp_path: Path) -> None:
     built = open_index(path)
     assert index_path(path).exists()
     loaded = open_index(path)
-    for name in ("first", "offset", "size", "kind", "number", "keys", "key_end", "pictures_per_row"):
+    for name in ("first", "offset", "size", "kind", "number", "keys", "key_end", "images_per_row"):
         assert np.array_equal(getattr(built, name), getattr(loaded, name)), name
-    assert loaded.pictures_per_row.tolist() == [2] * 5
+    assert loaded.images_per_row.tolist() == [2] * 5
 
     whole = path.read_bytes()
     path.write_bytes(whole[:-512])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.helpers import write_pages
+from tests.data.helpers import write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -43,7 +43,7 @@ def kill_after(process: subprocess.Popen[bytes], out: Path, lines: int) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_on_other_layouts(tmp_path: Path) -> None:
-    shards = write_pages(tmp_path / "shards", count=101, per_shard=9)
+    shards = write_documents(tmp_path / "shards", count=101, per_shard=9)
     assert start(shards, tmp_path / "whole", 1, 0).wait() == 0
     expected = ledger(tmp_path / "whole")
     assert [step for step, _ in expected] == list(range(STEPS))

@@ -18,7 +18,7 @@ from data.errors import BadSample, BadSampleCounter
 from data.loading.loader import MixLoader, StepBatches
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, numbered_page, same, write_pages
+from tests.data.helpers import byte_processor, numbered_document, same, write_documents
 from tests.data.test_index import make_tar
 
 COLLATE = FlamingoCollate(byte_processor())
@@ -27,8 +27,8 @@ COLLATE = FlamingoCollate(byte_processor())
 def mixture(folder: Path) -> list[DatasetSpec]:
     """Two datasets; windows, next-image and flips all drawn at random."""
     if not folder.exists():
-        write_pages(folder / "a", count=37, per_shard=5, pictures=3)
-        write_pages(folder / "b", count=11, per_shard=3, pictures=1)
+        write_documents(folder / "a", count=37, per_shard=5, images=3)
+        write_documents(folder / "b", count=11, per_shard=3, images=1)
     common: dict[str, Any] = {"max_tokens": 14, "max_images": 2, "next_image_probability": 0.5, "flip": True}
     return [
         DatasetSpec(name="a", shards=[str(folder / "a")], batch_size=16, block=2, **common),
@@ -105,7 +105,7 @@ def test_batches_have_the_order_that_explain_gives(tmp_path: Path) -> None:
 
 
 def test_every_sample_once_an_epoch(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=48, per_shard=7)
+    folder = write_documents(tmp_path, count=48, per_shard=7)
     loader = MixLoader([one(folder, batch_size=16)], COLLATE)
     for _ in range(3):
         keys = Counter(key for step in take(loader, 3) for key in step.batches["d"][0].keys)
@@ -151,7 +151,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_another_batch_size_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=48, per_shard=7)
+    folder = write_documents(tmp_path, count=48, per_shard=7)
     first = MixLoader([one(folder, batch_size=8, lanes=4)], COLLATE)
     keys = [key for step in take(first, 2) for key in step.batches["d"][0].keys]
     second = MixLoader([one(folder, batch_size=16, lanes=4)], COLLATE)
@@ -171,18 +171,18 @@ def test_another_batch_size_loses_and_repeats_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_order_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    folder = write_pages(tmp_path)
+    folder = write_documents(tmp_path)
     state = MixLoader([one(folder)], COLLATE).state_dict()
     with pytest.raises(UserError, match=message):
         MixLoader([one(folder, **change)], COLLATE).load_state_dict(state)
 
 
 def test_changed_shards_and_seed_are_refused(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path)
+    folder = write_documents(tmp_path)
     state = MixLoader([one(folder)], COLLATE).state_dict()
     with pytest.raises(UserError, match="seed 0 -> 1"):
         MixLoader([one(folder)], COLLATE, seed=1).load_state_dict(state)
-    write_pages(folder, count=21)
+    write_documents(folder, count=21)
     with pytest.raises(UserError, match="shards 5 -> 6; samples 20 -> 21"):
         MixLoader([one(folder)], COLLATE).load_state_dict(state)
     with pytest.raises(UserError, match="version 7"):
@@ -190,13 +190,13 @@ def test_changed_shards_and_seed_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_truncated_shards_stop_before_the_first_batch(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path)
-    shard = folder / "pages-000002.tar"
+    folder = write_documents(tmp_path)
+    shard = folder / "documents-000002.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"pages-000002\.tar has 3000 bytes but its index"):
+    with pytest.raises(UserError, match=r"documents-000002\.tar has 3000 bytes but its index"):
         MixLoader([one(folder)], COLLATE)
     shard.unlink()
-    with pytest.raises(UserError, match=r"dataset 'd': shard .*pages-000002\.tar does not exist"):
+    with pytest.raises(UserError, match=r"dataset 'd': shard .*documents-000002\.tar does not exist"):
         MixLoader([one(folder)], COLLATE)
     with pytest.raises(UserError, match="no shards in"):
         MixLoader([one(tmp_path / "x*.tar")], COLLATE)
@@ -205,27 +205,27 @@ def test_missing_and_truncated_shards_stop_before_the_first_batch(tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_page_without_its_pictures_stops_with_one_sentence(tmp_path: Path, workers: int) -> None:
+def test_a_document_without_its_images_stops_with_one_sentence(tmp_path: Path, workers: int) -> None:
     body = b'{"v":1,"nodes":[{"i":0},{"t":"x"},{"i":1}]}'
     shard = make_tar(tmp_path / "x.tar", [("k.json", body), ("k.000.png", b"")])
     with pytest.raises(UserError) as caught:
         take(MixLoader([one(shard)], COLLATE, num_workers=workers), 1)
-    assert "row 0 (key 'k'): its <image> places ask for 2 pictures but the sample has 1" in str(caught.value)
+    assert "row 0 (key 'k'): its <image> places ask for 2 images but the sample has 1" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def damaged(folder: Path, bad: set[int], count: int = 60) -> Path:
-    """Pages of which some have a picture that cannot be decoded."""
+    """Documents of which some have an image that cannot be decoded."""
     with ShardWriter(folder, "s", 20) as writer:
         for number in range(count):
-            page = numbered_page(number, 1)
+            document = numbered_document(number, 1)
             if number in bad:
-                page.images[0] = page.images[0][:45]
-            writer.write(page)
+                document.images[0] = document.images[0][:45]
+            writer.write(document)
     return folder
 
 
-def test_bad_pictures_are_replaced_alike_everywhere_and_counted(tmp_path: Path) -> None:
+def test_bad_images_are_replaced_alike_everywhere_and_counted(tmp_path: Path) -> None:
     specs = [one(damaged(tmp_path, {7, 31}), batch_size=20, lanes=4)]
     loader = MixLoader(specs, COLLATE, max_bad_rate=0.1)
     expected = rows_of(take(loader, 6))
@@ -239,7 +239,7 @@ def test_bad_pictures_are_replaced_alike_everywhere_and_counted(tmp_path: Path) 
     assert not any(row[0] in names for step in expected for row in step["d"])
 
 
-def test_too_many_bad_pictures_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
     folder = damaged(tmp_path, set(range(0, 60, 5)))
     with pytest.raises(UserError, match=r"9 of \d+ samples were bad \(limit 2% and 8\).*key 's-.*undecodable"):
         take(MixLoader([one(folder, batch_size=5)], COLLATE), 100)
@@ -274,7 +274,7 @@ def test_values_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_batches_that_cannot_be_divided(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path)
+    folder = write_documents(tmp_path)
     with pytest.raises(UserError, match="batch_size=4 cannot be divided among 3 processes x 1"):
         MixLoader([one(folder)], COLLATE, world_size=3)
     with pytest.raises(UserError, match="different names"):
@@ -282,8 +282,8 @@ def test_batches_that_cannot_be_divided(tmp_path: Path) -> None:
 
 
 def test_shards_from_folders_patterns_and_files(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=8)
-    first, second = (str(folder / f"pages-00000{n}.tar") for n in range(2))
+    folder = write_documents(tmp_path, count=8)
+    first, second = (str(folder / f"documents-00000{n}.tar") for n in range(2))
     assert resolve_shards([str(folder)]) == resolve_shards([str(folder / "*.tar")]) == [first, second]
     assert resolve_shards([second, first]) == [second, first]
     (folder / "_dataset.json").unlink()

@@ -1,4 +1,4 @@
-"""open_flamingo's MMC4 shards in place: every picture beside its own sentence, where its own loader mixes them up."""
+"""open_flamingo's MMC4 shards in place: every image beside its own sentence, where its own loader mixes them up."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.batches.collate import FlamingoCollate
 from data.dataset import DatasetSpec
 from data.errors import ContentError
 from data.loading.loader import MixLoader
-from data.shards.document import Picture, Text
-from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_page, read_document
+from data.shards.document import Image, Text
+from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_document, read_document
 from tests.data.helpers import byte_processor, byte_tokenizer, encoded, png
 from tests.data.test_index import make_tar
 
@@ -30,14 +30,14 @@ ALL = Mmc4Rule(similarity=-1.0, smallest=0)
 
 
 def line(places: list[int], sentences: int, **options: Any) -> dict[str, Any]:
-    """Picture n has brightness 20 n and belongs to sentence places[n], whose text says so."""
-    texts = ["no picture"] * sentences
+    """Image n has brightness 20 n and belongs to sentence places[n], whose text says so."""
+    texts = ["no image"] * sentences
     matrix = np.full((len(places), sentences), 0.1)
     infos = []
     for number, place in enumerate(places):
         value = 20 * number + 20
         noisy = np.random.default_rng(number).integers(-3, 4, (120, 120, 3)) + value  # 10 kB at least, as it wants
-        image = Image.fromarray(noisy.astype(np.uint8))
+        image = PILImage.fromarray(noisy.astype(np.uint8))
         texts[place] = str(value)
         matrix[number, place] = 0.3
         infos.append({"image_name": f"{number}.png", "image_base64": base64.b64encode(encoded(image, "PNG")).decode()})
@@ -50,18 +50,18 @@ PLACES = st.integers(1, 7).flatmap(lambda n: st.permutations(range(n + 2)).map(l
 
 @settings(max_examples=60, deadline=None)
 @given(places=PLACES)
-def test_every_picture_stands_before_its_own_sentence(places: list[int]) -> None:
-    nodes, pictures = mmc4_page(line(places, len(places) + 2), ALL)
-    assert len(pictures) == len(places)
+def test_every_image_stands_before_its_own_sentence(places: list[int]) -> None:
+    nodes, images = mmc4_document(line(places, len(places) + 2), ALL)
+    assert len(images) == len(places)
     for node, after in itertools.pairwise(nodes):
-        if isinstance(node, Picture):
-            image = Image.open(io.BytesIO(pictures[node.frames[0]].decode()))
+        if isinstance(node, Image):
+            image = PILImage.open(io.BytesIO(images[node.frames[0]].decode()))
             assert isinstance(after, Text)
             assert abs(float(np.asarray(image).mean()) - float(after.text.split()[0])) < 2
 
 
 def slots(ids: list[int], images: torch.Tensor, tokenizer: Any) -> list[tuple[float, float]]:
-    """(brightness of the k-th picture, what the text behind the k-th tag says)."""
+    """(brightness of the k-th image, what the text behind the k-th tag says)."""
     text = tokenizer.decode(ids)
     said = [part.split("<|endofchunk|>")[0].split()[0] for part in text.split("<image>")[1:]]
     return [(float(images[k].float().mean()), float(word)) for k, word in enumerate(said)]
@@ -108,27 +108,27 @@ def test_its_shards_are_trained_on_in_place(tmp_path: Path) -> None:
     checked = first = 0
     for row, count in enumerate(batch.tensors["image_counts"].tolist()):
         ids = batch.tensors["input_ids"][row].tolist()
-        pictures = batch.tensors["pixel_values"][first : first + count].flatten(1)
-        for shown, said in slots(ids, pictures, processor.tokenizer):
+        images = batch.tensors["pixel_values"][first : first + count].flatten(1)
+        for shown, said in slots(ids, images, processor.tokenizer):
             assert abs(shown - said) < 2
             checked += 1
         first += count
     assert checked == 6
 
 
-def test_which_pictures_are_kept() -> None:
-    page = line([0, 1, 2], 3)
-    page["image_info"][0]["image_base64"] = "b'" + page["image_info"][0]["image_base64"] + "'"
-    del page["image_info"][1]["image_base64"]
-    page["similarity_matrix"][2][2] = 0.2
-    kept = mmc4_page(page, Mmc4Rule())[1]
-    assert [picture.decode()[:4] for picture in kept] == [b"\x89PNG"]
-    assert len(mmc4_page(page, Mmc4Rule(similarity=0.2))[1]) == 2
-    with pytest.raises(ContentError, match="no picture left: 3 pictures, none found"):
-        mmc4_page(page, Mmc4Rule(smallest=10**9))
+def test_which_images_are_kept() -> None:
+    document = line([0, 1, 2], 3)
+    document["image_info"][0]["image_base64"] = "b'" + document["image_info"][0]["image_base64"] + "'"
+    del document["image_info"][1]["image_base64"]
+    document["similarity_matrix"][2][2] = 0.2
+    kept = mmc4_document(document, Mmc4Rule())[1]
+    assert [image.decode()[:4] for image in kept] == [b"\x89PNG"]
+    assert len(mmc4_document(document, Mmc4Rule(similarity=0.2))[1]) == 2
+    with pytest.raises(ContentError, match="no image left: 3 images, none found"):
+        mmc4_document(document, Mmc4Rule(smallest=10**9))
     matched = line([0, 1], 2, matched_text_index=0, matched_sim=0.3)
-    nodes, _ = mmc4_page(matched, ALL)
-    assert nodes[:2] == [Picture((0,)), Picture((1,))]
+    nodes, _ = mmc4_document(matched, ALL)
+    assert nodes[:2] == [Image((0,)), Image((1,))]
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_which_pictures_are_kept() -> None:
     [
         ({"text_list": "x"}, "'text_list' is not a list of sentences"),
         ({"image_info": [5]}, "'image_info' is not a list of objects"),
-        ({"similarity_matrix": [["a", "b"]]}, "picture 0 has neither a row of 2 similarities nor a matched text"),
-        ({"similarity_matrix": None}, "picture 0 has neither a row of 2"),
+        ({"similarity_matrix": [["a", "b"]]}, "image 0 has neither a row of 2 similarities nor a matched text"),
+        ({"similarity_matrix": None}, "image 0 has neither a row of 2"),
     ],
 )
 def test_wrong_types_are_said(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        mmc4_page(line([1], 2) | change, ALL)
-    with pytest.raises(ValueError, match="picture 0 belongs to sentence 7 of 2"):
-        mmc4_page(line([1], 2, matched_text_index=7), ALL)
+        mmc4_document(line([1], 2) | change, ALL)
+    with pytest.raises(ValueError, match="image 0 belongs to sentence 7 of 2"):
+        mmc4_document(line([1], 2, matched_text_index=7), ALL)
 
 
-def test_which_sentence_a_picture_without_one_belongs_to() -> None:
+def test_which_sentence_a_image_without_one_belongs_to() -> None:
     body: dict[str, Any] = {"text_list": ["A.", "B."], "image_info": [{}, {}]}
     body["similarity_matrix"] = [[0.33, 0.32], [0.34, 0.1]]  # both like A. best; one to one is better together
     assert [one.sentence for one in read_document(body)[1]] == [0, 0]
@@ -162,10 +162,10 @@ def test_chatgpts_sequences_are_trained_on_in_place() -> None:
     body = {"is_gpt": 1, "example": "Hm. _!_IMAGE1_!_ A cat. _!_IMAGE2_!_ None. _!_IMAGE3_!_ A dog."}
     body |= {"image_map": {"_!_IMAGE1_!_": {"base64_image": first}, "_!_IMAGE3_!_": {"base64_image": second}}}
     assert is_mmc4(body)
-    nodes, pictures = mmc4_page(body, Mmc4Rule())
-    assert nodes == [Text("Hm."), Picture((0,)), Text("A cat. None."), Picture((1,)), Text("A dog.")]
-    assert [picture.decode() for picture in pictures] == [png(20), png(40)]
-    with pytest.raises(ContentError, match="no picture left"):
-        mmc4_page(body | {"image_map": {}}, Mmc4Rule())
+    nodes, images = mmc4_document(body, Mmc4Rule())
+    assert nodes == [Text("Hm."), Image((0,)), Text("A cat. None."), Image((1,)), Text("A dog.")]
+    assert [image.decode() for image in images] == [png(20), png(40)]
+    with pytest.raises(ContentError, match="no image left"):
+        mmc4_document(body | {"image_map": {}}, Mmc4Rule())
     with pytest.raises(ValueError, match="'example' is not text"):
-        mmc4_page({"is_gpt": 1}, Mmc4Rule())
+        mmc4_document({"is_gpt": 1}, Mmc4Rule())

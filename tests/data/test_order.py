@@ -13,9 +13,9 @@ import pytest
 from data.batches.collate import FlamingoCollate
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader, StepBatches
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
-from tests.data.helpers import byte_processor, numbered_page, png, write_pages
+from tests.data.helpers import byte_processor, numbered_document, png, write_documents
 
 COLLATE = FlamingoCollate(byte_processor())
 # The layouts that the loader promises to be equal, (world size, workers of each rank).
@@ -23,24 +23,24 @@ LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1), (8, 3)]
 
 
 def mixture(folder: Path) -> list[DatasetSpec]:
-    """Pages and pairs, packed and not, with every random choice switched on, and one picture in ten broken."""
+    """Documents and pairs, packed and not, with every random choice switched on, and one image in ten broken."""
     if not folder.exists():
-        write_pages(folder / "pages", count=61, per_shard=7, pictures=3)
+        write_documents(folder / "documents", count=61, per_shard=7, images=3)
         with ShardWriter(folder / "pairs", "p", 9, layout="pairs") as writer:
             for number in range(50):
                 data = png(number)[: 40 if number % 10 == 3 else None]
-                writer.write(Page("", [Picture((0,)), Text(f"caption number {number}")], [data]))
-    pages: dict[str, Any] = {"max_tokens": 14, "max_images": 2, "next_image_probability": 0.5, "flip": True}
+                writer.write(Document("", [Image((0,)), Text(f"caption number {number}")], [data]))
+    documents: dict[str, Any] = {"max_tokens": 14, "max_images": 2, "next_image_probability": 0.5, "flip": True}
     pairs: dict[str, Any] = {"kind": "pairs", "space_probability": 0.5, "max_tokens": 32, "max_images": 1}
     return [
-        DatasetSpec(name="pages", shards=[str(folder / "pages")], batch_size=16, block=2, **pages),
-        DatasetSpec(name="short", shards=[str(folder / "pages")], batch_size=16, block=3, pack=40, **pages),
+        DatasetSpec(name="documents", shards=[str(folder / "documents")], batch_size=16, block=2, **documents),
+        DatasetSpec(name="short", shards=[str(folder / "documents")], batch_size=16, block=3, pack=40, **documents),
         DatasetSpec(name="pairs", shards=[str(folder / "pairs")], batch_size=24, lanes=8, pack=64, **pairs),
     ]
 
 
 def contents(step: StepBatches) -> dict[str, list[tuple[Any, ...]]]:
-    """For each dataset its keys, and each sample's tokens, phi, labels and picture bytes, in any order."""
+    """For each dataset its keys, and each sample's tokens, phi, labels and image bytes, in any order."""
     found: dict[str, list[tuple[Any, ...]]] = {}
     for name, pieces in step.batches.items():
         rows = found.setdefault(name, [])
@@ -53,12 +53,12 @@ def contents(step: StepBatches) -> dict[str, list[tuple[Any, ...]]]:
                     inside = sequences[row] == sequence
                     phi = t["phi"][row][inside]
                     shown = sorted({*phi.tolist()} - {0})
-                    pictures = tuple(t["pixel_values"][first + n - 1].numpy().tobytes() for n in shown)
+                    images = tuple(t["pixel_values"][first + n - 1].numpy().tobytes() for n in shown)
                     phi = phi.sub(min(shown, default=1) - 1).clamp(min=0)
                     texts = (t[part][row][inside].tolist() for part in ("input_ids", "labels"))
                     ids, labels = (tuple(text) for text in texts)
                     # The first label of a packed sample is left out: nothing predicts it.
-                    rows.append((ids, labels[1:], tuple(phi.tolist()), pictures))
+                    rows.append((ids, labels[1:], tuple(phi.tolist()), images))
                 first += count
     return {name: sorted(rows, key=repr) for name, rows in found.items()}
 
@@ -102,14 +102,14 @@ def test_and_so_are_those_of_micro_batches(
     assert len({repr(step) for step in expected}) == 4
 
 
-def test_broken_pictures_were_replaced_in_them(specs: list[DatasetSpec], expected: list[Any]) -> None:
+def test_broken_images_were_replaced_in_them(specs: list[DatasetSpec], expected: list[Any]) -> None:
     keys = Counter(row[0] for step in expected for row in step["pairs"] if len(row) == 1)
     assert keys.total() == 96
     assert not any(int(key[-8:]) + 9 * int(key[2:8]) in range(3, 50, 10) for key in keys)
 
 
 def test_every_sample_once_an_epoch_also_when_packed(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=48, per_shard=7)
+    folder = write_documents(tmp_path, count=48, per_shard=7)
     spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=16, pack=256)
     loader = MixLoader([spec], COLLATE)
     for _ in range(3):
@@ -121,7 +121,7 @@ def test_every_sample_once_an_epoch_also_when_packed(tmp_path: Path) -> None:
 def test_to_begin_at_step_one_million_reads_one_batch(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", 100) as writer:
         for number in range(1000):
-            writer.write(numbered_page(number, 1))
+            writer.write(numbered_document(number, 1))
     spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=8, block=2)
     begun = MixLoader([spec], COLLATE, prefetch_factor=0)
     state = json.loads(json.dumps(begun.state_dict()))

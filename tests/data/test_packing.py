@@ -16,12 +16,12 @@ from data.batches.packing import groups, join
 from data.batches.tokenize import IGNORED, Row
 from data.dataset import DatasetSpec
 from data.loading.loader import Batch, MixLoader
-from data.shards.document import Picture
+from data.shards.document import Image
 from flamingo.conformance.tiny_models import FAMILIES, SIZE, VOCABULARY, subject, tiny_lm
 from flamingo.errors import UserError
 from flamingo.language.packing import packed_positions
 from flamingo.training.objectives.losses import FlamingoObjective
-from tests.data.helpers import byte_processor, byte_tokenizer, write_pages
+from tests.data.helpers import byte_processor, byte_tokenizer, write_documents
 
 REFUSED = ["bloom", "mpt", "mosaic_gpt"]  # they have no positions to start again
 PACKS = [family for family in FAMILIES if family not in REFUSED]
@@ -57,8 +57,8 @@ def test_a_sample_that_does_not_fit() -> None:
         groups([3, 300], 256)
 
 
-def row(ids: list[int], phi: list[int], pictures: int) -> Row:
-    return Row(np.array(ids), np.array(phi), np.array(ids), [Picture((n,)) for n in range(pictures)])
+def row(ids: list[int], phi: list[int], images: int) -> Row:
+    return Row(np.array(ids), np.array(phi), np.array(ids), [Image((n,)) for n in range(images)])
 
 
 def test_rows_of_the_docstring() -> None:
@@ -66,14 +66,14 @@ def test_rows_of_the_docstring() -> None:
     assert joined.sequence.tolist() == [1, 1, 1, 1, 2, 2, 2, 3, 3]
     assert joined.phi.tolist() == [1, 1, 1, 1, 2, 2, 2, 0, 0]
     assert joined.labels.tolist() == [IGNORED, 1, 2, 91, IGNORED, 3, 91, IGNORED, 6]
-    assert joined.pictures == 2
+    assert joined.images == 2
     sequence = torch.tensor([[*joined.sequence.tolist(), 0, 0]])
     assert packed_positions(sequence).tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1]]
 
 
 def packed_and_plain(folder: Path, **options: Any) -> tuple[Batch, Batch]:
     """The same samples in packed rows and in rows of their own."""
-    write_pages(folder, count=16, pictures=2)
+    write_documents(folder, count=16, images=2)
     found = []
     for pack in (90, 0):
         spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=12, max_tokens=24, pack=pack, **options)
@@ -113,7 +113,7 @@ def test_the_same_samples_with_less_padding(tmp_path: Path) -> None:
 
 
 def as_inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch over bytes for a tiny model of `families`: ids folded into its vocabulary, pictures at its size."""
+    """A batch over bytes for a tiny model of `families`: ids folded into its vocabulary, images at its size."""
     t = dict(batch.tensors)
     specials = byte_processor()
     image = t["input_ids"] == specials.image_token_id
@@ -180,7 +180,7 @@ def test_what_cannot_keep_sequences_apart_is_refused(tmp_path: Path) -> None:
 
 
 def test_packing_is_for_flamingo_rows(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path)
+    folder = write_documents(tmp_path)
     spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=4, kind="text", pack=256)
     with pytest.raises(UserError, match="dataset 'd': pack=256 is for rows of Flamingo only"):
         MixLoader([spec], LanguageCollate(byte_tokenizer()))

@@ -15,7 +15,7 @@ from data.shards.writer import ShardWriter
 from flamingo.layers.media_mask import phi_from_ids
 from flamingo.processor import FlamingoProcessor
 from flamingo.vision.transform import ImageTransform
-from tests.data.helpers import SIDE, byte_tokenizer, numbered_page
+from tests.data.helpers import SIDE, byte_tokenizer, numbered_document
 from tests.data.test_sampling import preset
 
 PRESETS = ("flamingo", "paper", "fast", "openflamingo")
@@ -23,18 +23,18 @@ PRESETS = ("flamingo", "paper", "fast", "openflamingo")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pages of 1 to 7 pictures, some much longer than a window, and for the pairs some with one."""
-    out = tmp_path_factory.mktemp("pages")
-    with ShardWriter(out, "pages", 16) as writer:
+    """Documents of 1 to 7 images, some much longer than a window, and for the pairs some with one."""
+    out = tmp_path_factory.mktemp("documents")
+    with ShardWriter(out, "documents", 16) as writer:
         for number in range(32):
-            writer.write(numbered_page(number, 1 + number % 7, words=1 + 5 * (number % 4)))
+            writer.write(numbered_document(number, 1 + number % 7, words=1 + 5 * (number % 4)))
     return out
 
 
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_loaders_phi_is_the_models(folder: Path, name: str, begins: bool) -> None:
-    """With and without IDEFICS' rule, that behind the end of a sequence no picture is seen."""
+    """With and without IDEFICS' rule, that behind the end of a sequence no image is seen."""
     tokenizer = byte_tokenizer()
     if begins:
         tokenizer.bos_token = tokenizer.eos_token  # as OPT has it: a row that begins with an end

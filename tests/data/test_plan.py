@@ -62,7 +62,7 @@ def test_asking_out_of_order_changes_nothing() -> None:
 
 
 def test_step_one_million_is_near() -> None:
-    plan = Plan(np.full(2000, 5000), 0, 256, 64)  # ten million pages
+    plan = Plan(np.full(2000, 5000), 0, 256, 64)  # ten million documents
     first = [plan.at(*plan.place(slot, 0)) for slot in range(256)]
     at_first, plan.drawn = plan.drawn, 0
     batch = [plan.at(*plan.place(slot, 1_000_000 * plan.per_lane)) for slot in range(256)]

@@ -30,7 +30,7 @@ def write_tars(folder: Path, tars: int = 6, pairs: int = 7) -> Path:
         members = []
         for pair in range(pairs):
             key = f"{tar:05d}{pair:04d}"
-            caption = b"" if pair % 5 == 4 else f"picture {key}".encode()
+            caption = b"" if pair % 5 == 4 else f"image {key}".encode()
             facts = json.dumps({"caption": caption.decode(), "url": f"http://x/{key}", "status": "success"})
             members += [(f"{key}.jpg", jpeg(tar * pairs + pair, (16, 16)))]
             members += [(f"{key}.txt", caption), (f"{key}.json", facts.encode())]
@@ -47,7 +47,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tars(tmp_path_factory.mktemp("in"))
 
 
-SMALL = ("--pages-per-shard", "3")
+SMALL = ("--documents-per-shard", "3")
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def whole(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes in one go."""
     out = tmp_path_factory.mktemp("whole")
     done = prepare(out, "pairs", tars, *SMALL)
-    assert len(done.pages) == 36
+    assert len(done.documents) == 36
     assert done.dropped == {"no caption": 6}
     assert done.report.startswith(
-        f"{out}: pairs: 36 of 42 pages kept with 36 pictures, in 12 shards of 0.2 MB together\n"
+        f"{out}: pairs: 36 of 42 documents kept with 36 images, in 12 shards of 0.2 MB together\n"
     )
     assert "        6  no caption  (first: 00000.tar key 000000004)" in done.report
     assert len(files(out)) == 25  # twelve tars, their indexes, the manifest
@@ -70,7 +70,7 @@ def test_manifest_has_counts_filters_and_checksums(whole: Path) -> None:
     assert part["meta"]["source"] == "pairs"
     assert part["meta"]["layout"] == "pairs"
     assert part["meta"]["options"]["min_words"] == 1
-    assert [entry["pages"] for entry in part["shards"]] == [3] * 12
+    assert [entry["documents"] for entry in part["shards"]] == [3] * 12
     assert [entry["name"] for entry in part["shards"][:3]] == [
         "pairs-000000-000000.tar",
         "pairs-000000-000001.tar",
@@ -101,7 +101,7 @@ def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) 
         with pytest.raises(UserError, match="no shards in"):
             resolve_shards([str(shared)])  # nobody trains on half of it
     status, report, _ = command("merge", shared)
-    assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 pages kept with 3")
+    assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 documents kept with 3")
     assert {name: body for name, body in files(shared).items() if not name.startswith("_part")} == files(whole)
     assert not (shared / ".prepare").exists()
     assert command("merge", *separate, "--out", tmp_path / "joined")[0] == 0
@@ -132,8 +132,8 @@ def test_parts_that_do_not_fit_are_named(tars: Path, tmp_path: Path) -> None:
 def test_shards_end_at_a_size(tmp_path: Path) -> None:
     big = [(f"{n}.{s}", b) for n in range(4) for s, b in (("jpg", jpeg(n) + bytes(400_000)), ("txt", b"big"))]
     done = prepare(tmp_path / "out", "pairs", make_tar(tmp_path / "a.tar", big), "--mb-per-shard", 1)
-    assert [entry["pages"] for entry in read_manifest(tmp_path / "out")["parts"]["pairs"]["shards"]] == [3, 1]
-    assert len(done.pages) == 4
+    assert [entry["documents"] for entry in read_manifest(tmp_path / "out")["parts"]["pairs"]["shards"]] == [3, 1]
+    assert len(done.documents) == 4
 
 
 def test_other_options_need_a_decision(tars: Path, tmp_path: Path) -> None:
@@ -146,15 +146,15 @@ def test_other_options_need_a_decision(tars: Path, tmp_path: Path) -> None:
         resolve_shards([str(out)])
     assert "unfinished preparation with other inputs or options" in refusal(out, "pairs", tars, *SMALL)
     prepare(out, "pairs", tars, *SMALL, "--restart")
-    fewer = prepare(out, "pairs", tars, "--pages-per-shard", 100)  # a finished one is simply replaced
-    assert len(fewer.pages) == 36
+    fewer = prepare(out, "pairs", tars, "--documents-per-shard", 100)  # a finished one is simply replaced
+    assert len(fewer.documents) == 36
     assert len(list(out.glob("*.tar"))) == 6
     assert not (out / ".prepare").exists()
 
 
 def test_mistakes(tars: Path, tmp_path: Path) -> None:
     assert "--workers 0 must be at least 1" in refusal(tmp_path, "pairs", tars, "--workers", "0")
-    assert "--pages-per-shard and --mb-per-shard" in refusal(tmp_path, "pairs", tars, "--pages-per-shard", 0)
+    assert "--documents-per-shard and --mb-per-shard" in refusal(tmp_path, "pairs", tars, "--documents-per-shard", 0)
     assert "none does not exist" in refusal(tmp_path, "pairs", tmp_path / "none")
 
 
@@ -182,10 +182,10 @@ def test_an_input_that_is_a_url(tmp_path: Path) -> None:
 def test_after_nothing_was_kept_other_options_may_be_tried(tars: Path, tmp_path: Path) -> None:
     """The first try leaves nothing to go on with, so that it is in nobody's way and nothing is called unfinished."""
     out = tmp_path / "out"
-    assert "not one page was kept" in refusal(out, "pairs", tars, "--min-words", 100)
+    assert "not one document was kept" in refusal(out, "pairs", tars, "--min-words", 100)
     assert not (out / ".prepare").exists()
     assert list(verify(out)) == [f"folder {out} lists no shards; prepare the data again"]
-    assert len(prepare(out, "pairs", tars, "--min-words", 2).pages) == 36
+    assert len(prepare(out, "pairs", tars, "--min-words", 2).documents) == 36
 
 
 def start(tars: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -266,7 +266,7 @@ def alive(pid: int) -> bool:
 
 def test_the_folder_lists_nothing_until_the_end(tars: Path, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(
-        '{"v": 1, "parts": {"other": {"pages": 0, "pictures": 0, "meta": {}, "shards": []}}}'
+        '{"v": 1, "parts": {"other": {"documents": 0, "images": 0, "meta": {}, "shards": []}}}'
     )
     prepare(tmp_path, "pairs", tars)
     assert list(read_manifest(tmp_path)["parts"]) == ["other", "pairs"]

@@ -1,4 +1,4 @@
-"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns that are read, turns that are learnt, and pictures in their places."""
+"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns that are read, turns that are learnt, and images in their places."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from data.prepare import inputs
 from data.prepare.sources import llava, mimicit
-from data.shards.document import Page, Text
+from data.shards.document import Document, Text
 from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 
 
-def learnt(page: Page) -> str:
-    return "".join(node.text for node in page.nodes if isinstance(node, Text) and node.loss)
+def learnt(document: Document) -> str:
+    return "".join(node.text for node in document.nodes if isinstance(node, Text) and node.loss)
 
 
 def turns(*values: str, human: str = "human", gpt: str = "gpt") -> list[dict[str, str]]:
@@ -59,18 +59,18 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
     path = tmp_path / "llava.json"
     path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
     done = prepare(tmp_path / "out", "llava", path, "--images", images)
-    assert [flat(page) for page in done.pages] == [
+    assert [flat(document) for document in done.documents] == [
         [jpeg(0), "User: What?\nAssistant:", " A cät.", "\nUser: And?\nAssistant:", " A dog."],
         ["User: Hi\nAssistant:", " Ho"],
         [jpeg(1), "User: or", jpeg(2), "?\nAssistant:", " Both."],
         [jpeg(1), "User: Look.\nAssistant:", " Yes."],
     ]
-    assert [learnt(page) for page in done.pages] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
-    assert [page.meta["id"] for page in done.pages] == ["1", "2", "3", "4"]
+    assert [learnt(document) for document in done.documents] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
+    assert [document.meta["id"] for document in done.documents] == ["1", "2", "3", "4"]
     assert done.dropped == {
-        "picture is missing": 1,
-        "picture's name leads out of its folder": 1,
-        "the numbers of <image> places and of pictures differ": 1,
+        "image is missing": 1,
+        "image's name leads out of its folder": 1,
+        "the numbers of <image> places and of images differ": 1,
         "'image' is neither a path nor a list of paths": 1,
         "'conversations' is not a list of turns": 1,
         "a turn is neither from 'human' nor from 'gpt'": 1,
@@ -86,8 +86,8 @@ def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", item, {"id": 2, "conversations": turns("Hi", "Ho")}, b"{")
     options = ("--images", images, "--user", "Q: ", "--assistant", " A:", "--drop-text-only")
     done = prepare(tmp_path / "out", "llava", path, *options)
-    assert [flat(page) for page in done.pages] == [[jpeg(0), "Q: What? A:", " A cat."]]
-    assert done.dropped == {"no picture": 1, "item is no JSON object": 1}
+    assert [flat(document) for document in done.documents] == [[jpeg(0), "Q: What? A:", " A cat."]]
+    assert done.dropped == {"no image": 1, "item is no JSON object": 1}
     pointer = tmp_path / "p.json"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "p.json is a Git-LFS pointer" in refusal(tmp_path / "o", "llava", pointer, "--images", images)
@@ -116,7 +116,7 @@ def test_json_is_scanned_in_pieces(tmp_path: Path) -> None:
 
 
 def write_mimicit(folder: Path, *, parquet: bool = False, train: bool = True) -> tuple[Path, Path]:
-    """The three files of a task: a still picture's instructions, a video's, and faulty ones."""
+    """The three files of a task: a still image's instructions, a video's, and faulty ones."""
     folder.mkdir(exist_ok=True)
 
     def one(instruction: object, answer: object, ids: object, related: object = ()) -> dict[str, object]:
@@ -134,45 +134,45 @@ def write_mimicit(folder: Path, *, parquet: bool = False, train: bool = True) ->
     instructions.write_text(json.dumps({"meta": {"version": "0"}, "data": data}))
     if train:
         (folder / "T_train.json").write_text(json.dumps({"LA_1": ["LA_2"], "DC_1": [], "LA_gone": []}))
-    pictures = {f"IMG_{n}": base64.urlsafe_b64encode(jpeg(n)).decode() for n in range(3)}
+    images = {f"IMG_{n}": base64.urlsafe_b64encode(jpeg(n)).decode() for n in range(3)}
     if not parquet:
-        (folder / "T.json").write_text(json.dumps(pictures))
+        (folder / "T.json").write_text(json.dumps(images))
         return instructions, folder / "T.json"
-    table = pyarrow.table({"base64": list(pictures.values()), "__index_level_0__": list(pictures)})
+    table = pyarrow.table({"base64": list(images.values()), "__index_level_0__": list(images)})
     pyarrow.parquet.write_table(table, folder / "T.parquet")
     return instructions, folder / "T.parquet"
 
 
 @pytest.mark.parametrize("parquet", [False, True])
 def test_mimicit_by_its_train_file(tmp_path: Path, parquet: bool) -> None:
-    instructions, pictures = write_mimicit(tmp_path / "in", parquet=parquet)
-    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", pictures)
-    assert [flat(page) for page in done.pages] == [
+    instructions, images = write_mimicit(tmp_path / "in", parquet=parquet)
+    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", images)
+    assert [flat(document) for document in done.documents] == [
         [jpeg(1), "User: And this?\nAssistant:", " A dog.", jpeg(0), "User: What is it?\nAssistant:", " A cat."],
         [(jpeg(0), jpeg(1), jpeg(2)), "User: What happens?\nAssistant:", " It runs."],
     ]
-    assert done.pages[0].meta == {"id": "LA_1", "examples": ["LA_2"]}
+    assert done.documents[0].meta == {"id": "LA_1", "examples": ["LA_2"]}
     assert done.dropped == {"instruction is missing": 1}
 
 
 def test_mimicit_by_its_own_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mimicit, "IN_A_UNIT", 2)
-    instructions, pictures = write_mimicit(tmp_path / "in", train=False)
-    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", pictures, "--clips", "never")
-    assert [page.meta["id"] for page in done.pages] == ["LA_1", "LA_2", "DC_1"]
-    assert flat(done.pages[2])[:3] == [jpeg(0), jpeg(1), jpeg(2)]
-    assert done.dropped_pictures == {
-        "example left out: picture is missing": 1,
+    instructions, images = write_mimicit(tmp_path / "in", train=False)
+    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", images, "--clips", "never")
+    assert [document.meta["id"] for document in done.documents] == ["LA_1", "LA_2", "DC_1"]
+    assert flat(done.documents[2])[:3] == [jpeg(0), jpeg(1), jpeg(2)]
+    assert done.dropped_images == {
+        "example left out: image is missing": 1,
         "example left out: instruction is missing": 1,
     }
     assert done.dropped == {
-        "picture is missing": 1,
+        "image is missing": 1,
         "'instruction' or 'answer' is not text, or empty": 1,
         "'image_ids' is not a list of ids": 1,
     }
-    fewer = prepare(tmp_path / "fewer", "mimicit", instructions, "--images", pictures, "--examples", "0")
-    assert [len(page.images) for page in fewer.pages] == [1, 1, 3]
-    assert "--examples -1" in refusal(tmp_path / "o", "mimicit", instructions, "--images", pictures, "--examples", "-1")
+    fewer = prepare(tmp_path / "fewer", "mimicit", instructions, "--images", images, "--examples", "0")
+    assert [len(document.images) for document in fewer.documents] == [1, 1, 3]
+    assert "--examples -1" in refusal(tmp_path / "o", "mimicit", instructions, "--images", images, "--examples", "-1")
     other = tmp_path / "o.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"image": ["x"]}), other)
     assert "'base64' and an index of ids are needed" in refusal(
@@ -201,14 +201,14 @@ def test_m3it(tmp_path: Path, form: str) -> None:
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     done = prepare(tmp_path / "out", "m3it", path)
-    assert [flat(page) for page in done.pages] == [
+    assert [flat(document) for document in done.documents] == [
         [jpeg(0), "User: Describe.\nAssistant:", " A cat."],
         [jpeg(1), jpeg(2), "User: Compare.\nWhich?\nAssistant:", " 1"],
         ["User: Think.\n1+1\nAssistant:", " 2"],
     ]
-    assert done.dropped == {"no answer": 1, "picture's base64 cannot be read": 1}
+    assert done.dropped == {"no answer": 1, "image's base64 cannot be read": 1}
     clips = prepare(tmp_path / "clips", "m3it", path, "--clips")
-    assert flat(clips.pages[1])[0] == (jpeg(1), jpeg(2))
+    assert flat(clips.documents[1])[0] == (jpeg(1), jpeg(2))
 
 
 def test_m3it_under_other_names(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_m3it_under_other_names(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", row, wrong, row | {"img_str": 7}, b"x")
     fields = ("--field", "image_base64_str=img_str", "outputs=answer")
     done = prepare(tmp_path / "out", "m3it", path, *fields)
-    assert [flat(page) for page in done.pages] == [[jpeg(0), "User: Q\nAssistant:", " A"]]
+    assert [flat(document) for document in done.documents] == [[jpeg(0), "User: Q\nAssistant:", " A"]]
     assert done.dropped == {
         "'instruction' is not text": 1,
         "'img_str' is neither a string nor a list": 1,

@@ -1,4 +1,4 @@
-"""OBELICS in: alternating pictures and texts, by URL or with their bytes."""
+"""OBELICS in: alternating images and texts, by URL or with their bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 from tests.data.test_index import make_tar
 
 
-def row(*parts: tuple[str | None, str | None], url: str = "http://page") -> dict[str, Any]:
+def row(*parts: tuple[str | None, str | None], url: str = "http://document") -> dict[str, Any]:
     """(image, text) parts as OBELICS has them."""
     images = [image for image, _ in parts]
     metadata = [None if image is None else {"src": image, "document_url": url} for image in images]
@@ -49,7 +49,7 @@ def write(path: Path, *rows: dict[str, Any], groups: int = 1000) -> Path:
 
 @pytest.fixture
 def downloaded(tmp_path: Path) -> Path:
-    """Pictures 0 to 3 as img2dataset leaves them: keys are positions, the URL is in the JSON."""
+    """Images 0 to 3 as img2dataset leaves them: keys are positions, the URL is in the JSON."""
     (tmp_path / "images").mkdir()
     for tar in (0, 1):
         members = []
@@ -62,9 +62,7 @@ def downloaded(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rows", [1, 1000])
-def test_pictures_by_their_address(
-    tmp_path: Path, downloaded: Path, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
+def test_images_by_their_address(tmp_path: Path, downloaded: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(obelics, "ROWS", rows)
     path = write(
         tmp_path / "train-00000-of-00001.parquet",
@@ -79,24 +77,29 @@ def test_pictures_by_their_address(
         groups=2,
     )
     done = prepare(tmp_path / "out", "obelics", path, "--images", downloaded)
-    assert [flat(page) for page in done.pages] == [
+    assert [flat(document) for document in done.documents] == [
         ["First.", jpeg(2), "Second.", jpeg(0)],
         ["Before.\n\nAfter.", jpeg(1)],
         ["Two.", jpeg(3)],
         ["Three.", jpeg(0), "Four."],
     ]
-    assert [page.meta["url"] for page in done.pages] == ["http://page", "http://missing", "http://page", "http://page"]
-    assert not any(END in str(flat(page)) for page in done.pages)
+    assert [document.meta["url"] for document in done.documents] == [
+        "http://document",
+        "http://missing",
+        "http://document",
+        "http://document",
+    ]
+    assert not any(END in str(flat(document)) for document in done.documents)
     assert done.dropped == {
-        "fewer than 1 pictures left": 3,  # "One.", what follows the last mark, and "Alone."
+        "fewer than 1 images left": 3,  # "One.", what follows the last mark, and "Alone."
         "no text": 1,
-        "an entry is neither a picture nor a text, or both": 2,
+        "an entry is neither an image nor a text, or both": 2,
         "'images' and 'texts' are not lists of the same length": 1,
     }
-    assert done.dropped_pictures == {"picture is missing": 2}
+    assert done.dropped_images == {"image is missing": 2}
 
 
-def test_pictures_by_a_map(tmp_path: Path) -> None:
+def test_images_by_a_map(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(0))
     path = write(tmp_path / "a.parquet", row(image(0), text("One."), image(1), text("Two.")))
@@ -106,15 +109,15 @@ def test_pictures_by_a_map(tmp_path: Path) -> None:
     (tmp_path / "files" / "map.csv").write_text("\n".join(lines))
     for name in ("map.jsonl", "map.csv"):
         done = prepare(tmp_path / f"out-{name}", "obelics", path, "--images", tmp_path / "files" / name)
-        assert [flat(page) for page in done.pages] == [[jpeg(0), "One.\n\nTwo."]]
-        assert done.dropped_pictures == {"picture's name leads out of its folder": 1}
+        assert [flat(document) for document in done.documents] == [[jpeg(0), "One.\n\nTwo."]]
+        assert done.dropped_images == {"image's name leads out of its folder": 1}
     (tmp_path / "files" / "map.tsv").write_text("link\tpath\nx\ty\n")
     assert "give it the columns url and path" in refusal(
         tmp_path / "o", "obelics", path, "--images", tmp_path / "files" / "map.tsv"
     )
 
 
-def test_other_pictures_after_a_stop_are_looked_up_anew(tmp_path: Path) -> None:
+def test_other_images_after_a_stop_are_looked_up_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", row(image(0), text("One.")))
     facts = json.dumps({"url": "http://x/0.jpg?a=1"}).encode()
     for number in (0, 1):
@@ -125,10 +128,10 @@ def test_other_pictures_after_a_stop_are_looked_up_anew(tmp_path: Path) -> None:
             assert lookup.read("http://x/0.jpg?a=1") == jpeg(number) + bytes(number)
             assert "http://x/1.jpg" not in lookup
     done = prepare(tmp_path / "out", "obelics", path, "--images", tmp_path / "1.tar")
-    assert flat(done.pages[0]) == [jpeg(1) + b"\0", "One."]
+    assert flat(done.documents[0]) == [jpeg(1) + b"\0", "One."]
 
 
-def test_pictures_inside_the_parquet(tmp_path: Path) -> None:
+def test_images_inside_the_parquet(tmp_path: Path) -> None:
     rows = [
         {
             "images": [
@@ -143,9 +146,9 @@ def test_pictures_inside_the_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     done = prepare(tmp_path / "out", "obelics", path)
-    assert [flat(page) for page in done.pages] == [[jpeg(0), "One."]]
-    assert done.pages[0].meta == {}
-    assert done.dropped_pictures == {"picture is missing": 1, "HTML saved as a picture": 1}
+    assert [flat(document) for document in done.documents] == [[jpeg(0), "One."]]
+    assert done.documents[0].meta == {}
+    assert done.dropped_images == {"image is missing": 1, "HTML saved as an image": 1}
 
 
 def test_scores_that_the_source_brings_along(tmp_path: Path, downloaded: Path) -> None:
@@ -159,16 +162,22 @@ def test_scores_that_the_source_brings_along(tmp_path: Path, downloaded: Path) -
     rows[3]["metadata"] = json.dumps([{"porn": 0.1}, None, {"porn": 0.9}, {"src": "x"}])
     for number in (0, 4):
         rows[number]["metadata"] = json.dumps([{"porn": 0.0}, None])
-    rows[4]["general_metadata"] = json.dumps({"url": "http://page", "year": 2024})
+    rows[4]["general_metadata"] = json.dumps({"url": "http://document", "year": 2024})
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    asked = ["--images", downloaded, "--where", "perplexity<=1500", "--where-picture", "porn<=0.85"]
+    asked = ["--images", downloaded, "--where", "perplexity<=1500", "--where-image", "porn<=0.85"]
     done = prepare(tmp_path / "out", "obelics", path, *asked)
-    assert [flat(page) for page in done.pages] == [[jpeg(0), "Good."], [jpeg(0), "Partly."], [jpeg(3), "Young."]]
+    assert [flat(document) for document in done.documents] == [
+        [jpeg(0), "Good."],
+        [jpeg(0), "Partly."],
+        [jpeg(3), "Young."],
+    ]
     assert done.dropped == {"not perplexity<=1500": 1, "no 'perplexity'": 1}
-    assert done.dropped_pictures == {"not porn<=0.85": 1, "no 'porn'": 1}
+    assert done.dropped_images == {"not porn<=0.85": 1, "no 'porn'": 1}
     asked = ["--images", downloaded, "--where", "general_metadata.year>=2020"]
-    assert [flat(page) for page in prepare(tmp_path / "b", "obelics", path, *asked).pages] == [[jpeg(3), "Young."]]
+    assert [flat(document) for document in prepare(tmp_path / "b", "obelics", path, *asked).documents] == [
+        [jpeg(3), "Young."]
+    ]
     asked = ["--images", downloaded, "--where", "nsfw<1"]
     assert "has no column 'nsfw'" in refusal(tmp_path / "o", "obelics", path, *asked)
 
@@ -176,14 +185,14 @@ def test_scores_that_the_source_brings_along(tmp_path: Path, downloaded: Path) -
 def test_mistakes(tmp_path: Path, downloaded: Path) -> None:
     path = write(tmp_path / "a.parquet", row(image(0), text("One.")))
     out = tmp_path / "out"
-    assert "the parquet holds URLs, not pictures" in refusal(out, "obelics", path)
+    assert "the parquet holds URLs, not images" in refusal(out, "obelics", path)
     other = tmp_path / "b.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"]}), other)
     assert "b.parquet has no column 'images'; it has url" in refusal(out, "obelics", other)
     other.write_bytes(path.read_bytes()[:-20])
     assert "b.parquet is no parquet file, or truncated" in refusal(out, "obelics", other)
     raw = bytearray(path.read_bytes())
-    raw[4:40] = bytes(36)  # a page header in the middle
+    raw[4:40] = bytes(36)  # a document header in the middle
     other.write_bytes(raw)
     assert "b.parquet is damaged" in refusal(tmp_path / "o", "obelics", other, "--images", downloaded)
     assert "none does not exist" in refusal(tmp_path / "p", "obelics", path, "--images", tmp_path / "none")

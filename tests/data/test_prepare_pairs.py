@@ -1,4 +1,4 @@
-"""Pictures with captions in: img2dataset's tars, folders and tables, as people have them."""
+"""Images with captions in: img2dataset's tars, folders and tables, as people have them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from data.prepare.sources import pairs
 from data.shards.document import sniff
 from tests.data.helpers import encoded, png, random_image
-from tests.data.sources import add_link, bad_pictures, flat, jpeg, prepare, refusal
+from tests.data.sources import add_link, bad_images, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 
 
@@ -29,7 +29,7 @@ def test_tars_of_img2dataset_with_every_fault(tmp_path: Path) -> None:
         ("../../000000002.jpg", jpeg(2)),  # only ever a key
         ("../../000000002.txt", b"an outsider"),
         ("../../000000002.json", facts("an outsider", similarity="0.29")),
-        ("3.txt", b"no picture"),
+        ("3.txt", b"no image"),
         ("4.jpg", jpeg(4)),
         ("4.txt", b" "),
         ("5.jpg", jpeg(5)),
@@ -48,20 +48,20 @@ def test_tars_of_img2dataset_with_every_fault(tmp_path: Path) -> None:
         ("11.json", facts("odd", similarity="high")),
         ("000000001.txt", b"again"),
     ]
-    for number, body in enumerate(bad_pictures().values()):
+    for number, body in enumerate(bad_images().values()):
         members += [(f"bad{number}.jpg", body), (f"bad{number}.json", facts("x", similarity=1))]
     shard = make_tar(tmp_path / "00000.tar", members)
     add_link(shard, "link.jpg", "/etc/passwd")
     done = prepare(tmp_path / "out", "pairs", shard, "--where", "similarity>=0.28")
-    assert [flat(page) for page in done.pages] == [
+    assert [flat(document) for document in done.documents] == [
         [jpeg(1), "a dog"],
         [webp, "a cat, from the JSON"],
         [jpeg(2), "an outsider"],
     ]
-    assert done.pages[0].meta == {"key": "000000001", "url": "http://x", "status": "success", "similarity": 0.31}
-    assert done.pages[2].meta["key"] == "../../000000002"
-    assert done.dropped == dict.fromkeys(bad_pictures(), 1) | {
-        "no picture": 1,
+    assert done.documents[0].meta == {"key": "000000001", "url": "http://x", "status": "success", "similarity": 0.31}
+    assert done.documents[2].meta["key"] == "../../000000002"
+    assert done.dropped == dict.fromkeys(bad_images(), 1) | {
+        "no image": 1,
         "no caption": 1,
         "caption is not UTF-8": 1,
         "JSON cannot be read": 1,
@@ -74,7 +74,7 @@ def test_tars_of_img2dataset_with_every_fault(tmp_path: Path) -> None:
     }
 
 
-def test_a_folder_of_pictures_and_texts(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_texts(tmp_path: Path) -> None:
     root = tmp_path / "in"
     (root / "deep").mkdir(parents=True)
     (root / "b.PNG").write_bytes(png(3))
@@ -85,31 +85,31 @@ def test_a_folder_of_pictures_and_texts(tmp_path: Path) -> None:
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (root / "link.txt").write_text("a link")
     (tmp_path / "secret.jpg").write_bytes(jpeg(3))
-    (root / "notes.pdf").write_text("no picture")
+    (root / "notes.pdf").write_text("no image")
     done = prepare(tmp_path / "out", "pairs", root)
-    assert [flat(page) for page in done.pages] == [[png(3), "bee"], [jpeg(1), "from JSON"]]
-    assert [page.meta["file"] for page in done.pages] == ["b.PNG", "deep/a.b.jpg"]
-    assert done.dropped == {"no caption": 1, "picture is a link out of its folder": 1}
+    assert [flat(document) for document in done.documents] == [[png(3), "bee"], [jpeg(1), "from JSON"]]
+    assert [document.meta["file"] for document in done.documents] == ["b.PNG", "deep/a.b.jpg"]
+    assert done.dropped == {"no caption": 1, "image is a link out of its folder": 1}
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 def test_tables_in_any_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(pairs, "IN_A_UNIT", chunk)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(3):
-        (tmp_path / "pictures" / f"{number}.jpg").write_bytes(jpeg(number))
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number))
     table = tmp_path / "t.csv"
     table.write_bytes(
         b'\xef\xbb\xbfid,filepath,title\r\n7,0.jpg,"two\r\nlines, quoted"\r\n8,../t.csv,x\r\n\r\n'
         b"9,1.jpg,\r\n10,none.jpg,y\r\n11,2.jpg,z,too many\r\n12,2.jpg,\xc3\xbcber"
     )
-    done = prepare(tmp_path / "out", "pairs", table, "--images", tmp_path / "pictures")
-    assert [flat(page) for page in done.pages] == [[jpeg(0), "two\r\nlines, quoted"], [jpeg(2), "über"]]
-    assert done.pages[0].meta == {"id": "7", "filepath": "0.jpg"}
+    done = prepare(tmp_path / "out", "pairs", table, "--images", tmp_path / "images")
+    assert [flat(document) for document in done.documents] == [[jpeg(0), "two\r\nlines, quoted"], [jpeg(2), "über"]]
+    assert done.documents[0].meta == {"id": "7", "filepath": "0.jpg"}
     assert done.dropped == {
-        "picture's name leads out of its folder": 1,
+        "image's name leads out of its folder": 1,
         "no caption": 1,
-        "picture is missing": 1,
+        "image is missing": 1,
         "row with another number of columns than the header": 1,
     }
     assert "t.csv row 2)" in done.report or "t.csv row 3)" in done.report
@@ -121,7 +121,7 @@ def test_tsv_with_columns_by_name(tmp_path: Path) -> None:
     table.write_text('where\twhat\na.jpg\tan "a"\n')
     options = ("--image-column", "where", "--caption-column", "what")
     done = prepare(tmp_path / "out", "pairs", table, *options)
-    assert [flat(page) for page in done.pages] == [[jpeg(1), 'an "a"']]
+    assert [flat(document) for document in done.documents] == [[jpeg(1), 'an "a"']]
     told = refusal(tmp_path / "o", "pairs", table)
     assert "has the columns where, what; say with --image-column which one is meant" in told
 
@@ -130,7 +130,7 @@ def test_mistakes(tmp_path: Path) -> None:
     shard = make_tar(tmp_path / "a.tar", [("k.jpg", jpeg(1)), ("k.txt", b"x")])
     assert "'similarity' is no condition" in refusal(tmp_path / "o", "pairs", shard, "--where", "similarity")
     (tmp_path / "empty").mkdir()
-    assert "holds neither tars nor pictures" in refusal(tmp_path / "o", "pairs", tmp_path / "empty")
+    assert "holds neither tars nor images" in refusal(tmp_path / "o", "pairs", tmp_path / "empty")
     table = tmp_path / "t.csv"
     table.write_bytes(b"image,caption\n\xff,x\n")
     assert "t.csv is no table in UTF-8" in refusal(tmp_path / "o", "pairs", table)
@@ -139,9 +139,9 @@ def test_mistakes(tmp_path: Path) -> None:
     assert "--min-side" in refusal(tmp_path / "o", "pairs", tmp_path / "empty", "--min-side", "0")
 
 
-def test_the_kept_bytes_are_the_picture_s_own(tmp_path: Path) -> None:
+def test_the_kept_bytes_are_the_image_s_own(tmp_path: Path) -> None:
     gif = encoded(random_image("P", (12, 12)), "GIF")
     shard = make_tar(tmp_path / "a.tar", [("k.jpg", gif), ("k.txt", b"x")])
-    (page,) = prepare(tmp_path / "out", "pairs", shard).pages
-    assert page.images == [gif]
-    assert sniff(page.images[0]) == "gif"
+    (document,) = prepare(tmp_path / "out", "pairs", shard).documents
+    assert document.images == [gif]
+    assert sniff(document.images[0]) == "gif"

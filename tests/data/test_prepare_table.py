@@ -30,7 +30,7 @@ def test_a_source_explains_itself(name: str, capsys: pytest.CaptureFixture[str])
         module = load_source(name)
         assert module.LAYOUT in ("interleaved", "pairs")
         assert callable(module.units)
-        assert callable(module.pages)
+        assert callable(module.documents)
         assert "--part i/n" in shown
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.prepare.clips import frames_of
 from data.prepare.units import Dropped
-from data.shards.document import Picture
+from data.shards.document import Image
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 
@@ -36,7 +36,7 @@ def mp4(seconds: float, rate: int = 8, size: tuple[int, int] = (64, 48), sound: 
 
 
 def brightness(frame: bytes) -> int:
-    with Image.open(io.BytesIO(frame)) as image:
+    with PILImage.open(io.BytesIO(frame)) as image:
         return round(float(np.asarray(image).mean()))
 
 
@@ -48,7 +48,7 @@ def test_frames_are_those_of_whole_seconds() -> None:
     assert frames_of(video, 1.0, 64, 480, 10**8) == frames
     assert len(frames_of(video, 2.0, 64, 480, 10**8)) == 9
     assert frames_of(video, 1.0, 2, 480, 10**8) == frames[:2]
-    with Image.open(io.BytesIO(frames_of(video, 1.0, 1, 32, 10**8)[0])) as small:
+    with PILImage.open(io.BytesIO(frames_of(video, 1.0, 1, 32, 10**8)[0])) as small:
         assert small.size == (32, 24)
     for broken, reason in (
         (b"", "cannot be decoded"),
@@ -92,12 +92,12 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
         ("9.txt", b"no array"),
     ]
     done = prepare(tmp_path / "out", "video", make_tar(tmp_path / "0.tar", members))
-    clip, single, frames, from_array = done.pages
-    assert [node for node in clip.nodes if isinstance(node, Picture)] == [Picture((0, 1), 1.0)]
+    clip, single, frames, from_array = done.documents
+    assert [node for node in clip.nodes if isinstance(node, Image)] == [Image((0, 1), 1.0)]
     assert clip.nodes[1].text == "it brightens"  # type: ignore[union-attr]
     assert [abs(brightness(image) - grey) <= 3 for image, grey in zip(clip.images, (20, 40), strict=True)] == [True] * 2
     assert clip.meta == {"key": "000_000", "url": "http://v", "clips": [[0, 2]]}
-    assert single.nodes[0] == Picture((0,))
+    assert single.nodes[0] == Image((0,))
     assert flat(frames) == [(jpeg(0), jpeg(1)), "frames"]
     assert [brightness(image) for image in from_array.images] == [7, 7, 7]
     assert done.dropped == {
@@ -106,7 +106,7 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
         "no video": 1,
         "no caption": 1,
         "caption is not text": 1,
-        "HTML saved as a picture": 1,
+        "HTML saved as an image": 1,
         "array cannot be read": 1,
     }
 
@@ -123,9 +123,9 @@ def test_a_folder_of_videos(tmp_path: Path) -> None:
     (root / "link.txt").write_text("x")
     (tmp_path / "out.mp4").write_bytes(mp4(1))
     done = prepare(tmp_path / "out", "video", root, "--max-frames", 2)
-    assert [page.meta["file"] for page in done.pages] == ["b.mp4", "deep/a.MP4"]
-    assert len(done.pages[1].images) == 2
-    assert done.dropped == {"no caption": 1, "picture is a link out of its folder": 1}
+    assert [document.meta["file"] for document in done.documents] == ["b.mp4", "deep/a.MP4"]
+    assert len(done.documents[1].images) == 2
+    assert done.dropped == {"no caption": 1, "image is a link out of its folder": 1}
     assert "--fps must be positive" in refusal(tmp_path / "o", "video", root, "--fps", 0)
     (tmp_path / "empty").mkdir()
     assert "holds neither tars nor videos" in refusal(tmp_path / "o", "video", tmp_path / "empty")

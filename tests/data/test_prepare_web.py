@@ -1,4 +1,4 @@
-"""Web pages in: the order of the DOM, the published rules, and pictures from folders, archives and downloads."""
+"""Web documents in: the order of the DOM, the published rules, and images from folders, archives and downloads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare.web.dom import WebPicture, decode_html, read_dom
+from data.prepare.web.dom import WebImage, decode_html, read_dom
 from data.prepare.web.text_filters import RULES, massive, punctuation, repeats, repetition, words_of
 from tests.data.helpers import encoded, random_image
 from tests.data.sources import flat, jpeg, prepare, refusal
@@ -23,7 +23,7 @@ PROSE = [
 ]
 
 
-def page(*body: str, head: str = "") -> str:
+def document(*body: str, head: str = "") -> str:
     return f"<!doctype html><html><head><title>t</title>{head}</head><body>{''.join(body)}</body></html>"
 
 
@@ -32,31 +32,31 @@ def photo(number: int, side: int = 200) -> bytes:
 
 
 def test_the_order_is_that_of_the_dom() -> None:
-    html = page(
+    html = document(
         "<nav>Menu <img src=menu.png></nav><script>x</script><!-- no --><div hidden>h</div><p aria-hidden=true>h</p>",
         "<div style='display: none'>h</div><div role=navigation>h</div><noscript><img src=n.jpg></noscript>",
         "<main><h1>Head  line</h1><p>A <b>bold</b> &amp;\n new<i>s</i>paper.",
         "<img src='/a.png' width=300 height='20px'>after<br>next line<br><br>apart</p>bare text",
         "<ul><li>one</li><li>two</li></ul>",
-        "<picture><source srcset='q.webp 1x, r.webp 2x'><img data-src=' z.jpg '></picture>",
+        "<image><source srcset='q.webp 1x, r.webp 2x'><img data-src=' z.jpg '></image>",
         "<img src='data:image/gif;base64,R0lGOD' data-src='lazy.jpg'><img srcset='s.jpg 100w, https://y/l.jpg 900w'>",
         "<img src='javascript:x'><img><img src='http://[bad'></main><footer>f</footer>",
     )
-    assert read_dom(html, "http://x/d/page.html") == [
+    assert read_dom(html, "http://x/d/document.html") == [
         "Head line",
         "A bold & newspaper.",
-        WebPicture("http://x/a.png", 300, 20),
+        WebImage("http://x/a.png", 300, 20),
         "after\nnext line",
         "apart",
         "bare text",
         "one",
         "two",
-        WebPicture("http://x/d/z.jpg"),
-        WebPicture("http://x/d/lazy.jpg"),
-        WebPicture("https://y/l.jpg"),
+        WebImage("http://x/d/z.jpg"),
+        WebImage("http://x/d/lazy.jpg"),
+        WebImage("https://y/l.jpg"),
     ]
-    based = page("<img src=a.png>", head="<base href='//other/deep/'>")
-    assert read_dom(based, "http://x/") == [WebPicture("http://other/deep/a.png")]
+    based = document("<img src=a.png>", head="<base href='//other/deep/'>")
+    assert read_dom(based, "http://x/") == [WebImage("http://other/deep/a.png")]
     assert read_dom("", "") == []
     assert read_dom("<div>" * 5000 + "deep" + "</div>" * 5000) == ["deep"]
 
@@ -156,44 +156,46 @@ def test_documents_by_the_rules_of_massivetext(text: str, reason: str) -> None:
     assert massive(text, words_of(text)) == reason
 
 
-def story(*pictures: str) -> str:
-    """Prose with a picture before each paragraph."""
-    places = [f"<img src='{name}'>" for name in pictures] + [""] * len(PROSE)
+def story(*images: str) -> str:
+    """Prose with an image before each paragraph."""
+    places = [f"<img src='{name}'>" for name in images] + [""] * len(PROSE)
     return "".join(f"{place}<p>{text}</p>" for place, text in zip(places, PROSE, strict=False))
 
 
-def test_saved_pages_with_the_rules_of_obelics(tmp_path: Path) -> None:
+def test_saved_documents_with_the_rules_of_obelics(tmp_path: Path) -> None:
     root = tmp_path / "in"
     (root / "deep" / "files").mkdir(parents=True)
-    pictures = {"a b.jpg": photo(1), "tiny.jpg": photo(2, 100), "wide.jpg": jpeg(3, (450, 200)), "logo.png": photo(4)}
-    for name, body in (pictures | {"html.jpg": b"<html>"}).items():
+    images = {"a b.jpg": photo(1), "tiny.jpg": photo(2, 100), "wide.jpg": jpeg(3, (450, 200)), "logo.png": photo(4)}
+    for name, body in (images | {"html.jpg": b"<html>"}).items():
         (root / "deep" / "files" / name).write_bytes(body)
     inline = base64.b64encode(photo(5)).decode()
-    images = ("files/a%20b.jpg", "files/a%20b.jpg", "files/tiny.jpg")
+    names = ("files/a%20b.jpg", "files/a%20b.jpg", "files/tiny.jpg")
     others = ("files/wide.jpg", "files/logo.png", "files/none.jpg", "../../x.jpg", "http://x/y.jpg", "files/html.jpg")
     extra = "".join(f"<img src='{name}'>" for name in others)
     shown = "<img src='files/s.jpg' width=20>"
     spam = "<p>Buy now: cheap shoes!</p>"
-    full = page(
-        story(*images), spam, extra, shown, f"<img src='data:image/jpeg;base64,{inline}'>", f"<p>{PROSE[0]}</p>"
+    full = document(
+        story(*names), spam, extra, shown, f"<img src='data:image/jpeg;base64,{inline}'>", f"<p>{PROSE[0]}</p>"
     )
     (root / "deep" / "a.html").write_text(full)
-    (root / "b.htm").write_text(page(story()))
-    (root / "c.html").write_text(page("<img src='deep/files/a b.jpg'>"))
-    (root / "d.html").write_text(page("<img src='deep/files/a b.jpg'><p>Nothing to see here, at all, is there?</p>"))
+    (root / "b.htm").write_text(document(story()))
+    (root / "c.html").write_text(document("<img src='deep/files/a b.jpg'>"))
+    (root / "d.html").write_text(
+        document("<img src='deep/files/a b.jpg'><p>Nothing to see here, at all, is there?</p>")
+    )
     done = prepare(tmp_path / "out", "html", root)
-    assert [flat(one) for one in done.pages] == [[photo(1), "\n\n".join(PROSE), photo(5)]]
-    assert done.pages[0].meta == {"images": ["files/a%20b.jpg", "data:"]}
-    assert done.dropped == {"fewer than 1 pictures left": 1, "no text": 1, "fewer than 10 words": 1}
-    assert done.dropped_pictures == {
-        "picture with a side below 150 pixels": 1,
-        "picture longer than 2 times its width": 1,
-        "picture with 'logo' in its address": 1,
-        "picture is missing": 1,
-        "picture's name leads out of its folder": 1,
-        "picture is not in the folder; give --images": 1,
-        "HTML saved as a picture": 1,
-        "picture shown with a side below 150 pixels": 1,
+    assert [flat(one) for one in done.documents] == [[photo(1), "\n\n".join(PROSE), photo(5)]]
+    assert done.documents[0].meta == {"names": ["files/a%20b.jpg", "data:"]}
+    assert done.dropped == {"fewer than 1 images left": 1, "no text": 1, "fewer than 10 words": 1}
+    assert done.dropped_images == {
+        "image with a side below 150 pixels": 1,
+        "image longer than 2 times its width": 1,
+        "image with 'logo' in its address": 1,
+        "image is missing": 1,
+        "image's name leads out of its folder": 1,
+        "image is not in the folder; give --names": 1,
+        "HTML saved as an image": 1,
+        "image shown with a side below 150 pixels": 1,
     }
 
 
@@ -203,21 +205,21 @@ def test_the_rules_of_m3w(tmp_path: Path) -> None:
     plain = encoded(random_image("RGB", (1, 1)).resize((100, 100)), "JPEG")
     for name, body in {"a.jpg": photo(1, 100), "plain.jpg": plain, "tiny.jpg": photo(2, 63)}.items():
         (root / name).write_bytes(body)
-    (root / "a.html").write_text(page(story("a.jpg", "plain.jpg", "tiny.jpg")))
+    (root / "a.html").write_text(document(story("a.jpg", "plain.jpg", "tiny.jpg")))
     done = prepare(tmp_path / "out", "html", root, "--filters", "m3w")
-    assert flat(done.pages[0])[0] == photo(1, 100)
-    assert done.dropped_pictures == {"picture of a single colour": 1, "picture with a side below 64 pixels": 1}
+    assert flat(done.documents[0])[0] == photo(1, 100)
+    assert done.dropped_images == {"image of a single colour": 1, "image with a side below 64 pixels": 1}
     done = prepare(tmp_path / "all", "html", root / "a.html", "--filters", "none")
-    assert len(done.pages[0].images) == 3
+    assert len(done.documents[0].images) == 3
 
 
-def test_saved_pages_with_downloaded_pictures(tmp_path: Path) -> None:
+def test_saved_documents_with_downloaded_images(tmp_path: Path) -> None:
     members = [("0.jpg", photo(1)), ("0.json", json.dumps({"url": "http://x/d/a.jpg"}).encode())]
     tar = make_tar(tmp_path / "0.tar", members)
-    (tmp_path / "a.html").write_text(page(story("a.jpg"), head="<link rel='canonical' href='http://x/d/page'>"))
+    (tmp_path / "a.html").write_text(document(story("a.jpg"), head="<link rel='canonical' href='http://x/d/document'>"))
     done = prepare(tmp_path / "out", "html", tmp_path / "a.html", "--images", tar)
-    assert done.pages[0].images == [photo(1)]
-    assert done.pages[0].meta == {"url": "http://x/d/page", "images": ["http://x/d/a.jpg"]}
+    assert done.documents[0].images == [photo(1)]
+    assert done.documents[0].meta == {"url": "http://x/d/document", "images": ["http://x/d/a.jpg"]}
     told = refusal(tmp_path / "o", "html", tmp_path / "a.html", "--flagged-words", tmp_path / "none")
     assert "word list" in told
     assert "--max-pixels" in refusal(tmp_path / "o", "html", tmp_path / "a.html", "--max-pixels", "0")
@@ -237,15 +239,15 @@ def write_warc(path: Path, *answers: tuple[str, str, bytes, Sequence[str]], stat
 
 
 @pytest.mark.parametrize("name", ["a.warc.gz", "a.warc"])
-def test_warc_with_its_own_pictures(tmp_path: Path, name: str) -> None:
-    html = page(story("/1.jpg", "../2.jpg", "none.jpg")).encode()
-    latin = page(
+def test_warc_with_its_own_images(tmp_path: Path, name: str) -> None:
+    html = document(story("/1.jpg", "../2.jpg", "none.jpg")).encode()
+    latin = document(
         "<p>Über the harbour, in the “evening”, the lights of the boats were to be seen.</p>", "<img src=/1.jpg>"
     )
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(html), html)
     path = write_warc(
         tmp_path / name,
-        ("http://x/d/page", "text/html; charset=utf-8", html, []),
+        ("http://x/d/document", "text/html; charset=utf-8", html, []),
         ("http://x/1.jpg", "image/jpeg", photo(1), []),
         ("http://x/2.jpg", "image/jpeg", photo(2), []),
         ("http://x/latin", "text/html;charset=windows-1252", latin.encode("cp1252"), []),
@@ -255,23 +257,23 @@ def test_warc_with_its_own_pictures(tmp_path: Path, name: str) -> None:
     )
     done = prepare(tmp_path / "out", "warc", path)
     full = [photo(1), PROSE[0], photo(2), "\n\n".join(PROSE[1:])]
-    assert [flat(one) for one in done.pages][::2] == [full, full]
-    assert "Über" in str(flat(done.pages[1])[0])
-    assert done.pages[0].meta == {"url": "http://x/d/page", "images": ["http://x/1.jpg", "http://x/2.jpg"]}
+    assert [flat(one) for one in done.documents][::2] == [full, full]
+    assert "Über" in str(flat(done.documents[1])[0])
+    assert done.documents[0].meta == {"url": "http://x/d/document", "images": ["http://x/1.jpg", "http://x/2.jpg"]}
     assert done.dropped == {"no text": 1}
-    assert done.dropped_pictures == {"picture is missing": 2}
+    assert done.dropped_images == {"image is missing": 2}
     assert not (tmp_path / "out" / ".prepare").exists()
 
 
-def test_warc_with_downloaded_pictures_and_mistakes(tmp_path: Path) -> None:
-    path = write_warc(tmp_path / "a.warc.gz", ("http://x/p", "text/html", page(story("1.jpg")).encode(), []))
+def test_warc_with_downloaded_images_and_mistakes(tmp_path: Path) -> None:
+    path = write_warc(tmp_path / "a.warc.gz", ("http://x/p", "text/html", document(story("1.jpg")).encode(), []))
     members = [("0.jpg", photo(1)), ("0.json", json.dumps({"url": "http://x/1.jpg"}).encode())]
     tar = make_tar(tmp_path / "0.tar", members)
     done = prepare(tmp_path / "out", "warc", path, "--images", tar)
-    assert done.pages[0].images == [photo(1)]
+    assert done.documents[0].images == [photo(1)]
     path.write_bytes(path.read_bytes()[:-60])
     assert "a.warc.gz" in refusal(tmp_path / "o", "warc", path, "--images", tar)
     (tmp_path / "b.warc").write_bytes(b"<html>no warc</html>" * 50)
     assert "b.warc" in refusal(tmp_path / "p", "warc", tmp_path / "b.warc", "--images", tar)
     other = write_warc(tmp_path / "c.warc", ("http://x/p", "text/html", b"x", []), status="404 Not Found")
-    assert "not one page was kept" in refusal(tmp_path / "q", "warc", other, "--images", tar)
+    assert "not one document was kept" in refusal(tmp_path / "q", "warc", other, "--images", tar)

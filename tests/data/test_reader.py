@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.batches.collate import FlamingoCollate
 from data.dataset import DatasetSpec, open_corpus
 from data.loading.loader import MixLoader
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from data.shards.reader import SLACK, ShardReader, runs
 from data.shards.writer import ShardWriter
 from tests.data.helpers import byte_processor, encoded, random_image
@@ -52,11 +52,11 @@ def jpegs(number: int) -> list[bytes]:
     return [encoded(random_image("RGB", (160, 160), seed), "JPEG", quality=98) for seed in range(number)]
 
 
-def test_a_page_costs_the_pictures_that_its_row_shows(tmp_path: Path) -> None:
+def test_a_document_costs_the_images_that_its_row_shows(tmp_path: Path) -> None:
     images = jpegs(10)
     with ShardWriter(tmp_path, "s") as writer:
-        nodes = [node for number in range(10) for node in (Picture((number,)), Text(f"number {number} "))]
-        writer.write(Page("", nodes, images))
+        nodes = [node for number in range(10) for node in (Image((number,)), Text(f"number {number} "))]
+        writer.write(Document("", nodes, images))
     spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, max_images=3, window="start")
     loader = MixLoader([spec], FlamingoCollate(byte_processor()), prefetch_factor=0)
     batch = next(iter(loader)).batches["d"][0]
@@ -69,18 +69,18 @@ def test_a_page_costs_the_pictures_that_its_row_shows(tmp_path: Path) -> None:
 def test_a_pair_is_read_whole_with_little_else(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", layout="pairs") as writer:
         for image in jpegs(8):
-            writer.write(Page("", [Picture((0,)), Text("a caption")], [image], {"facts": list(range(40))}))
+            writer.write(Document("", [Image((0,)), Text("a caption")], [image], {"facts": list(range(40))}))
     corpus = open_corpus(DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, kind="pairs"))
     reader = ShardReader(corpus.indexes)
     index = corpus.indexes[0]
     wanted = 0
     for row in range(8):
         sample = reader.sample(0, row)
-        assert sample.picture(0)[:2] == b"\xff\xd8"
+        assert sample.image(0)[:2] == b"\xff\xd8"
         assert sample.nodes[1] == Text("a caption")
         wanted += sum(size for *_, size in index.members(row))
     assert wanted <= reader.bytes_read <= 1.04 * wanted
     before = reader.bytes_read
-    reader.sample(0, 0, pictures=False)
+    reader.sample(0, 0, images=False)
     assert reader.bytes_read - before < 400
     assert np.diff(index.first).tolist() == [3] * 8

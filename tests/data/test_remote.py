@@ -17,7 +17,7 @@ from data.loading.loader import MixLoader
 from data.remote.download import download, expand, is_remote
 from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, same, write_pages
+from tests.data.helpers import byte_processor, same, write_documents
 from tests.data.server import Behaviour, serving
 
 COLLATE = FlamingoCollate(byte_processor())
@@ -30,7 +30,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pages(tmp_path_factory.mktemp("shards"), count=96, per_shard=8)
+    return write_documents(tmp_path_factory.mktemp("shards"), count=96, per_shard=8)
 
 
 def spec_of(*urls: str, **options: Any) -> DatasetSpec:
@@ -51,7 +51,7 @@ def equal(mine: list[Any], other: list[Any]) -> bool:
     return all(a.keys == b.keys and same(a.tensors, b.tensors) for a, b in pairs)
 
 
-NAMES = "pages-0000{00..11}.tar"
+NAMES = "documents-0000{00..11}.tar"
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -94,21 +94,21 @@ def test_a_server_that_gives_nothing_stops_the_run(shards: Path, tmp_path: Path)
         with pytest.raises(UserError, match=r"shard http.*\.tar could not be fetched: 5 attempts in a row .* 503"):
             batches(spec, 1)
     with serving(shards) as server:
-        url = f"{server.url}/pages-000099.tar"
-        with pytest.raises(UserError, match=r"pages-000099\.tar cannot be had: the server answers 404"):
+        url = f"{server.url}/documents-000099.tar"
+        with pytest.raises(UserError, match=r"documents-000099\.tar cannot be had: the server answers 404"):
             batches(spec_of(url, cache=str(tmp_path)), 1)
-        assert server.requests["/pages-000099.tar"] == 1  # not five times
+        assert server.requests["/documents-000099.tar"] == 1  # not five times
         with pytest.raises(UserError, match="is remote: set the dataset's cache to a folder"):
             batches(spec_of(url), 1)
 
 
 def test_a_shard_that_was_replaced_on_the_server(shards: Path, tmp_path: Path) -> None:
-    there = write_pages(tmp_path / "there", count=4)
-    raw = bytearray((there / "pages-000000.tar").read_bytes())
+    there = write_documents(tmp_path / "there", count=4)
+    raw = bytearray((there / "documents-000000.tar").read_bytes())
     raw[700] ^= 1
-    (there / "pages-000000.tar").write_bytes(raw)
+    (there / "documents-000000.tar").write_bytes(raw)
     with serving(there) as server, pytest.raises(UserError, match=r"changed after its index was built.*remove it too"):
-        batches(spec_of(f"{server.url}/pages-000000.tar", cache=str(tmp_path / "c")), 1)
+        batches(spec_of(f"{server.url}/documents-000000.tar", cache=str(tmp_path / "c")), 1)
 
 
 def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
@@ -128,14 +128,14 @@ def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
 def test_the_cache_keeps_its_limit_and_drops_what_was_not_used(shards: Path, tmp_path: Path) -> None:
     size = max(path.stat().st_size for path in shards.glob("*.tar"))
     with serving(shards) as server:
-        urls = [f"{server.url}/pages-{n:06d}.tar" for n in range(6)]
+        urls = [f"{server.url}/documents-{n:06d}.tar" for n in range(6)]
         cache = ShardCache(tmp_path, 3 * size)
         for url in (*urls[:3], urls[0], urls[3], urls[0], urls[4]):
             cache.local(url)
             assert cache.used() <= 3 * size
             time.sleep(0.01)  # the clock of the file system is coarse
         assert [cache.has(url) for url in urls] == [True, False, False, True, True, False]
-        assert [server.requests[f"/pages-{n:06d}.tar"] for n in range(5)] == [1] * 5
+        assert [server.requests[f"/documents-{n:06d}.tar"] for n in range(5)] == [1] * 5
         with pytest.raises(UserError, match=r"may hold 100 bytes and a shard has \d+; raise cache_gb"):
             ShardCache(tmp_path / "small", 100).local(urls[0])
 
@@ -162,7 +162,7 @@ def fetch(folder: str, url: str) -> None:
 @pytest.mark.slow
 def test_processes_do_not_fetch_the_same_shard_twice(shards: Path, tmp_path: Path) -> None:
     with serving(shards, Behaviour(seconds=0.1)) as server:
-        url = f"{server.url}/pages-000000.tar"
+        url = f"{server.url}/documents-000000.tar"
         processes = [
             multiprocessing.get_context("spawn").Process(target=fetch, args=(str(tmp_path), url)) for _ in range(3)
         ]
@@ -171,19 +171,19 @@ def test_processes_do_not_fetch_the_same_shard_twice(shards: Path, tmp_path: Pat
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0] * 3
-        assert dict(server.requests) == {"/pages-000000.tar.idx": 1, "/pages-000000.tar": 1}
+        assert dict(server.requests) == {"/documents-000000.tar.idx": 1, "/documents-000000.tar": 1}
 
 
 @pytest.mark.parametrize("missing", [26_720, 1, 0])
 def test_what_a_killed_download_left_is_used(shards: Path, tmp_path: Path, missing: int) -> None:
-    there = (shards / "pages-000000.tar").read_bytes()
+    there = (shards / "documents-000000.tar").read_bytes()
     with serving(shards) as server:
-        url = f"{server.url}/pages-000000.tar"
+        url = f"{server.url}/documents-000000.tar"
         cache = ShardCache(tmp_path, 10**9)
         partial = cache._file(url, ".partial")
         partial.write_bytes(there[: len(there) - missing])
         assert Path(cache.local(url)).read_bytes() == there
-        assert server.sent["/pages-000000.tar"] == missing
+        assert server.sent["/documents-000000.tar"] == missing
 
 
 def test_urls_are_told_from_paths_and_expanded() -> None:
@@ -204,10 +204,10 @@ def test_a_download_that_nobody_wants_any_more_ends(
 ) -> None:
     monkeypatch.setattr("data.remote.download.CHUNK", 1000)
     with serving(shards) as server:
-        url, partial = f"{server.url}/pages-000000.tar", tmp_path / "x"
+        url, partial = f"{server.url}/documents-000000.tar", tmp_path / "x"
         with pytest.raises(UserError, match="not wanted any more"):
             download(url, partial, wanted=lambda: False)
         assert partial.stat().st_size == 1000  # what came is kept
         monkeypatch.setattr("data.remote.download.CHUNK", 1 << 20)
         download(url, partial, wanted=lambda: False)  # nothing is left to break off
-        assert partial.read_bytes() == (shards / "pages-000000.tar").read_bytes()
+        assert partial.read_bytes() == (shards / "documents-000000.tar").read_bytes()

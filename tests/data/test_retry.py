@@ -15,7 +15,7 @@ from data.loading.loader import MixLoader
 from data.shards.reader import ShardReader
 from data.shards.retry import Retry
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, write_pages
+from tests.data.helpers import byte_processor, write_documents
 
 COLLATE = FlamingoCollate(byte_processor())
 
@@ -40,8 +40,8 @@ def later(action: Any, seconds: float) -> threading.Thread:
 
 @pytest.mark.parametrize("trouble", ["missing", "short"])
 def test_a_read_that_fails_for_a_while_is_repeated(tmp_path: Path, trouble: str) -> None:
-    folder = write_pages(tmp_path, count=4)
-    shard, aside = folder / "pages-000000.tar", folder / "aside"
+    folder = write_documents(tmp_path, count=4)
+    shard, aside = folder / "documents-000000.tar", folder / "aside"
     expected = reader_of(folder, Retry()).sample(0, 2)
     reader = reader_of(folder, Retry(first_wait=0.05))
     reader.indexes[0]
@@ -60,8 +60,8 @@ def test_a_read_that_fails_for_a_while_is_repeated(tmp_path: Path, trouble: str)
 
 @pytest.mark.parametrize(("trouble", "words"), [("missing", "it does not exist"), ("short", "it is truncated: byte")])
 def test_a_read_that_keeps_failing_stops_the_run(tmp_path: Path, trouble: str, words: str) -> None:
-    folder = write_pages(tmp_path, count=4)
-    shard = folder / "pages-000000.tar"
+    folder = write_documents(tmp_path, count=4)
+    shard = folder / "documents-000000.tar"
     reader = reader_of(folder, Retry(attempts=3, first_wait=0.01))
     reader.indexes[0]
     if trouble == "missing":
@@ -76,11 +76,11 @@ def test_a_read_that_keeps_failing_stops_the_run(tmp_path: Path, trouble: str, w
 
 
 def test_repeated_reads_are_counted_in_the_batch(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=4)
+    folder = write_documents(tmp_path, count=4)
     loader = MixLoader([one(folder)], COLLATE, prefetch_factor=0)
     loader.dataset.readers[0].retry.first_wait = 0.05
     loader.sources[0].corpus.indexes[0]
-    shard, aside = folder / "pages-000000.tar", folder / "aside"
+    shard, aside = folder / "documents-000000.tar", folder / "aside"
     shard.rename(aside)
     thread = later(lambda: aside.rename(shard), 0.1)
     batch = next(iter(loader)).batches["d"][0]

@@ -1,4 +1,4 @@
-"""`inspect --sampled` shows the row that training cuts, with the picture that each token sees."""
+"""`inspect --sampled` shows the row that training cuts, with the image that each token sees."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
-from data.tools.show_sampled import COLOURS, sample_page, sampled_as_html, sampled_as_text
+from data.tools.show_sampled import COLOURS, sample_document, sampled_as_html, sampled_as_text
 from tests.data.helpers import byte_processor, byte_tokenizer, png
 from tests.data.sources import command
 
-PAGE = Page(
+DOCUMENT = Document(
     "k",
     [
         Text("Intro <b>"),
-        Picture((0,)),
+        Image((0,)),
         Text("A cat."),
         Text(" What?", loss=False),
-        Picture((1, 2), 1.0),
+        Image((1, 2), 1.0),
         Text("It runs."),
     ],
     [png(1, 10), png(2, 11), png(3, 12)],
@@ -39,58 +39,60 @@ def seen(text: str) -> list[tuple[bool, str, str]]:
     ]
 
 
-def test_which_tokens_see_which_picture() -> None:
-    sampled = sample_page(PAGE, options())
-    assert seen(sampled_as_text(sampled, PAGE, "here")) == [
+def test_which_tokens_see_which_image() -> None:
+    sampled = sample_document(DOCUMENT, options())
+    assert seen(sampled_as_text(sampled, DOCUMENT, "here")) == [
         (True, "nothing", "Intro <b><EOC>"),
-        (False, "picture 0", "<image>"),
-        (True, "picture 0", "A cat."),
-        (False, "picture 0", " What?<EOC>"),
-        (False, "picture 1", "<image>"),
-        (True, "picture 1", "It runs.<EOC><eos>"),
+        (False, "image 0", "<image>"),
+        (True, "image 0", "A cat."),
+        (False, "image 0", " What?<EOC>"),
+        (False, "image 1", "<image>"),
+        (True, "image 1", "It runs.<EOC><eos>"),
     ]
-    html = sampled_as_html(sampled, PAGE, "here")
-    assert html.count('<img src="data:image/png;base64,') == 3  # a picture and a clip of two frames
+    html = sampled_as_html(sampled, DOCUMENT, "here")
+    assert html.count('<img src="data:image/png;base64,') == 3  # an image and a clip of two frames
     spans = re.findall(r'<span class="([^"]*)" style="([^"]*)" title="([^"]*)">([^<]*)</span>', html)
     assert [text for *_, text in spans][:4] == ["Intro", " &lt;b&gt;", "&lt;EOC&gt;", "&lt;image&gt;"]
     by_text = {text: (classes, style, title) for classes, style, title, text in spans}
     assert by_text["Intro"][1] == ""
     assert by_text[" cat."][1] == f"background:{COLOURS[0]}"
-    assert by_text[" cat."][2].endswith("sees picture 0, learnt")
+    assert by_text[" cat."][2].endswith("sees image 0, learnt")
     assert by_text[" What?"][0] == "unlearnt"
     assert by_text[" runs."][1] == f"background:{COLOURS[1]}"
     assert "<b>" not in html
 
 
-def test_next_pictures_windows_and_limits() -> None:
-    following = sample_page(PAGE, options(next_image=1.0))
-    assert seen(sampled_as_text(following, PAGE, ""))[0] == (True, "picture 0", "Intro <b><EOC>")
-    assert "each token sees the next picture" in sampled_as_text(following, PAGE, "")
-    fewer = sample_page(PAGE, options(max_images=1))
-    assert "1 of its 3 pictures" in sampled_as_text(fewer, PAGE, "")
+def test_next_images_windows_and_limits() -> None:
+    following = sample_document(DOCUMENT, options(next_image=1.0))
+    assert seen(sampled_as_text(following, DOCUMENT, ""))[0] == (True, "image 0", "Intro <b><EOC>")
+    assert "each token sees the next image" in sampled_as_text(following, DOCUMENT, "")
+    fewer = sample_document(DOCUMENT, options(max_images=1))
+    assert "1 of its 3 images" in sampled_as_text(fewer, DOCUMENT, "")
     assert "It" not in fewer.texts
-    short = {tuple(sample_page(PAGE, options(max_tokens=4, window="random", seed=seed)).texts) for seed in range(20)}
+    short = {
+        tuple(sample_document(DOCUMENT, options(max_tokens=4, window="random", seed=seed)).texts) for seed in range(20)
+    }
     assert len(short) > 3
 
 
 def test_the_command_with_words_and_with_tokenizers(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(PAGE)
+        writer.write(DOCUMENT)
     shard = tmp_path / "s-000000.tar"
     status, shown, _ = command("inspect", shard, "--sampled", "--window", "start", "--next-image", "0")
     assert status == 0
-    assert "each token sees the previous picture" in shown
+    assert "each token sees the previous image" in shown
     byte_processor().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(str(tmp_path / "tokenizer"))
     expected = seen(shown)
     for folder in ("model", "tokenizer"):
-        page = tmp_path / f"{folder}.html"
+        document = tmp_path / f"{folder}.html"
         arguments = ("--sampled", "--window", "start", "--next-image", "0", "--tokenizer", tmp_path / folder)
         status, shown, err = command("inspect", shard, *arguments)
         assert status == 0, err
         assert seen(shown)[:-1] == expected[:-1]
-        assert command("inspect", shard, *arguments, "--html", page)[0] == 0
-        assert "sees picture 1, learnt" in page.read_text()
+        assert command("inspect", shard, *arguments, "--html", document)[0] == 0
+        assert "sees image 1, learnt" in document.read_text()
     (tmp_path / "none").mkdir()
     status, _, err = command("inspect", shard, "--sampled", "--tokenizer", tmp_path / "none")
     assert (status, err.count("\n")) == (2, 1)

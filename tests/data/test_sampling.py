@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image as PILImage
 
 from data.batches.collate import FlamingoCollate, clip_frames
 from data.batches.tokenize import quick_encoder
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.training.compose import compose
 from flamingo.vision.transform import ImageTransform
@@ -28,26 +28,28 @@ from train import dataset_specs
 PROCESSOR = byte_processor()
 
 
-def batches(folder: Path, pages: list[list[Node]], images: list[bytes], steps: int = 1, **options: Any) -> list[Any]:
+def batches(
+    folder: Path, documents: list[list[Node]], images: list[bytes], steps: int = 1, **options: Any
+) -> list[Any]:
     with ShardWriter(folder, "s") as writer:
-        for nodes in pages:
-            writer.write(Page("", nodes, images))
-    values: dict[str, Any] = {"name": "d", "shards": [str(folder)], "batch_size": len(pages)}
+        for nodes in documents:
+            writer.write(Document("", nodes, images))
+    values: dict[str, Any] = {"name": "d", "shards": [str(folder)], "batch_size": len(documents)}
     loader = MixLoader([DatasetSpec(**(values | options))], FlamingoCollate(PROCESSOR), prefetch_factor=0)
     return [step.batches["d"][0] for step in itertools.islice(loader, steps)]
 
 
 def test_half_of_the_pairs_get_one_space_in_front(tmp_path: Path) -> None:
-    pages: list[list[Node]] = [[Picture((0,)), Text("abc")] for _ in range(64)]
-    batch = batches(tmp_path, pages, [png(1)], space_probability=0.5)[0]
+    documents: list[list[Node]] = [[Image((0,)), Text("abc")] for _ in range(64)]
+    batch = batches(tmp_path, documents, [png(1)], space_probability=0.5)[0]
     texts = [PROCESSOR.tokenizer.decode(ids[1:5]) for ids in batch.tensors["input_ids"]]
     assert set(texts) == {"abc<|endofchunk|>", " abc"}
     assert 16 < texts.count(" abc") < 48
 
 
-def test_a_long_caption_keeps_its_picture_whatever_the_window(tmp_path: Path) -> None:
-    pages: list[list[Node]] = [[Picture((0,)), Text("x" * 90)] for _ in range(8)]
-    batch = batches(tmp_path, pages, [png(1)], kind="pairs", max_tokens=32, window="random")[0]
+def test_a_long_caption_keeps_its_image_whatever_the_window(tmp_path: Path) -> None:
+    documents: list[list[Node]] = [[Image((0,)), Text("x" * 90)] for _ in range(8)]
+    batch = batches(tmp_path, documents, [png(1)], kind="pairs", max_tokens=32, window="random")[0]
     assert batch.tensors["image_counts"].tolist() == [1] * 8
     assert (batch.tensors["input_ids"][:, 0] == PROCESSOR.image_token_id).all()
     assert batch.tensors["input_ids"].shape == (8, 32)
@@ -61,9 +63,9 @@ def test_a_long_caption_keeps_its_picture_whatever_the_window(tmp_path: Path) ->
 def test_nothing_is_mirrored_that_says_left_or_right(tmp_path: Path, text: str, may: bool) -> None:
     striped = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     striped[:, 0] = 255
-    pages: list[list[Node]] = [[Picture((0,)), Text(text)] for _ in range(24)]
-    data = encoded(Image.fromarray(striped), "PNG")
-    pixels = batches(tmp_path, pages, [data], flip=True)[0].tensors["pixel_values"]
+    documents: list[list[Node]] = [[Image((0,)), Text(text)] for _ in range(24)]
+    data = encoded(PILImage.fromarray(striped), "PNG")
+    pixels = batches(tmp_path, documents, [data], flip=True)[0].tensors["pixel_values"]
     mirrored = int((pixels[:, 0, 0, 0, -1] == 255).sum())
     assert (0 < mirrored < 24) if may else mirrored == 0
 
@@ -81,7 +83,7 @@ def test_nothing_is_mirrored_that_says_left_or_right(tmp_path: Path, text: str, 
 )
 def test_eight_frames_at_one_a_second(stored: int, fps: float | None, wanted: float, expected: list[int]) -> None:
     spec = DatasetSpec(name="d", shards=["x"], batch_size=1, max_frames=8, frame_rate=wanted, window="start")
-    clip = Picture(tuple(range(stored)), fps)
+    clip = Image(tuple(range(stored)), fps)
     assert clip_frames(clip, spec, np.random.default_rng(0)) == expected
     spec.window = "random"
     starts = {clip_frames(clip, spec, np.random.default_rng(n))[0] for n in range(600)}
@@ -146,5 +148,5 @@ def test_the_presets_say_what_the_papers_do() -> None:
         (1.0, "openflamingo", 6),
         (0.2, "text", 1),
     ]
-    assert [s.single_picture_share for s in openflamingo.values()] == [0.5, 1.0]
+    assert [s.single_image_share for s in openflamingo.values()] == [0.5, 1.0]
     assert [{s.colour for s in specs.values()} for specs in (flamingo, fast, openflamingo)] == [{0.2}, {0.0}, {0.0}]

@@ -16,7 +16,7 @@ from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.index import index_path, load_index, read_head
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, write_pages
+from tests.data.helpers import byte_processor, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 COLLATE = FlamingoCollate(byte_processor())
@@ -32,7 +32,7 @@ def paths(folder: Path) -> list[str]:
 
 
 def test_only_what_is_read_is_mapped(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=80, per_shard=2)
+    folder = write_documents(tmp_path, count=80, per_shard=2)
     spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=4, lanes=4, block=2)
     loader = MixLoader([spec], COLLATE, prefetch_factor=0)
     indexes = loader.sources[0].corpus.indexes
@@ -43,16 +43,22 @@ def test_only_what_is_read_is_mapped(tmp_path: Path) -> None:
 
 
 def test_the_least_used_index_is_let_go_and_mapped_again(tmp_path: Path) -> None:
-    indexes = open_shards(paths(write_pages(tmp_path, count=24)), "interleaved").indexes
+    indexes = open_shards(paths(write_documents(tmp_path, count=24)), "interleaved").indexes
     indexes.mapped = 2
     keys = [indexes[shard].key(0) for shard in (0, 1, 2, 0, 5)]
-    assert keys == ["pages-000000-00000000", "pages-000001-00000000", "pages-000002-00000000", keys[0], keys[4]]
+    assert keys == [
+        "documents-000000-00000000",
+        "documents-000001-00000000",
+        "documents-000002-00000000",
+        keys[0],
+        keys[4],
+    ]
     assert list(indexes._known) == [0, 5]
     assert [index.key(0) for index in indexes[1:3]] == keys[1:3]
 
 
 def test_a_head_is_the_index_without_its_columns(tmp_path: Path) -> None:
-    shard = paths(write_pages(tmp_path, count=4))[0]
+    shard = paths(write_documents(tmp_path, count=4))[0]
     assert read_head(shard) == load_index(shard).head()
     assert read_head(shard).usable == {"interleaved": 4, "pairs": 4, "text": 4}
     raw = index_path(shard).read_bytes()
@@ -68,7 +74,7 @@ def test_a_head_is_the_index_without_its_columns(tmp_path: Path) -> None:
 
 
 def test_a_catalogue_stands_for_the_sidecars_until_the_folder_changes(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=8)
+    folder = write_documents(tmp_path, count=8)
     done = run("index", folder)
     assert done.returncode == 0, done.stderr
     assert f"{folder / CATALOGUE}: 2 shards" in done.stdout
@@ -81,7 +87,7 @@ def test_a_catalogue_stands_for_the_sidecars_until_the_folder_changes(tmp_path: 
     assert open_shards(paths(folder), "interleaved").counts.tolist() == [4, 4]
     for path in aside.glob("*.idx"):
         path.rename(folder / path.name)
-    write_pages(folder, count=12)
+    write_documents(folder, count=12)
     assert read_catalogue(folder) == {}
     assert open_shards(paths(folder), "interleaved").counts.tolist() == [4, 4, 4]
     (folder / CATALOGUE).write_text("{")
@@ -91,13 +97,13 @@ def test_a_catalogue_stands_for_the_sidecars_until_the_folder_changes(tmp_path: 
 
 
 def test_ranks_share_the_checking_of_the_shards(tmp_path: Path) -> None:
-    folder = write_pages(tmp_path, count=16)
+    folder = write_documents(tmp_path, count=16)
     assert run("index", folder).returncode == 0
-    cut = folder / "pages-000002.tar"
+    cut = folder / "documents-000002.tar"
     cut.write_bytes(cut.read_bytes()[:1000])
     names = paths(folder)
     assert len(open_shards(names, "interleaved", share=(1, 4)).shards) == 4
-    with pytest.raises(UserError, match=r"pages-000002\.tar has 1000 bytes but its index was built for"):
+    with pytest.raises(UserError, match=r"documents-000002\.tar has 1000 bytes but its index was built for"):
         open_shards(names, "interleaved", share=(2, 4))
 
 

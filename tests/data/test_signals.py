@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.helpers import write_pages
+from tests.data.helpers import write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def start(folder: Path, what: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A process in a group of its own, and its workers."""
-    command = [sys.executable, "-m", "tests.data.signalled", str(write_pages(folder)), what]
+    command = [sys.executable, "-m", "tests.data.signalled", str(write_documents(folder)), what]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, json.loads(process.stdout.readline())

@@ -18,7 +18,7 @@ from data.batches.collate import FlamingoCollate, LanguageCollate
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.loading.shared_memory import Slabs
-from tests.data.helpers import byte_processor, byte_tokenizer, same, write_pages
+from tests.data.helpers import byte_processor, byte_tokenizer, same, write_documents
 
 
 def tensors() -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def test_a_forked_process_gives_nothing_back() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", [0, 256])
 def test_workers_give_what_is_made_here(tmp_path: Path, pack: int) -> None:
-    folder = str(write_pages(tmp_path))
+    folder = str(write_documents(tmp_path))
     spec = DatasetSpec(name="d", shards=[folder], batch_size=8, pack=pack, next_image_probability=0.5)
     text = DatasetSpec(name="t", shards=[folder], batch_size=4, kind="text")
     collates: dict[str, Any] = {"d": FlamingoCollate(byte_processor()), "t": LanguageCollate(byte_tokenizer())}

@@ -21,7 +21,7 @@ from data.loading.loader import MixLoader
 from data.loading.workers import Ahead
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, same, write_pages
+from tests.data.helpers import byte_processor, same, write_documents
 
 COLLATE = FlamingoCollate(byte_processor())
 
@@ -47,7 +47,7 @@ class Failing:
 
 
 def test_a_thread_ahead_changes_nothing(tmp_path: Path) -> None:
-    specs = [one(write_pages(tmp_path), batch_size=8)]
+    specs = [one(write_documents(tmp_path), batch_size=8)]
     ahead, in_turn = (MixLoader(specs, COLLATE, prefetch_factor=depth) for depth in (3, 0))
     for mine, other in zip(itertools.islice(ahead, 6), itertools.islice(in_turn, 6), strict=True):
         assert mine.step == other.step
@@ -73,7 +73,7 @@ def test_the_thread_is_ahead_by_its_depth_and_ends_with_the_loop(tmp_path: Path)
     assert not supply._thread.is_alive()
 
     before = threading.active_count()
-    loop = iter(MixLoader([one(write_pages(tmp_path))], COLLATE))
+    loop = iter(MixLoader([one(write_documents(tmp_path))], COLLATE))
     next(loop)
     assert threading.active_count() == before + 1
     del loop
@@ -82,7 +82,7 @@ def test_the_thread_is_ahead_by_its_depth_and_ends_with_the_loop(tmp_path: Path)
 
 @pytest.mark.parametrize("options", [{"prefetch_factor": 0}, {}, {"num_workers": 1}])
 def test_a_programming_error_is_raised_at_once(tmp_path: Path, options: dict[str, Any]) -> None:
-    loader = MixLoader([one(write_pages(tmp_path))], Failing("key"), **options)
+    loader = MixLoader([one(write_documents(tmp_path))], Failing("key"), **options)
     with pytest.raises(KeyError, match="no such key"):
         next(iter(loader))
     assert loader.bad.total == 0
@@ -90,13 +90,13 @@ def test_a_programming_error_is_raised_at_once(tmp_path: Path, options: dict[str
 
 @pytest.mark.slow
 def test_a_killed_worker_names_its_sample(tmp_path: Path) -> None:
-    loader = MixLoader([one(write_pages(tmp_path))], Failing("kill"), num_workers=1, rank=0)
+    loader = MixLoader([one(write_documents(tmp_path))], Failing("kill"), num_workers=1, rank=0)
     with pytest.raises(UserError) as caught:
         next(iter(loader))
     text = str(caught.value)
     assert "a loader process ended" in text
     assert "rank 0: worker 0 is at step 0, dataset 'd', shard" in text
-    assert "pages-00000" in text
+    assert "documents-00000" in text
     assert "\n" not in text
 
 
@@ -105,18 +105,18 @@ def test_a_killed_worker_names_its_sample(tmp_path: Path) -> None:
 def test_a_hanging_read_is_named_and_ends_the_run(
     tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pages(tmp_path, count=4)
+    folder = write_documents(tmp_path, count=4)
     specs = [one(folder, batch_size=4, lanes=1)]
     loader = MixLoader(
         specs, COLLATE, rank=1, world_size=2, num_workers=workers, patience=0.5, give_up=1.6, prefetch_factor=1
     )
     loader.sources[0].corpus.indexes[0]  # known; the tar itself is not open yet
-    shard = folder / "pages-000000.tar"
+    shard = folder / "documents-000000.tar"
     shard.unlink()
     os.mkfifo(shard)  # to open it waits for a writer who never comes
     with pytest.raises(UserError) as caught:
         next(iter(loader))
-    named = r"rank 1: worker 0 is at step 0, dataset 'd', shard .*pages-000000.tar, sample \d for \d s"
+    named = r"rank 1: worker 0 is at step 0, dataset 'd', shard .*documents-000000.tar, sample \d for \d s"
     assert re.match(r"no batch for \d s; " + named, str(caught.value))
     assert "the run stops (limit 2 s)" in str(caught.value)
     assert "warning: no batch for" in capfd.readouterr().err

@@ -15,19 +15,19 @@ from PIL import Image
 from data.shards.index import build_index, index_path
 from data.shards.writer import MANIFEST, read_manifest
 from data.tools.verify import verify
-from tests.data.helpers import encoded, numbered_page, png, random_image, write_pages
+from tests.data.helpers import encoded, numbered_document, png, random_image, write_documents
 from tests.data.sources import add_link, command, jpeg
 from tests.data.test_index import make_tar
 
-PAGE = json.dumps({"v": 1, "nodes": [{"i": 0}, {"t": "x"}]}).encode()
+DOCUMENT = json.dumps({"v": 1, "nodes": [{"i": 0}, {"t": "x"}]}).encode()
 
 
 def one(tmp_path: Path, *members: tuple[str, bytes]) -> Path:
     return make_tar(tmp_path / "a.tar", list(members))
 
 
-def with_picture(picture: bytes, name: str = "k.000.jpg") -> Callable[[Path], Path]:
-    return lambda tmp_path: one(tmp_path, ("k.json", PAGE), (name, picture))
+def with_image(image: bytes, name: str = "k.000.jpg") -> Callable[[Path], Path]:
+    return lambda tmp_path: one(tmp_path, ("k.json", DOCUMENT), (name, image))
 
 
 def with_json(body: object) -> Callable[[Path], Path]:
@@ -36,14 +36,14 @@ def with_json(body: object) -> Callable[[Path], Path]:
 
 
 def truncated(tmp_path: Path) -> Path:
-    path = one(tmp_path, ("k.json", PAGE), ("k.000.jpg", jpeg(0)))
+    path = one(tmp_path, ("k.json", DOCUMENT), ("k.000.jpg", jpeg(0)))
     path.write_bytes(path.read_bytes()[:1400])
     return path
 
 
 def wrong_size(tmp_path: Path) -> Path:
     """A member that says it is 700 bytes longer than it is, its header's sum corrected."""
-    path = one(tmp_path, ("k.json", PAGE), ("k.000.jpg", jpeg(0)))
+    path = one(tmp_path, ("k.json", DOCUMENT), ("k.000.jpg", jpeg(0)))
     raw = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
         member = tar.getmembers()[0]
@@ -66,37 +66,37 @@ def pointer(tmp_path: Path) -> Path:
 
 
 def linked(tmp_path: Path) -> Path:
-    path = one(tmp_path, ("k.json", PAGE), ("k.000.jpg", jpeg(0)))
+    path = one(tmp_path, ("k.json", DOCUMENT), ("k.000.jpg", jpeg(0)))
     add_link(path, "l.jpg", "../../../etc/passwd")
     return path
 
 
 def stale(tmp_path: Path) -> Path:
-    path = one(tmp_path, ("k.json", PAGE), ("k.000.jpg", jpeg(0)))
+    path = one(tmp_path, ("k.json", DOCUMENT), ("k.000.jpg", jpeg(0)))
     build_index(path).save(index_path(path))
-    return one(tmp_path, ("k.json", PAGE), ("k.000.jpg", jpeg(1)))
+    return one(tmp_path, ("k.json", DOCUMENT), ("k.000.jpg", jpeg(1)))
 
 
 def missing_shard(tmp_path: Path) -> Path:
-    (write_pages(tmp_path, count=8) / "pages-000001.tar").unlink()
+    (write_documents(tmp_path, count=8) / "documents-000001.tar").unlink()
     return tmp_path
 
 
 def changed_shard(tmp_path: Path) -> Path:
-    path = write_pages(tmp_path, count=4) / "pages-000000.tar"
-    make_tar(path, [("k.json", PAGE), ("k.000.jpg", jpeg(0))])
+    path = write_documents(tmp_path, count=4) / "documents-000000.tar"
+    make_tar(path, [("k.json", DOCUMENT), ("k.000.jpg", jpeg(0))])
     build_index(path).save(index_path(path))
     return tmp_path
 
 
 def unknown_shard(tmp_path: Path) -> Path:
-    write_pages(tmp_path, count=4)
-    make_tar(tmp_path / "more.tar", [("k.json", PAGE), ("k.000.jpg", jpeg(0))])
+    write_documents(tmp_path, count=4)
+    make_tar(tmp_path / "more.tar", [("k.json", DOCUMENT), ("k.000.jpg", jpeg(0))])
     return tmp_path
 
 
 def no_manifest(tmp_path: Path) -> Path:
-    (write_pages(tmp_path, count=1) / MANIFEST).write_text('{"parts": []}')
+    (write_documents(tmp_path, count=1) / MANIFEST).write_text('{"parts": []}')
     return tmp_path
 
 
@@ -109,7 +109,7 @@ def part_only(tmp_path: Path) -> Path:
 
 
 def unfinished(tmp_path: Path) -> Path:
-    write_pages(tmp_path, count=1)
+    write_documents(tmp_path, count=1)
     (tmp_path / ".prepare" / "all").mkdir(parents=True)
     return tmp_path
 
@@ -123,7 +123,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "member of the wrong size": (wrong_size, "no tar or damaged: no header at byte"),
     "empty shard": (empty, "a.tar is empty (0 bytes)"),
     "shard without samples": (one, "a.tar has no sample"),
-    "missing shard": (missing_shard, "pages-000001.tar is in the folder's manifest and missing"),
+    "missing shard": (missing_shard, "documents-000001.tar is in the folder's manifest and missing"),
     "changed shard": (changed_shard, "is not the one of the folder's manifest (another sha256)"),
     "unknown shard": (unknown_shard, "more.tar is not in the folder's manifest"),
     "no manifest": (no_manifest, "is not a manifest of this format"),
@@ -137,17 +137,17 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
         "a member whose name leads out of its folder, '../../x.txt'",
     ),
     "absolute name": (lambda p: one(p, ("/etc/x.txt", b"x")), "leads out of its folder, '/etc/x.txt'"),
-    "HTML saved as a picture": (with_picture(b"<!doctype html>"), "picture 0 is not a picture: begins with b'<!doc"),
-    "LFS pointer as a picture": (with_picture(b"version https://git-lfs"), "picture 0 is not a picture"),
-    "truncated JPEG": (with_picture(jpeg(0, (64, 64))[:-300]), "picture 0 is undecodable"),
-    "decompression bomb": (with_picture(bomb(), "k.000.png"), "picture 0 is too large: 9000 x 9000 pixels"),
-    "missing picture": (lambda p: one(p, ("k.json", PAGE)), "ask for 1 pictures but the sample has 0"),
+    "HTML saved as an image": (with_image(b"<!doctype html>"), "image 0 is not an image: begins with b'<!doc"),
+    "LFS pointer as an image": (with_image(b"version https://git-lfs"), "image 0 is not an image"),
+    "truncated JPEG": (with_image(jpeg(0, (64, 64))[:-300]), "image 0 is undecodable"),
+    "decompression bomb": (with_image(bomb(), "k.000.png"), "image 0 is too large: 9000 x 9000 pixels"),
+    "missing image": (lambda p: one(p, ("k.json", DOCUMENT)), "ask for 1 images but the sample has 0"),
     "broken JSON": (with_json(b"{"), "bad text or JSON: JSON cannot be read"),
     "JSON of the wrong type": (with_json([1]), "JSON is not an object"),
     "node of the wrong type": (with_json({"v": 1, "nodes": [{"t": 5}]}), "node 0 is neither"),
     "unknown version": (with_json({"v": 9, "nodes": []}), "format version 9"),
     "no text": (with_json({"v": 1, "nodes": [{"i": 0}]}), "row 0 (key 'k'): has no text"),
-    "empty page": (with_json({"v": 1, "nodes": []}), "has no text and no pictures"),
+    "empty document": (with_json({"v": 1, "nodes": []}), "has no text and no images"),
     "text that is not UTF-8": (lambda p: one(p, ("k.jpg", jpeg(0)), ("k.txt", b"\xff")), "text is not UTF-8"),
     "parts not joined": (part_only, "holds parts that are not joined; join them: python -m data merge"),
     "unfinished preparation": (unfinished, "holds an unfinished preparation"),
@@ -194,14 +194,14 @@ USUAL = {
 
 
 @pytest.mark.parametrize("name", USUAL)
-def test_unusual_pictures_are_no_fault(tmp_path: Path, name: str) -> None:
-    picture, suffix = USUAL[name]
-    assert list(verify(with_picture(picture, f"k.000.{suffix}")(tmp_path))) == []
+def test_unusual_images_are_no_fault(tmp_path: Path, name: str) -> None:
+    image, suffix = USUAL[name]
+    assert list(verify(with_image(image, f"k.000.{suffix}")(tmp_path))) == []
 
 
-def test_unusual_pages_are_no_fault(tmp_path: Path) -> None:
-    many = numbered_page(0, 500, "many")
-    words = {"v": 1, "nodes": [{"t": "no picture"}], "meta": {}}
+def test_unusual_documents_are_no_fault(tmp_path: Path) -> None:
+    many = numbered_document(0, 500, "many")
+    words = {"v": 1, "nodes": [{"t": "no image"}], "meta": {}}
     members = [(f"many.{number:03d}.png", image) for number, image in enumerate(many.images)]
     nodes = [{"i": number // 2} if number % 2 == 0 else {"t": "x"} for number in range(1000)]
     path = one(

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batches.tokenize import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_page
-from data.shards.document import Node, Picture, Text
+from data.batches.tokenize import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_document
+from data.shards.document import Image, Node, Text
 from flamingo.layers.media_mask import phi_from_ids
 
 SPECIAL = SpecialTokens(image=1000, eoc=1001, eos=1002, pad=1003)
@@ -22,30 +22,30 @@ def encode(text: str) -> list[int]:
 
 def row_of(nodes: list[Node], special: SpecialTokens = SPECIAL, **options: object) -> Row:
     options = {"max_tokens": 256, "max_images": 5} | options
-    return make_row(tokenize_page(nodes, encode, special), special, **options)  # type: ignore[arg-type]
+    return make_row(tokenize_document(nodes, encode, special), special, **options)  # type: ignore[arg-type]
 
 
 def test_worked_example() -> None:
-    row = row_of([Picture((0,)), Text("a"), Text("k"), Picture((1,)), Text("b")])
+    row = row_of([Image((0,)), Text("a"), Text("k"), Image((1,)), Text("b")])
     assert row.ids.tolist() == [1000, 97, 107, 1001, 1000, 98, 1001, 1002]
     assert row.phi.tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
     assert row.labels.tolist() == [IGNORED, 97, 107, 1001, IGNORED, 98, 1001, 1002]
-    following = row_of([Picture((0,)), Text("a"), Text("k"), Picture((1,)), Text("b")], next_image_probability=1.0)
+    following = row_of([Image((0,)), Text("a"), Text("k"), Image((1,)), Text("b")], next_image_probability=1.0)
     assert following.phi.tolist() == [1, 2, 2, 2, 2, 0, 0, 0]
     assert following.ids.tolist() == row.ids.tolist()
 
 
-def test_text_first_no_text_and_no_pictures() -> None:
-    assert row_of([Text("ab"), Picture((0,)), Text("c")]).phi.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert row_of([Picture((0,)), Picture((1,))]).ids.tolist() == [1000, 1001, 1000, 1001, 1002]
+def test_text_first_no_text_and_no_images() -> None:
+    assert row_of([Text("ab"), Image((0,)), Text("c")]).phi.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert row_of([Image((0,)), Image((1,))]).ids.tolist() == [1000, 1001, 1000, 1001, 1002]
     alone = row_of([Text("ab")])
     assert alone.ids.tolist() == [97, 98, 1001, 1002]
-    assert alone.pictures == []
+    assert alone.images == []
     assert alone.phi.tolist() == [0] * 4
 
 
 def test_bos_begins_every_row_and_counts_as_a_token() -> None:
-    nodes: list[Node] = [Text("abcdefgh"), Picture((0,)), Text("xy")]
+    nodes: list[Node] = [Text("abcdefgh"), Image((0,)), Text("xy")]
     for draw in (0.0, 0.5, 0.99):
         row = row_of(nodes, BOS, max_tokens=6, draws=(draw, 0.5))
         assert row.ids[0] == 1004
@@ -54,35 +54,35 @@ def test_bos_begins_every_row_and_counts_as_a_token() -> None:
 
 
 def test_text_out_of_the_loss_takes_its_end_mark_with_it() -> None:
-    nodes: list[Node] = [Picture((0,)), Text("q", loss=False), Text("a"), Picture((1,)), Text("q", loss=False)]
+    nodes: list[Node] = [Image((0,)), Text("q", loss=False), Text("a"), Image((1,)), Text("q", loss=False)]
     row = row_of(nodes)
     assert row.labels.tolist() == [IGNORED, IGNORED, 97, 1001, *[IGNORED] * 4]
 
 
 def test_openflamingo_labels() -> None:
-    row = row_of([Text("x"), Picture((0,)), Text("a"), Picture((1,)), Text("b")], labels="openflamingo")
+    row = row_of([Text("x"), Image((0,)), Text("a"), Image((1,)), Text("b")], labels="openflamingo")
     #                                x  <EOC>    <image>  a  <EOC>  <image>   b  <EOC>  <eos>
     assert row.labels.tolist() == [IGNORED, IGNORED, IGNORED, 97, 1001, IGNORED, 98, 1001, IGNORED]
 
 
 def test_special_words_in_a_text_stay_text() -> None:
     row = row_of([Text("<image><|endofchunk|>")])
-    assert row.pictures == []
+    assert row.images == []
     assert row.ids.tolist() == [*b"<image><|endofchunk|>", 1001, 1002]
 
 
-def test_a_row_ends_before_the_first_picture_too_many() -> None:
-    nodes = [node for k in range(4) for node in (Picture((k,)), Text("t"))]
+def test_a_row_ends_before_the_first_image_too_many() -> None:
+    nodes = [node for k in range(4) for node in (Image((k,)), Text("t"))]
     row = row_of(nodes, max_images=2)
     assert row.ids.tolist() == [1000, 116, 1001, 1000, 116, 1001]
-    assert row.pictures == [Picture((0,)), Picture((1,))]
+    assert row.images == [Image((0,)), Image((1,))]
     assert row_of(nodes, max_images=0).ids.tolist() == []
 
 
 NODES = st.lists(
     st.one_of(
         st.builds(Text, st.text("abc", max_size=6), st.booleans()),
-        st.builds(lambda frame: Picture((frame,)), st.integers(0, 9)),
+        st.builds(lambda frame: Image((frame,)), st.integers(0, 9)),
     ),
     min_size=1,
     max_size=12,
@@ -108,9 +108,9 @@ def test_rows_against_the_rules(
     p_next: float,
     special: SpecialTokens,
 ) -> None:
-    page = tokenize_page(nodes, encode, special)
+    document = tokenize_document(nodes, encode, special)
     row = make_row(
-        page,
+        document,
         special,
         max_tokens=max_tokens,
         max_images=max_images,
@@ -120,15 +120,16 @@ def test_rows_against_the_rules(
     )
     body = row.ids.tolist()[special.bos is not None :]
     assert len(row.ids) == len(row.phi) == len(row.labels) <= max_tokens
-    # A run of the page's tokens; the page's pictures there are the row's, in their order.
-    starts = [s for s in range(len(page.ids)) if page.ids[s : s + len(body)] == body]
+    # A run of the document's tokens; the document's images there are the row's, in their order.
+    starts = [s for s in range(len(document.ids)) if document.ids[s : s + len(body)] == body]
     shown = [
-        [p for place, p in zip(page.places, page.pictures, strict=True) if s <= place < s + len(body)] for s in starts
+        [p for place, p in zip(document.places, document.images, strict=True) if s <= place < s + len(body)]
+        for s in starts
     ]
-    assert row.pictures in shown or not body
-    assert body.count(special.image) == len(row.pictures) <= max_images
+    assert row.images in shown or not body
+    assert body.count(special.image) == len(row.images) <= max_images
     if window == "start":
-        assert body == page.ids[: len(body)]
+        assert body == document.ids[: len(body)]
     # phi, token by token.
     see_next = draws[1] < p_next
     places = [position for position, token in enumerate(row.ids) if token == special.image]
@@ -141,26 +142,26 @@ def test_rows_against_the_rules(
         ids = torch.from_numpy(row.ids)[None]
         way = "next" if see_next else "previous"
         assert torch.equal(phi_from_ids(ids, special.image, attend=way)[0], torch.from_numpy(row.phi))
-    # No label on a picture, none on BOS, and every other label is the token itself.
+    # No label on an image, none on BOS, and every other label is the token itself.
     learnt = row.labels != IGNORED
     assert np.array_equal(row.labels[learnt], row.ids[learnt])
     assert not set(row.ids[learnt].tolist()) & {special.image, special.bos}
 
 
 def test_windows_reach_every_place() -> None:
-    page = tokenize_page([Text("abcdefghij")], encode, SPECIAL)
+    document = tokenize_document([Text("abcdefghij")], encode, SPECIAL)
     starts = {
-        int(make_row(page, SPECIAL, max_tokens=4, max_images=1, draws=(draw, 0.5)).ids[0])
+        int(make_row(document, SPECIAL, max_tokens=4, max_images=1, draws=(draw, 0.5)).ids[0])
         for draw in np.linspace(0, 0.999, 200)
     }
     assert starts == set(b"abcdefghi")
 
 
 def test_an_image_that_ends_a_window_is_not_shown() -> None:
-    nodes: list[Node] = [Text("abcd"), Picture((0,)), Text("efgh")]
+    nodes: list[Node] = [Text("abcd"), Image((0,)), Text("efgh")]
     row = row_of(nodes, max_tokens=6, window="start")
     assert row.ids.tolist() == [*b"abcd", 1001]
-    assert row.pictures == []
+    assert row.images == []
     following = row_of(nodes, max_tokens=6, window="start", next_image_probability=1.0)
     assert following.phi.tolist() == [1] * 6  # here the text before it does see it
 
@@ -178,7 +179,7 @@ def test_the_encoder_asks_once_for_a_text() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_share_of_rows_that_see_the_next_picture(probability: float) -> None:
-    nodes: list[Node] = [Text("a"), Picture((0,)), Text("b")]
+def test_share_of_rows_that_see_the_next_image(probability: float) -> None:
+    nodes: list[Node] = [Text("a"), Image((0,)), Text("b")]
     rows = [row_of(nodes, next_image_probability=probability, draws=(0.0, draw)) for draw in np.linspace(0, 0.999, 100)]
     assert sum(int(row.phi[0]) for row in rows) == pytest.approx(100 * probability, abs=1)

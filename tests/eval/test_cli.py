@@ -22,7 +22,7 @@ def test_defaults_are_those_of_the_classes_and_interpolations_hold() -> None:
     assert isinstance(config, EvalConfig)
     assert list(config.task) == ["toy_caption", "toy_vqa", "toy_binding", "digits_binding"]
     assert config.task["toy_vqa"].source.path == "elsewhere/toy/heldout/scene_pairs"
-    assert (config.model, config.shots, config.seeds, config.pictures) == ("m", [0, 1, 2, 4, 8], [0], ["real"])
+    assert (config.model, config.shots, config.seeds, config.images) == ("m", [0, 1, 2, 4, 8], [0], ["real"])
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -39,11 +39,11 @@ def test_every_task_file_loads_and_its_first_line_uses_it(name: str) -> None:
 
 def test_settings_of_tasks_and_lists() -> None:
     changes = ["task=[toy_vqa,toy_caption]", "task.toy_vqa.output=rank", "task.toy_vqa.source.fields.label=kind"]
-    config = load_config(["model=m", *changes, "shots=4", "pictures=blank", "seed=[1,2]", "limit=null", "+gallery=1"])
+    config = load_config(["model=m", *changes, "shots=4", "images=blank", "seed=[1,2]", "limit=null", "+gallery=1"])
     assert list(config.task) == ["toy_vqa", "toy_caption"]
     assert config.task["toy_vqa"].output == "rank"
     assert config.task["toy_vqa"].source.fields["label"] == "kind"
-    assert (config.shots, config.pictures, config.seeds, config.gallery) == ([4], ["blank"], [1, 2], 1)
+    assert (config.shots, config.images, config.seeds, config.gallery) == ([4], ["blank"], [1, 2], 1)
 
 
 def test_a_table_that_a_task_leaves_out_is_made_by_its_first_key() -> None:
@@ -74,7 +74,7 @@ def test_a_table_that_a_task_leaves_out_is_made_by_its_first_key() -> None:
         (["model=m", "~seed"], "~seed"),
         (["model=m", "seed=a"], "seed=a"),
         (["model=m", "batch_size=0"], "batch_size=0"),
-        (["model=m", "pictures=[gone]"], "real, shuffled, blank, text_only"),
+        (["model=m", "images=[gone]"], "real, shuffled, blank, text_only"),
         (["model=m", "dtype=int8"], "dtype=int8"),
         (["model=m", "device=tpu"], "device=tpu"),
         (["model=m", "task.toy_vqa.queries=many"], "task.toy_vqa.queries"),

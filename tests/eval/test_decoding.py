@@ -7,16 +7,16 @@ import torch
 
 from eval.inference.decoding import GreedyOrSampled, top_p
 from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
 from eval.prompting.query import Settings
 from eval.prompting.requests import Completion, Decoding, Request
 from eval.prompting.strategies import STRATEGIES
 from eval.runner import Cell, run_cell
 from eval.task import TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from tests.eval.test_strategies import with_rationales
-from tests.eval.worlds import colour_documents
+from tests.eval.worlds import colour_examples
 from tests.model import tiny
 
 
@@ -25,9 +25,9 @@ def responder() -> FlamingoResponder:
     return FlamingoResponder(*tiny.flamingo("llama"))
 
 
-def colours(output: str = "generate") -> DocumentTask:
+def colours(output: str = "generate") -> ExampleTask:
     spec = TaskSpec(queries=5, lead=" ", output=output, max_new_tokens=4)
-    return DocumentTask("colours", spec, with_rationales(colour_documents(24)))
+    return ExampleTask("colours", spec, with_rationales(colour_examples(24)))
 
 
 def test_samples_follow_the_probabilities_and_not_the_batch() -> None:
@@ -53,14 +53,14 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_share() -> None:
 def test_a_completion_knows_its_log_probability(responder: FlamingoResponder) -> None:
     task = colours()
     prompt = responder.builder.build(task.episode(task.query_ids()[0], 2, 0), 4)
-    features = FeatureCache(responder).features(prompt.pictures)
+    features = FeatureCache(responder).features(prompt.images)
     greedy = responder.generate([prompt], features, 4)[0]
     beams = responder.sample([prompt], features, Decoding(4, num_beams=3, length_penalty=0.0), [""])[0]
     assert greedy.log_prob is not None
     assert beams.log_prob is not None
     tokens = responder.builder.encode(greedy.text)
     if not greedy.ended and len(tokens) == 4:  # the text gives back the very tokens
-        whole = type(prompt)(prompt.ids, prompt.pictures, (tokens,), prompt.turns, prompt.shots_kept)
+        whole = type(prompt)(prompt.ids, prompt.images, (tokens,), prompt.turns, prompt.shots_kept)
         assert responder.rank([whole], features)[0][0] / 4 == pytest.approx(greedy.log_prob, abs=1e-4)
     assert beams.log_prob >= greedy.log_prob - 1e-4 or beams.ended != greedy.ended
 
@@ -96,25 +96,25 @@ def test_draws_differ_and_the_same_draw_is_the_same_text(responder: FlamingoResp
     assert len(set(said)) > 1
 
 
-def test_the_picture_key_tells_what_features_depend_on(
+def test_the_image_key_tells_what_features_depend_on(
     responder: FlamingoResponder, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     model, processor = tiny.flamingo("llama")
-    assert FlamingoResponder(model, processor).picture_key == responder.picture_key
+    assert FlamingoResponder(model, processor).image_key == responder.image_key
     with torch.no_grad():
-        next(model.language_model.parameters()).add_(1)  # pictures do not depend on the language model
-    assert FlamingoResponder(model, processor).picture_key == responder.picture_key
+        next(model.language_model.parameters()).add_(1)  # images do not depend on the language model
+    assert FlamingoResponder(model, processor).image_key == responder.image_key
     with torch.no_grad():
         model.resampler.latents.add_(1e-3)
     other = FlamingoResponder(model, processor)
-    assert other.picture_key != responder.picture_key
+    assert other.image_key != responder.image_key
     folder = tmp_path_factory.mktemp("store")
     task = colours()
-    pictures = [p for q in task.query_ids() if (p := task.episode(q, 0, 0).query.picture) is not None]
-    cache = FeatureCache(responder, store=PictureStore(folder, responder.picture_key, 1 << 24))
-    direct = responder.encode(pictures)
-    assert torch.equal(cache.features(pictures), direct)
-    second = FeatureCache(responder, store=PictureStore(folder, responder.picture_key, 1 << 24))
-    assert torch.equal(second.features(pictures), direct)
+    images = [p for q in task.query_ids() if (p := task.episode(q, 0, 0).query.image) is not None]
+    cache = FeatureCache(responder, store=ImageStore(folder, responder.image_key, 1 << 24))
+    direct = responder.encode(images)
+    assert torch.equal(cache.features(images), direct)
+    second = FeatureCache(responder, store=ImageStore(folder, responder.image_key, 1 << 24))
+    assert torch.equal(second.features(images), direct)
     assert second.encoded == 0
-    assert torch.allclose(second.embeddings(pictures).norm(dim=1), torch.ones(len(pictures)), atol=1e-5)
+    assert torch.allclose(second.embeddings(images).norm(dim=1), torch.ones(len(images)), atol=1e-5)

@@ -10,18 +10,18 @@ import pytest
 from eval.demonstrations.samplers import draw, generator, hash_order
 from eval.task import SourceSpec, TaskSpec
 from eval.tasks.binding import BindingTask
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import NAMES, colour_documents
+from tests.eval.worlds import NAMES, colour_examples
 
 
 def binding(queries: int = 16, per_class: int = 10) -> BindingTask:
-    spec = TaskSpec(kind="binding", question="a", lead=" ", queries=queries, output="rank", min_pictures=per_class)
-    return BindingTask("binding", spec, colour_documents(4 * per_class), NAMES)
+    spec = TaskSpec(kind="binding", question="a", lead=" ", queries=queries, output="rank", min_images=per_class)
+    return BindingTask("binding", spec, colour_examples(4 * per_class), NAMES)
 
 
-def documents(queries: int = 10) -> DocumentTask:
-    return DocumentTask("colours", TaskSpec(queries=queries, lead=" "), colour_documents(40))
+def examples(queries: int = 10) -> ExampleTask:
+    return ExampleTask("colours", TaskSpec(queries=queries, lead=" "), colour_examples(40))
 
 
 def test_generator_depends_on_every_part_and_on_no_global_state() -> None:
@@ -48,32 +48,32 @@ def test_hash_order_moves_no_others_when_an_item_is_added() -> None:
 
 @pytest.mark.parametrize("sampler", ["random", "fixed", "same_kind"])
 def test_demonstrations_are_nested_over_shots(sampler: str) -> None:
-    support, query = colour_documents(30), colour_documents(1, seed=900)[0]
+    support, query = colour_examples(30), colour_examples(1, seed=900)[0]
     query = replace(query, id="query")
-    chosen = [draw(support, query, k, task_hash="h", seed=0, sampler=sampler).documents for k in range(9)]
+    chosen = [draw(support, query, k, task_hash="h", seed=0, sampler=sampler).examples for k in range(9)]
     for k in range(8):
         assert chosen[k + 1][1:] == chosen[k]  # the far end is new, what stands next to the query stays
     if sampler == "same_kind":
-        assert {document.kind for document in chosen[8]} == {query.kind}
+        assert {example.kind for example in chosen[8]} == {query.kind}
 
 
 def test_fixed_demonstrations_are_the_same_for_all_queries_and_random_ones_are_not() -> None:
-    support = colour_documents(30)
-    queries = [replace(document, id=f"q{i}") for i, document in enumerate(colour_documents(5, seed=900))]
+    support = colour_examples(30)
+    queries = [replace(example, id=f"q{i}") for i, example in enumerate(colour_examples(5, seed=900))]
     for sampler, expected in (("fixed", 1), ("random", 5)):
-        drawn = {draw(support, query, 4, task_hash="h", seed=0, sampler=sampler).documents for query in queries}
+        drawn = {draw(support, query, 4, task_hash="h", seed=0, sampler=sampler).examples for query in queries}
         assert len(drawn) == expected
 
 
-def test_the_query_and_identical_pictures_are_refused_and_counted() -> None:
-    support = colour_documents(6)
-    query = replace(support[2], id="the same picture under another id")
+def test_the_query_and_identical_images_are_refused_and_counted() -> None:
+    support = colour_examples(6)
+    query = replace(support[2], id="the same image under another id")
     assert all(
-        query.cluster != document.cluster
+        query.cluster != example.cluster
         for seed in range(20)
-        for document in draw(support, query, 5, task_hash="h", seed=seed).documents
+        for example in draw(support, query, 5, task_hash="h", seed=seed).examples
     )
-    # With five shots of six documents one of which is refused, all of the others are shown.
+    # With five shots of six examples one of which is refused, all of the others are shown.
     counts = [draw(support, query, 5, task_hash="h", seed=seed).excluded for seed in range(20)]
     assert set(counts) <= {0, 1}
     assert 1 in counts
@@ -82,9 +82,9 @@ def test_the_query_and_identical_pictures_are_refused_and_counted() -> None:
 
 
 def test_a_limit_or_another_order_of_the_data_changes_no_demonstrations() -> None:
-    task = documents()
-    shuffled = colour_documents(40)[::-1]
-    again = DocumentTask("colours", TaskSpec(queries=10, lead=" "), shuffled)
+    task = examples()
+    shuffled = colour_examples(40)[::-1]
+    again = ExampleTask("colours", TaskSpec(queries=10, lead=" "), shuffled)
     assert again.query_ids() == task.query_ids()
     assert again.hash == task.hash
     for query_id in reversed(task.query_ids()):
@@ -93,17 +93,17 @@ def test_a_limit_or_another_order_of_the_data_changes_no_demonstrations() -> Non
 
 
 def test_queries_are_not_in_the_support_set() -> None:
-    task = documents()
+    task = examples()
     shown = {i for query in task.query_ids() for seed in range(5) for i in task.episode(query, 8, seed).demo_ids}
     assert shown
     assert not shown & set(task.query_ids())
 
 
 def test_the_hash_tells_data_and_definition_but_not_paths() -> None:
-    base = documents()
-    moved = DocumentTask("colours", TaskSpec(queries=10, lead=" ", source=SourceSpec(path="/x")), colour_documents(40))
-    other = DocumentTask("colours", TaskSpec(queries=10, lead=" "), colour_documents(40, seed=7))
-    longer = DocumentTask("colours", TaskSpec(queries=10, lead=" ", max_new_tokens=5), colour_documents(40))
+    base = examples()
+    moved = ExampleTask("colours", TaskSpec(queries=10, lead=" ", source=SourceSpec(path="/x")), colour_examples(40))
+    other = ExampleTask("colours", TaskSpec(queries=10, lead=" "), colour_examples(40, seed=7))
+    longer = ExampleTask("colours", TaskSpec(queries=10, lead=" ", max_new_tokens=5), colour_examples(40))
     assert moved.hash == base.hash
     assert len({base.hash, other.hash, longer.hash}) == 3
 
@@ -117,7 +117,7 @@ def test_binding_episodes_are_balanced_and_complete(shots: int) -> None:
         shown = Counter(turn.answer for turn in episode.demos)
         assert set(shown) <= set(episode.candidates) <= set(NAMES)
         assert all(count == shots for count in shown.values())
-        assert len({turn.picture for turn in [*episode.demos, episode.query]}) == 2 * shots + 1
+        assert len({turn.image for turn in [*episode.demos, episode.query]}) == 2 * shots + 1
     # Neither "the first candidate" nor "the name shown last" is more often right than chance, nor both together.
     first = [episode.candidates[0] == episode.golds[0] for episode in episodes]
     assert sum(first) == 8
@@ -129,7 +129,7 @@ def test_binding_episodes_are_balanced_and_complete(shots: int) -> None:
 
 def test_binding_names_stand_for_one_class_each_and_demos_are_nested() -> None:
     task = binding()
-    labels = {document.id: document.label for document in colour_documents(40)}
+    labels = {example.id: example.label for example in colour_examples(40)}
     for query in task.query_ids():
         longest = task.episode(query, 8, seed=1)
         for shots in (0, 1, 2, 4):
@@ -146,7 +146,7 @@ def test_binding_says_what_is_missing() -> None:
     assert task.max_shots() == 9
     with pytest.raises(UserError, match="10 shots"):
         task.episode(task.query_ids()[0], 10, 0)
-    with pytest.raises(UserError, match="4 classes of at least 10 pictures and 1 names"):
-        BindingTask("b", TaskSpec(min_pictures=10), colour_documents(40), ["kibo"])
+    with pytest.raises(UserError, match="4 classes of at least 10 images and 1 names"):
+        BindingTask("b", TaskSpec(min_images=10), colour_examples(40), ["kibo"])
     with pytest.raises(UserError, match="first and last two letters"):
-        BindingTask("b", TaskSpec(), colour_documents(40), ["kibo", "kilu"]).episode("doc000", 1, 0)
+        BindingTask("b", TaskSpec(), colour_examples(40), ["kibo", "kilu"]).episode("doc000", 1, 0)

@@ -86,12 +86,12 @@ def test_the_task_in_five_lines_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (folder / "task" / "birds.yaml").write_text(five_lines().replace("queries: 100", "queries: 8"))
     monkeypatch.setattr(command, "CONFIG", folder)
     with (tmp_path / "birds.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["picture", "question", "answer"])
+        writer = csv.DictWriter(file, ["image", "question", "answer"])
         writer.writeheader()
         for number in range(20):
             name = list(COLOURS)[number % 4]
             (tmp_path / f"{number}.png").write_bytes(png(COLOURS[name], number))
-            writer.writerow({"picture": f"{number}.png", "question": "Which?", "answer": f"{name}|{name} bird"})
+            writer.writerow({"image": f"{number}.png", "question": "Which?", "answer": f"{name}|{name} bird"})
     model, processor = tiny.flamingo("llama")
     model.save_pretrained(tmp_path / "model", built_modules=True)
     processor.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Nothing is asked, encoded or lost twice: the log, the picture store and the engine between them."""
+"""Nothing is asked, encoded or lost twice: the log, the image store and the engine between them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from eval.inference.distributed import Ranks
 from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache, PictureStore
+from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.response_log import ResponseLog
 from eval.prompting.prompts import Prompt
 from eval.prompting.requests import Completion, Decoding, Request
 from eval.runner import Grid, run
-from eval.task import Picture, Task, TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.task import EncodedImage, Task, TaskSpec
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, Looker, colour_documents, png
+from tests.eval.worlds import COLOURS, Looker, colour_examples, png
 
 
 def tasks() -> dict[str, Task]:
     colours = TaskSpec(lead=" ", queries=20)
     return {
-        "said": DocumentTask("said", colours, colour_documents(60)),
-        "ranked": DocumentTask("ranked", TaskSpec(lead=" ", queries=20, output="rank"), colour_documents(60)),
+        "said": ExampleTask("said", colours, colour_examples(60)),
+        "ranked": ExampleTask("ranked", TaskSpec(lead=" ", queries=20, output="rank"), colour_examples(60)),
     }
 
 
@@ -134,60 +134,60 @@ def test_ranks_share_all_batches_and_merge_each_once() -> None:
         Twice().merged({"a": 1})
 
 
-def pictures(count: int) -> list[Picture]:
-    return [Picture((png(COLOURS["red"], 7000 + index),)) for index in range(count)]
+def images(count: int) -> list[EncodedImage]:
+    return [EncodedImage((png(COLOURS["red"], 7000 + index),)) for index in range(count)]
 
 
 def test_a_second_run_encodes_none(tmp_path: Path) -> None:
     first, second = Looker(), Looker()
-    some = pictures(9)
-    one = FeatureCache(first, store=PictureStore(tmp_path, "key", 1 << 20)).features(some)
-    two = FeatureCache(second, store=PictureStore(tmp_path, "key", 1 << 20)).features(some[::-1])
+    some = images(9)
+    one = FeatureCache(first, store=ImageStore(tmp_path, "key", 1 << 20)).features(some)
+    two = FeatureCache(second, store=ImageStore(tmp_path, "key", 1 << 20)).features(some[::-1])
     assert torch.equal(one, two.flip(0))
     assert (first.encode_calls, second.encode_calls) == (9, 0)
     other = Looker()
-    FeatureCache(other, store=PictureStore(tmp_path, "other weights", 1 << 20)).features(some)
+    FeatureCache(other, store=ImageStore(tmp_path, "other weights", 1 << 20)).features(some)
     assert other.encode_calls == 9
 
 
 def test_a_damaged_file_is_encoded_again(tmp_path: Path) -> None:
-    some = pictures(3)
-    FeatureCache(Looker(), store=PictureStore(tmp_path, "key", 1 << 20)).features(some)
+    some = images(3)
+    FeatureCache(Looker(), store=ImageStore(tmp_path, "key", 1 << 20)).features(some)
     files = sorted(tmp_path.rglob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:20])
     files[1].write_bytes(b"")
     again = Looker()
-    cache = FeatureCache(again, store=PictureStore(tmp_path, "key", 1 << 20))
+    cache = FeatureCache(again, store=ImageStore(tmp_path, "key", 1 << 20))
     assert torch.equal(cache.features(some), FeatureCache(Looker()).features(some))
     assert again.encode_calls == cache.encoded == 2
 
 
 def test_the_folder_stays_within_its_limit_and_the_oldest_goes(tmp_path: Path) -> None:
-    some = pictures(12)
-    FeatureCache(Looker(), store=PictureStore(tmp_path, "a", 1 << 20)).features(some[:6])
+    some = images(12)
+    FeatureCache(Looker(), store=ImageStore(tmp_path, "a", 1 << 20)).features(some[:6])
     each = max(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     limit = 8 * each
     model = Looker()
-    FeatureCache(model, store=PictureStore(tmp_path, "a", limit)).features([*some[4:6], *some[6:]])
+    FeatureCache(model, store=ImageStore(tmp_path, "a", limit)).features([*some[4:6], *some[6:]])
     assert model.encode_calls == 6
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= limit
     kept = {path.stem for path in tmp_path.rglob("*.safetensors")}
-    assert {picture.sha256 for picture in some[4:]} <= kept  # used by this run, so not given up
+    assert {image.sha256 for image in some[4:]} <= kept  # used by this run, so not given up
     # A run that fills the folder alone keeps the rest in memory, and is right all the same.
-    small = FeatureCache(Looker(), store=PictureStore(tmp_path / "small", "a", 3 * each))
+    small = FeatureCache(Looker(), store=ImageStore(tmp_path / "small", "a", 3 * each))
     assert torch.equal(small.features(some), FeatureCache(Looker()).features(some))
     assert len(list((tmp_path / "small").rglob("*.safetensors"))) <= 3
 
 
 def test_little_memory_reads_from_disk_instead_of_encoding_again(tmp_path: Path) -> None:
-    model, some = Looker(), pictures(10)
-    cache = FeatureCache(model, store=PictureStore(tmp_path, "a", 1 << 20), memory_bytes=100)
+    model, some = Looker(), images(10)
+    cache = FeatureCache(model, store=ImageStore(tmp_path, "a", 1 << 20), memory_bytes=100)
     whole = cache.features(some)
-    assert torch.equal(torch.cat([cache.features([picture]) for picture in some]), whole)
+    assert torch.equal(torch.cat([cache.features([image]) for image in some]), whole)
     assert model.encode_calls == cache.encoded == 10
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache=.*file"):
-        PictureStore(tmp_path / "file", "key", 100)
+        ImageStore(tmp_path / "file", "key", 100)

@@ -1,4 +1,4 @@
-"""The evaluation of a real, tiny Flamingo on the CPU: batching changes nothing, pictures change something."""
+"""The evaluation of a real, tiny Flamingo on the CPU: batching changes nothing, images change something."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 from eval.__main__ import main
 from eval.inference.model import FeatureCache, FlamingoResponder
 from eval.runner import Cell, run_cell
-from eval.task import Picture, Task, TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.task import EncodedImage, Task, TaskSpec
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import colour_documents, write_pool, write_scenes
+from tests.eval.worlds import colour_examples, write_pool, write_scenes
 from tests.model import tiny
 
 
@@ -28,7 +28,7 @@ def responder() -> FlamingoResponder:
 
 def colours(output: str) -> Task:
     spec = TaskSpec(queries=6, lead=" ", output=output, max_new_tokens=5)
-    return DocumentTask("colours", spec, colour_documents(24))
+    return ExampleTask("colours", spec, colour_examples(24))
 
 
 @pytest.mark.parametrize("output", ["rank", "generate"])
@@ -48,49 +48,49 @@ def test_prompt_ids_are_those_of_the_processor(responder: FlamingoResponder) -> 
     _, processor = tiny.flamingo("llama")
     episode = task.episode(task.query_ids()[0], 2, 0)
     prompt = responder.builder.build(episode, 5)
-    demos = [(turn.picture.frames[0], turn.question + turn.text) for turn in episode.demos if turn.picture is not None]
-    assert episode.query.picture is not None
-    images, text = processor.prompt(demos, (episode.query.picture.frames[0], episode.query.question))
+    demos = [(turn.image.frames[0], turn.question + turn.text) for turn in episode.demos if turn.image is not None]
+    assert episode.query.image is not None
+    images, text = processor.prompt(demos, (episode.query.image.frames[0], episode.query.question))
     whole = processor(images=[images], text=[text])
     assert whole["input_ids"][0].tolist() == list(prompt.ids)
-    features = FeatureCache(responder).features(prompt.pictures)
+    features = FeatureCache(responder).features(prompt.images)
     direct = tiny.flamingo("llama")[0].encode_media(whole["pixel_values"])
     assert torch.allclose(features, direct, atol=1e-5)
 
 
-def test_another_query_picture_changes_the_scores_and_a_text_only_one_does_not(responder: FlamingoResponder) -> None:
+def test_another_query_image_changes_the_scores_and_a_text_only_one_does_not(responder: FlamingoResponder) -> None:
     task = colours("rank")
     first, second = (task.episode(query, 2, 0) for query in task.query_ids()[:2])
 
     def scores(episode: object, bare: bool = False) -> list[float]:
         assert isinstance(episode, type(first))
         if bare:
-            episode = replace(episode, demos=tuple(replace(turn, picture=None) for turn in episode.demos))
+            episode = replace(episode, demos=tuple(replace(turn, image=None) for turn in episode.demos))
         prompt = responder.builder.build(episode, 5)
-        return responder.rank([prompt], FeatureCache(responder).features(prompt.pictures))[0]
+        return responder.rank([prompt], FeatureCache(responder).features(prompt.images))[0]
 
-    swapped = replace(first, query=replace(first.query, picture=second.query.picture))
+    swapped = replace(first, query=replace(first.query, image=second.query.image))
     assert scores(swapped) != pytest.approx(scores(first), abs=1e-4)
-    moved = replace(first, demos=tuple(replace(turn, picture=second.query.picture) for turn in first.demos))
+    moved = replace(first, demos=tuple(replace(turn, image=second.query.image) for turn in first.demos))
     assert scores(moved) != pytest.approx(scores(first), abs=1e-4)
     assert scores(moved, bare=True) == scores(first, bare=True)
 
 
-def test_prompts_without_any_picture_and_clips_are_answered(responder: FlamingoResponder) -> None:
+def test_prompts_without_any_image_and_clips_are_answered(responder: FlamingoResponder) -> None:
     task = colours("rank")
     episode = task.episode(task.query_ids()[0], 0, 0)
-    assert episode.query.picture is not None
-    bare = responder.builder.build(replace(episode, query=replace(episode.query, picture=None)), 5)
+    assert episode.query.image is not None
+    bare = responder.builder.build(replace(episode, query=replace(episode.query, image=None)), 5)
     cache = FeatureCache(responder)
-    assert len(responder.rank([bare], cache.features(bare.pictures))[0]) == len(episode.candidates)
-    clip = Picture(episode.query.picture.frames * 2)
-    both = cache.features([clip, episode.query.picture])
+    assert len(responder.rank([bare], cache.features(bare.images))[0]) == len(episode.candidates)
+    clip = EncodedImage(episode.query.image.frames * 2)
+    both = cache.features([clip, episode.query.image])
     assert both.shape[0] == 2
     assert not torch.equal(both[0], both[1])
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(responder: FlamingoResponder) -> None:
-    broken = Picture((b"no picture",))
+def test_a_image_that_cannot_be_decoded_is_named(responder: FlamingoResponder) -> None:
+    broken = EncodedImage((b"no image",))
     with pytest.raises(UserError, match=broken.sha256[:12]):
         responder.encode([broken])
 
@@ -112,12 +112,12 @@ def run_main(saved: Path, out: Path, *more: str) -> int:
     options = [f"model={saved / 'model'}", f"data={saved / 'data'}", f"out={out}", "progress=false", "cache=null"]
     options += ["task.toy_vqa.queries=8", "task.toy_vqa.max_new_tokens=4"]
     if both:
-        options += ["task=[toy_vqa,toy_binding]", "task.toy_binding.min_pictures=3"]
+        options += ["task=[toy_vqa,toy_binding]", "task.toy_binding.min_images=3"]
     return main([*options, *more])
 
 
 def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["shots=[0,2]", "pictures=[real,shuffled,blank]", "seed=[0,1]", "limit=3"]
+    options = ["shots=[0,2]", "images=[real,shuffled,blank]", "seed=[0,1]", "limit=3"]
     for name, size in (("a", 1), ("b", 5)):
         assert run_main(saved, tmp_path / name, *options, f"batch_size={size}") == 0
     assert "toy_binding" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pyte
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
     assert len(results[0]["rows"]) == 2 * (2 * 3 - 1)
     assert results[0]["rows"] == results[1]["rows"]
-    assert results[0]["pictures"] == results[1]["pictures"]
+    assert results[0]["images"] == results[1]["images"]
     for name in ("curve.png", "gallery.png"):
         Image.open(io.BytesIO((tmp_path / "a" / name).read_bytes())).verify()
 

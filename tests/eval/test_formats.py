@@ -13,75 +13,73 @@ from PIL import Image
 
 from eval.check_data import check
 from eval.compose import load_config
-from eval.task import SourceSpec, StoredPicture, TaskSpec
+from eval.task import SourceSpec, StoredImage, TaskSpec
 from eval.tasks.build import build_task
-from eval.tasks.documents import definition_of
+from eval.tasks.examples import definition_of
 from eval.tasks.formats.video import frames_of, spread
-from eval.tasks.sources import read_documents
+from eval.tasks.sources import read_examples
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS, dump
-from tests.eval.published.files import clip, dump_lines, picture
+from tests.eval.published.files import clip, dump_lines, image
 
 
 def test_own_questions_with_choices_are_five_lines(tmp_path: Path) -> None:
     for number in range(4):
-        picture(tmp_path / f"{number}.png", number)
-    rows: list[dict] = [
-        {"picture": f"{n}.png", "question": "Which {one}?", "answer": ["red", "crimson"]} for n in (0, 1)
-    ]
-    rows.append({"picture": ["2.png", "3.png"], "question": "Which?", "answer": "go", "choices": ["go", "stop"]})
+        image(tmp_path / f"{number}.png", number)
+    rows: list[dict] = [{"image": f"{n}.png", "question": "Which {one}?", "answer": ["red", "crimson"]} for n in (0, 1)]
+    rows.append({"image": ["2.png", "3.png"], "question": "Which?", "answer": "go", "choices": ["go", "stop"]})
     rows.append(
-        {"picture": None, "question": "Which?", "answer": "stop", "choices": ["go", "stop"], "hint": "{question}"}
+        {"image": None, "question": "Which?", "answer": "stop", "choices": ["go", "stop"], "hint": "{question}"}
     )
     dump_lines(tmp_path / "mine.jsonl", rows)
     source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
     spec = TaskSpec(source=source, question="{question}\n{options}", lead=" ")
-    found = read_documents("mine", spec, source)
+    found = read_examples("mine", spec, source)
     assert found[0].golds == ("red", "crimson")
     assert found[0].turn.question == "Which {one}?\n"  # braces of the data stay
     assert found[2].candidates == ("go", "stop")
     assert found[2].turn.question == "Which?\nA. go\nB. stop"
-    assert isinstance(found[2].turn.picture, StoredPicture)
-    assert len(found[2].turn.picture.frames) == 2
-    assert found[3].turn.picture is None
+    assert isinstance(found[2].turn.image, StoredImage)
+    assert len(found[2].turn.image.frames) == 2
+    assert found[3].turn.image is None
     spec.answer_as, spec.options = "letter", "inline"
-    found = read_documents("mine", spec, source)
+    found = read_examples("mine", spec, source)
     assert (found[3].golds, found[3].candidates) == (("B",), ("A", "B"))
     assert found[3].turn.question == "Which?\n(A) go (B) stop"
     with pytest.raises(UserError, match=r"question has \{colour\}, and its items have options, question; change"):
-        read_documents("mine", TaskSpec(source=source, question="{colour}"), source)
+        read_examples("mine", TaskSpec(source=source, question="{colour}"), source)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"picture": "0.png"}\n', "line 1 has no 'answer'; it has picture"),
-        ('{"picture": "9.png", "answer": "a"}\n', r"row 1 names the picture .*9.png, which does not exist"),
-        ('{"picture": "0.png", "answer": "a", "choices": ["b"]}\n', "the answer 'a', which is not among its choices"),
-        ('{"picture": "0.png", "answer": " "}\n', "row 1 has no answer"),
+        ('{"image": "0.png"}\n', "line 1 has no 'answer'; it has image"),
+        ('{"image": "9.png", "answer": "a"}\n', r"row 1 names the image .*9.png, which does not exist"),
+        ('{"image": "0.png", "answer": "a", "choices": ["b"]}\n', "the answer 'a', which is not among its choices"),
+        ('{"image": "0.png", "answer": " "}\n', "row 1 has no answer"),
         ("{\n", "line 1 is no JSON"),
     ],
 )
 def test_what_is_wrong_with_a_table_of_lines(tmp_path: Path, line: str, message: str) -> None:
-    picture(tmp_path / "0.png", 0)
+    image(tmp_path / "0.png", 0)
     (tmp_path / "mine.jsonl").write_text(line)
     source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
     with pytest.raises(UserError, match=message):
-        read_documents("mine", TaskSpec(source=source), source)
+        read_examples("mine", TaskSpec(source=source), source)
 
 
-def test_a_stored_picture_is_read_when_needed_and_equals_its_bytes(tmp_path: Path) -> None:
+def test_a_stored_image_is_read_when_needed_and_equals_its_bytes(tmp_path: Path) -> None:
     reads = []
 
     def read() -> tuple[bytes, ...]:
         reads.append(1)
         return (b"one", b"two")
 
-    stored = StoredPicture(read, tmp_path / "x.png")
+    stored = StoredImage(read, tmp_path / "x.png")
     assert not reads
     assert stored.frames == (b"one", b"two")
     assert stored.sha256 == stored.sha256
-    assert len(reads) == 2  # the hash is remembered, the picture is not
+    assert len(reads) == 2  # the hash is remembered, the image is not
     assert "x.png" in repr(stored)
 
 
@@ -92,7 +90,7 @@ def test_frames_are_spread_evenly(tmp_path: Path) -> None:
     files = sorted((tmp_path / "clip").iterdir())
     assert frames_of(tmp_path / "clip", 1) == (files[1].read_bytes(),)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no folder of pictures"):
+    with pytest.raises(UserError, match="no folder of images"):
         frames_of(tmp_path / "empty", 1)
 
 
@@ -137,7 +135,7 @@ def _five_choices(root: Path) -> None:
 
 
 def _unknown_class(root: Path) -> None:
-    picture(root / "val/n99999999/x.JPEG", 1)
+    image(root / "val/n99999999/x.JPEG", 1)
 
 
 def _hidden(root: Path) -> None:
@@ -174,7 +172,7 @@ def test_a_missing_annotation_file_is_named_with_its_publisher(tmp_path: Path) -
 
 
 def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
-    older = "kind queries question lead tail output candidates metric demos max_new_tokens ways min_pictures names"
+    older = "kind queries question lead tail output candidates metric demos max_new_tokens ways min_images names"
     assert list(definition_of(TaskSpec())) == [*older.split(), "names_source"]
     assert definition_of(TaskSpec(cut=["x"]))["cut"] == ["x"]
 

@@ -38,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(saved: Path, out: Path, *more: str) -> list[str]:
     own = [f"model={saved / 'model'}", f"data={saved / 'data'}", f"out={out}", f"cache={out}.cache", "progress=false"]
     own += ["task=[toy_vqa,toy_binding]", "task.toy_vqa.queries=30", "task.toy_vqa.max_new_tokens=4"]
-    own += ["task.toy_binding.min_pictures=3", "task.toy_binding.queries=24", "shots=[0,2]", "pictures=[real,blank]"]
+    own += ["task.toy_binding.min_images=3", "task.toy_binding.queries=24", "shots=[0,2]", "images=[real,blank]"]
     return [*own, "batch_size=4", "gallery=0", *more]
 
 
@@ -87,7 +87,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_results(saved: Path, whol
     counts, complete = (json.loads((f / "results.json").read_text()) for f in (out, whole))
     assert counts["responses"]["from_log"] >= known
     assert counts["responses"]["asked"] <= complete["responses"]["asked"] - known + 4
-    assert counts["pictures"]["encoded"] < complete["pictures"]["encoded"] == complete["pictures"]["distinct"]
+    assert counts["images"]["encoded"] < complete["images"]["encoded"] == complete["images"]["distinct"]
 
 
 def test_two_ranks_are_one(saved: Path, whole: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_two_ranks_are_one(saved: Path, whole: Path, tmp_path: Path) -> None:
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     two, one = (json.loads((folder / "results.json").read_text()) for folder in (out, whole))
     assert (two["processes"], one["processes"]) == (2, 1)
-    assert two["pictures"] == one["pictures"]
+    assert two["images"] == one["images"]
     assert two["responses"] == one["responses"]
     shares = [(out / name).read_bytes().count(b"\n") for name in ("responses.jsonl", "responses.1.jsonl")]
     assert sum(shares) == one["responses"]["asked"]
@@ -107,12 +107,12 @@ def test_two_ranks_are_one(saved: Path, whole: Path, tmp_path: Path) -> None:
 
 def test_another_number_of_shots_encodes_nothing_and_asks_only_what_is_new(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(options(saved, out, "shots=[2]", "pictures=[real]")) == 0
+    assert main(options(saved, out, "shots=[2]", "images=[real]")) == 0
     first = json.loads((out / "results.json").read_text())
-    assert main(options(saved, out, "shots=[0,1,2]", "pictures=[real]")) == 0
+    assert main(options(saved, out, "shots=[0,1,2]", "images=[real]")) == 0
     second = json.loads((out / "results.json").read_text())
-    assert first["pictures"]["encoded"] == first["pictures"]["distinct"]
-    assert second["pictures"]["encoded"] == 0
+    assert first["images"]["encoded"] == first["images"]["distinct"]
+    assert second["images"]["encoded"] == 0
     assert second["responses"]["from_log"] == first["responses"]["asked"]
     same = [[row for row in found["rows"] if row["shots"] == 2] for found in (first, second)]
     assert same[0] == same[1]

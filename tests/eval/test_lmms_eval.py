@@ -1,4 +1,4 @@
-"""This model inside lmms-eval (the extra `lmms`), on a tiny task of our own; few-shot pictures reach it."""
+"""This model inside lmms-eval (the extra `lmms`), on a tiny task of our own; few-shot images reach it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def responder() -> FlamingoResponder:
 
 
 @pytest.mark.slow
-def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder, tmp_path: Path) -> None:
+def test_lmms_eval_runs_a_task_with_few_shot_images(responder: FlamingoResponder, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("lmms_eval.api.task", exc_type=ImportError)
@@ -72,11 +72,11 @@ def test_lmms_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoRespond
     query = shown("q0?", image_of(rows(1, 500)[0]))
     demos = lm._supports["tiny"].demos(query, "test 0", 2)
     prompt = Prompts(responder).build(demos, query, 0, [f" {name}" for name in NAMES])
-    ranks = responder.rank([prompt], responder.encode(prompt.pictures))[0]
+    ranks = responder.rank([prompt], responder.encode(prompt.images))[0]
     assert losses == pytest.approx([-score for score in ranks], abs=1e-3)
     answer = [{"acc": float(NAMES[i] == NAMES[int(np.argmax(ranks))])} for i in range(4)]
     assert [choices.process_results({"label": i}, [(loss, False) for loss in losses]) for i in range(4)] == answer
-    assert all(one.answer.strip() in NAMES and len(one.pictures) == 1 for one in demos)
+    assert all(one.answer.strip() in NAMES and len(one.images) == 1 for one in demos)
     without = FlamingoLMMs(responder=responder)
     without.task_dict["tiny"] = task.dataset
     without.generate_until(requests)
@@ -117,8 +117,8 @@ def test_demonstrations_come_from_a_split_that_is_not_asked(responder: FlamingoR
         drawn()
     with pytest.raises(UserError, match=r"task t has no split trian; .* its data has: train"):
         drawn(support_split="trian")
-    pictures = {shown("", image_of(doc)).pictures for doc in Task.dataset["train"]}
-    assert {one.pictures for one in drawn(support_split="train")} < pictures
+    images = {shown("", image_of(doc)).images for doc in Task.dataset["train"]}
+    assert {one.images for one in drawn(support_split="train")} < images
     with pytest.raises(UserError, match="unknown key 'shot'; the keys are pretrained, device"):
         drawn(shot=2)
 
@@ -128,17 +128,17 @@ def test_lmms_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval")
     lm_eval_folder(tmp_path)
     task = TASK.replace("doc_to_image", "doc_to_visual").format(folder=tmp_path / "tasks", names=", ".join(NAMES))
-    (tmp_path / "tasks" / "tiny_pictures.yaml").write_text(task)
+    (tmp_path / "tasks" / "tiny_images.yaml").write_text(task)
     done = harness("eval.plugins.lmms_eval_model", tmp_path, f"pretrained={tmp_path / 'model'},shots=2")
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (tmp_path / "out").rglob("*results.json")
-    (samples,) = (tmp_path / "out").rglob("*samples_tiny_pictures.jsonl")
+    (samples,) = (tmp_path / "out").rglob("*samples_tiny_images.jsonl")
     said = [json.loads(line) for line in samples.read_text().splitlines()]
     losses = [[float(one[0]) for one in sample["filtered_resps"]] for sample in said]
     assert len(said) == 6
     assert all(loss > 0 for one in losses for loss in one)
     right = [int(np.argmin(one)) == sample["doc_id"] % 4 for one, sample in zip(losses, said, strict=True)]
-    assert json.loads(found.read_text())["results"]["tiny_pictures"]["acc,none"] == pytest.approx(np.mean(right))
+    assert json.loads(found.read_text())["results"]["tiny_images"]["acc,none"] == pytest.approx(np.mean(right))
     wrong = harness("eval.plugins.lmms_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")

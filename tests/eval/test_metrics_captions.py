@@ -88,7 +88,7 @@ def test_words_equal_those_of_the_java_program(tmp_path: Path) -> None:
 
 
 def sets(seed: int) -> tuple[list[str], list[list[str]]]:
-    """Captions and references of 40 pictures; some captions are a reference, some are empty, some references repeat."""
+    """Captions and references of 40 images; some captions are a reference, some are empty, some references repeat."""
     said = captions(seed, 40)
     references = [captions(seed + 1000 + i, 1 + i % 5) for i in range(40)]
     said[3], said[4], said[5] = references[3][0], "", "..."

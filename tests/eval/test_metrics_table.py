@@ -96,11 +96,11 @@ def test_mwap_equals_the_published_computation() -> None:
 
 def test_winoground_is_strict_and_not_mixed_up() -> None:
     right, text_only, constant = [[2.0, 1], [1, 2]], [[3.0, 2], [2.5, 2.6]], [[0.0, 0], [0, 0]]
-    blind = [[1.0, 1.0], [0.5, 0.5]]  # the same for both pictures: only captions differ
+    blind = [[1.0, 1.0], [0.5, 0.5]]  # the same for both images: only captions differ
     text, image, group = winoground(np.array([right, text_only, constant, blind]))
     assert text.tolist() == [True, True, False, False]
     assert image.tolist() == [True, True, False, False]
-    # s[caption, picture]: caption 0 fits picture 0 best of both captions, but both captions like picture 0 more.
+    # s[caption, image]: caption 0 fits image 0 best of both captions, but both captions like image 0 more.
     text, image, group = winoground(np.array([[[5.0, 3.0], [4.5, 3.5]]]))
     assert (text[0], image[0], group[0]) == (True, False, False)
     answers = [
@@ -113,7 +113,7 @@ def test_winoground_is_strict_and_not_mixed_up() -> None:
     ]
     found = measure(["winoground"], answers)
     assert (found["winoground_text"]["score"], found["winoground_image"]["score"]) == (1.0, 0.5)
-    # Less the captions' own probability: item 7 has 4.0, 4.5 for picture 0 and 2.0, 3.5 for picture 1.
+    # Less the captions' own probability: item 7 has 4.0, 4.5 for image 0 and 2.0, 3.5 for image 1.
     assert (found["winoground_pmi_text"]["score"], found["winoground_pmi_group"]["n"]) == (0.5, 2)
     assert measure(["winoground"], answers[:1]) == {}
 

@@ -1,4 +1,4 @@
-"""This model inside lm-evaluation-harness, on a tiny task of our own; few-shot pictures reach it."""
+"""This model inside lm-evaluation-harness, on a tiny task of our own; few-shot images reach it."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def image_of(doc: dict[str, Any], *more: Any) -> list[Image.Image]:
     return [Image.open(io.BytesIO(doc["png"]))]
 
 
-def test_tags_take_the_pictures_in_order_and_the_rest_stand_in_front(responder: FlamingoResponder) -> None:
+def test_tags_take_the_images_in_order_and_the_rest_stand_in_front(responder: FlamingoResponder) -> None:
     prompts, tag = Prompts(responder), responder.processor.image_token_id
-    pictures = [png(COLOURS["red"], seed) for seed in range(3)]
-    demo = shown("a<image>b", pictures[:2], " c")
-    prompt = prompts.build([demo], shown("d<image>e", pictures[2]), 4)
+    images = [png(COLOURS["red"], seed) for seed in range(3)]
+    demo = shown("a<image>b", images[:2], " c")
+    prompt = prompts.build([demo], shown("d<image>e", images[2]), 4)
     encode, end = responder.builder.encode, responder.processor.eoc_token_id
     expected = [*responder.start, tag, *encode("a"), tag, *encode("b c"), end, *encode("d"), tag, *encode("e")]
     assert list(prompt.ids) == expected
-    assert [picture.frames[0] for picture in prompt.pictures] == pictures
-    ranked = prompts.build([demo], shown("d<image>e", pictures[2]), 0, [" yes", " yet"])
+    assert [image.frames[0] for image in prompt.images] == images
+    ranked = prompts.build([demo], shown("d<image>e", images[2]), 0, [" yes", " yet"])
     assert ranked.ids == prompt.ids
     assert ranked.candidates == (encode(" yes"), encode(" yet"))
-    with pytest.raises(UserError, match=r"2 <image> tags and 1 pictures.* give shots=N"):
-        shown("<image>a<image>b", pictures[0])
+    with pytest.raises(UserError, match=r"2 <image> tags and 1 images.* give shots=N"):
+        shown("<image>a<image>b", images[0])
 
 
 def test_demonstrations_are_dropped_whole_and_never_the_query(responder: FlamingoResponder) -> None:
@@ -62,7 +62,7 @@ def test_demonstrations_are_dropped_whole_and_never_the_query(responder: Flaming
     demos = [shown(f"demo {i} " + "x" * 20, png(COLOURS["blue"], i), " y") for i in range(8)]
     prompt = prompts.build(demos, shown("query", png(COLOURS["red"], 50)), 10)
     assert 0 < prompt.shots_kept < 8
-    assert len(prompt.pictures) == prompt.shots_kept + 1
+    assert len(prompt.images) == prompt.shots_kept + 1
     text = responder.processor.decode(list(prompt.ids))
     assert "demo 7" in text
     assert "demo 0" not in text
@@ -71,12 +71,12 @@ def test_demonstrations_are_dropped_whole_and_never_the_query(responder: Flaming
 
 
 def test_support_is_nested_and_refuses_the_query(responder: FlamingoResponder) -> None:
-    documents = rows(12, 100)
-    support = Support("task", documents, lambda doc: shown(doc["question"], image_of(doc), f" {doc['name']}"), 0)
-    query = shown(documents[3]["question"], image_of(documents[3]))
+    examples = rows(12, 100)
+    support = Support("task", examples, lambda doc: shown(doc["question"], image_of(doc), f" {doc['name']}"), 0)
+    query = shown(examples[3]["question"], image_of(examples[3]))
     longest = support.demos(query, "3", 8)
     assert support.demos(query, "3", 3) == longest[-3:]
-    assert all(one.pictures != query.pictures for one in support.demos(query, "3", 11))
+    assert all(one.images != query.images for one in support.demos(query, "3", 11))
     with pytest.raises(UserError, match="use fewer shots"):
         support.demos(query, "3", 12)
 
@@ -105,7 +105,7 @@ def lm_eval_task(output: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["multiple_choice", "generate_until"])
-def test_lm_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder, output: str) -> None:
+def test_lm_eval_runs_a_task_with_few_shot_images(responder: FlamingoResponder, output: str) -> None:
     pytest.importorskip("lm_eval")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lm_eval's own
@@ -120,7 +120,7 @@ def test_lm_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder
     samples = found["samples"][f"tiny_{output}"]
     assert len(samples) == 6
     assert lm._engine.cache.shown == 6 * 3
-    assert lm._engine.cache.encoded == len(lm._engine.cache.pictures) <= 18
+    assert lm._engine.cache.encoded == len(lm._engine.cache.images) <= 18
     prompts = Prompts(responder)
     support = lm._supports[f"tiny_{output}"]
     for sample in samples:
@@ -131,7 +131,7 @@ def test_lm_eval_runs_a_task_with_few_shot_pictures(responder: FlamingoResponder
         if output == "generate_until":
             continue
         prompt = prompts.build(demos, query, 0, [f" {name}" for name in NAMES])
-        features = responder.encode(prompt.pictures)
+        features = responder.encode(prompt.images)
         scores = responder.rank([prompt], features)[0]
         assert [float(response[0][0]) for response in sample["resps"]] == pytest.approx(scores, abs=1e-3)
 
@@ -167,7 +167,7 @@ def test_lm_eval_text_requests(responder: FlamingoResponder) -> None:
     assert whole == pytest.approx(total, abs=0.05)
 
 
-TASK = """task: tiny_pictures
+TASK = """task: tiny_images
 dataset_path: json
 dataset_kwargs:
   data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}
@@ -184,7 +184,7 @@ SHOWN = """from PIL import Image
 
 
 def image(doc):
-    return [Image.open(doc["picture"])]
+    return [Image.open(doc["image"])]
 """
 
 
@@ -198,17 +198,17 @@ def lm_eval_folder(folder: Path) -> None:
     for split, count, seed in (("train", 12, 100), ("test", 6, 500)):
         lines = []
         for number, row in enumerate(rows(count, seed)):
-            picture = folder / f"{split}{number}.png"
-            picture.write_bytes(row.pop("png"))
-            lines.append(json.dumps(row | {"picture": str(picture)}))
+            image = folder / f"{split}{number}.png"
+            image.write_bytes(row.pop("png"))
+            lines.append(json.dumps(row | {"image": str(image)}))
         (tasks / f"{split}.jsonl").write_text("\n".join(lines))
-    (tasks / "tiny_pictures.yaml").write_text(TASK.format(folder=tasks, names=", ".join(NAMES)))
+    (tasks / "tiny_images.yaml").write_text(TASK.format(folder=tasks, names=", ".join(NAMES)))
     (tasks / "shown.py").write_text(SHOWN)
 
 
 def harness(module: str, folder: Path, arguments: str) -> subprocess.CompletedProcess[str]:
     """A harness's own command on the task of `lm_eval_folder`, with these `model_args`."""
-    command = [sys.executable, "-m", module, "--model", "flamingo", "--tasks", "tiny_pictures"]
+    command = [sys.executable, "-m", module, "--model", "flamingo", "--tasks", "tiny_images"]
     command += ["--include_path", str(folder / "tasks"), "--output_path", str(folder / "out"), "--log_samples"]
     command += ["--model_args", arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -225,9 +225,9 @@ def test_lm_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
         f"pretrained={tmp_path / 'model'},shots=2,include_path={tmp_path / 'tasks'}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "tiny_pictures" in done.stdout
+    assert "tiny_images" in done.stdout
     (found,) = (tmp_path / "out").rglob("results_*.json")
-    assert 0 <= json.loads(found.read_text())["results"]["tiny_pictures"]["acc,none"] <= 1
+    assert 0 <= json.loads(found.read_text())["results"]["tiny_images"]["acc,none"] <= 1
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     assert len(samples.read_text().splitlines()) == 6
     wrong = harness("eval.plugins.lm_eval_model", tmp_path, "pretrained=/nowhere")

@@ -12,16 +12,16 @@ from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import SHORTEST, Prompt
 from eval.prompting.requests import Completion, Decoding, Request, Response
-from eval.task import Document, TaskSpec
-from eval.tasks.documents import DocumentTask
-from tests.eval.worlds import colour_documents
+from eval.task import Example, TaskSpec
+from eval.tasks.examples import ExampleTask
+from tests.eval.worlds import colour_examples
 from tests.model import tiny
 
 
-def documents(count: int) -> list[Document]:
-    """Questions of different lengths, so that rows of a batch are padded; every fourth has no picture."""
+def examples(count: int) -> list[Example]:
+    """Questions of different lengths, so that rows of a batch are padded; every fourth has no image."""
     found = []
-    for place, one in enumerate(colour_documents(count)):
+    for place, one in enumerate(colour_examples(count)):
         question = "what" + " so" * (place % 4) + "?"
         found.append(replace(one, turn=replace(one.turn, question=question)))
     return found
@@ -29,9 +29,9 @@ def documents(count: int) -> list[Document]:
 
 def prompts(responder: FlamingoResponder, output: str, shots: int = 2, demos: str = "fixed") -> list[Prompt]:
     spec = TaskSpec(queries=9, lead=" ", output=output, demos=demos, max_new_tokens=6)
-    task = DocumentTask("colours", spec, documents(24))
+    task = ExampleTask("colours", spec, examples(24))
     episodes = [task.episode(query, shots, 0) for query in task.query_ids()]
-    bare = replace(episodes[4], query=replace(episodes[4].query, picture=None))
+    bare = replace(episodes[4], query=replace(episodes[4].query, image=None))
     return [responder.builder.build(one, 6) for one in [*episodes[:4], bare, *episodes[5:]]]
 
 
@@ -41,7 +41,7 @@ def both(family: str) -> tuple[FlamingoResponder, FlamingoResponder]:
 
 
 def encoded(responder: FlamingoResponder, some: list[Prompt]) -> torch.Tensor:
-    return FeatureCache(responder).features([picture for prompt in some for picture in prompt.pictures])
+    return FeatureCache(responder).features([image for prompt in some for image in prompt.images])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -75,7 +75,7 @@ def test_text_behind_a_shared_beginning_is_the_same(family: str, beams: int) -> 
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_seeing_every_picture_before_and_no_picture_at_all(every: bool) -> None:
+def test_seeing_every_image_before_and_no_image_at_all(every: bool) -> None:
     shared, whole = both("llama")
     shared.model.config.attend_all_previous = every  # of both: they share it
     some = prompts(shared, "rank")
@@ -89,7 +89,7 @@ def test_seeing_every_picture_before_and_no_picture_at_all(every: bool) -> None:
 def tiny_words(prompt: Prompt, responder: FlamingoResponder) -> Prompt:
     image = responder.processor.image_token_id
     tokens = sum(token != image for token in prompt.ids[: prompt.shared[0]])
-    return replace(prompt, ids=tuple(i for i in prompt.ids if i != image), pictures=(), shared=(tokens, 0))
+    return replace(prompt, ids=tuple(i for i in prompt.ids if i != image), images=(), shared=(tokens, 0))
 
 
 def test_a_query_much_shorter_than_another_moves_out_the_whole_beginning() -> None:
@@ -98,7 +98,7 @@ def test_a_query_much_shorter_than_another_moves_out_the_whole_beginning() -> No
     some = prompts(shared, "rank")
     long = replace(some[0], ids=(*some[0].ids, *(shared.builder.encode(" and so on, and so on, and so on?"))))
     tokens = SHORTEST
-    some = [replace(one, ids=one.ids[-tokens - 5 :], pictures=(), shared=(tokens, 0)) for one in (some[1], long)]
+    some = [replace(one, ids=one.ids[-tokens - 5 :], images=(), shared=(tokens, 0)) for one in (some[1], long)]
     image = shared.processor.image_token_id
     some = [replace(one, ids=tuple(7 if i == image else i for i in one.ids)) for one in some]
     start = some[0].ids[:tokens]

@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from data.batches.tokenize import SpecialTokens, tokenize_page
-from data.shards.document import Node, Picture, Text
+from data.batches.tokenize import SpecialTokens, tokenize_document
+from data.shards.document import Image, Node, Text
 from eval.demonstrations.ablations import ABLATIONS, blank
 from eval.prompting.prompts import PromptBuilder
 from eval.task import Episode, TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import EOC, IMAGE, Letters, colour_documents
+from tests.eval.worlds import EOC, IMAGE, Letters, colour_examples
 
 SPEC = TaskSpec(queries=10, lead=" ")
 
 
 def episode(shots: int, **changes: object) -> Episode:
-    task = DocumentTask("colours", SPEC, colour_documents(40))
+    task = ExampleTask("colours", SPEC, colour_examples(40))
     return replace(task.episode(task.query_ids()[0], shots, seed=0), **changes)  # type: ignore[arg-type]
 
 
@@ -32,8 +32,8 @@ def test_prompt_is_the_beginning_of_the_training_page() -> None:
     prompt = PromptBuilder(Letters()).build(shown, 8)
     nodes: list[Node] = []
     for number, turn in enumerate([*shown.demos, shown.query]):
-        nodes += [Picture((number,)), Text(turn.question, loss=False), Text(f" {turn.answer}")]
-    page = tokenize_page(nodes, Letters().encode_text, SpecialTokens(image=IMAGE, eoc=EOC, eos=2, pad=0))
+        nodes += [Image((number,)), Text(turn.question, loss=False), Text(f" {turn.answer}")]
+    page = tokenize_document(nodes, Letters().encode_text, SpecialTokens(image=IMAGE, eoc=EOC, eos=2, pad=0))
     assert tuple(page.ids[: len(prompt.ids)]) == prompt.ids
     assert spelled(tuple(page.ids[len(prompt.ids) : -1])) == f" {shown.golds[0]}<eoc>"
 
@@ -48,7 +48,7 @@ def test_text_that_looks_like_a_tag_stays_text() -> None:
     shown = episode(1)
     tagged = replace(shown, demos=(replace(shown.demos[0], answer="<image>"),))
     prompt = PromptBuilder(Letters()).build(tagged, 8)
-    assert prompt.ids.count(IMAGE) == len(prompt.pictures) == 2
+    assert prompt.ids.count(IMAGE) == len(prompt.images) == 2
 
 
 def test_demonstrations_that_do_not_fit_are_dropped_whole_from_the_far_end() -> None:
@@ -58,7 +58,7 @@ def test_demonstrations_that_do_not_fit_are_dropped_whole_from_the_far_end() -> 
     cut = PromptBuilder(Letters(), context=room).build(shown, 8)
     assert cut.shots_kept == 3
     assert whole.ids[-len(cut.ids) :] == cut.ids
-    assert cut.pictures == whole.pictures[1:]
+    assert cut.images == whole.images[1:]
     alone = PromptBuilder(Letters(), context=30).build(shown, 8)
     assert (alone.shots_kept, spelled(alone.ids)) == (0, "<image>what colour?")
     with pytest.raises(UserError, match="context is 20"):
@@ -70,15 +70,15 @@ def test_row_start_comes_first() -> None:
     assert prompt.ids[:2] == (7, IMAGE)
 
 
-def test_shuffled_permutes_all_pictures_and_no_text() -> None:
+def test_shuffled_permutes_all_images_and_no_text() -> None:
     shown = [episode(8), episode(8, query_id="other")]
     moved = [ABLATIONS["shuffled"](e, 0) for e in shown]
     orders = []
     for before, after in zip(shown, moved, strict=True):
         turns, others = [*before.demos, before.query], [*after.demos, after.query]
-        assert [replace(t, picture=None) for t in turns] == [replace(t, picture=None) for t in others]
-        pictures = [t.picture for t in turns]
-        orders.append([pictures.index(t.picture) for t in others])
+        assert [replace(t, image=None) for t in turns] == [replace(t, image=None) for t in others]
+        images = [t.image for t in turns]
+        orders.append([images.index(t.image) for t in others])
         assert sorted(orders[-1]) == list(range(9))
         assert orders[-1] != list(range(9))
     assert orders[0] != orders[1]
@@ -88,10 +88,10 @@ def test_shuffled_permutes_all_pictures_and_no_text() -> None:
 def test_blank_keeps_the_size_and_text_only_keeps_the_query() -> None:
     shown = episode(2)
     blanked = ABLATIONS["blank"](shown, 0)
-    assert len({turn.picture for turn in [*blanked.demos, blanked.query]}) == 1
-    assert shown.query.picture is not None
-    assert blanked.query.picture == blank(shown.query.picture) != shown.query.picture
+    assert len({turn.image for turn in [*blanked.demos, blanked.query]}) == 1
+    assert shown.query.image is not None
+    assert blanked.query.image == blank(shown.query.image) != shown.query.image
     bare = ABLATIONS["text_only"](shown, 0)
     prompt = PromptBuilder(Letters()).build(bare, 8)
-    assert prompt.pictures == (shown.query.picture,)
+    assert prompt.images == (shown.query.image,)
     assert spelled(prompt.ids).count("<eoc>") == 2

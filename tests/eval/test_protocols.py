@@ -11,29 +11,29 @@ from eval.prompting.prompts import PromptBuilder
 from eval.protocols import names, settings_of
 from eval.task import Episode
 from eval.tasks.build import build_task, check_spec
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS
 from tests.eval.worlds import EOC, IMAGE, Letters
 
 
-def built(root: Path, task: str, *settings: str) -> DocumentTask:
+def built(root: Path, task: str, *settings: str) -> ExampleTask:
     if not (root / task).exists():
         (root / task).mkdir(parents=True)
         WRITERS[task](root / task)
     config = load_config(["model=m", f"task={task}", f"task.{task}.root={root / task}", *settings])
     found = build_task(task, config.task[task])
-    assert isinstance(found, DocumentTask)
+    assert isinstance(found, ExampleTask)
     return found
 
 
 def text(episode: Episode) -> str:
-    """The prompt's ids as text, `#` for a picture and `$` for the end of a chunk."""
+    """The prompt's ids as text, `#` for an image and `$` for the end of a chunk."""
     ids = PromptBuilder(Letters()).build(episode, 5).ids
     return "".join({IMAGE: "#", EOC: "$"}.get(i) or chr(i) for i in ids)
 
 
-def first(task: DocumentTask, shots: int) -> Episode:
+def first(task: ExampleTask, shots: int) -> Episode:
     return task.episode(task.query_ids()[0], shots, 0)
 
 
@@ -62,23 +62,23 @@ def test_prompts_are_those_of_the_papers(tmp_path: Path) -> None:
 
 
 def test_zero_shots_show_two_texts_where_the_protocol_does_so(tmp_path: Path) -> None:
-    for protocol, pictures in (("modern", 0), ("flamingo", 2), ("openflamingo", 2), ("idefics", 2)):
+    for protocol, images in (("modern", 0), ("flamingo", 2), ("openflamingo", 2), ("idefics", 2)):
         episode = first(built(tmp_path, "vqav2", f"protocol={protocol}"), 0)
-        assert len(episode.demos) == pictures
-        assert all(demo.picture is None and demo.answer for demo in episode.demos)
-        assert episode.query.picture is not None
+        assert len(episode.demos) == images
+        assert all(demo.image is None and demo.answer for demo in episode.demos)
+        assert episode.query.image is not None
         assert text(episode).count("#") == 1
     assert not first(built(tmp_path, "hateful_memes", "protocol=flamingo"), 0).demos  # ranked: none
 
 
-def test_the_query_picture_is_shown_unless_the_published_fault_is_asked_for(tmp_path: Path) -> None:
+def test_the_query_image_is_shown_unless_the_published_fault_is_asked_for(tmp_path: Path) -> None:
     right = built(tmp_path, "hateful_memes", "protocol=openflamingo")
     wrong = built(tmp_path, "hateful_memes", "protocol=openflamingo", "bug_compatible=true")
     assert right.hash != wrong.hash
-    own = first(right, 2).query.picture
-    assert first(right, 0).query.picture == own
-    assert first(wrong, 2).query.picture == own
-    assert first(wrong, 0).query.picture != own
+    own = first(right, 2).query.image
+    assert first(right, 0).query.image == own
+    assert first(wrong, 2).query.image == own
+    assert first(wrong, 0).query.image != own
 
 
 def test_what_is_cut_and_the_historic_cutting(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from eval.metrics.stems import Stems
 from eval.metrics.wordnet import WordNet
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.runner import Grid, Sample, run
-from eval.task import Document, Task, TaskSpec, Turn
+from eval.task import Example, Task, TaskSpec, Turn
 from eval.tasks.build import build_task
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.published import dump
 from tests.eval.test_metrics_table import small_wordnet
 from tests.eval.test_protocols import built, text
-from tests.eval.worlds import COLOURS, EOC, Constant, Letters, colour_documents
+from tests.eval.worlds import COLOURS, EOC, Constant, Letters, colour_examples
 from tests.model import tiny
 
 
@@ -36,7 +36,7 @@ class ByLength(Constant):
 
 def ranked(**settings: object) -> list[Sample]:
     spec = TaskSpec(queries=6, lead=" ", output="rank", candidates=["blue", "grey", "greenish"])
-    task: Task = DocumentTask("colours", replace(spec, **settings), colour_documents(24))  # type: ignore[arg-type]
+    task: Task = ExampleTask("colours", replace(spec, **settings), colour_examples(24))  # type: ignore[arg-type]
     samples, _ = run({"colours": task}, Grid([2], [0], ["real"]), ByLength("x"))
     return samples
 
@@ -55,12 +55,12 @@ def test_the_sum_favours_short_answers_and_the_mean_long_ones() -> None:
 
 def test_means_of_a_real_model_are_its_token_log_probabilities() -> None:
     responder = FlamingoResponder(*tiny.flamingo("llama"))
-    task = DocumentTask("c", TaskSpec(queries=3, lead=" ", output="rank", ranking="mean"), colour_documents(24))
+    task = ExampleTask("c", TaskSpec(queries=3, lead=" ", output="rank", ranking="mean"), colour_examples(24))
     samples, _ = run({"c": task}, Grid([1], [0], ["real"]), responder)
     for sample in samples:
         episode = task.episode(sample.query_id, 1, 0)
         prompt = responder.builder.build(episode, 4, whole_candidates=True)
-        sums = responder.rank([prompt], responder.encode(prompt.pictures))[0]
+        sums = responder.rank([prompt], responder.encode(prompt.images))[0]
         lengths = [len(ids) for ids in prompt.candidates]
         assert lengths == [len(f" {name}") + 1 for name in episode.candidates]
         assert sample.log_probs == pytest.approx([s / n for s, n in zip(sums, lengths, strict=True)], abs=2e-4)
@@ -94,7 +94,7 @@ def test_two_fixed_texts_are_the_same_for_all_queries_and_only_at_zero_shots(tmp
     assert len({fixed.episode(q, 2, 0).demo_ids for q in fixed.query_ids()}) > 1
 
 
-def vocabulary(tmp_path: Path, where: str) -> DocumentTask:
+def vocabulary(tmp_path: Path, where: str) -> ExampleTask:
     return built(tmp_path, "ivqa", "task.ivqa.output=rank", f"task.ivqa.candidates_from={where}")
 
 
@@ -150,9 +150,9 @@ def test_okvqa_is_stemmed_where_the_protocol_is_openflamingo(tmp_path: Path) -> 
         build_task("toy_vqa", bare.task["toy_vqa"])
 
 
-def test_a_document_may_ask_about_no_picture_and_still_be_ranked() -> None:
-    documents = [Document(str(n), Turn(None, f"q{n}", " ", name), (name,)) for n, name in enumerate([*COLOURS] * 4)]
-    task = DocumentTask("words", TaskSpec(queries=4, lead=" ", output="rank", ranking="mean"), documents)
+def test_a_example_may_ask_about_no_image_and_still_be_ranked() -> None:
+    examples = [Example(str(n), Turn(None, f"q{n}", " ", name), (name,)) for n, name in enumerate([*COLOURS] * 4)]
+    task = ExampleTask("words", TaskSpec(queries=4, lead=" ", output="rank", ranking="mean"), examples)
     samples, cache = run({"words": task}, Grid([0, 2], [0], ["real"]), ByLength("x"))
     assert cache.encoded == 0
     assert len(samples) == 8

@@ -17,7 +17,7 @@ from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
 from eval.reports.results import results_of, sample_line, table, write_report
 from eval.runner import Grid, Sample, run
-from eval.task import Picture, SourceSpec, Task, TaskSpec
+from eval.task import EncodedImage, SourceSpec, Task, TaskSpec
 from eval.tasks.build import build_task
 from tests.eval.worlds import Looker, png, write_pool, write_scenes
 
@@ -25,7 +25,7 @@ SHOTS = [0, 1, 4]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Sample], dict[str, Picture]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Sample], dict[str, EncodedImage]]:
     folder = tmp_path_factory.mktemp("data")
     fields = {"question": "question", "answer": "answer", "kind": "kind"}
     scenes = SourceSpec(path=str(write_scenes(folder / "scenes")), fields=fields)
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Sampl
             lead=" ",
             output="rank",
             queries=12,
-            min_pictures=5,
+            min_images=5,
         ),
     }
     tasks: dict[str, Task] = {name: build_task(name, spec) for name, spec in specs.items()}
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Sampl
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     facts = provenance(str(folder / "model"), ["task=vqa"], "cpu", 1.5)
-    return results_of(samples, tasks, grid, cache, facts), samples, cache.pictures
+    return results_of(samples, tasks, grid, cache, facts), samples, cache.images
 
 
 def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Path) -> None:
@@ -62,11 +62,11 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
     for row in read["rows"]:
         assert row["interval"][0] <= row["score"] <= row["interval"][1]
         assert row["n"] == (20 if row["task"] == "vqa<b>" else 24)
-        assert row["n_pictures"] * 2 == row["n"]  # two seeds ask the same queries: clustered
+        assert row["n_images"] * 2 == row["n"]  # two seeds ask the same queries: clustered
         assert row["interval_method"] == "two-level bootstrap"  # ... and drawn too
         assert row["interval_these_seeds_method"] == "bootstrap"
         assert set(row["score_by_seed"]) == {"0", "1"}
-    for key in ("model", "command", "code", "versions", "device", "date", "wall_s", "decoding", "pictures", "seeds"):
+    for key in ("model", "command", "code", "versions", "device", "date", "wall_s", "decoding", "images", "seeds"):
         assert read[key] not in (None, "", {}), key
     assert read["tasks"]["vqa<b>"]["example_prompt"].count("<image>") == 5
     assert len(read["tasks"]["binding"]["hash"]) == 64
@@ -75,7 +75,7 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
     assert {"query_id", "demo_ids", "prompt", "raw", "answer", "golds", "score", "seed", "shots", "task"} <= set(
         lines[0]
     )
-    assert all(line["prompt"].count("<image>") == len(line["pictures_sha256"]) for line in lines)
+    assert all(line["prompt"].count("<image>") == len(line["images_sha256"]) for line in lines)
 
 
 def test_table_has_a_line_a_row(finished: tuple) -> None:
@@ -84,21 +84,21 @@ def test_table_has_a_line_a_row(finished: tuple) -> None:
     assert "100.0%" in table(finished[0])
 
 
-def test_curve_is_a_picture(finished: tuple) -> None:
+def test_curve_is_a_image(finished: tuple) -> None:
     image = Image.open(io.BytesIO(curve_png(finished[0], title="a title")))
     assert image.format == "PNG"
     assert min(image.size) > 300
 
 
 def test_gallery_needs_nothing_but_itself(finished: tuple) -> None:
-    results, samples, pictures = finished
-    page = gallery_html(results, samples, pictures, count=4)
+    results, samples, images = finished
+    page = gallery_html(results, samples, images, count=4)
     assert "vqa&lt;b&gt;" in page
     assert "vqa<b>" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert page.count("class='sample") == 2 * 3 * 4
     shown = re.findall(r"data:image/png;base64,([^\"]+)", page)
-    files = {frame for picture in pictures.values() for frame in picture.frames}
+    files = {frame for image in images.values() for frame in image.frames}
     assert shown
     assert all(base64.b64decode(data) in files for data in shown)
     four_shots = page[page.index("vqa&lt;b&gt;, 4 shots") :]
@@ -106,8 +106,8 @@ def test_gallery_needs_nothing_but_itself(finished: tuple) -> None:
 
 
 def test_strip_shows_each_chosen_prompt(finished: tuple) -> None:
-    _, samples, pictures = finished
-    image = Image.open(io.BytesIO(strip_png(samples[:3], pictures, side=50)))
+    _, samples, images = finished
+    image = Image.open(io.BytesIO(strip_png(samples[:3], images, side=50)))
     assert image.height > 3 * 50
 
 
@@ -121,13 +121,13 @@ def test_chosen_samples_are_half_wrong_where_possible(finished: tuple) -> None:
     assert choose(samples, 1000) == samples
 
 
-def test_large_pictures_are_shown_as_thumbnails() -> None:
+def test_large_images_are_shown_as_thumbnails() -> None:
     uri = data_uri(png((200, 0, 0), 1, side=600))
     assert uri.startswith("data:image/jpeg;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (256, 256)
     small = png((200, 0, 0), 1)
     assert base64.b64decode(data_uri(small).split(",")[1]) == small
-    assert Image.open(io.BytesIO(blank(Picture((small,))).frames[0])).size == (8, 8)
+    assert Image.open(io.BytesIO(blank(EncodedImage((small,))).frames[0])).size == (8, 8)
 
 
 def test_model_hash_tells_weights_apart_and_not_folders(tmp_path: Path) -> None:

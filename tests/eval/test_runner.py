@@ -11,26 +11,26 @@ from eval.reports.results import rows_of
 from eval.runner import Cell, Grid, Sample, run, run_cell
 from eval.task import Task, TaskSpec
 from eval.tasks.binding import BindingTask
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import NAMES, Constant, Looker, colour_documents
+from tests.eval.worlds import NAMES, Constant, Looker, colour_examples
 
 
 def tasks() -> dict[str, Task]:
-    binding = TaskSpec(kind="binding", question="a", lead=" ", queries=40, output="rank", min_pictures=15)
+    binding = TaskSpec(kind="binding", question="a", lead=" ", queries=40, output="rank", min_images=15)
     colours = TaskSpec(lead=" ", queries=24)
     return {
-        "binding": BindingTask("binding", binding, colour_documents(60), NAMES),
-        "colours": DocumentTask("colours", colours, colour_documents(60)),
-        "ranked": DocumentTask("ranked", TaskSpec(lead=" ", queries=24, output="rank"), colour_documents(60)),
+        "binding": BindingTask("binding", binding, colour_examples(60), NAMES),
+        "colours": ExampleTask("colours", colours, colour_examples(60)),
+        "ranked": ExampleTask("ranked", TaskSpec(lead=" ", queries=24, output="rank"), colour_examples(60)),
     }
 
 
 def scores(samples: Sequence[Sample], every: Mapping[str, Task]) -> dict[tuple[str, int, str], float]:
-    return {(row["task"], row["shots"], row["pictures"]): row["score"] for row in rows_of(samples, every)}
+    return {(row["task"], row["shots"], row["images"]): row["score"] for row in rows_of(samples, every)}
 
 
-def test_a_model_that_looks_is_right_and_without_pictures_falls_to_chance() -> None:
+def test_a_model_that_looks_is_right_and_without_images_falls_to_chance() -> None:
     every = tasks()
     grid = Grid([0, 1, 4, 8], [0, 1, 2], ["real", "shuffled", "blank", "text_only"])
     samples, _ = run({"binding": every["binding"]}, grid, Looker())
@@ -54,17 +54,17 @@ def test_results_do_not_depend_on_batch_size_limit_or_the_other_settings() -> No
         assert sample == by_key[sample.cell, sample.query_id]
 
 
-def test_every_distinct_picture_is_encoded_once() -> None:
+def test_every_distinct_image_is_encoded_once() -> None:
     every, looker = tasks(), Looker()
     samples, cache = run(every, Grid([1, 4], [0, 1], ["real", "shuffled"], batch_size=7), looker)
-    distinct = {picture for sample in samples for picture, _ in sample.turns if picture is not None}
-    assert looker.encode_calls == cache.encoded == len(distinct) == len(cache.pictures)
+    distinct = {image for sample in samples for image, _ in sample.turns if image is not None}
+    assert looker.encode_calls == cache.encoded == len(distinct) == len(cache.images)
     assert cache.shown == sum(len(sample.turns) for sample in samples) > 5 * len(distinct)
 
 
 def test_a_constant_model_scores_exactly_the_constant_baseline() -> None:
     every = tasks()
-    every["colours"] = DocumentTask("colours", TaskSpec(lead=" ", queries=24), colour_documents(60, kinds=1))
+    every["colours"] = ExampleTask("colours", TaskSpec(lead=" ", queries=24), colour_examples(60, kinds=1))
     answer = every["colours"].baselines(every["colours"].query_ids()).constant_answer
     assert answer is not None
     assert answer.startswith("kind0: ")

@@ -6,69 +6,69 @@ from pathlib import Path
 
 import pytest
 
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from eval.task import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
-from eval.tasks.sources import page_turns, read_documents
+from eval.tasks.sources import page_turns, read_examples
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
 
 
-def test_a_page_of_several_pictures_is_as_many_turns() -> None:
-    pictures = [png(COLOURS["red"], i) for i in range(4)]
+def test_a_page_of_several_images_is_as_many_turns() -> None:
+    images = [png(COLOURS["red"], i) for i in range(4)]
     nodes: list[Node] = [
         Text("before"),
-        Picture((1,)),
+        Image((1,)),
         Text("what?", loss=False),
         Text(" a"),
-        Picture((0, 2)),
+        Image((0, 2)),
         Text("b"),
         Text("c"),
     ]
-    turns = list(page_turns(Page("key", nodes, pictures)))
+    turns = list(page_turns(Document("key", nodes, images)))
     assert [(question, answer) for _, question, answer in turns] == [("what?", " a"), ("", "bc")]
-    assert [picture.frames for picture, _, _ in turns] == [(pictures[1],), (pictures[0], pictures[2])]
+    assert [image.frames for image, _, _ in turns] == [(images[1],), (images[0], images[2])]
 
 
-def test_documents_carry_the_text_of_the_page_or_the_facts_named(tmp_path: Path) -> None:
+def test_examples_carry_the_text_of_the_page_or_the_facts_named(tmp_path: Path) -> None:
     source = SourceSpec(path=str(write_scenes(tmp_path / "scenes", 8)))
-    caption = read_documents("t", TaskSpec(source=source), source)[0]
+    caption = read_examples("t", TaskSpec(source=source), source)[0]
     assert (caption.turn.question, caption.turn.text, caption.golds) == ("", "a red square", ("a red square",))
     source.fields = {"question": "question", "answer": "answer"}
-    answer = read_documents("t", TaskSpec(lead=" ", question="Q: {question}", tail="."), source)[0]
+    answer = read_examples("t", TaskSpec(lead=" ", question="Q: {question}", tail="."), source)[0]
     assert (answer.turn.question, answer.turn.text, answer.golds) == ("Q: what colour?", " red.", ("red",))
-    assert len({document.id for document in read_documents("t", TaskSpec(source=source), source)}) == 8
+    assert len({example.id for example in read_examples("t", TaskSpec(source=source), source)}) == 8
 
 
 def test_a_text_form_that_training_never_showed_is_refused(tmp_path: Path) -> None:
     source = SourceSpec(path=str(write_scenes(tmp_path / "scenes", 4)))
     with pytest.raises(UserError, match=r"'a red square' .* would be shown as ' a red square'"):
-        read_documents("t", TaskSpec(lead=" "), source)
+        read_examples("t", TaskSpec(lead=" "), source)
 
 
 def test_binding_pool_and_names_come_from_meta(tmp_path: Path) -> None:
     pool = SourceSpec(path=str(write_pool(tmp_path / "pool")))
-    spec = TaskSpec(kind="binding", source=pool, names_source=pool, question="a", lead=" ", min_pictures=6, queries=99)
+    spec = TaskSpec(kind="binding", source=pool, names_source=pool, question="a", lead=" ", min_images=6, queries=99)
     task = build_task("b", spec)
     assert (len(task.query_ids()), task.max_shots()) == (24, 5)
     check_shots({"b": task}, [0, 5])
     with pytest.raises(UserError, match="shots=6 is more than task b can give: its data allow 5"):
         check_shots({"b": task}, [0, 6])
-    with pytest.raises(UserError, match="0 classes of at least 7 pictures"):
-        build_task("b", TaskSpec(kind="binding", source=pool, names_source=pool, min_pictures=7))
+    with pytest.raises(UserError, match="0 classes of at least 7 images"):
+        build_task("b", TaskSpec(kind="binding", source=pool, names_source=pool, min_images=7))
 
 
 def test_classes_of_binding_pages_go_by_the_page_names(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "pages", "pages") as writer:
         nodes: list[Node] = [
-            n for i in range(2) for n in (Picture((i,)), Text("a", loss=False), Text(" kibo" if i else " lumo"))
+            n for i in range(2) for n in (Image((i,)), Text("a", loss=False), Text(" kibo" if i else " lumo"))
         ]
-        pictures = [png(COLOURS["red"], i) for i in range(2)]
-        writer.write(Page("", nodes, pictures, {"names": ["kibo", "lumo"], "classes": [7, 9]}))
+        images = [png(COLOURS["red"], i) for i in range(2)]
+        writer.write(Document("", nodes, images, {"names": ["kibo", "lumo"], "classes": [7, 9]}))
     source = SourceSpec(path=str(tmp_path / "pages"))
-    found = read_documents("t", TaskSpec(kind="binding", lead=" "), source)
-    assert [document.label for document in found] == ["9", "7"]
+    found = read_examples("t", TaskSpec(kind="binding", lead=" "), source)
+    assert [example.label for example in found] == ["9", "7"]
 
 
 def write_table(folder: Path, text: str) -> SourceSpec:
@@ -81,7 +81,7 @@ def write_table(folder: Path, text: str) -> SourceSpec:
 
 def test_a_table_is_a_task(tmp_path: Path) -> None:
     source = write_table(
-        tmp_path, "picture,question,answer,kind\none.png,what?,red|crimson,colour\ntwo.png,how many?,1,count\n"
+        tmp_path, "image,question,answer,kind\none.png,what?,red|crimson,colour\ntwo.png,how many?,1,count\n"
     )
     task = build_task("mine", TaskSpec(source=source, queries=1, lead=" ", metric="vqa_accuracy"))
     episode = task.episode(task.query_ids()[0], 1, seed=0)
@@ -93,10 +93,10 @@ def test_a_table_is_a_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("picture,reply\none.png,red\n", "no column 'answer'; its columns are picture, reply"),
-        ("picture,answer\nthree.png,red\n", r"row 1 names the picture .*three.png, which does not exist"),
-        ("picture,answer\n", "holds no picture with an answer"),
-        ("picture,answer,id\none.png,a,x\ntwo.png,b,x\n", "the id 'x' occurs twice"),
+        ("image,reply\none.png,red\n", "no column 'answer'; its columns are image, reply"),
+        ("image,answer\nthree.png,red\n", r"row 1 names the image .*three.png, which does not exist"),
+        ("image,answer\n", "holds no image with an answer"),
+        ("image,answer,id\none.png,a,x\ntwo.png,b,x\n", "the id 'x' occurs twice"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:

@@ -19,9 +19,9 @@ from eval.reports.saved_run import problems, read_run
 from eval.reports.submissions import read_ids, submission
 from eval.runner import Grid, run
 from eval.task import Task, TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import Constant, Looker, colour_documents
+from tests.eval.worlds import Constant, Looker, colour_examples
 
 FACTS = {"model": {"name": "m", "sha256": "0" * 64}, "date": "2026-01-01", "code": "c", "device": "cpu", "wall_s": 1.0}
 REFERENCE = {"paper": "2308.01390 T11", "model": "OF-9B", "shots": {0: 37.8, 4: 40.1}}
@@ -29,8 +29,8 @@ REFERENCE = {"paper": "2308.01390 T11", "model": "OF-9B", "shots": {0: 37.8, 4: 
 
 def write(folder: Path, model: Looker | Constant, demos: str = "random", shots: list[int] | None = None) -> Path:
     spec = TaskSpec(lead=" ", queries=30, demos=demos, output="rank", candidates=["red", "green", "blue", "grey"])
-    documents = [replace(d, id=str(1000 + i)) for i, d in enumerate(colour_documents(90))]
-    task = DocumentTask("colours", spec, documents)
+    examples = [replace(d, id=str(1000 + i)) for i, d in enumerate(colour_examples(90))]
+    task = ExampleTask("colours", spec, examples)
     task.description["reference"] = REFERENCE
     tasks: dict[str, Task] = {"colours": task}
     grid = Grid(shots or [0, 4], [0, 1], ["real"], batch_size=8)
@@ -105,7 +105,7 @@ def test_a_paired_comparison(folders: tuple[Path, Path], capsys: pytest.CaptureF
     assert (found[0].p, found[0].n_needed, found[0].same_demonstrations) == (1.0, None, True)
     four = found[4]
     assert four.n == 30
-    assert four.scores[1] == 1.0  # the nearest pictures always show the colour
+    assert four.scores[1] == 1.0  # the nearest images always show the colour
     assert four.difference == pytest.approx(four.scores[1] - four.scores[0])
     assert four.interval[0] <= four.difference <= four.interval[1]
     assert (four.p < 0.05) == (four.interval[0] > 0)
@@ -117,7 +117,7 @@ def test_a_paired_comparison(folders: tuple[Path, Path], capsys: pytest.CaptureF
 
 
 def test_the_interval_of_a_difference_is_of_two_levels(folders: tuple[Path, Path]) -> None:
-    """Against plain loops: draw seeds, draw pictures, take the mean difference; the runs differ by seed."""
+    """Against plain loops: draw seeds, draw images, take the mean difference; the runs differ by seed."""
     samples = [one for one in read_run(folders[0]).samples if one.cell.shots == 4]
     rng = np.random.default_rng(0)
     queries, seeds = sorted({one.query_id for one in samples}), (0, 1)
@@ -126,11 +126,11 @@ def test_the_interval_of_a_difference_is_of_two_levels(folders: tuple[Path, Path
     found = compare_samples(samples, moved)
     means = []
     for _ in range(4000):
-        pictures, drawn = rng.integers(len(queries), size=len(queries)), rng.integers(2, size=2)
-        means.append(np.mean([[change[queries[q], s] for q in pictures] for s in drawn]))
+        images, drawn = rng.integers(len(queries), size=len(queries)), rng.integers(2, size=2)
+        means.append(np.mean([[change[queries[q], s] for q in images] for s in drawn]))
     assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
     assert found.interval_method == "two-level bootstrap"
-    assert found.interval[1] - found.interval[0] > 0.4  # over pictures alone it would be 0.1
+    assert found.interval[1] - found.interval[0] > 0.4  # over images alone it would be 0.1
     one_seed = [[s for s in group if s.cell.seed == 0] for group in (samples, moved)]
     assert compare_samples(*one_seed).interval_method == "bootstrap"
     other = compare_samples(one_seed[0], moved)
@@ -156,7 +156,7 @@ def test_the_tests_know_chance_from_difference() -> None:
     assert 0.3 < float(np.mean(ps)) < 0.7
     assert sum(p < 0.05 for p in ps) <= 8
     assert sign_flip(np.ones(50), clusters[:50]) < 1e-3
-    # One picture with fifty questions is one observation.
+    # One image with fifty questions is one observation.
     assert sign_flip(np.ones(50), ["one"] * 50) == 1.0
     a, b = np.array([1.0] * 10 + [0.0] * 10), np.array([1.0] * 10 + [1.0] * 9 + [0.0])
     assert mcnemar(a, b) == pytest.approx(2 * 0.5**9)

@@ -18,20 +18,20 @@ from eval.prompting.requests import Completion, Decoding
 from eval.prompting.strategies import STRATEGIES, different_orders
 from eval.reports.results import sample_line
 from eval.runner import Cell, Grid, Sample, run, run_cell
-from eval.task import Document, Picture, TaskSpec
-from eval.tasks.documents import DocumentTask
+from eval.task import EncodedImage, Example, TaskSpec
+from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, Constant, Letters, Looker, colour_documents
+from tests.eval.worlds import COLOURS, Constant, Letters, Looker, colour_examples
 
 
-def with_rationales(documents: Sequence[Document]) -> list[Document]:
-    return [replace(d, turn=replace(d.turn, rationale=f"It is {d.golds[0]} all over ({d.id}).")) for d in documents]
+def with_rationales(examples: Sequence[Example]) -> list[Example]:
+    return [replace(d, turn=replace(d.turn, rationale=f"It is {d.golds[0]} all over ({d.id}).")) for d in examples]
 
 
-def task(output: str = "generate", rationales: bool = True, **spec: object) -> DocumentTask:
-    documents = colour_documents(60)
+def task(output: str = "generate", rationales: bool = True, **spec: object) -> ExampleTask:
+    examples = colour_examples(60)
     options = TaskSpec(lead=" ", queries=12, output=output, **spec)  # type: ignore[arg-type]
-    return DocumentTask("colours", options, with_rationales(documents) if rationales else documents)
+    return ExampleTask("colours", options, with_rationales(examples) if rationales else examples)
 
 
 class Script:
@@ -42,8 +42,8 @@ class Script:
         self.prompts: list[str] = []
         self._says = says
 
-    def encode(self, pictures: Sequence[Picture]) -> Tensor:
-        return torch.zeros(len(pictures), 1, 1)
+    def encode(self, images: Sequence[EncodedImage]) -> Tensor:
+        return torch.zeros(len(images), 1, 1)
 
     def _text(self, prompt: Prompt) -> str:
         text = "".join(chr(i) if i < 1000 else "#" for i in prompt.ids)
@@ -70,7 +70,7 @@ class Script:
 
 
 def samples_of(
-    strategy: str, model: Script | Looker | Constant, of: DocumentTask, shots: int = 2, **own: object
+    strategy: str, model: Script | Looker | Constant, of: ExampleTask, shots: int = 2, **own: object
 ) -> list[Sample]:
     cell = Cell("colours", shots, 0, "real", strategy)
     settings = Settings(**{"samples": 5, **own})  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def test_strategies_that_do_not_fit_say_so() -> None:
 def test_the_grid_runs_strategies_beside_each_other_and_leaves_out_what_makes_no_sense() -> None:
     of = task("rank")
     grid = Grid([0, 2], [0], ["real", "shuffled"], strategies=["plain", "orders", "cot"])
-    cells = [(c.strategy, c.pictures, c.shots) for c in grid.cells({"colours": of})]
+    cells = [(c.strategy, c.images, c.shots) for c in grid.cells({"colours": of})]
     assert cells == [
         ("plain", "real", 0),
         ("plain", "real", 2),

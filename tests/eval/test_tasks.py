@@ -100,7 +100,7 @@ def test_a_published_task_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert (episode.query.question, episode.golds, episode.kind) == (question, golds, kind)
     assert len(episode.candidates) == candidates
     assert not candidates or set(golds) <= set(episode.candidates)
-    assert (episode.query.picture is None) == (name in TEXT_ONLY)
+    assert (episode.query.image is None) == (name in TEXT_ONLY)
 
     said = max(golds, key=golds.count)
     samples, cache = run({name: task}, Grid([0, shots][: 1 + bool(shots)], [0], ["real"]), Constant(said))
@@ -130,7 +130,7 @@ def test_prepare_says_what_is_missing_and_where_it_is_published(
     assert "the published split has 4319" in said
     (tmp_path / "val" / "VizWiz_val_00000003.jpg").unlink()
     assert main(["vizwiz", "--from", str(tmp_path)]) == 1
-    assert "1 of 6 pictures are missing, the first is" in capsys.readouterr().out
+    assert "1 of 6 images are missing, the first is" in capsys.readouterr().out
     for arguments, message in (
         (["vizwiz"], "give a task and a folder"),
         (["nope", "--from", str(tmp_path)], "unknown task 'nope'"),
@@ -151,7 +151,7 @@ def test_a_question_with_too_few_answers_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["medqa", "hateful_memes", "vatex", "winoground"])
-def test_a_real_model_takes_words_alone_pictures_and_clips(name: str, tmp_path: Path) -> None:
+def test_a_real_model_takes_words_alone_images_and_clips(name: str, tmp_path: Path) -> None:
     responder = FlamingoResponder(*tiny.flamingo("llama"))
     WRITERS[name](tmp_path)
     task = build_task(name, load_config(["model=m", f"task={name}", f"task.{name}.root={tmp_path}"]).task[name])

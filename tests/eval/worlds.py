@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image as PILImage
 from torch import Tensor
 
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from eval.inference.model import Completion
 from eval.prompting.prompts import Prompt, PromptBuilder
-from eval.task import Document, Turn
-from eval.task import Picture as TaskPicture
+from eval.task import EncodedImage, Example, Turn
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (120, 120, 120)}
 NAMES = ["kibo", "lumo", "tavi", "zoda", "pera", "gusi"]
@@ -28,41 +27,41 @@ def png(colour: Sequence[int], seed: int, side: int = 8) -> bytes:
     rng = np.random.Generator(np.random.Philox(key=seed))
     noise = rng.integers(-20, 20, size=(side, side, 3))
     buffer = io.BytesIO()
-    Image.fromarray((np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
+    PILImage.fromarray((np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def colour_documents(count: int, kinds: int = 2, seed: int = 0) -> list[Document]:
-    """Pictures named by their colour."""
+def colour_examples(count: int, kinds: int = 2, seed: int = 0) -> list[Example]:
+    """Images named by their colour."""
     names = list(COLOURS)
     found = []
     for index in range(count):
         name = names[index % len(names)]
-        turn = Turn(TaskPicture((png(COLOURS[name], seed + index),)), "what colour?", " ", name)
-        found.append(Document(f"doc{index:03d}", turn, (name,), kind=f"kind{index % kinds}", label=name))
+        turn = Turn(EncodedImage((png(COLOURS[name], seed + index),)), "what colour?", " ", name)
+        found.append(Example(f"doc{index:03d}", turn, (name,), kind=f"kind{index % kinds}", label=name))
     return found
 
 
 def write_scenes(folder: Path, count: int = 40) -> Path:
     """Pairs with a caption, and a question in their meta, as `python -m data prepare toy` writes them."""
     with ShardWriter(folder, "scenes", layout="pairs") as writer:
-        for document in colour_documents(count):
-            colour, picture = document.golds[0], document.turn.picture
-            assert picture is not None
-            meta = {"kind": document.kind, "caption": f"a {colour} square"}
+        for example in colour_examples(count):
+            colour, image = example.golds[0], example.turn.image
+            assert image is not None
+            meta = {"kind": example.kind, "caption": f"a {colour} square"}
             meta |= {"question": "what colour?", "question_kind": "colour", "answer": colour}
-            writer.write(Page("", [Picture((0,)), Text(f"a {colour} square")], list(picture.frames), meta))
+            writer.write(Document("", [Image((0,)), Text(f"a {colour} square")], list(image.frames), meta))
     return folder
 
 
 def write_pool(folder: Path, per_class: int = 6) -> Path:
-    """Pages of one picture with its class, and names to give, as the digits' held-out folder has them."""
+    """Pages of one image with its class, and names to give, as the digits' held-out folder has them."""
     with ShardWriter(folder, "pool") as writer:
         for index in range(per_class * len(COLOURS)):
             colour = list(COLOURS)[index % len(COLOURS)]
-            nodes: list[Node] = [Picture((0,)), Text("a", loss=False), Text(f" {colour}")]
+            nodes: list[Node] = [Image((0,)), Text("a", loss=False), Text(f" {colour}")]
             names = [NAMES[index % len(NAMES)], NAMES[(index + 1) % len(NAMES)]]
-            writer.write(Page("", [*nodes], [png(COLOURS[colour], 500 + index)], {"class": colour, "names": names}))
+            writer.write(Document("", [*nodes], [png(COLOURS[colour], 500 + index)], {"class": colour, "names": names}))
     return folder
 
 
@@ -77,26 +76,26 @@ class Letters:
 
 
 class Looker:
-    """A model that truly uses the pictures: it answers with the demonstration whose picture is nearest the query's.
+    """A model that truly uses the images: it answers with the demonstration whose image is nearest the query's.
 
-    Ranked candidates score the nearness of the nearest picture shown with them; without pictures all are equal.
+    Ranked candidates score the nearness of the nearest image shown with them; without images all are equal.
     """
 
     def __init__(self, context: int | None = None) -> None:
         self.builder = PromptBuilder(Letters(), context=context)
         self.encode_calls = 0
 
-    def encode(self, pictures: Sequence[TaskPicture]) -> Tensor:
-        self.encode_calls += len(pictures)
-        means = [np.asarray(Image.open(io.BytesIO(p.frames[0]))).reshape(-1, 3).mean(0) for p in pictures]
+    def encode(self, images: Sequence[EncodedImage]) -> Tensor:
+        self.encode_calls += len(images)
+        means = [np.asarray(PILImage.open(io.BytesIO(p.frames[0]))).reshape(-1, 3).mean(0) for p in images]
         return torch.tensor(np.stack(means), dtype=torch.float32)[:, None]
 
     def _nearness(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[tuple[float, str]]]:
         found, start = [], 0
         for prompt in prompts:
-            own = features[start : start + len(prompt.pictures), 0]
-            start += len(prompt.pictures)
-            texts = [text for picture, text in prompt.turns[:-1] if picture is not None]
+            own = features[start : start + len(prompt.images), 0]
+            start += len(prompt.images)
+            texts = [text for image, text in prompt.turns[:-1] if image is not None]
             distances = (own[: len(texts)] - own[-1:]).norm(dim=1).tolist() if texts else []
             found.append([(-distance, text) for distance, text in zip(distances, texts, strict=True)])
         return found
@@ -120,8 +119,8 @@ class Constant:
         self.builder = PromptBuilder(Letters())
         self._answer = answer
 
-    def encode(self, pictures: Sequence[TaskPicture]) -> Tensor:
-        return torch.zeros(len(pictures), 1, 1)
+    def encode(self, images: Sequence[EncodedImage]) -> Tensor:
+        return torch.zeros(len(images), 1, 1)
 
     def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
         return [[-float(place) for place in range(len(prompt.candidates))] for prompt in prompts]

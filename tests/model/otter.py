@@ -1,6 +1,6 @@
 """Otter, written anew from its formulas with its names of weights: the reference that cannot be installed any more.
 
-Letters: B batch, T pictures, F frames, P patches, N text tokens, D width.
+Letters: B batch, T images, F frames, P patches, N text tokens, D width.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Layer(nn.Module):
 
 
 class Otter(nn.Module):
-    """Called with pictures (B, T, F, C, S, S), padded with any, and text (B, N)."""
+    """Called with images (B, T, F, C, S, S), padded with any, and text (B, N)."""
 
     def __init__(self, family: str, every: int, frames: int | None) -> None:
         super().__init__()
@@ -132,9 +132,9 @@ class Otter(nn.Module):
         self.layers = lambda: wrapped
         peers.randomise(self, 4)
 
-    def forward(self, pictures: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        shape = pictures.shape[:3]
-        tokens = self.vision_encoder(pictures.flatten(0, 2)).last_hidden_state[:, 1:]
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        shape = images.shape[:3]
+        tokens = self.vision_encoder(images.flatten(0, 2)).last_hidden_state[:, 1:]
         media = self.perceiver(tokens.unflatten(0, shape))
         count = (input_ids == self.image_token_id).cumsum(1)
         number = torch.arange(1, media.shape[1] + 1).repeat_interleave(64)

@@ -19,7 +19,7 @@ from flamingo.layers.media_mask import segments_from_slots
     ids=["ragged", "even", "one token", "out of order", "pieces"],
 )
 def test_segments_are_their_slow_twin(slots: list[list[int]]) -> None:
-    """Values and gradients, for pictures that few, equally many or no tokens see."""
+    """Values and gradients, for images that few, equally many or no tokens see."""
     segments = segments_from_slots(torch.tensor(slots), 4)
     generator = torch.Generator().manual_seed(0)
     shapes = ((len(segments.tokens), 2, 8), (4, 3, 2, 8), (4, 3, 2, 8))

@@ -108,7 +108,7 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path_factory: pytest.TempPa
         load_language(tiny.lm("opt"))
     with pytest.raises(UserError, match="does not hold a usable language model"):
         load_language(empty)
-    with pytest.raises(UserError, match="CLIPVisionModel does not take pictures of 42 px"):
+    with pytest.raises(UserError, match="CLIPVisionModel does not take images of 42 px"):
         load_vision(tiny.vision(), image_size=42)
     with pytest.raises(UserError, match="no weights 'opnai'"):
         load_vision("ViT-L-14", pretrained="opnai")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flamingo.errors import UserError
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
-from flamingo.layers.media_mask import picture_table, segments_from_slots, slots_from_phi
+from flamingo.layers.media_mask import image_table, segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverResampler
 
 Weights = Mapping[str, Tensor]
@@ -100,7 +100,7 @@ def test_block_is_the_formula(mask_ffn: bool) -> None:
     x = torch.randn(3, 5, 16, generator=generator, dtype=torch.float64)
     media = torch.randn(3, 4, 12, generator=generator, dtype=torch.float64)
     counts, phi = torch.tensor([2, 0, 1]), torch.tensor([[0, 1, 1, 2, 2], [0] * 5, [0, 0, 1, 1, 1]])
-    segments = segments_from_slots(slots_from_phi(phi, picture_table(counts)), 3)
+    segments = segments_from_slots(slots_from_phi(phi, image_table(counts)), 3)
     weights = dict(module.named_parameters())
     same_with_gradients(
         module,
@@ -109,7 +109,7 @@ def test_block_is_the_formula(mask_ffn: bool) -> None:
     )
 
 
-def test_a_token_without_picture_gets_exactly_zero_from_attention() -> None:
+def test_a_token_without_image_gets_exactly_zero_from_attention() -> None:
     block = GatedCrossAttentionBlock(16, 12, heads=2, head_dim=4)
     randomised(block).float()
     generator = torch.Generator().manual_seed(7)

@@ -89,10 +89,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = model.generate(**processor(images=[[str(tmp_path / "a.png")]], text=["<image>A"]), max_new_tokens=5)
     assert capsys.readouterr().out.strip() == processor.batch_decode(expected)[0].strip()
     assert main(["generate", *options, "--prompt", "<image> and <image>"]) == 2
-    assert "error: row 0 has 2 <image> tags but 1 pictures" in capsys.readouterr().err
+    assert "error: row 0 has 2 <image> tags but 1 images" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"nothing")
     assert main(["generate", *options]) == 2
-    assert "error: picture 0 of row 0 cannot be decoded" in capsys.readouterr().err
+    assert "error: image 0 of row 0 cannot be decoded" in capsys.readouterr().err
     assert main(["generate", "--model", str(tmp_path / "none")]) == 2
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out

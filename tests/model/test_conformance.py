@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from flamingo import UserError
 from flamingo.conformance.checks import CHECKS, ConformanceError, conform
-from flamingo.conformance.tiny_models import FAMILIES, loaded_lm, page, subject, tiny_lm
+from flamingo.conformance.tiny_models import FAMILIES, document, loaded_lm, subject, tiny_lm
 from flamingo.language.embeddings import embedding_scale
 from flamingo.training.distributed.conformance import two_processes
 
@@ -87,7 +87,7 @@ def leaky() -> PreTrainedModel:
 
 
 def test_a_broken_lm_fails() -> None:
-    for check in ("cached", "batched", "pictures_matter"):
+    for check in ("cached", "batched", "images_matter"):
         with pytest.raises(ConformanceError, match="differ"):
             CHECKS[check](leaky)
     outcome = next(conform(leaky, ["cached"]))
@@ -115,7 +115,7 @@ def test_new_tokens_are_scaled_as_the_lm_scales_its_own(family: str) -> None:
     old, new = 40, model.config.eoc_token_id
     with torch.no_grad():
         model.new_tokens.input_rows[model.new_tokens.ids.index(new)] = table.weight[old]
-        inputs: Any = page(model, [2])
+        inputs: Any = document(model, [2])
         texts = inputs["input_ids"].repeat(2, 1)
         texts[:, 3] = torch.tensor([old, new])
         logits = model(input_ids=texts, image_counts=torch.tensor([0, 0])).logits
@@ -132,6 +132,6 @@ def test_recomputation_walks_back_to_the_first_block_only(family: str) -> None:
     hook = model.language_model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: seen.append(output.requires_grad)
     )
-    model(**page(model, side="right"))
+    model(**document(model, side="right"))
     hook.remove()
     assert seen == [False]

@@ -18,7 +18,7 @@ from flamingo.convert.otter import backbones_of
 from flamingo.vision.encoder import patch_tokens
 from tests.model import otter, peers, tiny
 from tests.model import test_parity_idefics as idefics
-from tests.model.test_parity_openflamingo import PICTURES, ROWS, padded
+from tests.model.test_parity_openflamingo import IMAGES, ROWS, padded
 
 
 def shards(state: dict[str, Tensor], folder: Path, number: int = 3) -> None:
@@ -53,14 +53,14 @@ def test_otter(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert convert("otter", tmp_path) == 0
     ours, processor = loaded(tmp_path)
     assert processor.max_frames == 3
-    images = [[[tiny.picture(10 * r + j)] for j in range(n)] for r, n in enumerate(PICTURES)]
+    images = [[[tiny.picture(10 * r + j)] for j in range(n)] for r, n in enumerate(IMAGES)]
     batch = processor(images=images, text=ROWS)
     mean, std = (getattr(ours.vision_encoder, name).view(-1, 1, 1) for name in ("mean", "std"))
     pixels = (batch["pixel_values"].float() / 255 - mean) / std
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         a = ours(**batch).logits[real]
-        b = theirs(padded(PICTURES, pixels), batch["input_ids"], batch["attention_mask"])[real]
+        b = theirs(padded(IMAGES, pixels), batch["input_ids"], batch["attention_mask"])[real]
     assert a.shape[1] == len(otter.tokenizer())
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_idefics_without_its_config(norms: bool, gates: str) -> None:
         from_idefics(theirs.state_dict(), tokenizer=idefics.tokenizer())
 
 
-def test_pictures_stand_between_fake_tokens(release: tuple[Any, Path], tmp_path: Path) -> None:
+def test_images_stand_between_fake_tokens(release: tuple[Any, Path], tmp_path: Path) -> None:
     theirs, folder = release
     _, processor = from_idefics(theirs.state_dict(), config=theirs.config, tokenizer=str(folder))
     processor.save_pretrained(tmp_path)

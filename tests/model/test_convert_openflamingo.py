@@ -144,7 +144,7 @@ def test_every_key_is_accounted_for(state: dict[str, Tensor]) -> None:
         convert(state | {"lang_encoder.gpt_neox.gadget": some})
     with pytest.raises(UserError, match="LoRA weights; merge them"):
         convert(state | {"lang_encoder.gpt_neox.layers.0.lora_A.weight": some})
-    with pytest.raises(UserError, match="numbers the pictures by embeddings"):
+    with pytest.raises(UserError, match="numbers the images by embeddings"):
         convert(state | {"perceiver.media_time_embs": some})
     alias = "lang_encoder.gated_cross_attn_layers.1.attn.to_q.weight"
     with pytest.raises(UserError, match=r"are one weight, but their values differ"):

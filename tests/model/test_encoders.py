@@ -165,7 +165,7 @@ def test_positions_of_transformers_are_those_of_open_clip() -> None:
         assert tower.config.image_size == 96
     with torch.no_grad():
         assert patch_tokens(clip, pixels(96)).shape == (2, 36, WIDTH)
-    # A picture that changes slowly is kept: the middle of the grid, away from its edges, to which a ramp is linear.
+    # An image that changes slowly is kept: the middle of the grid, away from its edges, to which a ramp is linear.
     ramp = torch.arange(8.0)[:, None].expand(8, 8).reshape(64, 1)
     larger = resized_positions(ramp, 16, prefix=0).view(16, 16)
     torch.testing.assert_close(larger[4:12, 3], (torch.arange(4.0, 12) + 0.5) / 2 - 0.5, rtol=0, atol=1e-4)

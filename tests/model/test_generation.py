@@ -71,7 +71,7 @@ def test_greedy_by_hand_and_beam_of_one() -> None:
     assert torch.equal(beam, model.generate(**inputs, max_new_tokens=6))
 
 
-def test_the_pictures_matter() -> None:
+def test_the_images_matter() -> None:
     model, processor = tiny.flamingo()
     inputs = tiny.batch(processor, [0])
     before = model.generate(**inputs, max_new_tokens=8)
@@ -132,7 +132,7 @@ def test_image_is_never_generated() -> None:
 
 
 def test_two_threads_do_not_disturb_each_other() -> None:
-    """Interleaved calls with different pictures; a barrier in the encoder makes sure that they overlap."""
+    """Interleaved calls with different images; a barrier in the encoder makes sure that they overlap."""
     model, processor = tiny.flamingo()
     jobs = [tiny.batch(processor, [0]), tiny.batch(processor, [1]), tiny.batch(processor, [2])]
     alone = [model.generate(**job, max_new_tokens=12) for job in jobs]
@@ -153,17 +153,17 @@ def test_two_threads_do_not_disturb_each_other() -> None:
     assert wrong == []
 
 
-def test_each_picture_is_encoded_once_and_projected_once() -> None:
+def test_each_image_is_encoded_once_and_projected_once() -> None:
     """Whatever the number of beams and of new tokens."""
     model, processor = tiny.flamingo()
-    counts = {"pictures": 0, "projections": 0}
+    counts = {"images": 0, "projections": 0}
     model.vision_encoder.register_forward_pre_hook(
-        lambda _, args: counts.update(pictures=counts["pictures"] + len(args[0]))
+        lambda _, args: counts.update(images=counts["images"] + len(args[0]))
     )
     block: Any = model.cross_attn_blocks["1"]
     block.attn.k_proj.register_forward_pre_hook(lambda *_: counts.update(projections=counts["projections"] + 1))
     model.generate(**tiny.batch(processor), max_new_tokens=6, num_beams=4, min_new_tokens=6)
-    assert counts == {"pictures": 3, "projections": 1}
+    assert counts == {"images": 3, "projections": 1}
 
 
 def test_right_padded_prompts_are_padded_left_first() -> None:

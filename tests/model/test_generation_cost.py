@@ -1,4 +1,4 @@
-"""What a decode step costs: nothing in it grows with the number of pictures."""
+"""What a decode step costs: nothing in it grows with the number of images."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def metered(block: nn.Module, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_decode_step_does_not_depend_on_the_number_of_pictures(beams: int) -> None:
-    """Work and the largest tensor that the blocks make, at 1, 4 and 16 pictures."""
+def test_a_decode_step_does_not_depend_on_the_number_of_images(beams: int) -> None:
+    """Work and the largest tensor that the blocks make, at 1, 4 and 16 images."""
     costs = []
     for number in (1, 4, 16):
         model, processor = tiny.flamingo()

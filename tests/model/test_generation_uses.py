@@ -37,7 +37,7 @@ class Bans(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("row", [0, 2], ids=["pictures", "text only"])
+@pytest.mark.parametrize("row", [0, 2], ids=["images", "text only"])
 def test_a_stream_is_what_is_returned(row: int) -> None:
     """Read in this thread while another generates."""
     model, processor = tiny.flamingo()
@@ -174,7 +174,7 @@ def test_stops_at_end_of_chunk_by_default(beams: int) -> None:
 
 @families
 def test_a_text_only_prompt(family: str) -> None:
-    """From the processor, from bare ids, and as one row of a batch with pictures."""
+    """From the processor, from bare ids, and as one row of a batch with images."""
     model, processor = tiny.flamingo(family)
     inputs = processor(text=tiny.TEXTS[2])
     alone = model.generate(**inputs, max_new_tokens=6)
@@ -201,8 +201,8 @@ def test_maps_of_the_prompt_and_of_every_new_token(family: str) -> None:
     with torch.no_grad():
         ids = torch.cat([inputs["input_ids"], out.sequences[:, :-1]], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
-        pictures = {name: inputs[name] for name in ("pixel_values", "image_counts")}
-        whole = model(input_ids=ids, attention_mask=mask, **pictures, output_cross_attentions=True)
+        images = {name: inputs[name] for name in ("pixel_values", "image_counts")}
+        whole = model(input_ids=ids, attention_mask=mask, **images, output_cross_attentions=True)
     for block, maps in enumerate(whole.cross_attentions):
         together = torch.cat([step[block] for step in out.cross_attentions], dim=2)
         torch.testing.assert_close(together, maps, rtol=0, atol=1e-5)
@@ -220,7 +220,7 @@ def test_maps_of_a_text_only_prompt_are_zero() -> None:
 
 
 def test_two_calls_that_interleave_token_by_token() -> None:
-    """Greedy beside beams over other pictures, and a ranking beside both: every step waits for the other thread's."""
+    """Greedy beside beams over other images, and a ranking beside both: every step waits for the other thread's."""
     model, processor = tiny.flamingo()
     jobs = [
         {**tiny.batch(processor, [0]), "max_new_tokens": 8, "min_new_tokens": 8},

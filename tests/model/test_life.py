@@ -103,11 +103,11 @@ def test_freezing_is_a_policy() -> None:
 def test_mistakes_are_one_sentence() -> None:
     model, processor = tiny.flamingo()
     inputs = dict(tiny.batch(processor))
-    with pytest.raises(UserError, match="row 0 has 2 <image> tags but 1 pictures"):
+    with pytest.raises(UserError, match="row 0 has 2 <image> tags but 1 images"):
         model(**{**inputs, "image_counts": torch.tensor([1, 2, 0])} | {"phi": None})
-    with pytest.raises(UserError, match="sum to 4, but 3 pictures"):
+    with pytest.raises(UserError, match="sum to 4, but 3 images"):
         model(**{**inputs, "image_counts": torch.tensor([2, 2, 0])})
-    with pytest.raises(UserError, match="3 pictures for 3 rows need image_counts"):
+    with pytest.raises(UserError, match="3 images for 3 rows need image_counts"):
         model(**{**inputs, "image_counts": None})
     with pytest.raises(UserError, match="encoder takes 28 px"):
         model.encode_media(torch.zeros(1, 1, 3, 32, 32, dtype=torch.uint8))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo.errors import UserError
-from flamingo.layers.media_mask import phi_from_ids, picture_table, segments_from_slots, slots_from_phi, visibility
+from flamingo.layers.media_mask import image_table, phi_from_ids, segments_from_slots, slots_from_phi, visibility
 
 IMAGE = 9
 
@@ -17,16 +17,16 @@ def test_worked_rows() -> None:
     assert phi_from_ids(ids, IMAGE, attend="next").tolist() == [[1, 1, 2, 2, 2, 0, 0]]
     assert phi_from_ids(ids, IMAGE, seen=torch.tensor([3])).tolist() == [[3, 4, 4, 4, 5, 5, 5]]
     assert visibility(torch.tensor([[0, 1, 1, 2]]), 2).int().tolist() == [[[0, 0], [1, 0], [1, 0], [0, 1]]]
-    assert picture_table(torch.tensor([2, 0, 1])).tolist() == [[0, 1], [-1, -1], [2, -1]]
+    assert image_table(torch.tensor([2, 0, 1])).tolist() == [[0, 1], [-1, -1], [2, -1]]
     assert slots_from_phi(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[3, 4, -1]])).tolist() == [[-1, 3, 3, 4]]
     segments = segments_from_slots(torch.tensor([[-1, 0, 0, 2]]), 3)
     assert segments.tokens.tolist() == [1, 2, 3]
-    assert segments.pictures.tolist() == [0, 2]
+    assert segments.images.tolist() == [0, 2]
     assert segments.lengths == [2, 1]
     assert segments.pad.tolist() == [[0, 1], [2, 2]]
     assert segments.unpad.tolist() == [0, 1, 2]
     pieces = segments_from_slots(torch.tensor([[0] * 9 + [1]]), 2)
-    assert pieces.pictures.tolist() == [0, 0, 1]
+    assert pieces.images.tolist() == [0, 0, 1]
     assert pieces.lengths == [5, 4, 1]
 
 
@@ -61,12 +61,12 @@ def test_phi_is_the_slow_one(is_image: list[list[bool]], attend: str) -> None:
 
 @given(rows, st.data())
 @settings(max_examples=60, deadline=None)
-def test_segments_hold_every_token_that_sees_a_picture_once(is_image: list[list[bool]], data: st.DataObject) -> None:
-    """Any phi, whatever made it: too high numbers see nothing, and each token is under its own picture."""
+def test_segments_hold_every_token_that_sees_a_image_once(is_image: list[list[bool]], data: st.DataObject) -> None:
+    """Any phi, whatever made it: too high numbers see nothing, and each token is under its own image."""
     counts = torch.tensor([sum(row) for row in is_image])
     top = int(counts.max()) + 1
     phi = torch.tensor([[data.draw(st.integers(0, top)) for _ in row] for row in is_image])
-    slots = slots_from_phi(phi, picture_table(counts))
+    slots = slots_from_phi(phi, image_table(counts))
     expected = {}
     first = 0
     for b, row in enumerate(phi.tolist()):
@@ -75,7 +75,7 @@ def test_segments_hold_every_token_that_sees_a_picture_once(is_image: list[list[
                 expected[b * phi.shape[1] + t] = first + number - 1
         first += int(counts[b])
     segments = segments_from_slots(slots, int(counts.sum()))
-    owners = [p for p, n in zip(segments.pictures.tolist(), segments.lengths, strict=True) for _ in range(n)]
+    owners = [p for p, n in zip(segments.images.tolist(), segments.lengths, strict=True) for _ in range(n)]
     assert dict(zip(segments.tokens.tolist(), owners, strict=True)) == expected
     assert segments.sees.flatten().nonzero()[:, 0].tolist() == sorted(expected)
     if expected:
@@ -84,6 +84,6 @@ def test_segments_hold_every_token_that_sees_a_picture_once(is_image: list[list[
         assert bool((segments.sees <= mask).all())
 
 
-def test_beams_share_their_prompts_pictures() -> None:
+def test_beams_share_their_prompts_images() -> None:
     phi = torch.tensor([[1], [2], [1], [1]])
     assert slots_from_phi(phi, torch.tensor([[0, 1], [2, -1]])).tolist() == [[0], [1], [2], [2]]

@@ -13,13 +13,13 @@ from flamingo.layers.attention import (
     attend_segments_slow,
     attention_weights,
     block_diagonal_bias,
+    images_seen,
     laid_out,
-    pictures_seen,
 )
 from flamingo.layers.media_mask import (
     Segments,
+    image_table,
     phi_from_ids,
-    picture_table,
     segments_from_slots,
     segments_of_rows,
     slots_from_phi,
@@ -32,7 +32,7 @@ MODES = ["previous", "next", "all", "given"]
 
 
 def oracle(is_image: list[list[bool]], mode: str, given_phi: list[list[int]]) -> list[list[list[int]]]:
-    """For every token the places in the flat stack of the pictures that it sees."""
+    """For every token the places in the flat stack of the images that it sees."""
     out, first = [], 0
     for row, phi in zip(is_image, given_phi, strict=True):
         number = sum(row)
@@ -54,7 +54,7 @@ def oracle(is_image: list[list[bool]], mode: str, given_phi: list[list[int]]) ->
 
 
 def grouped(is_image: list[list[bool]], mode: str, given_phi: list[list[int]]) -> tuple[Segments, int]:
-    """The library's own way from ids to segments; the number of pictures."""
+    """The library's own way from ids to segments; the number of images."""
     ids = torch.tensor(is_image).long() * IMAGE
     counts = torch.tensor([sum(row) for row in is_image])
     if mode == "given":
@@ -62,8 +62,8 @@ def grouped(is_image: list[list[bool]], mode: str, given_phi: list[list[int]]) -
     else:
         phi = phi_from_ids(ids, IMAGE, attend="next" if mode == "next" else "previous")
     if mode == "all":
-        return segments_of_rows(phi, picture_table(counts)), int(counts.sum())
-    return segments_from_slots(slots_from_phi(phi, picture_table(counts)), int(counts.sum())), int(counts.sum())
+        return segments_of_rows(phi, image_table(counts)), int(counts.sum())
+    return segments_from_slots(slots_from_phi(phi, image_table(counts)), int(counts.sum())), int(counts.sum())
 
 
 rows = st.integers(1, 10).flatmap(
@@ -78,9 +78,9 @@ def batches(draw: st.DrawFn) -> tuple[list[list[bool]], str, list[list[int]]]:
     return is_image, draw(st.sampled_from(MODES)), [[draw(st.integers(0, top)) for _ in row] for row in is_image]
 
 
-def tensors(tokens: int, pictures: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens * 100 + pictures)
-    shapes = ((tokens, H, K), (pictures, L, H, K), (pictures, L, H, K))
+def tensors(tokens: int, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens * 100 + images)
+    shapes = ((tokens, H, K), (images, L, H, K), (images, L, H, K))
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
     return q, k, v
 
@@ -95,7 +95,7 @@ def test_every_form_sees_what_the_oracle_sees(batch: tuple[list[list[bool]], str
     tokens = segments.tokens.tolist()
     assert sorted(tokens) == [place for place, seen in enumerate(expected) if seen]
     assert segments.sees.flatten().tolist() == [bool(seen) for seen in expected]
-    mask = pictures_seen(segments, number)
+    mask = images_seen(segments, number)
     assert [row.nonzero()[:, 0].tolist() for row in mask] == [expected[token] for token in tokens]
     if not tokens:
         return
@@ -116,7 +116,7 @@ def test_every_form_sees_what_the_oracle_sees(batch: tuple[list[list[bool]], str
             open_ = (bias == 0).unflatten(1, (-1, L))
             assert bool((open_.all(-1) == open_.any(-1)).all())
             assert open_.all(-1).sum(1).tolist() == [1] * len(tokens)
-            owner = segments.pictures[open_.all(-1).long().argmax(1)]
+            owner = segments.images[open_.all(-1).long().argmax(1)]
             assert torch.equal(torch.nn.functional.one_hot(owner, number).bool(), mask)
 
 

@@ -54,7 +54,7 @@ def test_the_lm_stays_an_ordinary_lm(family: str, tmp_path: Path) -> None:
 
 
 @families
-def test_changing_a_picture_changes_only_what_may_see_it_and_follows(family: str) -> None:
+def test_changing_a_image_changes_only_what_may_see_it_and_follows(family: str) -> None:
     model, processor = tiny.flamingo(family)
     inputs = tiny.batch(processor, [0])
     with torch.no_grad():
@@ -82,16 +82,16 @@ def test_a_row_does_not_depend_on_its_batch_mates(family: str, side: str) -> Non
 
 @families
 def test_cached_is_uncached(family: str) -> None:
-    """Token by token with the cache alone: it remembers the pictures, and how many have come."""
+    """Token by token with the cache alone: it remembers the images, and how many have come."""
     model, processor = tiny.flamingo(family)
     inputs = tiny.batch(processor)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    prompt = ids.shape[1] - 4  # the third row's padding and all second pictures lie before
+    prompt = ids.shape[1] - 4  # the third row's padding and all second images lie before
     counts = inputs["image_counts"]
     with torch.no_grad():
         full = model(**inputs, use_cache=False).logits
-        pictures = {"pixel_values": inputs["pixel_values"], "image_counts": counts}
-        out = model(input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **pictures)
+        images = {"pixel_values": inputs["pixel_values"], "image_counts": counts}
+        out = model(input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **images)
         for t in range(prompt, ids.shape[1]):
             out = model(
                 input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values
@@ -99,8 +99,8 @@ def test_cached_is_uncached(family: str) -> None:
             torch.testing.assert_close(out.logits[:, 0], full[:, t], rtol=0, atol=2e-5)
 
 
-def test_a_later_turn_brings_new_pictures() -> None:
-    """Pictures given with a cache are numbered on, in rows that had different numbers before."""
+def test_a_later_turn_brings_new_images() -> None:
+    """Images given with a cache are numbered on, in rows that had different numbers before."""
     model, processor = tiny.flamingo()
     first = processor(images=[[tiny.picture(1), tiny.picture(2)], []], text=["<image>a<image>b", "plain text"[:4]])
     image = model.config.image_token_id
@@ -159,7 +159,7 @@ def test_only_what_trains_gets_gradients(family: str) -> None:
     assert not model.vision_encoder.training
 
 
-def test_a_batch_without_pictures_gives_zero_gradients_for_the_same_parameters() -> None:
+def test_a_batch_without_images_gives_zero_gradients_for_the_same_parameters() -> None:
     """Else processes of a sharded run would wait for one another for ever."""
     model, _ = tiny.flamingo()
     model.train()

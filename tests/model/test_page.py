@@ -28,7 +28,7 @@ TEXT = page_tables.PAGE.read_text()
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the page takes for granted: backbones, two pictures, released files."""
+    """What the page takes for granted: backbones, two images, released files."""
     for name in ("openflamingo", "otter", "idefics"):
         (tmp_path / "released" / name).mkdir(parents=True)
     write_backbones(tmp_path / "backbones", "gpt_neox")
@@ -64,7 +64,7 @@ def test_python_of_the_page_runs(folder: Path) -> None:
     assert "['cross_attention', 'language', 'new_tokens', 'resampler']" in said
     assert re.search(r"^constrained:  (cat|dog)$", said, re.MULTILINE)
     assert re.search(r"^likelier:  (cat|dog)$", said, re.MULTILINE)
-    maps = r"^maps: \(2, 8, \d+, 16\) pictures seen by the last token of each row: \[2, 1\]$"
+    maps = r"^maps: \(2, 8, \d+, 16\) images seen by the last token of each row: \[2, 1\]$"
     assert re.search(maps, said, re.MULTILINE)
     assert "{torch.float32} torch.Size([1, 2])" in said
     assert len(re.findall(r"^ +-\d+\.\d\d ['\"]", said, re.MULTILINE)) == 3

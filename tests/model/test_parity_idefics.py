@@ -23,10 +23,10 @@ FAKE, IMAGE = "<fake_token_around_image>", "<image>"
 ROWS = [
     "<image>A cat.</s>hm <image>A dog",
     "hm <image>A cow is",
-    "no picture</s>at all",
+    "no image</s>at all",
     "<image><image>ab</s>c<image>d",
 ]
-PICTURES = [2, 1, 0, 3]
+IMAGES = [2, 1, 0, 3]
 
 
 def tokenizer() -> Any:
@@ -72,14 +72,14 @@ def convert(theirs: Any, dtype: torch.dtype) -> Any:
 
 def inputs_for(processor: Any, model: Any, side: str = "left") -> tuple[Any, dict[str, Tensor]]:
     """The same batch for us and, with the mask that its own processor makes, for IDEFICS."""
-    images = [[tiny.picture(10 * r + j) for j in range(n)] for r, n in enumerate(PICTURES)]
+    images = [[tiny.picture(10 * r + j) for j in range(n)] for r, n in enumerate(IMAGES)]
     batch = processor(images=images, text=ROWS, padding_side=side)
     dtype = model.resampler.latents.dtype
     mean, std = (getattr(model.vision_encoder, name).to(dtype).view(-1, 1, 1) for name in ("mean", "std"))
     batch["pixel_values"] = (batch["pixel_values"].to(dtype) / 255 - mean) / std
     counted, _ = image_attention_mask_for_packed_input_ids(batch["input_ids"], processor.tokenizer, "pt")
-    mask = incremental_to_binary_attention_mask(counted, "pt", num_classes=max(PICTURES))
-    pixels = padded(PICTURES, batch["pixel_values"])[:, :, 0]
+    mask = incremental_to_binary_attention_mask(counted, "pt", num_classes=max(IMAGES))
+    pixels = padded(IMAGES, batch["pixel_values"])[:, :, 0]
     names = ("input_ids", "attention_mask")
     return batch, {**{n: batch[n] for n in names}, "pixel_values": pixels, "image_attention_mask": mask}
 

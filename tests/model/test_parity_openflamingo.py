@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from flamingo.convert import from_openflamingo
 from flamingo.convert.keys import OPENFLAMINGO, translate
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
-from flamingo.layers.media_mask import picture_table, segments_from_slots, slots_from_phi
+from flamingo.layers.media_mask import image_table, segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverResampler
 from tests.model import peers, tiny
 
 ROWS = [
-    "<image>A cat.<|endofchunk|><image>A dog",  # two pictures
+    "<image>A cat.<|endofchunk|><image>A dog",  # two images
     "hm <image>A cow is<|endofchunk|>",  # text before the first one
-    "no picture",
+    "no image",
     "<image><image>ab<image>c",  # one right behind the other
 ]
-PICTURES = [2, 1, 0, 3]
+IMAGES = [2, 1, 0, 3]
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -73,8 +73,8 @@ def test_gated_block(dtype: torch.dtype) -> None:
     x = torch.randn(3, 7, 32, generator=generator, dtype=dtype)
     media = torch.randn(3, 2, 4, 24, generator=generator, dtype=dtype)
     tags = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0] * 7])
-    counts = torch.tensor([2, 2, 2])  # every row has two pictures here; not every row shows them
-    segments = segments_from_slots(slots_from_phi(tags.cumsum(1), picture_table(counts)), 6)
+    counts = torch.tensor([2, 2, 2])  # every row has two images here; not every row shows them
+    segments = segments_from_slots(slots_from_phi(tags.cumsum(1), image_table(counts)), 6)
     a, b = ours(x, media.flatten(0, 1), segments), theirs(x, media, media_locations=tags.bool())
     a.sin().sum().backward()
     b.sin().sum().backward()
@@ -88,20 +88,20 @@ def test_gated_block(dtype: torch.dtype) -> None:
 
 
 def padded(counts: list[int], pixels: Tensor) -> Tensor:
-    """Our flat stack of pictures as open_flamingo takes it: (B, T_img, F, C, H, W), padded with black."""
+    """Our flat stack of images as open_flamingo takes it: (B, T_img, F, C, H, W), padded with black."""
     rows = list(pixels.split(counts))
     most = max(counts)
     return torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
 
 
 def inputs_for(processor: Any, model: Any, side: str) -> tuple[Any, Tensor, Tensor]:
-    images = [[tiny.picture(10 * r + j) for j in range(n)] for r, n in enumerate(PICTURES)]
+    images = [[tiny.picture(10 * r + j) for j in range(n)] for r, n in enumerate(IMAGES)]
     batch = processor(images=images, text=ROWS, padding_side=side)
     dtype = model.resampler.latents.dtype
     mean, std = (getattr(model.vision_encoder, name).to(dtype).view(-1, 1, 1) for name in ("mean", "std"))
     batch["pixel_values"] = (batch["pixel_values"].to(dtype) / 255 - mean) / std
     labels = tiny.labels_of(batch, processor.image_token_id)
-    return batch, padded(PICTURES, batch["pixel_values"]), labels
+    return batch, padded(IMAGES, batch["pixel_values"]), labels
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])

@@ -9,7 +9,7 @@ import torch
 
 from flamingo.convert import from_otter
 from tests.model import otter, peers, tiny
-from tests.model.test_parity_openflamingo import PICTURES, ROWS, padded, show
+from tests.model.test_parity_openflamingo import IMAGES, ROWS, padded, show
 
 
 @pytest.mark.parametrize("family", ["llama", "mpt"])
@@ -31,13 +31,13 @@ def test_whole_model(family: str, every: int, frames: int | None, dtype: torch.d
         peers.exact_norms(theirs)
     shots = 1 if frames is None else 2  # fewer frames than there are embeddings for
     images = [
-        [[tiny.picture(50 * r + 5 * j + f) for f in range(shots)] for j in range(n)] for r, n in enumerate(PICTURES)
+        [[tiny.picture(50 * r + 5 * j + f) for f in range(shots)] for j in range(n)] for r, n in enumerate(IMAGES)
     ]
     batch = processor(images=images, text=ROWS, padding_side="right")
     mean, std = (getattr(ours.vision_encoder, name).to(dtype).view(-1, 1, 1) for name in ("mean", "std"))
     batch["pixel_values"] = (batch["pixel_values"].to(dtype) / 255 - mean) / std
     real = batch["attention_mask"].bool()
-    b = theirs(padded(PICTURES, batch["pixel_values"]), batch["input_ids"], batch["attention_mask"])
+    b = theirs(padded(IMAGES, batch["pixel_values"]), batch["input_ids"], batch["attention_mask"])
     a = ours(**batch).logits
     limit = 1e-5 if dtype == torch.float32 else 1e-12
     assert show(f"Otter {family} {dtype} every {every}, frames {frames}", (a[real], b[real])) <= limit

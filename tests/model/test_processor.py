@@ -69,8 +69,8 @@ def test_chat_style_is_the_same_as_a_string(processor: FlamingoProcessor) -> Non
 
 def test_the_prompt_builder_writes_the_training_text(processor: FlamingoProcessor) -> None:
     a, b = tiny.picture(0), tiny.picture(1)
-    images, text = processor.prompt([(a, "This is a dax."), (None, "No picture.")], (b, "This is a"))
-    assert text == "<image>This is a dax.<|endofchunk|>No picture.<|endofchunk|><image>This is a"
+    images, text = processor.prompt([(a, "This is a dax."), (None, "No image.")], (b, "This is a"))
+    assert text == "<image>This is a dax.<|endofchunk|>No image.<|endofchunk|><image>This is a"
     assert len(images) == 2
     assert processor(images=[images], text=[text])["image_counts"].tolist() == [2]
     with pytest.raises(UserError, match="contains a tag"):
@@ -91,12 +91,12 @@ def test_clips(processor: FlamingoProcessor) -> None:
 
 def test_mistakes_name_the_row(processor: FlamingoProcessor) -> None:
     good = tiny.picture(0)
-    with pytest.raises(UserError, match="row 3 has 2 <image> tags but 1 pictures"):
+    with pytest.raises(UserError, match="row 3 has 2 <image> tags but 1 images"):
         processor(images=[[], [], [], [good]], text=["a", "b", "c", "<image><image>"])
     with pytest.raises(UserError, match="2 lists for 3 rows"):
         processor(images=[[], []], text=["a", "b", "c"])
-    with pytest.raises(UserError, match="picture 1 of row 0 cannot be decoded"):
-        processor(images=[[good, b"no picture"]], text=["<image><image>"])
+    with pytest.raises(UserError, match="image 1 of row 0 cannot be decoded"):
+        processor(images=[[good, b"no image"]], text=["<image><image>"])
     with pytest.raises(UserError, match="needs text"):
         processor(images=[[good]])
 
@@ -128,16 +128,16 @@ def test_image_modes_make_squares() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "I;16", "I", "F"])
-def test_pictures_of_every_mode(mode: str) -> None:
+def test_images_of_every_mode(mode: str) -> None:
     """A grey of 128 stays one, whatever it is written in."""
     grey = Image.new("L", (6, 4), 128)
     if mode in ("I;16", "I"):
-        picture = Image.fromarray(np.full((4, 6), 128 * 257, dtype=np.uint16 if mode == "I;16" else np.int32))
+        image = Image.fromarray(np.full((4, 6), 128 * 257, dtype=np.uint16 if mode == "I;16" else np.int32))
     elif mode == "1":
-        picture = Image.new("1", (6, 4), 1)
+        image = Image.new("1", (6, 4), 1)
     else:
-        picture = grey.convert("RGB").convert(mode) if mode == "CMYK" else grey.convert(mode)
-    tensor = to_rgb(picture)
+        image = grey.convert("RGB").convert(mode) if mode == "CMYK" else grey.convert(mode)
+    tensor = to_rgb(image)
     assert tensor.shape == (3, 4, 6)
     assert tensor.dtype == torch.uint8
     expected = 255 if mode == "1" else 128

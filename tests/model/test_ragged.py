@@ -1,4 +1,4 @@
-"""Ragged batches: rows with and without pictures, clips of different lengths, and nothing that is padded is run."""
+"""Ragged batches: rows with and without images, clips of different lengths, and nothing that is padded is run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def frames(*seeds: int) -> list[Tensor]:
     return [tiny.picture(seed) for seed in seeds]
 
 
-# Rows of pictures and clips: [a picture and a clip of 3], [a clip of 2], [none].
+# Rows of images and clips: [an image and a clip of 3], [a clip of 2], [none].
 CLIPS: list[list[Any]] = [[tiny.picture(1), frames(2, 3, 4)], [frames(5, 6)], []]
-TEXTS = ["<image>A cat.<|endofchunk|><image>A dog", "hm <image>A cow", "no picture"]
+TEXTS = ["<image>A cat.<|endofchunk|><image>A dog", "hm <image>A cow", "no image"]
 
 
 def count_frames(model: FlamingoForConditionalGeneration) -> list[int]:
@@ -73,7 +73,7 @@ def test_clips_of_different_lengths_train() -> None:
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=5))
 @settings(max_examples=20, deadline=None)
-def test_flat_and_padded_frames_are_the_same_pictures(counts: list[int]) -> None:
+def test_flat_and_padded_frames_are_the_same_images(counts: list[int]) -> None:
     """(N, C, S, S) with counts, (I, F, C, S, S) with counts, and each clip alone."""
     model, _ = MODEL
     clips = [torch.stack(frames(*(10 * i + j for j in range(count)))) for i, count in enumerate(counts)]
@@ -95,15 +95,15 @@ def test_frame_counts_that_do_not_fit() -> None:
     assert flat_frames(pixels)[1] == [1, 1, 1, 1]
     with pytest.raises(UserError, match="frame_counts sum to 3, but pixel_values has 4 frames"):
         flat_frames(pixels, [1, 2])
-    with pytest.raises(UserError, match="a picture of 0 frames"):
+    with pytest.raises(UserError, match="an image of 0 frames"):
         flat_frames(pixels, [4, 0])
-    with pytest.raises(UserError, match="1 entries up to 3, but pixel_values has 2 pictures of 2 frames"):
+    with pytest.raises(UserError, match="1 entries up to 3, but pixel_values has 2 images of 2 frames"):
         flat_frames(torch.zeros(2, 2, 3, 8, 8), [3])
     with pytest.raises(UserError, match="3 dimensions"):
         flat_frames(pixels[0])
 
 
-def test_equal_pictures_are_encoded_once() -> None:
+def test_equal_images_are_encoded_once() -> None:
     """One demonstration in several rows, as few-shot prompts have it; in training everything is run as it is."""
     model, processor = tiny.flamingo()
     demo, clip = tiny.picture(1), frames(2, 3)
@@ -121,7 +121,7 @@ def test_equal_pictures_are_encoded_once() -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_text_row_does_not_depend_on_its_batch_mates(family: str) -> None:
-    """Beside rows with pictures, beside text, alone, and with no pictures in the call at all."""
+    """Beside rows with images, beside text, alone, and with no images in the call at all."""
     model, processor = tiny.flamingo(family)
     with torch.no_grad():
         alone = model(**processor(text=[tiny.TEXTS[2]])).logits[0]
@@ -136,8 +136,8 @@ def test_a_text_row_does_not_depend_on_its_batch_mates(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_tokens_without_picture_are_the_frozen_lms_with_masked_ffn(family: str) -> None:
-    """Exactly: text before the first picture, and whole rows of text beside rows with pictures."""
+def test_tokens_without_image_are_the_frozen_lms_with_masked_ffn(family: str) -> None:
+    """Exactly: text before the first image, and whole rows of text beside rows with images."""
     model, processor = tiny.flamingo(family, cross_attention={**BLOCK, "mask_ffn_without_media": True})
     plain = tiny.lm(family)
     inputs = processor(
@@ -154,7 +154,7 @@ def test_tokens_without_picture_are_the_frozen_lms_with_masked_ffn(family: str) 
 
 
 def test_text_rows_cost_no_cross_attention() -> None:
-    """Queries are projected for tokens that see a picture only; a batch of text calls no cross-attention at all."""
+    """Queries are projected for tokens that see an image only; a batch of text calls no cross-attention at all."""
     model, processor = tiny.flamingo()
     queries: list[int] = []
     block: Any = model.cross_attn_blocks["1"]
@@ -173,7 +173,7 @@ def test_text_rows_cost_no_cross_attention() -> None:
 
 
 @pytest.mark.parametrize("batch", [[0, 1, 2], [2, 2]])
-def test_no_padded_picture_is_encoded(batch: list[int]) -> None:
+def test_no_padded_image_is_encoded(batch: list[int]) -> None:
     model, processor = tiny.flamingo()
     seen = count_frames(model)
     with torch.no_grad():
@@ -182,8 +182,8 @@ def test_no_padded_picture_is_encoded(batch: list[int]) -> None:
     assert seen == ([3, 3] if 0 in batch else [])
 
 
-def test_explicit_phi_of_the_next_picture() -> None:
-    """The text in front of a picture sees it: the paper's other placement, as `phi` from the batch."""
+def test_explicit_phi_of_the_next_image() -> None:
+    """The text in front of an image sees it: the paper's other placement, as `phi` from the batch."""
     from flamingo.layers.media_mask import phi_from_ids
 
     model, processor = tiny.flamingo()
@@ -198,8 +198,8 @@ def test_explicit_phi_of_the_next_picture() -> None:
     assert changed[first:].all()
 
 
-def test_all_previous_pictures_are_seen_with_the_switch() -> None:
-    """The text behind the second picture attends to the first one too; cached is uncached."""
+def test_all_previous_images_are_seen_with_the_switch() -> None:
+    """The text behind the second image attends to the first one too; cached is uncached."""
     model, processor = tiny.flamingo(cross_attn_layers=[3])
     assert not model.config.attend_all_previous
     model.config.attend_all_previous = True

@@ -41,7 +41,7 @@ def test_a_trie_holds_every_beginning_once(options: list[list[int]]) -> None:
 @families
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_fast_scores_are_the_slow_ones(family: str, batch_size: int) -> None:
-    """Left-padded rows with two, one and no picture; candidates shared and per row, one given twice."""
+    """Left-padded rows with two, one and no image; candidates shared and per row, one given twice."""
     model, processor = tiny.flamingo(family)
     inputs = tiny.batch(processor)
     fast = model.score_candidates(inputs, CANDIDATES, batch_size=batch_size)
@@ -96,7 +96,7 @@ def test_eager_attention_takes_the_tree_too() -> None:
 
 
 def test_what_is_run() -> None:
-    """The encoder once a picture; the LM over the prompt and over the inner nodes, which one-token answers lack."""
+    """The encoder once an image; the LM over the prompt and over the inner nodes, which one-token answers lack."""
     model, processor = tiny.flamingo()
     inputs = tiny.batch(processor)
     frames: list[int] = []

@@ -39,7 +39,7 @@ def step(shard: bool, rows: list[int], recompute: bool) -> tuple[float, dict[str
 
 
 def worker(processes: Processes, file: str, recompute: bool) -> None:
-    # One process has pictures, the other has a page of text alone.
+    # One process has images, the other has a document of text alone.
     _, gradients = step(True, [[0, 1], [2]][processes.rank], recompute)
     if processes.is_main:
         torch.save(gradients, file)

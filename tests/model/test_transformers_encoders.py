@@ -201,7 +201,7 @@ def test_what_cannot_be_resized_says_so() -> None:
         resize_tower(encoder("ViT"), 8)
     oblong = encoder("ViT")
     oblong.embeddings.position_embeddings = nn.Parameter(torch.randn(1, 16, WIDTH))  # 3 x 5 patches
-    with pytest.raises(UserError, match="ViTModel does not take pictures of 96 px"):
+    with pytest.raises(UserError, match="ViTModel does not take images of 96 px"):
         resize_tower(oblong, 96)
 
 

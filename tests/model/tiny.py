@@ -81,7 +81,7 @@ def vision() -> CLIPVisionModel:
 def flamingo(
     family: str = "llama", *, gates: float = 0.7, vocab: int = TOKENS, tied: bool | None = None, **options: Any
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """A model around tiny backbones with its gates open (tanh 0.7), so that the pictures matter."""
+    """A model around tiny backbones with its gates open (tanh 0.7), so that the images matter."""
     options = {
         "resampler": {"depth": 2, "heads": 2, "head_dim": 8, "latents": 4, "max_frames": 3},
         "cross_attention": {"heads": 2, "head_dim": 8},
@@ -106,12 +106,12 @@ def picture(seed: int, size: int = SIZE) -> torch.Tensor:
     return torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-TEXTS = ["<image>A cat.<|endofchunk|><image>A dog", "hm <image>A cow is", "no picture at all"]
+TEXTS = ["<image>A cat.<|endofchunk|><image>A dog", "hm <image>A cow is", "no image at all"]
 COUNTS = [2, 1, 0]
 
 
 def batch(processor: FlamingoProcessor, rows: list[int] | None = None, **options: Any) -> Any:
-    """Rows with two, one and no picture; `rows` picks some of them."""
+    """Rows with two, one and no image; `rows` picks some of them."""
     rows = [0, 1, 2] if rows is None else rows
     images = [[picture(10 * row + j) for j in range(COUNTS[row])] for row in rows]
     return processor(images=images, text=[TEXTS[row] for row in rows], **options)

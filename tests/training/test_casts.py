@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.conformance.tiny_models import document, subject, tiny_lm
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
 from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.objectives.losses import FlamingoObjective
@@ -55,7 +55,7 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", ["shard", "replicate"])
 def test_hidden_states_and_media_reach_the_blocks_in_the_precision_they_have(frozen: str) -> None:
     model = subject(partial(tiny_lm, "gpt2"))  # whose own layers cast nothing
-    batch: Any = page(model)
+    batch: Any = document(model)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     text = (*batch["input_ids"].shape, model.config.text_config.hidden_size)
     media = (len(batch["pixel_values"]), model.config.resampler.latents, model.config.vision.width)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flamingo.conformance.tiny_models import SIZE, page, subject, tiny_lm
+from flamingo.conformance.tiny_models import SIZE, document, subject, tiny_lm
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
 from flamingo.training.distributed.units import fsdp_units
@@ -18,13 +18,13 @@ from flamingo.training.optim import adamw
 from tests.training.test_parallel import distance
 
 FRAMES = {0: [1, 3], 1: [2]}
-"""Of the pictures in rows 0 and 1 of `page`: a process of two has two lengths, the other one."""
+"""Of the images in rows 0 and 1 of `document`: a process of two has two lengths, the other one."""
 LABELS = 20.0
 
 
 def clips(model: FlamingoForConditionalGeneration, rows: list[int]) -> dict[str, Any]:
-    """Rows of `page` whose pictures are clips, as the processor gives them."""
-    batch: dict[str, Any] = dict(page(model, rows, side="right"))
+    """Rows of `document` whose images are clips, as the processor gives them."""
+    batch: dict[str, Any] = dict(document(model, rows, side="right"))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     batch["frame_counts"] = torch.tensor([frames for row in rows for frames in FRAMES[row]])
     pixels = []

@@ -44,7 +44,7 @@ def test_batch_must_divide_over_processes_and_pieces() -> None:
     config.data.datasets = {"pages": {"batch_size": 6}}
     assert config.problems(world_size=1) == []
     (problem,) = config.problems(world_size=2)
-    assert "data.datasets.pages.batch_size=6 is not divisible" in problem
+    assert "data.datasets.documents.batch_size=6 is not divisible" in problem
     assert "2 x 2" in problem
 
 

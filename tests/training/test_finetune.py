@@ -17,8 +17,8 @@ from tests.training.world import COLOURS, config, png, write_world
 from train import train
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "finetune.md").read_text()
-BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL)
+DOCUMENT = (ROOT / "docs" / "finetune.md").read_text()
+BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", DOCUMENT, re.DOTALL)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_runs_from_top_to_bottom(folder: Path) -> None:
+def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     assert [kind for kind, _ in BLOCKS] == ["python", "bash", "bash", "python"]
     for kind, text in BLOCKS:
@@ -50,7 +50,7 @@ def test_the_page_runs_from_top_to_bottom(folder: Path) -> None:
         if kind == "bash":
             words = shlex.split(text)
             assert words[:2] == ["python", "train.py"]
-            # The page's 300 updates and rate are for a language model that knows its language.
+            # The document's 300 updates and rate are for a language model that knows its language.
             more = ["run.steps=40", "run.log_every=1", "optim.lr=3e-3", "run.tensorboard=false", "optim.warmup_steps=2"]
             command = [sys.executable, str(ROOT / "train.py"), *words[2:], *more]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -66,10 +66,10 @@ def test_the_page_runs_from_top_to_bottom(folder: Path) -> None:
     assert subprocess.run(verified, cwd=folder, env=environment, capture_output=True).returncode == 0
 
 
-def test_every_key_of_the_page_exists() -> None:
-    for name in set(re.findall(r"experiment=([a-z0-9_]+)", PAGE)):
+def test_every_key_of_the_document_exists() -> None:
+    for name in set(re.findall(r"experiment=([a-z0-9_]+)", DOCUMENT)):
         assert (ROOT / "hydra" / "experiment" / f"{name}.yaml").exists(), name
     known = json.dumps(config(Path("x"), Path("y"), "flamingo").as_dict())
-    for key in re.findall(r"\| `((?:model|optim|run)\.[a-z_.]+)", PAGE):
+    for key in re.findall(r"\| `((?:model|optim|run)\.[a-z_.]+)", DOCUMENT):
         for part in key.rstrip(".").split("."):
             assert f'"{part}"' in known, key

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flamingo.conformance.tiny_models import FAMILIES, page, subject, tiny_lm
+from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.layers.cross_attention import CrossAttention
 from flamingo.layers.media_mask import segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverAttention
@@ -42,8 +42,8 @@ def ours(model: nn.Module, work: Any) -> int:
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
-    """Two rows of one picture each, whose first token it is: nothing is padded anywhere."""
-    batch: Any = page(model, (0,))
+    """Two rows of one image each, whose first token it is: nothing is padded anywhere."""
+    batch: Any = document(model, (0,))
     ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = model.config.image_token_id
     pixels = batch["pixel_values"][:1].repeat(2, 1, 1, 1, 1)
@@ -140,11 +140,11 @@ def test_compiled_layers_count_the_same_in_one_piece() -> None:
 def test_a_closed_counter_counts_no_more() -> None:
     model = subject(partial(tiny_lm, "gpt2"))
     flops = Flops(model)
-    model(**page(model))
+    model(**document(model))
     assert flops.take() > 0
     assert flops.take() == 0
     flops.close()
-    model(**page(model))
+    model(**document(model))
     assert flops.take() == 0
 
 

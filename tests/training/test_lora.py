@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.conformance.tiny_models import document, subject, tiny_lm
 from flamingo.errors import UserError
 from flamingo.training.objectives import lora
 from tests.training.commands import begin, given, torchrun
@@ -33,7 +33,7 @@ def losses(run_dir: Path) -> list[float]:
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "mpt", "mosaic_gpt"])
 def test_adapters_start_as_nothing_and_merge_into_an_ordinary_model(family: str, tmp_path: Path) -> None:
     model = subject(partial(tiny_lm, family))
-    inputs: Any = page(model)
+    inputs: Any = document(model)
     before = model(**inputs).logits
     adapters = lora.add_adapters(model.language_model, rank=2, alpha=6.0)
     trained = [name for name, parameter in model.language_model.named_parameters() if parameter.requires_grad]

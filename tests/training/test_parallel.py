@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo.conformance.tiny_models import page, subject, tiny_lm
+from flamingo.conformance.tiny_models import document, subject, tiny_lm
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
 from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.memory_plan.collectives import measure_all, table
@@ -22,7 +22,7 @@ from flamingo.training.optim import adamw
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = [0, 2, 1, 0]
-"""Of `page`: two pictures, none, one, two. Where each process has one row, one of them has no picture."""
+"""Of `document`: two images, none, one, two. Where each process has one row, one of them has no image."""
 LABELS = 40.0
 UPDATES = 3
 
@@ -61,7 +61,7 @@ def updates(case: Case, processes: Processes | None = None) -> dict[str, Any]:
     for _ in range(UPDATES):
         total = 0.0
         for place, rows in enumerate(pieces):
-            batch: Any = page(model, rows, side="right")
+            batch: Any = document(model, rows, side="right")
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             if processes is not None:
                 before_backward(model, case.strategy, last=place + 1 == len(pieces))

@@ -66,7 +66,7 @@ def other_run(world: Path, objective: str, **run: Any) -> TrainConfig:
 def pieces_of(
     config: TrainConfig, model: torch.nn.Module, processes: int, datasets: list[Rows]
 ) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches of an update, pictures real."""
+    """The micro-batches of an update, images real."""
     pieces = []
     for shape in datasets:
         batch = batch_of(model, shape.rows // processes // config.run.micro_batches, shape)

@@ -58,8 +58,8 @@ def test_two_processes_are_one(world: Path, tmp_path: Path, objective: str) -> N
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4, abs=2e-5)
 
 
-def test_two_processes_of_which_one_has_no_picture(world: Path, tmp_path: Path) -> None:
-    """With a batch of 2 pages, of which every third has no picture, a process is often without any."""
+def test_two_processes_of_which_one_has_no_image(world: Path, tmp_path: Path) -> None:
+    """With a batch of 2 documents, of which every third has no image, a process is often without any."""
     settings = [config(world, tmp_path / name, "flamingo", steps=6) for name in ("one", "two")]
     for setting in settings:
         setting.data.datasets = {"pages": {"shards": [str(world / "pages")], "batch_size": 2, "max_tokens": 32}}

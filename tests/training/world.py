@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image as PILImage
 
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from data.toy.vocabulary import write_tokenizer
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
@@ -42,31 +42,33 @@ CLIP = {
 def png(colour: tuple[int, int, int], rng: np.random.Generator) -> bytes:
     pixels = np.clip(rng.integers(-20, 20, (16, 16, 3)) + np.array(colour), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    PILImage.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_world(root: Path) -> Path:
-    """`pages` (0 to 2 pictures each), `textless` (pictures only now and then), `pairs`, `tokenizer`."""
+    """`documents` (0 to 2 images each), `textless` (images only now and then), `pairs`, `tokenizer`."""
     rng = np.random.default_rng(0)
     names = list(COLOURS)
     with ShardWriter(root / "pages", "pages", 12) as writer:
         for index in range(48):
-            page = Page("", [], [])
-            for picture in range(index % 3):
+            document = Document("", [], [])
+            for image in range(index % 3):
                 name = names[int(rng.integers(len(names)))]
-                page.nodes += [Picture((picture,)), Text(f"a big {name} square")]
-                page.images.append(png(COLOURS[name], rng))
-            if not page.nodes:
-                page.nodes.append(Text("two small green stars at the top left"))
-            writer.write(page)
+                document.nodes += [Image((image,)), Text(f"a big {name} square")]
+                document.images.append(png(COLOURS[name], rng))
+            if not document.nodes:
+                document.nodes.append(Text("two small green stars at the top left"))
+            writer.write(document)
     with ShardWriter(root / "pairs", "pairs", 16, layout="pairs") as writer:
         for index in range(32):
             name = names[index % 4]
-            writer.write(Page("", [Picture((0,)), Text(f"a {name} square")], [png(COLOURS[name], rng)]))
+            writer.write(Document("", [Image((0,)), Text(f"a {name} square")], [png(COLOURS[name], rng)]))
     with ShardWriter(root / "words", "words", 16) as writer:
         for index in range(32):
-            writer.write(Page("", [Text(f"a {names[index % 4]} circle left of a {names[index // 4 % 4]} ring")], []))
+            writer.write(
+                Document("", [Text(f"a {names[index % 4]} circle left of a {names[index // 4 % 4]} ring")], [])
+            )
     write_tokenizer(root / "tokenizer")
     return root
 

@@ -3,11 +3,11 @@
     python -m data prepare mmc4 ... --out shards/raw
     python -m data prepare deduplicate shards/raw --out shards/mmc4
 
-With OBELICS' limits (Laurencon et al. 2023, section 3.2): a picture of more than 10 documents is left out of all of
-them; of documents with one address the last is kept; a paragraph that is on more than 2 pages of a site is left out; of
-documents with the same set of pictures the last is kept; a picture that returns in its document is shown once. Pictures
-are the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a page without an
-address is of no site. Pairs come out as pages of one picture and one text.
+With OBELICS' limits (Laurencon et al. 2023, section 3.2): an image of more than 10 documents is left out of all of
+them; of documents with one address the last is kept; a paragraph that is on more than 2 documents of a site is left
+out; of documents with the same set of images the last is kept; an image that returns in its document is shown once.
+Images are the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a document
+without an address is of no site. Pairs come out as documents of one image and one text.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.engine import die_with_parent
 from data.prepare.inputs import file_units
 from data.prepare.units import Dropped, Tally, Unit, parse_part
-from data.prepare.web.duplicates import Table, count, hash_of, page_hashes, paragraph_hash, place_of, site_of, tabulate
-from data.shards.document import Node, Page, Picture, Text
+from data.prepare.web.duplicates import (
+    Table,
+    count,
+    document_hashes,
+    hash_of,
+    paragraph_hash,
+    place_of,
+    site_of,
+    tabulate,
+)
+from data.shards.document import Document, Image, Node, Text
 from data.shards.index import build_index, index_path, load_index
 from data.shards.reader import ShardReader
 from data.shards.writer import make_folder
@@ -37,29 +46,29 @@ LAYOUT = "interleaved"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare deduplicate`."""
     parser.add_argument(
-        "--max-picture-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
+        "--max-image-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
     )
     parser.add_argument(
-        "--max-paragraph-pages",
+        "--max-paragraph-documents",
         type=int,
         default=2,
         metavar="N",
         help="of one site; 0: no limit (default 2, as OBELICS)",
     )
     parser.add_argument("--keep-same-url", action="store_true", help="keep all documents of an address")
-    parser.add_argument("--keep-same-pictures", action="store_true", help="keep all documents with the same pictures")
-    parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    parser.add_argument("--keep-same-images", action="store_true", help="keep all documents with the same images")
+    parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument(
         "--counts", metavar="DIR", help="where the counts of each shard are kept; give all parts (--part) the same"
     )
-    add_where(parser, "a page's meta", "perplexity<=1500")
+    add_where(parser, "a document's meta", "perplexity<=1500")
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
     """Shards whole."""
     conditions_of(tuple(args.where))
-    if min(args.max_picture_documents, args.max_paragraph_pages, args.min_images) < 0:
-        raise UserError("--max-picture-documents, --max-paragraph-pages and --min-images must not be negative")
+    if min(args.max_image_documents, args.max_paragraph_documents, args.min_images) < 0:
+        raise UserError("--max-image-documents, --max-paragraph-documents and --min-images must not be negative")
     return file_units(args.inputs, (".tar",))
 
 
@@ -82,22 +91,22 @@ def begin(args: argparse.Namespace, work: Path) -> None:
     else:
         for one in todo:
             _count(*one)
-    tabulate(files, args.max_picture_documents, args.max_paragraph_pages).save(work / "repeats.npz")
+    tabulate(files, args.max_image_documents, args.max_paragraph_documents).save(work / "repeats.npz")
 
 
 def _count(unit: Unit, path: Path, skip: bool) -> None:
     if path.exists():
         return  # another part was faster
     try:
-        count(((row, page) for row, _, page in _pages(unit) if isinstance(page, Page)), path)
+        count(((row, document) for row, _, document in _documents(unit) if isinstance(document, Document)), path)
     except UserError:
         if not skip:
             raise
-        count((), path)  # it is counted as damaged when its pages are asked for
+        count((), path)  # it is counted as damaged when its documents are asked for
 
 
-def _pages(unit: Unit) -> Iterator[tuple[int, str, Page | ContentError]]:
-    """(row, where, page or what is wrong with it) of a shard."""
+def _documents(unit: Unit) -> Iterator[tuple[int, str, Document | ContentError]]:
+    """(row, where, document or what is wrong with it) of a shard."""
     index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
     reader = ShardReader([index])
     try:
@@ -106,16 +115,16 @@ def _pages(unit: Unit) -> Iterator[tuple[int, str, Page | ContentError]]:
             try:
                 sample = reader.sample(0, row)
                 sample.fetch(list(sample.numbers))
-                images = [sample.picture(number) for number in sample.numbers]
+                images = [sample.image(number) for number in sample.numbers]
             except ContentError as error:
                 yield row, where, error
                 continue
             place = {number: at for at, number in enumerate(sample.numbers)}
             nodes = [
-                Picture(tuple(place[frame] for frame in node.frames), node.fps) if isinstance(node, Picture) else node
+                Image(tuple(place[frame] for frame in node.frames), node.fps) if isinstance(node, Image) else node
                 for node in sample.nodes
             ]
-            yield row, where, Page("", nodes, images, sample.meta)
+            yield row, where, Document("", nodes, images, sample.meta)
     finally:
         reader.close()
 
@@ -130,47 +139,47 @@ def _numbers(inputs: tuple[str, ...]) -> dict[str, int]:
     return {unit.path: number for number, unit in enumerate(file_units(inputs, (".tar",)))}
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """The pages of a shard that are kept, of each what is kept."""
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """The documents of a shard that are kept, of each what is kept."""
     table = _table(str(Path(args.work) / "repeats.npz"))
     number = _numbers(tuple(args.inputs))[unit.path]
-    for row, where, page in _pages(unit):
+    for row, where, document in _documents(unit):
         try:
-            if isinstance(page, ContentError):
-                raise Dropped(page.reason)
-            hold(page.meta, conditions_of(tuple(args.where)))
-            _is_the_one(page, place_of(number, row), table, args)
-            kept = without(page, table, where, tally)
+            if isinstance(document, ContentError):
+                raise Dropped(document.reason)
+            hold(document.meta, conditions_of(tuple(args.where)))
+            _is_the_one(document, place_of(number, row), table, args)
+            kept = without(document, table, where, tally)
             if len(kept.images) < args.min_images:
-                raise Dropped(f"fewer than {args.min_images} pictures left")
+                raise Dropped(f"fewer than {args.min_images} images left")
             if not any(isinstance(node, Text) for node in kept.nodes):
                 raise Dropped("no text")
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
             continue
         yield kept
 
 
-def _is_the_one(page: Page, place: int, table: Table, args: argparse.Namespace) -> None:
-    """Raise Dropped for a page whose address, or whose pictures, a later one has."""
-    hashes = page_hashes(page)
+def _is_the_one(document: Document, place: int, table: Table, args: argparse.Namespace) -> None:
+    """Raise Dropped for a document whose address, or whose images, a later one has."""
+    hashes = document_hashes(document)
     for kind, all_kept, reason in (
-        ("urls", args.keep_same_url, "address of a later page"),
-        ("sets", args.keep_same_pictures, "pictures of a later page"),
+        ("urls", args.keep_same_url, "address of a later document"),
+        ("sets", args.keep_same_images, "images of a later document"),
     ):
         if not all_kept and any(not table.keeps(kind, value, place) for value in hashes[kind]):
             raise Dropped(reason)
 
 
-def without(page: Page, table: Table, where: str, tally: Tally) -> Page:
-    """The page without the pictures and paragraphs that return. Around a picture that goes two paragraphs are left."""
-    site = site_of(page)
+def without(document: Document, table: Table, where: str, tally: Tally) -> Document:
+    """The document without the images and paragraphs that return. Around an image that goes two paragraphs are left."""
+    site = site_of(document)
     nodes: list[Node] = []
     images: list[bytes] = []
-    stored: dict[int, int] = {}  # hash of a picture to its number in the new page
+    stored: dict[int, int] = {}  # hash of an image to its number in the new document
     shown: set[int] = set()
-    gone = False  # whether a picture went since the last node
-    for node in page.nodes:
+    gone = False  # whether an image went since the last node
+    for node in document.nodes:
         if isinstance(node, Text):
             if text := _text_without(node, site, table):
                 before = nodes[-1] if nodes else None
@@ -180,22 +189,22 @@ def without(page: Page, table: Table, where: str, tally: Tally) -> Page:
                     nodes.append(Text(text, node.loss))
                 gone = False
             continue
-        hashes = [hash_of(page.images[frame]) for frame in node.frames]
+        hashes = [hash_of(document.images[frame]) for frame in node.frames]
         reason = ""
-        if any(table.has("pictures", value) for value in hashes):
-            reason = "picture of too many documents"
+        if any(table.has("images", value) for value in hashes):
+            reason = "image of too many documents"
         elif len(hashes) == 1 and hashes[0] in shown:
-            reason = "picture of the same document again"
+            reason = "image of the same document again"
         if gone := bool(reason):
-            tally.drop_picture(reason, f"{where} picture {node.frames[0]}")
+            tally.drop_image(reason, f"{where} image {node.frames[0]}")
             continue
         shown.add(hashes[0])
         for value, frame in zip(hashes, node.frames, strict=True):
             if value not in stored:
                 stored[value] = len(images)
-                images.append(page.images[frame])
-        nodes.append(Picture(tuple(stored[value] for value in hashes), node.fps))
-    return Page("", nodes, images, page.meta)
+                images.append(document.images[frame])
+        nodes.append(Image(tuple(stored[value] for value in hashes), node.fps))
+    return Document("", nodes, images, document.meta)
 
 
 def _text_without(node: Text, site: str, table: Table) -> str:

@@ -1,12 +1,12 @@
-"""scikit-learn's bundled photographs of handwritten digits (1,797 of 8x8 pixels) as interleaved pages.
+"""scikit-learn's bundled photographs of handwritten digits (1,797 of 8x8 pixels) as interleaved documents.
 
-    OUT/train/naming    pages "<digit> seven <digit> two ...": digits under the names they have
-    OUT/train/binding   pages "<digit> kibo <digit> lumo ...": made-up names that hold for the page
+    OUT/train/naming    documents "<digit> seven <digit> two ...": digits under the names they have
+    OUT/train/binding   documents "<digit> kibo <digit> lumo ...": made-up names that hold for the document
     OUT/train/pairs     <digit> the digit seven
-    OUT/heldout         one page for each picture kept out of training: its digit, and names kept out of training
+    OUT/heldout         one document for each image kept out of training: its digit, and names kept out of training
 
-In a binding page a picture may return exactly as it was (`--repeats`), which is what is learnt first; a name's first
-mention cannot be known and is not in the loss. Which pictures are held out does not depend on the seed.
+In a binding document an image may return exactly as it was (`--repeats`), which is what is learnt first; a name's first
+mention cannot be known and is not in the loss. Which images are held out does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image as PILImage
 
-from data.shards.writer import Node, Page, Picture, ShardWriter, Text
+from data.shards.writer import Document, Image, Node, ShardWriter, Text
 from data.toy.names import draw_names
 from data.toy.streams import stream
 from flamingo.errors import UserError
@@ -38,44 +38,46 @@ class Digit:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare digits`."""
-    parser.add_argument("--pages", type=int, default=4000, help="binding pages for training, and as many naming pages")
-    parser.add_argument("--ways", type=int, default=2, help="digits in a page")
+    parser.add_argument(
+        "--documents", type=int, default=4000, help="binding documents for training, and as many naming documents"
+    )
+    parser.add_argument("--ways", type=int, default=2, help="digits in a document")
     parser.add_argument("--shots", type=int, default=3, help="examples of each, on average")
-    parser.add_argument("--repeats", type=float, default=0.5, help="share of exact repetitions of an earlier picture")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures, in pixels")
+    parser.add_argument("--repeats", type=float, default=0.5, help="share of exact repetitions of an earlier image")
+    parser.add_argument("--size", type=int, default=32, help="side of the images, in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pages-per-shard", type=int, default=1000)
+    parser.add_argument("--documents-per-shard", type=int, default=1000)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards. Raises UserError for an option that cannot be."""
-    if args.pages < 1 or args.shots < 1 or args.size < 8 or args.pages_per_shard < 1:
-        raise UserError("--pages, --shots and --pages-per-shard must be at least 1, --size at least 8")
+    if args.documents < 1 or args.shots < 1 or args.size < 8 or args.documents_per_shard < 1:
+        raise UserError("--documents, --shots and --documents-per-shard must be at least 1, --size at least 8")
     if not 1 <= args.ways <= len(WORDS) or not 0 <= args.repeats <= 1:
         raise UserError(f"--ways must be between 1 and {len(WORDS)}, --repeats between 0 and 1")
     train, heldout = load_digits(args.size)
     made = {"source": "scikit-learn digits", "size": args.size, "seed": args.seed}
-    out, per_shard = Path(args.out), args.pages_per_shard
+    out, per_shard = Path(args.out), args.documents_per_shard
     options = {"ways": args.ways, "shots": args.shots, "repeats": args.repeats}
     with ShardWriter(out / "train" / "binding", "digits-binding", per_shard, meta=made | options) as writer:
-        for index in range(args.pages):
+        for index in range(args.documents):
             random = stream(args.seed, "digits/binding", index)
-            writer.write(binding_page(train, random, ways=args.ways, shots=args.shots, repeats=args.repeats))
+            writer.write(binding_document(train, random, ways=args.ways, shots=args.shots, repeats=args.repeats))
     with ShardWriter(out / "train" / "naming", "digits-naming", per_shard, meta=made) as writer:
-        for index in range(args.pages):
-            writer.write(naming_page(train, stream(args.seed, "digits/naming", index)))
+        for index in range(args.documents):
+            writer.write(naming_document(train, stream(args.seed, "digits/naming", index)))
     with ShardWriter(out / "train" / "pairs", "digits-pairs", per_shard, layout="pairs", meta=made) as writer:
         for digit in train:
-            page = Page("", [Picture((0,)), Text(f"the digit {WORDS[digit.number]}")], [digit.png])
-            page.meta = {"class": str(digit.number)}
-            writer.write(page)
+            document = Document("", [Image((0,)), Text(f"the digit {WORDS[digit.number]}")], [digit.png])
+            document.meta = {"class": str(digit.number)}
+            writer.write(document)
     with ShardWriter(out / "heldout", "digits-heldout", per_shard, meta=made) as writer:
         for index, digit in enumerate(heldout):
             names = draw_names(stream(args.seed, "digits/heldout", index), "heldout", 2)
-            nodes: list[Node] = [Picture((0,)), Text(f" {WORDS[digit.number]}")]
-            writer.write(Page("", nodes, [digit.png], {"class": str(digit.number), "names": names}))
-    pages = f"{args.pages} naming and {args.pages} binding pages"
-    print(f"{pages}, {len(train)} pairs, {len(heldout)} held-out pictures in {out}")
+            nodes: list[Node] = [Image((0,)), Text(f" {WORDS[digit.number]}")]
+            writer.write(Document("", nodes, [digit.png], {"class": str(digit.number), "names": names}))
+    documents = f"{args.documents} naming and {args.documents} binding documents"
+    print(f"{documents}, {len(train)} pairs, {len(heldout)} held-out images in {out}")
 
 
 def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
@@ -95,41 +97,41 @@ def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
 
 
 def encode(image: np.ndarray, size: int) -> bytes:
-    """An (8, 8) picture of ink from 0 to 16 as a PNG of an RGB picture, the ink bright as in the original."""
-    grey = Image.fromarray(np.uint8(np.clip(image * 15.9375, 0, 255)))
+    """An (8, 8) image of ink from 0 to 16 as a PNG of an RGB image, the ink bright as in the original."""
+    grey = PILImage.fromarray(np.uint8(np.clip(image * 15.9375, 0, 255)))
     file = io.BytesIO()
-    grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=1)
+    grey.resize((size, size), PILImage.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
-def naming_page(digits: list[Digit], random: np.random.Generator, most: int = 9) -> Page:
-    """One to `most` different pictures of any digits, each with the digit's name."""
+def naming_document(digits: list[Digit], random: np.random.Generator, most: int = 9) -> Document:
+    """One to `most` different images of any digits, each with the digit's name."""
     chosen = [digits[int(i)] for i in random.choice(len(digits), size=int(random.integers(1, most + 1)), replace=False)]
     nodes: list[Node] = []
     for number, digit in enumerate(chosen):
-        nodes += [Picture((number,)), Text(f" {WORDS[digit.number]}")]
-    return Page("", nodes, [digit.png for digit in chosen], {"classes": [str(digit.number) for digit in chosen]})
+        nodes += [Image((number,)), Text(f" {WORDS[digit.number]}")]
+    return Document("", nodes, [digit.png for digit in chosen], {"classes": [str(digit.number) for digit in chosen]})
 
 
-def binding_page(
+def binding_document(
     digits: list[Digit], random: np.random.Generator, *, ways: int, shots: int, repeats: float, split: str = "train"
-) -> Page:
-    """`ways` digits under names of `split`, ways * shots + 1 pictures in random order."""
+) -> Document:
+    """`ways` digits under names of `split`, ways * shots + 1 images in random order."""
     classes = random.choice(len(WORDS), size=ways, replace=False)
     names = draw_names(random, split, ways)
     order = random.integers(ways, size=ways * shots + 1)  # in a balanced order the rarer name could be counted out
     pools = [[digit for digit in digits if digit.number == number] for number in classes]
     fresh = [iter(random.permutation(len(pool))) for pool in pools]
-    page = Page("", [], [], {"classes": [str(number) for number in classes], "names": names, "shots": shots})
+    document = Document("", [], [], {"classes": [str(number) for number in classes], "names": names, "shots": shots})
     shown: list[list[int]] = [[] for _ in range(ways)]
     for way in order:
         known = bool(shown[way])
         if known and random.random() < repeats:
             number = shown[way][int(random.integers(len(shown[way])))]
         else:
-            number = len(page.images)
-            page.images.append(pools[way][int(next(fresh[way]))].png)
+            number = len(document.images)
+            document.images.append(pools[way][int(next(fresh[way]))].png)
             shown[way].append(number)
-        page.nodes += [Picture((number,)), Text(f" {names[way]}", loss=known)]
-    page.meta["answer"] = names[order[-1]]
-    return page
+        document.nodes += [Image((number,)), Text(f" {names[way]}", loss=known)]
+    document.meta["answer"] = names[order[-1]]
+    return document

@@ -1,8 +1,8 @@
-"""A folder of one's own documents: Markdown or text files with pictures in them, a page each.
+"""A folder of one's own documents: Markdown or text files with images in them, a document each.
 
     report.md     The first chart: ![](charts/1.png) shows the rise.
 
-A picture's path begins at its document. Where a picture is missing the whole document is dropped: one's own documents
+An image's path begins at its document. Where an image is missing the whole document is dropped: one's own documents
 are few, and their author can mend them.
 """
 
@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Picture, Text
+from data.shards.document import Document, Image, Text
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -31,7 +31,7 @@ IN_A_UNIT = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare folder`."""
     parser.add_argument("--min-images", type=int, default=0, help="documents with fewer are dropped (default 0)")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -46,39 +46,39 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 @lru_cache(maxsize=4)
-def _folder(root: str) -> PictureFolder:
-    return PictureFolder(root)
+def _folder(root: str) -> ImageFolder:
+    return ImageFolder(root)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a document."""
-    rule, folder = PictureRule.of(args), _folder(unit.path)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a document."""
+    rule, folder = ImageRule.of(args), _folder(unit.path)
     for name in unit.names:
         try:
-            yield _page(name, folder, rule, args.min_images)
+            yield _document(name, folder, rule, args.min_images)
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, name)
+            tally.drop_document(dropped.reason, name)
 
 
-def _page(name: str, folder: PictureFolder, rule: PictureRule, min_images: int) -> Page:
+def _document(name: str, folder: ImageFolder, rule: ImageRule, min_images: int) -> Document:
     try:
         pieces = PLACE.split(folder.read(name).decode("utf-8"))  # text, path, text, path, ...
     except UnicodeDecodeError:
         raise Dropped("document is not UTF-8") from None
-    page = Page("", [], [], {"file": name})
+    document = Document("", [], [], {"file": name})
     numbers: dict[str, int] = {}
     for number, piece in enumerate(pieces):
         if number % 2 == 0:
             if piece.strip():
-                page.nodes.append(Text(piece.strip()))
+                document.nodes.append(Text(piece.strip()))
             continue
         path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(piece)))
         if path not in numbers:
-            page.images.append(rule.check(folder.read(path)))
-            numbers[path] = len(page.images) - 1
-        page.nodes.append(Picture((numbers[path],)))
-    if not page.nodes:
+            document.images.append(rule.check(folder.read(path)))
+            numbers[path] = len(document.images) - 1
+        document.nodes.append(Image((numbers[path],)))
+    if not document.nodes:
         raise Dropped("empty document")
-    if len(page.images) < min_images:
-        raise Dropped(f"fewer than {min_images} pictures")
-    return page
+    if len(document.images) < min_images:
+        raise Dropped(f"fewer than {min_images} images")
+    return document

@@ -1,7 +1,7 @@
-"""Saved web pages to interleaved pages, by the order of the DOM and the rules of OBELICS or M3W.
+"""Saved web pages to interleaved documents, by the order of the DOM and the rules of OBELICS or M3W.
 
-A page's picture is the file that its address names, below the folder given as input (a page saved "complete"); with
---images it is looked up by its absolute address (tars of img2dataset or a map). `data:` pictures are read as well.
+A document's image is the file that its address names, below the folder given as input (a document saved "complete");
+with --images it is looked up by its absolute address (tars of img2dataset or a map). `data:` images are read as well.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from data.prepare.images import PictureFolder
+from data.prepare.images import ImageFolder
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.units import Dropped, Tally, Unit
-from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_page
+from data.prepare.web.documents import add_web_arguments, check_web_arguments, document_address, lookup_of, web_document
 from data.prepare.web.dom import decode_html
-from data.shards.document import Page
+from data.shards.document import Document
 
 LAYOUT = "interleaved"
 SUFFIXES = (".html", ".htm", ".xhtml")
@@ -47,34 +47,34 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the pictures are."""
+    """Find out where the images are."""
     if args.images:
-        build_url_lookup(work / "pictures.sqlite", args.images)
+        build_url_lookup(work / "images.sqlite", args.images)
 
 
 @lru_cache(maxsize=4)
-def _folder(root: str) -> PictureFolder:
-    return PictureFolder(root)
+def _folder(root: str) -> ImageFolder:
+    return ImageFolder(root)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a file."""
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a file."""
     folder = _folder(unit.path)
     for name in unit.names:
         html = decode_html((Path(unit.path) / name).read_bytes())
-        url = page_address(html)
-        page = web_page(html, url if args.images else "", name, args, _fetcher(name, args, folder), tally)
-        if page is not None:
-            yield page
+        url = document_address(html)
+        document = web_document(html, url if args.images else "", name, args, _fetcher(name, args, folder), tally)
+        if document is not None:
+            yield document
 
 
-def _fetcher(name: str, args: argparse.Namespace, folder: PictureFolder) -> Callable[[str], bytes]:
+def _fetcher(name: str, args: argparse.Namespace, folder: ImageFolder) -> Callable[[str], bytes]:
     def fetch(address: str) -> bytes:
         if args.images:
             return open_lookup(lookup_of(args)).read(address)
         parts = urlsplit(address)
         if parts.scheme or parts.netloc:
-            raise Dropped("picture is not in the folder; give --images")
+            raise Dropped("image is not in the folder; give --images")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path)))
         return folder.read(path)
 

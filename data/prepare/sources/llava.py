@@ -1,9 +1,9 @@
-"""LLaVA and LLaVA-Med: a JSON array (or JSONL) of conversations, each about a picture below --images.
+"""LLaVA and LLaVA-Med: a JSON array (or JSONL) of conversations, each about an image below --images.
 
     {"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
 
-`image` may be absent (text only) or a list. A question with one picture shows it first, wherever its `<image>` stands,
+`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands,
 as LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
 from data.prepare.turns import add_turn_arguments, answer, has_text, question
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Node, Page, Picture
+from data.shards.document import Document, Image, Node
 
 LAYOUT = "interleaved"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -28,10 +28,10 @@ IN_A_UNIT = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare llava`."""
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder in which the pictures' paths begin")
-    parser.add_argument("--drop-text-only", action="store_true", help="drop conversations without a picture")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder in which the images' paths begin")
+    parser.add_argument("--drop-text-only", action="store_true", help="drop conversations without an image")
     add_turn_arguments(parser)
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -46,23 +46,23 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 @lru_cache(maxsize=4)
-def _folder(root: str) -> PictureFolder:
-    return PictureFolder(root)
+def _folder(root: str) -> ImageFolder:
+    return ImageFolder(root)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a conversation."""
-    rule, folder = PictureRule.of(args), _folder(args.images)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a conversation."""
+    rule, folder = ImageRule.of(args), _folder(args.images)
     items = json_lines(unit) if unit.path.endswith(".jsonl") else array_items(unit)
     for where, item in items:
         try:
             yield conversation(item, args, folder, rule)
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
 
 
-def conversation(item: Any, args: argparse.Namespace, folder: PictureFolder, rule: PictureRule) -> Page:
-    """The page of one item. Raises Dropped."""
+def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule: ImageRule) -> Document:
+    """The document of one item. Raises Dropped."""
     if not isinstance(item, dict):
         raise Dropped("item is no JSON object")
     turns = _turns(item.get("conversations", item.get("conversatons")))
@@ -71,12 +71,12 @@ def conversation(item: Any, args: argparse.Namespace, folder: PictureFolder, rul
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Dropped("'image' is neither a path nor a list of paths")
     if args.drop_text_only and not names:
-        raise Dropped("no picture")
+        raise Dropped("no image")
     images = [rule.check(folder.read(name)) for name in names]
     nodes = _nodes(turns, len(images), args)
     if not has_text(nodes):
         raise Dropped("no answer")
-    return Page("", nodes, images, {"id": item["id"]} if isinstance(item.get("id"), str | int) else {})
+    return Document("", nodes, images, {"id": item["id"]} if isinstance(item.get("id"), str | int) else {})
 
 
 def _turns(value: Any) -> list[tuple[str, str]]:
@@ -96,14 +96,14 @@ def _turns(value: Any) -> list[tuple[str, str]]:
     return turns
 
 
-def _nodes(turns: list[tuple[str, str]], pictures: int, args: argparse.Namespace) -> list[Node]:
-    """Pictures at their places. Raises Dropped when places and pictures differ in number."""
+def _nodes(turns: list[tuple[str, str]], images: int, args: argparse.Namespace) -> list[Node]:
+    """Images at their places. Raises Dropped when places and images differ in number."""
     places = sum(text.count(PLACE) for speaker, text in turns if speaker == "human")
     nodes: list[Node] = []
     if places == 0:
-        nodes += [Picture((number,)) for number in range(pictures)]
-    elif places != pictures:
-        raise Dropped("the numbers of <image> places and of pictures differ")
+        nodes += [Image((number,)) for number in range(images)]
+    elif places != images:
+        raise Dropped("the numbers of <image> places and of images differ")
     shown = 0
     for number, (speaker, text) in enumerate(turns):
         if speaker == "gpt":
@@ -114,7 +114,7 @@ def _nodes(turns: list[tuple[str, str]], pictures: int, args: argparse.Namespace
         if len(pieces) == 1:
             nodes.append(question(pieces[0], args, first=first))
         elif len(pieces) == 2:
-            nodes += [Picture((shown,)), question(" ".join(filter(None, pieces)), args, first=first)]
+            nodes += [Image((shown,)), question(" ".join(filter(None, pieces)), args, first=first)]
             shown += 1
         else:
             for k, piece in enumerate(pieces):
@@ -123,6 +123,6 @@ def _nodes(turns: list[tuple[str, str]], pictures: int, args: argparse.Namespace
                     begins = not any(pieces[:k])
                     nodes.append(question(piece, args, first=first, begins=begins, ends=last))
                 if not last:
-                    nodes.append(Picture((shown,)))
+                    nodes.append(Image((shown,)))
                     shown += 1
     return nodes

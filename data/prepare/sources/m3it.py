@@ -1,7 +1,7 @@
 """M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
 
 The raw files name their fields differently from one sub-task to the next; `--field image_base64_str=img_str` says what
-a field is called in this file. Several pictures of a row are pictures one after another, or with --clips one clip.
+a field is called in this file. Several images of a row are images one after another, or with --clips one clip.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from data.prepare.images import PictureRule, add_picture_arguments, from_base64
+from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_lines, line_units
 from data.prepare.sources.obelics import parquet_rows, parquet_units
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Picture
+from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -25,9 +25,9 @@ FIELDS = ("instruction", "inputs", "image_base64_str", "outputs")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare m3it`."""
     parser.add_argument("--field", nargs="+", default=[], metavar="NAME=HERE", help="what a field is called here")
-    parser.add_argument("--clips", action="store_true", help="several pictures of a row are the frames of a clip")
+    parser.add_argument("--clips", action="store_true", help="several images of a row are the frames of a clip")
     add_turn_arguments(parser)
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def fields(args: argparse.Namespace) -> dict[str, str]:
@@ -54,24 +54,24 @@ def units(args: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a row."""
-    rule, names = PictureRule.of(args), fields(args)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a row."""
+    rule, names = ImageRule.of(args), fields(args)
     for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
         try:
             if not isinstance(row, dict):
                 raise Dropped("line is no JSON object")
-            yield _page(row, names, args, rule)
+            yield _document(row, names, args, rule)
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
 
 
-def _page(row: dict[str, Any], names: dict[str, str], args: argparse.Namespace, rule: PictureRule) -> Page:
+def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespace, rule: ImageRule) -> Document:
     encoded = row.get(names["image_base64_str"])
     encoded = [encoded] if isinstance(encoded, str | bytes) else encoded or []
     if not isinstance(encoded, list):
         raise Dropped(f"{names['image_base64_str']!r} is neither a string nor a list")
-    images = [rule.check(from_base64(text)) for text in encoded if text is not None]
+    kept = [rule.check(from_base64(text)) for text in encoded if text is not None]
     texts = {name: row.get(names[name]) for name in ("instruction", "inputs", "outputs")}
     for name, text in texts.items():
         if not isinstance(text, str | None):
@@ -80,6 +80,6 @@ def _page(row: dict[str, Any], names: dict[str, str], args: argparse.Namespace, 
     if not told:
         raise Dropped("no answer")
     asked = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
-    numbers = tuple(range(len(images)))
-    pictures = [Picture(numbers)] if args.clips and images else [Picture((number,)) for number in numbers]
-    return Page("", [*pictures, question(asked, args, first=True), answer(told)], images)
+    numbers = tuple(range(len(kept)))
+    images = [Image(numbers)] if args.clips and kept else [Image((number,)) for number in numbers]
+    return Document("", [*images, question(asked, args, first=True), answer(told)], kept)

@@ -1,7 +1,7 @@
-"""MIMIC-IT (Otter): `T_instructions.json`, the pictures of `T.json` or `T.parquet` as base64, and `T_train.json`.
+"""MIMIC-IT (Otter): `T_instructions.json`, the images of `T.json` or `T.parquet` as base64, and `T_train.json`.
 
-A page is an instruction with its examples before it: the related instructions that `T_train.json` (or, without it, the
-instruction's own `rel_ins_ids`) names, then the instruction itself. Otter holds all pictures in memory; here one pass
+A document is an instruction with its examples before it: the related instructions that `T_train.json` (or, without it,
+the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter holds all images in memory; here one pass
 notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
 """
 
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.prepare.images import PictureRule, add_picture_arguments, from_base64
+from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans, required
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Picture
+from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -30,11 +30,11 @@ IN_A_UNIT = 5000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare mimicit`."""
-    parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="picture files, JSON or parquet")
+    parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="image files, JSON or parquet")
     parser.add_argument("--examples", type=int, default=4, help="most examples before an instruction (default 4)")
-    parser.add_argument("--clips", choices=("auto", "always", "never"), default="auto", help="pictures as one clip")
+    parser.add_argument("--clips", choices=("auto", "always", "never"), default="auto", help="images as one clip")
     add_turn_arguments(parser)
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -59,13 +59,13 @@ def _train_file(path: Path) -> Path | None:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where every picture, instruction and list of related instructions lies."""
+    """Find out where every image, instruction and list of related instructions lies."""
     files = [path for _, path in input_files(args.inputs, (ENDING,))]
     trains = [train for path in files if (train := _train_file(path))]
     build_lookup(work / "instructions.sqlite", _spans(files, "data"))
     build_lookup(work / "related.sqlite", _spans(trains, None))
-    if not (work / "pictures.sqlite").exists():
-        build_lookup(work / "pictures.sqlite", _pictures(args.images, work))
+    if not (work / "images.sqlite").exists():
+        build_lookup(work / "images.sqlite", _images(args.images, work))
 
 
 def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
@@ -74,14 +74,14 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
             yield str(key), str(path), offset, size
 
 
-def _pictures(images: list[str], work: Path) -> Iterator[Entry]:
-    """Where the base64 of each picture lies; a parquet's is written out first: its rows cannot be read alone."""
+def _images(images: list[str], work: Path) -> Iterator[Entry]:
+    """Where the base64 of each image lies; a parquet's is written out first: its rows cannot be read alone."""
     for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
         if path.suffix == ".json":
             yield from _spans([path], None)
             continue
         parquet = required("pyarrow.parquet", "reading parquet")
-        written = work / f"pictures-{number}.txt"
+        written = work / f"images-{number}.txt"
         with written.open("wb") as out, parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             index = next((name for name in ("__index_level_0__", "id", "image_id") if name in names), None)
@@ -94,35 +94,35 @@ def _pictures(images: list[str], work: Path) -> Iterator[Entry]:
                     out.write(text)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page an instruction."""
-    rule = PictureRule.of(args)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document an instruction."""
+    rule = ImageRule.of(args)
     for name in unit.names:
         try:
-            yield _page(name, args, rule, tally)
+            yield _document(name, args, rule, tally)
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, name)
+            tally.drop_document(dropped.reason, name)
 
 
-def _page(name: str, args: argparse.Namespace, rule: PictureRule, tally: Tally) -> Page:
+def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally) -> Document:
     wanted = _instruction(name, args)
     related = _value("related.sqlite", name, args)
     if related is None:
         related = wanted.get("rel_ins_ids") or []
     if not isinstance(related, list) or not all(isinstance(other, str) for other in related):
         raise Dropped("related instructions are not a list of ids")
-    page = Page("", [], [], {"id": name, "examples": []})
+    document = Document("", [], [], {"id": name, "examples": []})
     for other in [other for other in related if other != name][: args.examples]:
         try:
-            _append(page, other, _instruction(other, args), args, rule)
-            page.meta["examples"].append(other)
+            _append(document, other, _instruction(other, args), args, rule)
+            document.meta["examples"].append(other)
         except Dropped as dropped:
-            tally.drop_picture(f"example left out: {dropped.reason}", f"{name} example {other}")
-    _append(page, name, wanted, args, rule)
-    return page
+            tally.drop_image(f"example left out: {dropped.reason}", f"{name} example {other}")
+    _append(document, name, wanted, args, rule)
+    return document
 
 
-def _append(page: Page, name: str, body: dict[str, Any], args: argparse.Namespace, rule: PictureRule) -> None:
+def _append(document: Document, name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule) -> None:
     """Add an instruction, all of it or nothing. Raises Dropped."""
     ids = body.get("image_ids") or []
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
@@ -132,14 +132,14 @@ def _append(page: Page, name: str, body: dict[str, Any], args: argparse.Namespac
         raise Dropped("'instruction' or 'answer' is not text, or empty")
     images = []
     for one in ids:
-        text = _value("pictures.sqlite", one, args)
+        text = _value("images.sqlite", one, args)
         images.append(rule.check(from_base64(text)))
-    numbers = range(len(page.images), len(page.images) + len(images))
-    page.images += images
+    numbers = range(len(document.images), len(document.images) + len(images))
+    document.images += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
-    first = not page.nodes
-    page.nodes += [Picture(tuple(numbers))] if clip else [Picture((number,)) for number in numbers]
-    page.nodes += [question(asked.strip(), args, first=first or bool(images)), answer(told)]
+    first = not document.nodes
+    document.nodes += [Image(tuple(numbers))] if clip else [Image((number,)) for number in numbers]
+    document.nodes += [question(asked.strip(), args, first=first or bool(images)), answer(told)]
 
 
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,5 +151,5 @@ def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _value(table: str, name: str, args: argparse.Namespace) -> Any:
     """The JSON value under a name, None when there is none."""
-    lookup = open_lookup(os.path.join(args.work, table))  # noqa: PTH118 (a key of a cache, made for every picture)
+    lookup = open_lookup(os.path.join(args.work, table))  # noqa: PTH118 (a key of a cache, made for every image)
     return json.loads(lookup.read(name)) if name in lookup else None

@@ -1,6 +1,6 @@
-"""Multimodal C4 (allenai/mmc4): `docs_shard_N_v3.jsonl`, or `docs_no_face_shard_N_v2.jsonl.zip`, and its pictures.
+"""Multimodal C4 (allenai/mmc4): `docs_shard_N_v3.jsonl`, or `docs_no_face_shard_N_v2.jsonl.zip`, and its images.
 
-A line lists sentences, pictures and which sentence each picture belongs to; the pictures' bytes are what MMC4's
+A line lists sentences, images and which sentence each image belongs to; the images' bytes are what MMC4's
 `download_images.py` left under --images: `{image_name}`, or `{N}/{image_name}` with the number of the shard.
 """
 
@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import json_lines, line_units
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page
+from data.shards.document import Document
 from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
 from flamingo.errors import UserError
 
@@ -26,25 +26,25 @@ SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare mmc4`."""
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the downloaded pictures")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the downloaded images")
     add_document_arguments(parser)
 
 
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of documents in MMC4's form, wherever their pictures are."""
+    """The options of documents in MMC4's form, wherever their images are."""
     parser.add_argument(
-        "--min-similarity", type=float, default=0.24, metavar="X", help="of a picture to its sentence (default 0.24)"
+        "--min-similarity", type=float, default=0.24, metavar="X", help="of an image to its sentence (default 0.24)"
     )
     parser.add_argument(
         "--matching",
         choices=MATCHING,
         default="assigned",
-        help="pictures without a matched_text_index: each to its most similar sentence (listed), or one to one "
+        help="images without a matched_text_index: each to its most similar sentence (listed), or one to one "
         "as MMC4 does (default: assigned)",
     )
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument("--drop-url-duplicates", action="store_true", help="drop where could_have_url_duplicate is 1")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -59,39 +59,39 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 @lru_cache(maxsize=4)
-def _folder(root: str) -> PictureFolder:
-    return PictureFolder(root)
+def _folder(root: str) -> ImageFolder:
+    return ImageFolder(root)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a line."""
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a line."""
     shard = re.search(r"shard_(\d+)", unit.label)
     folder = _folder(args.images)
 
     def bytes_of(info: dict[str, Any]) -> bytes:
         name = info.get("image_name")
         if not isinstance(name, str) or not name:
-            raise Dropped("picture has no 'image_name'")
+            raise Dropped("image has no 'image_name'")
         return folder.read(name, *([str(PurePosixPath(shard[1]) / name)] if shard else []))
 
-    rule = PictureRule.of(args)
+    rule = ImageRule.of(args)
     for where, body in json_lines(unit):
-        page = document(body, where, args, rule, bytes_of, tally)
-        if page is not None:
-            yield page
+        document = parsed_document(body, where, args, rule, bytes_of, tally)
+        if document is not None:
+            yield document
 
 
-def document(
+def parsed_document(
     body: Any,
     where: str,
     args: argparse.Namespace,
-    rule: PictureRule,
+    rule: ImageRule,
     bytes_of: Callable[[dict[str, Any]], bytes],
     tally: Tally,
-) -> Page | None:
-    """The page of one document, or None when it is dropped; either way counted."""
+) -> Document | None:
+    """The document of one parsed_document, or None when it is dropped; either way counted."""
     if isinstance(body, Exception):
-        tally.drop_page("line is no JSON", where)
+        tally.drop_document("line is no JSON", where)
         return None
     try:
         if not isinstance(body, dict):
@@ -102,19 +102,19 @@ def document(
         if not any(sentence.strip() for sentence in sentences):
             raise Dropped("no text")
     except (Dropped, Malformed) as dropped:
-        tally.drop_page(dropped.reason, where)
+        tally.drop_document(dropped.reason, where)
         return None
     kept: list[tuple[int, bytes]] = []
-    for number, picture in enumerate(listed):
+    for number, image in enumerate(listed):
         try:
-            if not picture.similarity >= args.min_similarity:
+            if not image.similarity >= args.min_similarity:
                 raise Dropped(f"similarity below {args.min_similarity:g}")
-            kept.append((picture.sentence, rule.check(bytes_of(picture.info))))
+            kept.append((image.sentence, rule.check(bytes_of(image.info))))
         except Dropped as dropped:
-            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+            tally.drop_image(dropped.reason, f"{where} image {number}")
     if len(kept) < args.min_images:
-        tally.drop_page(f"fewer than {args.min_images} pictures left", where)
+        tally.drop_document(f"fewer than {args.min_images} images left", where)
         return None
     meta = {"url": body["url"]} if isinstance(body.get("url"), str) else {}
     nodes, images, places = interleave(sentences, kept)
-    return Page("", nodes, images, meta | {"sentences": places})
+    return Document("", nodes, images, meta | {"sentences": places})

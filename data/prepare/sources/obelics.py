@@ -1,8 +1,8 @@
 """OBELICS: parquet files of `images` and `texts`, where entry i is one or the other, in the order of the web page.
 
-`images` holds URLs, whose pictures come from --images (see `data.prepare.lookup`), or the pictures themselves as
-`{"bytes", "path"}`. A picture that is missing leaves its page, and the texts around it are joined by an empty line, as
-OBELICS' own builder does. The mark that OBELICS left where several documents shared a page ends one page and begins the
+`images` holds URLs, whose images come from --images (see `data.prepare.lookup`), or the images themselves as `{"bytes",
+"path"}`. An image that is missing leaves its document, and the texts around it are joined by an empty line, as OBELICS'
+own builder does. The mark that OBELICS left where several documents shared a document ends one document and begins the
 next; it is never text.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.conditions import add_where, conditions_of, hold
-from data.prepare.images import PictureRule, add_picture_arguments
+from data.prepare.images import ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
 
@@ -33,16 +33,16 @@ Part = str | bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data prepare obelics`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
-    parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     add_where(parser, "a row's columns (or general_metadata.NAME)", "perplexity<=1500")
     parser.add_argument(
-        "--where-picture",
+        "--where-image",
         nargs="+",
         default=[],
         metavar="CONDITION",
-        help="the same of a picture's entry in metadata, such as 'porn<=0.85' (a picture is left out, not its page)",
+        help="the same of an image's entry in metadata, such as 'porn<=0.85' (an image is left out, not its document)",
     )
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[Unit]:
@@ -93,7 +93,7 @@ def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple
 
 def units(args: argparse.Namespace) -> list[Unit]:
     """Row groups."""
-    conditions_of(tuple(args.where_picture))
+    conditions_of(tuple(args.where_image))
     return parquet_units(args, ("images", "texts", *_columns(args)))
 
 
@@ -104,51 +104,51 @@ def _columns(args: argparse.Namespace) -> list[str]:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the pictures are."""
+    """Find out where the images are."""
     if args.images:
-        build_url_lookup(work / "pictures.sqlite", args.images)
+        build_url_lookup(work / "images.sqlite", args.images)
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a document, or several where the document holds several."""
-    rule = PictureRule.of(args)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a document, or several where the document holds several."""
+    rule = ImageRule.of(args)
     columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]
     for where, row in parquet_rows(unit, columns):
         try:
             hold(_facts(row), conditions_of(tuple(args.where)))
             parts = _parts(row, args, rule, where, tally)
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
             continue
         for piece in _documents(parts):
-            page = _page(piece, _url(row))
-            if len(page.images) < args.min_images:
-                tally.drop_page(f"fewer than {args.min_images} pictures left", where)
-            elif not any(isinstance(node, Text) for node in page.nodes):
-                tally.drop_page("no text", where)
+            document = _document(piece, _url(row))
+            if len(document.images) < args.min_images:
+                tally.drop_document(f"fewer than {args.min_images} images left", where)
+            elif not any(isinstance(node, Text) for node in document.nodes):
+                tally.drop_document("no text", where)
             else:
-                yield page
+                yield document
 
 
-def _parts(row: dict[str, Any], args: argparse.Namespace, rule: PictureRule, where: str, tally: Tally) -> list[Part]:
-    """Texts and the bytes of the pictures that are kept, in order. Raises Dropped where a type is wrong."""
+def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where: str, tally: Tally) -> list[Part]:
+    """Texts and the bytes of the images that are kept, in order. Raises Dropped where a type is wrong."""
     images, texts = row["images"], row["texts"]
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Dropped("'images' and 'texts' are not lists of the same length")
     parts: list[Part] = []
-    known = _of_pictures(row, len(images)) if args.where_picture else []
+    known = _of_images(row, len(images)) if args.where_image else []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise Dropped("an entry is neither a picture nor a text, or both")
+            raise Dropped("an entry is neither an image nor a text, or both")
         if text is not None:
             parts.append(text)
             continue
         try:
-            if args.where_picture:
-                hold(known[number], conditions_of(tuple(args.where_picture)))
+            if args.where_image:
+                hold(known[number], conditions_of(tuple(args.where_image)))
             parts.append(rule.check(_bytes(image, args)))
         except Dropped as dropped:
-            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+            tally.drop_image(dropped.reason, f"{where} image {number}")
     return parts
 
 
@@ -156,13 +156,13 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
     if isinstance(image, dict):
         data = image.get("bytes")
         if not isinstance(data, bytes):
-            raise Dropped("picture is missing")
+            raise Dropped("image is missing")
         return data
     if not isinstance(image, str):
-        raise Dropped("picture is neither a URL nor bytes")
+        raise Dropped("image is neither a URL nor bytes")
     if not args.images:
-        raise UserError("the parquet holds URLs, not pictures; give the downloaded pictures with --images")
-    return open_lookup(str(Path(args.work) / "pictures.sqlite")).read(image)
+        raise UserError("the parquet holds URLs, not images; give the downloaded images with --images")
+    return open_lookup(str(Path(args.work) / "images.sqlite")).read(image)
 
 
 def _general(row: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
-def _of_pictures(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """The entries of `metadata`, one for each place; an empty one where there is none."""
     try:
         found = json.loads(row.get("metadata") or "[]")
@@ -210,14 +210,14 @@ def _documents(parts: list[Part]) -> Iterator[list[Part]]:
     yield piece
 
 
-def _page(parts: list[Part], meta: dict[str, Any]) -> Page:
-    """Texts that touch are joined by an empty line; a picture stands where it stood."""
+def _document(parts: list[Part], meta: dict[str, Any]) -> Document:
+    """Texts that touch are joined by an empty line; an image stands where it stood."""
     nodes: list[Node] = []
     images: list[bytes] = []
     for part in parts:
         if isinstance(part, bytes):
-            nodes.append(Picture((len(images),)))
+            nodes.append(Image((len(images),)))
             images.append(part)
         else:
             add_text(nodes, part, "\n\n")
-    return Page("", nodes, images, meta)
+    return Document("", nodes, images, meta)

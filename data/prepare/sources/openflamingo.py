@@ -1,7 +1,7 @@
-"""open_flamingo's own shards: tars whose one member a sample is MMC4's JSON with the pictures in it as base64.
+"""open_flamingo's own shards: tars whose one member a sample is MMC4's JSON with the images in it as base64.
 
 Two kinds of samples: those of its `convert_mmc4_to_wds.py`, with `image_base64` in each `image_info`, and its
-ChatGPT-made sequences, which have `is_gpt`, the text with places `_!_IMAGE1_!_`, and an `image_map`. The pictures'
+ChatGPT-made sequences, which have `is_gpt`, the text with places `_!_IMAGE1_!_`, and an `image_map`. The images'
 bytes are kept as they are, without base64 a quarter smaller.
 """
 
@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from data.prepare.images import PictureRule, from_base64
+from data.prepare.images import ImageRule, from_base64
 from data.prepare.inputs import file_units
-from data.prepare.sources.mmc4 import add_document_arguments, document
+from data.prepare.sources.mmc4 import add_document_arguments, parsed_document
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Text
+from data.shards.document import Document, Text
 from data.shards.mmc4 import Malformed, generated
 
 LAYOUT = "interleaved"
@@ -33,39 +33,41 @@ def units(args: argparse.Namespace) -> list[Unit]:
     return file_units(args.inputs, (".tar",))
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a sample."""
-    rule = PictureRule.of(args)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a sample."""
+    rule = ImageRule.of(args)
     for sample in tar_samples(unit.path, unit.label, tally):
         try:
             if "json" not in sample.members:
                 raise Dropped("sample without JSON")
             body = json_of(sample, json.loads)
-            page = (
+            document = (
                 _generated(body, sample.where, rule, tally)
                 if "is_gpt" in body
-                else document(body, sample.where, args, rule, lambda info: from_base64(info.get("image_base64")), tally)
+                else parsed_document(
+                    body, sample.where, args, rule, lambda info: from_base64(info.get("image_base64")), tally
+                )
             )
         except (Dropped, Malformed) as dropped:
-            tally.drop_page(dropped.reason, sample.where)
+            tally.drop_document(dropped.reason, sample.where)
             continue
-        if page is not None:
-            yield page
+        if document is not None:
+            yield document
 
 
-def _generated(body: dict[str, Any], where: str, rule: PictureRule, tally: Tally) -> Page:
-    """A ChatGPT-made sequence. Raises Dropped or Malformed; a place whose picture is missing is counted and closed."""
+def _generated(body: dict[str, Any], where: str, rule: ImageRule, tally: Tally) -> Document:
+    """A ChatGPT-made sequence. Raises Dropped or Malformed; a place whose image is missing is counted and closed."""
 
-    def picture(number: int, text: Any) -> bytes | None:
+    def image(number: int, text: Any) -> bytes | None:
         try:
             return rule.check(from_base64(text))
         except Dropped as dropped:
-            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+            tally.drop_image(dropped.reason, f"{where} image {number}")
             return None
 
-    nodes, images = generated(body, picture)
+    nodes, images = generated(body, image)
     if not images:
-        raise Dropped("fewer than 1 pictures left")
+        raise Dropped("fewer than 1 images left")
     if not any(isinstance(node, Text) for node in nodes):
         raise Dropped("no text")
-    return Page("", nodes, images, {"generated": True})
+    return Document("", nodes, images, {"generated": True})

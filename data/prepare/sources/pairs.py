@@ -1,11 +1,11 @@
-"""Pictures with captions: img2dataset's tars (LAION, DataComp, COYO), folders of picture + text, CSV and TSV.
+"""Images with captions: img2dataset's tars (LAION, DataComp, COYO), folders of image + text, CSV and TSV.
 
     00000.tar           {key}.jpg + {key}.txt and/or {key}.json with "caption", as img2dataset leaves it
     folder              cat.jpg + cat.txt (or cat.json with "caption"), searched whole
-    table.csv|.tsv      a header, then a picture's path below --images and its caption in two of the columns
+    table.csv|.tsv      a header, then an image's path below --images and its caption in two of the columns
 
 Tars can be trained on as they are (`python -m data index`); preparing them filters them. `--where` takes conditions on
-the facts beside a picture, for instance `--where 'similarity>=0.28' 'punsafe<0.5' 'NSFW=UNLIKELY'`.
+the facts beside an image, for instance `--where 'similarity>=0.28' 'punsafe<0.5' 'NSFW=UNLIKELY'`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.conditions import add_where, conditions_of, hold
-from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Picture, Text
-from data.shards.index import PICTURE_SUFFIX
+from data.shards.document import Document, Image, Text
+from data.shards.index import IMAGE_SUFFIX
 from flamingo.errors import UserError
 
 LAYOUT = "pairs"
 TABLES = {".csv": ",", ".tsv": "\t"}
-IN_A_UNIT = 10_000  # pictures of a folder, rows of a table
+IN_A_UNIT = 10_000  # images of a folder, rows of a table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, filepath or path)")
     parser.add_argument("--caption-column", metavar="NAME", help="of a table (default: caption, title or text)")
     parser.add_argument("--caption-key", default="caption", metavar="NAME", help="in a JSON (default caption)")
-    add_where(parser, "what is known of a picture")
+    add_where(parser, "what is known of an image")
     parser.add_argument("--min-words", type=int, default=1, help="of a caption (default 1)")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -53,25 +53,25 @@ def units(args: argparse.Namespace) -> list[Unit]:
             ((label, table),) = input_files([item], (path.suffix,))
             found += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
         elif path.is_dir() and not next(path.rglob("*.tar"), None):
-            names = sorted(_picture_names(path))
+            names = sorted(_image_names(path))
             if not names:
-                raise UserError(f"folder {item} holds neither tars nor pictures; correct the path")
+                raise UserError(f"folder {item} holds neither tars nor images; correct the path")
             found += folder_units(path, names, IN_A_UNIT)
         else:
             found += file_units([item], (".tar",))
     return found
 
 
-def _picture_names(root: Path) -> Iterator[str]:
+def _image_names(root: Path) -> Iterator[str]:
     for folder, _, files in os.walk(root):
         for name in files:
-            if PICTURE_SUFFIX.match(name.rpartition(".")[2].lower()):
+            if IMAGE_SUFFIX.match(name.rpartition(".")[2].lower()):
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a picture with its caption."""
-    rule, conditions = PictureRule.of(args), conditions_of(tuple(args.where))
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a read_image with its caption."""
+    rule, conditions = ImageRule.of(args), conditions_of(tuple(args.where))
     if unit.names:
         samples = _from_folder(unit, args)
     elif Path(unit.path).suffix in TABLES:
@@ -80,16 +80,16 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
         samples = _from_tar(unit, args, tally)
     for where, read in samples:
         try:
-            caption, facts, picture = read()
+            caption, facts, read_image = read()
             if len(caption.split()) < args.min_words:
                 raise Dropped("no caption" if not caption.strip() else f"caption of fewer than {args.min_words} words")
             hold(facts, conditions)
-            image = rule.check(picture())
+            image = rule.check(read_image())
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
             continue
         meta = {name: value for name, value in facts.items() if name not in (args.caption_key, "exif", "nodes")}
-        yield Page("", [Picture((0,)), Text(caption)], [image], meta)
+        yield Document("", [Image((0,)), Text(caption)], [image], meta)
 
 
 def _from_tar(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[tuple[str, Any]]:
@@ -97,9 +97,9 @@ def _from_tar(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[tu
 
         def read(sample: Any = sample) -> tuple[str, dict[str, Any], Any]:
             facts = {"key": sample.key} | json_of(sample, json.loads)
-            suffix = sample.first_picture()
+            suffix = sample.first_image()
             if suffix is None:
-                raise Dropped("no picture")
+                raise Dropped("no image")
             caption = _text(sample.read("txt")) if "txt" in sample.members else facts.get(args.caption_key)
             if caption is not None and not isinstance(caption, str):
                 raise Dropped("caption is not text")
@@ -165,8 +165,8 @@ def _column(header: list[str], wanted: str | None, usual: tuple[str, ...], path:
 
 
 @lru_cache(maxsize=4)
-def _folder(root: str) -> PictureFolder:
-    return PictureFolder(root)
+def _folder(root: str) -> ImageFolder:
+    return ImageFolder(root)
 
 
 def _text(raw: bytes) -> str:

@@ -4,7 +4,7 @@
     {key}.000.jpg {key}.001.jpg ... + {key}.txt     frames as they are; --fps says at which rate they were taken
     {key}.npy + {key}.txt                           the same as an array (F, H, W, 3) of uint8
 
-A page is one clip and its caption. video2dataset's clipping gives keys such as 000000_00001, one sample a clip.
+A document is one clip and its caption. video2dataset's clipping gives keys such as 000000_00001, one sample a clip.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.clips import frames_of
-from data.prepare.images import PictureFolder, PictureRule, add_picture_arguments
+from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, Tally, Unit
-from data.shards.document import Page, Picture, Text
-from data.shards.index import PICTURE_SUFFIX
+from data.shards.document import Document, Image, Text
+from data.shards.index import IMAGE_SUFFIX
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-frames", type=int, default=64, help="most frames kept of a video (default 64)")
     parser.add_argument("--side", type=int, default=480, metavar="PX", help="frames fit into this square (default 480)")
     parser.add_argument("--caption-key", default="caption", metavar="NAME", help="in a JSON (default caption)")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[Unit]:
@@ -62,9 +62,9 @@ def units(args: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a video."""
-    rule = PictureRule.of(args)
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a video."""
+    rule = ImageRule.of(args)
     for where, read in _from_folder(unit) if unit.names else _from_tar(unit, tally):
         try:
             caption, facts, members = read()
@@ -76,11 +76,11 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
                 raise Dropped("no caption")
             frames = [rule.check(frame) for frame in _frames(members, args)]
         except Dropped as dropped:
-            tally.drop_page(dropped.reason, where)
+            tally.drop_document(dropped.reason, where)
             continue
-        clip = Picture(tuple(range(len(frames))), args.fps if len(frames) > 1 else None)
+        clip = Image(tuple(range(len(frames))), args.fps if len(frames) > 1 else None)
         meta: dict[str, Any] = {name: facts[name] for name in ("key", "file", "url", "clips") if name in facts}
-        yield Page("", [clip, Text(caption.strip())], frames, meta)
+        yield Document("", [clip, Text(caption.strip())], frames, meta)
 
 
 Read = Callable[[], tuple[str | None, dict[str, Any], dict[str, Callable[[], bytes]]]]
@@ -98,7 +98,7 @@ def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
 
 
 def _from_folder(unit: Unit) -> Iterator[tuple[str, Read]]:
-    folder = PictureFolder(unit.path)
+    folder = ImageFolder(unit.path)
     for name in unit.names:
 
         def read(name: str = name) -> Any:
@@ -135,7 +135,7 @@ def _frames(members: dict[str, Callable[[], bytes]], args: argparse.Namespace) -
     for suffix, read in members.items():
         if suffix in VIDEOS:
             return frames_of(read(), args.fps, args.max_frames, args.side, args.max_pixels)
-    numbered = [(int(match[1] or 0), suffix) for suffix in members if (match := PICTURE_SUFFIX.match(suffix))]
+    numbered = [(int(match[1] or 0), suffix) for suffix in members if (match := IMAGE_SUFFIX.match(suffix))]
     if numbered:
         return [members[suffix]() for _, suffix in sorted(numbered)[: args.max_frames]]
     if "npy" in members:

@@ -1,7 +1,7 @@
-"""Pages of WARC files (Common Crawl's, or one's own crawl) to interleaved pages: how OBELICS and M3W were made.
+"""Documents of WARC files (Common Crawl's, or one's own crawl) to interleaved documents: how OBELICS and M3W were made.
 
-Records of HTML become pages by the order of the DOM. Pictures are looked up by address: among those downloaded
-(--images: tars of img2dataset, or a map), or, without --images, among the picture records of the same WARC files.
+Records of HTML become documents by the order of the DOM. Images are looked up by address: among those downloaded
+(--images: tars of img2dataset, or a map), or, without --images, among the image records of the same WARC files.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import Entry, build_lookup, build_url_lookup, open_lookup
 from data.prepare.units import Tally, Unit
-from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, web_page
+from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, web_document
 from data.prepare.web.dom import decode_html
-from data.shards.document import Page
+from data.shards.document import Document
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
 SUFFIXES = (".warc", ".warc.gz", ".warc.lz4", ".warc.zst")
 HTML = ("text/html", "application/xhtml+xml")
-MAX_RECORD = 100_000_000  # bytes; what is larger is no page and no picture
-MAX_HTML = 10_000_000  # bytes; nothing larger is a page to be read
+MAX_RECORD = 100_000_000  # bytes; what is larger is no document and no image
+MAX_HTML = 10_000_000  # bytes; nothing larger is a document to be read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +40,11 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the pictures are; those in the WARC files are written out, unpacked, for the time of the work."""
+    """Find out where the images are; those in the WARC files are written out, unpacked, for the time of the work."""
     if args.images:
-        build_url_lookup(work / "pictures.sqlite", args.images)
-    elif not (work / "pictures.sqlite").exists():
-        build_lookup(work / "pictures.sqlite", _spooled(args, work / "pictures.bin"))
+        build_url_lookup(work / "images.sqlite", args.images)
+    elif not (work / "images.sqlite").exists():
+        build_lookup(work / "images.sqlite", _spooled(args, work / "images.bin"))
 
 
 def _spooled(args: argparse.Namespace, spool: Path) -> Iterator[Entry]:
@@ -58,7 +58,7 @@ def _spooled(args: argparse.Namespace, spool: Path) -> Iterator[Entry]:
                         yield url, str(spool), out.tell(), len(body)
                         out.write(body)
             except UserError:
-                if not args.skip_bad_files:  # it is counted when its pages are asked for
+                if not args.skip_bad_files:  # it is counted when its documents are asked for
                     raise
 
 
@@ -87,9 +87,9 @@ def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
         raise UserError(f"{unit.path} has no response record; is it a WARC file and not a WET or WAT one?")
 
 
-def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
-    """One page a record of HTML."""
-    pictures = open_lookup(lookup_of(args))
+def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """One document a record of HTML."""
+    images = open_lookup(lookup_of(args))
     for record, number in responses(unit):
         kind = (record.http_content_type or record.headers.get("WARC-Identified-Payload-Type") or "").lower()
         if not kind.startswith(HTML):
@@ -98,9 +98,9 @@ def pages(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Page]:
         where = f"{unit.label} response {number} ({url})"
         body = record.reader.read(MAX_HTML + 1)
         if len(body) > MAX_HTML:
-            tally.drop_page("HTML of more than 10 MB", where)
+            tally.drop_document("HTML of more than 10 MB", where)
             continue
         charset = record.http_charset or record.headers.get("WARC-Identified-Content-Charset")
-        page = web_page(decode_html(body, charset), url, where, args, pictures.read, tally)
-        if page is not None:
-            yield page
+        document = web_document(decode_html(body, charset), url, where, args, images.read, tally)
+        if document is not None:
+            yield document

@@ -1,4 +1,4 @@
-"""A web page to a page of a shard: what `html` and `warc` share."""
+"""A web page to a document of a shard: what `html` and `warc` share."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data.prepare.images import PictureRule, from_base64
+from data.prepare.images import ImageRule, from_base64
 from data.prepare.units import Dropped, Tally
-from data.prepare.web.dom import WebPart, WebPicture, read_dom
+from data.prepare.web.dom import WebImage, WebPart, read_dom
 from data.prepare.web.text_filters import RULES, WebRule, word_list
-from data.shards.document import Node, Page, Picture, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
 
 
 def add_web_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of pages of the web."""
+    """The options of documents of the web."""
     parser.add_argument("--filters", choices=sorted(RULES), default="obelics", help="which rules (default obelics)")
-    parser.add_argument("--min-images", type=int, default=1, help="pages with fewer are dropped (default 1)")
+    parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
     parser.add_argument("--flagged-words", metavar="FILE", help="words whose share is limited, one a line")
     parser.add_argument("--common-words", metavar="FILE", help="words whose share must be reached, one a line")
     parser.add_argument("--spam-words", metavar="FILE", help="words whose share of a paragraph is limited, one a line")
-    parser.add_argument("--decode", action="store_true", help="decode every picture whole and leave out damaged ones")
+    parser.add_argument("--decode", action="store_true", help="decode every image whole and leave out damaged ones")
 
 
 def check_web_arguments(args: argparse.Namespace) -> None:
@@ -36,13 +36,13 @@ def check_web_arguments(args: argparse.Namespace) -> None:
     word_list(args.spam_words)
 
 
-def web_page(
+def web_document(
     html: str, url: str, where: str, args: argparse.Namespace, fetch: Callable[[str], bytes], tally: Tally
-) -> Page | None:
-    """The page of a document, or None when it is dropped; either way counted. `fetch` may raise Dropped."""
+) -> Document | None:
+    """The document of a document, or None when it is dropped; either way counted. `fetch` may raise Dropped."""
     rule = RULES[args.filters]
     lists = tuple(map(word_list, (args.flagged_words, args.common_words, args.spam_words)))
-    looks = PictureRule(
+    looks = ImageRule(
         min_side=rule.min_side,
         max_side=rule.max_side,
         max_pixels=args.max_pixels,
@@ -56,7 +56,7 @@ def web_page(
     urls: list[str] = []
     for number, part in enumerate(read_dom(html, url)):
         if part in seen:
-            continue  # a menu or a picture that returns on the page
+            continue  # a menu or an image that returns on the document
         seen.add(part)
         if isinstance(part, str):
             if rule.paragraph.reason(part, *lists):
@@ -66,38 +66,38 @@ def web_page(
         try:
             images.append(looks.check(_bytes(part, rule, fetch)))
         except Dropped as dropped:
-            tally.drop_picture(dropped.reason, f"{where} picture {number}")
+            tally.drop_image(dropped.reason, f"{where} image {number}")
             continue
-        nodes.append(Picture((len(images) - 1,)))
+        nodes.append(Image((len(images) - 1,)))
         urls.append(part.url if not part.url.startswith("data:") else "data:")
     text = "\n\n".join(node.text for node in nodes if isinstance(node, Text))
     reason = (
         "no text"
         if not text
-        else f"fewer than {args.min_images} pictures left"
+        else f"fewer than {args.min_images} images left"
         if len(images) < args.min_images
-        else f"more than {rule.max_images} pictures"
+        else f"more than {rule.max_images} images"
         if len(images) > rule.max_images
         else rule.document.reason(text, *lists)
     )
     if reason:
-        tally.drop_page(reason, where)
+        tally.drop_document(reason, where)
         return None
-    return Page("", nodes, images, ({"url": url} if url else {}) | {"images": urls})
+    return Document("", nodes, images, ({"url": url} if url else {}) | {"images": urls})
 
 
-def _bytes(picture: WebPicture, rule: WebRule, fetch: Callable[[str], bytes]) -> bytes:
-    if picture.url.startswith("data:"):
-        return from_base64(picture.url)
-    address = picture.url.lower()
+def _bytes(image: WebImage, rule: WebRule, fetch: Callable[[str], bytes]) -> bytes:
+    if image.url.startswith("data:"):
+        return from_base64(image.url)
+    address = image.url.lower()
     if word := next((word for word in rule.banned if word in address), None):
-        raise Dropped(f"picture with {word!r} in its address")
-    if 0 < picture.width < rule.min_side or 0 < picture.height < rule.min_side:
-        raise Dropped(f"picture shown with a side below {rule.min_side} pixels")
-    return fetch(picture.url)
+        raise Dropped(f"image with {word!r} in its address")
+    if 0 < image.width < rule.min_side or 0 < image.height < rule.min_side:
+        raise Dropped(f"image shown with a side below {rule.min_side} pixels")
+    return fetch(image.url)
 
 
-def page_address(html: str) -> str:
+def document_address(html: str) -> str:
     """The address that a saved page says it had: its canonical link or what a browser noted when it saved it."""
     for pattern in (
         r"""<link[^>]{0,300}?rel=["']?canonical["']?[^>]{0,300}?href=["']([^"'>]{1,2000})["']""",
@@ -110,5 +110,5 @@ def page_address(html: str) -> str:
 
 
 def lookup_of(args: argparse.Namespace) -> str:
-    """Where the lookup of pictures by address is."""
-    return str(Path(args.work) / "pictures.sqlite")
+    """Where the lookup of images by address is."""
+    return str(Path(args.work) / "images.sqlite")

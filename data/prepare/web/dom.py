@@ -1,8 +1,8 @@
-"""A web page's text and pictures in the order of its DOM.
+"""A web page's text and images in the order of its DOM.
 
 What is notable: what is no content (navigation, forms, scripts, hidden elements) is left out with all that is in it;
-paragraphs end where a block element begins or ends, and a picture inside a sentence divides it and stands where it
-stood; the address of a picture is the first of src, data-src and its like, and srcset that is one, made absolute.
+paragraphs end where a block element begins or ends, and an image inside a sentence divides it and stands where it
+stood; the address of an image is the first of src, data-src and its like, and srcset that is one, made absolute.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]{1,40})
 
 
 @dataclass(frozen=True, slots=True)
-class WebPicture:
-    """A picture of a page: its address, and the size that the page gives it (0: none)."""
+class WebImage:
+    """An image of a document: its address, and the size that the document gives it (0: none)."""
 
     url: str
     width: int = 0
     height: int = 0
 
 
-WebPart = str | WebPicture
+WebPart = str | WebImage
 
 
 def decode_html(raw: bytes, charset: str | None = None) -> str:
-    """Bytes to text: by byte-order mark, the given charset, the page's own `<meta>`, UTF-8, else Windows-1252."""
+    """Bytes to text: by byte-order mark, the given charset, the document's own `<meta>`, UTF-8, else Windows-1252."""
     for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if raw.startswith(mark):
             return raw[len(mark) :].decode(name, "replace")
@@ -60,7 +60,7 @@ def decode_html(raw: bytes, charset: str | None = None) -> str:
 
 
 def read_dom(html: str, url: str = "") -> list[WebPart]:
-    """Paragraphs and pictures of a page at `url`, in order."""
+    """Paragraphs and images of a document at `url`, in order."""
     html = html.encode("utf-8", "replace").decode()  # no half surrogate pairs, which some charsets let through
     parser = required("selectolax.lexbor", "reading HTML").LexborHTMLParser(html)
     base = parser.css_first("base[href]")
@@ -76,7 +76,7 @@ def read_dom(html: str, url: str = "") -> list[WebPart]:
         run.clear()
 
     stack: list[tuple[Any, bool]] = [(parser.body, False)] if parser.body is not None else []
-    while stack:  # not by recursion: pages are nested thousands deep
+    while stack:  # not by recursion: documents are nested thousands deep
         node, leaving = stack.pop()
         tag = node.tag
         if leaving:
@@ -90,10 +90,10 @@ def read_dom(html: str, url: str = "") -> list[WebPart]:
         if not node.is_element_node or tag in SKIPPED or _hidden(node.attributes):
             continue
         if tag == "img":
-            picture = _picture(node, where)
-            if picture is not None:
+            image = _image(node, where)
+            if image is not None:
                 end_paragraph()
-                parts.append(picture)
+                parts.append(image)
             continue
         if tag == "br":
             run.append(LINE)
@@ -118,12 +118,12 @@ def _hidden(attributes: dict[str, str | None]) -> bool:
     )
 
 
-def _picture(node: Any, base: str) -> WebPicture | None:
+def _image(node: Any, base: str) -> WebImage | None:
     attributes = node.attributes
     found = [attributes.get(name) for name in SOURCES]
     found += [_widest(attributes.get(name)) for name in ("srcset", "data-srcset")]
     parent = node.parent
-    if parent is not None and parent.tag == "picture":
+    if parent is not None and parent.tag == "image":
         found += [_widest(source.attributes.get("srcset")) for source in parent.css("source")]
     sizes = (_pixels(attributes.get("width")), _pixels(attributes.get("height")))
     inline = None
@@ -132,8 +132,8 @@ def _picture(node: Any, base: str) -> WebPicture | None:
         if address.startswith("data:"):
             inline = inline or address  # most often a placeholder of one pixel: only where there is no other
         elif address and (full := _join(base, address)):
-            return WebPicture(full, *sizes)
-    return WebPicture(inline, *sizes) if inline and inline.startswith("data:image/") else None
+            return WebImage(full, *sizes)
+    return WebImage(inline, *sizes) if inline and inline.startswith("data:image/") else None
 
 
 def _widest(srcset: str | None) -> str | None:

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.document import Page, Text
+from data.shards.document import Document, Text
 
 Hashes = NDArray[np.uint64]
 ONCE = ("urls", "sets")  # of these one document is kept, of the others none
-KINDS = ("pictures", "paragraphs", *ONCE)
+KINDS = ("images", "paragraphs", *ONCE)
 
 
 def hash_of(data: bytes) -> int:
@@ -29,9 +29,9 @@ def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def site_of(page: Page) -> str:
-    """The host of a page's address, "" where it has none."""
-    url = page.meta.get("url")
+def site_of(document: Document) -> str:
+    """The host of a document's address, "" where it has none."""
+    url = document.meta.get("url")
     try:
         return (urlsplit(url).hostname or "") if isinstance(url, str) else ""
     except ValueError:
@@ -43,30 +43,30 @@ def paragraph_hash(site: str, paragraph: str) -> int:
     return hash_of(f"{site}\0{paragraph.strip()}".encode("utf-8", "replace"))
 
 
-def paragraphs_of(page: Page) -> Iterator[str]:
-    """Stretches of text between empty lines and pictures."""
-    for node in page.nodes:
+def paragraphs_of(document: Document) -> Iterator[str]:
+    """Stretches of text between empty lines and images."""
+    for node in document.nodes:
         if isinstance(node, Text):
             yield from (part for part in node.text.split("\n\n") if part.strip())
 
 
-def page_hashes(page: Page) -> dict[str, list[int]]:
-    """What a page has of each of `KINDS`, each thing once."""
-    pictures = sorted({hash_of(image) for image in page.images})
-    site, url = site_of(page), page.meta.get("url")
+def document_hashes(document: Document) -> dict[str, list[int]]:
+    """What a document has of each of `KINDS`, each thing once."""
+    images = sorted({hash_of(image) for image in document.images})
+    site, url = site_of(document), document.meta.get("url")
     return {
-        "pictures": pictures,
-        "paragraphs": sorted({paragraph_hash(site, text) for text in paragraphs_of(page)}) if site else [],
+        "images": images,
+        "paragraphs": sorted({paragraph_hash(site, text) for text in paragraphs_of(document)}) if site else [],
         "urls": [hash_of(url.encode("utf-8", "replace"))] if isinstance(url, str) and url else [],
-        "sets": [hash_of(np.array(pictures, dtype=np.uint64).tobytes())] if pictures else [],
+        "sets": [hash_of(np.array(images, dtype=np.uint64).tobytes())] if images else [],
     }
 
 
-def count(pages: Iterable[tuple[int, Page]], path: Path) -> None:
-    """Write the hashes of (row, page) of a shard: for `ONCE` also the rows, to know which document is the last."""
+def count(documents: Iterable[tuple[int, Document]], path: Path) -> None:
+    """Write the hashes of (row, document) of a shard: for `ONCE` also the rows, to know which document is the last."""
     found: dict[str, list[int]] = {name: [] for name in (*KINDS, *(f"{kind}_rows" for kind in ONCE))}
-    for row, page in pages:
-        for kind, hashes in page_hashes(page).items():
+    for row, document in documents:
+        for kind, hashes in document_hashes(document).items():
             found[kind] += hashes
             if kind in ONCE:
                 found[f"{kind}_rows"] += [row] * len(hashes)
@@ -83,9 +83,9 @@ def _write(path: Path, columns: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What is left out: sorted hashes of pictures and paragraphs, and for `ONCE` of what returns and who is kept."""
+    """What is left out: sorted hashes of images and paragraphs, and for `ONCE` of what returns and who is kept."""
 
-    pictures: Hashes
+    images: Hashes
     paragraphs: Hashes
     urls: Hashes
     urls_kept: Hashes
@@ -93,13 +93,13 @@ class Table:
     sets_kept: Hashes
 
     def has(self, kind: str, value: int) -> bool:
-        """Whether a picture or paragraph is among those that return too often."""
+        """Whether an image or paragraph is among those that return too often."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
         return at < len(known) and int(known[at]) == value
 
     def keeps(self, kind: str, value: int, place: int) -> bool:
-        """Whether the document at `place` (see `place_of`) is the one of its address, or its pictures, that stays."""
+        """Whether the document at `place` (see `place_of`) is the one of its address, or its images, that stays."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
         there = at < len(known) and int(known[at]) == value
@@ -121,10 +121,10 @@ def place_of(shard: int, row: int) -> int:
     return shard << 32 | row
 
 
-def tabulate(files: Sequence[Path], most_pictures: int, most_paragraphs: int) -> Table:
-    """Put the counts of all shards together: 8 bytes of memory for each picture and paragraph of the corpus, twice."""
+def tabulate(files: Sequence[Path], most_images: int, most_paragraphs: int) -> Table:
+    """Put the counts of all shards together: 8 bytes of memory for each image and paragraph of the corpus, twice."""
     columns: dict[str, Any] = {}
-    for kind, most in (("pictures", most_pictures), ("paragraphs", most_paragraphs)):
+    for kind, most in (("images", most_images), ("paragraphs", most_paragraphs)):
         values, counts = np.unique(_column(files, kind), return_counts=True)
         columns[kind] = values[counts > most] if most else values[:0]
         del values, counts

@@ -1,15 +1,15 @@
-"""Which texts and pictures of the web are kept: the published rules of OBELICS and of M3W.
+"""Which texts and images of the web are kept: the published rules of OBELICS and of M3W.
 
     obelics   paragraphs and documents by length, repetition, special characters, function words, flagged words and
-              punctuation; pictures by sides, aspect and words in their address (Laurencon et al. 2023, appendix A)
-    m3w       pictures with a side below 64 pixels, an aspect above 3 or a single colour are left out (Alayrac et al.
+              punctuation; images by sides, aspect and words in their address (Laurencon et al. 2023, appendix A)
+    m3w       images with a side below 64 pixels, an aspect above 3 or a single colour are left out (Alayrac et al.
               2022, appendix A.3.1); documents by the rules of MassiveText (Rae et al. 2021, table A1)
-    none      nothing but pictures that cannot be read
+    none      nothing but images that cannot be read
 
 Of OBELICS' rules those that need a model are not here: language identification (the share of English function words
-stands in for it), perplexity, and NSFW; where a source has such scores, `--where` asks for them.
---flagged-words, --common-words and --spam-words take lists. Nothing is compared between pages: duplicates over a corpus
-are left out afterwards (data.prepare.sources.deduplicate).
+stands in for it), perplexity, and NSFW; where a source has such scores, `--where` asks for them. --flagged-words,
+--common-words and --spam-words take lists. Nothing is compared between documents: duplicates over a corpus are left out
+afterwards (data.prepare.sources.deduplicate).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TextRule:
 
 @dataclass(frozen=True, slots=True)
 class WebRule:
-    """What is kept of a web page. `banned` words are looked for in a picture's address."""
+    """What is kept of a web page. `banned` words are looked for in an image's address."""
 
     paragraph: TextRule
     document: TextRule

@@ -1,7 +1,7 @@
 """Readers of data sets' own annotation files, as people download them.
 
 A reader takes the path of a file (or folder) and the task's `SourceSpec` and yields items; a new data set is a function
-and an entry here. Nothing is decoded: pictures are files to be read when a model must see them.
+and an entry here. Nothing is decoded: images are files to be read when a model must see them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval.task import SourceSpec
-from eval.tasks.formats.files import Item, clip_of, in_split, item, need, picture_of, read_json, rows
+from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, read_json, rows
 
 
 def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -18,7 +18,7 @@ def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:
             where = "/".join(filter(None, (row.get("filepath"), name)))
             captions = [need(sentence, "raw", path, name) for sentence in need(row, "sentences", path, name)]
             number = row.get("cocoid", Path(name).stem)
-            yield item(number, picture_of(source, path, where, row), "", captions, group=str(number))
+            yield item(number, image_of(source, path, where, row), "", captions, group=str(number))
 
 
 def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -30,20 +30,20 @@ def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
     for row in rows(path, content, "images"):
         number = need(row, "id", path)
         if number in captions:
-            picture = picture_of(source, path, str(need(row, "file_name", path)), row)
-            yield item(number, picture, "", captions[number], row.get("domain", ""), group=str(number))
+            image = image_of(source, path, str(need(row, "file_name", path)), row)
+            yield item(number, image, "", captions[number], row.get("domain", ""), group=str(number))
 
 
 def textcaps(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`TextCaps_0.1_*.json`: one entry a caption under data; `reference_strs` are all of the picture's."""
+    """`TextCaps_0.1_*.json`: one entry a caption under data; `reference_strs` are all of the image's."""
     found: dict[str, tuple[dict, list[str]]] = {}
     for row in rows(path, read_json(path), "data"):
         number = str(need(row, "image_id", path))
         captions = found.setdefault(number, (row, []))[1]
         captions.extend(row.get("reference_strs") or [need(row, "caption_str", path, number)])
     for number, (row, captions) in found.items():
-        picture = picture_of(source, path, f"{number}.jpg", row)
-        yield item(number, picture, "", list(dict.fromkeys(captions)), group=number)
+        image = image_of(source, path, f"{number}.jpg", row)
+        yield item(number, image, "", list(dict.fromkeys(captions)), group=number)
 
 
 def vatex(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -10,10 +10,10 @@ from eval.task import SourceSpec
 from eval.tasks.formats.files import (
     Item,
     clip_of,
+    image_of,
     in_split,
     item,
     need,
-    picture_of,
     read_csv,
     read_json,
     read_jsonl,
@@ -42,14 +42,14 @@ def choice_item(path: Path, name: object, choices: Sequence[object], correct: An
     texts = [str(choice).strip() for choice in choices]
     if not isinstance(correct, int) or not 0 <= correct < len(texts) <= len(LETTERS):
         raise UserError(f"{path}: {name} has {len(texts)} choices and the answer {correct!r}; is this the right file?")
-    picture, kind = more.pop("picture", None), more.pop("kind", "")
-    return item(name, picture, question, [texts[correct]], kind, choices=texts, **more)
+    image, kind = more.pop("image", None), more.pop("kind", "")
+    return item(name, image, question, [texts[correct]], kind, choices=texts, **more)
 
 
 def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`problems.json` with `pid_splits.json` as annotations; pictures at images/SPLIT/ID/image.png.
+    """`problems.json` with `pid_splits.json` as annotations; images at images/SPLIT/ID/image.png.
 
-    kind has the words by which results are told: NAT, SOC or LAN; TXT and IMG for a hint and a picture, NO for neither;
+    kind has the words by which results are told: NAT, SOC or LAN; TXT and IMG for a hint and an image, NO for neither;
     G1-6 or G7-12. `{context}` is the hint. The rationale is lecture and solution.
     """
     problems, splits = read_json(path), None
@@ -61,16 +61,16 @@ def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     subjects = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
     for name in names:
         row = need(problems, name, path, "the file")
-        hint, image = row.get("hint") or "", row.get("image")
-        seen = [word for word, there in (("TXT", hint), ("IMG", image)) if there] or ["NO"]
+        hint, file_name = row.get("hint") or "", row.get("image")
+        seen = [word for word, there in (("TXT", hint), ("IMG", file_name)) if there] or ["NO"]
         grade = int("".join(filter(str.isdigit, str(need(row, "grade", path, name)))) or 0)
         kind = " ".join([subjects.get(row.get("subject", ""), "?"), *seen, "G1-6" if grade <= 6 else "G7-12"])
-        picture = picture_of(source, path, f"{row.get('split')}/{name}/{image}", row) if image else None
+        image = image_of(source, path, f"{row.get('split')}/{name}/{file_name}", row) if file_name else None
         why = " ".join(" ".join(filter(None, (row.get("lecture"), row.get("solution")))).split())
         values = {"context": hint.strip() or "N/A"}
         yield choice_item(
             *(path, name, need(row, "choices", path, name), row["answer"], row["question"]),
-            picture=picture,
+            image=image,
             kind=kind,
             rationale=why,
             values=values,
@@ -86,7 +86,7 @@ def star(path: Path, source: SourceSpec) -> Iterator[Item]:
         clip = clip_of(source, path, video, row, float(row["start"]), float(row["end"]))
         correct = choices.index(answer) if answer in choices else answer
         asked = need(row, "question", path, name)
-        yield choice_item(path, name, choices, correct, asked, picture=clip, kind=name.split("_")[0], group=video)
+        yield choice_item(path, name, choices, correct, asked, image=clip, kind=name.split("_")[0], group=video)
 
 
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -96,7 +96,7 @@ def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
         clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
         kind, correct = ("TN" if row["type"] == "TP" else row["type"]), int(row["answer"])
         choices = [row[key] for key in keys]
-        yield choice_item(path, name, choices, correct, row["question"], picture=clip, kind=kind, group=row["video"])
+        yield choice_item(path, name, choices, correct, row["question"], image=clip, kind=kind, group=row["video"])
 
 
 def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -10,22 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import Picture, SourceSpec, StoredPicture
+from eval.task import EncodedImage, SourceSpec, StoredImage
 from flamingo.errors import UserError
 
 Item = dict[str, Any]
-"""One question: id, picture, question, answers (accepted ones), kind, label, text (the answer's node as a page has it,
+"""One question: id, image, question, answers (accepted ones), kind, label, text (the answer's node as a page has it,
 or None); optionally choices, rationale, group (what ties scores together) and values (for the question's `{...}`)."""
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
 def item(
-    name: object, picture: Picture | None, question: str, answers: Sequence[object], kind: object = "", **more: Any
+    name: object, image: EncodedImage | None, question: str, answers: Sequence[object], kind: object = "", **more: Any
 ) -> Item:
     """An item of a data set. Answers may be numbers in some files; they are text here, without blanks around."""
     texts = [str(answer).strip() for answer in answers]
-    facts: Item = {"id": str(name), "picture": picture, "question": " ".join(question.split()), "answers": texts}
+    facts: Item = {"id": str(name), "image": image, "question": " ".join(question.split()), "answers": texts}
     return facts | {"kind": str(kind or ""), "label": "", "text": None} | more
 
 
@@ -115,13 +115,13 @@ def _read_file(file: Path) -> tuple[bytes, ...]:
     return (file.read_bytes(),)
 
 
-def stored(file: Path) -> StoredPicture:
-    """The picture in a file, read when it is needed."""
-    return StoredPicture(partial(_read_file, file), file)
+def stored(file: Path) -> StoredImage:
+    """The image in a file, read when it is needed."""
+    return StoredImage(partial(_read_file, file), file)
 
 
-def picture_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredPicture:
-    """The picture of a row: `source.images` filled with the row's fields, or the folder it is with `name` in it.
+def image_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredImage:
+    """The image of a row: `source.images` filled with the row's fields, or the folder it is with `name` in it.
 
     Without `source.images` the folder is that of `beside`, the annotation file.
     """
@@ -141,11 +141,11 @@ def _location(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any
 
 def clip_of(
     source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any], start: float = 0.0, end: float | None = None
-) -> StoredPicture:
-    """`source.frames` frames of a row's video from `start` to `end` seconds: a file, or a folder of pictures."""
+) -> StoredImage:
+    """`source.frames` frames of a row's video from `start` to `end` seconds: a file, or a folder of images."""
     from eval.tasks.formats.video import frames_of
 
     where = Path(_location(source, beside, name, row))
     options = [where, *(where.with_name(where.name + ending) for ending in VIDEO_ENDINGS)]
     file = next((option for option in options if option.exists()), options[0])
-    return StoredPicture(partial(frames_of, file, source.frames, start, end), file)
+    return StoredImage(partial(frames_of, file, source.frames, start, end), file)

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from eval.metrics.ranking import ANNOTATIONS
 from eval.task import SourceSpec
-from eval.tasks.formats.files import Item, clip_of, item, need, picture_of, read_csv, read_jsonl, stored
+from eval.tasks.formats.files import Item, clip_of, image_of, item, need, read_csv, read_jsonl, stored
 from flamingo.errors import UserError
 
-PICTURES = {".jpeg", ".jpg", ".png", ".webp"}
+IMAGES = {".jpeg", ".jpg", ".png", ".webp"}
 
 
 def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`dev_seen.jsonl`: id, img, label, text. `{text}` is what is written on the picture."""
+    """`dev_seen.jsonl`: id, img, label, text. `{text}` is what is written on the image."""
     for number, row in enumerate(read_jsonl(path), 1):
         name = need(row, "id", path, f"line {number}")
         label = need(row, "label", path, f"line {number} (the unlabelled test file has none)")
-        picture = picture_of(source, path, str(need(row, "img", path)), row)
+        image = image_of(source, path, str(need(row, "img", path)), row)
         values = {"text": " ".join(str(need(row, "text", path)).split())}
-        yield item(name, picture, "", ["yes" if int(label) else "no"], values=values, choices=["no", "yes"])
+        yield item(name, image, "", ["yes" if int(label) else "no"], values=values, choices=["no", "yes"])
 
 
 def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -41,25 +41,25 @@ def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         if folder.name not in names:
             raise UserError(f"{path} has the folder {folder.name}, which {source.annotations} does not name")
-        for file in sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in PICTURES):
+        for file in sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGES):
             name = f"{folder.name}/{file.name}"
             yield item(name, stored(file), "", [names[folder.name]], label=folder.name, choices=every, group=name)
 
 
 def winoground(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`examples.jsonl`: id, image_0, image_1, caption_0, caption_1. Three queries an item: each picture and none.
+    """`examples.jsonl`: id, image_0, image_1, caption_0, caption_1. Three queries an item: each image and none.
 
-    Each ranks both captions; the one without a picture gives the captions' own probability.
+    Each ranks both captions; the one without an image gives the captions' own probability.
     """
     for row in read_jsonl(path):
         name = str(need(row, "id", path))
         captions = [str(need(row, f"caption_{number}", path, name)) for number in (0, 1)]
         for number in (0, 1):
             image = str(need(row, f"image_{number}", path, name))
-            file = picture_of(source, path, image if Path(image).suffix else f"{image}.png", row)
+            file = image_of(source, path, image if Path(image).suffix else f"{image}.png", row)
             kind = str(row.get("collapsed_tag", ""))
             yield item(f"{name}.{number}", file, "", [captions[number]], kind, choices=captions, group=name)
-        yield item(f"{name}.none", None, "", [captions[0]], "no picture", choices=captions, group=name)
+        yield item(f"{name}.none", None, "", [captions[0]], "no image", choices=captions, group=name)
 
 
 def rareact(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""MMMU: college questions about one picture or several, multiple choice and open."""
+"""MMMU: college questions about one image or several, multiple choice and open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import SourceSpec, StoredPicture
+from eval.task import SourceSpec, StoredImage
 from eval.tasks.formats.choices import choice_item, letters
 from eval.tasks.formats.files import Item, item, need
 from eval.tasks.formats.interleaved import MARK, without_first_mark
@@ -18,8 +18,8 @@ from flamingo.errors import UserError
 def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
     """A folder with the hub's parquet files (SUBJECT/SPLIT-*.parquet); kind is split and subject.
 
-    The pictures stand where the text names them (`eval.tasks.formats.interleaved`). An open question has no choices and is
-    generated, whatever the task's `output`. `only: {question_type: multiple-choice}` (or open) takes one kind.
+    The images stand where the text names them (`eval.tasks.formats.interleaved`). An open question has no choices and
+    is generated, whatever the task's `output`. `only: {question_type: multiple-choice}` (or open) takes one kind.
     """
     try:
         import pyarrow.parquet as parquet
@@ -38,17 +38,17 @@ def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
 def _item(file: Path, row: dict[str, Any]) -> Item:
     name = str(need(row, "id", file))
     blobs = [row[f"image_{n}"]["bytes"] for n in range(1, 8) if row.get(f"image_{n}")]
-    pictures = [StoredPicture(partial(_bytes_of, blob)) for blob in blobs]
+    images = [StoredImage(partial(_bytes_of, blob)) for blob in blobs]
     asked, kind = without_first_mark(str(need(row, "question", file, name))), name.rsplit("_", 1)[0]
-    more: dict[str, Any] = {"pictures": pictures}
-    first = pictures[0] if pictures else None
+    more: dict[str, Any] = {"images": images}
+    first = images[0] if images else None
     if need(row, "question_type", file, name) != "multiple-choice":
         answers = _listed(str(need(row, "answer", file, name)))
         return item(name, first, asked, answers, kind, open=True, **more)
     options, answer = [str(option) for option in _listed(str(need(row, "options", file, name)))], row.get("answer")
     correct = letters(options).index(str(answer)) if str(answer) in letters(options) else answer
-    plain = [MARK.sub(lambda mark: f"picture {mark[1]}" if len(pictures) > 1 else "the picture", o) for o in options]
-    return choice_item(file, name, plain, correct, asked, picture=first, kind=kind, shown=options, **more)
+    plain = [MARK.sub(lambda mark: f"image {mark[1]}" if len(images) > 1 else "the image", o) for o in options]
+    return choice_item(file, name, plain, correct, asked, image=first, kind=kind, shown=options, **more)
 
 
 def _listed(text: str) -> list[str]:

@@ -12,9 +12,9 @@ from eval.tasks.formats.files import (
     Item,
     check_annotators,
     clip_of,
+    image_of,
     item,
     need,
-    picture_of,
     read_csv,
     read_json,
     rows,
@@ -42,9 +42,9 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         given = need(found[number], "answers", answers_at, number)
         answers = [str(need(answer, key, answers_at, number)) for answer in given]
         check_annotators(len(answers), source, answers_at, number)
-        picture = picture_of(source, path, str(need(row, "image_id", path)), row)
+        image = image_of(source, path, str(need(row, "image_id", path)), row)
         kind = found[number].get("answer_type", "")
-        yield item(number, picture, need(row, "question", path), answers, kind, group=str(row["image_id"]))
+        yield item(number, image, need(row, "question", path), answers, kind, group=str(row["image_id"]))
 
 
 def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
@@ -60,36 +60,38 @@ def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         number, image = need(row, "question_id", path), str(need(row, "image_id", path))
         answers = need(row, "answers", path, f"question {number}")
         check_annotators(len(answers), source, path, number)
-        yield item(number, picture_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
+        yield item(number, image_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
 
 
 def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`val.json`: image, question, answers[].answer, answer_type. The question's blanks and line ends are trimmed."""
     for row in rows(path, read_json(path)):
-        image = str(need(row, "image", path))
-        answers = [need(answer, "answer", path, image) for answer in need(row, "answers", path, image)]
-        check_annotators(len(answers), source, path, image)
-        picture = picture_of(source, path, image, row)
-        yield item(Path(image).stem, picture, row["question"], answers, row.get("answer_type", ""), group=image)
+        file_name = str(need(row, "image", path))
+        answers = [need(answer, "answer", path, file_name) for answer in need(row, "answers", path, file_name)]
+        check_annotators(len(answers), source, path, file_name)
+        image = image_of(source, path, file_name, row)
+        yield item(Path(file_name).stem, image, row["question"], answers, row.get("answer_type", ""), group=file_name)
 
 
 def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
-    return _medical(path, source, picture="image_name")
+    return _medical(path, source, field="image_name")
 
 
 def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`test.json`: img_name, question, answer, q_lang, answer_type; `only: {q_lang: en}` takes the English ones."""
-    return _medical(path, source, picture="img_name")
+    return _medical(path, source, field="img_name")
 
 
-def _medical(path: Path, source: SourceSpec, picture: str) -> Iterator[Item]:
+def _medical(path: Path, source: SourceSpec, field: str) -> Iterator[Item]:
     for row in rows(path, read_json(path)):
         if wanted(row, source):
-            image = str(need(row, picture, path))
+            file_name = str(need(row, field, path))
             kind = str(need(row, "answer_type", path)).strip().upper()
-            shown = picture_of(source, path, image, row)
-            yield item(need(row, "qid", path), shown, row["question"], [need(row, "answer", path)], kind, group=image)
+            shown = image_of(source, path, file_name, row)
+            yield item(
+                need(row, "qid", path), shown, row["question"], [need(row, "answer", path)], kind, group=file_name
+            )
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -114,7 +116,7 @@ def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     for number, row in enumerate(rows(path, content)):
         image, answer = str(need(row, "image", path)), str(need(row, "answer", path)).strip()
         kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
-        yield item(number, picture_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
+        yield item(number, image_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
 
 
 def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -1,6 +1,6 @@
 """Data of one's own: a CSV or JSONL table is a task in five lines of YAML.
 
-Columns: picture (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
+Columns: image (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
 (several accepted ones separated by | or, in JSONL, a list; the first is the one shown), and if there are any question,
 kind, id, label, rationale, group, and choices (separated by |, or a list). `source.fields` gives columns other names.
 Further columns may stand in the task's question as `{column}`.
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import Picture, SourceSpec, StoredPicture
+from eval.task import EncodedImage, SourceSpec, StoredImage
 from eval.tasks.formats.files import Item, read_csv, read_jsonl
 from flamingo.errors import UserError
 
@@ -22,14 +22,14 @@ FIELDS = ("question", "answer", "kind", "label", "rationale")
 
 def read_csv_table(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Rows of a CSV file with a header."""
-    needed = ["picture", source.fields.get("answer", "answer"), *source.fields.values()]
+    needed = ["image", source.fields.get("answer", "answer"), *source.fields.values()]
     for number, row in enumerate(read_csv(path, sorted(set(needed)))):
         yield _item(path, number, row, source)
 
 
 def read_jsonl_table(path: Path, source: SourceSpec) -> Iterator[Item]:
     """One object a line."""
-    needed = ["picture", source.fields.get("answer", "answer")]
+    needed = ["image", source.fields.get("answer", "answer")]
     for number, row in enumerate(read_jsonl(path)):
         lacking = [key for key in needed if key not in row]
         if lacking:
@@ -50,11 +50,11 @@ def _item(path: Path, number: int, row: Mapping[str, Any], source: SourceSpec) -
     return {
         **{key: plain[key] for key in ("question", "kind", "label", "rationale")},
         "id": str(row.get("id") or f"{path.stem}.{number}"),
-        "picture": _picture(path, number, row["picture"]),
+        "image": _image(path, number, row["image"]),
         "answers": answers,
         "choices": choices,
         "group": str(row.get("group") or ""),
-        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "picture")},
+        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "image")},
         "text": None,
     }
 
@@ -65,13 +65,13 @@ def _several(cell: Any) -> list[str]:
     return str(cell).split("|") if cell not in (None, "") else []
 
 
-def _picture(path: Path, number: int, cell: str | Sequence[str] | None) -> Picture | None:
+def _image(path: Path, number: int, cell: str | Sequence[str] | None) -> EncodedImage | None:
     names = [cell] if isinstance(cell, str) else list(cell or ())
     files = [path.parent / name for name in names if name]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{path}: row {number + 1} names the picture {file}, which does not exist")
-    return StoredPicture(partial(_read, tuple(files))) if files else None
+            raise UserError(f"{path}: row {number + 1} names the image {file}, which does not exist")
+    return StoredImage(partial(_read, tuple(files))) if files else None
 
 
 def _read(files: tuple[Path, ...]) -> tuple[bytes, ...]:

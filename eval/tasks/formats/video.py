@@ -1,4 +1,4 @@
-"""A few frames of a video, as encoded pictures."""
+"""A few frames of a video, as encoded images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flamingo.errors import UserError
 def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = None) -> tuple[bytes, ...]:
     """`count` frames evenly spread over `start` to `end` seconds, each from the middle of its part.
 
-    A folder's pictures count as frames in the order of their names, `start` and `end` do not apply to it. Frames of a
+    A folder's images count as frames in the order of their names, `start` and `end` do not apply to it. Frames of a
     video are PNG, so nothing is lost twice; a video with fewer frames gives those it has.
 
     Raises:
@@ -21,10 +21,10 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
         kept = [files[place] for place in spread(len(files), count)]
-        pictures = tuple(file.read_bytes() for file in kept)
-        if not pictures or any(sniff(picture) is None for picture in pictures):
-            raise UserError(f"{path} is no folder of pictures")
-        return pictures
+        images = tuple(file.read_bytes() for file in kept)
+        if not images or any(sniff(image) is None for image in images):
+            raise UserError(f"{path} is no folder of images")
+        return images
     try:
         import av
     except ImportError:

@@ -1,7 +1,7 @@
-"""What travels between the processes of a step: `python -m flamingo.training.memory_plan.collectives` measures every strategy.
+"""What travels between the processes of a step, measured for every sharding strategy.
 
-    python -m flamingo.training.memory_plan.collectives                      # 2 and 4 gloo processes, a small LLaMA Flamingo
-    python -m flamingo.training.memory_plan.collectives --family gpt2 --processes 2 --pieces 4
+    python -m flamingo.training.memory_plan.collectives                      # 2 and 4 gloo processes, a small LLaMA
+    Flamingo python -m flamingo.training.memory_plan.collectives --family gpt2 --processes 2 --pieces 4
 
 Counted where torch hands collectives to its backend, in a real step of real processes. A collective's bytes are those
 of its larger side: an all-gather's output, a reduce-scatter's input, the tensor of an all-reduce; of n processes each
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flamingo.conformance.tiny_models import FAMILIES, page, subject, tiny_lm
+from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
 from flamingo.training.distributed.traffic import _KINDS, CountTraffic
 from flamingo.training.distributed.units import fsdp_units
@@ -70,7 +70,7 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     shard(model, fsdp_units(model), processes, strategy)
     groups = parameter_groups(model.named_parameters(), lr=1e-3, weight_decay=0.1, lr_factors={}, part_of=model.part_of)
     optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-8)
-    batch = page(model, (0, 1, 2), side="right")
+    batch = document(model, (0, 1, 2), side="right")
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     model.train()
     counted: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 Notable: nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
 the same model, on tensors that have a shape and no memory and with processes that exist in name only, while a ledger
 adds up the storages that live (`ledger.py`). So whatever changes the step, another strategy, recomputation, another
-LM, changes the plan. Only tensors of integers, who sees which picture, are real: their values decide shapes.
+LM, changes the plan. Only tensors of integers, who sees which image, are real: their values decide shapes.
 
 What the plan leaves out is the context of the GPU, its allocator's fragmentation and what kernels allocate inside; the
 check against a device's memory sets something aside for them (`planning.py`).

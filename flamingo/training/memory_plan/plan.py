@@ -36,7 +36,7 @@ class Rows:
 
     rows: int
     tokens: int
-    pictures: int
+    images: int
     """Of a row."""
     frames: int = 1
     together: int = 1
@@ -101,11 +101,11 @@ def meta_model(config: TrainConfig, processes: int = 1) -> tuple[nn.Module, Obje
 
 
 def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
-    """A batch in which every row is as long as it may be, has all its pictures and a label on every token.
+    """A batch in which every row is as long as it may be, has all its images and a label on every token.
 
     Where the dataset packs, `shape.together` of them share a row, as `data.batches.packing` lays them out.
 
-    Integers are real and lie on the CPU; pictures are on the meta device.
+    Integers are real and lie on the CPU; images are on the meta device.
     """
     if isinstance(model, CLIP):
         side = model.visual.image_size
@@ -122,11 +122,11 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
         return {"input_ids": ids.view(sequence.shape), **batch}
     if together > 1:
         batch["sequence_ids"] = sequence
-    pictures = min(shape.pictures, shape.tokens)
-    ids[:rows, torch.arange(pictures) * (shape.tokens // max(1, pictures))] = model.config.image_token_id
+    images = min(shape.images, shape.tokens)
+    ids[:rows, torch.arange(images) * (shape.tokens // max(1, images))] = model.config.image_token_id
     ids = ids.view(sequence.shape)
     size = model.config.vision.image_size
-    pixels = torch.empty(rows * pictures, shape.frames, 3, size, size, dtype=torch.uint8, device="meta")
+    pixels = torch.empty(rows * images, shape.frames, 3, size, size, dtype=torch.uint8, device="meta")
     shown = ids == model.config.image_token_id
     phi = shown.cumsum(1) * (sequence > 0)
     return {**batch, "input_ids": ids, "pixel_values": pixels, "image_counts": shown.sum(1), "phi": phi}
@@ -234,6 +234,6 @@ def _own_gpu(config: TrainConfig) -> float:
 
 def rows_of(spec: Any) -> Rows:
     """What a dataset's description says about its largest batch."""
-    pictures = 0 if spec.kind == "text" else spec.max_images
+    images = 0 if spec.kind == "text" else spec.max_images
     together = spec.pack // spec.max_tokens if spec.pack else 1
-    return Rows(spec.batch_size, spec.max_tokens, pictures, spec.max_frames, together)
+    return Rows(spec.batch_size, spec.max_tokens, images, spec.max_frames, together)

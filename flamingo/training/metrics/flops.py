@@ -121,8 +121,8 @@ def attention_products(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any
     """Multiply-adds of queries with keys and of weights with values."""
     if isinstance(module, CrossAttention):
         x, (keys, _), segments = args
-        pictures = 1 if segments.reach is None else segments.reach.shape[1]
-        return 2 * len(x) * pictures * keys.shape[1] * module.q_proj.out_features
+        images = 1 if segments.reach is None else segments.reach.shape[1]
+        return 2 * len(x) * images * keys.shape[1] * module.q_proj.out_features
     if isinstance(module, PerceiverAttention):
         media, latents = args
         keys = media.shape[1] + latents.shape[1]

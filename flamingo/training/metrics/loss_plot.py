@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as an image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return smoothed
 
 
-def draw_losses(metrics: Path, picture: Path, *, title: str) -> None:
+def draw_losses(metrics: Path, image: Path, *, title: str) -> None:
     """Draws every `loss...` of a run, raw (pale) and smoothed, into a PNG, written whole or not at all."""
     import matplotlib as mpl
 
@@ -48,7 +48,7 @@ def draw_losses(metrics: Path, picture: Path, *, title: str) -> None:
     axes.set_yscale("log")  # an untrained model starts far above where it ends
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    temporary = picture.with_suffix(".tmp.png")
+    temporary = image.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
-    temporary.replace(picture)
+    temporary.replace(image)

@@ -70,7 +70,7 @@ def memory_gib() -> float:
 
 
 class Throughput:
-    """Tokens, pictures and FLOPs a second over all processes, and the share of time spent waiting for data."""
+    """Tokens, images and FLOPs a second over all processes, and the share of time spent waiting for data."""
 
     def __init__(self, processes: Processes, flops: Flops) -> None:
         """Starts counting now."""
@@ -90,8 +90,8 @@ class Throughput:
         for tensors in batches:
             if "attention_mask" in tensors:
                 self._tokens += int(tensors["attention_mask"].sum())
-            pictures = tensors.get("pixel_values", tensors.get("image"))
-            self._images += 0 if pictures is None else int(pictures.shape[0])
+            images = tensors.get("pixel_values", tensors.get("image"))
+            self._images += 0 if images is None else int(images.shape[0])
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading. Called by every process."""

@@ -209,7 +209,7 @@ def save_flamingo(
 
 
 def open_clip_arch(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of an open_clip model config that describes its picture tower."""
+    """The part of an open_clip model config that describes its image tower."""
     return {key: config.get(key, False) for key in ("embed_dim", "vision_cfg", "quick_gelu")}
 
 

@@ -59,7 +59,7 @@ class LanguageObjective:
 
 
 class FlamingoObjective(LanguageObjective):
-    """Next-token prediction on text given the pictures before it (paper, equation 1)."""
+    """Next-token prediction on text given the images before it (paper, equation 1)."""
 
     def loss_sum(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Sum of cross-entropies over the labelled tokens; the model computes no other logits."""
@@ -72,10 +72,10 @@ class ContrastiveObjective:
     """open_clip's contrastive loss over the pairs of all processes."""
 
     MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    """Normalisation of pictures that an encoder trained here expects; written beside its weights."""
+    """Normalisation of images that an encoder trained here expects; written beside its weights."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        """The loss compares every picture with every text of the whole batch, gathered with gradients."""
+        """The loss compares every image with every text of the whole batch, gathered with gradients."""
         self._loss = ClipLoss(local_loss=False, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
@@ -90,7 +90,7 @@ class ContrastiveObjective:
         """
         raw = batch["image"].float() / 255.0
         mean, std = (raw.new_tensor(value)[:, None, None] for value in (self.MEAN, self.STD))
-        pictures, texts, scale = model((raw - mean) / std, batch["text"])[:3]
+        images, texts, scale = model((raw - mean) / std, batch["text"])[:3]
         # CLIP's own limit on the temperature (Radford et al. 2021, section 2.5) keeps training stable.
-        loss: Tensor = self._loss(pictures, texts, scale.clamp(max=100.0))
+        loss: Tensor = self._loss(images, texts, scale.clamp(max=100.0))
         return loss * self.count(batch)

@@ -50,7 +50,7 @@ class Setup:
 def language_setup(
     model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]
 ) -> Setup:
-    """A causal LM on the text of pages, or adapters in one, with a tokenizer of its own where none is named."""
+    """A causal LM on the text of documents, or adapters in one, with a tokenizer of its own where none is named."""
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
@@ -88,7 +88,7 @@ def language_setup(
 def contrastive_setup(
     model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]
 ) -> Setup:
-    """An open_clip model on pairs; its picture tower is the encoder that a flamingo run freezes."""
+    """An open_clip model on pairs; its image tower is the encoder that a flamingo run freezes."""
     tokenizer = build.load_tokenizer(str(model.language.tokenizer))
     clip, described = build.build_contrastive(model.vision.config or {}, tokenizer)
     return Setup(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.eval.published.files import COUNT as COUNT
 from tests.eval.published.files import dump as dump
-from tests.eval.published.pictures import (
+from tests.eval.published.images import (
     coco,
     flickr30k,
     hateful_memes,

@@ -31,7 +31,7 @@ def dump_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def picture(path: Path, seed: int) -> None:
+def image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(TINTS[seed % len(TINTS)], seed))
 
@@ -39,7 +39,7 @@ def picture(path: Path, seed: int) -> None:
 def clip(folder: Path, seed: int) -> None:
     """A video as a folder of frames."""
     for number in range(3):
-        picture(folder / f"{number:03d}.png", seed * 3 + number)
+        image(folder / f"{number:03d}.png", seed * 3 + number)
 
 
 def ten(answer: str, key: str = "answer") -> list[dict[str, Any]]:

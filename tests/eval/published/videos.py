@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.eval.published.files import COUNT, clip, dump, dump_csv, dump_lines, picture
+from tests.eval.published.files import COUNT, clip, dump, dump_csv, dump_lines, image
 
 
 def winoground(root: Path) -> None:
@@ -12,8 +12,8 @@ def winoground(root: Path) -> None:
     for number in range(COUNT):
         captions = {"caption_0": "a dog on a cat", "caption_1": "a cat on a dog", "collapsed_tag": "Object"}
         rows.append({"id": number, "image_0": f"ex_{number}_img_0", "image_1": f"ex_{number}_img_1", **captions})
-        for image in (0, 1):
-            picture(root / "images" / f"ex_{number}_img_{image}.png", 2 * number + image)
+        for which in (0, 1):
+            image(root / "images" / f"ex_{number}_img_{which}.png", 2 * number + which)
     dump_lines(root / "examples.jsonl", rows)
 
 

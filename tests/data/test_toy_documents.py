@@ -1,4 +1,4 @@
-"""Toy pages: splits share nothing, text follows its pictures, shards are the same however many processes write them."""
+"""Toy documents: splits share nothing, text follows its images, any number of processes writes the same shards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from data.prepare.sources.toy import add_arguments, prepare, run
-from data.shards.writer import Picture, Text, read_manifest, read_page, read_pages
-from data.toy.drafts import FAMILIAR, MAKERS, binding_page, class_name, familiar_name, make_draft
+from data.shards.writer import Image, Text, read_document, read_documents, read_manifest
+from data.toy.documents import make_documents
+from data.toy.drafts import FAMILIAR, MAKERS, binding_document, class_name, familiar_name, make_draft
 from data.toy.names import FIRST, SECOND, draw_names, names
-from data.toy.pages import make_pages
 from data.toy.streams import stream
-from data.toy.textpages import binding_text, repeat_text
+from data.toy.text_documents import binding_text, repeat_text
 from data.toy.vocabulary import build_tokenizer, words, write_tokenizer
 from flamingo.errors import UserError
 
@@ -29,7 +29,7 @@ def test_heldout_names_are_new_combinations_of_known_syllables() -> None:
     assert len(heldout) > 200
 
 
-def test_names_of_a_page_share_no_syllable() -> None:
+def test_names_of_a_document_share_no_syllable() -> None:
     for i in range(100):
         chosen = draw_names(stream(1, "n", i), "train", 4)
         assert len({n[:2] for n in chosen}) == len({n[2:] for n in chosen}) == 4
@@ -53,7 +53,7 @@ def test_tokenizer_has_a_token_for_every_word_and_two_for_every_name(tmp_path: P
 
 
 def test_toy_text_needs_no_bytes() -> None:
-    """Every text of every page is made of whole words and syllables: no token is a single letter but "a"."""
+    """Every text of every document is made of whole words and syllables: no token is a single letter but "a"."""
     tokenizer = build_tokenizer()
     for kind in sorted(set(MAKERS) - {"glyph_pairs"}):
         for i in range(40):
@@ -64,38 +64,38 @@ def test_toy_text_needs_no_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
-def test_pages_are_pure_functions_of_their_index(kind: str) -> None:
-    together = make_pages(1, "train", kind, range(6))
-    alone = make_pages(1, "train", kind, range(4, 5))[0]
+def test_documents_are_pure_functions_of_their_index(kind: str) -> None:
+    together = make_documents(1, "train", kind, range(6))
+    alone = make_documents(1, "train", kind, range(4, 5))[0]
     assert (together[4].nodes, together[4].meta) == (alone.nodes, alone.meta)
     other = make_draft(1, "heldout", kind, 4)
     assert (
         make_draft(1, "train", kind, 4).parts != other.parts
-        or together[4].images != make_pages(1, "heldout", kind, range(4, 5))[0].images
+        or together[4].images != make_documents(1, "heldout", kind, range(4, 5))[0].images
     )
-    shown = {frame for node in alone.nodes if isinstance(node, Picture) for frame in node.frames}
+    shown = {frame for node in alone.nodes if isinstance(node, Image) for frame in node.frames}
     assert shown == set(range(len(alone.images)))
 
 
 def test_training_and_heldout_binding_share_neither_names_nor_classes() -> None:
-    train = [binding_page(stream(1, "b", i), "train").meta for i in range(200)]
-    heldout = [binding_page(stream(2, "b", i), "heldout").meta for i in range(200)]
+    train = [binding_document(stream(1, "b", i), "train").meta for i in range(200)]
+    heldout = [binding_document(stream(2, "b", i), "heldout").meta for i in range(200)]
     for key in ("classes", "names"):
         assert not {x for m in train for x in m[key]} & {x for m in heldout for x in m[key]}
     assert min(c for m in train for c in m["classes"]) >= FAMILIAR
 
 
-def test_heldout_binding_is_balanced_and_shows_every_picture_once() -> None:
+def test_heldout_binding_is_balanced_and_shows_every_image_once() -> None:
     for i in range(50):
-        draft = binding_page(stream(2, "b", i), "heldout", ways=2, shots=4)
+        draft = binding_document(stream(2, "b", i), "heldout", ways=2, shots=4)
         said = [part[0].strip() for part in draft.parts if isinstance(part[0], str)]
         assert [said[:-1].count(name) for name in draft.meta["names"]] == [4, 4]
         assert said[-1] == draft.meta["answer"]
-        assert len(draft.pictures) == 9
+        assert len(draft.images) == 9
 
 
 def test_a_name_counts_in_the_loss_from_its_second_mention_on() -> None:
-    draft = binding_page(stream(1, "b", 3), "train")
+    draft = binding_document(stream(1, "b", 3), "train")
     seen: set[str] = set()
     for part in draft.parts:
         if isinstance(part[0], str):
@@ -103,11 +103,11 @@ def test_a_name_counts_in_the_loss_from_its_second_mention_on() -> None:
             seen.add(part[0])
 
 
-def test_repeats_show_the_very_same_picture() -> None:
-    always = binding_page(stream(1, "b", 3), "train", repeats=1.0)
-    assert len(always.pictures) == len({p for p in always.parts if not isinstance(p[0], str)}) <= 2
-    never = binding_page(stream(1, "b", 3), "train", repeats=0.0)
-    assert len(never.pictures) == 7
+def test_repeats_show_the_very_same_image() -> None:
+    always = binding_document(stream(1, "b", 3), "train", repeats=1.0)
+    assert len(always.images) == len({p for p in always.parts if not isinstance(p[0], str)}) <= 2
+    never = binding_document(stream(1, "b", 3), "train", repeats=0.0)
+    assert len(never.images) == 7
 
 
 def test_familiar_classes_keep_their_names_and_all_count() -> None:
@@ -144,17 +144,19 @@ def test_unknown_splits_are_refused() -> None:
 
 
 def test_prepare_writes_folders_that_read_back(tmp_path: Path) -> None:
-    written = prepare(tmp_path, train=TINY, heldout=TINY, pages_per_shard=4)
+    written = prepare(tmp_path, train=TINY, heldout=TINY, documents_per_shard=4)
     assert set(written) == {f"{split}/{kind}" for split in ("train", "heldout") for kind in MAKERS}
     for folder, count in written.items():
         kind = folder.split("/")[1]
         part = read_manifest(tmp_path / folder)["parts"][kind]
-        assert part["pages"] == count == 6
-        pages = [page for shard in part["shards"] for page in read_pages(tmp_path / folder / shard["name"])]
-        expected = make_pages(1, folder.split("/")[0], kind, range(6))
-        assert [p.nodes for p in pages] == [p.nodes for p in expected]
-    label = read_page(tmp_path / "heldout/scene_pairs/scene_pairs-000000.tar", 0)
-    assert label.nodes == [Picture((0,)), Text(label.meta["caption"])]
+        assert part["documents"] == count == 6
+        documents = [
+            document for shard in part["shards"] for document in read_documents(tmp_path / folder / shard["name"])
+        ]
+        expected = make_documents(1, folder.split("/")[0], kind, range(6))
+        assert [p.nodes for p in documents] == [p.nodes for p in expected]
+    label = read_document(tmp_path / "heldout/scene_pairs/scene_pairs-000000.tar", 0)
+    assert label.nodes == [Image((0,)), Text(label.meta["caption"])]
     assert {"question", "answer"} <= set(label.meta)
 
 
@@ -175,7 +177,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     add_arguments(parser)
     out = str(tmp_path / "toy")
     run(parser.parse_args(["--out", out, "--scale", "0.0001", "--processes", "1", "--kinds", "captions"]))
-    assert capsys.readouterr().out.count("pages") == 2
+    assert capsys.readouterr().out.count("documents") == 2
     with pytest.raises(UserError, match="must be positive"):
         prepare(tmp_path, scale=0)
     with pytest.raises(UserError, match="seed=-1"):

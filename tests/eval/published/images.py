@@ -1,4 +1,4 @@
-"""Data sets of pictures."""
+"""Data sets of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from tests.eval.published.files import COUNT, TINTS, dump, dump_lines, picture, ten
+from tests.eval.published.files import COUNT, TINTS, dump, dump_lines, image, ten
 from tests.eval.worlds import png
 
 
@@ -20,7 +20,7 @@ def karpathy(root: Path, name: str, where: str) -> None:
         if name == "coco":
             row |= {"filepath": folder, "cocoid": 100 + number}
         images.append(row)
-        picture(root / (folder if name == "coco" else where) / f"{number}.jpg", number)
+        image(root / (folder if name == "coco" else where) / f"{number}.jpg", number)
     dump(root / f"dataset_{name}.json", {"images": images, "dataset": name})
 
 
@@ -39,7 +39,7 @@ def nocaps(root: Path) -> None:
     notes = [{"image_id": n % COUNT, "id": n, "caption": f"caption {n}"} for n in range(10 * COUNT)]
     dump(root / "nocaps_val_4500_captions.json", {"info": {}, "images": images, "annotations": notes})
     for number in range(COUNT):
-        picture(root / "nocaps_val" / f"{number}.jpg", 50 + number)
+        image(root / "nocaps_val" / f"{number}.jpg", 50 + number)
 
 
 def textcaps(root: Path) -> None:
@@ -48,7 +48,7 @@ def textcaps(root: Path) -> None:
         for number in range(start, start + COUNT):
             refs = [f"a sign {number} {n}" for n in range(5)]
             rows += [{"image_id": f"im{number}", "caption_str": r, "reference_strs": refs} for r in refs]
-            picture(root / "train_images" / f"im{number}.jpg", number)
+            image(root / "train_images" / f"im{number}.jpg", number)
         dump(root / f"TextCaps_0.1_{split}.json", {"dataset_name": "textcaps", "data": rows})
 
 
@@ -62,7 +62,7 @@ def vqa_form(root: Path, questions: str, annotations: str, raw: bool) -> None:
             answers = answers if raw else ten("red")
             row = {"question_type": "what", "multiple_choice_answer": "red", "answers": answers, "image_id": number}
             answered.append(row | {"answer_type": "other", "question_id": 10 * number})
-            picture(root / f"{split}2014/COCO_{split}2014_{number:012d}.jpg", number)
+            image(root / f"{split}2014/COCO_{split}2014_{number:012d}.jpg", number)
         dump(root / questions.format(split), {"info": {}, "questions": asked})
         dump(root / annotations.format(split), {"annotations": answered})
 
@@ -83,7 +83,7 @@ def textvqa(root: Path) -> None:
         ]
         dump(root / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": rows})
         for number in range(start, start + COUNT):
-            picture(root / "train_images" / f"t{number}.jpg", number)
+            image(root / "train_images" / f"t{number}.jpg", number)
 
 
 def vizwiz(root: Path) -> None:
@@ -93,7 +93,7 @@ def vizwiz(root: Path) -> None:
             answers = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 6 + [{"answer": "can"}] * 4
             name = f"VizWiz_{split}_{number:08d}.jpg"
             rows.append({"image": name, "question": "What is\n this? ", "answers": answers, "answer_type": "other"})
-            picture(root / split / name, number)
+            image(root / split / name, number)
         dump(root / f"{split}.json", rows)
 
 
@@ -105,7 +105,7 @@ def hateful_memes(root: Path) -> None:
             [{"id": n, "img": f"img/{n:05d}.png", "label": n % 2, "text": "look  at {this}"} for n in numbers],
         )
         for number in numbers:
-            picture(root / f"img/{number:05d}.png", number)
+            image(root / f"img/{number:05d}.png", number)
 
 
 def imagenet(root: Path) -> None:
@@ -115,7 +115,7 @@ def imagenet(root: Path) -> None:
     for split in ("val", "train"):
         for place, folder in enumerate(("n01440764", "n02012849", "n03126707")):
             for number in range(2):
-                picture(root / split / folder / f"ILSVRC_{split}_{number}.JPEG", 10 * place + number)
+                image(root / split / folder / f"ILSVRC_{split}_{number}.JPEG", 10 * place + number)
 
 
 def scienceqa(root: Path) -> None:
@@ -127,7 +127,7 @@ def scienceqa(root: Path) -> None:
         row |= {"grade": f"grade{number + 2}", "subject": "social science", "lecture": "Maps\nshow.", "solution": "So."}
         problems[str(number)] = row
         if number % 3:
-            picture(root / "images" / split / str(number) / "image.png", number)
+            image(root / "images" / split / str(number) / "image.png", number)
     dump(root / "problems.json", problems)
     splits = {"test": [str(n) for n in range(COUNT)], "train": [str(n) for n in range(COUNT, 2 * COUNT)]}
     dump(root / "pid_splits.json", splits)
@@ -147,7 +147,7 @@ def vqa_rad(root: Path) -> None:
     for name, start in (("testset", 0), ("trainset", COUNT)):
         dump(root / f"{name}.json", medical_rows(start, image_name="synpic{}.jpg", phrase_type="freeform"))
         for number in range(start, start + COUNT):
-            picture(root / "images" / f"synpic{number}.jpg", number)
+            image(root / "images" / f"synpic{number}.jpg", number)
 
 
 def slake(root: Path) -> None:
@@ -155,7 +155,7 @@ def slake(root: Path) -> None:
         rows = [{**row, "q_lang": "en"} for row in medical_rows(start, img_name="xmlab{}/source.jpg")]
         dump(root / f"{name}.json", [*rows, {**rows[0], "q_lang": "zh", "qid": 999}])
         for number in range(start, start + COUNT):
-            picture(root / "imgs" / f"xmlab{number}/source.jpg", number)
+            image(root / "imgs" / f"xmlab{number}/source.jpg", number)
 
 
 def pathvqa(root: Path) -> None:
@@ -167,7 +167,7 @@ def pathvqa(root: Path) -> None:
         (root / "qas" / split).mkdir(parents=True)
         (root / "qas" / split / f"{split}_qa.pkl").write_bytes(pickle.dumps(rows))
         for number in range(COUNT):
-            picture(root / "images" / split / f"{split}_{number:04d}.jpg", number + (100 if split == "train" else 0))
+            image(root / "images" / split / f"{split}_{number:04d}.jpg", number + (100 if split == "train" else 0))
 
 
 def mmmu(root: Path) -> None:
@@ -185,7 +185,7 @@ def mmmu(root: Path) -> None:
             }
             row |= {"options": "['$6', \"it's 7\"]", "answer": "B", "question_type": "multiple-choice"}
             row["image_2"] = row["image_3"] = None
-            if number % COUNT == 1:  # of three pictures, one of which is an option
+            if number % COUNT == 1:  # of three images, one of which is an option
                 row |= {"question": "Is <image 1> left of <image 2>?", "options": "['no', '<image 3>', 'as <image 2>']"}
                 row |= {"image_2": images[1], "image_3": images[2]}
             if number % COUNT == 3:

@@ -16,7 +16,7 @@ from eval.demonstrations.retrieval import Retriever
 from eval.demonstrations.samplers import draw, hash_order, parse_sampler, read_listed
 from eval.metrics.stems import Stems
 from eval.metrics.text import clean, scorer
-from eval.task import Baselines, Document, Episode, Frame, TaskSpec, Turn, content_hash
+from eval.task import Baselines, Episode, Example, Frame, TaskSpec, Turn, content_hash
 from flamingo.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def definition_of(spec: TaskSpec) -> dict[str, object]:
     return {key: value for key, value in every if key not in PLACES and (key not in LATER or value != plain[key])}
 
 
-class DocumentTask:
-    """Queries and support are documents. `support=None` splits `documents`: the first in hash order ask.
+class ExampleTask:
+    """Queries and support are examples. `support=None` splits `examples`: the first in hash order ask.
 
     `vocabulary` are the candidates that `candidates_from` names, `stems` what `stem` asks for.
     """
@@ -52,8 +52,8 @@ class DocumentTask:
         self,
         name: str,
         spec: TaskSpec,
-        documents: Sequence[Document],
-        support: Sequence[Document] | None = None,
+        examples: Sequence[Example],
+        support: Sequence[Example] | None = None,
         *,
         vocabulary: Sequence[str] = (),
         stems: Stems | None = None,
@@ -61,14 +61,14 @@ class DocumentTask:
         self.name = name
         self.max_new_tokens = spec.max_new_tokens
         self.description: dict[str, object] = asdict(spec)
-        order = [documents[index] for index in hash_order([document.id for document in documents], "queries", name)]
+        order = [examples[index] for index in hash_order([example.id for example in examples], "queries", name)]
         queries = order[: spec.queries]
         rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
         self._support = list(rest if support is None else support)
         _check_overlap(name, queries, support)
-        self._queries = {document.id: document for document in queries}
+        self._queries = {example.id: example for example in queries}
         if len(self._queries) != len(queries):
-            twice = [key for key, count in Counter(document.id for document in queries).items() if count > 1]
+            twice = [key for key, count in Counter(example.id for example in queries).items() if count > 1]
             raise UserError(f"task {name}: the id {twice[0]!r} occurs twice among its queries; ids must be unique")
         if not queries:
             raise UserError(f"task {name}: its source {spec.source.path} holds no item to ask about")
@@ -123,8 +123,8 @@ class DocumentTask:
         )
         return Episode(
             query_id=query.id,
-            demos=tuple(document.turn for document in demos.documents),
-            demo_ids=tuple(document.id for document in demos.documents),
+            demos=tuple(example.turn for example in demos.examples),
+            demo_ids=tuple(example.id for example in demos.examples),
             query=query.turn,
             golds=query.golds,
             kind=query.kind,
@@ -140,31 +140,31 @@ class DocumentTask:
         if not self._sampler.retrieves or not self._support:
             return
         queries = [self._queries[query_id] for query_id in query_ids]
-        weight = self._sampler.weight(all(d.turn.picture is not None for d in [*self._support, *queries]))
+        weight = self._sampler.weight(all(d.turn.image is not None for d in [*self._support, *queries]))
         try:
             self._retriever = Retriever(self._support, queries, weight, engine.embed)
         except UserError as error:
             raise UserError(f"task {self.name}: demos={self._spec.demos}: {error}") from None
-        self.description["retrieval"] = {"pictures": weight, "encoder": engine.encoder_name}
+        self.description["retrieval"] = {"images": weight, "encoder": engine.encoder_name}
 
     def content_free(self, turn: Turn) -> Turn:
-        """The query without content: a grey picture and N/A for the question."""
+        """The query without content: a grey image and N/A for the question."""
         question = self._spec.question.replace("{question}", "N/A") if turn.question else ""
-        return blanked(replace(turn.with_pictures(turn.pictures[:1]) if turn.more else turn, question=question))
+        return blanked(replace(turn.with_images(turn.images[:1]) if turn.more else turn, question=question))
 
     def _with_two_texts(self, episode: Episode) -> Episode:
-        """The demonstrations without their pictures; with the historic fault the query gets the first one's."""
+        """The demonstrations without their images; with the historic fault the query gets the first one's."""
         query = episode.query
-        if self._spec.zero_shot == "two_text_first_picture":
-            query = replace(query, picture=episode.demos[0].picture)
-        return replace(episode, demos=tuple(demo.with_pictures(()) for demo in episode.demos), query=query)
+        if self._spec.zero_shot == "two_text_first_image":
+            query = replace(query, image=episode.demos[0].image)
+        return replace(episode, demos=tuple(demo.with_images(()) for demo in episode.demos), query=query)
 
     def parse(self, raw: str, episode: Episode) -> str:
         """The answer in a completion; "" where there is none."""
         answer = clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
         return answer if self._stems is None else self._stems(answer)
 
-    def _candidates(self, query: Document) -> tuple[str, ...]:
+    def _candidates(self, query: Example) -> tuple[str, ...]:
         if self._spec.output != "rank" or query.is_open:
             return ()
         if query.candidates or self._closed:
@@ -200,10 +200,10 @@ class DocumentTask:
         return Baselines(chance, sum(scores) / len(scores), answer)
 
 
-def _check_overlap(name: str, queries: Sequence[Document], support: Sequence[Document] | None) -> None:
+def _check_overlap(name: str, queries: Sequence[Example], support: Sequence[Example] | None) -> None:
     """Raise UserError for a support set that holds queries: their answers would be shown to each other."""
-    asked = {_identity(document) for document in queries}
-    both = sorted(document.id for document in support or () if _identity(document) in asked)
+    asked = {_identity(example) for example in queries}
+    both = sorted(example.id for example in support or () if _identity(example) in asked)
     if both:
         raise UserError(
             f"task {name}: {len(both)} of its {len(queries)} queries are in the support set too (first: {both[0]}); "
@@ -211,14 +211,14 @@ def _check_overlap(name: str, queries: Sequence[Document], support: Sequence[Doc
         )
 
 
-def _identity(document: Document) -> tuple[str, str, tuple[str, ...], str]:
-    return document.id, document.cluster, document.golds, document.turn.question
+def _identity(example: Example) -> tuple[str, str, tuple[str, ...], str]:
+    return example.id, example.cluster, example.golds, example.turn.question
 
 
-def _answers_by_kind(support: Sequence[Document]) -> dict[str, Counter[str]]:
+def _answers_by_kind(support: Sequence[Example]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
-    for document in support:
-        found.setdefault(document.kind, Counter())[document.turn.answer] += 1
+    for example in support:
+        found.setdefault(example.kind, Counter())[example.turn.answer] += 1
     return found
 
 

@@ -1,4 +1,4 @@
-"""Toy pictures: what is drawn is what the words say, and every picture can be made again alone."""
+"""Toy images: what is drawn is what the words say, and every image can be made again alone."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_streams_are_equal_for_equal_arguments_and_differ_in_every_one() -> None
 
 
 def test_png_is_what_pillow_reads_back() -> None:
-    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    with Image.open(io.BytesIO(encode_png(picture))) as read:
+    image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    with Image.open(io.BytesIO(encode_png(image))) as read:
         assert read.mode == "RGB"
-        assert np.array_equal(np.asarray(read), picture)
+        assert np.array_equal(np.asarray(read), image)
     with pytest.raises(ValueError, match="uint8"):
         encode_png(np.zeros((4, 4), np.uint8))
 
 
-def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch() -> None:
+def test_a_image_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     scenes = _scenes(40)
     assert np.array_equal(draw_scenes(scenes)[7], draw_scenes(scenes[7:8])[0])
     glyphs = [draw_glyph(stream(3, "glyph", i), i) for i in range(40)]
@@ -45,23 +45,23 @@ def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     assert np.abs(alone - together).max() <= 1
 
 
-def test_no_two_pictures_are_alike() -> None:
+def test_no_two_images_are_alike() -> None:
     drawn = draw_scenes(_scenes(500))
-    assert len({picture.tobytes() for picture in drawn}) == 500
+    assert len({image.tobytes() for image in drawn}) == 500
 
 
 @pytest.mark.parametrize("kind", ["one", "count", "left", "above"])
 def test_every_shape_shows_its_colour_where_the_scene_says(kind: str) -> None:
     scenes = _scenes(60, kind)
-    for scene, picture in zip(scenes, draw_scenes(scenes), strict=True):
+    for scene, image in zip(scenes, draw_scenes(scenes), strict=True):
         for shape in scene.shapes:
             # The hole of a ring lies at its centre: look at the middle of its band.
             reach = 0.77 * shape.radius if shape.shape == "ring" else 0.0
-            seen = picture[int(shape.y), int(shape.x + reach)].astype(int)
+            seen = image[int(shape.y), int(shape.x + reach)].astype(int)
             assert np.abs(seen - COLOURS[shape.colour]).max() < 60, (caption(scene), shape)
 
 
-def test_shapes_lie_inside_the_picture_and_do_not_touch() -> None:
+def test_shapes_lie_inside_the_image_and_do_not_touch() -> None:
     for scene in _scenes(400):
         for i, a in enumerate(scene.shapes):
             assert a.x - 0.8 * a.radius >= 0
@@ -70,7 +70,7 @@ def test_shapes_lie_inside_the_picture_and_do_not_touch() -> None:
                 assert np.hypot(a.x - b.x, a.y - b.y) > 0.9 * (a.radius + b.radius)
 
 
-def test_relations_in_the_caption_hold_in_the_picture() -> None:
+def test_relations_in_the_caption_hold_in_the_image() -> None:
     for kind, axis in (("left", "x"), ("above", "y")):
         for scene in _scenes(50, kind):
             first, second = scene.shapes
@@ -132,9 +132,9 @@ def test_two_instances_of_a_class_are_nearer_than_two_classes() -> None:
         grey = draw_glyphs([glyph])[0].astype(float).mean(axis=2)
         return np.asarray((grey - grey.mean()) / grey.std())
 
-    pictures = {n: [ink(n, 10 * n + i) for i in range(4)] for n in range(30)}
-    same = np.mean([(pictures[n][0] * pictures[n][1]).mean() for n in pictures])
-    other = np.mean([(pictures[n][0] * pictures[(n + 1) % 30][1]).mean() for n in pictures])
+    images = {n: [ink(n, 10 * n + i) for i in range(4)] for n in range(30)}
+    same = np.mean([(images[n][0] * images[n][1]).mean() for n in images])
+    other = np.mean([(images[n][0] * images[(n + 1) % 30][1]).mean() for n in images])
     assert same > other + 0.1
 
 

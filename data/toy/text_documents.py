@@ -1,7 +1,7 @@
-"""Pages of text alone, from which the language model learns the toy's language and to learn in context.
+"""Documents of text alone, from which the language model learns the toy's language and to learn in context.
 
-A language model can only bind a name to a picture if it can look back for what followed the same thing before:
-`repeat_text` and `binding_text` (a binding page with a word where a picture would stand) teach it that.
+A language model can only bind a name to an image if it can look back for what followed the same thing before:
+`repeat_text` and `binding_text` (a binding document with a word where an image would stand) teach it that.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def repeat_text(rng: np.random.Generator, least: int = 4, most: int = 16) -> lis
 def binding_text(
     rng: np.random.Generator, split: str = "train", ways: int = 6, lines: int = 10
 ) -> list[tuple[str, bool]]:
-    """`lines` lines, each a random word and the name that it has on this page, of 2 to `ways` words in random order.
+    """`lines` lines, each a random word and the name that it has in this document; 2 to `ways` words, shuffled.
 
-    Only names that the page has shown before count in the loss: a first one cannot be known. Two words alone teach too
-    little (either name is right half of the time), hence up to `ways`.
+    Only names that the document has shown before count in the loss: a first one cannot be known. Two words alone teach
+    too little (either name is right half of the time), hence up to `ways`.
     """
     pool = _vocabulary()
     count = int(rng.integers(2, ways + 1))
