@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks import arithmetic, evaluation, steps
 from benchmarks.sizes import SIZES, Size
@@ -64,10 +64,24 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, taught the one operation it does not know: the encoder's whole attention layer."""
+    """Return torch's counter with what it lacks: the encoder's whole attention layer, and before 2.15 CPU attention."""
+    aten = torch.ops.aten
     return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._native_multi_head_attention: _attention_layer}
+        display=False,
+        custom_mapping={
+            aten._native_multi_head_attention: _attention_layer,
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        },
     )
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
 
 
 def _attention_layer(query: tuple[int, int, int], *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -14,6 +14,9 @@ from data.shards.mmc4 import Mmc4Rule
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 
+REDUCTIONS = ("token_mean", "sequence_sum")
+LABEL_POLICIES = ("text", "openflamingo")
+WINDOWS = ("random", "start")
 __all__ = [
     "KINDS",
     "REDUCTIONS",
@@ -24,7 +27,6 @@ __all__ = [
     "reader_of",
     "resolve_shards",
 ]
-REDUCTIONS = ("token_mean", "sequence_sum")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -171,7 +173,3 @@ def too_small(specs: Iterable[DatasetSpec], pieces: int) -> Iterator[str]:
                 f"data.datasets.{spec.name}.shards hold {samples} samples, fewer than processes x run.micro_batches = "
                 f"{pieces}, so processes would learn the same ones: add shards or use fewer processes"
             )
-
-
-LABEL_POLICIES = ("text", "openflamingo")
-WINDOWS = ("random", "start")

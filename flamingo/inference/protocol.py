@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
@@ -14,6 +14,7 @@ from flamingo.config import FlamingoConfig
 from flamingo.inference.media_cache import ImageInputs, MediaCache
 
 
+@runtime_checkable
 class MediaModel(Protocol):
     """A causal language model whose tokens see images."""
 

@@ -11,29 +11,11 @@ from pathlib import Path
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig, flatten
-
-
-def explain(error: Exception) -> str:
-    """The message of an exception of hydra or omegaconf."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
-    if wrong_type:
-        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
-        return f"{unknown[1]} is no key of the config{nearest(unknown[1], list(flatten(TrainConfig().as_dict())))}"
-    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """`: did you mean ...` when something alike exists."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
-
 
 CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
 
@@ -62,10 +44,27 @@ def compose(arguments: list[str]) -> TrainConfig:
         raise UserError(explain(error)) from error
 
 
-def typed(composed: DictConfig) -> TrainConfig:
-    """The composed YAML as `TrainConfig`."""
+def typed(composed: Any) -> TrainConfig:
+    """Return the composed YAML, an omegaconf `DictConfig`, as `TrainConfig`."""
     if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
         raise UserError(f"{extra[0]} is no key of the config")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def explain(error: Exception) -> str:
+    """The message of an exception of hydra or omegaconf."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
+    if wrong_type:
+        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
+    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
+        return f"{unknown[1]} is no key of the config{nearest(unknown[1], list(flatten(TrainConfig().as_dict())))}"
+    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """`: did you mean ...` when something alike exists."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f": did you mean {close[0]}?" if close else ""

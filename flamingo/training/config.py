@@ -28,6 +28,8 @@ RESUME = ("auto", "never")
 DEVICES = ("auto", "cpu", "cuda")
 FREEZE = ("frozen", "train")
 FREEZE_LANGUAGE = (*FREEZE, "lora")
+FROZEN_WEIGHTS = ("shard", "replicate")
+FROZEN_PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +61,44 @@ class LanguageSource:
 
 
 @dataclass(kw_only=True, slots=True)
+class FreezePolicy:
+    """`frozen` or `train` for each part, for the language model also `lora`; the defaults are the paper's.
+
+    Objectives contrastive and language train their whole model; of this table they heed only `language: lora`.
+    """
+
+    vision: str = "frozen"
+    language: str = "frozen"
+    resampler: str = "train"
+    cross_attention: str = "train"
+    new_tokens: str = "train"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraOptions:
+    """Low-rank adapters in the frozen LM (Hu et al. 2021), with `model.freeze.language=lora`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: list[str] | None = None
+    """Last names of the linear layers that get one, such as `q_proj`; none: all in the decoder layers."""
+
+    def problems(self, objective: str, weights: str | None) -> Iterator[str]:
+        """What cannot be; `objective` is empty where there are no adapters, `weights` the LM's name."""
+        if objective == "contrastive":
+            yield "model.freeze.language=lora is for objectives flamingo and language: set it to frozen"
+        if objective == "language" and not weights:
+            yield "model.freeze.language=lora adapts a language model that exists: give model.language.name"
+        if self.rank < 1:
+            yield f"model.lora.rank={self.rank} is below its least value 1"
+        if not self.alpha > 0:
+            yield f"model.lora.alpha={self.alpha} must be above 0"
+        if self.targets is not None and not self.targets:
+            yield "model.lora.targets is empty: name linear layers, or null for all of the decoder layers"
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Backbones, what joins them, and what trains."""
 
@@ -86,6 +126,30 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LrFactors:
+    """Factor on `optim.lr` for each part."""
+
+    vision: float = 1.0
+    language: float = 1.0
+    resampler: float = 1.0
+    cross_attention: float = 1.0
+    new_tokens: float = 1.0
+    gates: float = 1.0
+    """The gates of the blocks, instead of `cross_attention`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DecayFactors:
+    """Factor on `optim.weight_decay` for each part."""
+
+    vision: float = 1.0
+    language: float = 1.0
+    resampler: float = 1.0
+    cross_attention: float = 1.0
+    new_tokens: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW, warm-up, then constant or cosine."""
 
@@ -103,6 +167,155 @@ class OptimConfig:
     """Where the cosine ends, as a share of `lr`."""
     lr_factors: LrFactors = field(default_factory=LrFactors)
     weight_decay_factors: DecayFactors = field(default_factory=DecayFactors)
+
+
+@dataclass(kw_only=True, slots=True)
+class Sharding:
+    """How FSDP2 lays the weights on the processes; changes speed and memory, and only `frozen_precision` the values."""
+
+    size: int = 0
+    """For `run.parallel=hybrid`: processes that share one copy, next to each other by rank; 0: those of a machine."""
+    frozen: str = "shard"
+    """`replicate`: every process holds all frozen weights, where they fit: nothing of them travels."""
+    frozen_precision: str = "auto"
+    """How frozen weights are stored; `auto`: as `run.precision`."""
+    cpu_offload: bool = False
+    """Sharded weights and optimizer state live in the CPU's memory: slow, for what does not fit otherwise."""
+    keep_gathered: bool = False
+    """Gathered weights stay so until the update: fewest collectives, most memory."""
+    sync_every_piece: bool = False
+    """Reduce gradients after every piece of a batch and not once an update: less memory, more traffic."""
+
+    def problems(self, parallel: str, precision: str, world_size: int) -> Iterator[str]:
+        """What cannot be with this `run.parallel`, `run.precision` and number of processes."""
+        key = "run.sharding"
+        for name, value, allowed in (
+            ("frozen", self.frozen, FROZEN_WEIGHTS),
+            ("frozen_precision", self.frozen_precision, FROZEN_PRECISIONS),
+        ):
+            if value not in allowed:
+                yield f"{key}.{name}={value} is not one of {', '.join(allowed)}"
+        if self.size < 0:
+            yield f"{key}.size={self.size} is below its least value 0"
+        elif self.size and parallel != "hybrid":
+            yield f"{key}.size={self.size} is for run.parallel=hybrid, not {parallel}"
+        elif self.size and world_size % self.size:
+            yield f"{key}.size={self.size} does not divide the {world_size} processes: use a divisor of {world_size}"
+        if self.frozen_precision == "bf16" and precision != "bf16":
+            yield f"{key}.frozen_precision=bf16 needs run.precision=bf16: what computes in fp32 gathers fp32"
+        if self.frozen == "replicate" and precision == "bf16" and self.frozen_precision == "fp32":
+            yield f"{key}.frozen_precision=fp32 with {key}.frozen=replicate cannot compute in bf16: set it to auto"
+        if parallel == "none":
+            if world_size > 1:
+                yield f"run.parallel=none with {world_size} processes would train {world_size} models: use auto"
+            if precision == "bf16":
+                yield "run.parallel=none cannot compute in bf16: use run.parallel=auto"
+            for name, given in (("frozen=replicate", self.frozen == "replicate"), ("cpu_offload", self.cpu_offload)):
+                if given:
+                    yield f"{key}.{name} has no meaning with run.parallel=none: use run.parallel=fsdp"
+
+    def frozen_dtype(self, precision: str) -> torch.dtype:
+        """How frozen weights are stored in a run that computes in `precision`."""
+        chosen = precision if self.frozen_precision == "auto" else self.frozen_precision
+        return torch.bfloat16 if chosen == "bf16" else torch.float32
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointOptions:
+    """When resumable checkpoints are written beside every `run.checkpoint_every` updates, and which of them stay."""
+
+    minutes: float = 0.0
+    """Also when this many minutes have passed since the last one, by the first process's clock; 0: never."""
+    keep_every: int = 0
+    """Checkpoints of updates divisible by this stay for good, beside the newest `run.keep_last`; 0: none."""
+    background: bool = True
+    """Write while training goes on; only the copy to the CPU's memory holds it up."""
+    grace_seconds: float = 120.0
+    """After SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: the update in work and its checkpoint must be done within this many
+    seconds, or the process ends with what was saved before."""
+
+    def problems(self) -> Iterator[str]:
+        """Every impossible value."""
+        for key, value in (("minutes", self.minutes), ("keep_every", self.keep_every)):
+            if value < 0:
+                yield f"run.checkpoint.{key}={value} is below its least value 0"
+        if not self.grace_seconds > 0:
+            yield f"run.checkpoint.grace_seconds={self.grace_seconds} must be above 0"
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationOptions:
+    """The loss of each dataset on documents that are not trained on."""
+
+    every: int = 0
+    """Updates between two validations, the last update included; 0: never."""
+    batches: int = 8
+    """Batches of each dataset, always the same ones."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> fields of `data.loading.loader.DatasetSpec`, as in `data.datasets`."""
+
+    def problems(self, world_size: int) -> Iterator[str]:
+        """Every impossible value."""
+        if self.every < 0:
+            yield f"run.validation.every={self.every} is below its least value 0"
+        if self.batches < 1:
+            yield f"run.validation.batches={self.batches} is below its least value 1"
+        if self.every and not self.datasets:
+            yield "run.validation.every is set and run.validation.datasets is empty: name at least one dataset"
+        for name, dataset in self.datasets.items():
+            batch = dataset.get("batch_size")
+            if isinstance(batch, int) and batch % world_size:
+                yield f"run.validation.datasets.{name}.batch_size={batch} is not divisible by processes = {world_size}"
+
+
+@dataclass(kw_only=True, slots=True)
+class ProbeOptions:
+    """Few-shot scores during training, by the evaluation's own tasks and loop; each process asks all of them."""
+
+    every: int = 0
+    """Updates between two probes, the last update included; 0: never."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks (the files of hydra/task)."""
+    shots: list[int] = field(default_factory=lambda: [0, 4])
+    queries: int = 64
+    """Queries of each task."""
+    batch_size: int = 16
+    data: str = "runs/demo/data"
+    """Root of the prepared data, which tasks refer to."""
+
+    def problems(self, objective: str) -> Iterator[str]:
+        """Every impossible value."""
+        for key, value, least in (
+            ("every", self.every, 0),
+            ("queries", self.queries, 1),
+            ("batch_size", self.batch_size, 1),
+        ):
+            if value < least:
+                yield f"run.probe.{key}={value} is below its least value {least}"
+        if not self.every:
+            return
+        if objective != "flamingo":
+            yield f"run.probe.every is for objective flamingo, not {objective}: set it to 0"
+        if not self.tasks:
+            yield "run.probe.every is set and run.probe.tasks is empty: name at least one task"
+        if not self.shots or min(self.shots) < 0:
+            yield f"run.probe.shots={self.shots} must be numbers of 0 or more"
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchOptions:
+    """What is done about updates that are not finite and about a run that stands still."""
+
+    max_nonfinite: int = 0
+    """Updates in a row that are left out because a loss or the gradient is not finite; one more stops the run."""
+    stall_minutes: float = 10.0
+    """When no update ends for so long, every process prints where its threads are; 0: never."""
+
+    def problems(self) -> Iterator[str]:
+        """Every impossible value."""
+        for key, value in (("max_nonfinite", self.max_nonfinite), ("stall_minutes", self.stall_minutes)):
+            if value < 0:
+                yield f"run.watch.{key}={value} is below its least value 0"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,6 +355,51 @@ class RunConfig:
     tensorboard: bool = True
     wandb: str | None = None
     """Project of Weights & Biases; none: it is not imported."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanTarget:
+    """What `plan=true` plans for."""
+
+    processes: int = 0
+    """0: those of this start."""
+    gib: float = 0.0
+    """Memory of a device in GiB; 0: what this machine's GPU has, and on a CPU no limit."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be."""
+        if self.processes < 0:
+            yield f"plan_for.processes={self.processes} is below its least value 0"
+        if self.gib < 0:
+            yield f"plan_for.gib={self.gib} is below its least value 0"
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchOptions:
+    """What `launch=slurm` and `launch=local` ask the scheduler for."""
+
+    processes: int = 8
+    """Processes of a node, one a GPU."""
+    gpus: int = 8
+    """GPUs of a node; 0 on nodes without."""
+    cpus: int = 12
+    """CPU cores of a process: its own and those of its loader workers."""
+    minutes: int = 1440
+    """Time limit; the run is saved before it and queued again."""
+    partition: str | None = None
+    account: str | None = None
+
+    def problems(self, nodes: int) -> Iterator[str]:
+        """Every impossible value."""
+        for key, value, least in (
+            ("nodes", nodes, 1),
+            ("launch.processes", self.processes, 1),
+            ("launch.gpus", self.gpus, 0),
+            ("launch.cpus", self.cpus, 1),
+            ("launch.minutes", self.minutes, 1),
+        ):
+            if value < least:
+                yield f"{key}={value} is below its least value {least}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -303,268 +561,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-FROZEN_WEIGHTS = ("shard", "replicate")
-FROZEN_PRECISIONS = ("auto", "fp32", "bf16")
-
-
-@dataclass(kw_only=True, slots=True)
-class Sharding:
-    """How FSDP2 lays the weights on the processes; changes speed and memory, and only `frozen_precision` the values."""
-
-    size: int = 0
-    """For `run.parallel=hybrid`: processes that share one copy, next to each other by rank; 0: those of a machine."""
-    frozen: str = "shard"
-    """`replicate`: every process holds all frozen weights, where they fit: nothing of them travels."""
-    frozen_precision: str = "auto"
-    """How frozen weights are stored; `auto`: as `run.precision`."""
-    cpu_offload: bool = False
-    """Sharded weights and optimizer state live in the CPU's memory: slow, for what does not fit otherwise."""
-    keep_gathered: bool = False
-    """Gathered weights stay so until the update: fewest collectives, most memory."""
-    sync_every_piece: bool = False
-    """Reduce gradients after every piece of a batch and not once an update: less memory, more traffic."""
-
-    def problems(self, parallel: str, precision: str, world_size: int) -> Iterator[str]:
-        """What cannot be with this `run.parallel`, `run.precision` and number of processes."""
-        key = "run.sharding"
-        for name, value, allowed in (
-            ("frozen", self.frozen, FROZEN_WEIGHTS),
-            ("frozen_precision", self.frozen_precision, FROZEN_PRECISIONS),
-        ):
-            if value not in allowed:
-                yield f"{key}.{name}={value} is not one of {', '.join(allowed)}"
-        if self.size < 0:
-            yield f"{key}.size={self.size} is below its least value 0"
-        elif self.size and parallel != "hybrid":
-            yield f"{key}.size={self.size} is for run.parallel=hybrid, not {parallel}"
-        elif self.size and world_size % self.size:
-            yield f"{key}.size={self.size} does not divide the {world_size} processes: use a divisor of {world_size}"
-        if self.frozen_precision == "bf16" and precision != "bf16":
-            yield f"{key}.frozen_precision=bf16 needs run.precision=bf16: what computes in fp32 gathers fp32"
-        if self.frozen == "replicate" and precision == "bf16" and self.frozen_precision == "fp32":
-            yield f"{key}.frozen_precision=fp32 with {key}.frozen=replicate cannot compute in bf16: set it to auto"
-        if parallel == "none":
-            if world_size > 1:
-                yield f"run.parallel=none with {world_size} processes would train {world_size} models: use auto"
-            if precision == "bf16":
-                yield "run.parallel=none cannot compute in bf16: use run.parallel=auto"
-            for name, given in (("frozen=replicate", self.frozen == "replicate"), ("cpu_offload", self.cpu_offload)):
-                if given:
-                    yield f"{key}.{name} has no meaning with run.parallel=none: use run.parallel=fsdp"
-
-    def frozen_dtype(self, precision: str) -> torch.dtype:
-        """How frozen weights are stored in a run that computes in `precision`."""
-        chosen = precision if self.frozen_precision == "auto" else self.frozen_precision
-        return torch.bfloat16 if chosen == "bf16" else torch.float32
-
-
-@dataclass(kw_only=True, slots=True)
-class FreezePolicy:
-    """`frozen` or `train` for each part, for the language model also `lora`; the defaults are the paper's.
-
-    Objectives contrastive and language train their whole model; of this table they heed only `language: lora`.
-    """
-
-    vision: str = "frozen"
-    language: str = "frozen"
-    resampler: str = "train"
-    cross_attention: str = "train"
-    new_tokens: str = "train"
-
-
-@dataclass(kw_only=True, slots=True)
-class LoraOptions:
-    """Low-rank adapters in the frozen LM (Hu et al. 2021), with `model.freeze.language=lora`."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    targets: list[str] | None = None
-    """Last names of the linear layers that get one, such as `q_proj`; none: all in the decoder layers."""
-
-    def problems(self, objective: str, weights: str | None) -> Iterator[str]:
-        """What cannot be; `objective` is empty where there are no adapters, `weights` the LM's name."""
-        if objective == "contrastive":
-            yield "model.freeze.language=lora is for objectives flamingo and language: set it to frozen"
-        if objective == "language" and not weights:
-            yield "model.freeze.language=lora adapts a language model that exists: give model.language.name"
-        if self.rank < 1:
-            yield f"model.lora.rank={self.rank} is below its least value 1"
-        if not self.alpha > 0:
-            yield f"model.lora.alpha={self.alpha} must be above 0"
-        if self.targets is not None and not self.targets:
-            yield "model.lora.targets is empty: name linear layers, or null for all of the decoder layers"
-
-
-@dataclass(kw_only=True, slots=True)
-class LrFactors:
-    """Factor on `optim.lr` for each part."""
-
-    vision: float = 1.0
-    language: float = 1.0
-    resampler: float = 1.0
-    cross_attention: float = 1.0
-    new_tokens: float = 1.0
-    gates: float = 1.0
-    """The gates of the blocks, instead of `cross_attention`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DecayFactors:
-    """Factor on `optim.weight_decay` for each part."""
-
-    vision: float = 1.0
-    language: float = 1.0
-    resampler: float = 1.0
-    cross_attention: float = 1.0
-    new_tokens: float = 1.0
-
-
-@dataclass(kw_only=True, slots=True)
-class PlanTarget:
-    """What `plan=true` plans for."""
-
-    processes: int = 0
-    """0: those of this start."""
-    gib: float = 0.0
-    """Memory of a device in GiB; 0: what this machine's GPU has, and on a CPU no limit."""
-
-    def problems(self) -> Iterator[str]:
-        """What cannot be."""
-        if self.processes < 0:
-            yield f"plan_for.processes={self.processes} is below its least value 0"
-        if self.gib < 0:
-            yield f"plan_for.gib={self.gib} is below its least value 0"
-
-
 FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.probe.", "run.wandb", "nodes", "launch.")
 """Beginnings of keys that may differ between a run and its continuation."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointOptions:
-    """When resumable checkpoints are written beside every `run.checkpoint_every` updates, and which of them stay."""
-
-    minutes: float = 0.0
-    """Also when this many minutes have passed since the last one, by the first process's clock; 0: never."""
-    keep_every: int = 0
-    """Checkpoints of updates divisible by this stay for good, beside the newest `run.keep_last`; 0: none."""
-    background: bool = True
-    """Write while training goes on; only the copy to the CPU's memory holds it up."""
-    grace_seconds: float = 120.0
-    """After SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: the update in work and its checkpoint must be done within this many
-    seconds, or the process ends with what was saved before."""
-
-    def problems(self) -> Iterator[str]:
-        """Every impossible value."""
-        for key, value in (("minutes", self.minutes), ("keep_every", self.keep_every)):
-            if value < 0:
-                yield f"run.checkpoint.{key}={value} is below its least value 0"
-        if not self.grace_seconds > 0:
-            yield f"run.checkpoint.grace_seconds={self.grace_seconds} must be above 0"
-
-
-@dataclass(kw_only=True, slots=True)
-class ValidationOptions:
-    """The loss of each dataset on documents that are not trained on."""
-
-    every: int = 0
-    """Updates between two validations, the last update included; 0: never."""
-    batches: int = 8
-    """Batches of each dataset, always the same ones."""
-    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> fields of `data.loading.loader.DatasetSpec`, as in `data.datasets`."""
-
-    def problems(self, world_size: int) -> Iterator[str]:
-        """Every impossible value."""
-        if self.every < 0:
-            yield f"run.validation.every={self.every} is below its least value 0"
-        if self.batches < 1:
-            yield f"run.validation.batches={self.batches} is below its least value 1"
-        if self.every and not self.datasets:
-            yield "run.validation.every is set and run.validation.datasets is empty: name at least one dataset"
-        for name, dataset in self.datasets.items():
-            batch = dataset.get("batch_size")
-            if isinstance(batch, int) and batch % world_size:
-                yield f"run.validation.datasets.{name}.batch_size={batch} is not divisible by processes = {world_size}"
-
-
-@dataclass(kw_only=True, slots=True)
-class ProbeOptions:
-    """Few-shot scores during training, by the evaluation's own tasks and loop; each process asks all of them."""
-
-    every: int = 0
-    """Updates between two probes, the last update included; 0: never."""
-    tasks: list[str] = field(default_factory=list)
-    """Names of tasks (the files of hydra/task)."""
-    shots: list[int] = field(default_factory=lambda: [0, 4])
-    queries: int = 64
-    """Queries of each task."""
-    batch_size: int = 16
-    data: str = "runs/demo/data"
-    """Root of the prepared data, which tasks refer to."""
-
-    def problems(self, objective: str) -> Iterator[str]:
-        """Every impossible value."""
-        for key, value, least in (
-            ("every", self.every, 0),
-            ("queries", self.queries, 1),
-            ("batch_size", self.batch_size, 1),
-        ):
-            if value < least:
-                yield f"run.probe.{key}={value} is below its least value {least}"
-        if not self.every:
-            return
-        if objective != "flamingo":
-            yield f"run.probe.every is for objective flamingo, not {objective}: set it to 0"
-        if not self.tasks:
-            yield "run.probe.every is set and run.probe.tasks is empty: name at least one task"
-        if not self.shots or min(self.shots) < 0:
-            yield f"run.probe.shots={self.shots} must be numbers of 0 or more"
-
-
-@dataclass(kw_only=True, slots=True)
-class WatchOptions:
-    """What is done about updates that are not finite and about a run that stands still."""
-
-    max_nonfinite: int = 0
-    """Updates in a row that are left out because a loss or the gradient is not finite; one more stops the run."""
-    stall_minutes: float = 10.0
-    """When no update ends for so long, every process prints where its threads are; 0: never."""
-
-    def problems(self) -> Iterator[str]:
-        """Every impossible value."""
-        for key, value in (("max_nonfinite", self.max_nonfinite), ("stall_minutes", self.stall_minutes)):
-            if value < 0:
-                yield f"run.watch.{key}={value} is below its least value 0"
-
-
-@dataclass(kw_only=True, slots=True)
-class LaunchOptions:
-    """What `launch=slurm` and `launch=local` ask the scheduler for."""
-
-    processes: int = 8
-    """Processes of a node, one a GPU."""
-    gpus: int = 8
-    """GPUs of a node; 0 on nodes without."""
-    cpus: int = 12
-    """CPU cores of a process: its own and those of its loader workers."""
-    minutes: int = 1440
-    """Time limit; the run is saved before it and queued again."""
-    partition: str | None = None
-    account: str | None = None
-
-    def problems(self, nodes: int) -> Iterator[str]:
-        """Every impossible value."""
-        for key, value, least in (
-            ("nodes", nodes, 1),
-            ("launch.processes", self.processes, 1),
-            ("launch.gpus", self.gpus, 0),
-            ("launch.cpus", self.cpus, 1),
-            ("launch.minutes", self.minutes, 1),
-        ):
-            if value < least:
-                yield f"{key}={value} is below its least value {least}"
 
 
 def unavailable(config: TrainConfig) -> Iterator[str]:

@@ -10,8 +10,8 @@ import open_clip
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import counter
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.layers.cross_attention import CrossAttention
 from flamingo.layers.media_mask import segments_from_slots, slots_from_phi
@@ -24,7 +24,7 @@ from tests.training.world import CLIP
 
 def torch_counts(work: Any) -> int:
     """torch's count, without the scores that an attention kernel computes again in backward: one product in five."""
-    with FlopCounterMode(display=False) as counted:
+    with counter() as counted:
         work()
     kinds = counted.get_flop_counts()["Global"]
     return sum(

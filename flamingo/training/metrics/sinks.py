@@ -23,6 +23,57 @@ class Sink(Protocol):
         """The run is over, for now."""
 
 
+class JsonLines:
+    """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Opens `path` for appending after removing every line whose `step` is above `resume_step`."""
+        kept = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            # A killed run can leave half a line at the end; it belongs to a step that is done again.
+            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._file: IO[str] = path.open("a")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None
+
+
+class TensorBoard:
+    """The same values for TensorBoard."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Adds one scalar per value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
+
+
 class WandB:
     """Weights & Biases. A resumed run goes on under its name; WANDB_MODE=offline writes below the run folder only."""
 
@@ -118,54 +169,3 @@ class Reports:
                     sink.close()
                 except Exception as error:  # as in `log`
                     print(f"{type(sink).__name__} may lack its last figures: {error}", file=sys.stderr, flush=True)
-
-
-class JsonLines:
-    """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
-
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Opens `path` for appending after removing every line whose `step` is above `resume_step`."""
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            # A killed run can leave half a line at the end; it belongs to a step that is done again.
-            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-        self._file: IO[str] = path.open("a")
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        return None
-
-
-class TensorBoard:
-    """The same values for TensorBoard."""
-
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds one scalar per value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()
