@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.sizes import Size
+from flamingo.labels import IGNORED
 
-IGNORED = -100
 SHOT_TOKENS = 8
 """Tokens of a demonstration, those for its image and its end included: <image> A photo of a ... <|endofchunk|>."""
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import MakeLM, document, subject
+from flamingo.labels import IGNORED
 from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -225,7 +226,7 @@ def gradients(
     if recompute and not all(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
         raise ConformanceError("the LM's layers do not recompute their activations")
     inputs: Any = document(model, rows, side="right")
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
     out = model(**inputs, labels=labels, num_items_in_batch=10)
     out.loss.backward()
     return out.loss.detach(), {name: p.grad for name, p in model.trainable_parameters() if p.grad is not None}
