@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import MakeLM, document, subject
+from flamingo.errors import first_line
 from flamingo.labels import IGNORED
 from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 from flamingo.language.hooks import find_decoder_layers
@@ -186,7 +187,7 @@ def compiled(make: MakeLM) -> str:
         try:
             ours = model(**inputs, use_cache=False).logits
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             if not whole:
                 raise ConformanceError(f"torch.compile fails: {reason}") from error
             continue
@@ -266,4 +267,4 @@ def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[Out
         try:
             yield Outcome(name, True, CHECKS[name](make))
         except Exception as error:
-            yield Outcome(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            yield Outcome(name, False, f"{type(error).__name__}: {first_line(error)}")
