@@ -75,7 +75,6 @@ def _apply_protocol(typed: Any, overrides: Sequence[Any]) -> None:
 
 def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
     """(key, value) of one `key=value`; a single value stands for a list of one. `tasks` are those chosen."""
-
     key = str(override.key_or_group)
     if override.is_delete() or override.is_sweep_override():
         raise UserError(f"{override.input_line}: write key=value, and lists in brackets, for example shots=[0,4]")
