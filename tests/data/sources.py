@@ -16,7 +16,7 @@ from data.__main__ import main
 from data.shards.document import Document, Image, Text
 from data.shards.writer import read_documents, read_manifest
 from data.tools.verify import verify
-from tests.data.helpers import encoded, random_image
+from tests.fixtures import encoded, random_image
 
 
 @dataclass

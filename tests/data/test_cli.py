@@ -14,8 +14,9 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.index import index_path
 from data.shards.writer import ShardWriter, read_documents, read_manifest
 from data.toy.names import names
-from tests.data.helpers import png, write_documents
+from tests.data.helpers import write_documents
 from tests.data.test_index import make_tar
+from tests.fixtures import png
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +107,7 @@ def test_inspect_as_text_and_as_html(tmp_path: Path) -> None:
     nodes: list[Node] = [Text("<b> & "), Image((0,)), Text("what?", loss=False), Image((1, 0), 1.0), Text("end")]
     with ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("first", [Text("x")], []))
-        writer.write(Document("second", nodes, [png(0, 10), png(255, 12)], {"fact": "<i>"}))
+        writer.write(Document("second", nodes, [png(0, side=10), png(255, side=12)], {"fact": "<i>"}))
     shown = run("inspect", tmp_path / "s-000000.tar", "--row", "1").stdout
     for piece in (
         "row 1, key second",

@@ -82,7 +82,7 @@ def test_images_go_with_their_own_text(
 
 def test_shapes_padding_and_types(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Document("long", [Image((0,)), Text("words"), Image((1,)), Text("w")], [png(1), png(2, 20)]))
+        writer.write(Document("long", [Image((0,)), Text("words"), Image((1,)), Text("w")], [png(1), png(2, side=20)]))
         writer.write(Document("text", [Text("ab")], []))
     batch = one_batch(tmp_path, FlamingoCollate(PROCESSOR), batch_size=2)
     t = {
