@@ -1,4 +1,4 @@
-"""What a user gets wrong, through the commands a user types: one clear line, exit status 2, no traceback."""
+"""Mistakes of a user, through the commands a user types: one clear line, exit status 2, no traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(*arguments: str) -> str:
-    """Runs a command that must fail as promised; returns its one line."""
+    """Run a command that must fail with status 2 and one line; return the line."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2, done.stderr
@@ -73,7 +73,7 @@ def test_a_name_that_needs_the_network(world: Path) -> None:
     assert "network" in line
 
 
-def test_a_image_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n but no more than that")
     model = str(world / "run" / "model")
@@ -88,7 +88,7 @@ def test_more_tags_than_images_in_row_3(world: Path) -> None:
         processor(text=["<image>a"] * 3 + ["<image>a<image>b"], images=[[image]] * 4)
 
 
-def test_a_model_folder_that_is_none(world: Path) -> None:
+def test_a_folder_that_holds_no_model(world: Path) -> None:
     assert "config.json is missing" in refused("-m", "eval", f"model={world}", f"data={world}", "task=toy_caption")
     with pytest.raises((UserError, OSError)):
         FlamingoForConditionalGeneration.from_pretrained(world)
