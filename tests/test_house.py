@@ -1,4 +1,4 @@
-"""The rules of the code base: the direction of imports, a config folder of YAML only, sizes of files and functions."""
+"""The rules of the house, held by a test: import arrows, YAML-only config folder, sizes of files and functions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("flamingo", "data", "eval", "train")
-HYDRA_MAY = {"train.py", "flamingo/training/compose.py", "eval/__main__.py", "eval/compose.py"}
-LINES, FUNCTION_LINES = 600, 60
+HYDRA_MAY = {"train.py", "eval/__main__.py"}
 
 
 def sources() -> Iterator[tuple[str, ast.Module, str]]:
@@ -25,15 +23,12 @@ def sources() -> Iterator[tuple[str, ast.Module, str]]:
             yield file.relative_to(ROOT).as_posix(), ast.parse(text), text
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """Return the modules a file imports, and for `from a import b` also `a.b`, which may be one."""
-    names = set()
+def imported(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+            yield node.module
 
 
 def test_imports_point_left_and_hydra_stays_in_the_entry_points() -> None:
@@ -49,28 +44,6 @@ def test_imports_point_left_and_hydra_stays_in_the_entry_points() -> None:
     assert wrong == []
 
 
-def test_nothing_imports_in_a_circle() -> None:
-    """Neither modules nor folders, at any depth; imports inside functions and for types count too."""
-    trees = {name: tree for name, tree, _ in sources()}
-    files = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): PurePath(name) for name in trees}
-    arrows = {
-        (PurePath(name), files[module]) for name, tree in trees.items() for module in imported(tree) & files.keys()
-    }
-    circles = []
-    for folder in {parent for file in files.values() for parent in file.parents}:
-        inside = [(a, b) for a, b in arrows if a.is_relative_to(folder) and b.is_relative_to(folder)]
-        imports: dict[str, set[str]] = {}
-        for a, b in inside:
-            one, other = (file.relative_to(folder).parts[0] for file in (a, b))
-            if one != other and other != "__init__.py":  # every module imports the __init__ of its package
-                imports.setdefault(one, set()).add(other)
-        try:
-            TopologicalSorter(imports).prepare()
-        except CycleError as error:
-            circles.append(f"{folder}: {' -> '.join(error.args[1])}")
-    assert circles == []
-
-
 def test_config_folder_holds_yaml_only_and_says_how_it_is_used() -> None:
     files = [path for path in (ROOT / "hydra").rglob("*") if path.is_file()]
     assert files
@@ -80,15 +53,14 @@ def test_config_folder_holds_yaml_only_and_says_how_it_is_used() -> None:
         assert text.startswith(("# python ", "# torchrun ", "# make ")), path
 
 
-def test_files_and_functions_stay_readable() -> None:
+def test_files_and_functions_stay_small() -> None:
     long = []
     for name, tree, text in sources():
-        if (lines := text.count("\n")) > LINES:
+        if (lines := text.count("\n")) > 300:
             long.append(f"{name}: {lines} lines")
         for node in ast.walk(tree):
-            length = (node.end_lineno or 0) - node.lineno if isinstance(node, ast.FunctionDef) else 0
-            if length > FUNCTION_LINES and name != "train.py":
-                long.append(f"{name} has a function of {length} lines")
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 60 and name != "train.py":
+                long.append(f"{name}:{node.lineno} {node.name}")
     assert long == []
 
 

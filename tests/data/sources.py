@@ -40,7 +40,10 @@ def command(*arguments: object) -> tuple[int, str, str]:
     """(status, stdout, stderr) of `python -m data ...`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([str(argument) for argument in arguments])
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as usage:  # argparse's
+            status = int(usage.code or 0)
     return status, out.getvalue(), err.getvalue()
 
 
