@@ -18,16 +18,8 @@ from data.loading.loader import Batch, MixLoader
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import (
-    SIDE,
-    byte_processor,
-    byte_tokenizer,
-    encoded,
-    numbered_document,
-    png,
-    random_image,
-    write_documents,
-)
+from tests.data.helpers import SIDE, byte_processor, numbered_document, write_documents
+from tests.fixtures import byte_tokenizer, encoded, png, random_image
 
 PROCESSOR = byte_processor()
 
