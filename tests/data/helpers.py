@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
-from flamingo.processor import FlamingoProcessor
-from flamingo.vision.transform import ImageTransform
 from tests.fixtures import byte_tokenizer, png
+
+if TYPE_CHECKING:  # tests of shards alone start without torch and transformers
+    import torch
+
+    from flamingo import FlamingoProcessor
 
 SIDE = 8
 
@@ -35,9 +37,13 @@ def write_documents(
 
 def byte_processor() -> FlamingoProcessor:
     """A processor over bytes and images of SIDE pixels."""
+    from flamingo import FlamingoProcessor, ImageTransform
+
     return FlamingoProcessor(byte_tokenizer(), ImageTransform(SIDE, mode="squash"))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two batches have the same tensors, to the byte."""
+    import torch
+
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
