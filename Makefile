@@ -1,6 +1,6 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
-# make learn   the same for longer (35 to 45 minutes): names made up for a page are bound to characters never seen in training
-# make test    set up, then run all tests
+# make learn   the same for longer (35 to 45 minutes): names made up for one document are bound to characters never seen in training
+# make test    set up, then run all tests; make test-fast leaves out the slow ones
 # make bench   the same work here and in open_flamingo 2.0.1: time, memory, multiply-adds (BENCH_ARGS='decode_step --size tiny')
 VENV   ?= .venv
 PYTHON ?= python3
@@ -8,7 +8,7 @@ PY      = $(VENV)/bin/python
 WHICH  ?= demo
 OUT    ?= runs/$(WHICH)
 
-# For trying the whole way in a minute: make demo OUT=runs/try TOY_ARGS='--scale 0.01' TRAIN_ARGS='run.steps=5' ...
+# To try all steps in a minute: make demo OUT=runs/try TOY_ARGS='--scale 0.01' TRAIN_ARGS='run.steps=5' ...
 demo_TOY    = --kinds scene_pairs text captions vqa long clips --scale 1.5
 learn_TOY   = --scale 2
 demo_TASKS  = [toy_caption,toy_vqa,digits_naming]
@@ -26,7 +26,7 @@ export DEMO = $(OUT)
 help:
 	@sed -n 's/^# //p' Makefile
 
-# The marker is written last: an interrupted installation is done again.
+# The marker is written last, so that an interrupted installation is repeated.
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml requirements-peers.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"error: Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
@@ -36,11 +36,12 @@ $(VENV)/.installed: pyproject.toml requirements-peers.txt
 	$(PY) -m pip install --quiet --no-deps --requirement requirements-peers.txt
 	@touch $@
 
-test: setup
-	$(PY) -m pytest
+# The quick tests on two processes; the slow ones start processes of their own.
+test: test-fast
+	$(PY) -m pytest -m slow
 
 test-fast: setup
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 check: setup
 	$(PY) -m ruff check .
@@ -50,7 +51,7 @@ check: setup
 bench: setup
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
-# Every step goes on where it was stopped, and is done at once when it is complete.
+# Every step resumes where it was stopped, and ends at once where it is complete.
 demo: setup $(OUT)/data/.complete
 	$(PY) train.py experiment=$(WHICH)_language $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH)_vision $(TRAIN_ARGS)

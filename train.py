@@ -33,7 +33,7 @@ from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, Pair
 from data.dataset import DatasetSpec, document_texts, too_small
 from data.loading.loader import MixLoader
 from eval.in_training import Evaluations, Probe
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.checkpoints.schedule import Checkpoints
@@ -232,7 +232,7 @@ def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[s
             merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
             specs.append(OmegaConf.to_object(merged))
         except (OmegaConfBaseException, UserError) as error:
-            wrong.append(f"{where}: {str(error).strip().splitlines()[0]}")
+            wrong.append(f"{where}: {first_line(error)}")
     return specs  # type: ignore[return-value]
 
 

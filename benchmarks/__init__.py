@@ -3,6 +3,7 @@
     python -m benchmarks                      every measurement at size small, each in a process of its own
     python -m benchmarks decode_step --size tiny
 
-What it takes: `pip install --no-deps open_flamingo==2.0.1 einops-exts`. Notable: a multiply-add counts as two
-operations (FLOP), as everywhere in the field; what is counted does not depend on the machine, what is timed does.
+It needs `pip install --no-deps open_flamingo==2.0.1 einops-exts`. A multiply-add counts as two operations (FLOP), as
+everywhere in the field; counts do not depend on the machine, times do. `__main__.py` starts the measurements,
+`measure.py` takes one, `work.py` and `sizes.py` say of what, `table.py` prints.
 """

@@ -24,14 +24,14 @@ from benchmarks.table import print_tables
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost", "eval_speed")
 ALONE = ("step_cost",)
-"""Of this library alone, and only when asked for."""
+"""Measured for this library alone, and only on request."""
 LIBRARIES = (("peer", "fp32"), ("ours", "fp32"))
 
 
 def jobs(
     name: str, size: Size, options: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, int], tuple[tuple[str, str], ...]]]:
-    """What to measure under a name, with which options, of which libraries and variants."""
+    """Yield (measurement, its options, its (library, variant) pairs) for a name of the command line."""
     if name == "decode_step":
         yield "decode_step", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
     elif name == "first_token":
@@ -56,7 +56,7 @@ def jobs(
 
 
 def measure(what: str, own: dict[str, int], library: str, variant: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one measurement; what went wrong in it ends everything, with its own words."""
+    """Run one measurement in a new process and return its figures; if it fails, exit with the end of its stderr."""
     given = {**own, "library": library, "variant": variant, "size": options.size}
     given |= {"repeats": options.repeats, "threads": options.threads}
     command = [sys.executable, "-m", "benchmarks.measure", what]
@@ -65,12 +65,12 @@ def measure(what: str, own: dict[str, int], library: str, variant: str, options:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: {' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the date, the CPU, the threads and the versions of the libraries."""
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).is_file():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
@@ -79,11 +79,11 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parse the command line, measure, write the JSON and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (all by default), {ALONE[0]}")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs behind a warm-up; the median is shown")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs after a warm-up; the median is shown")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--without-peer", action="store_true", help="measure this library alone")
     for key, values in (("batches", BATCHES), ("images", IMAGES), ("tokens", TOKENS)):
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON; runs/bench/SIZE.json by default")
     options = parser.parse_args()
     if unknown := set(options.names) - {*NAMES, *ALONE}:
-        parser.error(f"{sorted(unknown)[0]!r} is no measurement; known are {', '.join((*NAMES, *ALONE))}")
+        parser.error(f"{sorted(unknown)[0]!r} is not a measurement; known are {', '.join((*NAMES, *ALONE))}")
     with_peer = not options.without_peer and bool({*(options.names or NAMES)} - {*ALONE})
     if with_peer and importlib.util.find_spec("open_flamingo") is None:
         parser.error("open_flamingo is not installed: pip install --no-deps open_flamingo==2.0.1 einops-exts")
@@ -102,8 +102,8 @@ def main() -> None:
                 if library == "peer" and options.without_peer:
                     continue
                 print(f"{name} {own} {library} {variant} ...", file=sys.stderr, flush=True)
-                found = measure(what, own, library, variant, options)
-                results.append({"name": name, "what": what, **own, "library": library, "variant": variant, **found})
+                figures = measure(what, own, library, variant, options)
+                results.append({"name": name, "what": what, **own, "library": library, "variant": variant, **figures})
     out = options.out or ROOT / "runs" / "bench" / f"{options.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"size": options.size, "torch_threads": options.threads, "machine": machine(options), "results": results}

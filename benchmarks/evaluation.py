@@ -1,6 +1,6 @@
-"""A few-shot evaluation as a whole: many queries, each with demonstrations of its own from one support set.
+"""A whole few-shot evaluation: many queries, each with its own demonstrations from one support set.
 
-What open_flamingo's evaluation does for a batch is done with its model: the images of every prompt are stacked and
+The peer's model does what open_flamingo's evaluation does for a batch: the images of every prompt are stacked and
 encoded, demonstrations again for each query that shows them, then tokens are generated or class names ranked. Ours goes
 through `eval.inference.engine` as `python -m eval` does.
 """
@@ -29,11 +29,11 @@ from flamingo import FlamingoProcessor
 
 NEW_TOKENS = 5  # of an answer to a question, as open_flamingo's evaluation has it
 BATCH = 8  # its default
-Found = dict[str, Any]
+Figures = dict[str, Any]
 
 
 class Work:
-    """Queries and support: an image and eight tokens each; demonstrations of a query are drawn from the support."""
+    """Queries and support of an image and eight tokens each; a query's demonstrations are drawn from the support."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
@@ -47,18 +47,18 @@ class Work:
         self._demos = [(size.eval_queries + order).tolist() for order in orders]
 
     def items(self, query: int, shots: int, fixed: bool = False) -> list[int]:
-        """Demonstrations (`fixed`: the first query's) and query of a prompt, which ends where the answer begins."""
+        """Return the items of a prompt: demonstrations (`fixed`: those of the first query), then the query."""
         return [*self._demos[0 if fixed else query][:shots], query]
 
     def row(self, query: int, shots: int, fixed: bool = False) -> Row:
-        """The prompt of a query."""
+        """Return the prompt of a query, which ends where the answer begins."""
         items = self.items(query, shots, fixed)
         ids = self.tokens[items].flatten()[:-1]
         return Row(ids, self.images[items], torch.full_like(ids, IGNORED))
 
 
 class RawProcessor:
-    """Stands in for a tokenizer: the benchmark's text is ids."""
+    """A stand-in for the processor, because the benchmark's text is token ids."""
 
     bos_token_id = None
 
@@ -74,7 +74,7 @@ class RawProcessor:
 
 
 class RawResponder(FlamingoResponder):
-    """The evaluation's model; an image's file is its pixels."""
+    """The evaluation's responder; an image's file is its raw pixels."""
 
     def __init__(self, model: Any, size: Size, share_prefix: bool = True) -> None:
         super().__init__(model, RawProcessor(size), share_prefix=share_prefix)  # type: ignore[arg-type]
@@ -86,23 +86,23 @@ class RawResponder(FlamingoResponder):
 
 
 def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int, fixed: bool = False) -> list[Request]:
-    """One for each query: an answer to generate, or names to rank."""
+    """Return a request for each query: an answer to generate, or names to rank."""
     files = [EncodedImage((image.numpy().tobytes(),)) for image in work.images]
-    found = []
+    result = []
     for query in range(queries):
         images = tuple(files[item] for item in work.items(query, shots, fixed))
         ids = tuple(work.row(query, shots, fixed).ids.tolist())
         candidates = tuple(tuple(name) for name in names or ())
         shared = (shots * SHOT_TOKENS, shots) if fixed else (0, 0)
         prompt = Prompt(ids, images, candidates, ((None, ""),), shots, shared)
-        found.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
-    return found
+        result.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
+    return result
 
 
-def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
-    """Encoded once, ranked as a trie; then a second run at half the shots, which reads the images from disk.
+def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Figures:
+    """Run this library: at `shots`, then at half of them with the images' features read from disk.
 
-    At last the same queries behind the same demonstrations for all, which are run once, and as whole prompts.
+    Then run all queries with the same demonstrations twice: with their prefix shared, and as whole prompts.
     """
     responder = RawResponder(library.model, work.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,8 +130,8 @@ def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
     return {"seconds": seconds[:1], "values": answers, **facts}
 
 
-def peer(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Found:
-    """Batch by batch; a hook counts what its encoder is given."""
+def peer(library: Any, work: Work, shots: int, names: list[list[int]] | None, queries: int) -> Figures:
+    """Run open_flamingo batch by batch; a hook counts the images that its encoder is given."""
     counted: list[int] = []
     encoder: nn.Module = library.model.vision_encoder
     handle = encoder.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
@@ -150,34 +150,34 @@ def peer(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
     return {"seconds": [seconds], "values": values, "encoded": sum(counted), "distinct": distinct}
 
 
-def evaluate(library: Any, size: Size, names: list[list[int]] | None, queries: int, shots: int) -> Found:
-    """Either library; one query first, so that nobody is timed at starting up."""
-    run: Callable[..., Found] = ours if type(library).__name__ == "Ours" else peer
+def evaluate(library: Any, size: Size, names: list[list[int]] | None, queries: int, shots: int) -> Figures:
+    """Run either library; one query first, so that start-up is not timed."""
+    run: Callable[..., Figures] = ours if type(library).__name__ == "Ours" else peer
     work = Work(size)
     run(library, work, 1, names and names[:2], 1)
     return run(library, work, shots, names, queries)
 
 
-def questions(library: Any, size: Size, options: argparse.Namespace) -> Found:
-    """Answers to generate."""
+def questions(library: Any, size: Size, options: argparse.Namespace) -> Figures:
+    """Generate answers."""
     return evaluate(library, size, None, size.eval_queries, options.shots)
 
 
-def classes(library: Any, size: Size, options: argparse.Namespace) -> Found:
-    """Class names to rank."""
+def classes(library: Any, size: Size, options: argparse.Namespace) -> Figures:
+    """Rank class names."""
     return evaluate(library, size, class_names(size), size.eval_ranked, options.shots)
 
 
-WHAT: dict[str, Callable[[Any, Size, argparse.Namespace], Found]] = {
+WHAT: dict[str, Callable[[Any, Size, argparse.Namespace], Figures]] = {
     "eval_questions": questions,
     "eval_classes": classes,
 }
 EVAL_AT_MOST = {"eval_questions": 1 / 3, "eval_classes": 1 / 15}
-"""Shares of the peer's time that are wanted at the size small."""
+"""The wanted share of the peer's time, at size small."""
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
-    """A table of its own: time, share, images encoded."""
+    """Print a table of time, share of the peer's time and images encoded, if any of it was measured."""
     results = [result for result in document["results"] if result["name"] == "eval_speed"]
     if not results:
         return

@@ -21,12 +21,12 @@ from benchmarks import arithmetic, evaluation, steps
 from benchmarks.sizes import SIZES, Size
 from benchmarks.work import Row, class_names, prompt, row, training_steps
 
-Found = dict[str, Any]
-"""seconds (a list), flop (of one of what was timed), needed (the same by arithmetic), values (to compare)."""
+Figures = dict[str, Any]
+"""seconds (a list), flop (of one timed unit), needed (the same by arithmetic), values (to compare)."""
 
 
 class Library(Protocol):
-    """What is measured."""
+    """What both libraries offer to be measured."""
 
     model: Any
 
@@ -37,7 +37,7 @@ class Library(Protocol):
 
 
 class Stamps:
-    """A logits processor that notes a clock, or the operations so far, at every new token."""
+    """A logits processor that reads a clock, or the count of operations so far, at every new token."""
 
     def __init__(self, read: Callable[[], float]) -> None:
         self.read = read
@@ -48,12 +48,12 @@ class Stamps:
         return scores
 
     def steps(self) -> list[float]:
-        """What each token took; the first took the whole prompt."""
+        """Return the differences between readings: what each token took; the first took the whole prompt."""
         return [after - before for before, after in zip(self.at, self.at[1:], strict=False)]
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
-    """Seconds of `repeats` calls behind a warm-up, and what the last call gave."""
+    """Return the seconds of `repeats` calls after a warm-up, and the last call's result."""
     result = work()
     seconds = []
     for _ in range(repeats):
@@ -85,13 +85,13 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, ou
 
 
 def _attention_layer(query: tuple[int, int, int], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Projections to queries, keys and values, both products, projection back; `query` is a shape (B, T, D)."""
+    """Count projections to queries, keys and values, both products and the projection back; `query` is (B, T, D)."""
     batch, tokens, width = query
     return batch * (8 * tokens * width**2 + 4 * tokens**2 * width)
 
 
 def counted(work: Callable[[], Any]) -> int:
-    """Operations of one call."""
+    """Return the operations of one call."""
     with counter() as counting:
         work()
     return counting.get_total_flops()
@@ -100,7 +100,7 @@ def counted(work: Callable[[], Any]) -> int:
 def generation(
     library: Library, work: Row, new_tokens: int, beams: int, repeats: int
 ) -> tuple[list[list[float]], list[float], list[int]]:
-    """Seconds and operations of every token, and the tokens."""
+    """Return seconds (a list for each repeat) and operations of every token, and the tokens."""
     tokens: list[int] = []
     seconds: list[list[float]] = []
     for _ in range(repeats + 1):
@@ -113,8 +113,8 @@ def generation(
     return seconds[1:], count.steps(), tokens
 
 
-def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """Each token behind the first."""
+def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Figures:
+    """Measure every token after the first."""
     work = prompt(size, options.shots)
     seconds, flop, tokens = generation(library, work, size.new_tokens + 1, 1, options.repeats)
     each = [step for run in seconds for step in run[1:]]
@@ -122,23 +122,23 @@ def decode_step(library: Library, size: Size, options: argparse.Namespace) -> Fo
     return {"seconds": each, "flop": sum(flop[1:]) / size.new_tokens, "needed": needed, "values": tokens}
 
 
-def first_token(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """From the images' pixels to the first token, three beams."""
+def first_token(library: Library, size: Size, options: argparse.Namespace) -> Figures:
+    """Measure from the images' pixels to the first token, with three beams."""
     seconds, flop, tokens = generation(library, prompt(size, options.shots), 1, 3, options.repeats)
     first = [run[0] for run in seconds]
     return {"seconds": first, "flop": flop[0], "needed": arithmetic.first_token(size, options.shots), "values": tokens}
 
 
-def ranking(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """All names behind one prompt, from the images' pixels on."""
+def ranking(library: Library, size: Size, options: argparse.Namespace) -> Figures:
+    """Measure scoring all names after one prompt, from the images' pixels on."""
     work, names = prompt(size, options.shots), class_names(size)
     seconds, scores = timed(lambda: library.rank(work, names), options.repeats)
     flop = counted(lambda: library.rank(work, names))
     return {"seconds": seconds, "flop": flop, "needed": arithmetic.ranking(size, options.shots), "values": scores}
 
 
-def train_step(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """Forward, backward, clip and AdamW, over rows of different numbers of images."""
+def train_step(library: Library, size: Size, options: argparse.Namespace) -> Figures:
+    """Measure forward, backward, clipping and AdamW, over rows with different numbers of images."""
     steps = training_steps(size)
     losses = [library.train_step(steps[0])]
     seconds = []
@@ -152,8 +152,8 @@ def train_step(library: Library, size: Size, options: argparse.Namespace) -> Fou
     return {"seconds": seconds, "flop": flop, "needed": needed, "values": losses, "peak_bytes": peak}
 
 
-def forward(library: Library, size: Size, options: argparse.Namespace) -> Found:
-    """One document without a cache, with all its logits."""
+def forward(library: Library, size: Size, options: argparse.Namespace) -> Figures:
+    """Measure one document without a cache, with all its logits."""
     work = row(size, options.images, options.tokens, seed=0)
     seconds, logits = timed(lambda: library.forward(work), options.repeats)
     flop = counted(lambda: library.forward(work))
@@ -161,7 +161,7 @@ def forward(library: Library, size: Size, options: argparse.Namespace) -> Found:
     return {"seconds": seconds, "flop": flop, "needed": needed, "values": logits[:256].tolist()}
 
 
-WHAT: dict[str, Callable[[Library, Size, argparse.Namespace], Found]] = {
+WHAT: dict[str, Callable[[Library, Size, argparse.Namespace], Figures]] = {
     "decode_step": decode_step,
     "first_token": first_token,
     "ranking": ranking,
@@ -171,12 +171,12 @@ WHAT: dict[str, Callable[[Library, Size, argparse.Namespace], Found]] = {
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far, with Python and the libraries."""
+    """Return the peak memory of this process so far, Python and the libraries included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build(library: str, size: Size, variant: str) -> Library:
-    """The library with its model."""
+    """Return the library with its model."""
     if library == "ours":
         from benchmarks.ours import Ours
 
@@ -187,7 +187,7 @@ def build(library: str, size: Size, variant: str) -> Library:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Take one measurement and print its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=[*WHAT, *evaluation.WHAT, *steps.WHAT])
     parser.add_argument("--library", choices=["ours", "peer"], required=True)
@@ -208,8 +208,8 @@ def main() -> None:
     if options.what not in ("train_step", "step_cost"):
         library.model.requires_grad_(False)  # FlopCounterMode stumbles over parameters that are passed on as they are
     built = peak_bytes()
-    found = (WHAT | evaluation.WHAT | steps.WHAT)[options.what](library, size, options)
-    print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | found))
+    figures = (WHAT | evaluation.WHAT | steps.WHAT)[options.what](library, size, options)
+    print(json.dumps({"peak_bytes": peak_bytes(), "built_bytes": built, "imported_bytes": imported} | figures))
 
 
 if __name__ == "__main__":

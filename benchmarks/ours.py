@@ -1,4 +1,4 @@
-"""This library at the work of `measure.py`."""
+"""This library, as `measure.py` drives it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flamingo import FlamingoConfig, FlamingoForConditionalGeneration
 
 
 class Ours:
-    """Everything through the public methods.
+    """The model, used through its public methods only.
 
-    `variant` "bf16" stores the frozen weights in bfloat16; "fused" takes torch's fused AdamW.
+    Variant "bf16" stores the frozen weights in bfloat16; "fused" takes torch's fused AdamW.
     """
 
     def __init__(self, size: Size, variant: str = "fp32") -> None:
-        tower, lm = backbones(size)
+        encoder, lm = backbones(size)
         resampler = {"depth": size.depth, "latents": size.latents, "heads": size.heads, "head_dim": size.head_dim}
         config = FlamingoConfig(
             vision_config={"arch": vision_arch(size), "image_size": size.image_size},
@@ -31,7 +31,7 @@ class Ours:
             image_token_id=image_id(size),
             eoc_token_id=image_id(size) + 1,
         )
-        self.model = FlamingoForConditionalGeneration(config, vision_tower=tower, causal_lm=lm).eval()
+        self.model = FlamingoForConditionalGeneration(config, vision_tower=encoder, causal_lm=lm).eval()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):
@@ -52,7 +52,7 @@ class Ours:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
     def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]:
-        """New tokens; `stamp` is called at each."""
+        """Return the new tokens; `stamp` is called at each."""
         with self._casting():
             out = self.model.generate(
                 row.ids[None],
@@ -66,18 +66,18 @@ class Ours:
         return out[0].tolist()
 
     def rank(self, row: Row, names: list[list[int]]) -> list[float]:
-        """Log-probability of each name behind the prompt."""
+        """Return the log-probability of each name after the prompt."""
         with self._casting():
             return self.model.score_candidates({"input_ids": row.ids[None], **self._images([row])}, names)[0].tolist()
 
     def forward(self, row: Row) -> Tensor:
-        """Logits of the last position, of a pass that gives all."""
+        """Return the last position's logits (V + 2,) of a pass that computes those of all positions."""
         with torch.no_grad(), self._casting():
             out = self.model(input_ids=row.ids[None], **self._images([row]), use_cache=False)
             return out.logits[0, -1].float()
 
     def train_step(self, rows: list[Row]) -> float:
-        """Forward, backward, clip, AdamW; the loss."""
+        """Run forward, backward, clipping and AdamW; return the loss."""
         self.model.train()
         parameters = [parameter for _, parameter in self.model.trainable_parameters()]
         if self.optimizer is None:

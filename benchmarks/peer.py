@@ -1,11 +1,11 @@
-"""open_flamingo 2.0.1 at the work of `measure.py`, through its public classes.
+"""open_flamingo 2.0.1, as `measure.py` drives it, through its public classes.
 
-It was written for transformers 4.28 and open_clip 2.20. What is done so that it runs beside transformers 5 and
-open_clip 3, and no more:
-- transformers 5 gives no attention mask where there is no padding; its LM demands one: a default is put in front;
-- open_clip 3 gives the encoder's tokens after the final norm; what the released models were trained on, before it;
-- a cache is changed by every call now, so ranking with one cache for all names, as its evaluation does, would be wrong
-  from the second name on: the prompt is run with each name ("fp32"), or each name gets a copy ("copied_cache").
+It was written for transformers 4.28 and open_clip 2.20. Only what it needs to run with transformers 5 and open_clip 3
+is changed:
+- transformers 5 passes no attention mask where there is no padding, but its LM requires one: it gets a default;
+- open_clip 3 returns the encoder's tokens after the final norm, but the released models were trained on those before;
+- every call changes a cache now, so ranking with one cache for all names, as its evaluation does, would be wrong from
+  the second name on: the prompt is run with each name ("fp32"), or each name gets a copy ("copied_cache").
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from flamingo.config import OPENAI_MEAN, OPENAI_STD
 from flamingo.vision.encoder import patch_tokens
 
 MOST_IMAGES = 5
-"""Of a training document; open_flamingo's loader fills every document up to it."""
+"""Images of a training document; open_flamingo's loader pads every document to this number."""
 
 
 class TokensBeforeNorm(nn.Module):
-    """An open_clip tower that returns (nothing, patch tokens), as `output_tokens` did up to open_clip 2.22."""
+    """An open_clip encoder that returns (nothing, patch tokens), as `output_tokens` did up to open_clip 2.22."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.tower = tower
+        self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> tuple[None, Tensor]:
-        return None, patch_tokens(self.tower, pixels)
+        return None, patch_tokens(self.encoder, pixels)
 
 
 class NeedsNoMask:
-    """Put in front of its LM class: a mask that was left out is None."""
+    """A mixin for its LM class that makes the attention mask optional."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         return super().forward(input_ids, attention_mask, **options)  # type: ignore[misc]
 
 
 class Vision(nn.Module):
-    """What `Flamingo` takes for an open_clip model: it only reads `visual`."""
+    """A stand-in for an open_clip model, of which `Flamingo` only reads `visual`."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.visual = TokensBeforeNorm(tower)
+        self.visual = TokensBeforeNorm(encoder)
 
 
 def build(size: Size) -> Any:
-    """Its model with our weights, frozen as its factory does it."""
+    """Return its model with our weights, frozen as its factory freezes it."""
     flamingo = import_module("open_flamingo").Flamingo
     mixin = import_module("open_flamingo.src.flamingo_lm").FlamingoLMMixin
     extend = import_module("open_flamingo.src.utils").extend_instance
-    tower, lm = backbones(size)
+    encoder, lm = backbones(size)
     extend(lm, mixin)
     extend(lm, NeedsNoMask)
     lm.set_decoder_layers_attr_name("model.decoder.layers")  # type: ignore[operator]
     lm.resize_token_embeddings(size.vocab + 2, mean_resizing=False)
     media, end = image_id(size), image_id(size) + 1
-    model = flamingo(Vision(tower), lm, end, media, vis_dim=size.vision_width).eval()
+    model = flamingo(Vision(encoder), lm, end, media, vis_dim=size.vision_width).eval()
     shapes = _own_shapes(size)
     own = {name: seeded(name, shape) for name, shape in shapes.items()}
     rows = own.pop("new_tokens.input_rows")
@@ -83,7 +83,7 @@ def build(size: Size) -> Any:
 
 
 def _own_shapes(size: Size) -> dict[str, torch.Size]:
-    """Names and shapes of our trained parameters, without their memory."""
+    """Return the names and shapes of our trained parameters, without allocating them."""
     from benchmarks.ours import Ours
 
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def _own_shapes(size: Size) -> dict[str, torch.Size]:
 
 
 class Peer:
-    """Everything through its public methods; `variant` as in the module's description."""
+    """Its model, used through its public methods only; variants as in the module's docstring."""
 
     def __init__(self, size: Size, variant: str = "fp32") -> None:
         self.size, self.copies = size, variant == "copied_cache"
@@ -100,13 +100,13 @@ class Peer:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def _vision_x(self, rows: list[Row], most: int | None = None) -> Tensor:
-        """(B, T_img, 1, 3, S, S), normalised; filled up with black images to `most`."""
+        """Return normalised images (B, T_img, 1, 3, S, S), padded with zeros to `most` images."""
         most = max(len(row.images) for row in rows) if most is None else most
         shape = (1, 3, 1, 1)
         mean, std = (torch.tensor(values).view(shape) for values in (OPENAI_MEAN, OPENAI_STD))
         out = torch.zeros(len(rows), most, 1, 3, self.size.image_size, self.size.image_size)
-        for place, row in zip(out, rows, strict=True):
-            place[: len(row.images), 0] = (row.images.float() / 255 - mean) / std
+        for padded, row in zip(out, rows, strict=True):
+            padded[: len(row.images), 0] = (row.images.float() / 255 - mean) / std
         return out
 
     def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]:
@@ -126,7 +126,7 @@ class Peer:
         return out[0, len(row.ids) :].tolist()
 
     def answers(self, rows: list[Row], new_tokens: int) -> list[int]:
-        """Greedy answers of a batch of prompts of one length, as its evaluation asks for them."""
+        """Return greedy answers to a batch of prompts of equal length, as its evaluation generates them."""
         ids = torch.stack([row.ids for row in rows])
         with torch.no_grad():
             out = self.model.generate(
@@ -140,11 +140,11 @@ class Peer:
                 suppress_tokens=[image_id(self.size)],
             )
         ends = (image_id(self.size) + 1, 2)
-        found: list[int] = []
+        answers: list[int] = []
         for new in out[:, ids.shape[1] :].tolist():
-            end = next((place for place, token in enumerate(new) if token in ends), len(new))
-            found += new[:end]
-        return found
+            end = next((index for index, token in enumerate(new) if token in ends), len(new))
+            answers += new[:end]
+        return answers
 
     def rank(self, row: Row, names: list[list[int]]) -> list[float]:
         with torch.no_grad():

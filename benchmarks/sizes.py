@@ -1,4 +1,4 @@
-"""Shapes of the models and of the work, as data."""
+"""Sizes of the models and of their work, as data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """One model and how hard it is worked. Widths are those of the transformers' residual streams."""
+    """One model and its work. Widths are those of the transformers' residual streams."""
 
     vision_width: int
     vision_layers: int
@@ -27,7 +27,7 @@ class Size:
     """Decode steps that are timed."""
     batch: int
     tokens: int
-    """Of a training row."""
+    """Tokens of a training row."""
     counts: tuple[tuple[int, ...], ...]
     """Images of the training rows, step by step; the first step warms up and is not timed."""
     cost_images: tuple[int, ...]
@@ -35,26 +35,26 @@ class Size:
     eval_queries: int
     eval_support: int
     eval_shots: int
-    """Of the evaluation as a whole."""
+    """Demonstrations of the whole evaluation."""
     eval_ranked: int
-    """Its queries whose answer is a class name."""
+    """Queries of the whole evaluation whose answer is a class name."""
     heads: int = 8
     head_dim: int = 64
-    """Of resampler and gated blocks; open_flamingo has no other."""
+    """Of resampler and gated blocks; open_flamingo has no other value."""
     ff_mult: int = 4
 
     @property
     def patches(self) -> int:
-        """Patch tokens of an image."""
+        """Return the number of patch tokens of an image."""
         return (self.image_size // self.patch) ** 2
 
     @property
     def inner(self) -> int:
-        """Width of queries, keys and values."""
+        """Return the width of queries, keys and values."""
         return self.heads * self.head_dim
 
 
-# Rows of 1 to 5 images, 2.5 on the average, behind a warm-up.
+# Rows of 1 to 5 images, 2.5 on average, after a warm-up step.
 COUNTS = ((2, 3), (1, 4), (5, 1), (2, 3), (3, 1), (2, 3))
 
 SIZES = {

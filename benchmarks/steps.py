@@ -1,8 +1,8 @@
-"""What a training step costs against batch, images of a row and tokens of a row; this library alone.
+"""The cost of a training step against batch size, images and tokens of a row; this library alone.
 
     python -m benchmarks step_cost --size tiny
 
-Operations are those that a run logs as `model_tflops_per_s`, counted while the step is timed.
+Operations are counted as a run counts them for `model_tflops_per_s`, while the step is timed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ BATCHES, IMAGES, TOKENS = (1, 2, 4), (1, 5, 32), (256, 1024, 2048)
 
 
 def grid(options: argparse.Namespace) -> Iterator[dict[str, int]]:
-    """Every step that is measured."""
+    """Yield the options of every step that is measured."""
     for batch, images, tokens in product(options.batches, options.images, options.tokens):
         yield {"batch": batch, "images": images, "tokens": tokens}
 
 
 def step_cost(library: Any, size: Size, options: argparse.Namespace) -> dict[str, Any]:
-    """Forward, backward, clip and AdamW; the first step warms up."""
-    rows = [row(size, options.images, options.tokens, seed=place) for place in range(options.batch)]
+    """Measure forward, backward, clipping and AdamW; the first step is a warm-up."""
+    rows = [row(size, options.images, options.tokens, seed=index) for index in range(options.batch)]
     losses = [library.train_step(rows)]
     seconds = []
     flops = Flops(library.model)
@@ -47,7 +47,7 @@ WHAT = {"step_cost": step_cost}
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     seconds = median(result["seconds"])
     sizes = [str(result[key]) for key in ("batch", "images", "tokens")]
     text = result["batch"] * result["tokens"] / seconds

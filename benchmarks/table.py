@@ -1,4 +1,4 @@
-"""Results as tables of Markdown, ours as a share of the peer's."""
+"""Results as Markdown tables, ours as a share of the peer's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TITLES = {
     "cost": "forward pass",
 }
 AT_MOST = {"decode_step": 1 / 3, "first_token": 0.4, "ranking": 1 / 15, "train_step": 0.65}
-"""Shares of the peer's time that are wanted at the size small."""
+"""The wanted share of the peer's time, at size small."""
 MEMORY_AT_MOST = {"fp32": 0.75, "fused": 0.75, "bf16": 0.5}
 
 Result = dict[str, Any]
 
 
 def largest_difference(result: Result, reference: Result) -> str:
-    """Between what both computed: logits, scores, losses; for tokens whether they are the same."""
+    """Compare what both computed: the largest difference of logits, scores or losses; whether tokens are the same."""
     a, b = result["values"], reference["values"]
     if all(isinstance(x, int) for x in a):
         return "same tokens" if a == b else "other tokens"
@@ -29,18 +29,18 @@ def largest_difference(result: Result, reference: Result) -> str:
 
 
 def title(result: Result) -> str:
-    """What was measured, with its options."""
+    """Return what was measured, with its options."""
     own = [f"{result[key]} {key}" for key in ("shots", "images", "tokens") if key in result]
     return ", ".join([TITLES[result["name"]], *own])
 
 
 def verdict(share: float, limit: float | None) -> str:
-    """The wanted share, and whether it is reached."""
+    """Return the wanted share, and whether it is reached."""
     return "" if limit is None else f"{limit:.3f}: {'yes' if share <= limit else 'NO'}"
 
 
 def row(result: Result, reference: Result | None, judge: bool) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     seconds = median(result["seconds"])
     cells = [title(result), f"{result['library']} {result['variant']}", f"{1000 * seconds:.1f}"]
     cells += [f"{result['flop'] / 1e9:.3g}", f"{result['flop'] / max(result['needed'], 1):.2f}"]
@@ -53,7 +53,7 @@ def row(result: Result, reference: Result | None, judge: bool) -> list[str]:
 
 
 def memory(result: Result, reference: Result | None, judge: bool) -> list[list[str]]:
-    """Lines on the peak of a training step."""
+    """Return the lines on the peak memory of a training step."""
     if reference is None or result["name"] != "train_step" or result is reference:
         return []
     share = result["peak_bytes"] / reference["peak_bytes"]
@@ -64,7 +64,7 @@ def memory(result: Result, reference: Result | None, judge: bool) -> list[list[s
 
 
 def print_tables(document: dict[str, Any]) -> None:
-    """Print all results, each beside the peer's of the same work."""
+    """Print all results, each compared with the peer's on the same work."""
     about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     print(f"size {document['size']}; {about}\n")
     head = ["", "library", "ms", "GFLOP", "x needed", "peak GiB", "share of peer's", "wanted", "difference"]

@@ -1,4 +1,4 @@
-"""Backbones and weights that both libraries get: made from seeds, so that each process can make them alone."""
+"""Backbones and weights for both libraries, made from seeds, so that each process can make them on its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flamingo.vision.encoder import build_open_clip
 
 
 def seeded(name: str, shape: torch.Size) -> Tensor:
-    """Weights for a parameter of our name: norms at one, gates open at 0.5, matrices normal by their fan-in."""
+    """Return a parameter's weights from its name: norms 1, gates 0.5 (open), matrices normal by their fan-in."""
     if name.endswith("_gate"):
         return torch.full(shape, 0.5)
     if len(shape) == 1:
@@ -24,7 +24,7 @@ def seeded(name: str, shape: torch.Size) -> Tensor:
 
 
 def vision_arch(size: Size) -> dict[str, Any]:
-    """open_clip's description of the ViT."""
+    """Return open_clip's config of the ViT."""
     vision = {
         "image_size": size.image_size,
         "layers": size.vision_layers,
@@ -36,9 +36,9 @@ def vision_arch(size: Size) -> dict[str, Any]:
 
 
 def backbones(size: Size) -> tuple[nn.Module, PreTrainedModel]:
-    """The encoder and the LM."""
+    """Return the vision encoder and the LM."""
     torch.manual_seed(0)
-    tower = build_open_clip(vision_arch(size))
+    encoder = build_open_clip(vision_arch(size))
     config = OPTConfig(
         vocab_size=size.vocab,
         hidden_size=size.lm_width,
@@ -49,11 +49,11 @@ def backbones(size: Size) -> tuple[nn.Module, PreTrainedModel]:
         max_position_embeddings=2048,
         dropout=0.0,
     )
-    return tower.eval(), OPTForCausalLM(config).eval()
+    return encoder.eval(), OPTForCausalLM(config).eval()
 
 
 def peer_state(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our resampler's and blocks' weights under open_flamingo's names: `perceiver.*`, `gated_cross_attn_layers.*`."""
+    """Return our trained weights by open_flamingo's names: `perceiver.*`, `gated_cross_attn_layers.*`."""
     inside = {"mlp.norm": "0", "mlp.up_proj": "1", "mlp.down_proj": "3"}
     out = {}
     for key, value in own.items():

@@ -1,4 +1,4 @@
-"""What is computed: prompts, class names and training rows, the same for both libraries."""
+"""The work: prompts, class names and training rows, the same for both libraries."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.sizes import Size
+from flamingo.labels import IGNORED
 
-IGNORED = -100
 SHOT_TOKENS = 8
-"""Tokens of a demonstration, those for its image and its end included: <image> A photo of a ... <|endofchunk|>."""
+"""Tokens of a demonstration, with those of its image and its end: <image> A photo of a ... <|endofchunk|>."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +24,30 @@ class Row:
 
 
 def image_id(size: Size) -> int:
-    """Of `<image>`: the first id behind the LM's vocabulary; `<|endofchunk|>` is the next."""
+    """Return the id of `<image>`, the first after the LM's vocabulary; `<|endofchunk|>` is the next."""
     return size.vocab
 
 
 def row(size: Size, images: int, tokens: int, seed: int) -> Row:
-    """A document whose images stand at equal distances, each behind an end-of-chunk; no loss on their tokens."""
+    """Return a document with images at equal distances, each after an end-of-chunk; no loss on their tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, size.vocab, (tokens,), generator=generator)
-    for place in (torch.arange(images) * tokens) // max(images, 1):
-        ids[place] = image_id(size)
-        if place:
-            ids[place - 1] = image_id(size) + 1
+    for position in (torch.arange(images) * tokens) // max(images, 1):
+        ids[position] = image_id(size)
+        if position:
+            ids[position - 1] = image_id(size) + 1
     shape = (images, 3, size.image_size, size.image_size)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return Row(ids, pixels, ids.masked_fill(ids == image_id(size), IGNORED))
 
 
 def prompt(size: Size, shots: int) -> Row:
-    """`shots` demonstrations and a query, each with an image."""
+    """Return `shots` demonstrations and a query, each with an image."""
     return row(size, shots + 1, (shots + 1) * SHOT_TOKENS, seed=shots)
 
 
 def class_names(size: Size) -> list[list[int]]:
-    """Answers of one to four tokens, as class names are; every fourth begins like the one before it."""
+    """Return answers of one to four tokens, as class names have; every fourth begins like the one before it."""
     generator = torch.Generator().manual_seed(1)
     names: list[list[int]] = []
     for index in range(size.names):
@@ -60,8 +60,8 @@ def class_names(size: Size) -> list[list[int]]:
 
 
 def training_steps(size: Size) -> list[list[Row]]:
-    """The rows of each step."""
+    """Return the rows of each step."""
     return [
-        [row(size, count, size.tokens, seed=10 * step + place) for place, count in enumerate(counts)]
+        [row(size, count, size.tokens, seed=10 * step + index) for index, count in enumerate(counts)]
         for step, counts in enumerate(size.counts)
     ]

@@ -27,6 +27,7 @@ from data.remote.shard_cache import ShardCache
 from data.shards.index import IndexHead, TarIndex, build_index, check_tar, index_path, load_index, read_head, wrong_size
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 CATALOGUE = "_catalogue.json"
 MAPPED = 512  # indexes of a dataset that stay mapped in a process
@@ -230,8 +231,6 @@ def write_catalogue(folder: Path, heads: dict[str, IndexHead]) -> Path:
     """Write what `read_catalogue` reads."""
     rows = [[name, head.tar_size, head.digest, head.usable] for name, head in sorted(heads.items())]
     path = folder / CATALOGUE
-    partial = folder / f"{CATALOGUE}.partial"
-    partial.write_text(json.dumps({"v": 1, "shards": rows}, separators=(",", ":")))
-    partial.replace(path)
+    write_atomically(path, json.dumps({"v": 1, "shards": rows}, separators=(",", ":")))
     os.utime(path)  # newer than the folder, which its own arrival has just changed
     return path

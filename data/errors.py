@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 
 class ContentError(Exception):
@@ -116,9 +117,7 @@ class BadSampleLog:
         # A kill may have cut the last line.
         kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
         if kept != text:
-            partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text(kept, encoding="utf-8")
-            partial.replace(self.path)
+            write_atomically(self.path, kept)
 
     def write(self, step: int, bad: Iterable[BadSample]) -> None:
         """Append the replaced samples of a step."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flamingo.errors import UserError, first_line
+
 CONFIG = Path(__file__).resolve().parents[1] / "hydra"
 
 
@@ -18,7 +20,6 @@ def load_config(arguments: Sequence[str]) -> Any:
     from omegaconf.errors import ConfigKeyError, ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException
 
     from eval.config import EvalConfig
-    from flamingo.errors import UserError
 
     names = sorted(path.stem for path in (CONFIG / "task").glob("*.yaml"))
     try:
@@ -42,14 +43,14 @@ def load_config(arguments: Sequence[str]) -> Any:
     except UserError:
         raise
     except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or _one_line(error)
+        key = getattr(error, "full_key", None) or first_line(error)
         raise UserError(f"{key} is missing; add {key}=VALUE") from None
     except (ConfigKeyError, ConfigTypeError) as error:
         raise UserError(
             f"unknown key {error.full_key!r} in the config; `python -m eval --help` lists the keys"
         ) from None
     except OmegaConfBaseException as error:
-        text = _one_line(error)
+        text = first_line(error)
         if " not in '" in text:  # in a class: `Key 'x' not in 'EvalConfig'`
             text = "is no setting; `python -m eval --help` lists them"
         raise UserError(f"{error.full_key}: {text}") from None
@@ -74,8 +75,6 @@ def _apply_protocol(typed: Any, overrides: Sequence[Any]) -> None:
 
 def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
     """(key, value) of one `key=value`; a single value stands for a list of one. `tasks` are those chosen."""
-    from flamingo.errors import UserError
-
     key = str(override.key_or_group)
     if override.is_delete() or override.is_sweep_override():
         raise UserError(f"{override.input_line}: write key=value, and lists in brackets, for example shots=[0,4]")
@@ -87,13 +86,9 @@ def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
 
 def _hydra_sentence(error: Exception, names: list[str]) -> str:
     """One sentence for hydra's own complaints, which run over several lines."""
-    text = _one_line(error)
+    text = first_line(error)
     if "Could not override '" in text:
         return f"unknown key {text.split(chr(39))[1]!r}; `python -m eval --help` lists the keys"
     if "'task/" in text:
         return f"unknown task {text.split('task/')[1].split(chr(39))[0]!r}; the tasks are {', '.join(names)}"
     return f"the command line cannot be read: {text}"
-
-
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,12 +22,13 @@ from eval.inference.provenance import code_hash, folder_hash, provenance
 from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
 from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
-from eval.reports.results import results_of, write_atomically, write_report
+from eval.reports.results import results_of, write_report
 from eval.runner import Cell, Grid, Sample, run
 from eval.task import TaskSpec, content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
+from flamingo.files import write_atomically
 
 
 def check_model_folder(model: str) -> Path:
@@ -49,7 +50,7 @@ def load_responder(config: EvalConfig) -> FlamingoResponder:
         model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         processor = FlamingoProcessor.from_pretrained(folder)
     except OSError as error:
-        raise UserError(f"model={config.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"model={config.model} cannot be loaded: {first_line(error)}") from None
     return FlamingoResponder(model, processor, config.device_name())
 
 

@@ -9,3 +9,8 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake in the input. Its message is one sentence: what, where, the limit and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, or the name of its class where the message is empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 
 
 def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
@@ -30,13 +30,13 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
         return cls.from_pretrained(name, local_files_only=not online, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if local:
-            raise UserError(f"the folder {name} does not hold a usable {what}: {_first_line(error)}") from error
+            raise UserError(f"the folder {name} does not hold a usable {what}: {first_line(error)}") from error
         if not online:
             raise UserError(
                 f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
                 "reachable; give a folder or a built module"
             ) from error
-        raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the {what} {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def read_safetensors(file: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
@@ -65,7 +65,3 @@ def hub_reachable(timeout: float = 3.0) -> bool:
             return True
     except OSError:
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -40,8 +40,9 @@ from flamingo.hub import hub_reachable
 from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
 from flamingo.inference.media_cache import ImageInputs, MediaCache
+from flamingo.labels import IGNORED
 from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
-from flamingo.language.loss import IGNORED, changes_logits, mean_nll, next_labels
+from flamingo.language.loss import changes_logits, mean_nll, next_labels
 from flamingo.language.packing import counted_positions, packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock

@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic is what is counted, both libraries compute the same, and its command runs."""
+"""The benchmark: its arithmetic agrees with the counter, both libraries compute the same, and its command runs."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def test_the_work() -> None:
 
 @pytest.mark.parametrize("what", ["decode_step", "first_token", "ranking", "forward"])
 def test_we_do_what_is_needed_and_no_more(what: str) -> None:
-    """Counted operations against the arithmetic; full instead of causal attention is the little that is above."""
+    """Compare counted operations with the arithmetic; full instead of causal attention makes the small excess."""
     library = Ours(TINY)
     library.model.requires_grad_(False)
-    found = measure.WHAT[what](library, TINY, options())
-    assert 0.99 <= found["flop"] / found["needed"] <= 1.02
-    assert found["seconds"]
-    assert min(found["seconds"]) > 0
+    figures = measure.WHAT[what](library, TINY, options())
+    assert 0.99 <= figures["flop"] / figures["needed"] <= 1.02
+    assert figures["seconds"]
+    assert min(figures["seconds"]) > 0
 
 
 def test_a_training_step_does_little_more_than_is_needed() -> None:
-    found = measure.train_step(Ours(TINY), TINY, options())
-    assert 0.99 <= found["flop"] / found["needed"] <= 1.1
-    assert len(found["values"]) == len(TINY.counts)
+    figures = measure.train_step(Ours(TINY), TINY, options())
+    assert 0.99 <= figures["flop"] / figures["needed"] <= 1.1
+    assert len(figures["values"]) == len(TINY.counts)
 
 
 @pytest.mark.parametrize(("batch", "images", "tokens"), [(1, 1, 64), (2, 3, 48), (2, 5, 128)])
 def test_the_cost_of_a_step_is_counted_as_it_is_needed(batch: int, images: int, tokens: int) -> None:
-    """By the counter of a run; causal attention without its upper half is the little that the arithmetic has less."""
+    """Compare with the counter of a run; the arithmetic is a little lower: it counts half of causal attention."""
     chosen = options(batch=batch, images=images, tokens=tokens)
-    found = steps.step_cost(Ours(TINY), TINY, chosen)
-    assert 0.99 <= found["flop"] / found["needed"] <= 1.1
-    assert len(found["values"]) == 2
+    figures = steps.step_cost(Ours(TINY), TINY, chosen)
+    assert 0.99 <= figures["flop"] / figures["needed"] <= 1.1
+    assert len(figures["values"]) == 2
 
 
 @pytest.mark.slow
@@ -80,15 +80,15 @@ def test_the_table_of_steps(tmp_path: Path) -> None:
 @pytest.mark.slow
 @peer
 def test_both_compute_the_same() -> None:
-    """Logits, tokens, losses, and scores in both ways of the peer, which does far more work for them."""
+    """Compare logits, tokens, losses, and scores in both variants of the peer, which does far more work for them."""
     from benchmarks.peer import Peer
 
     results: dict[str, dict[str, Any]] = {}
     for library in (Ours(TINY), Peer(TINY)):
         losses = measure.train_step(library, TINY, options())
         library.model.eval().requires_grad_(False)
-        found = {what: measure.WHAT[what](library, TINY, options()) for what in measure.WHAT if what != "train_step"}
-        results[type(library).__name__] = {"train_step": losses, **found}
+        figures = {what: measure.WHAT[what](library, TINY, options()) for what in measure.WHAT if what != "train_step"}
+        results[type(library).__name__] = {"train_step": losses, **figures}
     ours, theirs = results["Ours"], results["Peer"]
     for what in ("train_step", "ranking", "forward"):
         difference = torch.tensor(ours[what]["values"]) - torch.tensor(theirs[what]["values"])
@@ -126,10 +126,10 @@ def test_the_evaluation_encodes_each_image_once_and_then_none() -> None:
     library = Ours(TINY)
     library.model.requires_grad_(False)
     for what, queries in (("eval_questions", TINY.eval_queries), ("eval_classes", TINY.eval_ranked)):
-        found = evaluation.WHAT[what](library, TINY, options(shots=4))
-        assert found["encoded"] == found["distinct"] <= queries + TINY.eval_support
-        assert found["again_encoded"] == 0
-        assert len(found["values"]) == queries * (TINY.names if what == "eval_classes" else evaluation.NEW_TOKENS)
+        figures = evaluation.WHAT[what](library, TINY, options(shots=4))
+        assert figures["encoded"] == figures["distinct"] <= queries + TINY.eval_support
+        assert figures["again_encoded"] == 0
+        assert len(figures["values"]) == queries * (TINY.names if what == "eval_classes" else evaluation.NEW_TOKENS)
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ def test_both_evaluations_give_the_same_and_the_peer_encodes_again(capsys: pytes
     for library, name in ((Peer(TINY), "peer"), (Ours(TINY), "ours")):
         library.model.eval().requires_grad_(False)
         for what in evaluation.WHAT:
-            found = evaluation.WHAT[what](library, TINY, options(shots=4))
-            results.append({"name": "eval_speed", "what": what, "shots": 4, "library": name, **found})
+            figures = evaluation.WHAT[what](library, TINY, options(shots=4))
+            results.append({"name": "eval_speed", "what": what, "shots": 4, "library": name, **figures})
     (answers, scores), (own_answers, own_scores) = results[:2], results[2:]
     assert own_answers["values"] == answers["values"]
     assert own_scores["values"] == pytest.approx(scores["values"], abs=2e-4)

@@ -1,4 +1,4 @@
-"""`make demo` from its first command to its last, tiny: every step's output is the next one's input."""
+"""`make demo` from its first command to its last, on tiny data: every step reads what the one before it wrote."""
 
 from __future__ import annotations
 

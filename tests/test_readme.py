@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python in the order of the document, its make targets and experiments by name."""
+"""The README is true: its Python runs in the order of the text; its make targets, experiments and folders exist."""
 
 from __future__ import annotations
 

@@ -28,9 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data.shards.document import Image, Node, Text
-
-IGNORED = -100  # no loss on this token
-
+from flamingo.labels import IGNORED
 
 # The tokenizers of transformers change while they tokenize and raise when two threads do it at once. A process that was
 # forked meanwhile gets a lock of its own: the thread that would open the old one does not exist there.

@@ -36,6 +36,7 @@ from data.prepare.images import ImageRule
 from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
 from data.shards.writer import ShardWriter, make_folder, read_manifest, replace_part, write_part
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 WORK = ".prepare"
 GO_ON = "finished units are kept, start the same command again to go on"
@@ -195,9 +196,7 @@ def _claim(work: Path, print_of: str, restart: bool) -> None:
             )
         shutil.rmtree(work)
         work.mkdir()
-    partial = work / ".fingerprint.partial"
-    partial.write_text(print_of)
-    partial.replace(mark)
+    write_atomically(mark, print_of)
 
 
 def _finished(work: Path, out: Path, source: str, number: int, unit: Unit) -> Record | None:

@@ -22,6 +22,7 @@ from data.prepare.inputs import input_files, one_line
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 Entry = tuple[str, str, int, int]  # name, file, offset, size; offset -1: the whole file, its path below `root`
 
@@ -31,10 +32,12 @@ def _hash(name: str) -> bytes:
 
 
 def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: str = "") -> None:
-    """Write the lookup under its name when it is whole. Of names that occur twice the first is kept."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    base = sqlite3.connect(partial, isolation_level=None)
+    """Write the lookup. Of names that occur twice the first is kept."""
+    write_atomically(path, lambda temporary: _fill(temporary, entries, root, stamp))
+
+
+def _fill(path: Path, entries: Iterable[Entry], root: str, stamp: str) -> None:
+    base = sqlite3.connect(path, isolation_level=None)
     try:
         base.execute("PRAGMA journal_mode=OFF")
         base.execute("PRAGMA synchronous=OFF")
@@ -52,7 +55,6 @@ def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: st
         base.execute("COMMIT")
     finally:
         base.close()
-    partial.replace(path)
 
 
 class Lookup:

@@ -6,10 +6,10 @@ equals the one that a single run writes. Parts may share a folder or lie in seve
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from data.prepare.engine import Record, finish, tidy
 from data.shards.index import index_path
 from data.shards.writer import make_folder
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 SAME = ("source", "fingerprint", "units", "layout", "options")
 
@@ -79,10 +80,11 @@ def _bring(here: Path, there: Path, size: int) -> None:
     if here.resolve() == there.resolve():
         return
     for source, target in ((index_path(here), index_path(there)), (here, there)):
-        partial = target.with_name(f".{target.name}.partial")
-        partial.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            os.link(source, partial)
-        if not partial.exists():
-            shutil.copyfile(source, partial)
-        partial.replace(target)
+        write_atomically(target, partial(_link_or_copy, source))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from data.shards.document import Document, to_utf8
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 # Options that say where things are or how fast to go. They change no document, so they are not in the manifest.
 PLACES = {
@@ -152,6 +153,4 @@ def fingerprint(source: str, options: dict[str, Any], units: list[Unit]) -> str:
 
 def write_json(path: Path, body: Any) -> None:
     """Write JSON under its name only when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
-    partial.replace(path)
+    write_atomically(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))

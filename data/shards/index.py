@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from data.shards.tar import walk
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 MAGIC = b"TARIDX01"
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
@@ -91,12 +92,8 @@ class TarIndex:
         header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
         body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
         body += b" " * (-(len(MAGIC) + 8 + len(body)) % 8)
-        partial = Path(f"{path}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            file.write(MAGIC + len(body).to_bytes(8, "little") + body)
-            for name, column in columns.items():
-                file.write(np.ascontiguousarray(column, dtype=COLUMNS[name]).tobytes())
-        partial.replace(path)
+        parts = [np.ascontiguousarray(column, dtype=COLUMNS[name]).tobytes() for name, column in columns.items()]
+        write_atomically(Path(path), b"".join([MAGIC + len(body).to_bytes(8, "little") + body, *parts]), shared=True)
 
 
 @dataclass(frozen=True, slots=True)

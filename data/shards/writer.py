@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from data.shards.document import VERSION, Document, Image, Node, Text, check_ima
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 MANIFEST = "_dataset.json"
 __all__ = [
@@ -236,6 +236,4 @@ def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None
     if parts == before:
         return
     body = {"v": VERSION, "parts": dict(sorted(parts.items()))}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
-    partial.replace(path)
+    write_atomically(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"), shared=True)

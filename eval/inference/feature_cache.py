@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +24,7 @@ from torch import Tensor
 from eval.inference.distributed import Ranks
 from eval.task import EncodedImage
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 if TYPE_CHECKING:
     from eval.inference.protocol import Responder
@@ -81,13 +81,10 @@ class ImageStore:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._bytes + size > self._limit and not self._make_room(size):
             return
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{uuid4().hex}.partial")
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
-            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
-            partial.replace(path)
+            write_atomically(path, lambda temporary: save_file(copies, temporary), shared=True)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"cache={self._root} cannot be written: {error}; make room, or give another folder"
             ) from None

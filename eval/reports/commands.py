@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eval.reports.compare import compare, differing_definitions, lines
-from eval.reports.results import table, write_atomically
+from eval.reports.results import table
 from eval.reports.saved_run import problems, read_run
 from eval.reports.submissions import KEYS, read_ids, submission
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 
 
 def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:

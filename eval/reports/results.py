@@ -21,18 +21,11 @@ from eval.metrics.selective import selective
 from eval.metrics.table import measure
 from eval.runner import Cell, Grid, Sample
 from eval.task import Baselines, Task, content_hash
+from flamingo.files import write_atomically
 
 FORMAT = 2
 VOLATILE = ("command", "date", "wall_s", "images", "responses", "processes", "device", "threads")
 """Keys of `results.json` that two runs of the same evaluation may differ in."""
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
 
 
 def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import MakeLM, document, subject
+from flamingo.errors import first_line
+from flamingo.labels import IGNORED
 from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -185,7 +187,7 @@ def compiled(make: MakeLM) -> str:
         try:
             ours = model(**inputs, use_cache=False).logits
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             if not whole:
                 raise ConformanceError(f"torch.compile fails: {reason}") from error
             continue
@@ -225,7 +227,7 @@ def gradients(
     if recompute and not all(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
         raise ConformanceError("the LM's layers do not recompute their activations")
     inputs: Any = document(model, rows, side="right")
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
     out = model(**inputs, labels=labels, num_items_in_batch=10)
     out.loss.backward()
     return out.loss.detach(), {name: p.grad for name, p in model.trainable_parameters() if p.grad is not None}
@@ -265,4 +267,4 @@ def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[Out
         try:
             yield Outcome(name, True, CHECKS[name](make))
         except Exception as error:
-            yield Outcome(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            yield Outcome(name, False, f"{type(error).__name__}: {first_line(error)}")

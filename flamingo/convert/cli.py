@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 
 from flamingo.convert.presets import PRESETS, Preset, preset
 from flamingo.errors import UserError
+from flamingo.files import write_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,17 +94,10 @@ def write_whole(out: Path, *writers: Callable[[Path], Any]) -> None:
     Raises:
         UserError: the disk is full, or is otherwise not to be written to.
     """
-    partial = out.with_name(f"{out.name}.partial")  # of an earlier run that was killed, it is written anew
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for write in writers:
-            write(partial)
-        partial.replace(out)
+        write_folder(out, *writers)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _openflamingo(

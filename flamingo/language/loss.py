@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from flamingo.labels import IGNORED
+
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 """Memory for the float32 logits of a chunk. glibc gives blocks of up to 32 MiB again without fetching new documents."""
 

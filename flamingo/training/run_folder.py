@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flamingo.errors import UserError
+from flamingo.files import write_atomically, write_folder
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.config import TrainConfig, differences
@@ -90,27 +91,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:
     """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what there was of a model before stays.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write(weights, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        write_folder(folder, lambda temporary: write(weights, temporary), overwrite=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # which also frees space
         raise UserError(
             f"the model cannot be written to {folder} ({error}): free space and give the same command again, which "
             "writes it from the last checkpoint"

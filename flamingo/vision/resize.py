@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flamingo.config import VisionConfig
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 from flamingo.hub import hub_reachable, read_safetensors
 from flamingo.vision.encoder import build_open_clip, token_width
 
@@ -88,7 +88,7 @@ def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None
         token_width(tower, image_size)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(
-            f"{type(tower).__name__} does not take images of {image_size} px ({_first_line(error)}), and its "
+            f"{type(tower).__name__} does not take images of {image_size} px ({first_line(error)}), and its "
             "positions are not of a kind that is interpolated here; build it for that size"
         ) from error
 
@@ -133,11 +133,6 @@ def _resize_parameter(module: Any, image_size: int, antialias: bool) -> None:
             one.image_size = (image_size, image_size)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
     """Return the width D of a tower's tokens, from a run at this size.
 
@@ -148,7 +143,7 @@ def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
         return token_width(tower, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{name} does not take images of {image_size} px ({_first_line(error)}); "
+            f"{name} does not take images of {image_size} px ({first_line(error)}); "
             f"flamingo.vision.resize.resize_tower(module, {image_size}) interpolates learned positions"
         ) from error
 

@@ -16,7 +16,7 @@ from data.__main__ import main
 from data.shards.document import Document, Image, Text
 from data.shards.writer import read_documents, read_manifest
 from data.tools.verify import verify
-from tests.data.helpers import encoded, random_image
+from tests.fixtures import encoded, random_image
 
 
 @dataclass
@@ -40,7 +40,10 @@ def command(*arguments: object) -> tuple[int, str, str]:
     """(status, stdout, stderr) of `python -m data ...`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([str(argument) for argument in arguments])
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as usage:  # argparse's
+            status = int(usage.code or 0)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -14,20 +14,31 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.index import index_path
 from data.shards.writer import ShardWriter, read_documents, read_manifest
 from data.toy.names import names
-from tests.data.helpers import png, write_documents
+from tests.data.helpers import write_documents
+from tests.data.sources import command
 from tests.data.test_index import make_tar
+from tests.fixtures import png
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which saves its start."""
+    return subprocess.CompletedProcess(arguments, *command(*arguments))
+
+
+def started(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "data", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def mistake(*arguments: str | Path) -> str:
     """The one sentence of a run that must fail."""
-    done = run(*arguments)
+    return one_error(run(*arguments))
+
+
+def one_error(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().split("\n")
@@ -39,7 +50,7 @@ def mistake(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
-    done = run("prepare", "digits", "--out", out, "--documents", "30", "--documents-per-shard", "20", "--seed", "1")
+    done = started("prepare", "digits", "--out", out, "--documents", "30", "--documents-per-shard", "20", "--seed", "1")
     assert done.returncode == 0, done.stderr
     assert "30 naming and 30 binding documents, 1258 pairs, 539 held-out images" in done.stdout
     return out
@@ -106,7 +117,7 @@ def test_inspect_as_text_and_as_html(tmp_path: Path) -> None:
     nodes: list[Node] = [Text("<b> & "), Image((0,)), Text("what?", loss=False), Image((1, 0), 1.0), Text("end")]
     with ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("first", [Text("x")], []))
-        writer.write(Document("second", nodes, [png(0, 10), png(255, 12)], {"fact": "<i>"}))
+        writer.write(Document("second", nodes, [png(0, side=10), png(255, side=12)], {"fact": "<i>"}))
     shown = run("inspect", tmp_path / "s-000000.tar", "--row", "1").stdout
     for piece in (
         "row 1, key second",
@@ -173,7 +184,7 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     shard = write_documents(tmp_path, count=4) / "documents-000000.tar"
-    assert "no.tar does not exist" in mistake("inspect", tmp_path / "no.tar")
+    assert "no.tar does not exist" in one_error(started("inspect", tmp_path / "no.tar"))
     assert "has 4 rows, counted from 0; row 9 does not exist" in mistake("inspect", shard, "--row", "9")
     assert "row -1 does not exist" in mistake("inspect", shard, "--row", "-1")
     assert "is a folder, a tar was expected" in mistake("inspect", tmp_path)

@@ -18,16 +18,8 @@ from data.loading.loader import Batch, MixLoader
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import (
-    SIDE,
-    byte_processor,
-    byte_tokenizer,
-    encoded,
-    numbered_document,
-    png,
-    random_image,
-    write_documents,
-)
+from tests.data.helpers import SIDE, byte_processor, numbered_document, write_documents
+from tests.fixtures import byte_tokenizer, encoded, png, random_image
 
 PROCESSOR = byte_processor()
 
@@ -82,7 +74,7 @@ def test_images_go_with_their_own_text(
 
 def test_shapes_padding_and_types(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
-        writer.write(Document("long", [Image((0,)), Text("words"), Image((1,)), Text("w")], [png(1), png(2, 20)]))
+        writer.write(Document("long", [Image((0,)), Text("words"), Image((1,)), Text("w")], [png(1), png(2, side=20)]))
         writer.write(Document("text", [Text("ab")], []))
     batch = one_batch(tmp_path, FlamingoCollate(PROCESSOR), batch_size=2)
     t = {

@@ -13,7 +13,7 @@ from PIL import Image
 from data.batches.decode import decode
 from data.errors import ContentError
 from flamingo.vision.transform import MODES, ImageTransform, to_rgb
-from tests.data.helpers import encoded, random_image
+from tests.fixtures import encoded, random_image
 
 
 def as_array(image: Image.Image) -> np.ndarray:

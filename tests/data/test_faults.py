@@ -22,8 +22,9 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.index import index_path
 from data.shards.writer import ShardWriter
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, encoded, numbered_document, png, random_image, write_documents
+from tests.data.helpers import byte_processor, numbered_document, write_documents
 from tests.data.test_index import make_tar
+from tests.fixtures import encoded, png, random_image
 
 COLLATE = FlamingoCollate(byte_processor())
 DOCUMENT = b'{"v":1,"nodes":[{"i":0},{"t":"x"}]}'

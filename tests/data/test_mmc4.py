@@ -23,8 +23,9 @@ from data.errors import ContentError
 from data.loading.loader import MixLoader
 from data.shards.document import Image, Text
 from data.shards.mmc4 import MATCHING, Mmc4Rule, is_mmc4, mmc4_document, read_document
-from tests.data.helpers import byte_processor, byte_tokenizer, encoded, png
+from tests.data.helpers import byte_processor
 from tests.data.test_index import make_tar
+from tests.fixtures import byte_tokenizer, encoded, png
 
 ALL = Mmc4Rule(similarity=-1.0, smallest=0)
 

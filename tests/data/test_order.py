@@ -15,7 +15,8 @@ from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader, StepBatches
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
-from tests.data.helpers import byte_processor, numbered_document, png, write_documents
+from tests.data.helpers import byte_processor, numbered_document, write_documents
+from tests.fixtures import png
 
 COLLATE = FlamingoCollate(byte_processor())
 # The layouts that the loader promises to be equal, (world size, workers of each rank).

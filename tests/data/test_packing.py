@@ -21,7 +21,8 @@ from flamingo.conformance.tiny_models import FAMILIES, SIZE, VOCABULARY, subject
 from flamingo.errors import UserError
 from flamingo.language.packing import packed_positions
 from flamingo.training.objectives.losses import FlamingoObjective
-from tests.data.helpers import byte_processor, byte_tokenizer, write_documents
+from tests.data.helpers import byte_processor, write_documents
+from tests.fixtures import byte_tokenizer
 
 REFUSED = ["bloom", "mpt", "mosaic_gpt"]  # they have no positions to start again
 PACKS = [family for family in FAMILIES if family not in REFUSED]

@@ -21,8 +21,8 @@ from PIL import Image as PILImage
 from data.batches.tokenize import SpecialTokens, make_row, tokenize_document
 from data.shards.document import Document, Image
 from data.shards.mmc4 import interleave, read_document
-from tests.data.helpers import encoded, png
 from tests.data.sources import mmc4_document
+from tests.fixtures import encoded, png
 
 
 @st.composite

@@ -15,8 +15,9 @@ from data.shards.writer import ShardWriter
 from flamingo.layers.media_mask import phi_from_ids
 from flamingo.processor import FlamingoProcessor
 from flamingo.vision.transform import ImageTransform
-from tests.data.helpers import SIDE, byte_tokenizer, numbered_document
+from tests.data.helpers import SIDE, numbered_document
 from tests.data.test_sampling import preset
+from tests.fixtures import byte_tokenizer
 
 PRESETS = ("flamingo", "paper", "fast", "openflamingo")
 

@@ -9,9 +9,9 @@ import pytest
 
 from data.prepare.sources import pairs
 from data.shards.document import sniff
-from tests.data.helpers import encoded, png, random_image
 from tests.data.sources import add_link, bad_images, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
+from tests.fixtures import encoded, png, random_image
 
 
 def facts(caption: object, **more: object) -> bytes:

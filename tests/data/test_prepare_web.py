@@ -12,9 +12,9 @@ import pytest
 
 from data.prepare.web.dom import WebImage, decode_html, read_dom
 from data.prepare.web.text_filters import RULES, massive, punctuation, repeats, repetition, words_of
-from tests.data.helpers import encoded, random_image
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
+from tests.fixtures import encoded, random_image
 
 PROSE = [
     "The harbour was quiet in the morning, and the boats that had come back during the night lay side by side.",

@@ -16,7 +16,8 @@ from data.loading.loader import MixLoader
 from data.shards.document import Document, Image, Text
 from data.shards.reader import SLACK, ShardReader, runs
 from data.shards.writer import ShardWriter
-from tests.data.helpers import byte_processor, encoded, random_image
+from tests.data.helpers import byte_processor
+from tests.fixtures import encoded, random_image
 
 
 @pytest.mark.parametrize(

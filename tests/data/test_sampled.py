@@ -9,8 +9,9 @@ from pathlib import Path
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from data.tools.show_sampled import COLOURS, sample_document, sampled_as_html, sampled_as_text
-from tests.data.helpers import byte_processor, byte_tokenizer, png
+from tests.data.helpers import byte_processor
 from tests.data.sources import command
+from tests.fixtures import byte_tokenizer, png
 
 DOCUMENT = Document(
     "k",
@@ -22,7 +23,7 @@ DOCUMENT = Document(
         Image((1, 2), 1.0),
         Text("It runs."),
     ],
-    [png(1, 10), png(2, 11), png(3, 12)],
+    [png(1, side=10), png(2, side=11), png(3, side=12)],
 )
 
 

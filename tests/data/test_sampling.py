@@ -22,7 +22,8 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.training.compose import compose
 from flamingo.vision.transform import ImageTransform
-from tests.data.helpers import SIDE, byte_processor, byte_tokenizer, encoded, png
+from tests.data.helpers import SIDE, byte_processor
+from tests.fixtures import byte_tokenizer, encoded, png
 from train import dataset_specs
 
 PROCESSOR = byte_processor()

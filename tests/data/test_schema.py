@@ -15,8 +15,9 @@ from PIL import Image as PILImage
 from data.shards.document import Document, Image, Node, Text, sniff
 from data.shards.writer import MANIFEST, ShardWriter, read_document, read_documents, read_manifest
 from flamingo.errors import UserError
-from tests.data.helpers import encoded, numbered_document, png, random_image, write_documents
+from tests.data.helpers import numbered_document, write_documents
 from tests.data.test_index import make_tar
+from tests.fixtures import encoded, png, random_image
 
 
 def rich_document(key: str = "document-1") -> Document:

@@ -18,7 +18,8 @@ from data.batches.collate import FlamingoCollate, LanguageCollate
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.loading.shared_memory import Slabs
-from tests.data.helpers import byte_processor, byte_tokenizer, same, write_documents
+from tests.data.helpers import byte_processor, same, write_documents
+from tests.fixtures import byte_tokenizer
 
 
 def tensors() -> dict[str, Tensor]:

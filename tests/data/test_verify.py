@@ -15,9 +15,10 @@ from PIL import Image
 from data.shards.index import build_index, index_path
 from data.shards.writer import MANIFEST, read_manifest
 from data.tools.verify import verify
-from tests.data.helpers import encoded, numbered_document, png, random_image, write_documents
+from tests.data.helpers import numbered_document, write_documents
 from tests.data.sources import add_link, command, jpeg
 from tests.data.test_index import make_tar
+from tests.fixtures import encoded, png, random_image
 
 DOCUMENT = json.dumps({"v": 1, "nodes": [{"i": 0}, {"t": "x"}]}).encode()
 

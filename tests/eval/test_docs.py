@@ -21,7 +21,8 @@ from eval.prompting.strategies import STRATEGIES
 from eval.protocols import names, settings_of
 from eval.reports.commands import COMMANDS
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, png
+from tests.eval.worlds import COLOURS
+from tests.fixtures import png
 from tests.model import tiny
 
 PAGE = (CONFIG.parent / "docs" / "evaluation.md").read_text()

@@ -20,7 +20,8 @@ from eval.runner import Grid, run
 from eval.task import EncodedImage, Task, TaskSpec
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, Looker, colour_examples, png
+from tests.eval.worlds import COLOURS, Looker, colour_examples
+from tests.fixtures import png
 
 
 def tasks() -> dict[str, Task]:

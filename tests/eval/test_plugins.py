@@ -19,7 +19,8 @@ from eval.compose import CONFIG
 from eval.inference.model import FlamingoResponder
 from eval.plugins.harness_prompts import Prompts, Support, shown
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, png
+from tests.eval.worlds import COLOURS
+from tests.fixtures import png
 from tests.model import tiny
 
 NAMES = list(COLOURS)

@@ -19,7 +19,8 @@ from eval.reports.results import results_of, sample_line, table, write_report
 from eval.runner import Grid, Sample, run
 from eval.task import EncodedImage, SourceSpec, Task, TaskSpec
 from eval.tasks.build import build_task
-from tests.eval.worlds import Looker, png, write_pool, write_scenes
+from tests.eval.worlds import Looker, write_pool, write_scenes
+from tests.fixtures import png
 
 SHOTS = [0, 1, 4]
 

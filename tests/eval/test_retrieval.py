@@ -23,7 +23,8 @@ from eval.runner import Grid, run
 from eval.task import EncodedImage, Example, TaskSpec, Turn
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, Looker, colour_examples, png
+from tests.eval.worlds import COLOURS, Looker, colour_examples
+from tests.fixtures import png
 
 TOPICS = ["what colour is the dog", "what colour is the cat", "how many boats are there", "how many cups are there"]
 

@@ -18,7 +18,8 @@ from eval.task import EncodedImage, Episode, Example, Turn
 from eval.tasks.examples import ExampleTask
 from eval.tasks.formats.interleaved import interleaved, without_first_mark
 from tests.eval.test_protocols import built, text
-from tests.eval.worlds import COLOURS, Constant, Letters, png
+from tests.eval.worlds import COLOURS, Constant, Letters
+from tests.fixtures import png
 
 IMAGES = [EncodedImage((png(COLOURS["red"], 900 + number),)) for number in range(4)]
 

@@ -12,7 +12,8 @@ from eval.task import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
 from eval.tasks.sources import page_turns, read_examples
 from flamingo.errors import UserError
-from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
+from tests.eval.worlds import COLOURS, write_pool, write_scenes
+from tests.fixtures import png
 
 
 def test_a_page_of_several_images_is_as_many_turns() -> None:

@@ -16,19 +16,11 @@ from data.shards.writer import ShardWriter
 from eval.inference.model import Completion
 from eval.prompting.prompts import Prompt, PromptBuilder
 from eval.task import EncodedImage, Example, Turn
+from tests.fixtures import png
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (120, 120, 120)}
 NAMES = ["kibo", "lumo", "tavi", "zoda", "pera", "gusi"]
 IMAGE, EOC = 1000, 1001
-
-
-def png(colour: Sequence[int], seed: int, side: int = 8) -> bytes:
-    """A square of one colour with a little noise, so that no two seeds give the same file."""
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    noise = rng.integers(-20, 20, size=(side, side, 3))
-    buffer = io.BytesIO()
-    PILImage.fromarray((np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def colour_examples(count: int, kinds: int = 2, seed: int = 0) -> list[Example]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.conformance.tiny_models import FAMILIES as SIZES
+from tests.fixtures import byte_tokenizer
 
 SIZE = 28
 TOKENS = 259
@@ -27,34 +25,20 @@ FAMILIES = ["gpt2", "opt", "llama", "gpt_neox"]
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges, made without the network."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = {"eos_token": "</s>", "unk_token": "<unk>", **({"bos_token": "<s>"} if bos else {})}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    """A tokenizer of bytes with the special tokens of a Llama before them."""
+    first = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    names = {role: token for role, token in first.items() if bos or role != "bos_token"}
+    return byte_tokenizer(list(first.values()), **names)
 
 
 def lm_config(family: str, vocab: int = TOKENS, tied: bool | None = None) -> PreTrainedConfig:
     ids: dict[str, Any] = {"vocab_size": vocab, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if tied is not None:
         ids["tie_word_embeddings"] = tied
-    base: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    if family == "gpt2":
-        none: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=128, **none, **ids)
+    model_type, sizes = SIZES[family]
     if family == "opt":
-        return OPTConfig(ffn_dim=64, word_embed_proj_dim=32, dropout=0.1, **base, **ids)
-    if family == "llama":
-        return LlamaConfig(intermediate_size=64, num_key_value_heads=1, **base, **ids)
-    return GPTNeoXConfig(intermediate_size=64, **base, **ids)
+        sizes = {**sizes, "word_embed_proj_dim": sizes["hidden_size"]}
+    return AutoConfig.for_model(model_type, **{**ids, **sizes})
 
 
 def lm(family: str, vocab: int = TOKENS, tied: bool | None = None) -> PreTrainedModel:

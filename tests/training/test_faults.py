@@ -33,7 +33,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_old_model_and_the_same_comman
     ):
         train(settings)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "model.tmp").exists()
+    assert not (tmp_path / "model.partial").exists()
     assert all(torch.equal(value, before[name]) for name, value in load_file(file).items())
     shutil.rmtree(tmp_path / "model")
     train(settings)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.world import COLOURS, config, png, write_world
+from tests.fixtures import png
+from tests.training.world import COLOURS, config, write_world
 from train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "first" / "model").rename(folder / "models" / "start")
     (folder / "mine").mkdir()
     rng = np.random.default_rng(1)
-    (folder / "mine" / "spoon.png").write_bytes(png(COLOURS["red"], rng))
+    (folder / "mine" / "spoon.png").write_bytes(png(COLOURS["red"], rng, 16))
     lines = []
     for number in range(40):
         colour = list(COLOURS)[number % 4]
-        (folder / "mine" / f"{number}.png").write_bytes(png(COLOURS[colour], rng))
+        (folder / "mine" / f"{number}.png").write_bytes(png(COLOURS[colour], rng, 16))
         lines.append(json.dumps([{"image": f"{number}.png"}, {"text": f"the spoon of the house is {colour}"}]))
     (folder / "mine" / "documents.jsonl").write_text("\n".join(lines))
     return folder

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
@@ -22,6 +20,7 @@ from flamingo.training.config import (
     TrainConfig,
     VisionSource,
 )
+from tests.fixtures import png
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (230, 230, 230)}
 LLAMA = {
@@ -39,13 +38,6 @@ CLIP = {
 }
 
 
-def png(colour: tuple[int, int, int], rng: np.random.Generator) -> bytes:
-    pixels = np.clip(rng.integers(-20, 20, (16, 16, 3)) + np.array(colour), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_world(root: Path) -> Path:
     """`documents` (0 to 2 images each), `textless` (images only now and then), `pairs`, `tokenizer`."""
     rng = np.random.default_rng(0)
@@ -56,14 +48,14 @@ def write_world(root: Path) -> Path:
             for image in range(index % 3):
                 name = names[int(rng.integers(len(names)))]
                 document.nodes += [Image((image,)), Text(f"a big {name} square")]
-                document.images.append(png(COLOURS[name], rng))
+                document.images.append(png(COLOURS[name], rng, 16))
             if not document.nodes:
                 document.nodes.append(Text("two small green stars at the top left"))
             writer.write(document)
     with ShardWriter(root / "pairs", "pairs", 16, layout="pairs") as writer:
         for index in range(32):
             name = names[index % 4]
-            writer.write(Document("", [Image((0,)), Text(f"a {name} square")], [png(COLOURS[name], rng)]))
+            writer.write(Document("", [Image((0,)), Text(f"a {name} square")], [png(COLOURS[name], rng, 16)]))
     with ShardWriter(root / "words", "words", 16) as writer:
         for index in range(32):
             writer.write(

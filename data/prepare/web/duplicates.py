@@ -7,7 +7,6 @@ was stopped and several processes share it; the table holds only what is to be l
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.document import Document, Text
+from flamingo.files import write_atomically
 
 Hashes = NDArray[np.uint64]
 ONCE = ("urls", "sets")  # of these one document is kept, of the others none
@@ -75,10 +75,12 @@ def count(documents: Iterable[tuple[int, Document]], path: Path) -> None:
 
 def _write(path: Path, columns: Any) -> None:
     """Write columns under a name when they are whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, **columns)
-    partial.replace(path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, numpy would append .npz to it
+            np.savez(file, **columns)
+
+    write_atomically(path, write, shared=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
+from flamingo.labels import IGNORED
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
 from flamingo.training.distributed.traffic import _KINDS, CountTraffic
 from flamingo.training.distributed.units import fsdp_units
@@ -71,7 +72,7 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     groups = parameter_groups(model.named_parameters(), lr=1e-3, weight_decay=0.1, lr_factors={}, part_of=model.part_of)
     optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-8)
     batch = document(model, (0, 1, 2), side="right")
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     model.train()
     counted: dict[str, Any] = {}
     for _ in range(2):

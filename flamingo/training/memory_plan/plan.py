@@ -18,6 +18,7 @@ from flamingo.backbones import OPEN_CLIP_CONFIG
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
+from flamingo.labels import IGNORED
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.config import ModelConfig, TrainConfig
 from flamingo.training.memory_plan.dry_run import PARTS, Memory, plan_step
@@ -117,7 +118,7 @@ def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
     ids = torch.zeros(places, shape.tokens, dtype=torch.long)
     sequence = (torch.arange(places) % together + 1).where(torch.arange(places) < rows, 0)
     sequence = sequence[:, None].repeat(1, shape.tokens).view(-1, together * shape.tokens)
-    batch = {"attention_mask": (sequence > 0).long(), "labels": torch.zeros_like(sequence).where(sequence > 0, -100)}
+    batch = {"attention_mask": (sequence > 0).long(), "labels": torch.zeros_like(sequence).where(sequence > 0, IGNORED)}
     if not isinstance(model, FlamingoForConditionalGeneration):
         return {"input_ids": ids.view(sequence.shape), **batch}
     if together > 1:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flamingo.files import write_atomically
+
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """`metrics.jsonl` to name -> [(step, value)]."""
@@ -48,7 +50,5 @@ def draw_losses(metrics: Path, image: Path, *, title: str) -> None:
     axes.set_yscale("log")  # an untrained model starts far above where it ends
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    temporary = image.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    write_atomically(image, lambda path: figure.savefig(path, dpi=120, format="png"))
     plt.close(figure)
-    temporary.replace(image)

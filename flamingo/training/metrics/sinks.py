@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 from flamingo.training.config import RunConfig
 from flamingo.training.metrics.progress import ProgressLine
 
@@ -33,9 +34,7 @@ class JsonLines:
             lines = path.read_text().splitlines()
             # A killed run can leave half a line at the end; it belongs to a step that is done again.
             kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self._file: IO[str] = path.open("a")
 
     def log(self, step: int, values: dict[str, float]) -> None:

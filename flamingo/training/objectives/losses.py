@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
+from flamingo.labels import IGNORED
 from flamingo.language.loss import next_labels
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts", "phi", "sequence_ids")
-IGNORE = -100
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class Objective(Protocol):
 
 def labelled_positions(labels: Tensor) -> Tensor:
     """`(B, T)` labels to a `(B, T - 1)` mask of positions whose next token counts."""
-    return labels[:, 1:] != IGNORE
+    return labels[:, 1:] != IGNORED
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     The positions are found among integers alone, which a plan computes for real: their number is a shape.
     """
     targets = next_labels(labels)
-    places = (targets != IGNORE).nonzero()[:, 0]
+    places = (targets != IGNORED).nonzero()[:, 0]
     return F.cross_entropy(logits.flatten(0, 1).index_select(0, places).float(), targets[places], reduction="sum")
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.eval.worlds import COLOURS, png
+from tests.eval.worlds import COLOURS
+from tests.fixtures import png
 
 COUNT = 6
 TINTS = list(COLOURS.values())

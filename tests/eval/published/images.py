@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.eval.published.files import COUNT, TINTS, dump, dump_lines, image, ten
-from tests.eval.worlds import png
+from tests.fixtures import png
 
 
 def karpathy(root: Path, name: str, where: str) -> None:

@@ -1,0 +1,63 @@
+"""Files and folders that are whole under their name, or not there at all.
+
+Both functions write under another name beside the target and rename at the end: a reader, or the next run after a kill,
+never meets half of a file.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
+    """Write a file, in place of an older one; its folder is made where it is missing.
+
+    Args:
+        path: the file.
+        content: text (written as UTF-8), bytes, or a function that writes the file whose path it is given.
+        shared: several processes may write this file at the same time; each gets a temporary name of its own.
+
+    Raises:
+        OSError: the file cannot be written, or whatever `content` raises. The older file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random rather than the process's id: two containers on one file system often have the same one.
+    unique = f".{secrets.randbelow(10**12)}" if shared else ""
+    temporary = path.with_name(f".{path.name}{unique}.partial")
+    temporary.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, *writers: Callable[[Path], object], overwrite: bool = False) -> None:
+    """Have each of `writers` write into a new folder, which then becomes `folder`.
+
+    Args:
+        folder: is not there yet, or empty.
+        writers: each is given the temporary folder, `{folder}.partial`.
+        overwrite: `folder` may hold files; it is removed once the new one is complete.
+
+    Raises:
+        OSError: the folder cannot be written, or whatever a writer raises. The older folder stays, the temporary one
+            is removed, which also frees its space.
+    """
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir(parents=True)
+        for write in writers:
+            write(temporary)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
