@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule.
+"""An update: AdamW's groups, the learning-rate schedule, and what happens when a gradient is not finite.
 
 Weight decay touches matrices only. Norms, biases, gates, latents and the rows of new tokens are left alone: decaying a
 gate towards zero would close it, and open_flamingo did exactly that to everything named after the gated blocks.
@@ -6,15 +6,19 @@ gate towards zero would close it, and open_flamingo did exactly that to everythi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from flamingo.errors import UserError
 from flamingo.training.config import OptimConfig
+from flamingo.training.distributed.fsdp import Processes
 
 PartOf = Callable[[str], str]
 """Parameter name -> part of the model (`vision`, `language`, `resampler`, `cross_attention`, `new_tokens`)."""
@@ -66,7 +70,7 @@ def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: floa
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_of(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
     """The optimizer of everything in `model` that trains, as a run's config describes it."""
     groups = parameter_groups(
         model.named_parameters(),
@@ -93,19 +97,63 @@ def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_r
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def scheduled(step: int, steps: int, options: OptimConfig) -> float:
-    """`lr_scale` of update `step` of `steps` with a run's options."""
-    return lr_scale(
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, options: OptimConfig) -> float:
+    """Set the rate of every group for update `step` of `steps`; return the highest."""
+    scale = lr_scale(
         step,
         steps=steps,
         warmup_steps=options.warmup_steps,
         schedule=options.schedule,
         final_ratio=options.final_lr_ratio,
     )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
-    """Sets every group's rate to `initial_lr * scale`; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * scale
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+class NonfiniteUpdates:
+    """Skips updates whose loss or gradient is not finite, counts them, and stops the run at too many in a row.
+
+    All processes call it with the same facts, so that all of them do the same.
+    """
+
+    def __init__(self, run_dir: Path, processes: Processes, limit: int) -> None:
+        """Stop the run when more than `limit` updates in a row are skipped."""
+        self._run_dir, self._processes, self._limit = run_dir, processes, limit
+        self.total = self.in_a_row = 0
+
+    def skip(self, step: int, norm: float, losses: Mapping[str, float], keys: Mapping[str, list[list[str]]]) -> None:
+        """Count an update that is skipped, and write down what this process had in its batch.
+
+        Args:
+            step: updates before this one.
+            norm: of the gradient.
+            losses: sum of each loss term on this process.
+            keys: of each dataset, the samples' keys by micro-batch.
+
+        Raises:
+            UserError: the limit is exceeded.
+        """
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        path = self._run_dir / f"nonfinite-step-{step:08d}-rank-{self._processes.rank}.json"
+        # As text: JSON has no nan.
+        facts: dict[str, Any] = {"grad_norm": str(norm), "losses": {name: str(loss) for name, loss in losses.items()}}
+        path.write_text(json.dumps({"step": step, **facts, **keys}))
+        if self.in_a_row > self._limit:
+            streak = f" ({self.in_a_row} updates in a row)" if self._limit else ""
+            raise UserError(
+                f"update {step}: the gradient is not finite, and no weight was changed{streak}; the keys of the batch "
+                f"are in {path}: lower optim.lr, or look at these documents with python -m data inspect"
+            )
+
+    def end_streak(self) -> None:
+        """Note that an update was made."""
+        self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts for a checkpoint."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the counts."""
+        self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)

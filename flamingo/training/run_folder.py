@@ -12,15 +12,16 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from flamingo.errors import UserError
 from flamingo.training.checkpoints import store
-from flamingo.training.checkpoints.ema import Averages
+from flamingo.training.checkpoints.ema import Ema
 from flamingo.training.config import TrainConfig, differences
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
 from flamingo.training.metrics.loss_plot import draw_losses
+from flamingo.training.objectives.protocol import Setup
 
 
 def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
@@ -69,7 +70,7 @@ def _described(file: Path) -> dict[str, Any]:
     return found
 
 
-def same_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
+def check_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
     """Refuses a checkpoint whose frozen weights were others: what it trained would be meaningless beside these.
 
     Raises:
@@ -117,33 +118,31 @@ def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, T
         ) from error
 
 
-def finish(
-    write: Callable[[dict[str, Tensor], Path], Any],
-    model: nn.Module,
-    averages: Averages | None,
+def write_results(
+    setup: Setup,
+    averages: Ema | None,
     processes: Processes,
-    *,
     run_dir: Path,
+    *,
     title: str,
     replaced: Mapping[tuple[str, str], int],
 ) -> Path:
     """Writes `model`, `model-ema` where means of the weights are kept, and the curve of the losses; says so.
 
     Args:
-        write: of the objective.
-        model: trained.
+        setup: the trained model and its export.
         averages: of its weights.
         processes: all of them call this.
         run_dir: where it all goes.
         title: of the curve.
         replaced: (dataset, reason) to the number of its samples that were bad.
     """
-    kinds = {"model": nullcontext()} | ({"model-ema": averages.in_place()} if averages else {})
+    kinds = {"model": nullcontext()} | ({"model-ema": averages.applied()} if averages else {})
     for name, weights_in_place in kinds.items():
         with weights_in_place:  # on the CPU the whole weights are the model's own memory
-            weights = store.whole_weights(model)
+            weights = store.full_weights(setup.model)
             if processes.is_main:
-                export(write, weights, run_dir / name)
+                export(setup.export, weights, run_dir / name)
     if processes.is_main:
         for (name, reason), number in replaced.items():
             print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)

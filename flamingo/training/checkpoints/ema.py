@@ -19,7 +19,7 @@ def _own(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-class Averages:
+class Ema:
     """mean <- decay * mean + (1 - decay) * weight after every update; it starts as the weights themselves."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -39,7 +39,7 @@ class Averages:
         torch._foreach_lerp_(means, weights, 1.0 - self._decay)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The model holds the means inside, and its own weights again afterwards."""
         kept = {name: parameter.detach().clone() for name, parameter in self._weights.items()}
         self._fill(self.means)

@@ -13,9 +13,12 @@ import pickle
 import random
 import re
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flamingo.errors import UserError
+from flamingo.training.checkpoints.ema import Ema
+from flamingo.training.config import RunConfig
+from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.distributed.interruptions import StopSignals
 
 MARKER = ".metadata"
 FAILURES = (OSError, RuntimeError, CheckpointException)  # the last is no Exception, and wraps what a rank raised
@@ -102,15 +109,15 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def ignore_alone() -> None:
+def ignore_group_warning() -> None:
     """DCP warns when there is no process group; one process without a group is how most runs here start."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _without_group_warning() -> Iterator[None]:
     with warnings.catch_warnings():
-        ignore_alone()
+        ignore_group_warning()
         yield
 
 
@@ -157,42 +164,6 @@ def why(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def save(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any],
-    *,
-    keep_last: int,
-    averages: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes checkpoint `step` and removes all but the newest `keep_last`. Called by every process.
-
-    Args:
-        root: folder of all checkpoints of the run.
-        step: updates made so far.
-        model: its trained parameters are saved.
-        optimizer: its state is saved by parameter name.
-        extra: JSON-able, the same on all processes (the loader's cursor, tokens seen).
-        keep_last: how many complete checkpoints stay.
-        averages: means of the trained weights, if they are kept.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
-    """
-    path = open_folder(root, step)
-    try:
-        with _alone():
-            dcp.save(trained_state(model, optimizer, extra, averages), checkpoint_id=str(path))
-    except FAILURES as error:
-        raise unwritable(path, error) from error
-    _barrier()
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(root, keep_last)
-    return path
-
-
 def open_folder(root: Path, step: int) -> Path:
     """A new, empty folder for checkpoint `step`, interrupted saves being removed. Called by every process.
 
@@ -225,7 +196,7 @@ def unwritable(path: Path, reason: BaseException | str) -> UserError:
     return UserError(f"checkpoint {path} cannot be written ({text}): free space or choose another run.dir")
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
+def full_weights(model: nn.Module) -> dict[str, Any]:
     """All weights, frozen ones too, unsharded and on the CPU of the first process. Called by every process."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -264,7 +235,7 @@ def load(
         state[own] = torch.get_rng_state()
     if own_random in sizes:
         state[own_random] = torch.empty(tuple(sizes[own_random].size), dtype=torch.uint8)  # type: ignore[union-attr]
-    with _alone():
+    with _without_group_warning():
         dcp.load(state, checkpoint_id=str(path))
     set_model_state_dict(model, state["model"], options=ONLY_TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINED)
@@ -276,3 +247,112 @@ def load(
     if own_random in state:
         restore_random(_read(state[own_random]))
     return extra
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+        options: RunConfig,
+        averages: Ema | None = None,
+    ) -> None:
+        """Made by every process at the same place: it makes a process group.
+
+        Args:
+            root: folder of all checkpoints.
+            model: its trained parameters are saved.
+            optimizer: saved beside them.
+            processes: of the run.
+            options: how often, and which stay.
+            averages: means of the weights, if they are kept.
+        """
+        self.signals = StopSignals(options.checkpoint.grace_seconds)
+        self._root, self._model, self._optimizer, self._averages = root, model, optimizer, averages
+        self._processes, self._options = processes, options
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._writing: tuple[Path, Future[Any]] | None = None
+        self._background = options.checkpoint.background
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        ignore_group_warning()
+
+    def votes(self) -> list[float]:
+        """For the update's sum over processes: asked to stop, time for a checkpoint, the last one failed."""
+        minutes = self._options.checkpoint.minutes
+        late = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        failed = self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
+        return [float(self.signals.signum > 0), float(bool(late) and self._processes.is_main), float(failed)]
+
+    def due(self, step: int, votes: list[float]) -> bool:
+        """Whether a checkpoint is written after update `step`, from the summed votes; the same on every process.
+
+        Raises:
+            UserError: the save in flight has failed somewhere.
+        """
+        if votes[2]:
+            self.finish()
+        return step % self._options.checkpoint_every == 0 or votes[0] > 0 or votes[1] > 0
+
+    def save(self, step: int, extra: dict[str, Any], *, wait: bool) -> Path:
+        """Writes checkpoint `step` unless it is written; `wait` until it is whole.
+
+        Raises:
+            UserError: it cannot be written, or the one before could not.
+        """
+        self.finish()
+        path = self._root / f"step-{step:08d}"
+        if step != self._saved_step:
+            open_folder(self._root, step)
+            means = self._averages.means if self._averages else None
+            content = trained_state(self._model, self._optimizer, extra, means)
+            if wait or not self._in_background(path, content):
+                try:
+                    dcp.save(content, checkpoint_id=str(path), process_group=self._group)
+                except FAILURES as error:
+                    raise unwritable(path, error) from error
+                self._prune()
+            self._saved_step, self._saved_at = step, time.monotonic()
+        return path
+
+    def _in_background(self, path: Path, content: dict[str, Any]) -> bool:
+        if self._background:
+            try:
+                future = dcp.async_save(content, checkpoint_id=str(path), process_group=self._group)
+            except (AssertionError, NotImplementedError, TypeError, ValueError) as error:  # the same on all processes
+                self._background = False
+                print(f"checkpoints are written in the foreground ({why(error)})", file=sys.stderr, flush=True)
+            else:
+                assert isinstance(future, Future)
+                self._writing = path, future
+        return self._background
+
+    def finish(self) -> None:
+        """Waits for the save in flight, if any. Called by every process.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self._writing is None:
+            return
+        (path, future), self._writing = self._writing, None
+        try:
+            future.result()
+        except FAILURES as error:
+            raise unwritable(path, error) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        if self._processes.is_main:
+            with suppress(OSError):  # too many checkpoints do no harm before the disk is full, which is told
+                prune(self._root, self._options.keep_last, self._options.checkpoint.keep_every)
+
+    def close(self) -> None:
+        """Waits for the thread, whatever comes of it, and lets go of the signals."""
+        self.signals.close()
+        if self._writing is not None:
+            with suppress(TimeoutError):
+                self._writing[1].exception(timeout=30)  # another process may be gone

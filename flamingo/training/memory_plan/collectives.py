@@ -24,22 +24,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard, spawn
 from flamingo.training.distributed.traffic import _KINDS, CountTraffic
-from flamingo.training.distributed.units import fsdp_units
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw, parameter_groups
 
 STRATEGIES = {
-    "full shard": Strategy(),
-    "full shard, kept gathered": Strategy(keep_gathered=True),
-    "full shard, every piece reduced": Strategy(sync_every_piece=True),
-    "hybrid: 2 share a copy": Strategy(shard_size=2),
-    "frozen replicated": Strategy(frozen="replicate"),
-    "frozen replicated, kept gathered": Strategy(frozen="replicate", keep_gathered=True),
-    "full shard, CPU offload": Strategy(offload=True),
-    "full shard, bf16": Strategy(precision="bf16", frozen_dtype=torch.bfloat16),
-    "frozen replicated, bf16": Strategy(precision="bf16", frozen="replicate", frozen_dtype=torch.bfloat16),
+    "full shard": ShardingStrategy(),
+    "full shard, kept gathered": ShardingStrategy(keep_gathered=True),
+    "full shard, every micro-batch reduced": ShardingStrategy(sync_every_micro_batch=True),
+    "hybrid: 2 share a copy": ShardingStrategy(shard_size=2),
+    "frozen replicated": ShardingStrategy(frozen="replicate"),
+    "frozen replicated, kept gathered": ShardingStrategy(frozen="replicate", keep_gathered=True),
+    "full shard, CPU offload": ShardingStrategy(offload=True),
+    "full shard, bf16": ShardingStrategy(precision="bf16", frozen_dtype=torch.bfloat16),
+    "frozen replicated, bf16": ShardingStrategy(precision="bf16", frozen="replicate", frozen_dtype=torch.bfloat16),
 }
 
 
@@ -67,7 +67,7 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     """One update with `pieces` micro-batches under a strategy of `STRATEGIES`; the first update is not counted."""
     strategy = STRATEGIES[name]
     model = subject(partial(tiny_lm, family))
-    shard(model, fsdp_units(model), processes, strategy)
+    shard(model, flamingo_units(model), processes, strategy)
     groups = parameter_groups(model.named_parameters(), lr=1e-3, weight_decay=0.1, lr_factors={}, part_of=model.part_of)
     optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-8)
     batch = document(model, (0, 1, 2), side="right")
@@ -77,8 +77,8 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     for _ in range(2):
         with CountTraffic() as seen:
             for piece in range(pieces):
-                before_backward(model, strategy, last=piece + 1 == pieces)
-                FlamingoObjective().loss_sum(model, batch).backward()
+                prepare_backward(model, strategy, last=piece + 1 == pieces)
+                FlamingoObjective().sums(model, batch)["text"].backward()
         counted = {"calls": seen.traffic.calls, "bytes": seen.traffic.bytes, "kept": kept_bytes(model, optimizer)}
         optimizer.step()
         counted["kept"]["optimizer"] = kept_bytes(model, optimizer)["optimizer"]

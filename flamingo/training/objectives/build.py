@@ -13,11 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +31,6 @@ from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.config import ModelConfig
-from flamingo.training.objectives.losses import ContrastiveObjective
 from flamingo.vision.encoder import build_open_clip, describe_tower
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -66,64 +63,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-class PairTokenizer:
-    """Texts to `(B, context)` ids for open_clip's text tower: text, end of text, padding."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
-        """`context_length` counts the end of text."""
-        self._tokenizer, self._context = tokenizer, context_length
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Cuts what is too long, keeping the end of text, from which the tower reads its feature."""
-        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        rows = torch.full((len(texts), self._context), pad, dtype=torch.long)
-        for row, ids in zip(rows, self._tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-            kept = [*ids[: self._context - 1], eos]
-            row[: len(kept)] = torch.tensor(kept)
-        return rows
-
-
-def build_contrastive(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, dict[str, Any]]:
-    """An open_clip model of random weights from `{embed_dim, vision_cfg, text_cfg}`, completed by the tokenizer's ids.
-
-    Returns the model and the completed config. The temperature becomes a vector of one element: FSDP2 has no scalars.
-
-    Raises:
-        UserError: open_clip does not accept the config.
-    """
-    text = {
-        "vocab_size": len(tokenizer),
-        "pool_type": "eos",
-        "eos_id": tokenizer.eos_token_id,
-        "pad_id": tokenizer.pad_token_id,
-        **config.get("text_cfg", {}),
-    }
-    full = {"embed_dim": config.get("embed_dim"), "vision_cfg": config.get("vision_cfg"), "text_cfg": text}
-    try:
-        model = open_clip.CLIP(**full)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"model.vision.config is not accepted by open_clip ({error}): compare its model configs"
-        ) from error
-    model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
-    return model, full
-
-
-def export_contrastive(
-    state: dict[str, Tensor], config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Writes open_clip's own local folder: `open_clip.create_model("local-dir:FOLDER")` reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    save_file(tensors, str(folder / "open_clip_model.safetensors"))
-    tokenizer.save_pretrained(str(folder))
-    mean, std = list(ContrastiveObjective.MEAN), list(ContrastiveObjective.STD)
-    preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash"}
-    description = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2))
 
 
 def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

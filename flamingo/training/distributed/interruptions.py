@@ -1,8 +1,12 @@
-"""What happens when a process of several fails, or when nothing happens at all.
+"""How a run ends before its last update: it is asked to stop, a process fails, or nothing happens any more.
 
-The process that fails says who it is, leaves its reason in the store that brought the processes together, and ends. A
-thread of every other process looks there every two seconds and ends its own process: a collective that waits for one
-that is gone would otherwise hold it for minutes. Under torchrun the error also goes into its report.
+Asked to stop: SLURM sends SIGTERM, or the signal that the job asked for (SIGUSR1, submitit: SIGUSR2), some time before
+it takes the machine away; Ctrl-C is SIGINT. The handler only notes the signal. The loop adds the note of every process
+to the sum it makes at each update anyway, so that all processes stop after the same update, whichever was signalled.
+
+A failure: the process that fails prints who it is, leaves its reason in the store that brought the processes together,
+and ends. A thread of every other process looks there every two seconds and ends its own process, which would otherwise
+wait for minutes in a collective for one that is gone. Under torchrun the error also goes into its report.
 """
 
 from __future__ import annotations
@@ -10,26 +14,107 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from flamingo.errors import UserError
-from flamingo.training.distributed.fsdp import Processes, leave
-from flamingo.training.distributed.signals import Stopped
+from flamingo.training.distributed.fsdp import Processes, exit_process
 
 T = TypeVar("T")
 KEY = f"flamingo/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 LOOK_SECONDS = 2.0
 LINGER_SECONDS = 3 * LOOK_SECONDS
 """How long a process that failed stays: the first one may be keeping the store that the others look into."""
+AGAIN_SECONDS = 1.0
+"""A second Ctrl-C within this time is the first one, handed on by torchrun."""
+WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop and has saved itself. `signum` is 0 where another process was told."""
+
+    def __init__(self, message: str, signum: int, previous: Any) -> None:
+        super().__init__(message)
+        self.signum, self._previous = signum, previous
+
+    @property
+    def status(self) -> int:
+        """Exit status: 128 + signal, as a shell reports it."""
+        return 128 + (self.signum or signal.SIGTERM)
+
+    def hand_on(self) -> bool:
+        """Calls the handler that was installed for SIGUSR2 before ours, if any: submitit's, which queues the job again.
+
+        A job that SLURM itself takes away (SIGTERM) is queued again by SLURM.
+        """
+        if not callable(self._previous):
+            return False
+        if self.signum != signal.SIGTERM:
+            self._previous(signal.SIGUSR2, None)
+        return True
+
+
+class StopSignals:
+    """Notes signals from its start to its `close`. A second Ctrl-C stops at once."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        """Installs the handlers; in a thread other than the main one nothing can be installed."""
+        self.signum = 0
+        self._at, self._pid = 0.0, os.getpid()
+        self._grace = grace_seconds
+        self._timer: threading.Timer | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a loader's worker, which has inherited this handler: the process that it serves ends it
+        if signum == signal.SIGINT and self.signum == signal.SIGINT and time.monotonic() - self._at > AGAIN_SECONDS:
+            raise KeyboardInterrupt
+        if not self.signum:
+            self._at = time.monotonic()
+            self._timer = threading.Timer(self._grace, self._too_late)
+            self._timer.daemon = True
+            self._timer.start()
+        self.signum = self.signum or signum
+
+    def _too_late(self) -> None:
+        print(
+            f"error: the update in work and its checkpoint were not done {self._grace:g} s after "
+            f"{signal.Signals(self.signum).name}: the run ends with its last checkpoint; "
+            "raise run.checkpoint.grace_seconds and the time the scheduler gives, or save more often",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + self.signum)
+
+    def stopped(self, saved: str) -> Stopped:
+        """The exception that ends the run, once it is saved."""
+        name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
+        return Stopped(
+            f"stopped by {name}, {saved}: the same command goes on from there",
+            self.signum,
+            self._before.get(signal.SIGUSR2),
+        )
+
+    def close(self) -> None:
+        """Puts the earlier handlers back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class Failed(Exception):  # noqa: N818
@@ -83,8 +168,8 @@ class Watch:
             self._thread.join(timeout=LINGER_SECONDS)
 
 
-def watched(processes: Processes, work: Callable[[], T]) -> T:
-    """`work()`; when it fails the other processes hear of it and stop."""
+def report_failure(processes: Processes, work: Callable[[], T]) -> T:
+    """Return `work()`; when it fails, print why and stop the other processes."""
     watch = Watch(processes)
     try:
         return work()
@@ -107,12 +192,12 @@ def watched(processes: Processes, work: Callable[[], T]) -> T:
         watch.close()
 
 
-def submitted(work: Callable[[], Any]) -> None:
+def run_submitted(work: Callable[[], Any]) -> None:
     """Runs a job; one that submitit runs is queued again when submitit's own signal has stopped it."""
     try:
         work()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            atexit.register(leave, 0)  # submitit ends the interpreter, which may abort in gloo's threads
+            atexit.register(exit_process, 0)  # submitit ends the interpreter, which may abort in gloo's threads
     except Stopped as stop:
         if not stop.hand_on():
             raise
@@ -135,15 +220,15 @@ def exit_status(work: Callable[[], Any]) -> int:
     return 0
 
 
-class Stall:
+class StallReporter:
     """When no update ends for some minutes, prints where every thread of this process is, again and again."""
 
     def __init__(self, minutes: float) -> None:
         """0: never."""
         self._seconds = 60.0 * minutes
 
-    def moved(self) -> None:
-        """An update has ended, or something else that may take long has."""
+    def restart_clock(self) -> None:
+        """Wait for the whole time again: an update has ended, or something else that may take long."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__ or sys.stderr)
 
