@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -194,3 +195,22 @@ def test_means_of_the_weights_follow_and_are_saved(tmp_path: Path) -> None:
     with restored.applied():
         assert torch.equal(other.weight, averages.means["weight"])
     assert torch.equal(other.weight, own)
+
+
+def test_pruning_that_is_interrupted_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker goes first: whatever a kill leaves of the folder is an interrupted save."""
+    with checkpoints(tmp_path, RunConfig()) as made:
+        for step in (1, 2):
+            made.save(step, {"step": step}, wait=True)
+
+    def killed(path: Path, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.prune(tmp_path, keep_last=1)
+    assert list((tmp_path / "step-00000001").iterdir())  # its files are still there
+    assert [step for step, _ in store.step_folders(tmp_path)] == [2]

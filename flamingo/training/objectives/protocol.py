@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class BatchShape:
     """Rows of the longest length that share one where the dataset packs."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss as a sum of named terms, and the parts of its model that are sharded and compiled.
 
@@ -91,6 +92,7 @@ class Setup:
     """Frozen part to a fingerprint of its weights. A checkpoint lacks these weights, so it must say which they were."""
 
 
+@runtime_checkable
 class ObjectiveModule(Protocol):
     """The two functions of an objective's module."""
 
