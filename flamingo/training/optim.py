@@ -25,11 +25,10 @@ PartOf = Callable[[str], str]
 
 
 def takes_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: a matrix that is no table of embeddings, latents or positions."""
-    leaf = name.rsplit(".", 1)[-1]
+    """Return whether weight decay applies: to matrices, except embedding rows, latents and positions."""
     tables = ("latents", "embedding", "embeddings", "positional_embedding", "class_embedding")
-    is_table = any(piece in tables or piece.startswith("new_token") for piece in name.split("."))
-    return parameter.ndim >= 2 and not is_table and "gate" not in leaf
+    is_table = any(part in tables or part.startswith("new_token") for part in name.split("."))
+    return parameter.ndim >= 2 and not is_table
 
 
 def parameter_groups(
@@ -41,7 +40,7 @@ def parameter_groups(
     part_of: PartOf,
     decay_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW, one for each pair of learning rate and decay, in a stable order.
+    """Return groups for AdamW, one for each pair of learning rate and decay, in a stable order.
 
     Args:
         named: the trained parameters with their names; frozen ones are skipped.
@@ -66,12 +65,12 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW of these groups as one kernel: the same values as the plain one to rounding, several times faster."""
+    """Return AdamW of these groups as one kernel: the plain one's values to rounding, several times faster."""
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
-    """The optimizer of everything in `model` that trains, as a run's config describes it."""
+    """Return the optimizer of everything in `model` that trains, as a run's config describes it."""
     groups = parameter_groups(
         model.named_parameters(),
         lr=options.lr,
@@ -84,7 +83,7 @@ def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> 
 
 
 def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_ratio: float) -> float:
-    """Factor on the learning rate of update `step` (0-based): linear warm-up, then constant or cosine.
+    """Return the factor on the learning rate of update `step` (0-based): linear warm-up, then constant or cosine.
 
     >>> [round(lr_scale(s, steps=10, warmup_steps=2, schedule="constant", final_ratio=0), 2) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""The run folder and what is printed about a run."""
+"""The run folder: claimed at the start, filled with the model and the loss plot at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flamingo.training.objectives.protocol import Setup
 
 
 def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
-    """Makes the run folder ready and returns the checkpoint to resume, if any.
+    """Make the run folder ready and return the checkpoint to resume, if any.
 
     A folder that holds another run is refused rather than continued or overwritten. `config.yaml` is written once.
 
@@ -61,17 +61,17 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
 
 def _described(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text())
+        described = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be read ({why}): mend it, or choose another run.dir") from error
-    if not isinstance(found, dict):
+        raise UserError(f"{file} cannot be read ({why}): repair it, or choose another run.dir") from error
+    if not isinstance(described, dict):
         raise UserError(f"{file} does not describe a run: choose another run.dir")
-    return found
+    return described
 
 
 def check_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuses a checkpoint whose frozen weights were others: what it trained would be meaningless beside these.
+    """Refuse a checkpoint of other frozen weights: what it trained would be meaningless beside these.
 
     Raises:
         UserError: naming the part.
@@ -92,14 +92,14 @@ def _plain(value: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
+    """Write a whole file or leave the old one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole.
+    """Let `write` fill a new folder that then replaces `folder`: no half-written model looks complete.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what there was of a model before stays.
@@ -127,7 +127,7 @@ def write_results(
     title: str,
     replaced: Mapping[tuple[str, str], int],
 ) -> Path:
-    """Writes `model`, `model-ema` where means of the weights are kept, and the curve of the losses; says so.
+    """Write `model`, `model-ema` where means of the weights are kept, and the loss plot; print where.
 
     Args:
         setup: the trained model and its export.
@@ -150,7 +150,7 @@ def write_results(
         try:
             draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{title} ({run_dir})")
             print(f"losses in {run_dir / 'loss.png'}", flush=True)
-        except OSError as error:  # an image is no reason to call a finished run failed
+        except OSError as error:  # a missing plot must not make a finished run fail
             print(f"{run_dir / 'loss.png'} cannot be written: {error}", file=sys.stderr, flush=True)
     processes.wait()  # nobody leaves while the model is being written
     return run_dir / "model"

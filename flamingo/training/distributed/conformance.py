@@ -1,6 +1,6 @@
 """The conformance check that starts processes: two under FSDP2 give the gradients of one.
 
-Notable: one start of two processes serves any number of LMs, since starting takes longer than the check. One process
+One start of two processes serves any number of LMs, since starting takes longer than the check. One process
 has a batch with images and the other a row of text alone, which is where a sharded Flamingo waits for ever if its
 processes call different modules.
 """

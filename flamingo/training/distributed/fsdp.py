@@ -45,7 +45,7 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all processes, in float64 (exact for counts)."""
+        """Return the element-wise sum over all processes, in float64 (exact for counts)."""
         if self.size == 1:
             return values
         on = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -53,13 +53,13 @@ class Processes:
         return [float(value) for value in on.tolist()]
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
-    """Joins the process group that torchrun describes, or stands alone.
+    """Join the process group that torchrun describes, or stand alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -87,19 +87,19 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
 
 
 def set_threads(threads: int, size: int) -> None:
-    """CPU threads of this process: as asked, else the machine's cores shared by its processes."""
+    """Set the CPU threads of this process: as asked, else the machine's cores shared by its processes."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
 
 
 def stop_processes() -> None:
-    """Leaves the process group, if any."""
+    """Leave the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_process(status: int, *, processes: int | None = None) -> NoReturn:
-    """Ends this process; one of several ends without tearing its interpreter down.
+    """End this process; one of several ends without tearing its interpreter down.
 
     Gloo's threads let go of a collective's tensors a moment after the collective is over. One that asks for the
     interpreter's lock while the interpreter shuts down aborts the process, and torchrun then reports a finished run as
@@ -113,7 +113,7 @@ def exit_process(status: int, *, processes: int | None = None) -> NoReturn:
 
 
 def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
-    """Calls `work(processes, *arguments)` in `size` new gloo processes of this machine; `work` must be picklable.
+    """Call `work(processes, *arguments)` in `size` new gloo processes of this machine; `work` must be picklable.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the first that failed.
@@ -150,7 +150,7 @@ class ShardingStrategy:
     keep_gathered: bool = False
     """A gathered unit stays so until the update: fewest collectives, most memory."""
     sync_every_micro_batch: bool = False
-    """Gradients of every piece of a batch are reduced at once, not summed whole on each process: less memory."""
+    """Gradients are reduced after every micro-batch, not summed in full on each process: less memory."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def sharding_strategy(run: RunConfig, processes: int) -> ShardingStrategy | None
 
 
 def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
-    """One dimension over all processes, or two: copies, and the processes that share one."""
+    """Return a mesh of one dimension over all processes, or two: copies, and the processes that share one."""
     size = shard_size or processes.size
     if size == processes.size:
         return init_device_mesh(processes.device.type, (size,))
@@ -194,7 +194,7 @@ def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
 
 
 def set_weight_dtypes(model: nn.Module, frozen: torch.dtype) -> None:
-    """Stores what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
+    """Store what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
     for parameter in model.parameters():
         wanted = torch.float32 if parameter.requires_grad else frozen
         if parameter.is_floating_point() and parameter.dtype != wanted:
@@ -202,7 +202,7 @@ def set_weight_dtypes(model: nn.Module, frozen: torch.dtype) -> None:
 
 
 def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, strategy: ShardingStrategy) -> None:
-    """Shards `model` over the processes, one FSDP2 unit for each of `units` (children before parents) and the root.
+    """Shard `model` over the processes, one FSDP2 unit for each of `units` (children before parents) and the root.
 
     The model may still be on the CPU: each unit goes to the device when its turn comes, so that no device ever holds
     the whole model. Frozen units are gathered again in backward only where a gradient passes through them.
@@ -244,7 +244,7 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
 
 
 def prepare_backward(model: nn.Module, strategy: ShardingStrategy, *, last: bool) -> None:
-    """Tells a sharded model whether this is the last backward before the update: gradients travel with that one."""
+    """Tell a sharded model whether this is the last backward before the update: gradients are reduced with that one."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last or strategy.sync_every_micro_batch)
     model.set_is_last_backward(last)
@@ -253,7 +253,7 @@ def prepare_backward(model: nn.Module, strategy: ShardingStrategy, *, last: bool
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """The full tensor behind a DTensor, or the tensor itself."""
+    """Return the full tensor behind a DTensor, or the tensor itself."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -41,7 +41,7 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Stopped(Exception):  # noqa: N818
-    """The run was asked to stop and has saved itself. `signum` is 0 where another process was told."""
+    """The run was asked to stop and has saved itself. `signum` is 0 where another process was signalled."""
 
     def __init__(self, message: str, signum: int, previous: Any) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Stopped(Exception):  # noqa: N818
         return 128 + (self.signum or signal.SIGTERM)
 
     def hand_on(self) -> bool:
-        """Calls the handler that was installed for SIGUSR2 before ours, if any: submitit's, which queues the job again.
+        """Call the handler that was installed for SIGUSR2 before ours, if any: submitit's, which queues the job again.
 
         A job that SLURM itself takes away (SIGTERM) is queued again by SLURM.
         """
@@ -65,10 +65,10 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopSignals:
-    """Notes signals from its start to its `close`. A second Ctrl-C stops at once."""
+    """Notes signals until it is closed. A second Ctrl-C stops at once."""
 
     def __init__(self, grace_seconds: float) -> None:
-        """Installs the handlers; in a thread other than the main one nothing can be installed."""
+        """Install the handlers; in a thread other than the main one nothing can be installed."""
         self.signum = 0
         self._at, self._pid = 0.0, os.getpid()
         self._grace = grace_seconds
@@ -91,25 +91,25 @@ class StopSignals:
 
     def _too_late(self) -> None:
         print(
-            f"error: the update in work and its checkpoint were not done {self._grace:g} s after "
-            f"{signal.Signals(self.signum).name}: the run ends with its last checkpoint; "
-            "raise run.checkpoint.grace_seconds and the time the scheduler gives, or save more often",
+            f"error: the current update and its checkpoint did not finish within {self._grace:g} s of "
+            f"{signal.Signals(self.signum).name}: the run ends at its last checkpoint; "
+            "raise run.checkpoint.grace_seconds and the scheduler's notice period, or save more often",
             file=sys.stderr,
             flush=True,
         )
         os._exit(128 + self.signum)
 
     def stopped(self, saved: str) -> Stopped:
-        """The exception that ends the run, once it is saved."""
+        """Return the exception that ends the run, once it is saved."""
         name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
         return Stopped(
-            f"stopped by {name}, {saved}: the same command goes on from there",
+            f"stopped by {name}, {saved}: the same command resumes from there",
             self.signum,
             self._before.get(signal.SIGUSR2),
         )
 
     def close(self) -> None:
-        """Puts the earlier handlers back."""
+        """Restore the earlier handlers."""
         if self._timer is not None:
             self._timer.cancel()
         for number, handler in self._before.items():
@@ -121,8 +121,8 @@ class Failed(Exception):  # noqa: N818
     """An error of one process of several, with who it was in front."""
 
 
-class Watch:
-    """Looks out for failures of other processes, from its start to its `close`."""
+class FailureWatch:
+    """Looks out for failures of other processes until it is closed."""
 
     def __init__(self, processes: Processes) -> None:
         """A single process has nobody to look out for."""
@@ -140,17 +140,17 @@ class Watch:
         lost = 0
         while not self._closed.wait(LOOK_SECONDS):
             try:
-                found = store.get(KEY).decode() if store.check([KEY]) else ""
+                reason = store.get(KEY).decode() if store.check([KEY]) else ""
                 lost = 0
             except RuntimeError:  # the process that keeps the store may just be leaving
                 lost += 1
-                found = "the process that keeps the store is gone" if lost == 3 else ""
-            if found and not self._closed.wait(LOOK_SECONDS):  # this process may be about to tell the same
-                print(f"{self._me} stops, because {found}", file=sys.stderr, flush=True)
+                reason = "the process that keeps the store is gone" if lost == 3 else ""
+            if reason and not self._closed.wait(LOOK_SECONDS):  # this process may be about to report the same
+                print(f"{self._me} stops because {reason}", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def failed(self, error: BaseException) -> None:
-        """Tells the others, unless one of them was first."""
+        """Tell the others why, unless one of them was first."""
         self._closed.set()  # or this process would stop at its own words
         if self._store is None:
             return
@@ -162,7 +162,7 @@ class Watch:
         time.sleep(LINGER_SECONDS)
 
     def close(self) -> None:
-        """Stops looking."""
+        """Stop looking."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(timeout=LINGER_SECONDS)
@@ -170,7 +170,7 @@ class Watch:
 
 def report_failure(processes: Processes, work: Callable[[], T]) -> T:
     """Return `work()`; when it fails, print why and stop the other processes."""
-    watch = Watch(processes)
+    watch = FailureWatch(processes)
     try:
         return work()
     except Stopped:
@@ -179,7 +179,7 @@ def report_failure(processes: Processes, work: Callable[[], T]) -> T:
         if processes.size == 1:
             raise
         who = f"process {processes.rank} of {processes.size} on {socket.gethostname()}"
-        # Said before the others are told: they end this process's group when they hear of it.
+        # Printed before the others know: they end this process's group when they hear of it.
         if isinstance(error, UserError):
             print(f"error: {error} ({who})", file=sys.stderr, flush=True)
         else:
@@ -193,7 +193,7 @@ def report_failure(processes: Processes, work: Callable[[], T]) -> T:
 
 
 def run_submitted(work: Callable[[], Any]) -> None:
-    """Runs a job; one that submitit runs is queued again when submitit's own signal has stopped it."""
+    """Run a job; one that submitit runs is queued again when submitit's own signal has stopped it."""
     try:
         work()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -205,7 +205,7 @@ def run_submitted(work: Callable[[], Any]) -> None:
 
 
 def exit_status(work: Callable[[], Any]) -> int:
-    """Runs a command: its exit status, after a mistake of the user or a stop has been told in one line."""
+    """Run a command; return its exit status, after printing a user's mistake or a stop as one line."""
     try:
         work()
     except UserError as error:
@@ -215,13 +215,13 @@ def exit_status(work: Callable[[], Any]) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(stop, file=sys.stderr)
         return stop.status
-    except Failed as failure:  # told already
+    except Failed as failure:  # printed already
         return 2 if isinstance(failure.__cause__, UserError) else 1
     return 0
 
 
 class StallReporter:
-    """When no update ends for some minutes, prints where every thread of this process is, again and again."""
+    """Prints where every thread of this process is, repeatedly, when no update ends for some minutes."""
 
     def __init__(self, minutes: float) -> None:
         """0: never."""
@@ -234,5 +234,5 @@ class StallReporter:
 
     @staticmethod
     def close() -> None:
-        """Says nothing any more."""
+        """Print nothing any more."""
         faulthandler.cancel_dump_traceback_later()

@@ -41,7 +41,7 @@ def _without_mixed(modules: Iterable[tuple[nn.Module, dict[str, bool]]]) -> Iter
 
 def _flamingo_modules(model: FlamingoForConditionalGeneration) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
     lm = model.language_model
-    # The encoder runs without gradients, and a look-up has no need of its embedding rows afterwards.
+    # The encoder runs without gradients, and a look-up does not need its embedding rows in backward.
     yield model.vision_encoder, {"backward": not model.vision_encoder.frozen}
     for small in (model.resampler, *model.cross_attn_blocks.values(), model.new_tokens):
         yield small, {"keep": True}

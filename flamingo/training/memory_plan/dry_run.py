@@ -1,12 +1,12 @@
 """The memory that a process needs for a step, before anything is allocated: `python train.py ... plan=true`.
 
-Notable: nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
+Nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
 the same model, on tensors that have a shape and no memory and with processes that exist in name only, while a ledger
 adds up the storages that live (`ledger.py`). So whatever changes the step, another strategy, recomputation, another
 LM, changes the plan. Only tensors of integers, who sees which image, are real: their values decide shapes.
 
 What the plan leaves out is the context of the GPU, its allocator's fragmentation and what kernels allocate inside; the
-check against a device's memory sets something aside for them (`planning.py`).
+check against a device's memory sets something aside for them (`plan.py`).
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ def plan_step(
         moments = [torch.empty_like(local(parameter)) for parameter in trained for _ in range(2)]
         subject: Any = model
         if getattr(model, "_head_is_last", False) is None:
-            subject._head_is_last = True  # found out by comparing values, of which there are none
+            subject._head_is_last = True  # normally determined by comparing values, of which there are none
         model.train()
         with ledger:
             ledger.own((*model.parameters(), *model.buffers()), "weights")
             ledger.own(moments, "optimizer")
-            for place, batch in enumerate(batches):
+            for index, batch in enumerate(batches):
                 if strategy is not None:
-                    prepare_backward(model, strategy, last=place + 1 == len(batches))
+                    prepare_backward(model, strategy, last=index + 1 == len(batches))
                 tensors = {name: value.to("cpu") if value.is_meta else value for name, value in batch.items()}
                 loss = add_terms(objective.sums(model, tensors).values())
                 loss.backward()

@@ -24,20 +24,20 @@ from flamingo.training.config import RunConfig
 
 
 class Sink(Protocol):
-    """Takes figures of a step."""
+    """What takes the figures of a step."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures."""
+        """Take one step's figures."""
 
     def close(self) -> None:
-        """The run is over, for now."""
+        """End: the run is over, for now."""
 
 
 class JsonLines:
     """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Opens `path` for appending after removing every line whose `step` is above `resume_step`."""
+        """Open `path` for appending after removing every line whose `step` is above `resume_step`."""
         kept = []
         if path.exists():
             lines = path.read_text().splitlines()
@@ -49,12 +49,12 @@ class JsonLines:
         self._file: IO[str] = path.open("a")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line."""
+        """Append one line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -69,26 +69,26 @@ class TensorBoard:
     """The same values for TensorBoard."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
+        """Continue the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds one scalar per value."""
+        """Add one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WandB:
-    """Weights & Biases. A resumed run goes on under its name; WANDB_MODE=offline writes below the run folder only."""
+    """Weights & Biases. A resumed run continues under its id; WANDB_MODE=offline writes below the run folder only."""
 
     def __init__(self, project: str, run_dir: Path) -> None:
-        """Begins or goes on with the run's own id, which is kept beside its figures."""
+        """Start or resume the run's own id, which is kept beside its figures."""
         import wandb
 
         file = run_dir / "wandb-id.txt"
@@ -99,11 +99,11 @@ class WandB:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures; those of steps that it has seen before a kill are refused by its server."""
+        """Send one step's figures; its server refuses those of steps that it received before a kill."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Waits until all is sent or written."""
+        """Wait until everything is sent or written."""
         self._run.finish()
 
 
@@ -115,7 +115,7 @@ class ProgressLine:
     """A bar in a terminal; elsewhere (a log file, CI) a plain line now and then. Both say how much time is left."""
 
     def __init__(self, title: str, total: int, start: int) -> None:
-        """`start` of `total` steps are already done."""
+        """Begin at `start` of `total` steps."""
         self._title, self._total, self._start = title, total, start
         self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
@@ -134,7 +134,7 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, step: int, note: str) -> None:
-        """`step` steps are done; `note` is shown beside them."""
+        """Show that `step` steps are done, with `note` beside them."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
             return
@@ -149,7 +149,7 @@ class ProgressLine:
             self._printed = now
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -161,10 +161,10 @@ def _clock(seconds: float) -> str:
 
 
 def start_wandb(project: str, run_dir: Path) -> WandB:
-    """Weights & Biases, reached now and not at the first figures.
+    """Connect to Weights & Biases now, not at the first figures.
 
     Raises:
-        UserError: nobody is logged in, its server does not answer, and what else it may say.
+        UserError: nobody is logged in, or its server does not answer or refuses.
     """
     try:
         return WandB(project, run_dir)
@@ -173,7 +173,7 @@ def start_wandb(project: str, run_dir: Path) -> WandB:
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(
-            f"run.wandb={project} cannot begin ({why}): wandb login, WANDB_MODE=offline, or run.wandb=null"
+            f"run.wandb={project} cannot start ({why}): run wandb login, set WANDB_MODE=offline, or set run.wandb=null"
         ) from error
 
 
@@ -181,10 +181,10 @@ class MetricSinks:
     """All sinks of the first process; on the others nothing happens."""
 
     def __init__(self, run_dir: Path, options: RunConfig, *, title: str, start: int, is_main: bool) -> None:
-        """Figures beyond `start`, which an interrupted run has left, are dropped.
+        """Drop figures beyond `start`, which an interrupted run has left.
 
         Raises:
-            UserError: the run folder cannot be written, or Weights & Biases does not begin.
+            UserError: the run folder cannot be written, or Weights & Biases does not start.
         """
         self._sinks: list[Sink] = []
         self._progress: ProgressLine | None = None
@@ -199,7 +199,7 @@ class MetricSinks:
         self._progress = ProgressLine(title, options.steps, start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures to all sinks; one that fails, other than the first, is told of once and left out.
+        """Send one step's figures to all sinks; one that fails, other than the first, is reported once and dropped.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -215,14 +215,14 @@ class MetricSinks:
         for sink in list(self._sinks):
             try:
                 sink.log(step, values)
-            except Exception as error:  # somebody else's server or disk is no reason to lose a run
+            except Exception as error:  # another service's outage must not end a run
                 self._sinks.remove(sink)
-                print(f"{type(sink).__name__} gets no more figures: {error}", file=sys.stderr, flush=True)
+                print(f"{type(sink).__name__} failed and gets no more figures: {error}", file=sys.stderr, flush=True)
         if "loss" in values:
             self._progress.update(step, f"loss {values['loss']:.3f}")
 
     def close(self) -> None:
-        """Closes all; again is no harm."""
+        """Close all; closing again does nothing."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None

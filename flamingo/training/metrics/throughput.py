@@ -1,4 +1,4 @@
-"""Figures of a step: losses, norms, rates, memory; and the lines that a run begins with."""
+"""Figures of a step (losses, norms, rates, memory) and the lines that a run begins with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flamingo.training.metrics.flops import Flops, peak_tflops
 def describe_model(
     model: nn.Module, part_of: Callable[[str], str], processes: Processes, checkpoint: Path | None = None
 ) -> str:
-    """Parameters of each part, trained and frozen, where the run computes, and what it goes on from."""
+    """Return the parameters of each part, trained and frozen, where the run computes, and what it resumes."""
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         row = rows.setdefault(part_of(name), [0, 0])
@@ -55,18 +55,18 @@ def mean_losses(
 
 
 def model_values(model: nn.Module) -> dict[str, float]:
-    """Mean |tanh| of the attention and feed-forward gates (0 = the frozen LM alone), and the memory used so far."""
-    found: dict[str, list[Tensor]] = {}
+    """Return the mean |tanh| of the attention and feed-forward gates (0 = the frozen LM alone), and the memory used."""
+    gates: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("attn_gate", "ff_gate"):
-            found.setdefault(f"gate/{leaf.removesuffix('_gate')}", []).append(full_tensor(parameter.detach()).float())
-    values = {name: float(torch.cat(gates).tanh().abs().mean()) for name, gates in found.items()}
+            gates.setdefault(f"gate/{leaf.removesuffix('_gate')}", []).append(full_tensor(parameter.detach()).float())
+    values = {name: float(torch.cat(parts).tanh().abs().mean()) for name, parts in gates.items()}
     return {**values, "memory_gib": memory_gib()}
 
 
 def part_norms(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, float]:
-    """Norm of the trained weights and of their gradients, for each part of the model. Called by every process."""
+    """Return the norms of the trained weights and gradients of each part of the model. Called by every process."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -81,7 +81,7 @@ def part_norms(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, flo
 
 
 def memory_gib() -> float:
-    """Most memory of this process so far: of the GPU as torch allocated it, else resident."""
+    """Return the most memory of this process so far: of the GPU as torch allocated it, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -91,12 +91,12 @@ class Throughput:
     """Tokens, images and FLOPs a second over all processes, and the share of time spent waiting for data."""
 
     def __init__(self, processes: Processes, flops: Flops) -> None:
-        """Starts counting now."""
+        """Start counting now."""
         self._processes, self._flops = processes, flops
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted: something else than training took its time."""
+        """Forget what was counted: something other than training took its time."""
         self._began = time.perf_counter()
         self._tokens = self._images = 0
         self._waited = 0.0
@@ -112,7 +112,7 @@ class Throughput:
             self._images += 0 if images is None else int(images.shape[0])
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading. Called by every process."""
+        """Return the rates since the last reading. Called by every process."""
         own = [float(self._tokens), float(self._images), float(self._flops.take())]
         tokens, images, flops = self._processes.sum(own)
         seconds = max(1e-9, time.perf_counter() - self._began)

@@ -109,9 +109,9 @@ def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, Contra
 
 
 def build_clip(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, dict[str, Any]]:
-    """An open_clip model of random weights from `{embed_dim, vision_cfg, text_cfg}`, completed by the tokenizer's ids.
+    """Build an open_clip model of random weights from `{embed_dim, vision_cfg, text_cfg}` and the tokenizer's ids.
 
-    Returns the model and the completed config. The temperature becomes a vector of one element: FSDP2 has no scalars.
+    Return the model and the completed config. The temperature becomes a vector of one element: FSDP2 has no scalars.
 
     Raises:
         UserError: open_clip does not accept the config.
@@ -135,7 +135,7 @@ def build_clip(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def export(state: dict[str, Tensor], config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes open_clip's own local folder: `open_clip.create_model("local-dir:FOLDER")` reads it."""
+    """Write open_clip's own local folder: `open_clip.create_model("local-dir:FOLDER")` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in state.items()}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
