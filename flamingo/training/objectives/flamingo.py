@@ -21,7 +21,7 @@ from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives import build as builders
 from flamingo.training.objectives import lora
-from flamingo.training.objectives.language import IGNORE, labelled_positions
+from flamingo.training.objectives.language import IGNORE
 from flamingo.training.objectives.protocol import BatchShape, Setup
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts", "phi", "sequence_ids")
@@ -32,7 +32,7 @@ class FlamingoObjective:
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""
-        return {"text": int(labelled_positions(batch["labels"]).sum())}
+        return {"text": int((batch["labels"][:, 1:] != IGNORE).sum())}
 
     def sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum of cross-entropies over the labelled tokens; the model computes no other logits."""

@@ -28,11 +28,6 @@ from flamingo.training.objectives.protocol import BatchShape, Setup
 IGNORE = -100
 
 
-def labelled_positions(labels: Tensor) -> Tensor:
-    """Return which positions have a next token in the loss: `(B, T)` labels to a `(B, T - 1)` mask."""
-    return labels[:, 1:] != IGNORE
-
-
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of next-token cross-entropies in fp32: `(B, T, V)` and `(B, T)` to a scalar.
 
@@ -48,7 +43,7 @@ class LanguageObjective:
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""
-        return {"text": int(labelled_positions(batch["labels"]).sum())}
+        return {"text": int((batch["labels"][:, 1:] != IGNORE).sum())}
 
     def sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum of cross-entropies over the labelled tokens."""
