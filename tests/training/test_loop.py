@@ -1,4 +1,4 @@
-"""What the loop does beside updates: leaves some out, validates, probes, averages, is stopped."""
+"""What the loop does beside updates: leaves some out, validates, evaluates, averages, is stopped."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_validation_leaves_no_trace_and_means_of_weights_are_written(world: Path
 
 
 def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
-    """A run that validates and probes."""
+    """A run that validates and evaluates."""
     settings = config(world, run_dir, "flamingo", steps=4)
     settings.run.validation.every, settings.run.validation.batches = 2, 2
     held_out = {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32}
@@ -107,7 +107,7 @@ def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
     return settings
 
 
-def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
+def test_few_shot_evaluations_leave_no_trace(world: Path, tmp_path: Path) -> None:
     write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
     train(config(world, tmp_path / "plain", "flamingo", steps=4))
     train(evaluated(world, tmp_path / "with", tmp_path / "data"))

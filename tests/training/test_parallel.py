@@ -31,7 +31,7 @@ UPDATES = 3
 class Case:
     family: str
     strategy: ShardingStrategy
-    pieces: int = 1
+    micro_batches: int = 1
     recompute: bool = False
     adapters: bool = False
     trains: bool = False
@@ -56,15 +56,15 @@ def updates(case: Case, processes: Processes | None = None) -> dict[str, Any]:
     # A large eps: where a gradient is nearly zero, AdamW would turn its rounding into a whole step.
     optimizer = adamw([{"params": trained, "lr": 1e-3, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-3)
     mine = ROWS[rank * len(ROWS) // size : (rank + 1) * len(ROWS) // size]
-    pieces = [mine[start :: case.pieces] for start in range(case.pieces)]
+    micro_batches = [mine[start :: case.micro_batches] for start in range(case.micro_batches)]
     losses = []
     for _ in range(UPDATES):
         total = 0.0
-        for place, rows in enumerate(pieces):
+        for place, rows in enumerate(micro_batches):
             batch: Any = document(model, rows, side="right")
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             if processes is not None:
-                prepare_backward(model, case.strategy, last=place + 1 == len(pieces))
+                prepare_backward(model, case.strategy, last=place + 1 == len(micro_batches))
             loss = FlamingoObjective().sums(model, batch)["text"] / LABELS
             (loss * size).backward()
             total += float(loss.detach())
@@ -104,11 +104,13 @@ HALF: dict[str, Any] = {"precision": "bf16", "frozen_dtype": torch.bfloat16}
 
 def cases(size: int) -> list[Case]:
     """Every family under the main strategies, and one family under all of them."""
-    pieces = len(ROWS) // size
+    micro_batches = len(ROWS) // size
     common = [Case(family, ShardingStrategy()) for family in FAMILIES]
     common += [Case(family, ShardingStrategy(frozen="replicate"), recompute=True) for family in FAMILIES]
     if size == 2:
-        common += [Case(family, ShardingStrategy(keep_gathered=True), pieces=pieces) for family in FAMILIES]
+        common += [
+            Case(family, ShardingStrategy(keep_gathered=True), micro_batches=micro_batches) for family in FAMILIES
+        ]
         common += [Case(family, ShardingStrategy(), recompute=True, adapters=True) for family in FAMILIES]
     for strategy in (
         ShardingStrategy(shard_size=2),
@@ -118,8 +120,8 @@ def cases(size: int) -> list[Case]:
         ShardingStrategy(keep_gathered=True, frozen="replicate"),
     ):
         if strategy.shard_size != size:
-            common.append(Case("llama", strategy, pieces=pieces))
-    common += [Case("llama", ShardingStrategy(sync_every_micro_batch=True), pieces=pieces)]
+            common.append(Case("llama", strategy, micro_batches=micro_batches))
+    common += [Case("llama", ShardingStrategy(sync_every_micro_batch=True), micro_batches=micro_batches)]
     common += [
         Case("gpt2", ShardingStrategy(), trains=True),
         Case("llama", ShardingStrategy(), trains=True, recompute=True),

@@ -1,4 +1,4 @@
-"""Few-shot probes and validation of a sharded run: the answers of one process, and no trace in what trains."""
+"""Few-shot evaluation and validation of a sharded run: the answers of one process, and no trace in what trains."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def options(data: Path) -> EvaluationOptions:
 
 
 def asked(
-    data: Path, processes: Processes = ALONE, strategy: ShardingStrategy | None = None, *, probes: bool = True
+    data: Path, processes: Processes = ALONE, strategy: ShardingStrategy | None = None, *, evaluate: bool = True
 ) -> Any:
-    """Losses of three updates, between which the model is probed, and all answers."""
+    """Losses of three updates, between which the model is evaluated, and all answers."""
     model, processor = tiny.flamingo("llama")
     if strategy is not None:
         shard(model, flamingo_units(model), processes, strategy)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw([{"params": trained, "lr": 1e-3, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-3)
-    probe = FewShotEvaluation(options(data))
-    probe.agree(processes)
+    evaluation = FewShotEvaluation(options(data))
+    evaluation.agree(processes)
     batch: Any = dict(tiny.batch(processor, [0, 1], padding_side="right"))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     losses: list[float] = []
@@ -68,9 +68,9 @@ def asked(
         losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
-        if probes:
+        if evaluate:
             with evaluating(model):
-                samples += probe.samples(model, processor, processes)
+                samples += evaluation.samples(model, processor, processes)
     return losses, samples
 
 
@@ -78,7 +78,7 @@ def _work(processes: Processes, data: str, file: str) -> None:
     found = []
     for strategy in STRATEGIES:
         losses, samples = asked(Path(data), processes, strategy)
-        plain, _ = asked(Path(data), processes, strategy, probes=False)
+        plain, _ = asked(Path(data), processes, strategy, evaluate=False)
         assert losses == plain
         found.append([(s.query_id, s.raw, s.score, list(s.log_probs)) for s in samples])
     torch.save(found, f"{file}-{processes.rank}")
@@ -89,7 +89,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     data = write_tasks(tmp_path / "data")
     spawn(_work, 2, str(data), str(tmp_path / "found"))
     losses, one = asked(data)
-    assert losses == asked(data, probes=False)[0]
+    assert losses == asked(data, evaluate=False)[0]
     assert len(one) == 3 * 2 * 2 * 7
     assert len({sample.raw for sample in one if not sample.log_probs}) > 1
     for rank in range(2):
@@ -100,7 +100,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision_is_probed_sharded(tmp_path: Path) -> None:
+def test_half_precision_is_evaluated_sharded(tmp_path: Path) -> None:
     """FSDP2 alone on one process, as a run in bf16 has it."""
     data = write_tasks(tmp_path / "data")
     spawn(_half, 1, str(data))
@@ -109,15 +109,15 @@ def test_half_precision_is_probed_sharded(tmp_path: Path) -> None:
 def _half(processes: Processes, data: str) -> None:
     strategy = ShardingStrategy(precision="bf16", frozen_dtype=torch.bfloat16)
     losses, samples = asked(Path(data), processes, strategy)
-    assert losses == asked(Path(data), processes, strategy, probes=False)[0]
+    assert losses == asked(Path(data), processes, strategy, evaluate=False)[0]
     assert all(sample.log_probs or sample.kind for sample in samples)
 
 
 def _other_data(processes: Processes, data: str) -> None:
     """The second process reads another folder."""
-    probe = FewShotEvaluation(options(Path(data, str(processes.rank))))
+    evaluation = FewShotEvaluation(options(Path(data, str(processes.rank))))
     with pytest.raises(UserError, match=r"the data of run\.evaluation\.tasks differs between the 2 processes"):
-        probe.agree(processes)
+        evaluation.agree(processes)
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_processes_that_read_other_questions_stop(tmp_path: Path) -> None:
 
 
 def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
-    """A run that validates and probes."""
+    """A run that validates and evaluates."""
     settings = config(world, run_dir, "flamingo", steps=4)
     settings.run.validation.every, settings.run.validation.batches = 2, 2
     held_out = {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32}
