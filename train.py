@@ -1,108 +1,79 @@
-"""Trains one of three objectives from one typed config, on one process or under torchrun.
+"""Train one of the objectives from one typed config, on one process or under torchrun.
 
     python train.py experiment=demo
     torchrun --nproc-per-node 2 train.py experiment=demo run.dir=runs/two
 
-Read from top to bottom: config, model and data, parallel plan, optimizer, restore, loop, save. Every step takes one
-batch of each dataset, sums their weighted losses, each normalised by its labels on all processes, and makes one update
+Read from top to bottom: config, data, model, parallel plan, optimizer, restore, loop, save. Every step takes one batch
+of each dataset, sums their weighted losses, each divided by its labels on all processes, and makes one update
 (paper, section 2.2: accumulating over datasets before an update beats taking turns, 68.4 against 59.7).
-The run folder is the run's identity: starting again with the same folder goes on from its newest whole checkpoint.
+The run folder is the run's identity: starting again with the same folder resumes its newest complete checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import hydra
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import nn
-from transformers.utils.logging import disable_progress_bar
+from torch import Tensor, nn
 
-from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
+from data.batches import collate as collates
 from data.dataset import DatasetSpec, document_texts, too_small
 from data.loading.loader import MixLoader
-from eval.in_training import Evaluations, Probe
-from flamingo.errors import UserError, first_line
-from flamingo.training.checkpoints import store
-from flamingo.training.checkpoints.ema import Averages
-from flamingo.training.checkpoints.schedule import Checkpoints
-from flamingo.training.compose import CONFIGS, compose, nearest, typed
+from eval.in_training import Evaluations, FewShotEvaluation
+from flamingo.errors import UserError
+from flamingo.training import compose, optim, run_folder
+from flamingo.training.checkpoints import ema, store
 from flamingo.training.config import TrainConfig, unavailable
-from flamingo.training.distributed import fsdp
-from flamingo.training.distributed.failures import Stall, exit_status, submitted, watched
-from flamingo.training.distributed.launch import join_launcher
+from flamingo.training.distributed import fsdp, interruptions
 from flamingo.training.memory_plan import plan
-from flamingo.training.metrics.flops import Flops
-from flamingo.training.metrics.sinks import Reports
-from flamingo.training.metrics.throughput import Throughput, describe, mean_losses, model_values, part_norms
-from flamingo.training.nonfinite import Skipped
-from flamingo.training.objectives.setup import SETUPS, Setup, place, strategy_of
-from flamingo.training.optim import optimizer_of, scheduled, set_lr
-from flamingo.training.run_folder import claim_folder, finish
-from flamingo.training.run_folder import same_backbones as check_backbones
+from flamingo.training.metrics import flops, sinks, throughput
+from flamingo.training.objectives import protocol
 
-T = TypeVar("T")
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-
-# How each objective turns documents into tensors.
-COLLATES: dict[str, Callable[[Setup], Collate]] = {
-    "language": lambda setup: LanguageCollate(setup.tokenizer),
-    "contrastive": lambda setup: PairCollate(required(setup.pairs), required(setup.transform)),
-    "flamingo": lambda setup: FlamingoCollate(setup.processor),
-}
-
-
-def required(value: T | None) -> T:
-    """What this objective's setup always has."""
-    assert value is not None
-    return value
+MicroBatches = Mapping[str, Sequence[Mapping[str, Tensor]]]  # dataset to this process's batches of it
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the config to its last step; returns the folder of the finished model.
+    """Run the config to its last step; return the folder of the finished model.
 
     Raises:
-        UserError: something in the config, the data or on the disk is in the way.
+        UserError: a mistake in the config, the data or on the disk.
         Stopped: a signal asked for it; the run is saved.
-        Failed: one of several processes failed and has said why.
+        Failed: one of several processes failed and has printed why.
     """
     world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
-    mixtures = checked(config, world_size)
+    mixtures = check(config, world_size)
     if config.plan:
-        if int(os.environ.get("RANK", "0")) == 0:  # every process would say the same
-            print(plan.plan(config, [plan.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
+        if int(os.environ.get("RANK", "0")) == 0:  # every process would print the same
+            print(plan.plan(config, [plan.largest_batch_of(spec) for spec in mixtures[0]], world_size), flush=True)
         return Path(config.run.dir)
     with ExitStack() as cleanup:
         cleanup.callback(fsdp.stop_processes)
-        processes = fsdp.start_processes(config.run.device, need_group=strategy_of(config.run, 1) is not None)
-        return watched(processes, lambda: run(config, mixtures, processes, cleanup))
+        need_group = fsdp.sharding_strategy(config.run, 1) is not None
+        processes = fsdp.start_processes(config.run.device, need_group=need_group)
+        return interruptions.report_failure(processes, lambda: run(config, mixtures, processes, cleanup))
 
 
 def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, cleanup: ExitStack) -> Path:
-    """The whole run; what must be closed, also after an error, is given to `cleanup`."""
+    """Train, on each process; what must be closed, also after an error, is given to `cleanup`."""
+    options, run_dir = config.run, Path(config.run.dir)
     specs, held_out = mixtures
-    strategy = strategy_of(config.run, processes.size)
-    fsdp.set_threads(config.run.threads, processes.size)
-    run_dir, optim = Path(config.run.dir), config.optim
-    probe = Probe(config.run.probe) if config.run.probe.every else None
-    checkpoint = claim_folder(config, processes)
+    fsdp.set_threads(options.threads, processes.size)
+    few_shot = FewShotEvaluation(options.evaluation) if options.evaluation.every else None
+    checkpoint = run_folder.claim_folder(config, processes)
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
-    torch.manual_seed(config.run.seed)
-    setup = SETUPS[config.objective](config.model, run_dir, processes, lambda: document_texts(specs))
-    collate = COLLATES[config.objective](setup)
+    torch.manual_seed(options.seed)
+    objective_module = protocol.objective_module(config.objective)
+    setup = objective_module.build(config.model, run_dir, processes, lambda: document_texts(specs))
+    model, objective, part_of = setup.model, setup.objective, setup.part_of
+    collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers
     loader = MixLoader(
@@ -110,89 +81,89 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         collate,
         **share,
         seed=config.data.seed,
-        micro_batches=config.run.micro_batches,
+        micro_batches=options.micro_batches,
         bad_samples=run_dir / "bad_samples.jsonl",
     )
     validation = MixLoader(held_out, collate, **share) if held_out else None
-    model = place(setup.model, config.run, processes, strategy)
+
+    # Parallel plan.
+    strategy = fsdp.sharding_strategy(options, processes.size)
+    protocol.parallelize(model, objective, options, processes, strategy)
 
     # Optimizer, after sharding: it holds the sharded parameters.
-    optimizer = optimizer_of(model, optim, setup.part_of)
+    optimizer = optim.build_optimizer(model, config.optim, part_of)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    averages = Averages(model, config.run.ema) if config.run.ema else None
-    skipped = Skipped(run_dir, processes, config.run.watch.max_nonfinite)
+    averages = ema.Ema(model, options.ema) if options.ema else None
+    nonfinite = optim.NonfiniteUpdates(run_dir, processes, options.watch.max_nonfinite)
 
     # Restore.
     step = 0
     if checkpoint is not None:
         extra = store.load(checkpoint, model, optimizer, averages.means if averages else None)
-        check_backbones(extra["frozen"], setup.frozen, checkpoint)
+        run_folder.check_backbones(extra["frozen"], setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
-        skipped.load_state_dict(extra.get("skipped", {}))
+        nonfinite.load_state_dict(extra.get("skipped", {}))
         step = int(extra["step"])
     model.train()
     if processes.is_main:
-        print(describe(model, setup.part_of, processes, checkpoint), flush=True)
-    reports = Reports(run_dir, config.run, title=config.objective, start=step, is_main=processes.is_main)
-    evaluations = Evaluations(config.run, model, setup, processes, held_out=validation, probe=probe)
-    checkpoints = Checkpoints(run_dir / "checkpoints", model, optimizer, processes, config.run, averages)
-    stall = Stall(config.run.watch.stall_minutes)
+        print(throughput.describe_model(model, part_of, processes, checkpoint), flush=True)
+    reports = sinks.MetricSinks(run_dir, options, title=config.objective, start=step, is_main=processes.is_main)
+    evaluations = Evaluations(options, model, setup, processes, held_out=validation, few_shot=few_shot)
+    checkpoints = store.Checkpoints(run_dir / "checkpoints", model, optimizer, processes, options, averages)
+    stall = interruptions.StallReporter(options.watch.stall_minutes)
     for closing in (reports, checkpoints, stall):
         cleanup.callback(closing.close)
 
     # Loop.
-    rates = Throughput(processes, Flops(model))
+    rates = throughput.Throughput(processes, flops.Flops(model))
+    weights = {spec.name: spec.weight for spec in specs}
     batches = iter(loader)
-    while step < config.run.steps:
-        stall.moved()
-        asked = time.perf_counter()
-        parts = next(batches).batches
-        rates.add((batch.tensors for pieces in parts.values() for batch in pieces), time.perf_counter() - asked)
-        lr = set_lr(optimizer, scheduled(step, config.run.steps, optim))
-        own = [float(sum(setup.objective.count(piece.tensors) for piece in parts[spec.name])) for spec in specs]
-        summed = processes.sum([*own, *checkpoints.votes()])
-        counts = [spec.divisor(count) for spec, count in zip(specs, summed, strict=False)]
-        votes = summed[len(specs) :]
-        sums = [0.0] * len(specs)
-        left = sum(len(pieces) for pieces in parts.values())
-        for index, spec in enumerate(specs):
-            for piece in parts[spec.name]:
-                left -= 1
-                if strategy is not None:  # gradients travel once, with the last piece
-                    fsdp.before_backward(model, strategy, last=left == 0)
-                tensors = {key: value.to(processes.device, non_blocking=True) for key, value in piece.tensors.items()}
-                loss = setup.objective.loss_sum(model, tensors)
-                # FSDP2 averages gradients over processes, hence the factor: counts are already those of all.
-                (loss * (spec.weight * processes.size / counts[index])).backward()
-                sums[index] += float(loss.detach())
-        logged = (step + 1) % config.run.log_every == 0 or step in (0, config.run.steps - 1)
-        norms = part_norms(model, setup.part_of) if logged else {}
-        norm = float(fsdp.whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm)))
-        *totals, wrong = processes.sum([*sums, float(not math.isfinite(norm + sum(sums)))])
-        if wrong:  # somewhere: no process makes this update
-            skipped.add(step, norm, sums, {name: [piece.keys for piece in pieces] for name, pieces in parts.items()})
+    while step < options.steps:
+        stall.restart_clock()
+        waiting_since = time.perf_counter()
+        loaded = next(batches).batches
+        micro_batches = {spec.name: [batch.tensors for batch in loaded[spec.name]] for spec in specs}
+        rates.add(micro_batches, time.perf_counter() - waiting_since)
+        lr = optim.set_learning_rate(optimizer, step, options.steps, config.optim)
+
+        # One sum over processes for the divisors, and for what processes must agree on before they go on.
+        counts = count_terms(objective, micro_batches)
+        summed = processes.sum([*counts.values(), *checkpoints.votes()])
+        totals, votes = summed[: len(counts)], summed[len(counts) :]
+        divisor_of = {spec.name: spec.divisor for spec in specs}
+        divisors = {key: divisor_of[key[0]](total) for key, total in zip(counts, totals, strict=True)}
+        sums = accumulate_gradients(model, objective, micro_batches, weights, divisors, processes, strategy)
+
+        logged = (step + 1) % options.log_every == 0 or step in (0, options.steps - 1)
+        norms = throughput.part_norms(model, part_of) if logged else {}
+        norm = float(fsdp.full_tensor(nn.utils.clip_grad_norm_(trained, config.optim.clip_norm)))
+        is_finite = math.isfinite(norm + sum(sums.values()))
+        *totals, nonfinite_processes = processes.sum([*sums.values(), float(not is_finite)])
+        if nonfinite_processes:  # a single one is enough: no process makes this update
+            keys = {name: [batch.keys for batch in batches] for name, batches in loaded.items()}
+            nonfinite.skip(step, norm, {"/".join(key): value for key, value in sums.items()}, keys)
         else:
-            skipped.fine()
+            nonfinite.end_streak()
             optimizer.step()
             if averages is not None:
                 averages.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        last = step == config.run.steps
+        last = step == options.steps
         values: dict[str, float] = {}
         if logged:
-            values = mean_losses({s.name: s.weight for s in specs}, totals, counts) | norms | rates.read()
-            values |= {"lr": lr, "grad_norm": norm, **model_values(model)}
-            values |= {"bad_samples": float(loader.bad.total), "skipped_updates": float(skipped.total)}
-        if evaluated := evaluations.values(step, last=last):
+            values = throughput.mean_losses(weights, dict(zip(sums, totals, strict=True)), divisors)
+            values |= norms | rates.read() | {"lr": lr, "grad_norm": norm} | throughput.model_values(model)
+            values |= {"bad_samples": float(loader.bad.total), "skipped_updates": float(nonfinite.total)}
+        if evaluated := evaluations.due(step, last=last):
             values |= evaluated
-            rates.restart()  # that time was not training's
+            rates.restart()  # that time was not spent on training
         if values:
             reports.log(step, values)
         if checkpoints.due(step, votes) or last:
             extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            saved = checkpoints.save(step, {**extra, "skipped": skipped.state_dict()}, wait=last or votes[0] > 0)
+            saved = checkpoints.save(step, {**extra, "skipped": nonfinite.state_dict()}, wait=last or votes[0] > 0)
             if votes[0] and not last:
                 raise checkpoints.signals.stopped(f"saved in {saved}")
 
@@ -200,14 +171,51 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     reports.close()
     stall.close()
     replaced = loader.bad.by_reason()
-    return finish(setup.export, model, averages, processes, run_dir=run_dir, title=config.objective, replaced=replaced)
+    return run_folder.write_results(setup, averages, processes, run_dir, title=config.objective, replaced=replaced)
 
 
-def checked(config: TrainConfig, world_size: int) -> Mixtures:
-    """The datasets to train on and those held out for validation.
+def count_terms(objective: protocol.Objective, micro_batches: MicroBatches) -> dict[protocol.Term, float]:
+    """Return the count of each loss term of each dataset in the micro-batches of this process."""
+    counts: dict[protocol.Term, float] = {}
+    for name, batches in micro_batches.items():
+        for batch in batches:
+            for term, count in objective.counts(batch).items():
+                counts[name, term] = counts.get((name, term), 0.0) + count
+    return counts
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    objective: protocol.Objective,
+    micro_batches: MicroBatches,
+    weights: Mapping[str, float],
+    divisors: Mapping[protocol.Term, float],
+    processes: fsdp.Processes,
+    strategy: fsdp.ShardingStrategy | None,
+) -> dict[protocol.Term, float]:
+    """Add the gradients of all micro-batches; return the sum of each loss term on this process, undivided."""
+    sums = dict.fromkeys(divisors, 0.0)
+    remaining = sum(len(batches) for batches in micro_batches.values())
+    for name, batches in micro_batches.items():
+        for batch in batches:
+            remaining -= 1
+            if strategy is not None:  # gradients are reduced once, with the last micro-batch
+                fsdp.prepare_backward(model, strategy, last=remaining == 0)
+            tensors = {key: value.to(processes.device, non_blocking=True) for key, value in batch.items()}
+            terms = objective.sums(model, tensors)
+            # FSDP2 averages gradients over processes, hence the factor: divisors are already those of all.
+            scale = weights[name] * processes.size
+            protocol.add_terms(value * (scale / divisors[name, term]) for term, value in terms.items()).backward()
+            for term, value in terms.items():
+                sums[name, term] += float(value.detach())
+    return sums
+
+
+def check(config: TrainConfig, world_size: int) -> Mixtures:
+    """Return the datasets to train on and those held out for validation.
 
     Raises:
-        UserError: what is impossible or missing, all at once, before any weight loads.
+        UserError: everything impossible or missing, at once, before any weight loads.
     """
     wrong = config.problems(world_size)
     specs = dataset_specs("data", config.data.datasets, wrong)
@@ -221,42 +229,11 @@ def checked(config: TrainConfig, world_size: int) -> Mixtures:
 
 
 def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[str]) -> list[DatasetSpec]:
-    """The typed descriptions of a mixture; what is no field or no value of one is added to `wrong` by name."""
-    known = [field.name for field in fields(DatasetSpec)]
-    specs = []
-    for name, values in datasets.items():
-        where = f"{group}.datasets.{name}"
-        wrong += [f"{where}.{key} is no field of a dataset{nearest(key, known)}" for key in values if key not in known]
-        given: dict[str, Any] = {"name": name, **{key: value for key, value in values.items() if key in known}}
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
-            specs.append(OmegaConf.to_object(merged))
-        except (OmegaConfBaseException, UserError) as error:
-            wrong.append(f"{where}: {first_line(error)}")
-    return specs  # type: ignore[return-value]
-
-
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def sweep(composed: DictConfig) -> None:
-    """hydra's own entry, for `-m` (sweeps, launchers) and its `--help`, `--cfg job`."""
-    join_launcher()
-    submitted(lambda: train(typed(composed)))
-
-
-def command() -> None:
-    """`key=value` arguments here and now; options of hydra, and launchers, through hydra."""
-    if any(argument.startswith(("-", "launch=")) for argument in sys.argv[1:]):
-        sweep()
-    else:
-        join_launcher()
-        train(compose(sys.argv[1:]))
-
-
-def main() -> None:
-    """The command line; a user's mistake is one line and exit status 2."""
-    disable_progress_bar()  # transformers' own, one for every file it reads or writes
-    fsdp.leave(exit_status(command))
+    """Return the typed description of each dataset; mistakes are added to `wrong` with their key."""
+    tables = ((f"{group}.datasets.{name}", {"name": name, **values}) for name, values in datasets.items())
+    specs = (compose.typed_dataset(DatasetSpec, values, path, wrong) for path, values in tables)
+    return [spec for spec in specs if spec is not None]
 
 
 if __name__ == "__main__":
-    main()
+    compose.main(train)

@@ -1,8 +1,8 @@
-"""Evaluation in the middle of training: the loss on held-out pages, and few-shot scores by the evaluation's own loop.
+"""Evaluation during training: the loss on held-out documents, and few-shot scores by the evaluation's own loop.
 
-Validation shares the pages among all processes. A probe is asked by every process in full, the same batches in the same
-order: so all of them gather the same weights at the same time, no more memory is needed than for training, and the
-figures are those of one process.
+Validation shares the documents among all processes. In a few-shot evaluation every process answers all queries, the
+same batches in the same order: all of them gather the same weights at the same time, which needs no more memory than
+training does, and the figures are those of one process.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from eval.runner import Grid, Sample, run
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.training.config import ProbeOptions, RunConfig
+from flamingo.training.config import EvaluationOptions, RunConfig
 from flamingo.training.distributed.fsdp import Processes
-from flamingo.training.objectives.setup import Setup
+from flamingo.training.objectives.protocol import Setup
 from flamingo.training.validation import evaluating, validation_losses
 
 
-class Probe:
+class FewShotEvaluation:
     """Some tasks and numbers of shots, ready to be asked again and again."""
 
-    def __init__(self, options: ProbeOptions) -> None:
+    def __init__(self, options: EvaluationOptions) -> None:
         """Reads the tasks' data.
 
         Raises:
@@ -50,15 +50,15 @@ class Probe:
             UserError: the tasks' data differ between the processes.
         """
         asked = content_hash({name: task.hash for name, task in self._tasks.items()})
-        Ranks(processes.rank, processes.size).agree("the data of run.probe.tasks", asked)
+        Ranks(processes.rank, processes.size).agree("the data of run.evaluation.tasks", asked)
 
     def scores(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> dict[str, float]:
-        """`probe/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
+        """`evaluation/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
         by_cell: dict[str, list[float]] = {}
         for sample in self.samples(model, processor, processes):
-            by_cell.setdefault(f"probe/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)
+            by_cell.setdefault(f"evaluation/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)
         return {cell: sum(scores) / len(scores) for cell, scores in by_cell.items()}
 
     def samples(
@@ -83,30 +83,30 @@ class Evaluations:
         processes: Processes,
         *,
         held_out: MixLoader | None,
-        probe: Probe | None,
+        few_shot: FewShotEvaluation | None,
     ) -> None:
-        """`held_out` and `probe`: None where they are not wanted. Made by every process.
+        """`held_out` and `few_shot`: None where they are not wanted. Made by every process.
 
         Raises:
             UserError: the processes would ask other questions.
         """
         self._options, self._model, self._setup, self._processes = options, model, setup, processes
-        self._held_out, self._probe = held_out, probe
-        if probe is not None:
-            probe.agree(processes)
+        self._held_out, self._few_shot = held_out, few_shot
+        if few_shot is not None:
+            few_shot.agree(processes)
 
-    def values(self, step: int, *, last: bool) -> dict[str, float]:
-        """What is due after update `step`. Called by every process."""
+    def due(self, step: int, *, last: bool) -> dict[str, float]:
+        """Return the figures of what is due after update `step`. Called by every process."""
         found: dict[str, float] = {}
-        validation, questions = self._options.validation, self._options.probe
+        validation, questions = self._options.validation, self._options.evaluation
         if self._held_out is not None and (last or step % validation.every == 0):
             pages = islice(_from_the_start(self._held_out), validation.batches)
             found |= validation_losses(self._model, self._setup.objective, pages, self._processes)
-        if self._probe is not None and (last or step % questions.every == 0):
+        if self._few_shot is not None and (last or step % questions.every == 0):
             assert isinstance(self._model, FlamingoForConditionalGeneration)
             assert self._setup.processor is not None
             with evaluating(self._model):
-                found |= self._probe.scores(self._model, self._setup.processor, self._processes)
+                found |= self._few_shot.scores(self._model, self._setup.processor, self._processes)
         return found
 
 

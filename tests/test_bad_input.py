@@ -13,9 +13,10 @@ from PIL import Image
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
-from flamingo.training.distributed.failures import exit_status
+from flamingo.training.compose import compose
+from flamingo.training.distributed.interruptions import exit_status
 from tests.training.world import config, write_world
-from train import command, train
+from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,13 +46,12 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused_here(capsys: pytest.CaptureFixture[str]) -> Refused:
     """The same for `train.py` in this process, which saves the seconds of a start; one test per command pays for it."""
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", list(arguments))
         capsys.readouterr()
-        return one_error(exit_status(command), capsys.readouterr().err)
+        return one_error(exit_status(lambda: train(compose(list(arguments[1:])))), capsys.readouterr().err)
 
     return run
 

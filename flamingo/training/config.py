@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.training.objective_table import OBJECTIVES
 
-OBJECTIVES = ("contrastive", "language", "flamingo")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 PARALLEL = ("auto", "fsdp", "hybrid", "none")
@@ -183,8 +183,8 @@ class Sharding:
     """Sharded weights and optimizer state live in the CPU's memory: slow, for what does not fit otherwise."""
     keep_gathered: bool = False
     """Gathered weights stay so until the update: fewest collectives, most memory."""
-    sync_every_piece: bool = False
-    """Reduce gradients after every piece of a batch and not once an update: less memory, more traffic."""
+    sync_every_micro_batch: bool = False
+    """Reduce gradients after every micro-batch instead of once an update: less memory, more traffic."""
 
     def problems(self, parallel: str, precision: str, world_size: int) -> Iterator[str]:
         """What cannot be with this `run.parallel`, `run.precision` and number of processes."""
@@ -269,11 +269,11 @@ class ValidationOptions:
 
 
 @dataclass(kw_only=True, slots=True)
-class ProbeOptions:
+class EvaluationOptions:
     """Few-shot scores during training, by the evaluation's own tasks and loop; each process asks all of them."""
 
     every: int = 0
-    """Updates between two probes, the last update included; 0: never."""
+    """Updates between two evaluations, the last update included; 0: never."""
     tasks: list[str] = field(default_factory=list)
     """Names of tasks (the files of hydra/task)."""
     shots: list[int] = field(default_factory=lambda: [0, 4])
@@ -291,15 +291,15 @@ class ProbeOptions:
             ("batch_size", self.batch_size, 1),
         ):
             if value < least:
-                yield f"run.probe.{key}={value} is below its least value {least}"
+                yield f"run.evaluation.{key}={value} is below its least value {least}"
         if not self.every:
             return
         if objective != "flamingo":
-            yield f"run.probe.every is for objective flamingo, not {objective}: set it to 0"
+            yield f"run.evaluation.every is for objective flamingo, not {objective}: set it to 0"
         if not self.tasks:
-            yield "run.probe.every is set and run.probe.tasks is empty: name at least one task"
+            yield "run.evaluation.every is set and run.evaluation.tasks is empty: name at least one task"
         if not self.shots or min(self.shots) < 0:
-            yield f"run.probe.shots={self.shots} must be numbers of 0 or more"
+            yield f"run.evaluation.shots={self.shots} must be numbers of 0 or more"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -348,7 +348,7 @@ class RunConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     watch: WatchOptions = field(default_factory=WatchOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
-    probe: ProbeOptions = field(default_factory=ProbeOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     resume: str = "auto"
     ema: float = 0.0
     """Decay of a running mean of the trained weights, written to `model-ema` beside `model`; 0: none."""
@@ -425,7 +425,7 @@ class TrainConfig:
 
     def _parts(self, world_size: int) -> Iterator[str]:
         yield from (*self.run.checkpoint.problems(), *self.run.watch.problems())
-        yield from (*self.run.validation.problems(world_size), *self.run.probe.problems(self.objective))
+        yield from (*self.run.validation.problems(world_size), *self.run.evaluation.problems(self.objective))
         yield from self.launch.problems(self.nodes)
         if not 0 <= self.run.ema < 1:
             yield f"run.ema={self.run.ema} must be at least 0 and below 1"
@@ -526,7 +526,10 @@ FREE_TO_CHANGE = frozenset(
         "run.resume",
         "run.tensorboard",
         "run.parallel",
-        *(f"run.sharding.{name}" for name in ("size", "frozen", "cpu_offload", "keep_gathered", "sync_every_piece")),
+        *(
+            f"run.sharding.{name}"
+            for name in ("size", "frozen", "cpu_offload", "keep_gathered", "sync_every_micro_batch")
+        ),
         "run.compile",
         "run.device",
         "plan",
@@ -561,7 +564,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.probe.", "run.wandb", "nodes", "launch.")
+FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.evaluation.", "run.wandb", "nodes", "launch.")
 """Beginnings of keys that may differ between a run and its continuation."""
 
 

@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule.
+"""An update: AdamW's groups, the learning-rate schedule, and what happens when a gradient is not finite.
 
 Weight decay touches matrices only. Norms, biases, gates, latents and the rows of new tokens are left alone: decaying a
 gate towards zero would close it, and open_flamingo did exactly that to everything named after the gated blocks.
@@ -6,26 +6,29 @@ gate towards zero would close it, and open_flamingo did exactly that to everythi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from flamingo.errors import UserError
 from flamingo.training.config import OptimConfig
+from flamingo.training.distributed.fsdp import Processes
 
 PartOf = Callable[[str], str]
 """Parameter name -> part of the model (`vision`, `language`, `resampler`, `cross_attention`, `new_tokens`)."""
 
 
 def takes_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: a matrix that is no table of embeddings, latents or positions."""
-    leaf = name.rsplit(".", 1)[-1]
+    """Return whether weight decay applies: to matrices, except embedding rows, latents and positions."""
     tables = ("latents", "embedding", "embeddings", "positional_embedding", "class_embedding")
-    is_table = any(piece in tables or piece.startswith("new_token") for piece in name.split("."))
-    return parameter.ndim >= 2 and not is_table and "gate" not in leaf
+    is_table = any(part in tables or part.startswith("new_token") for part in name.split("."))
+    return parameter.ndim >= 2 and not is_table
 
 
 def parameter_groups(
@@ -37,7 +40,7 @@ def parameter_groups(
     part_of: PartOf,
     decay_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW, one for each pair of learning rate and decay, in a stable order.
+    """Return groups for AdamW, one for each pair of learning rate and decay, in a stable order.
 
     Args:
         named: the trained parameters with their names; frozen ones are skipped.
@@ -62,12 +65,12 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW of these groups as one kernel: the same values as the plain one to rounding, several times faster."""
+    """Return AdamW of these groups as one kernel: the plain one's values to rounding, several times faster."""
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_of(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
-    """The optimizer of everything in `model` that trains, as a run's config describes it."""
+def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
+    """Return the optimizer of everything in `model` that trains, as a run's config describes it."""
     groups = parameter_groups(
         model.named_parameters(),
         lr=options.lr,
@@ -80,7 +83,7 @@ def optimizer_of(model: nn.Module, options: OptimConfig, part_of: PartOf) -> tor
 
 
 def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_ratio: float) -> float:
-    """Factor on the learning rate of update `step` (0-based): linear warm-up, then constant or cosine.
+    """Return the factor on the learning rate of update `step` (0-based): linear warm-up, then constant or cosine.
 
     >>> [round(lr_scale(s, steps=10, warmup_steps=2, schedule="constant", final_ratio=0), 2) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 1.0]
@@ -93,19 +96,63 @@ def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_r
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def scheduled(step: int, steps: int, options: OptimConfig) -> float:
-    """`lr_scale` of update `step` of `steps` with a run's options."""
-    return lr_scale(
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, options: OptimConfig) -> float:
+    """Set the rate of every group for update `step` of `steps`; return the highest."""
+    scale = lr_scale(
         step,
         steps=steps,
         warmup_steps=options.warmup_steps,
         schedule=options.schedule,
         final_ratio=options.final_lr_ratio,
     )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> float:
-    """Sets every group's rate to `initial_lr * scale`; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * scale
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+class NonfiniteUpdates:
+    """Skips updates whose loss or gradient is not finite, counts them, and stops the run at too many in a row.
+
+    All processes call it with the same facts, so that all of them do the same.
+    """
+
+    def __init__(self, run_dir: Path, processes: Processes, limit: int) -> None:
+        """Stop the run when more than `limit` updates in a row are skipped."""
+        self._run_dir, self._processes, self._limit = run_dir, processes, limit
+        self.total = self.in_a_row = 0
+
+    def skip(self, step: int, norm: float, losses: Mapping[str, float], keys: Mapping[str, list[list[str]]]) -> None:
+        """Count an update that is skipped, and write down what this process had in its batch.
+
+        Args:
+            step: updates before this one.
+            norm: of the gradient.
+            losses: sum of each loss term on this process.
+            keys: of each dataset, the samples' keys by micro-batch.
+
+        Raises:
+            UserError: the limit is exceeded.
+        """
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        path = self._run_dir / f"nonfinite-step-{step:08d}-rank-{self._processes.rank}.json"
+        # As text: JSON has no nan.
+        facts: dict[str, Any] = {"grad_norm": str(norm), "losses": {name: str(loss) for name, loss in losses.items()}}
+        path.write_text(json.dumps({"step": step, **facts, **keys}))
+        if self.in_a_row > self._limit:
+            streak = f" ({self.in_a_row} updates in a row)" if self._limit else ""
+            raise UserError(
+                f"update {step}: the gradient is not finite, and no weight was changed{streak}; the keys of the batch "
+                f"are in {path}: lower optim.lr, or look at these documents with python -m data inspect"
+            )
+
+    def end_streak(self) -> None:
+        """Note that an update was made."""
+        self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts for a checkpoint."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the counts."""
+        self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)

@@ -1,4 +1,4 @@
-"""The run folder and what is printed about a run."""
+"""The run folder: claimed at the start, filled with the model and the loss plot at the end."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from flamingo.errors import UserError
 from flamingo.files import write_atomically, write_folder
 from flamingo.training.checkpoints import store
-from flamingo.training.checkpoints.ema import Averages
+from flamingo.training.checkpoints.ema import Ema
 from flamingo.training.config import TrainConfig, differences
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
 from flamingo.training.metrics.loss_plot import draw_losses
+from flamingo.training.objectives.protocol import Setup
 
 
 def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
-    """Makes the run folder ready and returns the checkpoint to resume, if any.
+    """Make the run folder ready and return the checkpoint to resume, if any.
 
     A folder that holds another run is refused rather than continued or overwritten. `config.yaml` is written once.
 
@@ -61,17 +62,17 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
 
 def _described(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text())
+        described = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be read ({why}): mend it, or choose another run.dir") from error
-    if not isinstance(found, dict):
+        raise UserError(f"{file} cannot be read ({why}): repair it, or choose another run.dir") from error
+    if not isinstance(described, dict):
         raise UserError(f"{file} does not describe a run: choose another run.dir")
-    return found
+    return described
 
 
-def same_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Refuses a checkpoint whose frozen weights were others: what it trained would be meaningless beside these.
+def check_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse a checkpoint of other frozen weights: what it trained would be meaningless beside these.
 
     Raises:
         UserError: naming the part.
@@ -92,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """Lets `write` fill a new folder beside `folder` and then takes its place: no half-written model looks whole.
+    """Let `write` fill a new folder that then replaces `folder`: no half-written model looks complete.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what there was of a model before stays.
@@ -106,33 +107,31 @@ def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, T
         ) from error
 
 
-def finish(
-    write: Callable[[dict[str, Tensor], Path], Any],
-    model: nn.Module,
-    averages: Averages | None,
+def write_results(
+    setup: Setup,
+    averages: Ema | None,
     processes: Processes,
-    *,
     run_dir: Path,
+    *,
     title: str,
     replaced: Mapping[tuple[str, str], int],
 ) -> Path:
-    """Writes `model`, `model-ema` where means of the weights are kept, and the curve of the losses; says so.
+    """Write `model`, `model-ema` where means of the weights are kept, and the loss plot; print where.
 
     Args:
-        write: of the objective.
-        model: trained.
+        setup: the trained model and its export.
         averages: of its weights.
         processes: all of them call this.
         run_dir: where it all goes.
         title: of the curve.
         replaced: (dataset, reason) to the number of its samples that were bad.
     """
-    kinds = {"model": nullcontext()} | ({"model-ema": averages.in_place()} if averages else {})
+    kinds = {"model": nullcontext()} | ({"model-ema": averages.applied()} if averages else {})
     for name, weights_in_place in kinds.items():
         with weights_in_place:  # on the CPU the whole weights are the model's own memory
-            weights = store.whole_weights(model)
+            weights = store.full_weights(setup.model)
             if processes.is_main:
-                export(write, weights, run_dir / name)
+                export(setup.export, weights, run_dir / name)
     if processes.is_main:
         for (name, reason), number in replaced.items():
             print(f"{number} samples of dataset {name} were replaced: {reason}", flush=True)
@@ -140,7 +139,7 @@ def finish(
         try:
             draw_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", title=f"{title} ({run_dir})")
             print(f"losses in {run_dir / 'loss.png'}", flush=True)
-        except OSError as error:  # an image is no reason to call a finished run failed
+        except OSError as error:  # a missing plot must not make a finished run fail
             print(f"{run_dir / 'loss.png'} cannot be written: {error}", file=sys.stderr, flush=True)
     processes.wait()  # nobody leaves while the model is being written
     return run_dir / "model"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flamingo.training.distributed.fsdp import Processes
-from flamingo.training.objectives.losses import Objective
+from flamingo.training.metrics.throughput import mean_terms
+from flamingo.training.objectives.protocol import Objective
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def validation_losses(
     steps: Iterable[Mapping[str, Sequence[Mapping[str, Tensor]]]],
     processes: Processes,
 ) -> dict[str, float]:
-    """Mean loss of each dataset over all its labels on all processes, as `validation/<dataset>`.
+    """Return the mean loss of each dataset over its labels on all processes, as `mean_terms` names them.
 
     Args:
         model: on its device.
@@ -42,15 +43,17 @@ def validation_losses(
         steps: for each step and dataset the batches of this process; the same number on every process.
         processes: of the run.
     """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
+    sums: dict[tuple[str, str], float] = {}
+    counts: dict[tuple[str, str], float] = {}
     with evaluating(model):
         for step in steps:
             for name, batches in step.items():
                 for batch in batches:
                     tensors: dict[str, Any] = {key: value.to(processes.device) for key, value in batch.items()}
-                    sums[name] = sums.get(name, 0.0) + float(objective.loss_sum(model, tensors))
-                    counts[name] = counts.get(name, 0.0) + float(objective.count(batch))
-    totals = processes.sum([*sums.values(), *counts.values()])
-    half = len(totals) // 2
-    return {f"validation/{name}": totals[i] / max(1.0, totals[half + i]) for i, name in enumerate(sums)}
+                    for term, total in objective.sums(model, tensors).items():
+                        sums[name, term] = sums.get((name, term), 0.0) + float(total)
+                    for term, count in objective.counts(batch).items():
+                        counts[name, term] = counts.get((name, term), 0.0) + count
+    totals = processes.sum([*sums.values(), *(counts[key] for key in sums)])
+    divisors = {key: max(1.0, count) for key, count in zip(sums, totals[len(sums) :], strict=True)}
+    return mean_terms("validation", dict(zip(sums, totals, strict=False)), divisors)

@@ -20,7 +20,7 @@ from data.shards.document import Image
 from flamingo.conformance.tiny_models import FAMILIES, SIZE, VOCABULARY, subject, tiny_lm
 from flamingo.errors import UserError
 from flamingo.language.packing import packed_positions
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from tests.data.helpers import byte_processor, write_documents
 from tests.fixtures import byte_tokenizer
 
@@ -110,7 +110,7 @@ def test_the_same_samples_with_less_padding(tmp_path: Path) -> None:
     assert (t["labels"][t["sequence_ids"] == 0] == IGNORED).all()
     assert (t["phi"][t["sequence_ids"] == 0] == 0).all()
     objective = FlamingoObjective()
-    assert objective.count(packed.tensors) == objective.count(plain.tensors) > 0
+    assert objective.counts(packed.tensors)["text"] == objective.counts(plain.tensors)["text"] > 0
 
 
 def as_inputs(batch: Batch) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(tmp_path: Path
         labels = batch.tensors["labels"]
         inputs["labels"] = torch.where(labels == IGNORED, IGNORED, inputs["input_ids"])
         model.zero_grad()
-        loss = objective.loss_sum(model, inputs)
+        loss = objective.sums(model, inputs)["text"]
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((float(loss.detach()), gradient))

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
-from flamingo.training.distributed.units import fsdp_units
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard
+from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.objectives.flamingo import FlamingoObjective
 
-HALF = Strategy(precision="bf16", frozen_dtype=torch.bfloat16)
+HALF = ShardingStrategy(precision="bf16", frozen_dtype=torch.bfloat16)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def test_hidden_states_and_media_reach_the_blocks_in_the_precision_they_have(fro
     text = (*batch["input_ids"].shape, model.config.text_config.hidden_size)
     media = (len(batch["pixel_values"]), model.config.resampler.latents, model.config.vision.width)
     with alone() as processes:
-        shard(model, fsdp_units(model), processes, Strategy(**{**vars(HALF), "frozen": frozen}))
+        shard(model, flamingo_units(model), processes, ShardingStrategy(**{**vars(HALF), "frozen": frozen}))
         model.train()
         seen: list[torch.dtype] = []
         for block in model.cross_attn_blocks.values():
@@ -68,8 +68,8 @@ def test_hidden_states_and_media_reach_the_blocks_in_the_precision_they_have(fro
                 lambda module, args: seen.extend(arg.dtype for arg in args[:2]), prepend=True
             )
         with Casts() as casts:
-            before_backward(model, HALF, last=True)
-            loss = FlamingoObjective().loss_sum(model, batch)
+            prepare_backward(model, HALF, last=True)
+            loss = FlamingoObjective().sums(model, batch)["text"]
     assert bool(loss.isfinite())
     assert seen == 2 * len(model.cross_attn_blocks) * [torch.bfloat16]
     widened = casts.shapes.get((torch.bfloat16, torch.float32), [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from torch import nn
 
 from flamingo.errors import UserError
 from flamingo.training.checkpoints import store
-from flamingo.training.checkpoints.ema import Averages
-from flamingo.training.checkpoints.schedule import Checkpoints
+from flamingo.training.checkpoints.ema import Ema
+from flamingo.training.checkpoints.store import Checkpoints
 from flamingo.training.config import RunConfig
 from flamingo.training.distributed.fsdp import Processes
-from flamingo.training.distributed.signals import StopSignals
+from flamingo.training.distributed.interruptions import StopSignals
+from tests.training.world import save_checkpoint
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -98,7 +100,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's
         assert signals.signum == signal.SIGINT
-        monkeypatch.setattr("flamingo.training.distributed.signals.AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr("flamingo.training.distributed.interruptions.AGAIN_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -162,7 +164,7 @@ def test_all_generators_are_restored(tmp_path: Path) -> None:
     model, optimizer = toy()
     update(model, optimizer)
     np.random.standard_normal()  # noqa: NPY002 - leaves a second one in its state
-    path = store.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2)
     expected = draw()
     draw()
     store.load(path, *toy())
@@ -177,19 +179,38 @@ def test_all_generators_are_restored(tmp_path: Path) -> None:
 
 def test_means_of_the_weights_follow_and_are_saved(tmp_path: Path) -> None:
     model, optimizer = toy()
-    averages = Averages(model, 0.75)
+    averages = Ema(model, 0.75)
     expected = model.weight.detach().clone()
     for _ in range(3):
         update(model, optimizer)
         averages.update()
         expected = 0.75 * expected + 0.25 * model.weight.detach()
     torch.testing.assert_close(averages.means["weight"], expected)
-    path = store.save(tmp_path, 3, model, optimizer, {}, keep_last=2, averages=averages.means)
+    path = save_checkpoint(tmp_path, 3, model, optimizer, {}, keep_last=2, averages=averages)
     other, fresh = toy()
-    restored = Averages(other, 0.75)
+    restored = Ema(other, 0.75)
     store.load(path, other, fresh, restored.means)
     assert torch.equal(restored.means["weight"], averages.means["weight"])
     own = other.weight.detach().clone()
-    with restored.in_place():
+    with restored.applied():
         assert torch.equal(other.weight, averages.means["weight"])
     assert torch.equal(other.weight, own)
+
+
+def test_pruning_that_is_interrupted_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker goes first: whatever a kill leaves of the folder is an interrupted save."""
+    with checkpoints(tmp_path, RunConfig()) as made:
+        for step in (1, 2):
+            made.save(step, {"step": step}, wait=True)
+
+    def killed(path: Path, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.prune(tmp_path, keep_last=1)
+    assert list((tmp_path / "step-00000001").iterdir())  # its files are still there
+    assert [step for step, _ in store.step_folders(tmp_path)] == [2]

@@ -11,9 +11,9 @@ import torch
 
 from flamingo.conformance.tiny_models import SIZE, document, subject, tiny_lm
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
-from flamingo.training.distributed.units import fsdp_units
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, full_tensor, prepare_backward, shard, spawn
+from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw
 from tests.training.test_parallel import distance
 
@@ -42,20 +42,20 @@ def updates(vision: str, processes: Processes | None = None) -> dict[str, Any]:
     rows, size = [0, 1], 1
     if processes is not None:
         rows, size = [processes.rank], processes.size
-        shard(model, fsdp_units(model), processes, Strategy())
+        shard(model, flamingo_units(model), processes, ShardingStrategy())
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw([{"params": trained, "lr": 1e-3, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-3)
     losses = []
     for _ in range(2):
         if processes is not None:
-            before_backward(model, Strategy(), last=True)
-        loss = FlamingoObjective().loss_sum(model, clips(model, rows)) / LABELS
+            prepare_backward(model, ShardingStrategy(), last=True)
+        loss = FlamingoObjective().sums(model, clips(model, rows))["text"] / LABELS
         (loss * size).backward()
         losses.append(float(loss.detach()) if processes is None else processes.sum([float(loss.detach())])[0])
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: whole(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: full_tensor(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
     return {"losses": losses, "weights": weights}
 
 
@@ -82,5 +82,5 @@ def test_lengths_do_not_decide_how_often_a_module_is_called() -> None:
     for part in ("vision_encoder", "resampler"):
         getattr(model, part).register_forward_hook(lambda *_, part=part: called.append(part))
     for rows in ([0], [1], [0, 1]):
-        FlamingoObjective().loss_sum(model, clips(model, rows))
+        FlamingoObjective().sums(model, clips(model, rows))["text"]
     assert called == ["vision_encoder", "resampler"] * 3

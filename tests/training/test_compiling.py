@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flamingo.conformance.checks import gradients
 from flamingo.conformance.tiny_models import subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, Strategy, compile_layers, compiled_parts, shard, spawn, whole
-from flamingo.training.distributed.units import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, compile_layers, full_tensor, shard, spawn
+from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.objectives.flamingo import FlamingoObjective
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = [[0, 1], [2]]
@@ -22,10 +23,10 @@ ROWS = [[0, 1], [2]]
 def compiled(backend: str, rows: list[int], recompute: bool, processes: Processes | None = None) -> dict[str, Tensor]:
     torch._dynamo.reset()
     model = subject(partial(tiny_lm, "llama"))
-    compile_layers(model, backend=backend)
+    compile_layers(FlamingoObjective().compiled_layers(model), backend=backend)
     if processes is not None:
-        shard(model, fsdp_units(model), processes, Strategy())
-    return {name: whole(value) for name, value in gradients(model, rows, recompute=recompute)[1].items()}
+        shard(model, flamingo_units(model), processes, ShardingStrategy())
+    return {name: full_tensor(value) for name, value in gradients(model, rows, recompute=recompute)[1].items()}
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -37,9 +38,9 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_decoder_layers_and_feed_forwards_are_compiled_and_keep_their_names() -> None:
     model = subject(partial(tiny_lm, "llama"))
     before = list(model.state_dict())
-    parts = list(compiled_parts(model))
+    parts = list(FlamingoObjective().compiled_layers(model))
     assert len(parts) == 4 + 1 + 2  # decoder layers, the resampler's feed-forward, two blocks'
-    compile_layers(model, backend="aot_eager")
+    compile_layers(parts, backend="aot_eager")
     assert list(model.state_dict()) == before
 
 

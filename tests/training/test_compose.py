@@ -41,12 +41,12 @@ def test_every_group_file_composes(group: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run.stepz=3"], "run.stepz is no key of the config: did you mean run.steps?"),
+        (["run.stepz=3"], "run.stepz is not a key of the config: did you mean run.steps?"),
         (["run.steps=many"], "run.steps=many is not of type"),
         (["experiment=nope"], "experiment/nope"),
         (["experiment=demo", "data.datasets.binding.batchsize=3"], "data.datasets.binding.batchsize"),
         (["run.steps"], "run.steps"),
-        (["+foo=3"], "foo is no key of the config"),
+        (["+foo=3"], "foo is not a key of the config"),
         (["model.freeze.vision=half"], "model.freeze.vision=half is not one of frozen, train"),
         (["optim=sgd"], "optim/sgd"),
     ],

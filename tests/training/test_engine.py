@@ -64,11 +64,11 @@ def test_backbones_stay_frozen(world: Path, tmp_path: Path) -> None:
     assert changed == {"resampler", "cross_attention", "new_tokens"}
 
 
-def test_pieces_accumulate_to_the_whole_batch(world: Path, tmp_path: Path) -> None:
-    for name, pieces in (("whole", 1), ("pieces", 4)):
-        train(config(world, tmp_path / name, "flamingo", micro_batches=pieces))
-    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), abs=2e-6)
-    assert losses(tmp_path / "pieces", "grad_norm") == pytest.approx(losses(tmp_path / "whole", "grad_norm"), rel=1e-4)
+def test_micro_batches_accumulate_to_the_whole_batch(world: Path, tmp_path: Path) -> None:
+    for name, micro_batches in (("whole", 1), ("parts", 4)):
+        train(config(world, tmp_path / name, "flamingo", micro_batches=micro_batches))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=2e-6)
+    assert losses(tmp_path / "parts", "grad_norm") == pytest.approx(losses(tmp_path / "whole", "grad_norm"), rel=1e-4)
 
 
 def test_fsdp_on_one_process_is_exact(world: Path, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_everything_wrong_is_said_at_once_before_anything_loads(world: Path, tmp
     with pytest.raises(UserError) as caught:
         train(settings)
     for expected in (
-        "data.datasets.documents.batch_size=8 is not divisible by processes x run.micro_batches = 1 x 3",
+        "data.datasets.pages.batch_size=8 is not divisible by processes x run.micro_batches = 1 x 3",
         "run.parallel=none cannot compute in bf16",
-        "data.datasets.pairs.hue is no field of a dataset",
+        "data.datasets.pairs.hue is not a field of a dataset",
         "nowhere.tar does not exist",
     ):
         assert expected in str(caught.value)
@@ -155,7 +155,7 @@ def test_everything_wrong_is_said_at_once_before_anything_loads(world: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_samples_than_pieces_are_refused(world: Path, tmp_path: Path) -> None:
+def test_fewer_samples_than_micro_batches_are_refused(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, "language", micro_batches=40)
     settings.data.datasets["words"]["batch_size"] = 40
     with pytest.raises(UserError, match=r"words\.shards hold 32 samples, fewer than processes x .* = 40"):

@@ -18,7 +18,8 @@ from flamingo.layers.media_mask import segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverAttention
 from flamingo.training.distributed.fsdp import Processes, compile_layers, spawn
 from flamingo.training.metrics.flops import Flops, is_attention, peak_tflops
-from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective
+from flamingo.training.objectives.contrastive import ContrastiveObjective
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from tests.training.world import CLIP
 
 
@@ -61,7 +62,7 @@ def test_a_step_is_what_torch_counts(family: str, language: str) -> None:
     batch = batch_of(model)
 
     def step() -> None:
-        FlamingoObjective().loss_sum(model, batch).backward()
+        FlamingoObjective().sums(model, batch)["text"].backward()
         model.zero_grad()
 
     step()  # an LM is looked at once: whether its logits are what its head gives
@@ -105,7 +106,7 @@ def test_two_towers_are_what_torch_counts() -> None:
     batch = {"image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8), "text": torch.zeros(3, 8, dtype=torch.long)}
 
     def step() -> None:
-        ContrastiveObjective().loss_sum(model, batch).backward()
+        ContrastiveObjective().sums(model, batch)["pairs"].backward()
 
     assert ours(model, step) == pytest.approx(torch_counts(step), rel=0.02)
 
@@ -117,11 +118,11 @@ def _compiled(processes: Processes) -> None:
     batch = batch_of(model)
 
     def step() -> None:
-        FlamingoObjective().loss_sum(model, batch).backward()
+        FlamingoObjective().sums(model, batch)["text"].backward()
 
     step()
     wanted = ours(model, step)
-    compile_layers(model, backend="aot_eager")
+    compile_layers(FlamingoObjective().compiled_layers(model), backend="aot_eager")
     flops = Flops(model)
     step()
     first = flops.take()

@@ -129,15 +129,15 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
     settings = config(world, tmp_path / "run", "flamingo", steps=100000, checkpoint_every=1000)
     arguments = given(settings, tmp_path)
     code = (
-        "import os, sys, train, flamingo.training.run_folder as run\n"
+        "import os, sys, train, flamingo.training.metrics.throughput as metrics\n"
         "if os.environ['RANK'] == '1':\n"
         "    count = iter(range(10**6))\n"
-        "    plain = run.Throughput.add\n"
+        "    plain = metrics.Throughput.add\n"
         "    def add(self, *given):\n"
         "        if next(count) == 5: raise ZeroDivisionError('in the middle')\n"
         "        plain(self, *given)\n"
-        "    run.Throughput.add = add\n"
-        "train.main()\n"
+        "    metrics.Throughput.add = add\n"
+        "train.compose.main(train.train)\n"
     )
     port = str(free_port())
     ranks = [

@@ -1,4 +1,4 @@
-"""What the loop does beside updates: leaves some out, validates, probes, averages, is stopped."""
+"""What the loop does beside updates: leaves some out, validates, evaluates, averages, is stopped."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from flamingo import FlamingoForConditionalGeneration
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.fsdp import Processes
-from flamingo.training.distributed.signals import Stopped
-from flamingo.training.nonfinite import Skipped
+from flamingo.training.distributed.interruptions import Stopped
+from flamingo.training.optim import NonfiniteUpdates
 from tests.eval.worlds import write_scenes
 from tests.training.commands import lines
 from tests.training.world import config, write_world
@@ -34,17 +34,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_updates_that_are_not_finite_are_counted_and_end_at_the_limit(tmp_path: Path) -> None:
-    skipped = Skipped(tmp_path, ALONE, limit=2)
+    skipped = NonfiniteUpdates(tmp_path, ALONE, limit=2)
     keys = {"a": [["k1", "k2"], ["k3"]]}
-    skipped.add(7, float("nan"), [float("inf")], keys)
-    skipped.fine()
-    skipped.add(9, float("inf"), [1.0], keys)
-    skipped.add(10, float("inf"), [1.0], keys)
+    skipped.skip(7, float("nan"), {"a/text": float("inf")}, keys)
+    skipped.end_streak()
+    skipped.skip(9, float("inf"), {"a/text": 1.0}, keys)
+    skipped.skip(10, float("inf"), {"a/text": 1.0}, keys)
     assert skipped.state_dict() == {"total": 3, "in_a_row": 2}
     with pytest.raises(UserError, match=r"update 11: .* no weight was changed \(3 updates in a row\)"):
-        skipped.add(11, float("inf"), [1.0], keys)
+        skipped.skip(11, float("inf"), {"a/text": 1.0}, keys)
     told = json.loads((tmp_path / "nonfinite-step-00000007-rank-0.json").read_text())
-    assert told == {"step": 7, "grad_norm": "nan", "losses": {"a": "inf"}, **keys}
+    assert told == {"step": 7, "grad_norm": "nan", "losses": {"a/text": "inf"}, **keys}
 
 
 def test_a_run_goes_on_over_updates_that_are_not_finite(world: Path, tmp_path: Path) -> None:
@@ -93,31 +93,35 @@ def test_validation_leaves_no_trace_and_means_of_weights_are_written(world: Path
 
 
 def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
-    """A run that validates and probes."""
+    """A run that validates and evaluates."""
     settings = config(world, run_dir, "flamingo", steps=4)
     settings.run.validation.every, settings.run.validation.batches = 2, 2
     held_out = {"shards": [str(world / "pages")], "batch_size": 4, "max_tokens": 32}
     settings.run.validation.datasets = {"held": held_out}
-    settings.run.probe.every, settings.run.probe.queries = 2, 6
-    settings.run.probe.tasks, settings.run.probe.shots, settings.run.probe.data = ["toy_vqa"], [0, 2], str(data)
+    settings.run.evaluation.every, settings.run.evaluation.queries = 2, 6
+    settings.run.evaluation.tasks, settings.run.evaluation.shots, settings.run.evaluation.data = (
+        ["toy_vqa"],
+        [0, 2],
+        str(data),
+    )
     return settings
 
 
-def test_few_shot_probes_leave_no_trace(world: Path, tmp_path: Path) -> None:
+def test_few_shot_evaluations_leave_no_trace(world: Path, tmp_path: Path) -> None:
     write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
     train(config(world, tmp_path / "plain", "flamingo", steps=4))
     train(evaluated(world, tmp_path / "with", tmp_path / "data"))
     found = lines(tmp_path / "with")
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in found] == [line[key] for line in lines(tmp_path / "plain")]
-    assert [sorted(key for key in line if key.startswith("probe/")) for line in found] == [
+    assert [sorted(key for key in line if key.startswith("evaluation/")) for line in found] == [
         [],
-        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+        ["evaluation/toy_vqa/0", "evaluation/toy_vqa/2"],
         [],
-        ["probe/toy_vqa/0", "probe/toy_vqa/2"],
+        ["evaluation/toy_vqa/0", "evaluation/toy_vqa/2"],
     ]
     settings = evaluated(world, tmp_path / "wrong", tmp_path / "data")
-    settings.run.probe.tasks = ["toy_vqb"]
+    settings.run.evaluation.tasks = ["toy_vqb"]
     with pytest.raises(UserError, match="unknown task 'toy_vqb'"):
         train(settings)
 
@@ -128,7 +132,7 @@ def test_a_wrong_validation_is_named(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.validation\.datasets is empty"):
         train(settings)
     settings.run.validation.datasets = {"held": {"shards": ["x"], "batch_size": 2, "max_token": 3}}
-    with pytest.raises(UserError, match=r"run\.validation\.datasets\.held\.max_token is no field"):
+    with pytest.raises(UserError, match=r"run\.validation\.datasets\.held\.max_token is not a field"):
         train(settings)
 
 

@@ -58,7 +58,7 @@ def test_targets_are_chosen_by_name_and_a_wrong_one_is_named() -> None:
     names = lora.linear_layers(lm, ["q_proj", "v_proj"])
     assert len(names) == 2 * lm.config.num_hidden_layers
     with pytest.raises(
-        UserError, match=r"model\.lora\.targets: c_attn is no linear layer .* have down_proj, gate_proj"
+        UserError, match=r"model\.lora\.targets: c_attn is not a linear layer .* have down_proj, gate_proj"
     ):
         lora.add_adapters(lm, rank=2, alpha=2.0, targets=["c_attn"])
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo.training.optim import adamw, lr_scale, parameter_groups, set_lr
+from flamingo.training.config import OptimConfig
+from flamingo.training.optim import adamw, lr_scale, parameter_groups, set_learning_rate
 
 
 class Toy(nn.Module):
@@ -45,8 +46,9 @@ def test_decay_only_on_matrices_and_factor_by_part() -> None:
         "latents": (0.05, 0.0),
     }
     optimizer = torch.optim.AdamW(groups)
-    assert set_lr(optimizer, 0.5) == pytest.approx(0.5)
-    assert set_lr(optimizer, 1.0) == pytest.approx(1.0)  # always from the initial rate, never compounding
+    options = OptimConfig(warmup_steps=2)
+    assert set_learning_rate(optimizer, 0, 10, options) == pytest.approx(0.5)
+    assert set_learning_rate(optimizer, 5, 10, options) == pytest.approx(1.0)  # never compounding
 
 
 def test_decay_by_part() -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn, whole
-from flamingo.training.distributed.units import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, full_tensor, prepare_backward, shard, spawn
+from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.memory_plan.collectives import measure_all, table
 from flamingo.training.objectives import lora
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,8 +30,8 @@ UPDATES = 3
 @dataclass(frozen=True)
 class Case:
     family: str
-    strategy: Strategy
-    pieces: int = 1
+    strategy: ShardingStrategy
+    micro_batches: int = 1
     recompute: bool = False
     adapters: bool = False
     trains: bool = False
@@ -50,29 +50,29 @@ def updates(case: Case, processes: Processes | None = None) -> dict[str, Any]:
         model.activation_checkpointing_enable()
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     if processes is not None:
-        shard(model, fsdp_units(model), processes, case.strategy)
+        shard(model, flamingo_units(model), processes, case.strategy)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A large eps: where a gradient is nearly zero, AdamW would turn its rounding into a whole step.
     optimizer = adamw([{"params": trained, "lr": 1e-3, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-3)
     mine = ROWS[rank * len(ROWS) // size : (rank + 1) * len(ROWS) // size]
-    pieces = [mine[start :: case.pieces] for start in range(case.pieces)]
+    micro_batches = [mine[start :: case.micro_batches] for start in range(case.micro_batches)]
     losses = []
     for _ in range(UPDATES):
         total = 0.0
-        for place, rows in enumerate(pieces):
+        for place, rows in enumerate(micro_batches):
             batch: Any = document(model, rows, side="right")
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             if processes is not None:
-                before_backward(model, case.strategy, last=place + 1 == len(pieces))
-            loss = FlamingoObjective().loss_sum(model, batch) / LABELS
+                prepare_backward(model, case.strategy, last=place + 1 == len(micro_batches))
+            loss = FlamingoObjective().sums(model, batch)["text"] / LABELS
             (loss * size).backward()
             total += float(loss.detach())
         losses.append(sum(processes.sum([total])) if processes is not None else total)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: whole(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: full_tensor(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
     return {"losses": losses, "weights": weights}
 
 
@@ -104,23 +104,28 @@ HALF: dict[str, Any] = {"precision": "bf16", "frozen_dtype": torch.bfloat16}
 
 def cases(size: int) -> list[Case]:
     """Every family under the main strategies, and one family under all of them."""
-    pieces = len(ROWS) // size
-    common = [Case(family, Strategy()) for family in FAMILIES]
-    common += [Case(family, Strategy(frozen="replicate"), recompute=True) for family in FAMILIES]
+    micro_batches = len(ROWS) // size
+    common = [Case(family, ShardingStrategy()) for family in FAMILIES]
+    common += [Case(family, ShardingStrategy(frozen="replicate"), recompute=True) for family in FAMILIES]
     if size == 2:
-        common += [Case(family, Strategy(keep_gathered=True), pieces=pieces) for family in FAMILIES]
-        common += [Case(family, Strategy(), recompute=True, adapters=True) for family in FAMILIES]
+        common += [
+            Case(family, ShardingStrategy(keep_gathered=True), micro_batches=micro_batches) for family in FAMILIES
+        ]
+        common += [Case(family, ShardingStrategy(), recompute=True, adapters=True) for family in FAMILIES]
     for strategy in (
-        Strategy(shard_size=2),
-        Strategy(shard_size=1),
-        Strategy(shard_size=2, frozen="replicate"),
-        Strategy(offload=True),
-        Strategy(keep_gathered=True, frozen="replicate"),
+        ShardingStrategy(shard_size=2),
+        ShardingStrategy(shard_size=1),
+        ShardingStrategy(shard_size=2, frozen="replicate"),
+        ShardingStrategy(offload=True),
+        ShardingStrategy(keep_gathered=True, frozen="replicate"),
     ):
         if strategy.shard_size != size:
-            common.append(Case("llama", strategy, pieces=pieces))
-    common += [Case("llama", Strategy(sync_every_piece=True), pieces=pieces)]
-    common += [Case("gpt2", Strategy(), trains=True), Case("llama", Strategy(), trains=True, recompute=True)]
+            common.append(Case("llama", strategy, micro_batches=micro_batches))
+    common += [Case("llama", ShardingStrategy(sync_every_micro_batch=True), micro_batches=micro_batches)]
+    common += [
+        Case("gpt2", ShardingStrategy(), trains=True),
+        Case("llama", ShardingStrategy(), trains=True, recompute=True),
+    ]
     return common
 
 
@@ -133,7 +138,7 @@ def test_processes_are_one(size: int, tmp_path: Path) -> None:
 
 
 def test_bf16_computes_what_fp32_does(tmp_path: Path) -> None:
-    chosen = [Case("llama", Strategy(**HALF, frozen=frozen)) for frozen in ("shard", "replicate")]
+    chosen = [Case("llama", ShardingStrategy(**HALF, frozen=frozen)) for frozen in ("shard", "replicate")]
     file = tmp_path / "found.pt"
     spawn(_work, 2, chosen, str(file))
     exact = updates(chosen[0])
@@ -153,7 +158,10 @@ def test_what_a_process_keeps_and_what_travels() -> None:
         assert kept["optimizer"] == 2 * kept["trained"], name
         assert set(one["calls"]) <= {"all-gather", "reduce-scatter", "all-reduce"}
     # Gradients travel once an update, and only those of what trains.
-    assert found["full shard, every piece reduced"]["calls"]["reduce-scatter"] == 3 * plain["calls"]["reduce-scatter"]
+    assert (
+        found["full shard, every micro-batch reduced"]["calls"]["reduce-scatter"]
+        == 3 * plain["calls"]["reduce-scatter"]
+    )
     assert plain["bytes"]["reduce-scatter"] == pytest.approx(2 * plain["kept"]["trained"], rel=0.05)
     # Kept gathered, one all-gather a unit; replicated, none for what is frozen; bf16, half the bytes.
     kept_gathered = found["full shard, kept gathered"]["calls"]["all-gather"]

@@ -14,11 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
-from flamingo.training.distributed.fsdp import Processes, before_backward, spawn
+from flamingo.training.distributed.fsdp import Processes, prepare_backward, sharding_strategy, spawn
 from flamingo.training.memory_plan.ledger import Ledger
-from flamingo.training.memory_plan.plan import Rows, batch_of, memory_of, meta_model, plan, remedies, rows_of
-from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
-from flamingo.training.objectives.setup import place, strategy_of
+from flamingo.training.memory_plan.plan import largest_batch_of, memory_of, meta_model, plan, remedies
+from flamingo.training.objectives.contrastive import ContrastiveObjective
+from flamingo.training.objectives.flamingo import FlamingoObjective
+from flamingo.training.objectives.language import LanguageObjective
+from flamingo.training.objectives.protocol import BatchShape, Objective, add_terms, parallelize
 from flamingo.training.optim import adamw
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config as world_config
@@ -37,7 +39,7 @@ CLIP = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32, "mlp_ratio": 4.0},
 }
-DATASETS = [Rows(8, 128, 3), Rows(8, 64, 1)]
+DATASETS = [BatchShape(8, 128, 3), BatchShape(8, 64, 1)]
 OBJECTIVES: dict[str, Callable[[Processes], Objective]] = {
     "flamingo": lambda processes: FlamingoObjective(),
     "language": lambda processes: LanguageObjective(),
@@ -63,25 +65,25 @@ def other_run(world: Path, objective: str, **run: Any) -> TrainConfig:
     return config
 
 
-def pieces_of(
-    config: TrainConfig, model: torch.nn.Module, processes: int, datasets: list[Rows]
+def micro_batches_of(
+    config: TrainConfig, model: torch.nn.Module, objective: Objective, processes: int, datasets: list[BatchShape]
 ) -> list[dict[str, torch.Tensor]]:
     """The micro-batches of an update, images real."""
-    pieces = []
+    micro_batches = []
     for shape in datasets:
-        batch = batch_of(model, shape.rows // processes // config.run.micro_batches, shape)
+        batch = objective.largest_batch(model, shape.rows // processes // config.run.micro_batches, shape)
         real = {
             name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
             for name, value in batch.items()
         }
-        pieces += [real] * config.run.micro_batches
-    return pieces
+        micro_batches += [real] * config.run.micro_batches
+    return micro_batches
 
 
-def measured(config: TrainConfig, processes: Processes, datasets: list[Rows] = DATASETS) -> int:
+def measured(config: TrainConfig, processes: Processes, datasets: list[BatchShape] = DATASETS) -> int:
     """The most bytes that torch's allocator had given out until the end of the second of two real updates."""
     torch.manual_seed(0)
-    strategy = strategy_of(config.run, processes.size)
+    strategy = sharding_strategy(config.run, processes.size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         model, _ = meta_model(config, processes.size)
         objective = OBJECTIVES[config.objective](processes)
@@ -90,16 +92,16 @@ def measured(config: TrainConfig, processes: Processes, datasets: list[Rows] = D
             torch.nn.init.normal_(parameter, std=0.02)
         for buffer in model.buffers():
             buffer.fill_(1)
-        model = place(model, config.run, processes, strategy)
+        parallelize(model, objective, config.run, processes, strategy)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = adamw([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.95), eps=1e-8)
         model.train()
         for _ in range(2):
-            batches = pieces_of(config, model, processes.size, datasets)
+            batches = micro_batches_of(config, model, objective, processes.size, datasets)
             for number, batch in enumerate(batches):
                 if strategy is not None:
-                    before_backward(model, strategy, last=number + 1 == len(batches))
-                objective.loss_sum(model, batch).backward()
+                    prepare_backward(model, strategy, last=number + 1 == len(batches))
+                add_terms(objective.sums(model, batch).values()).backward()
             optimizer.step()
             optimizer.zero_grad()
     return highest(seen)
@@ -137,23 +139,24 @@ def test_plan_of_one_process_is_what_is_measured(family: str, recompute: bool) -
 
 @pytest.mark.slow
 def test_plan_of_packed_rows_is_what_is_measured() -> None:
-    datasets = [Rows(8, 128, 3), Rows(24, 48, 1, together=5)]
+    datasets = [BatchShape(8, 128, 3), BatchShape(24, 48, 1, together=5)]
     found = measured(run_of("llama"), Processes(0, 1, torch.device("cpu")), datasets)
     assert memory_of(run_of("llama"), datasets, 1).device == pytest.approx(found, rel=0.15)
 
 
 def test_packed_rows_are_planned_as_the_loader_lays_them_out() -> None:
     spec = DatasetSpec(name="d", shards=["unused"], batch_size=10, max_tokens=16, max_images=2, pack=70)
-    shape = rows_of(spec)
-    assert shape == Rows(10, 16, 2, together=4)
-    batch = batch_of(meta_model(run_of("llama"))[0], 10, shape)
+    shape = largest_batch_of(spec)
+    assert shape == BatchShape(10, 16, 2, together=4)
+    model, objective = meta_model(run_of("llama"))
+    batch = objective.largest_batch(model, 10, shape)
     assert batch["sequence_ids"][:, ::16].tolist() == [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 0, 0]]
     assert batch["input_ids"].shape == batch["phi"].shape == batch["labels"].shape == (3, 64)
     assert batch["attention_mask"].sum(1).tolist() == [64, 64, 32]
     assert batch["image_counts"].tolist() == [8, 8, 4]
     assert batch["phi"][:, -1].tolist() == [8, 8, 0]
     assert len(batch["pixel_values"]) == 20
-    alone = batch_of(meta_model(run_of("llama"))[0], 10, replace(shape, together=1))
+    alone = objective.largest_batch(model, 10, replace(shape, together=1))
     assert "sequence_ids" not in alone
     assert alone["input_ids"].shape == (10, 16)
     assert memory_of(run_of("llama"), [shape], 1).device > 0
@@ -161,7 +164,7 @@ def test_packed_rows_are_planned_as_the_loader_lays_them_out() -> None:
 
 def test_a_language_model_that_cannot_be_packed_is_refused_by_the_plan() -> None:
     with pytest.raises(UserError, match=r"rows cannot be packed for .*; use pack=0"):
-        memory_of(run_of("mpt"), [Rows(8, 16, 1, together=2)], 1)
+        memory_of(run_of("mpt"), [BatchShape(8, 16, 1, together=2)], 1)
 
 
 @pytest.mark.slow
@@ -199,7 +202,7 @@ def test_adapters_of_objective_language_are_planned(tmp_path: Path) -> None:
     whole = other_run(tmp_path, "language")
     part = other_run(tmp_path, "language")
     part.model.freeze.language = "lora"
-    a, b = (memory_of(config, [Rows(8, 64, 0)], 1) for config in (whole, part))
+    a, b = (memory_of(config, [BatchShape(8, 64, 0)], 1) for config in (whole, part))
     assert b.parts["optimizer"] < a.parts["optimizer"] / 5
     assert a.parts["weights"] < b.parts["weights"] < 1.2 * a.parts["weights"]
 
@@ -231,7 +234,7 @@ def test_ledger_counts_storages_once_and_forgets_what_is_freed() -> None:
 
 
 def test_more_processes_need_less_each() -> None:
-    one, eight = (memory_of(run_of("llama"), [Rows(8, 64, 1)], size) for size in (1, 8))
+    one, eight = (memory_of(run_of("llama"), [BatchShape(8, 64, 1)], size) for size in (1, 8))
     assert eight.parts["weights"] < one.parts["weights"] / 6
     assert eight.parts["optimizer"] < one.parts["optimizer"] / 6
     assert eight.traffic.calls["all-gather"] > 0
@@ -252,11 +255,11 @@ def test_what_cannot_fit_is_refused_with_what_to_change() -> None:
 
 def test_remedies_name_the_largest_part_first() -> None:
     config = run_of("llama")
-    memory = memory_of(config, [Rows(64, 128, 3)], 1)
+    memory = memory_of(config, [BatchShape(64, 128, 3)], 1)
     assert max(memory.parts, key=lambda part: memory.parts[part]) == "activations"
     assert remedies(config, memory)[0] == "run.activation_checkpointing=true"
     config.run.activation_checkpointing = True
-    less = memory_of(config, [Rows(64, 128, 3)], 1)
+    less = memory_of(config, [BatchShape(64, 128, 3)], 1)
     assert less.parts["activations"] < memory.parts["activations"] / 2
     assert remedies(config, less)[0].startswith("run.micro_batches=2")
 
@@ -264,11 +267,11 @@ def test_remedies_name_the_largest_part_first() -> None:
 def test_hybrid_sharding_keeps_a_copy_for_each_group() -> None:
     config = run_of("llama", parallel="hybrid")
     with pytest.raises(UserError, match=r"needs run\.sharding\.size"):
-        memory_of(config, [Rows(8, 64, 1)], 8)
+        memory_of(config, [BatchShape(8, 64, 1)], 8)
     config.run.sharding.size = 2
-    hybrid = memory_of(config, [Rows(8, 64, 1)], 8)
+    hybrid = memory_of(config, [BatchShape(8, 64, 1)], 8)
     config.run.parallel, config.run.sharding.size = "fsdp", 0
-    full = memory_of(config, [Rows(8, 64, 1)], 8)
+    full = memory_of(config, [BatchShape(8, 64, 1)], 8)
     assert hybrid.parts["optimizer"] > 3.5 * full.parts["optimizer"]
     assert hybrid.traffic.calls["all-reduce"] == hybrid.traffic.calls["reduce-scatter"]
     assert full.traffic.calls["all-reduce"] == 0

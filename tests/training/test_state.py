@@ -11,6 +11,7 @@ from torch import nn
 
 from flamingo.errors import UserError
 from flamingo.training.checkpoints import store
+from tests.training.world import save_checkpoint
 
 
 def small(seed: int, *, width: int = 4) -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -34,7 +35,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> lis
 def test_resumed_is_uninterrupted_bit_for_bit_with_dropout(tmp_path: Path) -> None:
     model, optimizer = small(0)
     steps(model, optimizer, 3)
-    store.save(tmp_path, 3, model, optimizer, {"step": 3, "loader": {"at": 7}}, keep_last=2)
+    save_checkpoint(tmp_path, 3, model, optimizer, {"step": 3, "loader": {"at": 7}}, keep_last=2)
     expected = steps(model, optimizer, 4)
     other, fresh = small(1)
     with torch.no_grad():
@@ -49,18 +50,18 @@ def test_interrupted_save_is_never_chosen_and_is_removed(tmp_path: Path) -> None
     model, optimizer = small(0)
     steps(model, optimizer, 1)
     for step in (1, 2, 3):
-        store.save(tmp_path, step, model, optimizer, {"step": step}, keep_last=2)
+        save_checkpoint(tmp_path, step, model, optimizer, {"step": step}, keep_last=2)
     assert [step for step, _ in store.step_folders(tmp_path)] == [2, 3]
     (tmp_path / "step-00000003" / ".metadata").unlink()  # as if killed before the commit
     assert store.newest(tmp_path) == tmp_path / "step-00000002"
-    store.save(tmp_path, 4, model, optimizer, {"step": 4}, keep_last=2)
+    save_checkpoint(tmp_path, 4, model, optimizer, {"step": 4}, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     model, optimizer = small(0)
     steps(model, optimizer, 1)
-    path = store.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2)
     model.get_parameter("0.bias").requires_grad_(True)
     with pytest.raises(UserError, match=r"train different parameters .* the first is 0\.bias"):
         store.load(path, model, torch.optim.AdamW(model.parameters()))
@@ -69,9 +70,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_failed_save_leaves_the_last_one(tmp_path: Path) -> None:
     model, optimizer = small(0)
     steps(model, optimizer, 1)
-    good = store.save(tmp_path, 1, model, optimizer, {}, keep_last=2)
+    good = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2)
     (tmp_path / "step-00000002").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot be written"):
-        store.save(tmp_path, 2, model, optimizer, {}, keep_last=2)
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep_last=2)
     assert store.newest(tmp_path) == good
     shutil.rmtree(tmp_path)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from data.toy.vocabulary import write_tokenizer
 from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.training.checkpoints.ema import Ema
+from flamingo.training.checkpoints.store import Checkpoints
 from flamingo.training.config import (
     DataConfig,
     LanguageSource,
@@ -20,6 +23,7 @@ from flamingo.training.config import (
     TrainConfig,
     VisionSource,
 )
+from flamingo.training.distributed.fsdp import Processes
 from tests.fixtures import png
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (230, 230, 230)}
@@ -98,3 +102,22 @@ def config(world: Path, run_dir: Path, objective: str, **run: Any) -> TrainConfi
             }
         ),
     )
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    *,
+    keep_last: int,
+    averages: Ema | None = None,
+) -> Path:
+    """Write one checkpoint as a run does, and wait until it is complete."""
+    alone = Processes(0, 1, torch.device("cpu"))
+    checkpoints = Checkpoints(root, model, optimizer, alone, RunConfig(keep_last=keep_last), averages)
+    try:
+        return checkpoints.save(step, extra, wait=True)
+    finally:
+        checkpoints.close()

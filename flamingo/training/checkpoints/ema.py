@@ -15,15 +15,15 @@ WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def _own(value: Tensor) -> Tensor:
-    """This process's shard."""
+    """Return this process's shard."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-class Averages:
-    """mean <- decay * mean + (1 - decay) * weight after every update; it starts as the weights themselves."""
+class Ema:
+    """Moving average: mean <- decay * mean + (1 - decay) * weight after every update; it starts as the weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Made after sharding: it holds what the optimizer holds."""
+        """Start from the weights as they are, after sharding: it holds what the optimizer holds."""
         self._decay = decay
         self._weights = {
             WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -33,14 +33,14 @@ class Averages:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update."""
+        """Follow an update."""
         means = [_own(mean) for mean in self.means.values()]
         weights = [_own(parameter.detach()) for parameter in self._weights.values()]
         torch._foreach_lerp_(means, weights, 1.0 - self._decay)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model holds the means inside, and its own weights again afterwards."""
+    def applied(self) -> Iterator[None]:
+        """Put the means into the model, and its own weights back afterwards."""
         kept = {name: parameter.detach().clone() for name, parameter in self._weights.items()}
         self._fill(self.means)
         try:

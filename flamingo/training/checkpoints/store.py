@@ -13,9 +13,12 @@ import pickle
 import random
 import re
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +37,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flamingo.errors import UserError
+from flamingo.training.checkpoints.ema import Ema
+from flamingo.training.config import RunConfig
+from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.distributed.interruptions import StopSignals
 
 MARKER = ".metadata"
-FAILURES = (OSError, RuntimeError, CheckpointException)  # the last is no Exception, and wraps what a rank raised
+FAILURES = (OSError, RuntimeError, CheckpointException)  # the last is not an Exception, and wraps what a rank raised
 STEP_FOLDER = re.compile(r"step-(\d{8})$")
 ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def step_folders(root: Path, *, complete: bool = True) -> list[tuple[int, Path]]:
-    """The checkpoints under `root` by rising step; `complete=False` gives the interrupted ones instead."""
-    found = []
+    """Return the checkpoints under `root` by rising step; `complete=False` gives the interrupted ones instead."""
+    folders = []
     for path in sorted(root.glob("step-*")):
         match = STEP_FOLDER.search(path.name)
         if match and (path / MARKER).exists() == complete:
-            found.append((int(match.group(1)), path))
-    return found
+            folders.append((int(match.group(1)), path))
+    return folders
 
 
 def newest(root: Path) -> Path | None:
-    """The newest complete checkpoint whose files are as long as its marker says, if any."""
+    """Return the newest complete checkpoint whose files are as long as its marker says, if any."""
     return next((path for _, path in reversed(step_folders(root)) if not damage(path)), None)
 
 
 def damage(path: Path) -> str:
-    """What a complete checkpoint lacks, or nothing: a machine that lost its power may lose the end of a file."""
+    """Return what a complete checkpoint lacks, or nothing: a machine that lost its power may lose the end of a file."""
     try:
         stored = dcp.FileSystemReader(str(path)).read_metadata().storage_data
     except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -67,9 +74,9 @@ def damage(path: Path) -> str:
         needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
     for name, size in needed.items():
         file = path / name
-        found = file.stat().st_size if file.exists() else 0
-        if found < size:
-            return f"{file} has {found} of {size} bytes"
+        length = file.stat().st_size if file.exists() else 0
+        if length < size:
+            return f"{file} has {length} of {size} bytes"
     return ""
 
 
@@ -80,16 +87,16 @@ def clear_partial(root: Path) -> None:
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Removes all complete checkpoints but the newest `keep_last` and those of steps divisible by `keep_every`."""
+    """Remove all complete checkpoints but the newest `keep_last` and those of steps divisible by `keep_every`."""
     for step, old in step_folders(root)[:-keep_last]:
         if not keep_every or step % keep_every:
-            # Without its marker first: a removal that is interrupted leaves nothing that looks whole.
+            # The marker goes first: a removal that is interrupted leaves nothing that looks complete.
             (old / MARKER).unlink()
             shutil.rmtree(old)
 
 
 def _text(data: Any) -> Tensor:
-    """JSON as bytes in a tensor: DCP stores tensors without pickling."""
+    """Return JSON as bytes in a tensor: DCP stores tensors without pickling."""
     return torch.from_numpy(np.frombuffer(json.dumps(data).encode(), dtype=np.uint8).copy())
 
 
@@ -102,42 +109,42 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def ignore_alone() -> None:
-    """DCP warns when there is no process group; one process without a group is how most runs here start."""
+def ignore_group_warning() -> None:
+    """Silence DCP about the missing process group: most runs here start as one process without a group."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _without_group_warning() -> Iterator[None]:
     with warnings.catch_warnings():
-        ignore_alone()
+        ignore_group_warning()
         yield
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, numpy's and this process's GPU's generators; torch's own on the CPU is saved beside it."""
+    """Return the state of Python's, numpy's and this process's GPU's generators; torch's CPU state is saved apart."""
     numpys: Any = np.random.get_state()  # noqa: NPY002 - the global generator, which a library may draw from
     kind, keys, *rest = numpys
-    found: dict[str, Any] = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state().tolist()
-    return found
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
 
 
-def restore_random(found: dict[str, Any]) -> None:
-    """What `random_state` has told."""
-    version, keys, gauss = found["python"]
+def restore_random(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = found["numpy"]
+    kind, words, *rest = state["numpy"]
     np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))  # noqa: NPY002
-    if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(found["cuda"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def trained_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any], averages: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """All that a checkpoint holds, by its keys; what belongs to a process carries its rank. Called by every process."""
+    """Return a checkpoint's content by its keys; what belongs to a process carries its rank. By every process."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return {
         "model": get_model_state_dict(model, options=ONLY_TRAINED),
@@ -150,51 +157,15 @@ def trained_state(
 
 
 def why(error: BaseException) -> str:
-    """The first reason in one line: DCP wraps what the processes raised, with their tracebacks, in one exception."""
+    """Return the first reason in one line: DCP wraps what all processes raised, with tracebacks, in one exception."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"{why(cause)}, process {rank}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def save(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any],
-    *,
-    keep_last: int,
-    averages: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes checkpoint `step` and removes all but the newest `keep_last`. Called by every process.
-
-    Args:
-        root: folder of all checkpoints of the run.
-        step: updates made so far.
-        model: its trained parameters are saved.
-        optimizer: its state is saved by parameter name.
-        extra: JSON-able, the same on all processes (the loader's cursor, tokens seen).
-        keep_last: how many complete checkpoints stay.
-        averages: means of the trained weights, if they are kept.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
-    """
-    path = open_folder(root, step)
-    try:
-        with _alone():
-            dcp.save(trained_state(model, optimizer, extra, averages), checkpoint_id=str(path))
-    except FAILURES as error:
-        raise unwritable(path, error) from error
-    _barrier()
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(root, keep_last)
-    return path
-
-
 def open_folder(root: Path, step: int) -> Path:
-    """A new, empty folder for checkpoint `step`, interrupted saves being removed. Called by every process.
+    """Make a new, empty folder for checkpoint `step` and remove interrupted saves. Called by every process.
 
     Raises:
         UserError: on every process, when the first one cannot make it.
@@ -218,22 +189,22 @@ def open_folder(root: Path, step: int) -> Path:
 
 
 def unwritable(path: Path, reason: BaseException | str) -> UserError:
-    """The error for a checkpoint that could not be written; what there is of it is removed, which also frees space."""
+    """Return the error for a checkpoint that could not be written, and remove what there is of it to free space."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
     text = reason if isinstance(reason, str) else why(reason)
     return UserError(f"checkpoint {path} cannot be written ({text}): free space or choose another run.dir")
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """All weights, frozen ones too, unsharded and on the CPU of the first process. Called by every process."""
+def full_weights(model: nn.Module) -> dict[str, Any]:
+    """Return all weights, frozen ones too, unsharded and on the CPU of the first process. Called by every process."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Restores a checkpoint in place, on any number of processes; returns what was saved as `extra`.
+    """Restore a checkpoint in place, on any number of processes; return what was saved as `extra`.
 
     A process that did not exist when it was saved draws random numbers of its own from then on: with dropout such a run
     is another one, without it is the same.
@@ -264,7 +235,7 @@ def load(
         state[own] = torch.get_rng_state()
     if own_random in sizes:
         state[own_random] = torch.empty(tuple(sizes[own_random].size), dtype=torch.uint8)  # type: ignore[union-attr]
-    with _alone():
+    with _without_group_warning():
         dcp.load(state, checkpoint_id=str(path))
     set_model_state_dict(model, state["model"], options=ONLY_TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINED)
@@ -276,3 +247,117 @@ def load(
     if own_random in state:
         restore_random(_read(state[own_random]))
     return extra
+
+
+class Checkpoints:
+    """When the checkpoints of a run are written, in the background, and which of them stay.
+
+    Training waits only for the copy of what trains to the CPU's memory; a thread writes it and talks to the other
+    processes through a group of its own. One save is in flight at most. A save that fails is reported to all processes
+    with the next update's sum, so that all of them stop at the same update.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+        options: RunConfig,
+        averages: Ema | None = None,
+    ) -> None:
+        """Called by every process at the same point, since it makes a process group.
+
+        Args:
+            root: folder of all checkpoints.
+            model: its trained parameters are saved.
+            optimizer: saved beside them.
+            processes: of the run.
+            options: how often, and which stay.
+            averages: means of the weights, if they are kept.
+        """
+        self.signals = StopSignals(options.checkpoint.grace_seconds)
+        self._root, self._model, self._optimizer, self._averages = root, model, optimizer, averages
+        self._processes, self._options = processes, options
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._writing: tuple[Path, Future[Any]] | None = None
+        self._background = options.checkpoint.background
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        ignore_group_warning()
+
+    def votes(self) -> list[float]:
+        """Return this process's part of the update's sum: asked to stop, time for a checkpoint, the last one failed."""
+        minutes = self._options.checkpoint.minutes
+        late = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        failed = self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
+        return [float(self.signals.signum > 0), float(bool(late) and self._processes.is_main), float(failed)]
+
+    def due(self, step: int, votes: list[float]) -> bool:
+        """Return whether a checkpoint is written after update `step`, from the summed votes; the same on every process.
+
+        Raises:
+            UserError: the save in flight has failed somewhere.
+        """
+        if votes[2]:
+            self.finish()
+        return step % self._options.checkpoint_every == 0 or votes[0] > 0 or votes[1] > 0
+
+    def save(self, step: int, extra: dict[str, Any], *, wait: bool) -> Path:
+        """Write checkpoint `step` unless it is written; `wait` until it is complete.
+
+        Raises:
+            UserError: it cannot be written, or the one before could not.
+        """
+        self.finish()
+        path = self._root / f"step-{step:08d}"
+        if step != self._saved_step:
+            open_folder(self._root, step)
+            means = self._averages.means if self._averages else None
+            content = trained_state(self._model, self._optimizer, extra, means)
+            if wait or not self._in_background(path, content):
+                try:
+                    dcp.save(content, checkpoint_id=str(path), process_group=self._group)
+                except FAILURES as error:
+                    raise unwritable(path, error) from error
+                self._prune()
+            self._saved_step, self._saved_at = step, time.monotonic()
+        return path
+
+    def _in_background(self, path: Path, content: dict[str, Any]) -> bool:
+        if self._background:
+            try:
+                future = dcp.async_save(content, checkpoint_id=str(path), process_group=self._group)
+            except (AssertionError, NotImplementedError, TypeError, ValueError) as error:  # the same on all processes
+                self._background = False
+                print(f"checkpoints are written in the foreground ({why(error)})", file=sys.stderr, flush=True)
+            else:
+                assert isinstance(future, Future)
+                self._writing = path, future
+        return self._background
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if any. Called by every process.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self._writing is None:
+            return
+        (path, future), self._writing = self._writing, None
+        try:
+            future.result()
+        except FAILURES as error:
+            raise unwritable(path, error) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        if self._processes.is_main:
+            with suppress(OSError):  # too many checkpoints do no harm until the disk is full, and that is reported
+                prune(self._root, self._options.keep_last, self._options.checkpoint.keep_every)
+
+    def close(self) -> None:
+        """Wait for the thread, whatever its outcome, and restore the signal handlers."""
+        self.signals.close()
+        if self._writing is not None:
+            with suppress(TimeoutError):
+                self._writing[1].exception(timeout=30)  # another process may be gone

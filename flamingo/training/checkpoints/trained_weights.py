@@ -1,6 +1,6 @@
 """What was trained, and a manifest that says for which backbones it is.
 
-Notable: a checkpoint of trained tensors is useless, and silently so, beside another encoder or LM. The manifest
+A checkpoint of trained tensors is useless, and silently so, beside another encoder or LM. The manifest
 therefore holds a fingerprint of each frozen part (its configuration and the values of a few of its tensors), and
 loading compares before it copies anything.
 """

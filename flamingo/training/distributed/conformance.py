@@ -1,6 +1,6 @@
 """The conformance check that starts processes: two under FSDP2 give the gradients of one.
 
-Notable: one start of two processes serves any number of LMs, since starting takes longer than the check. One process
+One start of two processes serves any number of LMs, since starting takes longer than the check. One process
 has a batch with images and the other a row of text alone, which is where a sharded Flamingo waits for ever if its
 processes call different modules.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flamingo.conformance.checks import GRADIENT, Outcome, close, gradients
 from flamingo.conformance.tiny_models import MakeLM, subject
-from flamingo.training.distributed.fsdp import Processes, Strategy, shard, spawn, whole
-from flamingo.training.distributed.units import fsdp_units
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, full_tensor, shard, spawn
+from flamingo.training.distributed.units import flamingo_units
 
 _ROWS = ((0, 1), (2,))
 
@@ -51,8 +51,8 @@ def _work(processes: Processes, makes: dict[str, MakeLM], folder: str) -> None:
     for index, make in enumerate(makes.values()):
         try:
             model = subject(make)
-            shard(model, fsdp_units(model), processes, Strategy())
-            mine = {name: whole(grad) for name, grad in gradients(model, _ROWS[processes.rank])[1].items()}
+            shard(model, flamingo_units(model), processes, ShardingStrategy())
+            mine = {name: full_tensor(grad) for name, grad in gradients(model, _ROWS[processes.rank])[1].items()}
         except Exception as error:
             Path(folder, f"{index}.txt").write_text(f"{type(error).__name__}: {error}")
             continue

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,12 +26,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import PreTrainedModel
 
 from flamingo.errors import UserError
-from flamingo.language.hooks import find_decoder_layers
-from flamingo.layers.resampler import FeedForward
-from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all processes, in float64 (exact for counts)."""
+        """Return the element-wise sum over all processes, in float64 (exact for counts)."""
         if self.size == 1:
             return values
         on = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -56,13 +53,13 @@ class Processes:
         return [float(value) for value in on.tolist()]
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
-    """Joins the process group that torchrun describes, or stands alone.
+    """Join the process group that torchrun describes, or stand alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -90,19 +87,19 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
 
 
 def set_threads(threads: int, size: int) -> None:
-    """CPU threads of this process: as asked, else the machine's cores shared by its processes."""
+    """Set the CPU threads of this process: as asked, else the machine's cores shared by its processes."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
 
 
 def stop_processes() -> None:
-    """Leaves the process group, if any."""
+    """Leave the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def leave(status: int, *, processes: int | None = None) -> NoReturn:
-    """Ends this process; one of several ends without tearing its interpreter down.
+def exit_process(status: int, *, processes: int | None = None) -> NoReturn:
+    """End this process; one of several ends without tearing its interpreter down.
 
     Gloo's threads let go of a collective's tensors a moment after the collective is over. One that asks for the
     interpreter's lock while the interpreter shuts down aborts the process, and torchrun then reports a finished run as
@@ -116,7 +113,7 @@ def leave(status: int, *, processes: int | None = None) -> NoReturn:
 
 
 def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
-    """Calls `work(processes, *arguments)` in `size` new gloo processes of this machine; `work` must be picklable.
+    """Call `work(processes, *arguments)` in `size` new gloo processes of this machine; `work` must be picklable.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the first that failed.
@@ -132,11 +129,11 @@ def _work(rank: int, size: int, store: str, work: Callable[..., None], arguments
     work(Processes(rank, size, torch.device("cpu")), *arguments)
     dist.barrier()
     stop_processes()
-    leave(0, processes=size)
+    exit_process(0, processes=size)
 
 
 @dataclass(frozen=True)
-class Strategy:
+class ShardingStrategy:
     """How the weights lie on the processes, and in which precision."""
 
     precision: str = "fp32"
@@ -152,12 +149,12 @@ class Strategy:
     """Sharded weights, gradients and optimizer state live in the CPU's memory and visit the device unit by unit."""
     keep_gathered: bool = False
     """A gathered unit stays so until the update: fewest collectives, most memory."""
-    sync_every_piece: bool = False
-    """Gradients of every piece of a batch are reduced at once, not summed whole on each process: less memory."""
+    sync_every_micro_batch: bool = False
+    """Gradients are reduced after every micro-batch, not summed in full on each process: less memory."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class FsdpUnit:
     """Modules whose weights are gathered together, and reduced together where they train."""
 
     modules: list[nn.Module]
@@ -167,8 +164,28 @@ class Unit:
     """Whether the backward pass reads its weights. Where not, it is not gathered for it."""
 
 
+def sharding_strategy(run: RunConfig, processes: int) -> ShardingStrategy | None:
+    """Return how a run's config lays out its weights; None: whole, on one process.
+
+    Hybrid sharding keeps a copy on each machine unless `run.sharding.size` says otherwise.
+    """
+    is_plain = processes == 1 and run.precision == "fp32" and not run.sharding.cpu_offload
+    if run.parallel == "none" or (run.parallel == "auto" and is_plain):
+        return None
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return ShardingStrategy(
+        precision=run.precision,
+        frozen=run.sharding.frozen,
+        frozen_dtype=run.sharding.frozen_dtype(run.precision),
+        shard_size=(run.sharding.size or per_machine) if run.parallel == "hybrid" else 0,
+        offload=run.sharding.cpu_offload,
+        keep_gathered=run.sharding.keep_gathered,
+        sync_every_micro_batch=run.sharding.sync_every_micro_batch,
+    )
+
+
 def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
-    """One dimension over all processes, or two: copies, and the processes that share one."""
+    """Return a mesh of one dimension over all processes, or two: copies, and the processes that share one."""
     size = shard_size or processes.size
     if size == processes.size:
         return init_device_mesh(processes.device.type, (size,))
@@ -176,21 +193,21 @@ def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
     return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def store(model: nn.Module, frozen: torch.dtype) -> None:
-    """Stores what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
+def set_weight_dtypes(model: nn.Module, frozen: torch.dtype) -> None:
+    """Store what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
     for parameter in model.parameters():
         wanted = torch.float32 if parameter.requires_grad else frozen
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
 
 
-def shard(model: nn.Module, units: Iterable[Unit], processes: Processes, strategy: Strategy) -> None:
-    """Shards `model` over the processes, one FSDP2 unit for each of `units` (children before parents) and the root.
+def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, strategy: ShardingStrategy) -> None:
+    """Shard `model` over the processes, one FSDP2 unit for each of `units` (children before parents) and the root.
 
     The model may still be on the CPU: each unit goes to the device when its turn comes, so that no device ever holds
     the whole model. Frozen units are gathered again in backward only where a gradient passes through them.
     """
-    store(model, strategy.frozen_dtype)
+    set_weight_dtypes(model, strategy.frozen_dtype)
     ignored = {p for p in model.parameters() if not p.requires_grad} if strategy.frozen == "replicate" else set()
     policy = MixedPrecisionPolicy()
     if strategy.precision == "bf16":
@@ -226,36 +243,24 @@ def shard(model: nn.Module, units: Iterable[Unit], processes: Processes, strateg
             buffer.data = buffer.data.to(processes.device)
 
 
-def before_backward(model: nn.Module, strategy: Strategy, *, last: bool) -> None:
-    """Tells a sharded model whether this is the last backward before the update: gradients travel with that one."""
+def prepare_backward(model: nn.Module, strategy: ShardingStrategy, *, last: bool) -> None:
+    """Tell a sharded model whether this is the last backward before the update: gradients are reduced with that one."""
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last or strategy.sync_every_piece)
+    model.set_requires_gradient_sync(last or strategy.sync_every_micro_batch)
     model.set_is_last_backward(last)
     if strategy.keep_gathered:
         model.set_reshard_after_backward(last)
 
 
-def whole(value: Tensor) -> Tensor:
-    """The full tensor behind a DTensor, or the tensor itself."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the full tensor behind a DTensor, or the tensor itself."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def compiled_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of any of the three models whose `forward` is compiled."""
-    if isinstance(model, FlamingoForConditionalGeneration):
-        yield from find_decoder_layers(model.language_model, model.config.decoder_layers_path)
-        yield from (module for module in model.modules() if isinstance(module, FeedForward))
-    elif isinstance(model, PreTrainedModel):
-        yield from find_decoder_layers(model)
-    else:
-        for tower in (model.visual, model):
-            yield from getattr(getattr(tower, "transformer", None), "resblocks", ())
-
-
-def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
-    """Compiles the layers in place; parameters keep their names. The first updates of each shape take longer."""
-    part: Any
-    for part in compiled_parts(model):
-        part.forward = torch.compile(part.forward, backend=backend)
+def compile_layers(layers: Iterable[nn.Module], *, backend: str = "inductor") -> None:
+    """Compile the layers in place; parameters keep their names. The first updates of each shape take longer."""
+    layer: Any
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)

@@ -1,7 +1,7 @@
 """Who this process is, from whichever launcher started it.
 
-torchrun sets the variables that torch reads. Tasks of srun and of submitit are told in variables of their own, from
-which those are made here. A single process has none of them.
+torchrun sets the variables that torch reads. srun and submitit set variables of their own, from which
+those are made here. A single process has none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PORTS = (20000, 60000)
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for a task of srun or submitit.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for a task of srun or submitit.
 
     Variables that are set already (torchrun's, the user's) stay. `SLURM_STEP_NUM_TASKS` is set by srun alone: the shell
     of an allocation, which has the other variables, stays a single process.
@@ -34,7 +34,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     else:
         return
     if size > 1:
-        told = {
+        variables = {
             "RANK": rank,
             "WORLD_SIZE": str(size),
             "LOCAL_RANK": local,
@@ -42,12 +42,12 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(random.Random(job).randint(*PORTS)),
         }
-        for key, value in told.items():
+        for key, value in variables.items():
             environment.setdefault(key, value)
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's list.
+    """Return the first host of SLURM's list.
 
     >>> first_host("gpu[007-009,012]"), first_host("a1,a2"), first_host("rack[1-2]n[03-04]"), first_host("one")
     ('gpu007', 'a1', 'rack1n03', 'one')
@@ -58,6 +58,6 @@ def first_host(nodes: str) -> str:
 
 
 def restarted(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or SLURM started this run again after it was interrupted."""
+    """Return whether torchrun or SLURM started this run again after it was interrupted."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(int(environment.get(name, "0") or 0) > 0 for name in counts)

@@ -22,7 +22,7 @@ class Traffic:
     bytes: Counter[str] = field(default_factory=Counter)
 
     def see(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Counts one call to torch's backend, if it is a collective."""
+        """Count one call to torch's backend, if it is a collective."""
         if func.namespace != "c10d":
             return
         name = str(func._schema.name).removeprefix("c10d::")

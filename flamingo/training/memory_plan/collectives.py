@@ -1,7 +1,7 @@
 """What travels between the processes of a step, measured for every sharding strategy.
 
-    python -m flamingo.training.memory_plan.collectives                      # 2 and 4 gloo processes, a small LLaMA
-    Flamingo python -m flamingo.training.memory_plan.collectives --family gpt2 --processes 2 --pieces 4
+    python -m flamingo.training.memory_plan.collectives           # 2 and 4 gloo processes, a Flamingo on a small LLaMA
+    python -m flamingo.training.memory_plan.collectives --family gpt2 --processes 2 --micro-batches 4
 
 Counted where torch hands collectives to its backend, in a real step of real processes. A collective's bytes are those
 of its larger side: an all-gather's output, a reduce-scatter's input, the tensor of an all-reduce; of n processes each
@@ -25,27 +25,27 @@ from torch.distributed.tensor import DTensor
 
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.labels import IGNORED
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard, spawn
 from flamingo.training.distributed.traffic import _KINDS, CountTraffic
-from flamingo.training.distributed.units import fsdp_units
-from flamingo.training.objectives.losses import FlamingoObjective
+from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw, parameter_groups
 
 STRATEGIES = {
-    "full shard": Strategy(),
-    "full shard, kept gathered": Strategy(keep_gathered=True),
-    "full shard, every piece reduced": Strategy(sync_every_piece=True),
-    "hybrid: 2 share a copy": Strategy(shard_size=2),
-    "frozen replicated": Strategy(frozen="replicate"),
-    "frozen replicated, kept gathered": Strategy(frozen="replicate", keep_gathered=True),
-    "full shard, CPU offload": Strategy(offload=True),
-    "full shard, bf16": Strategy(precision="bf16", frozen_dtype=torch.bfloat16),
-    "frozen replicated, bf16": Strategy(precision="bf16", frozen="replicate", frozen_dtype=torch.bfloat16),
+    "full shard": ShardingStrategy(),
+    "full shard, kept gathered": ShardingStrategy(keep_gathered=True),
+    "full shard, every micro-batch reduced": ShardingStrategy(sync_every_micro_batch=True),
+    "hybrid: 2 share a copy": ShardingStrategy(shard_size=2),
+    "frozen replicated": ShardingStrategy(frozen="replicate"),
+    "frozen replicated, kept gathered": ShardingStrategy(frozen="replicate", keep_gathered=True),
+    "full shard, CPU offload": ShardingStrategy(offload=True),
+    "full shard, bf16": ShardingStrategy(precision="bf16", frozen_dtype=torch.bfloat16),
+    "frozen replicated, bf16": ShardingStrategy(precision="bf16", frozen="replicate", frozen_dtype=torch.bfloat16),
 }
 
 
 def local_bytes(tensors: Any) -> int:
-    """Bytes of this process' part of the tensors."""
+    """Bytes of this process's part of the tensors."""
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
@@ -64,11 +64,11 @@ def kept_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         }
 
 
-def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[str, Any]:
-    """One update with `pieces` micro-batches under a strategy of `STRATEGIES`; the first update is not counted."""
+def measure(processes: Processes, family: str, name: str, micro_batches: int) -> dict[str, Any]:
+    """Measure an update of `micro_batches` under a strategy of `STRATEGIES`; the first update is not counted."""
     strategy = STRATEGIES[name]
     model = subject(partial(tiny_lm, family))
-    shard(model, fsdp_units(model), processes, strategy)
+    shard(model, flamingo_units(model), processes, strategy)
     groups = parameter_groups(model.named_parameters(), lr=1e-3, weight_decay=0.1, lr_factors={}, part_of=model.part_of)
     optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-8)
     batch = document(model, (0, 1, 2), side="right")
@@ -77,9 +77,9 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     counted: dict[str, Any] = {}
     for _ in range(2):
         with CountTraffic() as seen:
-            for piece in range(pieces):
-                before_backward(model, strategy, last=piece + 1 == pieces)
-                FlamingoObjective().loss_sum(model, batch).backward()
+            for index in range(micro_batches):
+                prepare_backward(model, strategy, last=index + 1 == micro_batches)
+                FlamingoObjective().sums(model, batch)["text"].backward()
         counted = {"calls": seen.traffic.calls, "bytes": seen.traffic.bytes, "kept": kept_bytes(model, optimizer)}
         optimizer.step()
         counted["kept"]["optimizer"] = kept_bytes(model, optimizer)["optimizer"]
@@ -87,30 +87,30 @@ def measure(processes: Processes, family: str, name: str, pieces: int) -> dict[s
     return counted
 
 
-def _all(processes: Processes, family: str, pieces: int, file: str) -> None:
+def _all(processes: Processes, family: str, micro_batches: int, file: str) -> None:
     names = [name for name, strategy in STRATEGIES.items() if processes.size % (strategy.shard_size or 1) == 0]
-    found = {name: measure(processes, family, name, pieces) for name in names}
+    traffic = {name: measure(processes, family, name, micro_batches) for name in names}
     if processes.is_main:
-        Path(file).write_text(json.dumps(found))
+        Path(file).write_text(json.dumps(traffic))
 
 
-def measure_all(family: str, processes: int, pieces: int) -> dict[str, dict[str, Any]]:
+def measure_all(family: str, processes: int, micro_batches: int) -> dict[str, dict[str, Any]]:
     """Every strategy's traffic and kept bytes, as the first of `processes` gloo processes sees them."""
     with TemporaryDirectory() as folder:
-        file = Path(folder, "found.json")
-        spawn(_all, processes, family, pieces, str(file))
-        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
-    return found
+        file = Path(folder, "traffic.json")
+        spawn(_all, processes, family, micro_batches, str(file))
+        measured: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    return measured
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(measured: dict[str, dict[str, Any]]) -> str:
     """The measurements as a Markdown table; kB are 1,000 bytes."""
     kinds = list(_KINDS.values())
     head = ["strategy", *(f"{kind} (kB)" for kind in kinds), "trained kB", "frozen kB", "gradients kB", "AdamW kB"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for name, one in found.items():
-        sent = [f"{one['calls'].get(kind, 0)} ({one['bytes'].get(kind, 0) / 1e3:.1f})" for kind in kinds]
-        kept = [f"{one['kept'][part] / 1e3:.1f}" for part in ("trained", "frozen", "gradients", "optimizer")]
+    for name, row in measured.items():
+        sent = [f"{row['calls'].get(kind, 0)} ({row['bytes'].get(kind, 0) / 1e3:.1f})" for kind in kinds]
+        kept = [f"{row['kept'][part] / 1e3:.1f}" for part in ("trained", "frozen", "gradients", "optimizer")]
         lines.append(" | ".join([name, *sent, *kept]))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -121,11 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--family", default="llama", choices=list(FAMILIES), help="of the tiny language model")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--pieces", type=int, default=1, help="micro-batches of an update")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of an update")
     options = parser.parse_args(arguments)
     for processes in options.processes:
-        print(f"\n{options.family}, {processes} processes, {options.pieces} micro-batches an update:\n")
-        print(table(measure_all(options.family, processes, options.pieces)), flush=True)
+        print(f"\n{options.family}, {processes} processes, {options.micro_batches} micro-batches an update:\n")
+        print(table(measure_all(options.family, processes, options.micro_batches)), flush=True)
     return 0
 
 

@@ -1,12 +1,12 @@
 """The memory that a process needs for a step, before anything is allocated: `python train.py ... plan=true`.
 
-Notable: nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
+Nothing is modelled. The step that would run does run, forward and backward through the same sharding code and
 the same model, on tensors that have a shape and no memory and with processes that exist in name only, while a ledger
 adds up the storages that live (`ledger.py`). So whatever changes the step, another strategy, recomputation, another
 LM, changes the plan. Only tensors of integers, who sees which image, are real: their values decide shapes.
 
 What the plan leaves out is the context of the GPU, its allocator's fragmentation and what kernels allocate inside; the
-check against a device's memory sets something aside for them (`planning.py`).
+check against a device's memory sets something aside for them (`plan.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flamingo.language import loss as chunked_loss
-from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard
 from flamingo.training.distributed.traffic import Traffic
-from flamingo.training.distributed.units import fsdp_units
 from flamingo.training.memory_plan.ledger import Ledger, local
-from flamingo.training.objectives.losses import Objective
+from flamingo.training.objectives.protocol import Objective, add_terms
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
 
@@ -112,7 +111,7 @@ def plan_step(
     objective: Objective,
     batches: Sequence[dict[str, Tensor]],
     *,
-    strategy: Strategy | None,
+    strategy: ShardingStrategy | None,
     processes: int = 1,
     device: str = "cpu",
 ) -> Memory:
@@ -135,21 +134,21 @@ def plan_step(
                 if not buffer.is_floating_point():
                     module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         if strategy is not None:
-            shard(model, fsdp_units(model), group, strategy)
+            shard(model, objective.fsdp_units(model), group, strategy)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         moments = [torch.empty_like(local(parameter)) for parameter in trained for _ in range(2)]
         subject: Any = model
         if getattr(model, "_head_is_last", False) is None:
-            subject._head_is_last = True  # found out by comparing values, of which there are none
+            subject._head_is_last = True  # normally determined by comparing values, of which there are none
         model.train()
         with ledger:
             ledger.own((*model.parameters(), *model.buffers()), "weights")
             ledger.own(moments, "optimizer")
-            for place, batch in enumerate(batches):
+            for index, batch in enumerate(batches):
                 if strategy is not None:
-                    before_backward(model, strategy, last=place + 1 == len(batches))
+                    prepare_backward(model, strategy, last=index + 1 == len(batches))
                 tensors = {name: value.to("cpu") if value.is_meta else value for name, value in batch.items()}
-                loss = objective.loss_sum(model, tensors)
+                loss = add_terms(objective.sums(model, tensors).values())
                 loss.backward()
                 ledger.relabel((p.grad for p in trained if p.grad is not None), "gradients")
                 del loss, tensors

@@ -1,6 +1,6 @@
 """Bytes of live tensors while code runs, by what they are for.
 
-Notable: the same ledger serves real tensors and those without memory (torch's fake tensors), because it looks at
+The same ledger serves real tensors and those without memory (torch's fake tensors), because it looks at
 storages and not at an allocator. It sees every tensor that an operator returns, and it sees FSDP2 give a storage up and
 take it again (`resize_`); what a kernel allocates for itself while it runs, it does not see.
 """

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIP
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig
 
 from flamingo.backbones import OPEN_CLIP_CONFIG
-from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.labels import IGNORED
-from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.config import ModelConfig, TrainConfig
+from flamingo.training.distributed.fsdp import sharding_strategy
 from flamingo.training.memory_plan.dry_run import PARTS, Memory, plan_step
-from flamingo.training.objectives.build import build_contrastive, flamingo_shape, load_tokenizer
-from flamingo.training.objectives.losses import ContrastiveObjective, FlamingoObjective, LanguageObjective, Objective
-from flamingo.training.objectives.setup import add_lora, strategy_of
+from flamingo.training.objectives.protocol import BatchShape, Objective, objective_module
 
 GIB = 2**30
 RESERVED_GIB, LOST = 1.5, 0.05
 """Memory of a GPU that no tensor gets (context, NCCL, kernels), and the share of the rest lost between blocks."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The largest batch of a dataset on all processes together."""
-
-    rows: int
-    tokens: int
-    images: int
-    """Of a row."""
-    frames: int = 1
-    together: int = 1
-    """Rows of the longest length that share one where the dataset packs."""
 
 
 def complete(model: ModelConfig) -> ModelConfig:
@@ -68,72 +50,15 @@ def complete(model: ModelConfig) -> ModelConfig:
 
 
 def meta_model(config: TrainConfig, processes: int = 1) -> tuple[nn.Module, Objective]:
-    """What the run would train, without memory, and its objective as the first of `processes` has it.
+    """Return what the run would train, without memory, and its objective as the first of `processes` has it.
 
     Raises:
-        UserError: a missing shape; for objective contrastive a missing tokenizer, which says how many rows there are.
+        UserError: a shape is missing, or what the objective needs to know it.
     """
-    shape = complete(config.model)
-    if config.objective == "contrastive":
-        tokenizer = load_tokenizer(str(shape.language.tokenizer))
-        with torch.device("meta"):
-            return build_contrastive(shape.vision.config or {}, tokenizer)[0], ContrastiveObjective(0, processes)
-    if config.objective == "language":
-        fields = dict(shape.language.config or {})
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-            if config.model.freeze.language == "lora":
-                add_lora(lm.requires_grad_(False), config.model)
-        return lm, LanguageObjective()
-    init = config.model.init
-    if init and not (Path(init) / "config.json").is_file():
-        raise UserError(
-            f"model.init={init} holds no model: config.json is missing; give a folder that a run has written"
-        )
-    described = FlamingoConfig.from_pretrained(init) if init else flamingo_shape(shape)
-    with torch.device("meta"):
-        model = FlamingoForConditionalGeneration(described)
-        policy = asdict(config.model.freeze)
-        with_adapters = policy["language"] == "lora"
-        model.freeze({**policy, "language": "frozen"} if with_adapters else policy)
-        if with_adapters:
-            add_lora(model.language_model, config.model, model.config.decoder_layers_path)
-    return model, FlamingoObjective()
+    return objective_module(config.objective).build_on_meta(complete(config.model), processes)
 
 
-def batch_of(model: nn.Module, rows: int, shape: Rows) -> dict[str, Tensor]:
-    """A batch in which every row is as long as it may be, has all its images and a label on every token.
-
-    Where the dataset packs, `shape.together` of them share a row, as `data.batches.packing` lays them out.
-
-    Integers are real and lie on the CPU; images are on the meta device.
-    """
-    if isinstance(model, CLIP):
-        side = model.visual.image_size
-        shape_of_one = (side, side) if isinstance(side, int) else tuple(side)
-        text = torch.full((rows, model.context_length), model.vocab_size - 1)
-        return {"image": torch.empty((rows, 3, *shape_of_one), dtype=torch.uint8, device="meta"), "text": text}
-    together = min(shape.together, rows) if isinstance(model, FlamingoForConditionalGeneration) else 1
-    places = -(-rows // together) * together  # the last packed row may have room left
-    ids = torch.zeros(places, shape.tokens, dtype=torch.long)
-    sequence = (torch.arange(places) % together + 1).where(torch.arange(places) < rows, 0)
-    sequence = sequence[:, None].repeat(1, shape.tokens).view(-1, together * shape.tokens)
-    batch = {"attention_mask": (sequence > 0).long(), "labels": torch.zeros_like(sequence).where(sequence > 0, IGNORED)}
-    if not isinstance(model, FlamingoForConditionalGeneration):
-        return {"input_ids": ids.view(sequence.shape), **batch}
-    if together > 1:
-        batch["sequence_ids"] = sequence
-    images = min(shape.images, shape.tokens)
-    ids[:rows, torch.arange(images) * (shape.tokens // max(1, images))] = model.config.image_token_id
-    ids = ids.view(sequence.shape)
-    size = model.config.vision.image_size
-    pixels = torch.empty(rows * images, shape.frames, 3, size, size, dtype=torch.uint8, device="meta")
-    shown = ids == model.config.image_token_id
-    phi = shown.cumsum(1) * (sequence > 0)
-    return {**batch, "input_ids": ids, "pixel_values": pixels, "image_counts": shown.sum(1), "phi": phi}
-
-
-def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memory:
+def memory_of(config: TrainConfig, datasets: list[BatchShape], processes: int) -> Memory:
     """What a process of the run needs at the highest moment of an update.
 
     Raises:
@@ -147,14 +72,14 @@ def memory_of(config: TrainConfig, datasets: list[Rows], processes: int) -> Memo
         model.activation_checkpointing_enable()  # type: ignore[operator]
     batches = []
     for shape in datasets:
-        one = batch_of(model, max(1, shape.rows // (processes * run.micro_batches)), shape)
+        one = objective.largest_batch(model, max(1, shape.rows // (processes * run.micro_batches)), shape)
         batches += [one] * min(run.micro_batches, 2)  # a third changes nothing
     device = "cuda" if run.device == "cuda" or config.plan_for.gib else "cpu"
-    strategy = strategy_of(run, processes)
+    strategy = sharding_strategy(run, processes)
     return plan_step(model, objective, batches, strategy=strategy, processes=processes, device=device)
 
 
-def plan(config: TrainConfig, datasets: list[Rows], processes: int) -> str:
+def plan(config: TrainConfig, datasets: list[BatchShape], processes: int) -> str:
     """The plan of a run in a few lines.
 
     Raises:
@@ -190,7 +115,7 @@ def remedies(config: TrainConfig, memory: Memory) -> list[str]:
             (not sharding.cpu_offload, "run.sharding.cpu_offload=true"),
         ],
         "gradients": [
-            (run.micro_batches > 1 and not sharding.sync_every_piece, "run.sharding.sync_every_piece=true"),
+            (run.micro_batches > 1 and not sharding.sync_every_micro_batch, "run.sharding.sync_every_micro_batch=true"),
             (config.model.freeze.language == "train", "model.freeze.language=lora"),
         ],
         "optimizer": [
@@ -233,8 +158,8 @@ def _own_gpu(config: TrainConfig) -> float:
     return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
-def rows_of(spec: Any) -> Rows:
+def largest_batch_of(spec: Any) -> BatchShape:
     """What a dataset's description says about its largest batch."""
     images = 0 if spec.kind == "text" else spec.max_images
     together = spec.pack // spec.max_tokens if spec.pack else 1
-    return Rows(spec.batch_size, spec.max_tokens, images, spec.max_frames, together)
+    return BatchShape(spec.batch_size, spec.max_tokens, images, spec.max_frames, together)

@@ -11,7 +11,7 @@ from flamingo.files import write_atomically
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """`metrics.jsonl` to name -> [(step, value)]."""
+    """Read `metrics.jsonl` into name -> [(step, value)]."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text().splitlines():
         values = json.loads(line)
@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Running mean over about `share` of the points, the window shrinking at both ends."""
+    """Return the running mean over about `share` of the points, over fewer at both ends."""
     half = max(1, int(len(values) * share / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))
@@ -32,7 +32,7 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 
 
 def draw_losses(metrics: Path, image: Path, *, title: str) -> None:
-    """Draws every `loss...` of a run, raw (pale) and smoothed, into a PNG, written whole or not at all."""
+    """Draw every `loss...` of a run, raw (pale) and smoothed, into a PNG, written whole or not at all."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 from flamingo.training.config import RunConfig
-from flamingo.training.metrics.progress import ProgressLine
 
 
 class Sink(Protocol):
-    """Takes figures of a step."""
+    """What takes the figures of a step."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures."""
+        """Take one step's figures."""
 
     def close(self) -> None:
-        """The run is over, for now."""
+        """End: the run is over, for now."""
 
 
 class JsonLines:
     """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Opens `path` for appending after removing every line whose `step` is above `resume_step`."""
+        """Open `path` for appending after removing every line whose `step` is above `resume_step`."""
         kept = []
         if path.exists():
             lines = path.read_text().splitlines()
@@ -38,12 +48,12 @@ class JsonLines:
         self._file: IO[str] = path.open("a")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line."""
+        """Append one line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -58,26 +68,26 @@ class TensorBoard:
     """The same values for TensorBoard."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Continues the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
+        """Continue the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds one scalar per value."""
+        """Add one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WandB:
-    """Weights & Biases. A resumed run goes on under its name; WANDB_MODE=offline writes below the run folder only."""
+    """Weights & Biases. A resumed run continues under its id; WANDB_MODE=offline writes below the run folder only."""
 
     def __init__(self, project: str, run_dir: Path) -> None:
-        """Begins or goes on with the run's own id, which is kept beside its figures."""
+        """Start or resume the run's own id, which is kept beside its figures."""
         import wandb
 
         file = run_dir / "wandb-id.txt"
@@ -88,19 +98,72 @@ class WandB:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures; those of steps that it has seen before a kill are refused by its server."""
+        """Send one step's figures; its server refuses those of steps that it received before a kill."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Waits until all is sent or written."""
+        """Wait until everything is sent or written."""
         self._run.finish()
 
 
-def begun(project: str, run_dir: Path) -> WandB:
-    """Weights & Biases, reached now and not at the first figures.
+QUIET_SECONDS = 10.0
+"""Without a terminal a line is printed at most this often."""
+
+
+class ProgressLine:
+    """A bar in a terminal; elsewhere (a log file, CI) a plain line now and then. Both say how much time is left."""
+
+    def __init__(self, title: str, total: int, start: int) -> None:
+        """Begin at `start` of `total` steps."""
+        self._title, self._total, self._start = title, total, start
+        self._began = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+            self._bar.start()
+
+    def update(self, step: int, note: str) -> None:
+        """Show that `step` steps are done, with `note` beside them."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+            return
+        now = time.monotonic()
+        if now - self._printed >= QUIET_SECONDS or step == self._total:
+            left = (now - self._began) / max(1, step - self._start) * (self._total - step)
+            print(
+                f"{self._title}  {step}/{self._total}  {note}  {_clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._printed = now
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def start_wandb(project: str, run_dir: Path) -> WandB:
+    """Connect to Weights & Biases now, not at the first figures.
 
     Raises:
-        UserError: nobody is logged in, its server does not answer, and what else it may say.
+        UserError: nobody is logged in, or its server does not answer or refuses.
     """
     try:
         return WandB(project, run_dir)
@@ -109,18 +172,18 @@ def begun(project: str, run_dir: Path) -> WandB:
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(
-            f"run.wandb={project} cannot begin ({why}): wandb login, WANDB_MODE=offline, or run.wandb=null"
+            f"run.wandb={project} cannot start ({why}): run wandb login, set WANDB_MODE=offline, or set run.wandb=null"
         ) from error
 
 
-class Reports:
+class MetricSinks:
     """All sinks of the first process; on the others nothing happens."""
 
     def __init__(self, run_dir: Path, options: RunConfig, *, title: str, start: int, is_main: bool) -> None:
-        """Figures beyond `start`, which an interrupted run has left, are dropped.
+        """Drop figures beyond `start`, which an interrupted run has left.
 
         Raises:
-            UserError: the run folder cannot be written, or Weights & Biases does not begin.
+            UserError: the run folder cannot be written, or Weights & Biases does not start.
         """
         self._sinks: list[Sink] = []
         self._progress: ProgressLine | None = None
@@ -129,13 +192,13 @@ class Reports:
         try:
             self._figures: JsonLines = JsonLines(run_dir / "metrics.jsonl", resume_step=start)
             self._sinks += [TensorBoard(run_dir / "tensorboard", resume_step=start)] if options.tensorboard else []
-            self._sinks += [begun(options.wandb, run_dir)] if options.wandb else []
+            self._sinks += [start_wandb(options.wandb, run_dir)] if options.wandb else []
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error}): free space or choose another run.dir") from error
         self._progress = ProgressLine(title, options.steps, start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One step's figures to all sinks; one that fails, other than the first, is told of once and left out.
+        """Send one step's figures to all sinks; one that fails, other than the first, is reported once and dropped.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -151,14 +214,14 @@ class Reports:
         for sink in list(self._sinks):
             try:
                 sink.log(step, values)
-            except Exception as error:  # somebody else's server or disk is no reason to lose a run
+            except Exception as error:  # another service's outage must not end a run
                 self._sinks.remove(sink)
-                print(f"{type(sink).__name__} gets no more figures: {error}", file=sys.stderr, flush=True)
+                print(f"{type(sink).__name__} failed and gets no more figures: {error}", file=sys.stderr, flush=True)
         if "loss" in values:
             self._progress.update(step, f"loss {values['loss']:.3f}")
 
     def close(self) -> None:
-        """Closes all; again is no harm."""
+        """Close all; closing again does nothing."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None

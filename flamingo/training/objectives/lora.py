@@ -1,6 +1,6 @@
 """Low-rank adapters in the frozen language model, through peft.
 
-Notable: only the linear layers are exchanged, so the LM keeps its class and the gated blocks their hooks. The adapters
+Only the linear layers are exchanged, so the LM keeps its class and the gated blocks their hooks. The adapters
 train in fp32 beside a base that may be stored in bf16, and what a run writes is an ordinary model with the adapters
 added into its weights, which loads without peft; the adapters alone lie beside it in peft's own format.
 
@@ -30,27 +30,27 @@ _LOW_RANK = re.compile(r"(.*)\.lora_([AB])\.default\.weight$")
 
 
 def linear_layers(lm: PreTrainedModel, targets: list[str] | None, layers_path: str | None = None) -> list[str]:
-    """Names inside the LM of the linear layers that get an adapter: in the decoder layers, all or those named.
+    """Return the names of the linear layers that get an adapter: all of the decoder layers, or those named.
 
     Raises:
         UserError: a target that no decoder layer has; names those there are.
     """
     inside = {id(part) for layer in find_decoder_layers(lm, layers_path) for part in layer.modules()}
-    found = [name for name, part in lm.named_modules() if isinstance(part, nn.Linear | Conv1D) and id(part) in inside]
-    known = sorted({name.rsplit(".", 1)[-1] for name in found})
+    names = [name for name, part in lm.named_modules() if isinstance(part, nn.Linear | Conv1D) and id(part) in inside]
+    known = sorted({name.rsplit(".", 1)[-1] for name in names})
     for target in targets or ():
         if target not in known:
             raise UserError(
-                f"model.lora.targets: {target} is no linear layer of {type(lm).__name__}'s decoder layers; "
+                f"model.lora.targets: {target} is not a linear layer of {type(lm).__name__}'s decoder layers; "
                 f"they have {', '.join(known)}"
             )
-    return [name for name in found if targets is None or name.rsplit(".", 1)[-1] in targets]
+    return [name for name in names if targets is None or name.rsplit(".", 1)[-1] in targets]
 
 
 def add_adapters(
     lm: PreTrainedModel, *, rank: int, alpha: float, targets: list[str] | None = None, layers_path: str | None = None
 ) -> Any:
-    """Puts an adapter on each chosen linear layer, in place; returns peft's config. Only the adapters train.
+    """Put an adapter on each chosen linear layer, in place; return peft's config. Only the adapters train.
 
     Raises:
         UserError: peft is missing, or a target that does not exist.
@@ -68,7 +68,7 @@ def add_adapters(
 
 
 def merge(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A state dict with adapters to that of the model without them, each added into the weight it adapts."""
+    """Return the state dict without adapters: each is added into the weight that it adapts."""
     scale = config.lora_alpha / config.r
     merged: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -87,11 +87,11 @@ def merge(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def save_adapters(weights: Mapping[str, Tensor], config: Any, prefix: str, folder: Path) -> None:
-    """Writes the adapters for `peft.PeftModel.from_pretrained(lm, folder)`; `prefix` is where `weights` has the LM."""
+    """Write the adapters for `peft.PeftModel.from_pretrained(lm, folder)`; `prefix` is where `weights` has the LM."""
     tensors = {}
     for name, value in weights.items():
-        if found := _LOW_RANK.match(name):
-            inside = found[1].removeprefix(prefix)
-            tensors[f"base_model.model.{inside}.lora_{found[2]}.weight"] = value.to(torch.float32).contiguous()
+        if match := _LOW_RANK.match(name):
+            inside = match[1].removeprefix(prefix)
+            tensors[f"base_model.model.{inside}.lora_{match[2]}.weight"] = value.to(torch.float32).contiguous()
     config.save_pretrained(str(folder))
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -1,0 +1,10 @@
+"""The objectives by name, and the module of each. A new objective is such a module and one line here.
+
+Names, not modules: the config knows which objectives there are without importing any of their models.
+"""
+
+OBJECTIVES = {
+    "contrastive": "flamingo.training.objectives.contrastive",
+    "language": "flamingo.training.objectives.language",
+    "flamingo": "flamingo.training.objectives.flamingo",
+}
