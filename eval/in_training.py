@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data.loading.loader import MixLoader
-from eval.inference.distributed import Ranks
+from eval.inference.engine import Ranks
 from eval.inference.model import FlamingoResponder
-from eval.runner import Grid, Sample, run
+from eval.runner import Grid, run
+from eval.samples import Sample
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from eval.config import EvalConfig
-from eval.inference.distributed import Ranks
-from eval.inference.engine import Engine
+from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
 from eval.inference.provenance import code_hash, folder_hash, provenance
@@ -23,7 +22,8 @@ from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
 from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
 from eval.reports.results import results_of, write_atomically, write_report
-from eval.runner import Cell, Grid, Sample, run
+from eval.runner import Grid, run
+from eval.samples import Cell, Sample
 from eval.task import TaskSpec, content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -82,11 +82,11 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
         shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))
         facts = provenance(config.model, command, config.device_name(), time.perf_counter() - start, model_key)
         facts |= {
-            "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": sum(s[0] for s in shares)},
-            "responses": {"asked": sum(s[1] for s in shares), "from_log": shares[0][2]},
+            "images": cache.counts() | {"encoded": sum(share[0] for share in shares)},
+            "responses": {"asked": sum(share[1] for share in shares), "from_log": shares[0][2]},
             "processes": ranks.world,
         }
-        results = results_of(samples, tasks, grid, cache, facts)
+        results = results_of(samples, tasks, grid.description(), facts)
         if ranks.first:
             write_outputs(config, results, samples, cache)
         ranks.barrier()
@@ -107,9 +107,7 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     if config.cache is not None:
         limit = int(config.cache_gb * 1e9)
         store = ImageStore(Path(config.cache), responder.image_key, limit)
-    code = code_hash(
-        "flamingo", "eval/inference/model.py", "eval/inference/decoding.py", "eval/inference/shared_prefix.py"
-    )
+    code = code_hash("flamingo", "eval/inference/model.py")
     key = content_hash(model_hash, responder.image_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
     ranks.barrier()  # nobody writes before everybody has read

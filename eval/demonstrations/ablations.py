@@ -7,18 +7,12 @@ keep their text and lose their images, the query keeps its own.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import TypeVar
 
-from PIL import Image
+from eval.task import Episode, Turn, generator
 
-from eval.demonstrations.samplers import generator
-from eval.task import EncodedImage, Episode, Turn
-
-GREY = (128, 128, 128)
 T = TypeVar("T")
 
 
@@ -43,7 +37,7 @@ def _permuted(images: list[T], episode: Episode, seed: int) -> list[T]:
 
 
 def _blank(episode: Episode, seed: int) -> Episode:
-    return _with(episode, [blanked(turn) for turn in [*episode.demos, episode.query]])
+    return _with(episode, [turn.blank() for turn in [*episode.demos, episode.query]])
 
 
 def _text_only(episode: Episode, seed: int) -> Episode:
@@ -52,23 +46,6 @@ def _text_only(episode: Episode, seed: int) -> Episode:
 
 def _with(episode: Episode, turns: list[Turn]) -> Episode:
     return replace(episode, demos=tuple(turns[:-1]), query=turns[-1])
-
-
-def blanked(turn: Turn) -> Turn:
-    """The turn with grey images."""
-    return turn.with_images([blank(image) for image in turn.images]) if turn.images else turn
-
-
-def blank(image: EncodedImage) -> EncodedImage:
-    """A grey image (or clip) of the same size and number of frames."""
-    return EncodedImage(tuple(_grey(Image.open(io.BytesIO(frame)).size) for frame in image.frames))
-
-
-@lru_cache(maxsize=64)
-def _grey(size: tuple[int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, GREY).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 ABLATIONS: dict[str, Callable[[Episode, int], Episode]] = {

@@ -12,7 +12,7 @@ whatever name, a near duplicate of it, and, where neither has an image, the same
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,24 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from eval.demonstrations.near_duplicates import near_duplicates
 from eval.demonstrations.retrieval import Retriever
-from eval.task import Example
+from eval.task import EncodedImage, Example, generator
 from flamingo.errors import UserError
-
-
-def generator(*purpose: str | int) -> np.random.Generator:
-    """The generator of one purpose: equal parts give equal numbers, any difference an independent stream."""
-    digest = hashlib.sha256("\x1f".join(str(part) for part in purpose).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
-def hash_order(ids: Sequence[str], *purpose: str | int) -> list[int]:
-    """Indices of `ids` in a shuffled order that depends on each id alone: a further item moves no other two."""
-    prefix = "\x1f".join(str(part) for part in purpose).encode()
-    keys = [hashlib.sha256(prefix + b"\x1f" + name.encode()).digest() for name in ids]
-    return sorted(range(len(ids)), key=lambda index: (keys[index], ids[index]))
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ def leak(demo: Example, query: Example) -> str:
         return "item"
     ours, theirs = demo.turn.images, query.turn.images
     if not ours and not theirs:
-        return "question" if _words(demo.turn.asked) == _words(query.turn.asked) else ""
+        return "question" if _words(demo.turn.question_text) == _words(query.turn.question_text) else ""
     if {image.sha256 for image in ours} & {image.sha256 for image in theirs}:
         return "image"
     return "near_duplicate" if any(near_duplicates(a, b) for a in ours for b in theirs) else ""
@@ -63,6 +50,50 @@ def leak(demo: Example, query: Example) -> str:
 
 def _words(text: str) -> list[str]:
     return "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
+
+
+HAMMING = 4
+LEVELS = 14
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Difference hash (64 bits) and colours of an 8 x 8 thumbnail, (192,) of 0 to 255."""
+
+    bits: int
+    colours: bytes
+
+
+_KNOWN: dict[str, Fingerprint | None] = {}  # by SHA-256, so that an image is read and decoded once
+
+
+def fingerprint(image: EncodedImage) -> Fingerprint | None:
+    """Of an image, or of a clip's middle frame; None if it cannot be decoded, which the encoder will tell."""
+    if image.sha256 not in _KNOWN:
+        _KNOWN[image.sha256] = _fingerprint(image)
+    return _KNOWN[image.sha256]
+
+
+def _fingerprint(encoded: EncodedImage) -> Fingerprint | None:
+    try:
+        frames = encoded.frames
+        image: Image.Image = Image.open(io.BytesIO(frames[len(frames) // 2]))
+        image.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size where that is enough
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    bits = int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BOX))
+    return Fingerprint(bits, small.tobytes())
+
+
+def near_duplicates(one: EncodedImage, other: EncodedImage) -> bool:
+    """Whether two images show the same but for compression and scale."""
+    a, b = fingerprint(one), fingerprint(other)
+    if a is None or b is None or (a.bits ^ b.bits).bit_count() > HAMMING:
+        return False
+    return all(abs(x - y) <= LEVELS for x, y in zip(a.colours, b.colours, strict=True))
 
 
 SAMPLERS = {
@@ -80,7 +111,7 @@ SAMPLERS = {
 
 
 @dataclass(frozen=True)
-class Sampler:
+class DemonstrationSampler:
     """A name of `SAMPLERS`, with the number or path behind its colon."""
 
     name: str
@@ -99,7 +130,7 @@ class Sampler:
         return {"rices_image": 1.0, "rices_text": 0.0}.get(self.name, self.value)
 
 
-def parse_sampler(text: str) -> Sampler:
+def parse_sampler(text: str) -> DemonstrationSampler:
     """`rices_joint:0.3` to its parts. Raises UserError naming what is wrong."""
     name, colon, behind = text.partition(":")
     if name not in SAMPLERS:
@@ -107,16 +138,16 @@ def parse_sampler(text: str) -> Sampler:
     if name == "file":
         if not behind:
             raise UserError("demos=file needs a path, for example demos=file:demos.json")
-        return Sampler(name, path=behind)
+        return DemonstrationSampler(name, path=behind)
     if not colon:
-        return Sampler(name)
+        return DemonstrationSampler(name)
     try:
         value = float(behind)
     except ValueError:
         value = -1.0
     if name not in ("rices_joint", "mmr") or not 0 <= value <= 1:
         raise UserError(f"demos={text}: only rices_joint and mmr take a number, from 0 to 1")
-    return Sampler(name, value)
+    return DemonstrationSampler(name, value)
 
 
 def read_listed(path: str, support: Sequence[Example]) -> dict[str, list[str]]:
@@ -172,7 +203,7 @@ def draw(
 def _nearest_first(
     support: Sequence[Example],
     query: Example,
-    sampler: Sampler,
+    sampler: DemonstrationSampler,
     task_hash: str,
     seed: int,
     retriever: Retriever | None,

@@ -36,7 +36,7 @@ NBSP = "\u00a0"
 
 
 @dataclass(frozen=True)
-class Rule:
+class LexerRule:
     """`pattern` matches the token and, behind group 1, what must follow; `make` spells the token."""
 
     pattern: re.Pattern[str]
@@ -107,8 +107,8 @@ def _quotes(text: str) -> str:
     return re.sub("[\x92\u2019]|&apos;", "'", re.sub("[\x91\u2018\u201b]", "`", text))
 
 
-def _rule(token: str, then: str = "", make: Callable[[str], str] = str, keep: int | None = None) -> Rule:
-    return Rule(re.compile(f"({token}){f'(?:{then})' if then else ''}"), make, keep)
+def _rule(token: str, then: str = "", make: Callable[[str], str] = str, keep: int | None = None) -> LexerRule:
+    return LexerRule(re.compile(f"({token}){f'(?:{then})' if then else ''}"), make, keep)
 
 
 RULES = (
@@ -201,9 +201,9 @@ def ptb_tokenize(text: str) -> list[str]:
     return tokens
 
 
-def _longest(text: str, place: int) -> tuple[re.Match[str] | None, Rule | None]:
+def _longest(text: str, place: int) -> tuple[re.Match[str] | None, LexerRule | None]:
     best: re.Match[str] | None = None
-    chosen: Rule | None = None
+    chosen: LexerRule | None = None
     for rule in RULES:
         found = rule.pattern.match(text, place)
         if found and (best is None or found.end() > best.end()):

@@ -70,7 +70,7 @@ class Answered(Protocol):
 
 
 @dataclass(frozen=True)
-class Value:
+class MetricValue:
     """A score with its 95 % interval; `n` answers (or items of several answers) went into it."""
 
     score: float
@@ -81,11 +81,11 @@ class Value:
 
 
 Answers = Sequence[Answered]
-Metric = Callable[[Answers], dict[str, Value]]
+Metric = Callable[[Answers], dict[str, MetricValue]]
 
 
-def _value(score: float | np.floating, interval: Interval, n: int) -> Value:
-    return Value(float(score), interval.low, interval.high, n, interval.method)
+def _value(score: float | np.floating, interval: Interval, n: int) -> MetricValue:
+    return MetricValue(float(score), interval.low, interval.high, n, interval.method)
 
 
 def _ties(answers: Answers) -> tuple[list[str], list[int]]:
@@ -93,18 +93,18 @@ def _ties(answers: Answers) -> tuple[list[str], list[int]]:
     return [one.cluster for one in answers], [one.seed for one in answers]
 
 
-def _mean(scores: Sequence[float], answers: Answers) -> Value:
+def _mean(scores: Sequence[float], answers: Answers) -> MetricValue:
     return _value(np.mean(scores), mean_interval(scores, *_ties(answers)), len(scores))
 
 
 def _statistic(
     score: float | np.floating, statistic: Callable[[np.ndarray], np.ndarray], answers: Answers, resamples: int
-) -> Value:
+) -> MetricValue:
     clusters, seeds = _ties(answers)
     return _value(score, statistic_interval(statistic, clusters, resamples, seeds), len(answers))
 
 
-def _captions(answers: Answers) -> dict[str, Value]:
+def _captions(answers: Answers) -> dict[str, MetricValue]:
     """CIDEr-D under the frequencies of the very images scored, which is the reference scorer's figure."""
     said = list({one.query_id: one.golds for one in answers}.values())
     cider = Cider(said)
@@ -122,7 +122,7 @@ def _bleu_n(counts: np.ndarray, n: int, weights: np.ndarray) -> np.ndarray:
     return bleu(weights @ counts)[:, n]
 
 
-def _vqa(answers: Answers) -> dict[str, Value]:
+def _vqa(answers: Answers) -> dict[str, MetricValue]:
     found = {"vqa_accuracy": _mean([vqa_accuracy(one.answer, one.golds) for one in answers], answers)}
     for kind in sorted({one.kind for one in answers if one.kind}):
         part = [one for one in answers if one.kind == kind]
@@ -130,7 +130,7 @@ def _vqa(answers: Answers) -> dict[str, Value]:
     return found
 
 
-def _auc(answers: Answers) -> dict[str, Value]:
+def _auc(answers: Answers) -> dict[str, MetricValue]:
     """Of the margin of the last candidate, which is the positive class, over the first."""
     if any(len(one.log_probs) != 2 for one in answers):
         raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
@@ -140,9 +140,9 @@ def _auc(answers: Answers) -> dict[str, Value]:
     return {"roc_auc": _statistic(score, lambda w: roc_auc(margins, positive, w), answers, RESAMPLES)}
 
 
-def _medical(answers: Answers) -> dict[str, Value]:
+def _medical(answers: Answers) -> dict[str, MetricValue]:
     """Open and closed questions apart, each in the published and the mended way."""
-    found: dict[str, Value] = {}
+    found: dict[str, MetricValue] = {}
     opened = [one for one in answers if not is_closed(one.kind)]
     shut = [one for one in answers if is_closed(one.kind)]
     if opened:
@@ -161,7 +161,7 @@ def _medical(answers: Answers) -> dict[str, Value]:
     return found
 
 
-def _wups(answers: Answers) -> dict[str, Value]:
+def _wups(answers: Answers) -> dict[str, MetricValue]:
     found = {}
     for name, threshold in (("wups_0", 0.0), ("wups_0.9", 0.9)):
         each = [wups_score(one.answer, one.golds, threshold, one.kind in BY_EQUALITY) for one in answers]
@@ -169,7 +169,7 @@ def _wups(answers: Answers) -> dict[str, Value]:
     return found
 
 
-def _winoground(answers: Answers) -> dict[str, Value]:
+def _winoground(answers: Answers) -> dict[str, MetricValue]:
     """Queries `ITEM.0`, `ITEM.1` are its images, `ITEM.none` the captions without one, where that was asked."""
     asked: dict[str, list[tuple[float, ...]]] = {}
     for one in answers:
@@ -186,13 +186,13 @@ def _winoground(answers: Answers) -> dict[str, Value]:
     return found
 
 
-def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[str, Value]:
+def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[str, MetricValue]:
     parts = zip(("text", "image", "group"), winoground(scores), strict=True)
     wins = {f"{name}_{part}": [float(win) for win in found] for part, found in parts}
     return {part: _value(np.mean(each), mean_interval(each, items), len(items)) for part, each in wins.items()}
 
 
-def _mwap(answers: Answers) -> dict[str, Value]:
+def _mwap(answers: Answers) -> dict[str, MetricValue]:
     """Kind is what was annotated, the gold the action it was annotated for, candidates all actions."""
     actions = answers[0].candidates
     pairs = [(action.split(" ", 1)[0], action.split(" ", 1)[-1]) for action in actions]
@@ -202,20 +202,20 @@ def _mwap(answers: Answers) -> dict[str, Value]:
     return {"mwap": _statistic(score[0], lambda weights: mwap(matrix, *facts, pairs, weights), answers, 300)}
 
 
-def _meteor(answers: Answers) -> dict[str, Value]:
+def _meteor(answers: Answers) -> dict[str, MetricValue]:
     """The set's figure; its interval is that of the captions' mean, moved to it."""
     score, each = meteor([one.answer for one in answers], [one.golds for one in answers])
     interval = two_level_bootstrap(each, *_ties(answers))
     moved = score - float(np.mean(each))
-    return {"meteor": Value(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
+    return {"meteor": MetricValue(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
 
 
-def _spice(answers: Answers) -> dict[str, Value]:
+def _spice(answers: Answers) -> dict[str, MetricValue]:
     each = spice([one.answer for one in answers], [one.golds for one in answers])
     return {"spice": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
 
 
-def _by_word(answers: Answers) -> dict[str, Value]:
+def _by_word(answers: Answers) -> dict[str, MetricValue]:
     """Accuracy over the answers whose kind has a word: ScienceQA's columns overlap (a question has TXT and IMG)."""
     found = {}
     for word in sorted({word for one in answers for word in one.kind.split()}):
@@ -249,7 +249,7 @@ def check_metric(name: str) -> None:
 
 def measure(names: Sequence[str], answers: Answers) -> dict[str, dict[str, Any]]:
     """All values of the metrics of these names, as plain data."""
-    found: dict[str, Value] = {}
+    found: dict[str, MetricValue] = {}
     for name in names:
         found |= METRICS[name](answers)
     return {name: asdict(value) for name, value in found.items()}

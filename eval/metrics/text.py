@@ -14,12 +14,7 @@ from eval.metrics.medical import token_f1
 from eval.metrics.vqa import vqa_accuracy, vqa_accuracy_by_value
 from eval.metrics.wordnet import wordnet
 from eval.metrics.wups import wups_score
-
-
-def parse_answer(raw: str) -> str:
-    """The answer in a completion: its first non-empty line, white space collapsed; "" when there is none."""
-    lines = [" ".join(line.split()) for line in raw.splitlines()]
-    return next((line for line in lines if line), "")
+from eval.task import parse_answer
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 
-from eval.demonstrations.samplers import draw, hash_order
+from eval.demonstrations.samplers import draw
 from eval.inference.model import FlamingoResponder, context_length
-from eval.prompting.prompts import Prompt
-from eval.task import EncodedImage, Example, Turn
+from eval.prompting.prompts import EncodedPrompt
+from eval.task import EncodedImage, Example, Turn, hash_order
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
@@ -30,7 +30,7 @@ MOST_SUPPORT = 2048
 
 
 @dataclass(frozen=True)
-class Shown:
+class HarnessPrompt:
     """A text with the places of its images (at most as many as there are), and for a demonstration its answer."""
 
     text: str
@@ -53,7 +53,7 @@ def image_of(value: Any) -> EncodedImage:
     raise UserError(f"the harness gives a {type(value).__name__} where an image is expected; PIL, bytes or a path are")
 
 
-def shown(text: str, images: Any, answer: str = "") -> Shown:
+def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
     """A harness's text and images (None, one, or a list). Raises UserError for more tags than images."""
     listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
     found = tuple(image_of(image) for image in listed if image is not None)
@@ -63,10 +63,10 @@ def shown(text: str, images: Any, answer: str = "") -> Shown:
             f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} images: its own few-shot "
             "examples come without images; leave num_fewshot at 0 and give shots=N in model_args"
         )
-    return Shown(text, found, answer)
+    return HarnessPrompt(text, found, answer)
 
 
-class Prompts:
+class HarnessPromptBuilder:
     """Builds prompts for one model."""
 
     def __init__(self, responder: FlamingoResponder) -> None:
@@ -83,11 +83,13 @@ class Prompts:
         return list(self._builder.encode(text))
 
     @staticmethod
-    def bare(before: Sequence[int], own: Sequence[int]) -> Prompt:
+    def bare(before: Sequence[int], own: Sequence[int]) -> EncodedPrompt:
         """Given ids behind given ids, without images."""
-        return Prompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
+        return EncodedPrompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
-    def build(self, demos: Sequence[Shown], query: Shown, room: int, continuations: Sequence[str] = ()) -> Prompt:
+    def build(
+        self, demos: Sequence[HarnessPrompt], query: HarnessPrompt, room: int, continuations: Sequence[str] = ()
+    ) -> EncodedPrompt:
         """The prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
 
         Where `room` more tokens would not fit, whole demonstrations are dropped from the far end.
@@ -112,13 +114,13 @@ class Prompts:
         ids = (*self._start, *(i for piece in pieces for i in piece), *asked)
         assert ids.count(self._encoder.image_token_id) == len(images)
         turns = tuple(((one.images or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
-        return Prompt(tuple(ids), images, candidates, turns, len(kept))
+        return EncodedPrompt(tuple(ids), images, candidates, turns, len(kept))
 
     def _too_long(self, pieces: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
         tokens = sum(map(len, pieces)) + len(asked) + len(self._start) + room
         return self.context is not None and tokens > self.context
 
-    def _query(self, query: Shown) -> tuple[list[int], str]:
+    def _query(self, query: HarnessPrompt) -> tuple[list[int], str]:
         """(ids up to the last image, the text behind it)."""
         texts = query.text.split(IMAGE_TOKEN)
         head = [self._encoder.image_token_id] * (len(query.images) - len(texts) + 1)
@@ -126,29 +128,29 @@ class Prompts:
             head += [*self._builder.encode(text), self._encoder.image_token_id]
         return head, texts[-1]
 
-    def _demo(self, demo: Shown) -> list[int]:
+    def _demo(self, demo: HarnessPrompt) -> list[int]:
         head, last = self._query(demo)
         return [*head, *self._builder.encode(f"{last}{demo.answer}"), self._encoder.eoc_token_id]
 
 
-class Support:
+class HarnessSupport:
     """The few-shot split of one task of a harness. `show` makes an example of the harness a demonstration."""
 
-    def __init__(self, name: str, examples: Sequence[Any], show: Callable[[Any], Shown], seed: int) -> None:
+    def __init__(self, name: str, examples: Sequence[Any], show: Callable[[Any], HarnessPrompt], seed: int) -> None:
         order = hash_order([str(place) for place in range(len(examples))], "support", name)[:MOST_SUPPORT]
         self._name = name
         self._seed = seed
         self._shown = {str(place): show(examples[place]) for place in order}
         self._examples = [_example(key, one) for key, one in self._shown.items()]
 
-    def demos(self, query: Shown, query_id: str, shots: int) -> list[Shown]:
+    def demos(self, query: HarnessPrompt, query_id: str, shots: int) -> list[HarnessPrompt]:
         """`shots` of them, nearest last; nested over shots."""
         asked = _example(f"query {query_id}", query)
         found = draw(self._examples, asked, shots, task_hash=self._name, seed=self._seed)
         return [self._shown[example.id] for example in found.examples]
 
 
-def _example(key: str, one: Shown) -> Example:
+def _example(key: str, one: HarnessPrompt) -> Example:
     frames = tuple(frame for image in one.images for frame in image.frames)
     turn = Turn(EncodedImage(frames) if frames else None, one.text, "", one.answer)
     return Example(key, turn, (one.answer,))

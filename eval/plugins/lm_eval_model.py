@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
+from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:
@@ -60,10 +60,10 @@ class FlamingoLM(LM):
             responder = load(pretrained, device, dtype)
         size = max_batch_size or 16 if isinstance(batch_size, str) and not batch_size.isdecimal() else int(batch_size)
         self._engine = Engine(responder, FeatureCache(responder), size)
-        self._prompts = Prompts(responder)
+        self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
         self._tasks: dict[str, Any] = dict(tasks or {})
-        self._supports: dict[str, Support] = {}
+        self._supports: dict[str, HarnessSupport] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -134,7 +134,7 @@ class FlamingoLM(LM):
         said = self._engine.ask(asked)
         return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
 
-    def _demos_and_query(self, request: Instance) -> tuple[list[Shown], Shown]:
+    def _demos_and_query(self, request: Instance) -> tuple[list[HarnessPrompt], HarnessPrompt]:
         extra: Any = request.args[2] if len(request.args) > 2 else None
         query = shown(request.args[0], (extra or {}).get("visual"))
         if self._shots == 0:
@@ -142,13 +142,13 @@ class FlamingoLM(LM):
         support = self._support(str(request.task_name))
         return support.demos(query, str(request.doc_id), self._shots), query
 
-    def _support(self, name: str) -> Support:
+    def _support(self, name: str) -> HarnessSupport:
         if name not in self._supports:
             task = self._task(name)
             examples = list(task.fewshot_docs())
             if not examples:
                 raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
-            self._supports[name] = Support(name, examples, lambda doc: _demonstration(task, doc), self._seed)
+            self._supports[name] = HarnessSupport(name, examples, lambda doc: _demonstration(task, doc), self._seed)
         return self._supports[name]
 
     def _task(self, name: str) -> Any:
@@ -160,7 +160,7 @@ class FlamingoLM(LM):
         return self._tasks[name]
 
 
-def _demonstration(task: Any, doc: Any) -> Shown:
+def _demonstration(task: Any, doc: Any) -> HarnessPrompt:
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None and isinstance(target, int):
         target = task.doc_to_choice(doc)[target]

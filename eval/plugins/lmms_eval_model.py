@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
+from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:
@@ -62,9 +62,9 @@ class FlamingoLMMs(lmms):
         size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 16
         self._engine = Engine(responder, FeatureCache(responder), size)
         self._support_split = support_split
-        self._prompts = Prompts(responder)
+        self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed = int(shots), int(seed)
-        self._supports: dict[str, Support] = {}
+        self._supports: dict[str, HarnessSupport] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(minus the log-probability, False) of each continuation; those of one question are ranked together.
@@ -113,7 +113,7 @@ class FlamingoLMMs(lmms):
 
     def _demos_and_query(
         self, context: str, visual: Any, task: str, split: str, number: int
-    ) -> tuple[list[Shown], Shown]:
+    ) -> tuple[list[HarnessPrompt], HarnessPrompt]:
         """`visual` is the task's own method, so the task comes with each request."""
         query = shown(context, visual(self.task_dict[task][split][number]))
         if not self._shots:
@@ -122,7 +122,7 @@ class FlamingoLMMs(lmms):
             self._supports[task] = self._support(task, visual.__self__, split)
         return self._supports[task].demos(query, f"{split} {number}", self._shots), query
 
-    def _support(self, name: str, task: Any, asked: str) -> Support:
+    def _support(self, name: str, task: Any, asked: str) -> HarnessSupport:
         """lmms-eval's own `fewshot_docs` would fall back on the questions that are asked."""
         config = task.config
         named = [config.fewshot_split, config.training_split, config.validation_split]
@@ -135,7 +135,7 @@ class FlamingoLMMs(lmms):
             )
         examples = task.dataset[split]
 
-        def show(example: Any) -> Shown:
+        def show(example: Any) -> HarnessPrompt:
             target = task.doc_to_target(example)
             if task.config.doc_to_choice is not None and isinstance(target, int):
                 target = task.doc_to_choice(example)[target]
@@ -143,7 +143,7 @@ class FlamingoLMMs(lmms):
             delimiter = task.config.target_delimiter
             return shown(task.doc_to_text(example), task.doc_to_visual(example), f"{delimiter}{target}")
 
-        return Support(name, examples, show, self._seed)
+        return HarnessSupport(name, examples, show, self._seed)
 
 
 class Command(FlamingoLMMs):

@@ -17,8 +17,8 @@ import numpy as np
 
 from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
 from eval.reports.results import groups_of
-from eval.reports.saved_run import Stored
-from eval.runner import Sample
+from eval.reports.saved_run import SavedRun
+from eval.samples import Sample
 from flamingo.errors import UserError
 
 FLIPS = 10_000
@@ -48,7 +48,7 @@ class Comparison:
     n_needed: int | None
 
 
-def compare(first: Stored, second: Stored) -> list[Comparison]:
+def compare(first: SavedRun, second: SavedRun) -> list[Comparison]:
     """Every setting that both runs have. If each has one strategy, and another one, these are what is compared.
 
     Raises:
@@ -177,7 +177,7 @@ def lines(comparisons: Sequence[Comparison]) -> list[str]:
     return found
 
 
-def differing_definitions(first: Stored, second: Stored) -> dict[str, list[str]]:
+def differing_definitions(first: SavedRun, second: SavedRun) -> dict[str, list[str]]:
     """For each task in both runs, the keys of its definition in which they differ."""
     found: dict[str, list[str]] = {}
     for name, task in first.results["tasks"].items():

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.shards.writer import sniff
 from eval.reports.results import setting
-from eval.runner import Sample
+from eval.samples import Sample
 from eval.task import EncodedImage
 from flamingo.processor import IMAGE_TOKEN
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.reports.results import setting
-from eval.reports.saved_run import Stored, problems
+from eval.reports.saved_run import SavedRun, problems
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -37,7 +37,7 @@ COLUMNS = (
 SELECTIVE = (("0.9", "score at 90 %"), ("0.8", "80 %"), ("0.55", "55 %"), ("0.5", "50 %"))
 
 
-def report_html(runs: Sequence[Stored], curve: bytes, risk: bytes | None) -> str:
+def report_html(runs: Sequence[SavedRun], curve: bytes, risk: bytes | None) -> str:
     """The page. `curve` and `risk` are PNGs."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{STYLE}</style>"]
     parts.append(f"<h1>Few-shot evaluation</h1>{_image(curve, 'score against shots, with 95 % bands')}")
@@ -48,7 +48,7 @@ def report_html(runs: Sequence[Stored], curve: bytes, risk: bytes | None) -> str
     return "".join(parts) + "</html>\n"
 
 
-def _run(run: Stored) -> str:
+def _run(run: SavedRun) -> str:
     results = run.results
     model = results.get("model", {})
     said = [f"<h2>{_text(run.folder)}</h2><p>Model <code>{_text(model.get('name', '?'))}</code> "]

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.reports.saved_run import Stored
+from eval.reports.saved_run import SavedRun
 
 # Okabe and Ito's colours, told apart by people with any colour vision.
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
@@ -33,12 +33,12 @@ def curve_png(results: Results, title: str = "") -> bytes:
     return _curves({"": results}, title)
 
 
-def curves_png(runs: Sequence[Stored], title: str = "") -> bytes:
+def curves_png(runs: Sequence[SavedRun], title: str = "") -> bytes:
     """The same of one or several runs."""
     return _curves(_named(runs), title)
 
 
-def risk_png(runs: Sequence[Stored]) -> bytes | None:
+def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
     """Risk-coverage curves of the most shots, one panel a task; None where nothing has a confidence."""
     named = _named(runs)
     tasks = _tasks(named)
@@ -67,7 +67,7 @@ def _curves(named: Mapping[str, Results], title: str) -> bytes:
     return _png(figure, panels, title)
 
 
-def _named(runs: Sequence[Stored]) -> dict[str, Results]:
+def _named(runs: Sequence[SavedRun]) -> dict[str, Results]:
     """Runs by the name a legend shows: none for one alone, the folder's where it is enough, else the path."""
     if len(runs) == 1:
         return {"": runs[0].results}

@@ -15,11 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.inference.feature_cache import FeatureCache
 from eval.metrics.interval import mean_interval
 from eval.metrics.selective import selective
 from eval.metrics.table import measure
-from eval.runner import Cell, Grid, Sample
+from eval.samples import Cell, Sample
 from eval.task import Baselines, Task, content_hash
 
 FORMAT = 2
@@ -38,7 +37,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
     """One row of the results: the samples of one task, strategy, number of shots and ablation, all seeds together."""
     baselines = task.baselines(list(dict.fromkeys(sample.query_id for sample in samples)))
-    return summary(samples, baselines, getattr(task, "metrics", ()))
+    return summary(samples, baselines, task.metrics)
 
 
 def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = ()) -> dict[str, Any]:
@@ -117,24 +116,22 @@ def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[s
 def results_of(
     samples: Sequence[Sample],
     tasks: Mapping[str, Task],
-    grid: Grid,
-    cache: FeatureCache,
+    grid: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of `results.json`; `provenance` may say better than one process's `cache` what was encoded."""
+    """Return the content of `results.json`.
+
+    `grid` is the description of what was run, `provenance` whatever else is known of the run: counts of images and
+    responses, the model, the code, the machine.
+    """
     rows = rows_of(samples, tasks)
     return {
         "format": FORMAT,
         "rows": rows,
         "tasks": {name: _describe(task, samples) for name, task in tasks.items()},
         "decoding": {"strategy": "greedy", "ranking": "sum of log-probabilities with end of chunk"},
-        "strategies": {"names": list(grid.strategies), **asdict(grid.settings)},
-        "shots": list(grid.shots),
-        "seeds": list(grid.seeds),
-        "limit": grid.limit,
-        "batch_size": grid.batch_size,
+        **grid,
         "samples": {"n": len(samples), "sha256": hashlib.sha256(samples_text(samples).encode()).hexdigest()},
-        "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": cache.encoded},
         **provenance,
     }
 
@@ -142,14 +139,14 @@ def results_of(
 def _describe(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
     """A task's definition and hash, and the longest prompt as an example of its form."""
     prompts = [sample.prompt for sample in samples if sample.cell.task == task.name]
-    decoding = {key: getattr(task, key) for key in ("num_beams", "length_penalty") if hasattr(task, key)}
     example = max(prompts, key=len, default="")
     return {
         "hash": task.hash,
         "definition": task.description,
         "queries": len({sample.query_id for sample in samples if sample.cell.task == task.name}),
         "max_new_tokens": task.max_new_tokens,
-        **decoding,
+        "num_beams": task.num_beams,
+        "length_penalty": task.length_penalty,
         "example_prompt": example,
     }
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.reports.results import groups_of, sample_of, samples_text, summary
-from eval.runner import Sample
+from eval.samples import Sample
 from eval.task import Baselines
 from flamingo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Stored:
+class SavedRun:
     """A folder that `python -m eval` wrote."""
 
     folder: Path
@@ -30,7 +30,7 @@ class Stored:
         return self.folder.name
 
 
-def read_run(folder: str | Path) -> Stored:
+def read_run(folder: str | Path) -> SavedRun:
     """Results and samples of a folder.
 
     Raises:
@@ -55,10 +55,10 @@ def read_run(folder: str | Path) -> Stored:
             raise UserError(
                 f"{where} is no sample ({type(error).__name__}: {error}); run the evaluation again"
             ) from None
-    return Stored(place, results, samples)
+    return SavedRun(place, results, samples)
 
 
-def problems(run: Stored) -> list[str]:
+def problems(run: SavedRun) -> list[str]:
     """What is wrong with a run, in sentences; empty if its results are complete and follow from its samples."""
     found = _missing(run)
     rows = {(r["task"], r.get("strategy", "plain"), r["shots"], r["images"]): r for r in run.results["rows"]}
@@ -80,7 +80,7 @@ def problems(run: Stored) -> list[str]:
     return found
 
 
-def _missing(run: Stored) -> list[str]:
+def _missing(run: SavedRun) -> list[str]:
     """Queries that were asked twice, or not in every setting."""
     found = []
     seen: dict[tuple[Any, str], int] = {}

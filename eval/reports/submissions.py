@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.runner import Sample
+from eval.samples import Sample
 from flamingo.errors import UserError
 
 KEYS = {"vqa": ("question_id", "answer"), "vizwiz": ("image", "answer"), "captions": ("image_id", "caption")}

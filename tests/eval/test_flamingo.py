@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
-from eval.inference.model import FeatureCache, FlamingoResponder
-from eval.runner import Cell, run_cell
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.model import FlamingoResponder
+from eval.runner import run_cell
+from eval.samples import Cell
 from eval.task import EncodedImage, Task, TaskSpec
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.demonstrations.near_duplicates import near_duplicates
 from eval.demonstrations.retrieval import Retriever
-from eval.demonstrations.samplers import SAMPLERS, draw, leak, parse_sampler
+from eval.demonstrations.samplers import SAMPLERS, draw, leak, near_duplicates, parse_sampler
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of

@@ -35,7 +35,7 @@ def write(folder: Path, model: Looker | Constant, demos: str = "random", shots: 
     tasks: dict[str, Task] = {"colours": task}
     grid = Grid(shots or [0, 4], [0, 1], ["real"], batch_size=8)
     samples, cache = run(tasks, grid, model)
-    write_report(folder, results_of(samples, tasks, grid, cache, FACTS), samples)
+    write_report(folder, results_of(samples, tasks, grid.description(), FACTS | {"images": cache.counts()}), samples)
     return folder
 
 

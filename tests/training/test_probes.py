@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eval.in_training import Probe
-from eval.runner import Sample
+from eval.samples import Sample
 from flamingo.errors import UserError
 from flamingo.training.config import ProbeOptions, TrainConfig
 from flamingo.training.distributed.fsdp import Processes, Strategy, before_backward, shard, spawn
