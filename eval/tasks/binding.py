@@ -115,7 +115,8 @@ class BindingTask(Task):
 
     def _draw_images(self, label: str, query: Example, shots: int, seed: int) -> tuple[list[Example], int]:
         images = self._classes[label]
-        order = generator("images", self.hash, seed, query.id, label).permutation(len(images))
+        # "pictures" is only the name of a random stream: another name would draw other images.
+        order = generator("pictures", self.hash, seed, query.id, label).permutation(len(images))
         allowed = [images[int(i)] for i in order if images[int(i)].cluster != query.cluster]
         if len(allowed) < shots:
             raise UserError(

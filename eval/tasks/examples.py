@@ -27,13 +27,24 @@ LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
 
 
+_HASHED_KEYS = {"min_images": "min_pictures"}
+_HASHED_VALUES = {"examples": "documents", "two_text_first_image": "two_text_first_picture"}
+"""Earlier names, which hashes keep: demonstrations are drawn by the hash, so new ones would change every result."""
+
+
 def definition_of(spec: TaskSpec) -> dict[str, object]:
-    """Return the settings that are part of a task's identity."""
-    plain = asdict(TaskSpec())
+    """Return the settings that are part of a task's identity, under the names that its hash uses."""
+    defaults = asdict(TaskSpec())
     known = {f.name for f in fields(spec)}
     assert known >= {*LOCATIONS, *LATER}
-    every = asdict(spec).items()
-    return {key: value for key, value in every if key not in LOCATIONS and (key not in LATER or value != plain[key])}
+    definition = {
+        _HASHED_KEYS.get(key, key): value
+        for key, value in asdict(spec).items()
+        if key not in LOCATIONS and (key not in LATER or value != defaults[key])
+    }
+    for key in definition.keys() & {"kind", "zero_shot"}:
+        definition[key] = _HASHED_VALUES.get(definition[key], definition[key])
+    return definition
 
 
 class ExampleTask(Task):
