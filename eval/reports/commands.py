@@ -27,8 +27,8 @@ def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], di
 
 def report(arguments: Sequence[str]) -> int:
     """`report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
-    from eval.reports.html import report_html
     from eval.reports.plots import curves_png, risk_png
+    from eval.reports.report_page import report_html
 
     folders, settings = _split(arguments, ["out"])
     if not folders:

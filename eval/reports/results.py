@@ -184,6 +184,11 @@ def setting(row: Mapping[str, Any]) -> str:
     return " ".join([row.get("strategy", "plain"), *([row["images"]] if row["images"] != "real" else [])])
 
 
+def percent(share: float | None) -> str:
+    """Return a share as text; a dash if there is none."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The rows as lines of text for the terminal."""
     lines = [f"{'task':<18}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]

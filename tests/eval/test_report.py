@@ -96,7 +96,7 @@ def test_gallery_needs_nothing_but_itself(finished: tuple) -> None:
     assert "vqa&lt;b&gt;" in page
     assert "vqa<b>" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    assert page.count("class='sample") == 2 * 3 * 4
+    assert page.count('class="sample') == 2 * 3 * 4
     shown = re.findall(r"data:image/png;base64,([^\"]+)", page)
     files = {frame for image in images.values() for frame in image.frames}
     assert shown

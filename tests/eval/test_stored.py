@@ -193,7 +193,7 @@ def test_a_report_of_two_runs_is_one_page(folders: tuple[Path, Path], tmp_path: 
     assert page.count("data:image/png;base64,") == 2
     assert page.count("<h2>") == 3
     assert "leaks refused" in page
-    assert "class=bad" not in page
+    assert 'class="bad"' not in page
     for name in ("curve.png", "risk.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
