@@ -67,8 +67,8 @@ def test_retrieval_by_image_finds_the_colour_and_the_nearest_stands_last() -> No
         shown = [support[name] for name in task.episode(query_id, 4, 0).demo_ids]
         assert {d.label for d in shown} == {query.label}
         vectors = embed([d.turn.image for d in [*shown, query] if d.turn.image is not None])
-        likeness = vectors[:-1] @ vectors[-1]
-        assert (np.diff(likeness) >= -1e-4).all()
+        similarity = vectors[:-1] @ vectors[-1]
+        assert (np.diff(similarity) >= -1e-4).all()
 
 
 def test_retrieval_by_text_finds_the_topic_and_jointly_finds_both() -> None:
@@ -158,7 +158,7 @@ def scene(size: int, quality: int | None = None, shift: int = 0, seed: int = 0) 
     return EncodedImage((buffer.getvalue(),))
 
 
-def test_near_duplicates_are_told_from_likenesses() -> None:
+def test_near_duplicates_are_told_from_similar_ones() -> None:
     original = scene(128)
     assert near_duplicates(original, scene(128, quality=70))
     assert near_duplicates(original, scene(96, quality=85))
