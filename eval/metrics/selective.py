@@ -36,7 +36,7 @@ class Selective:
 
 
 def selective(scores: Sequence[float], confidences: Sequence[float]) -> Selective:
-    """Return all of it, for one setting.
+    """Return all measures for one setting.
 
     Raises:
         ValueError: no samples, or not as many confidences.

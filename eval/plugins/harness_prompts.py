@@ -31,7 +31,7 @@ MOST_SUPPORT = 2048
 
 @dataclass(frozen=True)
 class HarnessPrompt:
-    """A text with the places of its images (at most as many as there are), and for a demonstration its answer."""
+    """A text with `<image>` tags (at most as many as images), and for a demonstration its answer."""
 
     text: str
     images: tuple[EncodedImage, ...]

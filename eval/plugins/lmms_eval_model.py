@@ -89,8 +89,8 @@ class FlamingoLMMs(lmms):
 
     def _continuation(self, request: Instance) -> str:
         """Return the text, or what the task makes of the example."""
-        given, turn, task, split = (request.args[index] for index in (1, 3, 4, 5))
-        return str(given(self.task_dict[task][split][turn])) if callable(given) else given
+        given, doc_id, task, split = (request.args[index] for index in (1, 3, 4, 5))
+        return str(given(self.task_dict[task][split][doc_id])) if callable(given) else given
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return continuations, cut at the first of the task's stop strings."""
@@ -118,7 +118,7 @@ class FlamingoLMMs(lmms):
     def _demos_and_query(
         self, context: str, visual: Any, task: str, split: str, index: int
     ) -> tuple[list[HarnessPrompt], HarnessPrompt]:
-        """Return `visual` is the task's own method, so the task comes with each request."""
+        """Return demonstrations and query; `visual` is the task's own method, so each request brings its task."""
         query = shown(context, visual(self.task_dict[task][split][index]))
         if not self._shots:
             return [], query
@@ -162,19 +162,19 @@ class Command(FlamingoLMMs):
             super().__init__(*arguments, **options)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """Return as above, wrapped."""
+        """Return the scores in the harness's wrapper; a UserError ends the command as one sentence."""
         from lmms_eval.api.instance import GenerationResult
 
         with _one_sentence():
             return [GenerationResult(pair) for pair in super().loglikelihood(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return as above."""
+        """Generate; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until(requests)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Return as above."""
+        """Generate; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until_multi_round(requests)
 

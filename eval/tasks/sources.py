@@ -31,9 +31,10 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
     """
     if source.format not in FORMATS:
         raise UserError(f"task {name}: source.format is {source.format!r}; known formats are {', '.join(FORMATS)}")
-    unknown = sorted(set(source.fields) - set(FIELDS))
+    known = (*FIELDS, "image") if source.format in ("csv", "jsonl") else FIELDS
+    unknown = sorted(set(source.fields) - set(known))
     if unknown:
-        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(known)}")
     source = place(source, spec.root)
     path = Path(source.path)
     for key, file in (("path", source.path), ("annotations", source.annotations)):
@@ -93,7 +94,7 @@ def _example(name: str, item: Item, spec: TaskSpec) -> Example:
     turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
     if spec.kind == "examples" and item["text"] not in (None, turn.text):
         raise UserError(
-            f"task {name}: the text {item['text']!r} of item {item['id']} would be shown as {turn.text!r}; set lead and "
+            f"task {name}: the text {item['text']!r} of item {item['id']} would become {turn.text!r}; set lead and "
             "tail to its fixed start and end, so that prompts equal training documents"
         )
     candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)

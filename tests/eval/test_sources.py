@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from eval.task import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
-from eval.tasks.sources import page_turns, read_examples
+from eval.tasks.sources import document_turns, read_examples
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, png, write_pool, write_scenes
 
@@ -26,7 +27,7 @@ def test_a_page_of_several_images_is_as_many_turns() -> None:
         Text("b"),
         Text("c"),
     ]
-    turns = list(page_turns(Document("key", nodes, images)))
+    turns = list(document_turns(Document("key", nodes, images)))
     assert [(question, answer) for _, question, answer in turns] == [("what?", " a"), ("", "bc")]
     assert [image.frames for image, _, _ in turns] == [(images[1],), (images[0], images[2])]
 
@@ -135,3 +136,19 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
 def test_impossible_values_name_their_key(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_task("t", TaskSpec(**change))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_table_with_another_image_column_names_its_columns_and_the_setting(tmp_path: Path, name: str) -> None:
+    (tmp_path / "one.png").write_bytes(png((1, 2, 3), 0))
+    csv, row = "picture,answer\none.png,red\n", {"picture": "one.png", "answer": "red"}
+    (tmp_path / name).write_text(csv if name == "t.csv" else json.dumps(row) + "\n")
+    source = SourceSpec(format=name.split(".")[1], path=str(tmp_path / name))
+    with pytest.raises(
+        UserError, match=r"no column 'image'; its columns are picture, answer: set source\.fields\.image"
+    ):
+        read_examples("t", TaskSpec(source=source), source)
+    source.fields = {"image": "picture"}
+    (example,) = read_examples("t", TaskSpec(source=source), source)
+    assert example.golds == ("red",)
+    assert example.turn.image is not None

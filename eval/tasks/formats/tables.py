@@ -21,20 +21,29 @@ FIELDS = ("question", "answer", "kind", "label", "rationale")
 
 
 def read_csv_table(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Yield rows of a CSV file with a header."""
-    needed = ["image", source.fields.get("answer", "answer"), *source.fields.values()]
-    for index, row in enumerate(read_csv(path, sorted(set(needed)))):
+    """Yield the rows of a CSV file with a header."""
+    for index, row in enumerate(read_csv(path)):
+        if index == 0:
+            _check_columns(path, row, {"image": "image", "answer": "answer"} | source.fields)
         yield _item(path, index, row, source)
 
 
 def read_jsonl_table(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Yield one object a line."""
-    needed = ["image", source.fields.get("answer", "answer")]
+    """Yield the objects of a file with one object per line."""
     for index, row in enumerate(read_jsonl(path)):
-        lacking = [key for key in needed if key not in row]
-        if lacking:
-            raise UserError(f"{path}: line {index + 1} has no {lacking[0]!r}; it has {', '.join(row)}")
+        needed = {field: source.fields.get(field, field) for field in ("image", "answer")}
+        _check_columns(f"{path}: line {index + 1}", row, needed)
         yield _item(path, index, row, source)
+
+
+def _check_columns(where: object, row: Mapping[str, Any], needed: Mapping[str, str]) -> None:
+    """Raise UserError unless a row has the columns of all needed fields."""
+    for field, column in needed.items():
+        if column not in row:
+            raise UserError(
+                f"{where} has no column {column!r}; its columns are {', '.join(row)}: set source.fields.{field} to one "
+                "of them"
+            )
 
 
 def _item(path: Path, index: int, row: Mapping[str, Any], source: SourceSpec) -> Item:
@@ -44,15 +53,16 @@ def _item(path: Path, index: int, row: Mapping[str, Any], source: SourceSpec) ->
         raise UserError(f"{path}: row {index + 1} has no answer; fill it in or remove the row")
     if choices and not set(answers) <= set(choices):
         raise UserError(f"{path}: row {index + 1} has the answer {answers[0]!r}, which is not among its choices")
+    image = source.fields.get("image", "image")
     plain = {field: str(value or "") for field, value in facts.items()}
     return {
         **{key: plain[key] for key in ("question", "kind", "label", "rationale")},
         "id": str(row.get("id") or f"{path.stem}.{index}"),
-        "image": _image(path, index, row["image"]),
+        "image": _image(path, index, row[image]),
         "answers": answers,
         "choices": choices,
         "group": str(row.get("group") or ""),
-        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "image")},
+        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, image)},
         "text": None,
     }
 
