@@ -138,8 +138,8 @@ def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pyte
     [
         (["shots=[0,30]"], "shots=30 is more than task toy_vqa can give: its data allow 16"),
         (["shots=[8]", "task=toy_vqa"], "shots=8 does not fit the model's context for task toy_vqa"),
-        (["shots=[1]", "model=/nowhere"], "model=/nowhere is no folder with a saved model"),
-        (["data=/nowhere"], "/nowhere/toy/heldout/scene_pairs do not exist"),
+        (["shots=[1]", "model=/nowhere"], "model=/nowhere is not the folder of a saved model"),
+        (["data=/nowhere"], "/nowhere/toy/heldout/scene_pairs does not exist"),
     ],
 )
 def test_what_cannot_be_run_is_one_sentence(

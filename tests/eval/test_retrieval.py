@@ -192,7 +192,7 @@ def test_the_guard_refuses_each_leak_by_its_reason_and_counts_it() -> None:
     assert {example.id for example in found.examples} == {"c0", "c1", "c2"}
     counts = [dict(draw(support, query, 3, task_hash="h", seed=seed).refused) for seed in range(30)]
     assert {"image": 1, "near_duplicate": 1} in counts
-    with pytest.raises(UserError, match="has 3 for it"):
+    with pytest.raises(UserError, match="only 3 of the support set's 5 may be shown"):
         draw(support, query, 4, task_hash="h", seed=0)
 
 
@@ -212,6 +212,6 @@ def test_refusals_are_in_the_results_by_reason() -> None:
 
 def test_a_support_set_that_holds_queries_is_refused() -> None:
     pool = examples()
-    with pytest.raises(UserError, match=r"task colours: 12 of its 12 queries are in the support set too \(first"):
+    with pytest.raises(UserError, match=r"task colours: 12 of its 12 queries are also in the support set \(first"):
         ExampleTask("colours", TaskSpec(queries=12), pool, pool)
     assert ExampleTask("colours", TaskSpec(queries=60), pool, colour_examples(20, seed=5000)).max_shots() == 20

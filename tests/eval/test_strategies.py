@@ -133,7 +133,7 @@ def test_the_second_stage_takes_the_rationales_of_another_run(tmp_path: Path) ->
     read_rationales.cache_clear()
     with pytest.raises(UserError, match=f"has none for query {first[0].query_id}, seed 0"):
         samples_of("two_stage", model, of, rationales=str(path))
-    with pytest.raises(UserError, match=r"is no samples.jsonl of a run"):
+    with pytest.raises(UserError, match=r"is not the samples.jsonl of a run"):
         samples_of("two_stage", model, of, rationales="/nowhere")
 
 
@@ -192,9 +192,9 @@ def test_calibration_takes_the_prior_away() -> None:
 
 
 def test_strategies_that_do_not_fit_say_so() -> None:
-    with pytest.raises(UserError, match=r"has no rationale .* source.fields.rationale"):
+    with pytest.raises(UserError, match=r"has no rationale; .* source.fields.rationale"):
         samples_of("cot", Looker(), task(rationales=False))
-    with pytest.raises(UserError, match="sc samples answers and this task ranks"):
+    with pytest.raises(UserError, match="sc samples answers, but this task ranks"):
         samples_of("sc", Looker(), task("rank"))
     with pytest.raises(UserError, match="calibrated compares candidates"):
         samples_of("calibrated", Looker(), task())
