@@ -193,7 +193,10 @@ class Baselines:
 class Embedder(Protocol):
     """What a task needs to compare images: a function with a name, which the results record."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What embeds."""
+        ...
 
     def __call__(self, images: Sequence[EncodedImage]) -> np.ndarray:
         """Return (N, E) vectors of length 1."""

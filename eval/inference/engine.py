@@ -133,8 +133,6 @@ class Engine:
     ) -> None:
         self.responder = responder
         self.cache = cache
-        self.name = f"{type(responder).__name__} {responder.image_key[:16]}".strip()
-        """What compares images in this run, for the results."""
         self.asked = 0
         self.from_log = 0
         self._batch_size = batch_size
@@ -143,6 +141,11 @@ class Engine:
         self._logged = frozenset(self._known)
         self._ranks = ranks or Ranks()
         self._model_key = model_key
+
+    @property
+    def name(self) -> str:
+        """What compares images in this run, for the results; a property because hashing the weights takes a while."""
+        return f"{type(self.responder).__name__} {self.responder.image_key[:16]}".strip()
 
     def __call__(self, images: Sequence[EncodedImage]) -> np.ndarray:
         """Return (N, E) embeddings of length 1; each process encodes its share."""
