@@ -136,7 +136,7 @@ def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["shots=[0,30]"], "shots=30 is more than task toy_vqa can give: its data allow 16"),
+        (["shots=[0,30]"], "shots=30 is more than the 16 that task toy_vqa allows"),
         (["shots=[8]", "task=toy_vqa"], "shots=8 does not fit the model's context for task toy_vqa"),
         (["shots=[1]", "model=/nowhere"], "model=/nowhere is not the folder of a saved model"),
         (["data=/nowhere"], "/nowhere/toy/heldout/scene_pairs does not exist"),
