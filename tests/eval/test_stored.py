@@ -145,7 +145,7 @@ def test_only_the_same_queries_are_compared(folders: tuple[Path, Path], tmp_path
         compare_samples(half, [s for s in half if s.query_id != half[0].query_id])
     with pytest.raises(UserError, match="different gold answers"):
         compare_samples(half, [replace(sample, golds=("mauve",)) for sample in half])
-    with pytest.raises(UserError, match="have no setting .* in common"):
+    with pytest.raises(UserError, match=r"have no setting .* in common"):
         compare(read_run(folders[0]), read_run(write(tmp_path / "other", Looker(), shots=[2])))
 
 
