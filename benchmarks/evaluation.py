@@ -22,8 +22,7 @@ from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
-from eval.prompting.prompts import Prompt
-from eval.prompting.requests import Decoding, Request
+from eval.prompting.prompts import Decoding, EncodedPrompt, Request
 from eval.task import EncodedImage
 from flamingo import FlamingoProcessor
 
@@ -94,7 +93,7 @@ def requests(work: Work, shots: int, names: list[list[int]] | None, queries: int
         ids = tuple(work.row(query, shots, fixed).ids.tolist())
         candidates = tuple(tuple(name) for name in names or ())
         shared = (shots * SHOT_TOKENS, shots) if fixed else (0, 0)
-        prompt = Prompt(ids, images, candidates, ((None, ""),), shots, shared)
+        prompt = EncodedPrompt(ids, images, candidates, ((None, ""),), shots, shared)
         result.append(Request(prompt, None if names else Decoding(NEW_TOKENS)))
     return result
 

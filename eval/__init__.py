@@ -1,4 +1,6 @@
-"""Few-shot evaluation: tasks, demonstrations, prompts, one loop, scores with intervals, reports.
+"""Few-shot evaluation: a model and tasks go in; scores with intervals, samples and pages to look at come out.
 
-Runs from a checkout, never installed. Nothing is imported here, so that `python -m eval` starts quickly.
+`launch.evaluate` builds the tasks and the model, `runner.run` is the only loop, `reports` writes what is left. Begin
+with `runner.py`. It runs from a checkout and is never installed; nothing is imported here, so `python -m eval` starts
+quickly.
 """

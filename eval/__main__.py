@@ -1,8 +1,8 @@
 """`python -m eval task=[toy_caption,toy_binding] shots=[0,4] model=FOLDER out=FOLDER`: few-shot evaluation.
 
 hydra composes `hydra/eval.yaml`, the chosen `hydra/task/*.yaml` and the command line; the result is checked against
-typed classes before any data or model is read. hydra is used as a function, not as a decorator: nothing changes the
-working folder, and every mistake ends as one sentence on stderr and exit status 2.
+typed classes before any data or model is read. hydra is used as a function, not as a decorator: the working folder does
+not change, and every mistake ends as one sentence on stderr with exit status 2.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ FINISHED = ("report", "compare", "check", "export")
 HELP = """python -m eval model=FOLDER task=[NAME,...] [key=value ...]
 
 few-shot evaluation: writes results.json, samples.jsonl, curve.png, gallery.html and gallery.png into out. Started again
-after a kill it goes on from out/responses.jsonl; torchrun --nproc-per-node N -m eval ... shares it between processes.
+after a kill it continues from out/responses.jsonl; torchrun --nproc-per-node N -m eval ... shares it between processes.
 
 python -m eval report FOLDER [FOLDER ...] [out=FOLDER]     tables, curves and risk-coverage of runs, as one page
 python -m eval compare FIRST SECOND [out=FILE.json]        paired differences with intervals and tests
 python -m eval check FOLDER ...                            complete, and do the results follow from the samples?
 python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
-python -m eval prepare TASK --from FOLDER     are a data set's files there, and where are those missing published?
+python -m eval prepare TASK --from FOLDER     which of a data set's files are missing, and where are they published?
 
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
 
 
 def usage() -> str:
-    """Help with the settings and their meaning as the YAML files tell them."""
+    """Return the help text, with the settings as the YAML file explains them."""
     settings = (CONFIG / "eval.yaml").read_text()
     tasks = ", ".join(sorted(path.stem for path in (CONFIG / "task").glob("*.yaml")))
     return f"{HELP}\n{settings}\ntasks: {tasks}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command and return the exit status."""
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         config = load_config(arguments)
-        from eval.launch import evaluate  # torch and the models, once nothing is wrong with the settings
+        from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 
         results = evaluate(config, arguments)
     except UserError as error:

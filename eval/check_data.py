@@ -1,7 +1,7 @@
-"""`python -m eval prepare TASK --from FOLDER`: are a data set's files there, and are they the published ones?
+"""`python -m eval prepare TASK --from FOLDER`: are a data set's files complete, and are they the published ones?
 
-Nothing is fetched or written: the files are read as the evaluation will read them, missing ones are named with their
-publisher's page, and the number of questions is compared with the published split's.
+Nothing is downloaded or written: the files are read as the evaluation reads them, missing ones are listed with their
+publisher's page, and the number of questions is compared with that of the published split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ USAGE = "python -m eval prepare TASK --from FOLDER"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 0 when the task can be run, 1 when something is missing, 2 for a mistake in the command."""
+    """Return 0 if the task can be run, 1 if something is missing, 2 for a mistake in the command."""
     try:
         if len(arguments) != 3 or arguments[1] != "--from":
             raise UserError(f"give a task and a folder: {USAGE}")
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(name: str, folder: Path) -> tuple[list[str], bool]:
-    """(what there is to say, whether the task can be run from `folder`).
+    """Return (what there is to say, whether the task can be run from `folder`).
 
     Raises:
         UserError: there is no such task or folder, or the task has no published files.
@@ -42,7 +42,7 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
     if not spec.published:
         raise UserError(f"task {name} has no published files; `prepare` checks tasks of published data sets")
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is not a folder")
     spec.root = str(folder)
     check_spec(name, spec)
     missing = [file for file in spec.published if not (folder / file).exists()]

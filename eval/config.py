@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.demonstrations.ablations import ABLATIONS
-from eval.prompting.query import Settings
-from eval.prompting.strategies import STRATEGIES
+from eval.prompting.strategies import STRATEGIES, PromptingSettings
 from eval.task import TaskSpec
 from flamingo.errors import UserError
 
@@ -105,9 +104,9 @@ class EvalConfig:
             raise UserError(f"device={self.device}; use auto, cpu, cuda or cuda:N")
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> PromptingSettings:
         """What strategies need."""
-        return Settings(
+        return PromptingSettings(
             self.samples, self.temperature, self.top_p, self.rationale_tokens, self.orders, self.rationales or ""
         )
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data.loading.loader import MixLoader
-from eval.inference.distributed import Ranks
+from eval.inference.engine import Ranks
 from eval.inference.model import FlamingoResponder
-from eval.runner import Grid, Sample, run
+from eval.runner import Grid, run
+from eval.samples import Sample
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -27,13 +28,13 @@ from flamingo.training.validation import evaluating, validation_losses
 
 
 class FewShotEvaluation:
-    """Some tasks and numbers of shots, ready to be asked again and again."""
+    """Tasks and numbers of shots that are evaluated again and again."""
 
     def __init__(self, options: EvaluationOptions) -> None:
-        """Reads the tasks' data.
+        """Read the tasks' data.
 
         Raises:
-            UserError: no such task, data are missing, or they give fewer demonstrations than asked for.
+            UserError: there is no such task, data are missing, or they allow fewer demonstrations than asked for.
         """
         from eval.compose import load_config
 
@@ -44,7 +45,7 @@ class FewShotEvaluation:
         self._grid = Grid(options.shots, [0], ["real"], options.queries, options.batch_size)
 
     def agree(self, processes: Processes) -> None:
-        """Called by every process: with other questions somewhere, the processes would wait for each other for ever.
+        """Compare the tasks' data. Called by every process: if they differed, the processes would deadlock.
 
         Raises:
             UserError: the tasks' data differ between the processes.
@@ -55,7 +56,7 @@ class FewShotEvaluation:
     def scores(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> dict[str, float]:
-        """`evaluation/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
+        """Return `evaluation/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
         by_cell: dict[str, list[float]] = {}
         for sample in self.samples(model, processor, processes):
             by_cell.setdefault(f"evaluation/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)
@@ -64,16 +65,16 @@ class FewShotEvaluation:
     def samples(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> list[Sample]:
-        """All answers; images are encoded anew, since the resampler trains."""
+        """Return all answers; images are encoded anew, since the resampler trains."""
         responder = FlamingoResponder(model, processor, str(processes.device))
         if processes.size > 1 and isinstance(model, FSDPModule):
-            # A process whose text ends earlier, by a rounding of its device, still takes part in the others' steps.
+            # A process whose text ends earlier (devices round differently) still has to take part in the others' steps.
             responder.generate_options["synced_gpus"] = True
         return run(self._tasks, self._grid, responder)[0]
 
 
 class Evaluations:
-    """What a run asks of its model on a schedule; nothing of it is left behind in the run."""
+    """The evaluations that a run makes on a schedule; they leave no trace in the training."""
 
     def __init__(
         self,
@@ -85,10 +86,10 @@ class Evaluations:
         held_out: MixLoader | None,
         few_shot: FewShotEvaluation | None,
     ) -> None:
-        """`held_out` and `few_shot`: None where they are not wanted. Made by every process.
+        """Take the parts that are wanted; `held_out` and `few_shot` may be None. Created by every process.
 
         Raises:
-            UserError: the processes would ask other questions.
+            UserError: the tasks' data differ between the processes.
         """
         self._options, self._model, self._setup, self._processes = options, model, setup, processes
         self._held_out, self._few_shot = held_out, few_shot
@@ -97,20 +98,22 @@ class Evaluations:
 
     def due(self, step: int, *, last: bool) -> dict[str, float]:
         """Return the figures of what is due after update `step`. Called by every process."""
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         validation, questions = self._options.validation, self._options.evaluation
         if self._held_out is not None and (last or step % validation.every == 0):
-            pages = islice(_from_the_start(self._held_out), validation.batches)
-            found |= validation_losses(self._model, self._setup.objective, pages, self._processes)
+            documents = islice(_from_the_start(self._held_out), validation.batches)
+            values |= validation_losses(self._model, self._setup.objective, documents, self._processes)
         if self._few_shot is not None and (last or step % questions.every == 0):
             assert isinstance(self._model, FlamingoForConditionalGeneration)
             assert self._setup.processor is not None
             with evaluating(self._model):
-                found |= self._few_shot.scores(self._model, self._setup.processor, self._processes)
-        return found
+                values |= self._few_shot.scores(self._model, self._setup.processor, self._processes)
+        return values
 
 
 def _from_the_start(loader: MixLoader) -> Iterator[Mapping[str, Sequence[Mapping[str, Tensor]]]]:
     loader.step = 0
     for step in loader:
-        yield {name: [piece.tensors for piece in pieces] for name, pieces in step.batches.items()}
+        yield {
+            name: [micro_batch.tensors for micro_batch in micro_batches] for name, micro_batches in step.batches.items()
+        }

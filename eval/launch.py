@@ -1,4 +1,4 @@
-"""One evaluation from its checked settings to its files; what `python -m eval` calls once these are right."""
+"""One evaluation from its checked settings to its files: what `python -m eval` calls once the settings are right."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from eval.config import EvalConfig
-from eval.inference.distributed import Ranks
-from eval.inference.engine import Engine
+from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
 from eval.inference.provenance import code_hash, folder_hash, provenance
@@ -23,7 +22,8 @@ from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
 from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
 from eval.reports.results import results_of, write_report
-from eval.runner import Cell, Grid, Sample, run
+from eval.runner import Grid, run
+from eval.samples import Cell, Sample
 from eval.task import TaskSpec, content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -32,20 +32,20 @@ from flamingo.files import write_atomically
 
 
 def check_model_folder(model: str) -> Path:
-    """The folder, if a model is in it; UserError otherwise."""
+    """Return the folder, if a model is in it; UserError otherwise."""
     folder = Path(model)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model={model} is no folder with a saved model (config.json is missing); give the folder that "
+            f"model={model} is not the folder of a saved model (config.json is missing); give the folder that "
             "save_pretrained or train.py wrote"
         )
     return folder
 
 
 def load_responder(config: EvalConfig) -> FlamingoResponder:
-    """The model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
+    """Return the model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
     folder = check_model_folder(config.model)
-    logging.disable_progress_bar()  # the bar of the evaluation is the one to watch
+    logging.disable_progress_bar()  # only the evaluation has a progress bar
     try:
         model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         processor = FlamingoProcessor.from_pretrained(folder)
@@ -77,17 +77,17 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
         )
         engine, model_key = build_engine(config, ranks)
         each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
-        total = {cell: number * len(grid.query_ids(tasks[cell.task])) for cell, number in each.items()}
+        total = {cell: count * len(grid.query_ids(tasks[cell.task])) for cell, count in each.items()}
         with progress_bar(total, config.progress and ranks.first) as on_batch:
             samples, cache = run(tasks, grid, engine.responder, on_batch, engine)
         shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))
         facts = provenance(config.model, command, config.device_name(), time.perf_counter() - start, model_key)
         facts |= {
-            "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": sum(s[0] for s in shares)},
-            "responses": {"asked": sum(s[1] for s in shares), "from_log": shares[0][2]},
+            "images": cache.counts() | {"encoded": sum(share[0] for share in shares)},
+            "responses": {"asked": sum(share[1] for share in shares), "from_log": shares[0][2]},
             "processes": ranks.world,
         }
-        results = results_of(samples, tasks, grid, cache, facts)
+        results = results_of(samples, tasks, grid.description(), facts)
         if ranks.first:
             write_outputs(config, results, samples, cache)
         ranks.barrier()
@@ -95,12 +95,12 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _spec(config: EvalConfig, spec: TaskSpec) -> TaskSpec:
-    """A task's own settings under those of the run."""
+    """Return a task's own settings under those of the run."""
     return spec if config.demos is None or spec.kind == "binding" else replace(spec, demos=config.demos)
 
 
 def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
-    """The model with its caches and its log, and the hash of its folder."""
+    """Return the model with its caches and its log, and the hash of its folder."""
     responder = load_responder(config)
     model_hash = folder_hash(Path(config.model))
     ranks.agree(f"model {config.model}", model_hash)
@@ -108,20 +108,18 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     if config.cache is not None:
         limit = int(config.cache_gb * 1e9)
         store = ImageStore(Path(config.cache), responder.image_key, limit)
-    code = code_hash(
-        "flamingo", "eval/inference/model.py", "eval/inference/decoding.py", "eval/inference/shared_prefix.py"
-    )
+    code = code_hash("flamingo", "eval/inference/model.py")
     key = content_hash(model_hash, responder.image_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
-    ranks.barrier()  # nobody writes before everybody has read
+    ranks.barrier()  # no process writes before all have read
     cache = FeatureCache(responder, store=store)
     return Engine(responder, cache, config.batch_size, log=log, ranks=ranks, model_key=key), model_hash
 
 
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
-    """Every file but the log, which is there already."""
+    """Write every file except the log of responses, which exists already."""
     from eval.reports.plots import (
-        curve_png,  # matplotlib takes a second to import, and a mistake should be told before it
+        curve_png,  # matplotlib takes a second to import
     )
 
     out = Path(config.out)

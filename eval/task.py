@@ -1,47 +1,65 @@
-"""What a task is: data, `episode` (what to show for one query) and `score` (what an answer is worth).
+"""What the evaluation loop knows about a benchmark: the `Task` protocol, and the plain values that it passes around.
 
-The loop in `eval.runner` knows tasks through this protocol only. A task does not know the model, the tokenizer, the
-batch or the ablation; an episode is a plain value, so the same one can be shown with its images shuffled or blanked.
+A task consists of data, `episode` (what to show for one query) and `score` (what an answer is worth). It does not know
+the model, the tokenizer, the batch or the ablation. An episode is a plain value, so the same episode can be shown with
+its images shuffled or blanked.
 
-A prompt is a sequence of turns, each an image and the text that belongs to it. The text of a turn has four parts:
-`question` is given and never learnt ("what colour is the circle?"), `lead` is a fixed start of the answer which the
-query's prompt carries as well (" It is a"), `answer` is what the model must say and is judged by ("red"), `tail` a
-fixed end ("."). The question is a text node of its own; lead, answer and tail are one node. As in a training page each
-node is tokenised alone: this makes prompts equal to training pages, token by token.
+A prompt is a sequence of turns, each an image and its text. The text of a turn has four parts: `question` is given and
+never in the loss ("what colour is the circle?"), `lead` is a fixed start of the answer that the query's prompt also
+carries (" It is a"), `answer` is what the model has to generate and is scored on ("red"), and `tail` is a fixed end
+("."). The question is one text node; lead, answer and tail together are another. Each node is tokenised on its own, as
+in a training document, so prompts equal training documents token by token.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from PIL import Image
 
 from eval.spec import SourceSpec as SourceSpec
 from eval.spec import TaskSpec as TaskSpec
 
+GREY = (128, 128, 128)
+
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image, or a clip when it has several frames, as encoded files. Decoded only if a model must see it."""
+    """One image, or a clip when it has several frames, as encoded files. Decoded only when a model has to see it."""
 
     frames: tuple[bytes, ...]
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the files: equal for identical images, whatever they are called."""
+        """Hash of the files: equal for identical images, whatever their names."""
         digest = hashlib.sha256()
         for frame in self.frames:
             digest.update(hashlib.sha256(frame).digest())
         return digest.hexdigest()
 
+    def blank(self) -> EncodedImage:
+        """Return a grey image (or clip) of the same size and number of frames."""
+        return EncodedImage(tuple(_grey(Image.open(io.BytesIO(frame)).size) for frame in self.frames))
+
+
+@lru_cache(maxsize=64)
+def _grey(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, GREY).save(buffer, format="PNG")
+    return buffer.getvalue()
+
 
 class StoredImage(EncodedImage):
-    """An image that is read each time it is needed, so that thousands of them cost no memory.
+    """An image that is read each time it is needed, so that thousands of them use no memory.
 
-    `read` gives the encoded frames; `file` is what must exist for that, where it is a file (or folder) of its own.
+    `read` returns the encoded frames; `file` is the file or folder that has to exist for that, if there is one.
     """
 
     file: Path | None
@@ -60,42 +78,46 @@ class StoredImage(EncodedImage):
 
 @dataclass(frozen=True)
 class Turn:
-    """An image (None: a text-only demonstration) and its text, in the parts told in the module's docstring."""
+    """An image (None: a text-only demonstration) and its text, in the parts that the module's docstring describes."""
 
     image: EncodedImage | None
     question: str
     lead: str
     answer: str
     tail: str = ""
-    rationale: str = ""  # why, where the data say so; shown by chains of thought alone
-    more: tuple[tuple[EncodedImage, str], ...] = ()  # of a question about several: a further image, the text behind it
+    rationale: str = ""  # the reason for the answer, where the data have one; shown only by chains of thought
+    more: tuple[tuple[EncodedImage, str], ...] = ()  # further images of the question, each with the text after it
 
     @property
     def images(self) -> tuple[EncodedImage, ...]:
-        """All of them, in order."""
+        """All images, in order."""
         first = () if self.image is None else (self.image,)
         return (*first, *(image for image, _ in self.more))
 
     @property
-    def pieces(self) -> tuple[tuple[EncodedImage | None, str], ...]:
-        """The question as it is shown: each image with the text up to the next."""
+    def segments(self) -> tuple[tuple[EncodedImage | None, str], ...]:
+        """The question as it is shown: each image with the text up to the next one."""
         return ((self.image, self.question), *self.more)
 
     @property
-    def asked(self) -> str:
-        """The question for reading; the first image stands before it, `<image>` marks the others' places."""
+    def question_text(self) -> str:
+        """The question for readers. The first image comes before it; `<image>` marks where the others are."""
         return self.question + "".join(f"<image>{text}" for _, text in self.more)
 
     def with_images(self, images: Sequence[EncodedImage]) -> Turn:
-        """The same with other images in their places. Of none, the text alone is left."""
+        """Return the turn with other images in the same positions. Without any, only the text is left."""
         if not images:
             question = self.question + "".join(text for _, text in self.more)
             return replace(self, image=None, question=question, more=())
         more = tuple((image, text) for image, (_, text) in zip(images[1:], self.more, strict=True))
         return replace(self, image=images[0], more=more)
 
-    def asking(self, text: str) -> Turn:
-        """The same with `text` behind the question."""
+    def blank(self) -> Turn:
+        """Return the turn with grey images."""
+        return self.with_images([image.blank() for image in self.images]) if self.images else self
+
+    def with_question_suffix(self, text: str) -> Turn:
+        """Return the turn with `text` appended to the question."""
         if not self.more:
             return replace(self, question=f"{self.question}{text}")
         *before, (image, last) = self.more
@@ -103,13 +125,13 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Lead, answer and tail: the text node that the model learns."""
+        """Lead, answer and tail: the text node that is in the loss."""
         return f"{self.lead}{self.answer}{self.tail}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a task's data, in the query or in the support set.
+    """One item of a task's data, in the query set or in the support set.
 
     `golds` are the accepted answers, the first being the one shown in demonstrations; `label` is the image's class
     where there is one; `kind` groups the report; `cluster` names what makes scores dependent (the image).
@@ -121,8 +143,8 @@ class Example:
     kind: str = ""
     label: str = ""
     candidates: tuple[str, ...] = ()  # the item's own closed answers
-    group: str = ""  # what the data set calls the image (or what else ties scores together)
-    is_open: bool = False  # its answer is generated even where the task ranks
+    group: str = ""  # the data set's name for the image (or for whatever else ties scores together)
+    is_open: bool = False  # its answer is generated even if the task ranks
 
     @property
     def cluster(self) -> str:
@@ -134,17 +156,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the turns of a prompt; by default nothing but the end-of-chunk token behind each one."""
+    """What surrounds the turns of a prompt; by default nothing but the end-of-chunk token after each turn."""
 
-    prefix: str = ""  # once, at the head: an instruction
-    before: str = ""  # ahead of every turn's image
-    separator: str = ""  # behind every demonstration (and its end-of-chunk token)
+    prefix: str = ""  # once, at the start: an instruction
+    before: str = ""  # before every turn's image
+    separator: str = ""  # after every demonstration (and its end-of-chunk token)
     end_of_chunk: bool = True
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One query with its demonstrations, far end first. `candidates` is empty when the answer is generated."""
+    """One query with its demonstrations, the farthest first. `candidates` is empty when the answer is generated."""
 
     query_id: str
     demos: tuple[Turn, ...]
@@ -156,51 +178,107 @@ class Episode:
     candidates: tuple[str, ...] = ()
     excluded: int = 0  # drawn as demonstrations and refused by the leakage guard
     frame: Frame = Frame()
-    refused: tuple[tuple[str, int], ...] = ()  # the same by the guard's reason
+    refused: tuple[tuple[str, int], ...] = ()  # the refused ones counted by the guard's reason
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What is reached without looking. A score says nothing unless these stand beside it; None where undefined."""
+    """What is reached without looking, to be read beside every score; None where undefined."""
 
     chance: float | None
     constant: float | None  # the best constant answer, chosen on the support set
     constant_answer: str | None
 
 
+class Embedder(Protocol):
+    """What a task needs to compare images: a function with a name, which the results record."""
+
+    @property
+    def name(self) -> str:
+        """What embeds."""
+        ...
+
+    def __call__(self, images: Sequence[EncodedImage]) -> np.ndarray:
+        """Return (N, E) vectors of length 1."""
+        ...
+
+
 class Task(Protocol):
-    """What the loop needs of a task. `hash` covers the task's definition and its data, never the model."""
+    """A benchmark. The first four members and the methods that end in `...` have to be written; the rest have defaults.
+
+    `hash` covers the task's definition and its data, never the model. `description` is written into the results.
+    """
 
     name: str
     hash: str
     max_new_tokens: int
     description: dict[str, object]
+    metrics: Sequence[str] = ()
+    """Metrics of the whole set (`eval.metrics.table`), beside the mean of `score`."""
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    ranking: str = "sum"
+    """How candidates are compared: by the sum of their tokens' log-probabilities, or by the mean."""
+    rank_end: bool = True
+    """Whether a candidate is scored with its end-of-chunk token."""
 
     def query_ids(self) -> Sequence[str]:
-        """All queries in the task's fixed order; a limit takes the first ones."""
+        """Return all queries in the task's fixed order; a limit takes the first ones."""
         ...
 
     def max_shots(self) -> int:
-        """The most demonstrations (a class, for binding) that the data allow for every query."""
+        """Return the largest number of demonstrations (per class, for binding) that the data allow for every query."""
         ...
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
-        """A pure function of the task's hash and its arguments."""
+        """Return the query with its demonstrations: a pure function of the task's hash and the arguments."""
         ...
 
     def score(self, answer: str, episode: Episode) -> float:
-        """In [0, 1]."""
+        """Return the score of an answer, in [0, 1] for most metrics (CIDEr goes up to 10)."""
         ...
 
     def baselines(self, query_ids: Sequence[str]) -> Baselines:
-        """For these queries."""
+        """Return the baselines of these queries."""
         ...
+
+    def parse(self, raw: str, episode: Episode) -> str:
+        """Return the answer in a completion, without the fixed end of the answer's text; "" where there is none."""
+        tail = episode.query.tail
+        return parse_answer(parse_answer(raw).removesuffix(tail) if tail else raw)
+
+    def content_free(self, turn: Turn) -> Turn:
+        """Return the query without content, which contextual calibration compares with."""
+        return turn.blank()
+
+    def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
+        """Called once before the first episode, for tasks that choose demonstrations by image similarity."""
+        return None
+
+
+def parse_answer(raw: str) -> str:
+    """Return the first non-empty line of a completion, white space collapsed; "" if there is none."""
+    lines = [" ".join(line.split()) for line in raw.splitlines()]
+    return next((line for line in lines if line), "")
 
 
 def content_hash(*parts: object) -> str:
-    """Hex SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
+    """Return the SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         blob = repr(part).encode()
         digest.update(f"{len(blob)}:".encode() + blob)
     return digest.hexdigest()
+
+
+def generator(*purpose: str | int) -> np.random.Generator:
+    """Return the random generator of one purpose: equal parts give equal numbers, any difference another stream."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in purpose).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def hash_order(ids: Sequence[str], *purpose: str | int) -> list[int]:
+    """Return the indices of `ids` in a shuffled order that depends on each id alone: a new item moves no others."""
+    prefix = "\x1f".join(str(part) for part in purpose).encode()
+    keys = [hashlib.sha256(prefix + b"\x1f" + name.encode()).digest() for name in ids]
+    return sorted(range(len(ids)), key=lambda index: (keys[index], ids[index]))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
+from pathlib import Path
+from typing import Any
 
 from PIL import Image as PILImage
 
 from data.shards.document import Document, Image, Text, sniff
+from data.tools.templates import render
 
-STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 48em; margin: 2em auto; padding: 0 1em; color: #222; }
-figure { display: inline-block; margin: .4em .6em .4em 0; vertical-align: middle; }
-img { image-rendering: pixelated; min-width: 96px; max-width: 100%; border: 1px solid #ccc; }
-figcaption, .facts { color: #777; font-size: 12px; }
-.unlearnt { color: #a60; }
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def describe_image(data: bytes) -> str:
@@ -46,26 +42,19 @@ def document_as_text(document: Document, where: str) -> str:
 
 
 def document_as_html(document: Document, where: str) -> str:
-    """A document of HTML that needs nothing else: the images are in it."""
-    parts = []
+    """Return a document as a self-contained HTML page, images included."""
+    nodes: list[dict[str, Any]] = []
     for node in document.nodes:
         if isinstance(node, Text):
-            name = "learnt" if node.loss else "unlearnt"
-            parts.append(f'<span class="{name}">{html.escape(node.text)}</span>')
+            nodes.append({"text": node.text, "loss": node.loss})
         else:
-            parts += [figure(document.images[frame], f"image {frame}") for frame in node.frames]
-    facts = "<br>".join(f"{html.escape(str(name))}: {html.escape(str(value))}" for name, value in document.meta.items())
-    title = html.escape(f"{where}, key {document.key}")
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
-        f'<h1 class="facts">{title}</h1>\n<p>{"".join(parts)}</p>\n'
-        f'<p class="facts">{facts}<br><span class="unlearnt">this colour</span>: read and not learnt</p>\n</html>\n'
-    )
+            nodes.append({"images": [figure(document.images[frame], f"image {frame}") for frame in node.frames]})
+    title = f"{where}, key {document.key}"
+    return render(TEMPLATES / "document.html.j2", title=title, nodes=nodes, meta=document.meta)
 
 
-def figure(data: bytes, caption: str) -> str:
-    """An image with its format and size below it, as HTML that holds its bytes."""
+def figure(data: bytes, caption: str) -> dict[str, str]:
+    """Return an image for a template: its bytes as a data URI, and a caption with its format and size."""
     kind = {"jpg": "jpeg", None: "octet-stream"}.get(sniff(data), sniff(data))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    text = html.escape(f"{caption}: {describe_image(data)}")
-    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'
+    return {"source": source, "caption": f"{caption}: {describe_image(data)}"}

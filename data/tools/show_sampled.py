@@ -7,7 +7,6 @@ a tokenizer at hand words stand for tokens, which are fewer than a language mode
 from __future__ import annotations
 
 import argparse
-import html
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,16 +17,11 @@ import numpy as np
 from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_document
 from data.dataset import LABEL_POLICIES, WINDOWS
 from data.shards.document import Document
-from data.tools.show import STYLE, figure
+from data.tools.show import TEMPLATES, figure
+from data.tools.templates import render
 from flamingo.errors import UserError
 
 COLOURS = ("#fde2c4", "#d3ecd3", "#d5e3f7", "#f6d6e6", "#e9e4b8", "#cfeeee", "#e3d6f5", "#f3cfc6")
-MARKS = """
-.tokens { line-height: 2; white-space: pre-wrap; }
-.tokens span { border-radius: 3px; padding: 1px 0; }
-.unlearnt { opacity: .55; text-decoration: underline dotted; }
-.special { font-family: monospace; font-size: 12px; }
-"""
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,27 +147,25 @@ def sampled_as_text(sampled: Sampled, document: Document, where: str) -> str:
 
 def sampled_as_html(sampled: Sampled, document: Document, where: str) -> str:
     """A document of HTML: every token on the colour of the image that it sees, the images on theirs."""
-    shown = []
-    for number, image in enumerate(sampled.row.images):
-        colour = COLOURS[number % len(COLOURS)]
-        frames = "".join(figure(document.images[frame], f"image {frame}") for frame in image.frames)
-        shown.append(f'<div style="background:{colour}">{frames}</div>')
-    spans = []
+    images = [
+        (COLOURS[index % len(COLOURS)], [figure(document.images[frame], f"image {frame}") for frame in image.frames])
+        for index, image in enumerate(sampled.row.images)
+    ]
+    tokens = []
     specials = {sampled.special.image, sampled.special.eoc, sampled.special.eos}
     for token, text, phi, label in zip(
         sampled.row.ids.tolist(), sampled.texts, sampled.row.phi.tolist(), sampled.row.labels.tolist(), strict=True
     ):
         seen = f"sees image {sampled.row.images[phi - 1].frames[0]}" if phi else "sees no image"
-        classes = " ".join(
-            name for name, holds in (("unlearnt", label == IGNORED), ("special", token in specials)) if holds
+        classes = (("no-loss", label == IGNORED), ("special", token in specials))
+        tokens.append(
+            {
+                "text": text,
+                "classes": " ".join(name for name, holds in classes if holds),
+                "style": f"background:{COLOURS[(phi - 1) % len(COLOURS)]}" if phi else "",
+                "title": f"token {token}, {seen}, {'not in the loss' if label == IGNORED else 'in the loss'}",
+            }
         )
-        colour = f"background:{COLOURS[(phi - 1) % len(COLOURS)]}" if phi else ""
-        title = f"token {token}, {seen}, {'read' if label == IGNORED else 'learnt'}"
-        spans.append(f'<span class="{classes}" style="{colour}" title="{title}">{html.escape(text)}</span>')
-    title = html.escape(f"{where}, key {document.key}, sampled")
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<style>{STYLE}{MARKS}</style>\n<h1 class="facts">{title}</h1>\n<p class="facts">{facts(sampled, document)}. '
-        f'<span class="unlearnt">Like this</span>: read and not learnt.</p>\n{"".join(shown)}\n'
-        f'<p class="tokens">{"".join(spans)}</p>\n</html>\n'
-    )
+    title = f"{where}, key {document.key}, sampled"
+    values = {"facts": facts(sampled, document), "images": images, "tokens": tokens}
+    return render(TEMPLATES / "sampled.html.j2", title=title, **values)

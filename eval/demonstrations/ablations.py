@@ -1,24 +1,18 @@
 """What is shown in place of an episode's images: the controls without which a score proves no use of images.
 
-real: as they are. shuffled: all images of the prompt, the query's included, change places at random, so names and
-images no longer belong together. blank: every image is an even grey of the same size. text_only: demonstrations
-keep their text and lose their images, the query keeps its own.
+real: as they are. shuffled: all images of the prompt, including the query's, are permuted at random, so names and
+images no longer belong together. blank: every image is uniform grey, of the same size. text_only: demonstrations keep
+their text and lose their images, the query keeps its own.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import TypeVar
 
-from PIL import Image
+from eval.task import Episode, Turn, generator
 
-from eval.demonstrations.samplers import generator
-from eval.task import EncodedImage, Episode, Turn
-
-GREY = (128, 128, 128)
 T = TypeVar("T")
 
 
@@ -33,17 +27,17 @@ def _shuffled(episode: Episode, seed: int) -> Episode:
         left = iter(every)
         return _with(episode, [turn.with_images([next(left) for _ in turn.images]) for turn in turns])
     images = _permuted([turn.image for turn in turns], episode, seed)  # a turn without one may get one
-    return _with(episode, [replace(turn, image=one) for turn, one in zip(turns, images, strict=True)])
+    return _with(episode, [replace(turn, image=image) for turn, image in zip(turns, images, strict=True)])
 
 
 def _permuted(images: list[T], episode: Episode, seed: int) -> list[T]:
-    """The prompt's own permutation: `generator` is keyed by the query, so neither batch nor order has an influence."""
+    """Permute by a generator keyed by the query, so that neither batch nor order matters."""
     order = generator("shuffled", seed, episode.query_id, len(images)).permutation(len(images))
     return [images[int(index)] for index in order]
 
 
 def _blank(episode: Episode, seed: int) -> Episode:
-    return _with(episode, [blanked(turn) for turn in [*episode.demos, episode.query]])
+    return _with(episode, [turn.blank() for turn in [*episode.demos, episode.query]])
 
 
 def _text_only(episode: Episode, seed: int) -> Episode:
@@ -54,30 +48,13 @@ def _with(episode: Episode, turns: list[Turn]) -> Episode:
     return replace(episode, demos=tuple(turns[:-1]), query=turns[-1])
 
 
-def blanked(turn: Turn) -> Turn:
-    """The turn with grey images."""
-    return turn.with_images([blank(image) for image in turn.images]) if turn.images else turn
-
-
-def blank(image: EncodedImage) -> EncodedImage:
-    """A grey image (or clip) of the same size and number of frames."""
-    return EncodedImage(tuple(_grey(Image.open(io.BytesIO(frame)).size) for frame in image.frames))
-
-
-@lru_cache(maxsize=64)
-def _grey(size: tuple[int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, GREY).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 ABLATIONS: dict[str, Callable[[Episode, int], Episode]] = {
     "real": _real,
     "shuffled": _shuffled,
     "blank": _blank,
     "text_only": _text_only,
 }
-"""Name in `images=[...]` to what it does with an episode. All but real need no model to be tested."""
+"""Names in `images=[...]`, and what each does with an episode."""
 
 NEEDS_DEMOS = frozenset({"shuffled", "text_only"})
-"""Without demonstrations these change nothing; they are not run at 0 shots."""
+"""Ablations that change nothing without demonstrations; they are not run at 0 shots."""

@@ -1,8 +1,8 @@
-"""How like each support example is to a query: by image, by text or by both.
+"""How similar each support example is to a query: by image, by text or by both.
 
-RICES (Yang et al. 2022, as Flamingo's appendix uses it) takes the nearest images, nearest last. Images are compared
-by the cosine of what the evaluated model's own encoder sees in them, so nothing else has to be downloaded; texts by the
-cosine of their words, weighted by tf-idf over the support set. All of it exact: one product of matrices.
+RICES (Yang et al. 2022, as Flamingo's appendix uses it) takes the nearest images, nearest last. Images are compared by
+the cosine of the evaluated model's own image embeddings, so nothing else has to be downloaded; texts by the cosine of
+their words, weighted by tf-idf over the support set. Both are exact: one matrix product.
 
 Letters: S support examples, E width of a vector.
 """
@@ -17,32 +17,32 @@ from eval.task import EncodedImage, Example
 from flamingo.errors import UserError
 
 Embed = Callable[[Sequence[EncodedImage]], np.ndarray]
-"""Images to (N, E) vectors of length 1."""
+"""From images to (N, E) vectors of length 1."""
 DIGITS = 5
-"""Decimals of a likeness that count: what batches of other shapes change lies below."""
+"""Decimals of a similarity that count. Batches of other shapes change only what is below."""
 POOL = 256
-"""Nearest examples among which diversity is sought."""
+"""Number of nearest examples among which `mmr` looks for diversity."""
 
 
 class Retriever:
-    """Likenesses to a fixed support set. `weight` is the images' share in them, from 0 (text alone) to 1."""
+    """Similarities to a fixed support set. `weight` is the images' share, from 0 (only text) to 1."""
 
     def __init__(
         self, support: Sequence[Example], queries: Sequence[Example], weight: float, embed: Embed | None
     ) -> None:
         self._weight = weight
-        self._rows = {example.id: place for place, example in enumerate(queries)}
+        self._rows = {example.id: index for index, example in enumerate(queries)}
         if weight > 0:
             if embed is None:
-                raise UserError("demonstrations by likeness of images need a model that encodes images")
+                raise UserError("retrieval by image needs a model that encodes images")
             self._images = embed([_image(example) for example in support])
             self._query_images = embed([_image(example) for example in queries])
         if weight < 1:
             texts = [example.turn.question for example in support]
             if len(set(texts)) == 1:
                 raise UserError(
-                    "demonstrations by likeness of text need different questions, and all of the support set "
-                    f"are {texts[0]!r}; use rices_image"
+                    f"retrieval by text needs different questions, but the support set only has {texts[0]!r}; "
+                    "use rices_image"
                 )
             from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
 
@@ -51,41 +51,41 @@ class Retriever:
             self._texts = vectorizer.fit_transform(texts)
             self._query_texts = vectorizer.transform([example.turn.question for example in queries])
 
-    def likeness(self, query: Example) -> np.ndarray:
-        """(S,) of one query to all support examples."""
-        row, found = self._rows[query.id], np.zeros(())
+    def similarity(self, query: Example) -> np.ndarray:
+        """Return (S,) similarities of a query to all support examples."""
+        row, similarities = self._rows[query.id], np.zeros(())
         if self._weight > 0:
-            found = found + self._weight * (self._images @ self._query_images[row])
+            similarities = similarities + self._weight * (self._images @ self._query_images[row])
         if self._weight < 1:
-            found = found + (1 - self._weight) * (self._texts @ self._query_texts[row].T).toarray()[:, 0]
-        return np.round(found, DIGITS)
+            similarities = similarities + (1 - self._weight) * (self._texts @ self._query_texts[row].T).toarray()[:, 0]
+        return np.round(similarities, DIGITS)
 
-    def among(self, places: np.ndarray) -> np.ndarray:
-        """(n, n) of some support examples to each other."""
-        found = np.zeros(())
+    def among(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n, n) similarities of some support examples to each other."""
+        similarities = np.zeros(())
         if self._weight > 0:
-            found = found + self._weight * (self._images[places] @ self._images[places].T)
+            similarities = similarities + self._weight * (self._images[indices] @ self._images[indices].T)
         if self._weight < 1:
-            found = found + (1 - self._weight) * (self._texts[places] @ self._texts[places].T).toarray()
-        return np.round(found, DIGITS)
+            similarities = similarities + (1 - self._weight) * (self._texts[indices] @ self._texts[indices].T).toarray()
+        return np.round(similarities, DIGITS)
 
     def nearest(self, query: Example, ties: Sequence[int]) -> np.ndarray:
-        """(S,) places of all support examples, the nearest first; `ties` says who comes first among equals."""
-        return np.lexsort((np.asarray(ties), -self.likeness(query)))
+        """Return (S,) indices of all support examples, nearest first; equals in the order of `ties`."""
+        return np.lexsort((np.asarray(ties), -self.similarity(query)))
 
     def diverse(self, query: Example, ties: Sequence[int], trade: float) -> Iterator[int]:
-        """Places by maximal marginal relevance (Carbonell and Goldstein 1998), then the rest by likeness.
+        """Yield indices by maximal marginal relevance (Carbonell and Goldstein 1998), then the rest by similarity.
 
-        Each next one has the largest `trade` x likeness to the query - (1 - `trade`) x likeness to the nearest chosen.
+        Each has the largest `trade` x similarity to the query - (1 - `trade`) x similarity to the nearest chosen.
         The sequence does not depend on how many are taken, so demonstrations stay nested over shots.
         """
         order = self.nearest(query, ties)
-        pool, likeness = order[:POOL], self.likeness(query)[order[:POOL]]
+        pool, similarity = order[:POOL], self.similarity(query)[order[:POOL]]
         between = self.among(pool)
         closest = np.zeros(len(pool))
         left = np.ones(len(pool), dtype=bool)
         for step in range(len(pool)):
-            worth = np.where(left, trade * likeness - (1 - trade) * (closest if step else 0.0), -np.inf)
+            worth = np.where(left, trade * similarity - (1 - trade) * (closest if step else 0.0), -np.inf)
             best = int(worth.argmax())
             left[best] = False
             closest = np.maximum(closest, between[best]) if step else between[best]

@@ -1,9 +1,10 @@
-"""Images are encoded once: in memory for a run, on disk for ever.
+"""Images are encoded once: in memory for a run, on disk permanently.
 
-What the resampler gives does not depend on the prompt, so every task, number of shots, seed, strategy and ablation
-shares it. On disk an image is one file under the hash of what encoded it (weights, preprocessing, precision, the code
-of these) and its own SHA-256, written beside its place and moved there: processes share the folder without locks, and
-what a kill left half-written is not found. When the folder is full, what was not used for longest goes.
+The resampler's output does not depend on the prompt, so every task, number of shots, seed, strategy and ablation shares
+it. On disk an image is one file, under the hash of what encoded it (weights, preprocessing, precision and their code)
+and its own SHA-256. It is written next to its final path and then renamed: processes share the folder without locks,
+and a file that a killed process left incomplete is never read. When the folder is full, the least recently used files
+are removed.
 
 Letters: N images, L latents, D their width, E width of an embedding.
 """
@@ -14,20 +15,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eval.inference.distributed import Ranks
+from eval.inference.protocol import Responder
 from eval.task import EncodedImage
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
-
-if TYPE_CHECKING:
-    from eval.inference.protocol import Responder
 
 MEMORY_BYTES = 4 << 30
 """Features kept in memory when there is a folder to read the others from."""
@@ -35,7 +32,7 @@ SUFFIX = ".safetensors"
 
 
 class ImageStore:
-    """Files `folder/key/ab/abcdef....safetensors`; at most `limit` bytes in all of `folder`."""
+    """A folder of files `key/ab/abcdef....safetensors`, which use at most `limit` bytes together."""
 
     def __init__(self, folder: Path, key: str, limit: int) -> None:
         self._root = folder
@@ -46,37 +43,35 @@ class ImageStore:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._bytes = sum(size for _, size, _ in self._files())
         except OSError as error:
-            raise UserError(
-                f"cache={folder} cannot be used: {error}; give a folder that can be written, or null"
-            ) from None
+            raise UserError(f"cache={folder} cannot be used: {error}; give a writable folder, or null") from None
 
     def _path(self, sha256: str) -> Path:
         return self._folder / sha256[:2] / f"{sha256}{SUFFIX}"
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        found = []
+        files = []
         for path in self._root.rglob(f"*{SUFFIX}"):
             try:
                 stat = path.stat()
             except FileNotFoundError:  # another process made room
                 continue
-            found.append((stat.st_mtime, stat.st_size, path))
-        return found
+            files.append((stat.st_mtime, stat.st_size, path))
+        return files
 
     def read(self, sha256: str) -> dict[str, Tensor] | None:
-        """What was stored for an image; None if there is nothing or it cannot be read."""
+        """Return what was stored for an image; None if there is nothing or it cannot be read."""
         path = self._path(sha256)
         try:
-            found = load_file(path)
+            tensors = load_file(path)
             if path not in self._used:
                 os.utime(path)
         except (OSError, SafetensorError):
             return None
         self._used.add(path)
-        return found
+        return tensors
 
     def write(self, sha256: str, tensors: dict[str, Tensor]) -> None:
-        """Store an image, unless what this run uses fills the folder alone."""
+        """Store an image, unless the files that this run uses fill the folder."""
         path = self._path(sha256)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._bytes + size > self._limit and not self._make_room(size):
@@ -86,13 +81,13 @@ class ImageStore:
             write_atomically(path, lambda temporary: save_file(copies, temporary), shared=True)
         except OSError as error:
             raise UserError(
-                f"cache={self._root} cannot be written: {error}; make room, or give another folder"
+                f"cache={self._root} cannot be written: {error}; free some space, or give another folder"
             ) from None
         self._used.add(path)
         self._bytes += path.stat().st_size
 
     def _make_room(self, size: int) -> bool:
-        """Remove what was not used for longest until a tenth is free, nothing that this run uses."""
+        """Remove the least recently used files until a tenth is free, but none that this run uses."""
         files = sorted(self._files())
         self._bytes = sum(bytes_ for _, bytes_, _ in files)
         for _, bytes_, path in files:
@@ -105,7 +100,7 @@ class ImageStore:
 
 
 class FeatureCache:
-    """Features by SHA-256. `encoded` counts what the encoder was given, `shown` what prompts hold, in this process."""
+    """Features by SHA-256. `encoded` counts the images encoded and `shown` the images in prompts, in this process."""
 
     def __init__(
         self,
@@ -125,39 +120,40 @@ class FeatureCache:
         self.encoded = 0
 
     def see(self, images: Sequence[EncodedImage]) -> None:
-        """Note images of a prompt, whether or not it must be run."""
+        """Count the images of a prompt, whether or not it has to be run."""
         self.shown += len(images)
         for image in images:
             self.images.setdefault(image.sha256, image)
 
-    def prepare(self, images: Sequence[EncodedImage], ranks: Ranks) -> None:
-        """Encode what is missing, each process its share, where they have a folder to exchange it by."""
-        if self._store is None or ranks.world == 1:
-            return
-        distinct = {image.sha256: image for image in images}
-        self._fetch([image for sha256, image in sorted(distinct.items()) if ranks.owns(sha256)])
-        ranks.barrier()
+    @property
+    def stores(self) -> bool:
+        """Whether features are also kept in a folder, through which processes exchange them."""
+        return self._store is not None
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts of images for the results."""
+        return {"shown": self.shown, "distinct": len(self.images), "encoded": self.encoded}
 
     def features(self, images: Sequence[EncodedImage]) -> Tensor:
-        """(N, L, D), the missing ones encoded first. N = 0 gives (0, 0, 0)."""
+        """Return (N, L, D) features, encoding the missing ones first. N = 0 gives (0, 0, 0)."""
         if not images:
             return torch.zeros(0, 0, 0)
-        found = self._fetch(images)
-        return torch.stack([found[image.sha256]["latents"] for image in images])
+        known = self.load(images)
+        return torch.stack([known[image.sha256]["latents"] for image in images])
 
     def embeddings(self, images: Sequence[EncodedImage]) -> Tensor:
-        """(N, E) float32 on the CPU, of length 1: what retrieval compares."""
+        """Return (N, E) float32 embeddings of length 1 on the CPU, which retrieval compares."""
         rows = []
         for start in range(0, len(images), 1024):  # bounds what is held at once
-            some = images[start : start + 1024]
-            found = self._fetch(some)
-            rows += [found[image.sha256]["embedding"].float().cpu() for image in some]
+            part = images[start : start + 1024]
+            known = self.load(part)
+            rows += [known[image.sha256]["embedding"].float().cpu() for image in part]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
-    def _fetch(self, images: Iterable[EncodedImage]) -> dict[str, dict[str, Tensor]]:
-        """Everything known of these images, from memory, from disk, or encoded now; all of it held by the caller."""
+    def load(self, images: Iterable[EncodedImage]) -> dict[str, dict[str, Tensor]]:
+        """Return the latents and embeddings of these images, from memory, from disk, or encoded now."""
         wanted = {image.sha256: image for image in images}
-        found: dict[str, dict[str, Tensor]] = {}
+        loaded: dict[str, dict[str, Tensor]] = {}
         missing: dict[int, list[EncodedImage]] = {}
         for sha256, image in wanted.items():
             known = self._features.get(sha256) or self._from_disk(sha256)
@@ -165,35 +161,29 @@ class FeatureCache:
                 missing.setdefault(len(image.frames), []).append(image)
             else:
                 self._keep(sha256, known)
-                found[sha256] = known
+                loaded[sha256] = known
         for group in missing.values():  # images of one call have the same number of frames
             for start in range(0, len(group), self._batch_size):
-                found |= self._encode(group[start : start + self._batch_size])
-        return found
+                loaded |= self._encode(group[start : start + self._batch_size])
+        return loaded
 
     def _from_disk(self, sha256: str) -> dict[str, Tensor] | None:
-        found = None if self._store is None else self._store.read(sha256)
-        if found is None or not {"latents", "embedding"} <= found.keys():
+        tensors = None if self._store is None else self._store.read(sha256)
+        if tensors is None or not {"latents", "embedding"} <= tensors.keys():
             return None
-        device = getattr(self._responder, "device", torch.device("cpu"))
-        return found | {"latents": found["latents"].to(device)}
+        return tensors | {"latents": tensors["latents"].to(self._responder.device)}
 
     def _encode(self, images: list[EncodedImage]) -> dict[str, dict[str, Tensor]]:
-        embed: Any = getattr(self._responder, "encode_and_embed", None)
-        if embed is None:
-            latents = self._responder.encode(images)
-            embeddings = latents.float().mean(1)
-        else:
-            latents, embeddings = embed(images)
+        latents, embeddings = self._responder.encode_and_embed(images)
         self.encoded += len(images)
-        found = {}
+        encoded = {}
         for image, own, embedding in zip(images, latents, embeddings, strict=True):
             # Cloned, or one image would keep the memory of its whole batch.
-            found[image.sha256] = {"latents": own.clone(), "embedding": embedding.clone()}
+            encoded[image.sha256] = {"latents": own.clone(), "embedding": embedding.clone()}
             if self._store is not None:
-                self._store.write(image.sha256, found[image.sha256])
-            self._keep(image.sha256, found[image.sha256])
-        return found
+                self._store.write(image.sha256, encoded[image.sha256])
+            self._keep(image.sha256, encoded[image.sha256])
+        return encoded
 
     def _keep(self, sha256: str, tensors: dict[str, Tensor]) -> None:
         if sha256 in self._features:

@@ -1,42 +1,43 @@
-"""The model as the evaluation sees it: images to features, prompts to scores or text.
+"""A Flamingo as a `Responder`: images to features, prompts to scores or text.
 
-`Responder` is the whole contract, small enough that a constant model for a test is ten lines and that other models can
-be evaluated by the same loop. `FlamingoResponder` is ours. Images are encoded once and travel as features from then
-on: the resampler's output does not depend on the prompt, so every shot count, seed and ablation shares it.
+Images are encoded once and passed on as features: the resampler's output does not depend on the prompt, so every number
+of shots, seed and ablation shares it. Prompts with the same start share the run of that start (`SharedPrefix`). Tokens
+are chosen by `GreedyOrSampled`, whose samples do not depend on the batch.
+
+Letters: B rows, T tokens so far, V vocabulary, P columns from the cache, I images of the shared part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from eval.inference.decoding import GreedyOrSampled
-from eval.inference.feature_cache import FeatureCache as FeatureCache
+from eval.inference.protocol import Responder
 from eval.inference.provenance import code_hash, weights_hash
-from eval.inference.shared_prefix import SharedPrefix
-from eval.prompting.prompts import Prompt, PromptBuilder
-from eval.prompting.requests import Completion as Completion
-from eval.prompting.requests import Decoding
-from eval.task import EncodedImage, content_hash
+from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
+from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
+from flamingo.inference.generation import count_phi
+from flamingo.inference.media_cache import MediaCache
+from flamingo.layers.media_mask import seen_after
 
-FORMAT = 1
+FEATURE_FORMAT = 1
 """Of stored features; raised when what is stored changes."""
 
 
-class FlamingoResponder:
-    """A Flamingo and its processor behind `Responder`.
+class FlamingoResponder(Responder):
+    """A Flamingo and its processor.
 
-    With `share_prefix` what all prompts of a batch begin with is run once (eval/inference/shared_prefix.py); without
-    it, the slow twin.
+    With `share_prefix` the start that all prompts of a batch share is run once; without it, this is the slow twin.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class FlamingoResponder:
         *,
         share_prefix: bool = True,
     ) -> None:
-        # A sharded model lies where it should already, parts of it perhaps in the CPU's memory.
+        # A sharded model is already where it should be, perhaps partly in CPU memory.
         self.model = (model if isinstance(model, FSDPModule) else model.to(torch.device(device))).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.device = torch.device(device)
@@ -56,15 +57,15 @@ class FlamingoResponder:
         self.prefix = SharedPrefix(self.model) if share_prefix else None
         self._ends = {processor.eoc_token_id, processor.eos_token_id}
         self.generate_options: dict[str, Any] = {}
-        """More arguments for the model's `generate`."""
+        """Further arguments for the model's `generate`."""
 
     def encode(self, images: Sequence[EncodedImage]) -> Tensor:
-        """Decoded, transformed, encoded; images of one call have the same number of frames."""
+        """Decode, transform and encode images that all have the same number of frames."""
         return self.encode_and_embed(images)[0]
 
     @torch.inference_mode()
     def encode_and_embed(self, images: Sequence[EncodedImage]) -> tuple[Tensor, Tensor]:
-        """The latents (N, L, Dv), and the mean of the encoder's patch tokens (N, D), which retrieval compares."""
+        """Return the latents (N, L, Dv), and the mean of the encoder's patch tokens (N, D) as embeddings."""
         pixels = torch.cat([self._pixels(image) for image in images]).to(self.device)
         tokens = self.model.vision_encoder(pixels)
         return self.model.resampler(tokens), tokens.float().mean((1, 2))
@@ -74,7 +75,7 @@ class FlamingoResponder:
         """Hash of everything that an image's features depend on: weights, preprocessing, precision, code, device."""
         parts = [self.model.vision_encoder, self.model.resampler]
         return content_hash(
-            FORMAT,
+            FEATURE_FORMAT,
             [weights_hash(part) for part in parts],
             asdict(self.model.config.vision),
             asdict(self.processor.image_transform),
@@ -85,36 +86,36 @@ class FlamingoResponder:
         )
 
     def _pixels(self, image: EncodedImage) -> Tensor:
-        """(1, F, C, S, S) by the processor itself, so a clip is thinned out here as anywhere else."""
+        """Return (1, F, C, S, S) from the processor itself, so that a clip is subsampled as everywhere else."""
         item = image.frames[0] if len(image.frames) == 1 else list(image.frames)
         try:
             return self.processor(images=[[item]], text=["<image>"])["pixel_values"]
         except UserError as error:
-            raise UserError(f"image sha256 {image.sha256[:12]} of the task's data: {error}") from None
+            raise UserError(f"image with sha256 {image.sha256[:12]} in the task's data: {error}") from None
 
     @torch.inference_mode()
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
-        """Sums of token log-probabilities, each candidate ended by end-of-chunk."""
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
+        """Return sums of token log-probabilities, each candidate ended by the end-of-chunk token."""
         most = max(len(prompt.candidates) for prompt in prompts)
         rows = [[list(ids) for ids in prompt.candidates] for prompt in prompts]
-        # Rows of one call have as many candidates each: a shorter list is filled with its first and cut again.
-        filled = [row + row[:1] * (most - len(row)) for row in rows]
+        # All rows of one call need the same number of candidates: shorter lists are padded with their first, then cut.
+        padded = [row + row[:1] * (most - len(row)) for row in rows]
         batch = self._inputs(prompts, features)
         if (past := batch.get("past_key_values")) is not None:
-            behind = past.get_seq_length()
-            batch |= {"input_ids": batch["input_ids"][:, behind:], "phi": batch["phi"][:, behind:]}
-        scores = self.model.score_candidates(batch, filled).tolist()
-        return [scored[: len(row)] for scored, row in zip(scores, rows, strict=True)]
+            cached = past.get_seq_length()
+            batch |= {"input_ids": batch["input_ids"][:, cached:], "phi": batch["phi"][:, cached:]}
+        scores = self.model.score_candidates(batch, padded).tolist()
+        return [row_scores[: len(row)] for row_scores, row in zip(scores, rows, strict=True)]
 
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
-        """Greedy, until end-of-chunk or the end of text."""
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+        """Decode greedily until the end-of-chunk token or the end of text."""
         return self.sample(prompts, features, Decoding(max_new_tokens), [""] * len(prompts))
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
+        self, prompts: Sequence[EncodedPrompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
     ) -> list[Completion]:
-        """Greedy, by beams or sampled, until end-of-chunk or the end of text."""
+        """Decode greedily, by beam search or by sampling, until the end-of-chunk token or the end of text."""
         batch = self._inputs(prompts, features)
         if "past_key_values" in batch and decoding.num_beams > 1:
             self._prepare_beams(batch, decoding.num_beams)
@@ -124,6 +125,7 @@ class FlamingoResponder:
             options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
             out = self.model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
             rows, lengths = out.sequences.tolist(), [self._length(row) for row in out.sequences.tolist()]
+            # transformers divides a beam's sum by its length to the power of the penalty; undo that for the mean.
             sums = [s * n**decoding.length_penalty for s, n in zip(out.sequences_scores.tolist(), lengths, strict=True)]
             means: list[float | None] = [s / n if n else None for s, n in zip(sums, lengths, strict=True)]
         else:
@@ -134,11 +136,11 @@ class FlamingoResponder:
         return [self._completion(row, mean) for row, mean in zip(rows, means, strict=True)]
 
     def _end(self, ids: list[int]) -> int | None:
-        """The place of the token that ended a row."""
-        return next((place for place, token in enumerate(ids) if token in self._ends), None)
+        """Return the position of the token that ended a row."""
+        return next((position for position, token in enumerate(ids) if token in self._ends), None)
 
     def _length(self, ids: list[int]) -> int:
-        """Tokens of a row, the one that ended it included, without padding behind it."""
+        """Return the number of tokens of a row, including the one that ended it and excluding the padding."""
         end = self._end(ids)
         return len(ids) if end is None else end + 1
 
@@ -146,14 +148,14 @@ class FlamingoResponder:
         end = self._end(ids)
         return Completion(self.processor.decode(ids[:end]), end is not None, log_prob)
 
-    def _inputs(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Any]:
-        """The batch, or where its prompts begin alike what goes on behind that."""
+    def _inputs(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> dict[str, Any]:
+        """Return the model's inputs; where the prompts share their start, those that continue after it."""
         batch = self._batch(prompts, features)
-        behind = None if self.prefix is None else self.prefix.continued(prompts, features.to(self.device), batch)
-        return batch if behind is None else behind
+        rest = None if self.prefix is None else self.prefix.continued(prompts, features.to(self.device), batch)
+        return batch if rest is None else rest
 
     def _prepare_beams(self, batch: dict[str, Any], beams: int) -> None:
-        """Run the rows up to their last token, then repeat their cache for the beams, which transformers does not."""
+        """Run the rows up to their last token, then repeat their cache for the beams, since transformers does not."""
         past, width = batch["past_key_values"], batch["input_ids"].shape[1]
         columns = slice(past.get_seq_length(), width - 1)
         if columns.start < columns.stop:
@@ -162,8 +164,8 @@ class FlamingoResponder:
             self.model(ids, attention_mask=mask, phi=phi, past_key_values=past, use_cache=True, logits_to_keep=1)
         past.batch_repeat_interleave(beams)
 
-    def _batch(self, prompts: Sequence[Prompt], features: Tensor) -> dict[str, Tensor]:
-        """Left-padded model inputs; `features` stand in for pixels."""
+    def _batch(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> dict[str, Tensor]:
+        """Return left-padded model inputs, with `features` in place of pixels."""
         counts = torch.tensor([len(prompt.images) for prompt in prompts])
         batch = {**self.processor.pad([prompt.ids for prompt in prompts]), "image_counts": counts}
         if len(features):
@@ -172,8 +174,157 @@ class FlamingoResponder:
 
 
 def context_length(model: FlamingoForConditionalGeneration) -> int | None:
-    """The longest row, in tokens, that the language model has positions for; None when it states none."""
+    """Return the longest row, in tokens, that the language model has positions for; None if it names no limit."""
     config = model.language_model.config
-    return next(
-        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), None
-    )
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    return next((limit for limit in limits if limit), None)
+
+
+@dataclass(frozen=True)
+class _CachedStart:
+    """The shared start of some prompts, run once: the keys and values of its one row, and its images."""
+
+    key: tuple[object, ...]
+    cache: Cache
+    media: MediaCache
+
+
+def common_beginning(prompts: Sequence[EncodedPrompt]) -> tuple[object, ...] | None:
+    """Return the start that all prompts share; None unless it is the same one."""
+    starts = {prompt.beginning for prompt in prompts}
+    return starts.pop() if len(starts) == 1 else None
+
+
+class SharedPrefix:
+    """Prompts with the same start: it is run once, and its keys and values serve all of them.
+
+    With the same demonstrations for all queries (`demos=fixed`, `demos=file:` for all, `zero_shot: two_text_fixed`,
+    several samples of one query) only the query differs. Rows are laid out as without sharing: padding on the left,
+    then the prompt. Cut at column P, the length of the shared start, a row's left part is padding and the beginning of
+    the shared start, which is taken from the cache and moved right by the row's padding; only the columns after P are
+    run. So every model that takes left-padded rows takes these, whatever it does with positions, and scores are those
+    of the plain path. The last start is kept from batch to batch.
+    """
+
+    def __init__(self, model: FlamingoForConditionalGeneration) -> None:
+        self._model = model
+        self._last: _CachedStart | None = None
+        self._possible = True
+        self.runs = 0
+
+    def continued(
+        self, prompts: Sequence[EncodedPrompt], features: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Any] | None:
+        """Return inputs that continue after the shared start: `batch` with `past_key_values`, and `phi` of whole rows.
+
+        `batch` is left-padded, on the model's device; `features` are all prompts' images in order. None if the prompts
+        share nothing, or if the language model's cache drops or rearranges entries.
+        """
+        key = common_beginning(prompts) if self._possible else None
+        if key is None:
+            return None
+        tokens, images = prompts[0].shared
+        start = self._start(key, prompts[0], features[:images])
+        if start is None:
+            return None
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        phi = count_phi(self._model.config, ids)
+        media = _media_of_rows(start.media, prompts, features)
+        media.seen = seen_after(phi[:, :tokens], ids[:, :tokens], self._model.config.media_reset_token_id)
+        cache = _shifted(start.cache, (mask == 0).sum(1))
+        cache.media = media  # type: ignore[attr-defined]
+        return {"input_ids": ids, "attention_mask": mask, "phi": phi, "past_key_values": cache}
+
+    def _start(self, key: tuple[object, ...], prompt: EncodedPrompt, features: Tensor) -> _CachedStart | None:
+        if self._last is not None and self._last.key == key:
+            return self._last
+        self._last = None  # frees its memory before the next one is made
+        ids = torch.tensor([prompt.ids[: prompt.shared[0]]], device=self._model.device)
+        counts = torch.tensor([len(features)], device=self._model.device)
+        images = {"media_features": features} if len(features) else {}
+        out = self._model(input_ids=ids, image_counts=counts, use_cache=True, logits_to_keep=1, **images)
+        self.runs += 1
+        cache = out.past_key_values
+        if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            self._possible = False
+            return None
+        self._last = _CachedStart(key, cache, cache.media)  # type: ignore[attr-defined]
+        return self._last
+
+
+def _media_of_rows(shared: MediaCache, prompts: Sequence[EncodedPrompt], features: Tensor) -> MediaCache:
+    """Return the rows' images: the shared ones, whose keys and values exist already, then each row's own."""
+    first = len(shared.features)
+    own, rows_of_features, start = [], [], 0
+    for prompt in prompts:
+        count = len(prompt.images)
+        own.append(features[start + first : start + count])
+        start += count
+    position = first
+    for features_of_row in own:
+        rows_of_features.append([*range(first), *range(position, position + len(features_of_row))])
+        position += len(features_of_row)
+    widest = max(map(len, rows_of_features))
+    rows = torch.tensor([row + [-1] * (widest - len(row)) for row in rows_of_features], dtype=torch.long)
+    rows = rows.view(len(prompts), widest).to(shared.features.device)
+    together = torch.cat([shared.features, *(features_of_row for features_of_row in own if len(features_of_row))])
+    return MediaCache(together, rows, dict(shared.keys_values))
+
+
+def _shifted(cache: Cache, shifts: Tensor) -> DynamicCache:
+    """Return one row's keys and values (1, H, P, D) as (B, H, P, D), each moved right by its shift, zeros before it."""
+    out = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        source = torch.arange(keys.shape[2], device=keys.device) - shifts[:, None].to(keys.device)  # (B, P)
+        before = (source < 0)[:, None, :, None]
+        # (H, B, P, D) to (B, H, P, D)
+        moved = [tensor[0][:, source.clamp(min=0)].transpose(0, 1).masked_fill(before, 0) for tensor in (keys, values)]
+        out.update(moved[0], moved[1], index)
+    return out
+
+
+class GreedyOrSampled(LogitsProcessor):
+    """A logits processor that chooses the next token: greedily, or by a sample that no other row can change.
+
+    torch's sampling draws one number after another from a global stream, so a sample depends on its batch. Here every
+    row has its own counter-based stream, and the token is argmax(log p + Gumbel noise), which is an exact draw from p.
+    Since the choice is made here, its log-probability costs nothing to keep: `log_probs` has for each step every row's
+    log-probability (B,) of the chosen token under the model, before temperature and top-p.
+    """
+
+    def __init__(self, decoding: Decoding, streams: Sequence[str]) -> None:
+        self._decoding = decoding
+        self._streams = streams
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Turn (B, T) ids and (B, V) scores into scores that allow only the chosen token."""
+        chosen = scores.argmax(-1, keepdim=True) if self._decoding.temperature == 0 else self._sampled(scores)
+        self.log_probs.append(scores.float().log_softmax(-1).gather(1, chosen)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    def _sampled(self, scores: Tensor) -> Tensor:
+        log_probs = top_p(scores.float() / self._decoding.temperature, self._decoding.top_p).log_softmax(-1)
+        step = len(self.log_probs)
+        noise = [generator("sample", stream, step).gumbel(size=scores.shape[-1]) for stream in self._streams]
+        rows = [torch.from_numpy(row).to(scores.device, torch.float32) for row in noise]
+        return (log_probs + torch.stack(rows)).argmax(-1, keepdim=True)
+
+    def mean_log_probs(self, lengths: Sequence[int]) -> list[float | None]:
+        """Return the mean log-probability of each row's first `lengths` tokens; None for a row without any."""
+        steps = torch.stack(self.log_probs, dim=1).cpu() if self.log_probs else torch.zeros(len(lengths), 0)
+        return [float(row[:length].mean()) if length else None for row, length in zip(steps, lengths, strict=True)]
+
+
+def top_p(scores: Tensor, share: float) -> Tensor:
+    """Return (B, V) scores with only the most probable tokens, which together hold `share` (Holtzman et al. 2019)."""
+    if share >= 1:
+        return scores
+    ordered, order = scores.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    dropped = (before >= share).scatter(1, order, before >= share)
+    return scores.masked_fill(dropped, -torch.inf)

@@ -1,4 +1,4 @@
-"""Which code, weights, data and machine made a result. Without these a published score cannot be made again."""
+"""Which code, weights, data and machine made a result. Without these a published score cannot be reproduced."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "open_clip_torch", "xformers", "numpy", "pillow")
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a model folder's weights and JSON files."""
+    """Return the SHA-256 over names and contents of a model folder's weights and configuration files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt"):
@@ -32,19 +33,24 @@ def folder_hash(folder: Path) -> str:
 
 @lru_cache
 def code_hash(*paths: str) -> str:
-    """SHA-256 over Python files, or folders' own ones, of the checkout: what other code computed is not reused."""
-    root = Path(__file__).resolve().parents[2]
+    """Return the SHA-256 over Python files, or those below folders, of the checkout.
+
+    It is part of the keys of features and responses: what other code computed is not reused. The trainer is left out,
+    because nothing that it contains runs here.
+    """
     digest = hashlib.sha256()
-    folders = [root / path for path in paths]
-    files = [path for path in folders if path.is_file()]
-    for file in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for path in paths:
+        target = ROOT / path
+        for file in sorted(target.rglob("*.py")) if target.is_dir() else [target]:
+            name = file.relative_to(ROOT).as_posix()
+            if not name.startswith("flamingo/training/"):
+                digest.update(name.encode() + b"\0")
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of a module's parameters and buffers."""
+    """Return the SHA-256 over names, types, shapes and values of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -55,7 +61,7 @@ def weights_hash(module: nn.Module) -> str:
 def provenance(
     model: str, command: Sequence[str], device: str, wall_s: float, model_hash: str | None = None
 ) -> dict[str, Any]:
-    """Everything about a run that its samples do not tell. `wall_s` in seconds; `model_hash` if it is known already."""
+    """Return everything about a run that its samples do not say. `wall_s` in seconds; `model_hash` if already known."""
     return {
         "model": {"name": model, "sha256": model_hash or folder_hash(Path(model))},
         "command": ["python", "-m", "eval", *command],
@@ -69,13 +75,13 @@ def provenance(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def _device(device: str) -> str:
@@ -85,16 +91,15 @@ def _device(device: str) -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; "unknown" outside git."""
-    root = Path(__file__).resolve().parents[2]
+    """Return the checkout's commit, with "-dirty" where files differ from it; "unknown" outside git."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return process.stdout.strip() or "unknown"

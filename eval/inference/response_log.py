@@ -1,9 +1,9 @@
-"""An append-only log of what the model said, so that a killed run goes on where it was.
+"""An append-only log of the model's responses, so that a killed run continues where it stopped.
 
 One JSON object a line: the key of a request (a hash of the weights, the code, the prompt's tokens, its images and the
 decoding) and the response. A request whose key is in the log is not asked again, whatever task, strategy or number of
-shots it came from. A line counts once it ends in a newline; what a kill left behind the last one is cut off, and a line
-that cannot be read is asked again. Each process appends to a file of its own and reads all of them.
+shots it came from. A line counts once it ends in a newline; an incomplete last line is cut off, and the request of a
+line that cannot be read is asked again. Each process appends to its own file and reads all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from eval.prompting.requests import Completion, Response
+from eval.prompting.prompts import Completion, Response
 from flamingo.errors import UserError
 
 NAME = "responses"
@@ -30,7 +30,7 @@ class ResponseLog:
             for path in sorted(folder.glob(f"{NAME}*.jsonl")):
                 self._read(path)
         except OSError as error:
-            raise UserError(f"the log of responses in {folder} cannot be read: {error}; give another `out`") from None
+            raise UserError(f"the log of responses in {folder} cannot be read: {error}; give another out=") from None
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
@@ -42,9 +42,11 @@ class ResponseLog:
                 self.unreadable += 1
 
     def append(self, responses: Iterable[tuple[str, Response]]) -> None:
-        """Write some responses and hand them to the operating system, which keeps them if this process is killed."""
+        """Write responses and hand them to the operating system, which keeps them if this process is killed."""
         entries = list(responses)
-        lines = [json.dumps({"key": key, "response": encode(said)}, ensure_ascii=False) for key, said in entries]
+        lines = [
+            json.dumps({"key": key, "response": encode(response)}, ensure_ascii=False) for key, response in entries
+        ]
         if not self._begun:
             self._begin()
         with self._path.open("ab") as file:
@@ -52,7 +54,7 @@ class ResponseLog:
         self.known.update(entries)
 
     def _begin(self) -> None:
-        """Make the folder; cut off what an earlier process began to write when it was killed."""
+        """Create the folder; cut off the incomplete line of an earlier process that was killed."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             content = self._path.read_bytes()
@@ -63,16 +65,16 @@ class ResponseLog:
 
 
 def encode(response: Response) -> object:
-    """A response as JSON: scores as a list, a completion as an object."""
+    """Return a response as JSON: scores as a list, a completion as an object."""
     if isinstance(response, Completion):
         return {"text": response.text, "ended": response.ended, "log_prob": response.log_prob}
     return list(response)
 
 
-def decode(found: object) -> Response:
-    """The inverse of `encode`. Raises TypeError or KeyError for what is neither."""
-    if isinstance(found, dict):
-        return Completion(str(found["text"]), bool(found["ended"]), found["log_prob"])
-    if isinstance(found, list) and found:
-        return [float(value) for value in found]
-    raise TypeError(f"{type(found).__name__} is no response")
+def decode(content: object) -> Response:
+    """Return the response that `encode` wrote. Raises TypeError or KeyError for anything else."""
+    if isinstance(content, dict):
+        return Completion(str(content["text"]), bool(content["ended"]), content["log_prob"])
+    if isinstance(content, list) and content:
+        return [float(value) for value in content]
+    raise TypeError(f"a {type(content).__name__} is not a response")

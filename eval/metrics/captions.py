@@ -1,10 +1,10 @@
 """CIDEr-D, BLEU-1..4 and ROUGE-L of captions, equal to the COCO caption scorers on the same captions.
 
-All take captions that `eval.metrics.ptb.caption_words` has made into words. What is notable about CIDEr-D (Vedantam et
-al. 2015): the weight of an n-gram falls with the number of *images* whose references have it, so a caption's score
-depends on which other images are scored. `Cider` therefore keeps the set it was built on: scores under the example
-frequencies of a whole test set estimate that set's figure from any part of it, and a bootstrap costs nothing. A figure
-for a part under its own frequencies is another number and must not stand beside that of the whole.
+All take captions that `eval.metrics.ptb.caption_words` has made into words. In CIDEr-D (Vedantam et al. 2015) the
+weight of an n-gram falls with the number of *images* whose references have it, so a caption's score depends on which
+other images are scored. `Cider` therefore keeps the set it was built on: scores under the example frequencies of a
+whole test set estimate that set's figure from any part of it, and a bootstrap costs nothing. A figure for a part under
+its own frequencies is another number and must not stand beside that of the whole.
 
 Letters: n the length of an n-gram, R references.
 """
@@ -26,7 +26,7 @@ NGram = tuple[str, ...]
 
 
 def ngrams(words: Sequence[str]) -> Counter[NGram]:
-    """How often each n-gram of 1 to 4 words occurs."""
+    """Return how often each n-gram of 1 to 4 words occurs."""
     return Counter(
         tuple(words[start : start + n]) for n in range(1, LONGEST + 1) for start in range(len(words) - n + 1)
     )
@@ -47,13 +47,13 @@ class Cider:
         self._known: dict[str, tuple[list[dict[NGram, float]], list[float], int]] = {}
 
     def score(self, caption: str, references: Sequence[str]) -> float:
-        """Mean over n and R of the clipped cosine of tf-idf weights, times the length penalty, times 10."""
+        """Return mean over n and R of the clipped cosine of tf-idf weights, times the length penalty, times 10."""
         hypothesis = self._weights(caption_words(caption), remember=False)
-        total = sum(self._likeness(hypothesis, self._weights(caption_words(reference))) for reference in references)
+        total = sum(self._similarity(hypothesis, self._weights(caption_words(reference))) for reference in references)
         return 10.0 * total / (LONGEST * len(references))
 
     def _weights(self, words: str, remember: bool = True) -> tuple[list[dict[NGram, float]], list[float], int]:
-        """tf-idf by n, its norms, and the number of word pairs, which is what the scorer takes for the length."""
+        """Return tf-idf by n, its norms, and the number of word pairs, which the scorer takes for the length."""
         if words in self._known:
             return self._known[words]
         weights: list[dict[NGram, float]] = [{} for _ in range(LONGEST)]
@@ -68,7 +68,7 @@ class Cider:
         return made
 
     @staticmethod
-    def _likeness(
+    def _similarity(
         ours: tuple[list[dict[NGram, float]], list[float], int],
         theirs: tuple[list[dict[NGram, float]], list[float], int],
     ) -> float:
@@ -85,7 +85,7 @@ class Cider:
 
 
 def bleu_counts(caption: str, references: Sequence[str]) -> np.ndarray:
-    """(10,) what corpus BLEU sums over images: 4 x matches, 4 x n-grams said, words said, words of the reference
+    """Return (10,) what corpus BLEU sums over images: 4 x matches, 4 x n-grams said, words said, words of the reference
     nearest in length (the shorter of two equally near)."""
     words = caption_words(caption).split()
     lists = [caption_words(reference).split() for reference in references]
@@ -95,13 +95,13 @@ def bleu_counts(caption: str, references: Sequence[str]) -> np.ndarray:
     matches = [0] * LONGEST
     for gram, count in ngrams(words).items():
         matches[len(gram) - 1] += min(count, most[gram])
-    said = [max(0, len(words) - n) for n in range(LONGEST)]
+    lengths = [max(0, len(words) - n) for n in range(LONGEST)]
     nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in lists)[1]
-    return np.array([*matches, *said, len(words), nearest], dtype=np.float64)
+    return np.array([*matches, *lengths, len(words), nearest], dtype=np.float64)
 
 
 def bleu(counts: np.ndarray) -> np.ndarray:
-    """(..., 10) summed counts to (..., 4): BLEU-1 to BLEU-4, with the COCO scorer's tiny constants against 0 / 0."""
+    """Turn (..., 10) summed counts into (..., 4): BLEU-1 to BLEU-4, with the COCO scorer's constants against 0 / 0."""
     ratios = (counts[..., :4] + 1e-15) / (counts[..., 4:8] + 1e-9)
     means = np.cumprod(ratios, axis=-1) ** (1.0 / np.arange(1, LONGEST + 1))
     length = (counts[..., 8] + 1e-15) / (counts[..., 9] + 1e-9)
@@ -110,7 +110,7 @@ def bleu(counts: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(caption: str, references: Sequence[str]) -> float:
-    """F-measure (beta 1.2) of the best precision and the best recall over R, which may be of different references."""
+    """Return the F-measure (beta 1.2) of the best precision and best recall over R, perhaps of different references."""
     ours = caption_words(caption).split(" ")  # of an empty caption one empty word, as in the reference scorer
     precision = recall = 0.0
     for reference in references:
@@ -123,12 +123,12 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
 
 
 def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence; (a b c d) and (b x d) share 2."""
+    """Return length of the longest common subsequence; (a b c d) and (b x d) share 2."""
     row = [0] * (len(second) + 1)
     for word in first:
         diagonal = 0
-        for place, other in enumerate(second, 1):
-            above = row[place]
-            row[place] = diagonal + 1 if word == other else max(above, row[place - 1])
+        for column, other in enumerate(second, 1):
+            above = row[column]
+            row[column] = diagonal + 1 if word == other else max(above, row[column - 1])
             diagonal = above
     return row[-1]

@@ -36,7 +36,7 @@ class Interval:
 
 
 def wilson(successes: float, n: int, z: float = Z95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927), `n` independent trials.
+    """Return Wilson's score interval of a proportion (Wilson 1927), `n` independent trials.
 
     Raises:
         ValueError: `n` is not positive.
@@ -51,7 +51,7 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
 
 
 def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resamples: int = RESAMPLES) -> Interval:
-    """Percentile bootstrap of the mean of `scores`, whole clusters drawn with replacement.
+    """Return percentile bootstrap of the mean of `scores`, whole clusters drawn with replacement.
 
     The clusters are sorted first and the generator is keyed by a constant, so the order of the samples has no
     influence.
@@ -74,22 +74,22 @@ def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resample
 def two_level_bootstrap(
     scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int], resamples: int = RESAMPLES
 ) -> Interval:
-    """Percentile bootstrap of the mean, seeds and clusters drawn with replacement. One seed: clusters alone."""
+    """Return percentile bootstrap of the mean, seeds and clusters drawn with replacement. One seed: clusters alone."""
     if len(set(seeds)) < 2:
         return cluster_bootstrap(scores, clusters, resamples)
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     kinds, seed = np.unique(np.asarray(seeds), return_inverse=True)
     size = len(kinds) * len(names)
-    place = seed * len(names) + inverse
-    sums = np.bincount(place, weights=np.asarray(scores, dtype=np.float64), minlength=size).reshape(len(kinds), -1)
-    counts = np.bincount(place, minlength=size).astype(np.float64).reshape(len(kinds), -1)
+    flat_index = seed * len(names) + inverse
+    sums = np.bincount(flat_index, weights=np.asarray(scores, dtype=np.float64), minlength=size).reshape(len(kinds), -1)
+    counts = np.bincount(flat_index, minlength=size).astype(np.float64).reshape(len(kinds), -1)
     means = np.empty(resamples)
     start = 0
     for drawn_clusters, drawn_seeds in _draws(len(names), len(kinds), resamples):
         totals, numbers = (table[:, drawn_clusters].sum(2) for table in (sums, counts))  # (S, r)
-        total, number = ((drawn_seeds.T * values).sum(0) for values in (totals, numbers))
+        total, count = ((drawn_seeds.T * values).sum(0) for values in (totals, numbers))
         with np.errstate(invalid="ignore", divide="ignore"):
-            means[start : start + len(total)] = total / number
+            means[start : start + len(total)] = total / count
         start += len(total)
     low, high = np.nanquantile(means, [0.025, 0.975])
     return Interval(float(low), float(high), "two-level bootstrap")
@@ -126,7 +126,7 @@ def statistic_interval(
     resamples: int = RESAMPLES,
     seeds: Sequence[int] | None = None,
 ) -> Interval:
-    """Percentile bootstrap of a statistic that is no mean: it takes (r, N) weights and gives (r,) values.
+    """Return percentile bootstrap of a statistic that is not a mean: it takes (r, N) weights and gives (r,) values.
 
     Resamples for which it has no value (nan: an AUC without negatives) are left out.
     """

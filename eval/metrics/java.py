@@ -28,7 +28,7 @@ MINUTES = 60
 
 
 def program(metric: str, jar: str) -> Path:
-    """The jar of a metric.
+    """Return the jar of a metric.
 
     Raises:
         UserError: Java, the package or the parser is missing; says which, and how to get it.
@@ -37,7 +37,9 @@ def program(metric: str, jar: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the metric {metric} needs pycocoevalcap: pip install 'flamingo-vlm[captions]', and Java")
     if shutil.which("java") is None:
-        raise UserError(f"the metric {metric} needs Java (a `java` on the PATH), and there is none; or leave it out")
+        raise UserError(
+            f"the metric {metric} needs Java, and there is no `java` on the PATH; install it, or leave the metric out"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / jar).is_file():
         raise UserError(f"the metric {metric} needs {folder / jar}, which does not exist; install pycocoevalcap again")
@@ -51,8 +53,8 @@ def program(metric: str, jar: str) -> Path:
     return folder / jar
 
 
-def meteor(said: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """METEOR 1.5 of the set, and of each caption."""
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
+    """Return METEOR 1.5 of the set and of each caption."""
     jar = program("meteor", METEOR)
     command = ["java", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     process = subprocess.Popen(
@@ -61,14 +63,14 @@ def meteor(said: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[fl
     try:
         with process:
             each = [
-                _ask(process, "SCORE", *map(caption_words, several), caption_words(one))
-                for one, several in zip(said, references, strict=True)
+                _ask(process, "SCORE", *map(caption_words, several), caption_words(caption))
+                for caption, several in zip(captions, references, strict=True)
             ]
             scores = [_ask(process, "EVAL", *each), *(_line(process) for _ in each)]
-        found = [float(score) for score in scores]
+        values = [float(score) for score in scores]
     except (ValueError, OSError):
         raise UserError(f"METEOR's program {jar} ended before it gave a score; does `java -version` work?") from None
-    return found[-1], found[:-1]
+    return values[-1], values[:-1]
 
 
 def _ask(process: subprocess.Popen[str], *parts: str) -> str:
@@ -87,21 +89,21 @@ def _line(process: subprocess.Popen[str]) -> str:
     return line.strip()
 
 
-def spice(said: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """SPICE's F of each caption."""
+def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return SPICE's F of each caption."""
     jar = program("spice", SPICE)
     items = [
-        {"image_id": place, "test": caption_words(one), "refs": [caption_words(other) for other in several]}
-        for place, (one, several) in enumerate(zip(said, references, strict=True))
+        {"image_id": index, "test": caption_words(caption), "refs": [caption_words(other) for other in several]}
+        for index, (caption, several) in enumerate(zip(captions, references, strict=True))
     ]
     with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder) / "captions.json", Path(folder) / "scores.json"
-        given.write_text(json.dumps(items))
-        options = ["-cache", folder, "-out", str(found), "-subset", "-silent"]
-        command = ["java", "-Xmx8G", "-jar", jar.name, str(given), *options]
+        input_file, output = Path(folder) / "captions.json", Path(folder) / "scores.json"
+        input_file.write_text(json.dumps(items))
+        options = ["-cache", folder, "-out", str(output), "-subset", "-silent"]
+        command = ["java", "-Xmx8G", "-jar", jar.name, str(input_file), *options]
         done = subprocess.run(command, cwd=jar.parent, capture_output=True, text=True, timeout=60 * MINUTES)
-        if done.returncode or not found.is_file():
+        if done.returncode or not output.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"SPICE's program {jar} failed ({last}); it runs with Java 8 to 11")
-        scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(found.read_text())}
-    return [scores[place] for place in range(len(items))]
+        scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(output.read_text())}
+    return [scores[index] for index in range(len(items))]

@@ -1,8 +1,8 @@
 """Captions to words as published caption scores have them: the Penn Treebank rules of Stanford's tokenizer, no Java.
 
 CIDEr, BLEU and ROUGE-L of a paper are those of captions tokenised by CoreNLP 3.4.1 (lower-cased, one caption a line)
-and freed of a list of punctuation marks. Other tokenizers change CIDEr by tens of points. What is notable, because it
-is not what one would guess:
+and freed of a list of punctuation marks. Other tokenizers change CIDEr by tens of points. Some rules
+are surprising:
 
 - Lower-casing comes after tokenising, and the list of marks has "-LRB-": so the token "-lrb-" of a "(" stays, as do
   "-lsb-" and "-lcb-". Only single marks are removed: "??" and "!!" are words.
@@ -36,7 +36,7 @@ NBSP = "\u00a0"
 
 
 @dataclass(frozen=True)
-class Rule:
+class LexerRule:
     """`pattern` matches the token and, behind group 1, what must follow; `make` spells the token."""
 
     pattern: re.Pattern[str]
@@ -107,8 +107,8 @@ def _quotes(text: str) -> str:
     return re.sub("[\x92\u2019]|&apos;", "'", re.sub("[\x91\u2018\u201b]", "`", text))
 
 
-def _rule(token: str, then: str = "", make: Callable[[str], str] = str, keep: int | None = None) -> Rule:
-    return Rule(re.compile(f"({token}){f'(?:{then})' if then else ''}"), make, keep)
+def _rule(token: str, then: str = "", make: Callable[[str], str] = str, keep: int | None = None) -> LexerRule:
+    return LexerRule(re.compile(f"({token}){f'(?:{then})' if then else ''}"), make, keep)
 
 
 RULES = (
@@ -180,38 +180,38 @@ RULES = (
 
 
 def ptb_tokenize(text: str) -> list[str]:
-    """Lower-case tokens of one caption, punctuation marks included."""
+    """Return lower-case tokens of one caption, punctuation marks included."""
     tokens: list[str] = []
-    place = 0
-    while place < len(text):
-        if space := _PASSED_OVER.match(text, place):
-            place = space.end()
+    position = 0
+    while position < len(text):
+        if space := _PASSED_OVER.match(text, position):
+            position = space.end()
             continue
-        if (plain := _PLAIN.match(text, place)) and plain[0] not in _SPECIAL:
+        if (plain := _PLAIN.match(text, position)) and plain[0] not in _SPECIAL:
             tokens.append(plain[0])
-            place = plain.end()
+            position = plain.end()
             continue
-        best, rule = _longest(text, place)
+        best, rule = _longest(text, position)
         if best is None or rule is None:
-            place += 1
+            position += 1
             continue
         end = best.end(1) - (rule.keep or 0)
-        tokens.append(rule.make(text[place:end]).lower())
-        place = end
+        tokens.append(rule.make(text[position:end]).lower())
+        position = end
     return tokens
 
 
-def _longest(text: str, place: int) -> tuple[re.Match[str] | None, Rule | None]:
+def _longest(text: str, position: int) -> tuple[re.Match[str] | None, LexerRule | None]:
     best: re.Match[str] | None = None
-    chosen: Rule | None = None
+    chosen: LexerRule | None = None
     for rule in RULES:
-        found = rule.pattern.match(text, place)
-        if found and (best is None or found.end() > best.end()):
-            best, chosen = found, rule
+        match = rule.pattern.match(text, position)
+        if match and (best is None or match.end() > best.end()):
+            best, chosen = match, rule
     return best, chosen
 
 
 @lru_cache(maxsize=200_000)
 def caption_words(caption: str) -> str:
-    """The words of a caption that count for its scores, joined by spaces."""
+    """Return the words of a caption that count for its scores, joined by spaces."""
     return " ".join(token for token in ptb_tokenize(caption.replace("\n", " ")) if token not in REMOVED)

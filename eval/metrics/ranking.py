@@ -62,7 +62,7 @@ def mwap(
     verb = dict(zip(names, (pair[0] for pair in pairs), strict=True))
     noun = dict(zip(names, (pair[1] for pair in pairs), strict=True))
     own_verb, own_noun = np.array([verb[a] for a in actions]), np.array([noun[a] for a in actions])
-    found = []
+    precisions = []
     for column, name in enumerate(names):
         own = np.array(actions) == name
         positive = own & (kind == "positive")
@@ -76,16 +76,16 @@ def mwap(
         for group in (positive, easy, hard):
             share[group] = 1.0 / np.bincount(video[group], minlength=video.max() + 1)[video[group]]
         used = positive | easy | hard
-        found.append(average_precision(matrix[used, column], positive[used], weights[:, used] * share[used]))
-    if not found:
+        precisions.append(average_precision(matrix[used, column], positive[used], weights[:, used] * share[used]))
+    if not precisions:
         return np.full(len(weights), np.nan)
-    known = np.isfinite(found)  # in a resample an action may have lost its positives
+    known = np.isfinite(precisions)  # in a resample an action may have lost its positives
     with np.errstate(invalid="ignore"):
-        return np.where(known, found, 0.0).sum(0) / known.sum(0)
+        return np.where(known, precisions, 0.0).sum(0) / known.sum(0)
 
 
 def winoground(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(text, image, group) of (N, 2, 2) scores [item, caption, image], each (N,) bool. A tie is no win.
+    """Return (text, image, group) of (N, 2, 2) scores [item, caption, image], each (N,) bool. A tie is not a win.
 
     Text: for each image its own caption scores higher. Image: for each caption its own image does. Group: both.
     """

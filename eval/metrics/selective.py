@@ -36,7 +36,7 @@ class Selective:
 
 
 def selective(scores: Sequence[float], confidences: Sequence[float]) -> Selective:
-    """All of it, for one setting.
+    """Return all measures for one setting.
 
     Raises:
         ValueError: no samples, or not as many confidences.
@@ -45,15 +45,15 @@ def selective(scores: Sequence[float], confidences: Sequence[float]) -> Selectiv
         raise ValueError(f"{len(scores)} scores and {len(confidences)} confidences; as many of both, at least one")
     score, sure = np.asarray(scores, dtype=np.float64), np.asarray(confidences, dtype=np.float64)
     expected, ordered = _shared_among_equals(score, sure)
-    number = np.arange(1, len(score) + 1)
-    risk = np.cumsum(1 - expected) / number
-    best = np.cumsum(np.sort(1 - score)) / number
-    places = [max(1, round(len(score) * (point + 1) / POINTS)) - 1 for point in range(POINTS)]
+    counts = np.arange(1, len(score) + 1)
+    risk = np.cumsum(1 - expected) / counts
+    best = np.cumsum(np.sort(1 - score)) / counts
+    positions = [max(1, round(len(score) * (point + 1) / POINTS)) - 1 for point in range(POINTS)]
     at = {f"{share:g}": float(1 - risk[max(1, round(len(score) * share)) - 1]) for share in COVERAGES}
     bins = [part for part in np.array_split(np.arange(len(score)), BINS) if len(part)]
     gaps = [abs(float(ordered[part].mean() - expected[part].mean())) * len(part) for part in bins]
     return Selective(
-        risk=tuple(round(float(risk[place]), 6) for place in places),
+        risk=tuple(round(float(risk[position]), 6) for position in positions),
         aurc=float(risk.mean()),
         e_aurc=float(risk.mean() - best.mean()),
         score_at=at,
@@ -63,7 +63,7 @@ def selective(scores: Sequence[float], confidences: Sequence[float]) -> Selectiv
 
 
 def _shared_among_equals(score: np.ndarray, sure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, confidences) from the surest on, each group of equal confidence with its mean score."""
+    """Return (scores, confidences) from the surest on, each group of equal confidence with its mean score."""
     levels, group = np.unique(-sure, return_inverse=True)
     means = np.bincount(group, weights=score) / np.bincount(group)
     order = np.sort(group)

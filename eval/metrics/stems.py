@@ -2,9 +2,9 @@
 
 OK-VQA's annotators' answers come twice, as given (`raw_answer`) and stemmed (`answer`), and the figures that are
 published compare stemmed with stemmed. What the data set's authors stemmed with is not published; a table of exceptions
-and a tagger imitate it elsewhere. The annotation files hold the result itself for every word that any annotator said,
-so it is read from them: a whole answer by what it became most often, else word by word, and only a word that is in no
-answer is left to WordNet (the verb of an -ing form, the singular of a noun), where there is one on this machine.
+and a tagger imitate it elsewhere. The annotation files hold the result for every word that any annotator used, so it is
+read from them: a whole answer by its most frequent stem, else word by word. Only a word that is in no answer is left to
+WordNet (the verb of an -ing form, the singular of a noun), if it is installed.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ Pair = tuple[str, str]
 
 
 class Stems:
-    """Made of all (given, stemmed) answers of the annotation files."""
+    """A stemmer made from all (given, stemmed) answers of the annotation files."""
 
     def __init__(self, pairs: Iterable[Pair], net: WordNet | None = None) -> None:
         whole: dict[str, Counter[str]] = {}
         words: dict[str, Counter[str]] = {}
         for given, stemmed in pairs:
-            one, other = _words(given), _words(stemmed)
-            whole.setdefault(" ".join(one), Counter())[" ".join(other)] += 1
-            if len(one) == len(other):
-                for word, stem in zip(one, other, strict=True):
+            given_words, stemmed_words = _words(given), _words(stemmed)
+            whole.setdefault(" ".join(given_words), Counter())[" ".join(stemmed_words)] += 1
+            if len(given_words) == len(stemmed_words):
+                for word, stem in zip(given_words, stemmed_words, strict=True):
                     words.setdefault(word, Counter())[stem] += 1
-        self._whole = {given: _commonest(found) for given, found in whole.items()}
-        self._words = {word: _commonest(found) for word, found in words.items()}
+        self._whole = {given: _commonest(counts) for given, counts in whole.items()}
+        self._words = {word: _commonest(counts) for word, counts in words.items()}
         self._net = net
         self.hash = content_hash(sorted(self._whole.items()), sorted(self._words.items()), net is not None)
         self.description = f"{len(self._whole)} answers, {len(self._words)} words"
         self.description += ", others by WordNet" if net is not None else ", others as they are (no WordNet here)"
 
     def __call__(self, answer: str) -> str:
-        """The answer stemmed, in small letters."""
+        """Return the answer stemmed, in small letters."""
         words = _words(answer)
         known = self._whole.get(" ".join(words))
         return " ".join(map(self._word, words)) if known is None else known
@@ -51,13 +51,13 @@ class Stems:
             return word
         if word.endswith("ing"):
             return next(iter(self._net.lemmas(word, "v")), word)
-        found = self._net.lemmas(word, "n")
-        return word if word in found or not found else found[0]
+        lemmas = self._net.lemmas(word, "n")
+        return word if word in lemmas or not lemmas else lemmas[0]
 
 
 def _words(text: str) -> list[str]:
     return text.lower().split()
 
 
-def _commonest(found: Counter[str]) -> str:
-    return min(found, key=lambda stem: (-found[stem], stem))
+def _commonest(counts: Counter[str]) -> str:
+    return min(counts, key=lambda stem: (-counts[stem], stem))

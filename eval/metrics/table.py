@@ -70,7 +70,7 @@ class Answered(Protocol):
 
 
 @dataclass(frozen=True)
-class Value:
+class MetricValue:
     """A score with its 95 % interval; `n` answers (or items of several answers) went into it."""
 
     score: float
@@ -81,147 +81,159 @@ class Value:
 
 
 Answers = Sequence[Answered]
-Metric = Callable[[Answers], dict[str, Value]]
+Metric = Callable[[Answers], dict[str, MetricValue]]
 
 
-def _value(score: float | np.floating, interval: Interval, n: int) -> Value:
-    return Value(float(score), interval.low, interval.high, n, interval.method)
+def _value(score: float | np.floating, interval: Interval, n: int) -> MetricValue:
+    return MetricValue(float(score), interval.low, interval.high, n, interval.method)
 
 
 def _ties(answers: Answers) -> tuple[list[str], list[int]]:
-    """What makes scores dependent: clusters and seeds."""
-    return [one.cluster for one in answers], [one.seed for one in answers]
+    """Return what makes scores dependent: clusters and seeds."""
+    return [answer.cluster for answer in answers], [answer.seed for answer in answers]
 
 
-def _mean(scores: Sequence[float], answers: Answers) -> Value:
+def _mean(scores: Sequence[float], answers: Answers) -> MetricValue:
     return _value(np.mean(scores), mean_interval(scores, *_ties(answers)), len(scores))
 
 
 def _statistic(
     score: float | np.floating, statistic: Callable[[np.ndarray], np.ndarray], answers: Answers, resamples: int
-) -> Value:
+) -> MetricValue:
     clusters, seeds = _ties(answers)
     return _value(score, statistic_interval(statistic, clusters, resamples, seeds), len(answers))
 
 
-def _captions(answers: Answers) -> dict[str, Value]:
+def _captions(answers: Answers) -> dict[str, MetricValue]:
     """CIDEr-D under the frequencies of the very images scored, which is the reference scorer's figure."""
-    said = list({one.query_id: one.golds for one in answers}.values())
-    cider = Cider(said)
-    each = [cider.score(one.answer, one.golds) for one in answers]
-    found = {"cider": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
-    counts = np.stack([bleu_counts(one.answer, one.golds) for one in answers])
+    references = list({answer.query_id: answer.golds for answer in answers}.values())
+    cider = Cider(references)
+    each = [cider.score(answer.answer, answer.golds) for answer in answers]
+    values = {"cider": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
+    counts = np.stack([bleu_counts(answer.answer, answer.golds) for answer in answers])
     corpus = bleu(counts.sum(0))
     for n in range(4):
-        found[f"bleu_{n + 1}"] = _statistic(corpus[n], partial(_bleu_n, counts, n), answers, 2000)
-    return found | {"rouge_l": _mean([rouge_l(one.answer, one.golds) for one in answers], answers)}
+        values[f"bleu_{n + 1}"] = _statistic(corpus[n], partial(_bleu_n, counts, n), answers, 2000)
+    return values | {"rouge_l": _mean([rouge_l(answer.answer, answer.golds) for answer in answers], answers)}
 
 
 def _bleu_n(counts: np.ndarray, n: int, weights: np.ndarray) -> np.ndarray:
-    """(R,) BLEU-(n + 1) under (R, N) weights."""
+    """Return (R,) BLEU-(n + 1) under (R, N) weights."""
     return bleu(weights @ counts)[:, n]
 
 
-def _vqa(answers: Answers) -> dict[str, Value]:
-    found = {"vqa_accuracy": _mean([vqa_accuracy(one.answer, one.golds) for one in answers], answers)}
-    for kind in sorted({one.kind for one in answers if one.kind}):
-        part = [one for one in answers if one.kind == kind]
-        found[f"vqa_accuracy {kind}"] = _mean([vqa_accuracy(one.answer, one.golds) for one in part], part)
-    return found
+def _vqa(answers: Answers) -> dict[str, MetricValue]:
+    values = {"vqa_accuracy": _mean([vqa_accuracy(answer.answer, answer.golds) for answer in answers], answers)}
+    for kind in sorted({answer.kind for answer in answers if answer.kind}):
+        part = [answer for answer in answers if answer.kind == kind]
+        values[f"vqa_accuracy {kind}"] = _mean([vqa_accuracy(answer.answer, answer.golds) for answer in part], part)
+    return values
 
 
-def _auc(answers: Answers) -> dict[str, Value]:
+def _auc(answers: Answers) -> dict[str, MetricValue]:
     """Of the margin of the last candidate, which is the positive class, over the first."""
-    if any(len(one.log_probs) != 2 for one in answers):
+    if any(len(answer.log_probs) != 2 for answer in answers):
         raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
-    margins = np.array([one.log_probs[1] - one.log_probs[0] for one in answers])
-    positive = np.array([one.golds[0] == one.candidates[-1] for one in answers])
+    margins = np.array([answer.log_probs[1] - answer.log_probs[0] for answer in answers])
+    positive = np.array([answer.golds[0] == answer.candidates[-1] for answer in answers])
     score = roc_auc(margins, positive)[0]
     return {"roc_auc": _statistic(score, lambda w: roc_auc(margins, positive, w), answers, RESAMPLES)}
 
 
-def _medical(answers: Answers) -> dict[str, Value]:
+def _medical(answers: Answers) -> dict[str, MetricValue]:
     """Open and closed questions apart, each in the published and the mended way."""
-    found: dict[str, Value] = {}
-    opened = [one for one in answers if not is_closed(one.kind)]
-    shut = [one for one in answers if is_closed(one.kind)]
-    if opened:
-        published = [published_open(one.answer, one.golds[0]) for one in opened]
-        mended = [open_scores(one.answer, one.golds[0]) for one in opened]
-        found["open_recall_published"] = _mean([scores[0] for scores in published], opened)
-        found["open_f1_published"] = _mean([scores[2] for scores in published], opened)
-        found["open_recall"] = _mean([scores[0] for scores in mended], opened)
-        found["open_f1"] = _mean([scores[2] for scores in mended], opened)
-        found["open_exact"] = _mean([medical_exact(one.answer, one.golds[0]) for one in opened], opened)
-    if shut:
-        found["closed_published"] = _mean([published_closed(one.answer, one.golds[0]) for one in shut], shut)
-        found["closed"] = _mean([closed(one.answer, one.golds[0]) for one in shut], shut)
+    values: dict[str, MetricValue] = {}
+    open_answers = [answer for answer in answers if not is_closed(answer.kind)]
+    closed_answers = [answer for answer in answers if is_closed(answer.kind)]
+    if open_answers:
+        published = [published_open(answer.answer, answer.golds[0]) for answer in open_answers]
+        mended = [open_scores(answer.answer, answer.golds[0]) for answer in open_answers]
+        values["open_recall_published"] = _mean([scores[0] for scores in published], open_answers)
+        values["open_f1_published"] = _mean([scores[2] for scores in published], open_answers)
+        values["open_recall"] = _mean([scores[0] for scores in mended], open_answers)
+        values["open_f1"] = _mean([scores[2] for scores in mended], open_answers)
+        values["open_exact"] = _mean(
+            [medical_exact(answer.answer, answer.golds[0]) for answer in open_answers], open_answers
+        )
+    if closed_answers:
+        values["closed_published"] = _mean(
+            [published_closed(answer.answer, answer.golds[0]) for answer in closed_answers], closed_answers
+        )
+        values["closed"] = _mean([closed(answer.answer, answer.golds[0]) for answer in closed_answers], closed_answers)
         for constant in ("yes", "no"):
-            found[f"closed_if_always_{constant}"] = _mean([closed(constant, one.golds[0]) for one in shut], shut)
-    return found
+            values[f"closed_if_always_{constant}"] = _mean(
+                [closed(constant, answer.golds[0]) for answer in closed_answers], closed_answers
+            )
+    return values
 
 
-def _wups(answers: Answers) -> dict[str, Value]:
-    found = {}
+def _wups(answers: Answers) -> dict[str, MetricValue]:
+    values = {}
     for name, threshold in (("wups_0", 0.0), ("wups_0.9", 0.9)):
-        each = [wups_score(one.answer, one.golds, threshold, one.kind in BY_EQUALITY) for one in answers]
-        found[name] = _mean(each, answers)
-    return found
+        each = [wups_score(answer.answer, answer.golds, threshold, answer.kind in BY_EQUALITY) for answer in answers]
+        values[name] = _mean(each, answers)
+    return values
 
 
-def _winoground(answers: Answers) -> dict[str, Value]:
+def _winoground(answers: Answers) -> dict[str, MetricValue]:
     """Queries `ITEM.0`, `ITEM.1` are its images, `ITEM.none` the captions without one, where that was asked."""
     asked: dict[str, list[tuple[float, ...]]] = {}
-    for one in answers:
-        asked.setdefault(one.query_id, []).append(one.log_probs)
+    for answer in answers:
+        asked.setdefault(answer.query_id, []).append(answer.log_probs)
     by_id = {query_id: np.mean(several, axis=0) for query_id, several in asked.items()}  # over seeds
-    items = sorted({one.cluster for one in answers if {f"{one.cluster}.0", f"{one.cluster}.1"} <= by_id.keys()})
+    items = sorted(
+        {answer.cluster for answer in answers if {f"{answer.cluster}.0", f"{answer.cluster}.1"} <= by_id.keys()}
+    )
     if not items:
         return {}  # a limit has left no item both of its images
     scores = np.array([[by_id[f"{item}.{i}"] for i in (0, 1)] for item in items]).transpose(0, 2, 1)
-    found = _winoground_values("winoground", scores, items)
+    values = _winoground_values("winoground", scores, items)
     if all(f"{item}.none" in by_id for item in items):
         prior = np.array([by_id[f"{item}.none"] for item in items])
-        found |= _winoground_values("winoground_pmi", scores - prior[:, :, None], items)
-    return found
+        values |= _winoground_values("winoground_pmi", scores - prior[:, :, None], items)
+    return values
 
 
-def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[str, Value]:
+def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[str, MetricValue]:
     parts = zip(("text", "image", "group"), winoground(scores), strict=True)
-    wins = {f"{name}_{part}": [float(win) for win in found] for part, found in parts}
+    wins = {f"{name}_{part}": [float(win) for win in item_wins] for part, item_wins in parts}
     return {part: _value(np.mean(each), mean_interval(each, items), len(items)) for part, each in wins.items()}
 
 
-def _mwap(answers: Answers) -> dict[str, Value]:
+def _mwap(answers: Answers) -> dict[str, MetricValue]:
     """Kind is what was annotated, the gold the action it was annotated for, candidates all actions."""
     actions = answers[0].candidates
     pairs = [(action.split(" ", 1)[0], action.split(" ", 1)[-1]) for action in actions]
-    matrix = np.array([one.log_probs for one in answers])
-    facts = [one.golds[0] for one in answers], [one.kind for one in answers], [one.cluster for one in answers]
+    matrix = np.array([answer.log_probs for answer in answers])
+    facts = (
+        [answer.golds[0] for answer in answers],
+        [answer.kind for answer in answers],
+        [answer.cluster for answer in answers],
+    )
     score = mwap(matrix, *facts, pairs)
     return {"mwap": _statistic(score[0], lambda weights: mwap(matrix, *facts, pairs, weights), answers, 300)}
 
 
-def _meteor(answers: Answers) -> dict[str, Value]:
-    """The set's figure; its interval is that of the captions' mean, moved to it."""
-    score, each = meteor([one.answer for one in answers], [one.golds for one in answers])
+def _meteor(answers: Answers) -> dict[str, MetricValue]:
+    """Return the set's figure; its interval is that of the captions' mean, moved to it."""
+    score, each = meteor([answer.answer for answer in answers], [answer.golds for answer in answers])
     interval = two_level_bootstrap(each, *_ties(answers))
     moved = score - float(np.mean(each))
-    return {"meteor": Value(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
+    return {"meteor": MetricValue(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
 
 
-def _spice(answers: Answers) -> dict[str, Value]:
-    each = spice([one.answer for one in answers], [one.golds for one in answers])
+def _spice(answers: Answers) -> dict[str, MetricValue]:
+    each = spice([answer.answer for answer in answers], [answer.golds for answer in answers])
     return {"spice": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
 
 
-def _by_word(answers: Answers) -> dict[str, Value]:
+def _by_word(answers: Answers) -> dict[str, MetricValue]:
     """Accuracy over the answers whose kind has a word: ScienceQA's columns overlap (a question has TXT and IMG)."""
-    found = {}
-    for word in sorted({word for one in answers for word in one.kind.split()}):
-        part = [one for one in answers if word in one.kind.split()]
-        found[f"accuracy {word}"] = _mean([float(one.answer in one.golds) for one in part], part)
-    return found
+    values = {}
+    for word in sorted({word for answer in answers for word in answer.kind.split()}):
+        part = [answer for answer in answers if word in answer.kind.split()]
+        values[f"accuracy {word}"] = _mean([float(answer.answer in answer.golds) for answer in part], part)
+    return values
 
 
 NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
@@ -248,8 +260,8 @@ def check_metric(name: str) -> None:
 
 
 def measure(names: Sequence[str], answers: Answers) -> dict[str, dict[str, Any]]:
-    """All values of the metrics of these names, as plain data."""
-    found: dict[str, Value] = {}
+    """Return all values of the metrics of these names, as plain data."""
+    values: dict[str, MetricValue] = {}
     for name in names:
-        found |= METRICS[name](answers)
-    return {name: asdict(value) for name, value in found.items()}
+        values |= METRICS[name](answers)
+    return {name: asdict(value) for name, value in values.items()}

@@ -14,21 +14,16 @@ from eval.metrics.medical import token_f1
 from eval.metrics.vqa import vqa_accuracy, vqa_accuracy_by_value
 from eval.metrics.wordnet import wordnet
 from eval.metrics.wups import wups_score
-
-
-def parse_answer(raw: str) -> str:
-    """The answer in a completion: its first non-empty line, white space collapsed; "" when there is none."""
-    lines = [" ".join(line.split()) for line in raw.splitlines()]
-    return next((line for line in lines if line), "")
+from eval.task import parse_answer
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
-    """1.0 if `answer` equals one of `golds` but for white space, else 0.0. Letter case and punctuation count."""
+    """Return 1.0 if `answer` equals one of `golds` but for white space, else 0.0. Letter case and punctuation count."""
     return float(bool(answer) and answer in [" ".join(gold.split()) for gold in golds])
 
 
 def folded_match(answer: str, golds: Sequence[str]) -> float:
-    """1.0 if `answer` equals one of `golds` but for letter case, white space and a full stop at the end."""
+    """Return 1.0 if `answer` equals one of `golds` but for letter case, white space and a full stop at the end."""
     return float(bool(_folded(answer)) and _folded(answer) in [_folded(gold) for gold in golds])
 
 
@@ -37,20 +32,20 @@ def _folded(text: str) -> str:
 
 
 def ivqa_accuracy(answer: str, golds: Sequence[str]) -> float:
-    """iVQA's rule: the share of two annotators who gave the answer, 1 at most (Yang et al. 2021)."""
+    """Return iVQA's accuracy: the share of two annotators who gave the answer, 1 at most (Yang et al. 2021)."""
     return min(1.0, sum(_folded(gold) == _folded(answer) for gold in golds) / 2)
 
 
 def open_match(answer: str, golds: Sequence[str]) -> float:
-    """MMMU's rule for open answers: a gold number is among those said, to two decimals, or a gold text is within it."""
-    said = answer.lower()
-    numbers = {round(float(found.replace(",", "")), 2) for found in _NUMBER.findall(said)}
+    """Return 1.0 by MMMU's rule for open answers: the answer has a gold number (to two decimals) or a gold text."""
+    lower = answer.lower()
+    numbers = {round(float(number.replace(",", "")), 2) for number in _NUMBER.findall(lower)}
     for gold in golds:
         text = " ".join(gold.lower().split())
         if _NUMBER.fullmatch(text):
             if round(float(text.replace(",", "")), 2) in numbers:
                 return 1.0
-        elif text and text in " ".join(said.split()):
+        elif text and text in " ".join(lower.split()):
             return 1.0
     return 0.0
 
@@ -75,7 +70,7 @@ SCORE_NAMES = (*SCORES, *OF_SET)
 
 
 def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
-    """The score of that name for a task whose queries have these gold answers.
+    """Return the score of that name for a task whose queries have these gold answers.
 
     Raises:
         UserError: what the score needs is not on this machine; told now and not when the answers are there.
@@ -86,7 +81,7 @@ def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
 
 
 def clean(raw: str, *, tail: str = "", cut: Sequence[str] = (), remove: str = "") -> str:
-    """The first line of `raw`, up to the first of the strings in `cut`, without the characters of `remove`.
+    """Return the first line of `raw`, up to the first of the strings in `cut`, without the characters of `remove`.
 
     `tail` is the fixed end of an answer.
     """

@@ -32,8 +32,8 @@ _TWICE_CONTRACTED = (
 
 
 def _lacking_one(word: str) -> list[str]:
-    """`word` without one of its apostrophes, each in turn."""
-    return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
+    """Return `word` without one of its apostrophes, each in turn."""
+    return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
 
 
 # The published table, whose gaps count: "im", "ive" and "lets" are not in it (its keys for the first two are written
@@ -58,7 +58,7 @@ def normalise(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
-    """Mean over annotators i of min(1, matches among the others / 3); a single gold answer is an exact match.
+    """Return mean over annotators i of min(1, matches among the others / 3); a single gold answer is an exact match.
 
     `golds` are the annotators' answers, ten in the published sets. "The others" is by position, never by value.
     """
@@ -72,7 +72,7 @@ def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
 
 
 def vqa_accuracy_by_value(answer: str, golds: Sequence[str]) -> float:
-    """A historic fault, for comparison with old figures: "the others" are those who said something else.
+    """Return a historic fault, for comparison with old figures: "the others" are those who said something else.
 
     On annotations without ids a published harness compared annotators by value, so all who agree vanish at once; with
     it VizWiz scores are up to 27 points too low.

@@ -1,9 +1,9 @@
 """WUPS: answers compared word by word in WordNet's hierarchy (Malinowski and Fritz 2014), as NExT-QA scores with it.
 
 For every word the most similar word of the other side (Wu and Palmer's similarity of the first synsets; one below the
-threshold counts a tenth), multiplied over the words that have any; the lesser of both directions. What is notable in
-the published script: words without any likeness are passed over and not counted as 0, and yes/no and counting
-questions (DB, DC) are scored by equality instead.
+threshold counts a tenth), multiplied over the words that have any; the lesser of both directions. In the published
+script, words without any similarity are skipped instead of counting as 0, and yes/no and counting questions (DB, DC)
+are scored by equality.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 BY_EQUALITY = ("DB", "DC")
 
 
-def wups(said: Sequence[str], gold: Sequence[str], similarity: Similarity, threshold: float = 0.0) -> float:
-    """WUPS of two lists of words."""
-    return min(_one_way(said, gold, similarity, threshold), _one_way(gold, said, similarity, threshold))
+def wups(answer: Sequence[str], gold: Sequence[str], similarity: Similarity, threshold: float = 0.0) -> float:
+    """Return WUPS of two lists of words."""
+    return min(_one_way(answer, gold, similarity, threshold), _one_way(gold, answer, similarity, threshold))
 
 
 def _one_way(words: Sequence[str], others: Sequence[str], similarity: Similarity, threshold: float) -> float:
@@ -52,17 +52,17 @@ def _damped(word: str, other: str, similarity: Similarity, threshold: float) -> 
 
 
 def lemmatised(text: str, net: WordNet) -> list[str]:
-    """Lower-case lemmas, as a noun where there is such a noun and else as a verb, without stop words."""
+    """Return lower-case lemmas, as a noun where there is such a noun and else as a verb, without stop words."""
     words = [word for word in re.findall(r"[a-z0-9']+", text.lower()) if word not in STOP_WORDS]
-    found = [next(iter([*net.lemmas(word, "n"), *net.lemmas(word, "v")]), word) for word in words]
-    return [word for word in found if word not in STOP_WORDS]
+    lemmas = [next(iter([*net.lemmas(word, "n"), *net.lemmas(word, "v")]), word) for word in words]
+    return [word for word in lemmas if word not in STOP_WORDS]
 
 
 def wups_score(answer: str, golds: Sequence[str], threshold: float = 0.0, equality: bool = False) -> float:
-    """The best over the gold answers. With `equality` the lemmas must be the same ones."""
+    """Return the best over the gold answers. With `equality` the lemmas must be the same ones."""
     net = wordnet()
-    said = lemmatised(answer, net)
+    words = lemmatised(answer, net)
     truths = [lemmatised(gold, net) for gold in golds]
     if equality:
-        return float(said in truths)
-    return max((wups(said, truth, net.similarity, threshold) for truth in truths), default=0.0)
+        return float(words in truths)
+    return max((wups(words, truth, net.similarity, threshold) for truth in truths), default=0.0)

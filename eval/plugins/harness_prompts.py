@@ -1,8 +1,8 @@
-"""What a foreign harness shows, as prompts of ours: texts that may mark images, images, and demonstrations.
+"""From the texts and images of another harness to our prompts, with demonstrations.
 
-A harness gives a text and a list of images. Where the text has `<image>` tags the images take their places; those
-left over stand in front. Demonstrations are drawn here (a pure function of task, seed and query, the leakage guard on),
-because the harnesses draw theirs without images; each ends in the end-of-chunk token, as in training.
+A harness gives a text and a list of images. Images replace the `<image>` tags of the text; those left over come first.
+Demonstrations are drawn here (a pure function of task, seed and query, the leakage guard on), because the harnesses
+draw theirs without images; each ends in the end-of-chunk token, as in training.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 
-from eval.demonstrations.samplers import draw, hash_order
+from eval.demonstrations.samplers import draw
 from eval.inference.model import FlamingoResponder, context_length
-from eval.prompting.prompts import Prompt
-from eval.task import EncodedImage, Example, Turn
+from eval.prompting.prompts import EncodedPrompt
+from eval.task import EncodedImage, Example, Turn, hash_order
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
@@ -30,8 +30,8 @@ MOST_SUPPORT = 2048
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A text with the places of its images (at most as many as there are), and for a demonstration its answer."""
+class HarnessPrompt:
+    """A text with `<image>` tags (at most as many as images), and for a demonstration its answer."""
 
     text: str
     images: tuple[EncodedImage, ...]
@@ -39,7 +39,7 @@ class Shown:
 
 
 def image_of(value: Any) -> EncodedImage:
-    """A harness's image: PIL, bytes, path, or a list of frames of these (a clip)."""
+    """Return a harness's image: PIL, bytes, path, or a list of frames of these (a clip)."""
     if isinstance(value, list | tuple):
         return EncodedImage(tuple(frame for item in value for frame in image_of(item).frames))
     if isinstance(value, bytes):
@@ -53,20 +53,20 @@ def image_of(value: Any) -> EncodedImage:
     raise UserError(f"the harness gives a {type(value).__name__} where an image is expected; PIL, bytes or a path are")
 
 
-def shown(text: str, images: Any, answer: str = "") -> Shown:
-    """A harness's text and images (None, one, or a list). Raises UserError for more tags than images."""
+def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
+    """Return a harness's text and images (None, one, or a list). Raises UserError for more tags than images."""
     listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    found = tuple(image_of(image) for image in listed if image is not None)
+    encoded = tuple(image_of(image) for image in listed if image is not None)
     tags = text.count(IMAGE_TOKEN)
-    if tags > len(found):
+    if tags > len(encoded):
         raise UserError(
-            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(found)} images: its own few-shot "
+            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(encoded)} images: its own few-shot "
             "examples come without images; leave num_fewshot at 0 and give shots=N in model_args"
         )
-    return Shown(text, found, answer)
+    return HarnessPrompt(text, encoded, answer)
 
 
-class Prompts:
+class HarnessPromptBuilder:
     """Builds prompts for one model."""
 
     def __init__(self, responder: FlamingoResponder) -> None:
@@ -79,16 +79,18 @@ class Prompts:
         """What stands in front of a text of which every token is to be predicted."""
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         return list(self._builder.encode(text))
 
     @staticmethod
-    def bare(before: Sequence[int], own: Sequence[int]) -> Prompt:
+    def bare(before: Sequence[int], own: Sequence[int]) -> EncodedPrompt:
         """Given ids behind given ids, without images."""
-        return Prompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
+        return EncodedPrompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
-    def build(self, demos: Sequence[Shown], query: Shown, room: int, continuations: Sequence[str] = ()) -> Prompt:
-        """The prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
+    def build(
+        self, demos: Sequence[HarnessPrompt], query: HarnessPrompt, room: int, continuations: Sequence[str] = ()
+    ) -> EncodedPrompt:
+        """Return the prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
 
         Where `room` more tokens would not fit, whole demonstrations are dropped from the far end.
         """
@@ -100,67 +102,67 @@ class Prompts:
         shared = min(shared, *(len(ids) - 1 for ids in whole)) if continuations else shared
         candidates = tuple(ids[shared:] for ids in whole) if continuations else ()
         asked = [*head, *own[:shared]]
-        pieces = [self._demo(demo) for demo in demos]
+        demo_ids = [self._demo(demo) for demo in demos]
         room = max([room, *map(len, candidates)])
-        while self._too_long(pieces, asked, room):
-            if not pieces:
+        while self._too_long(demo_ids, asked, room):
+            if not demo_ids:
                 tokens = len(asked) + room
                 raise UserError(f"a prompt of the harness has {tokens} tokens; the model's context is {self.context}")
-            pieces.pop(0)
-        kept = demos[len(demos) - len(pieces) :]
-        images = tuple(image for one in [*kept, query] for image in one.images)
-        ids = (*self._start, *(i for piece in pieces for i in piece), *asked)
+            demo_ids.pop(0)
+        kept = demos[len(demos) - len(demo_ids) :]
+        images = tuple(image for prompt in [*kept, query] for image in prompt.images)
+        ids = (*self._start, *(i for ids_of_demo in demo_ids for i in ids_of_demo), *asked)
         assert ids.count(self._encoder.image_token_id) == len(images)
-        turns = tuple(((one.images or (None,))[0], f"{one.text}{one.answer}") for one in [*kept, query])
-        return Prompt(tuple(ids), images, candidates, turns, len(kept))
+        turns = tuple(((prompt.images or (None,))[0], f"{prompt.text}{prompt.answer}") for prompt in [*kept, query])
+        return EncodedPrompt(tuple(ids), images, candidates, turns, len(kept))
 
-    def _too_long(self, pieces: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
-        tokens = sum(map(len, pieces)) + len(asked) + len(self._start) + room
+    def _too_long(self, demo_ids: Sequence[Sequence[int]], asked: Sequence[int], room: int) -> bool:
+        tokens = sum(map(len, demo_ids)) + len(asked) + len(self._start) + room
         return self.context is not None and tokens > self.context
 
-    def _query(self, query: Shown) -> tuple[list[int], str]:
-        """(ids up to the last image, the text behind it)."""
+    def _query(self, query: HarnessPrompt) -> tuple[list[int], str]:
+        """Return (ids up to the last image, the text behind it)."""
         texts = query.text.split(IMAGE_TOKEN)
         head = [self._encoder.image_token_id] * (len(query.images) - len(texts) + 1)
         for text in texts[:-1]:
             head += [*self._builder.encode(text), self._encoder.image_token_id]
         return head, texts[-1]
 
-    def _demo(self, demo: Shown) -> list[int]:
+    def _demo(self, demo: HarnessPrompt) -> list[int]:
         head, last = self._query(demo)
         return [*head, *self._builder.encode(f"{last}{demo.answer}"), self._encoder.eoc_token_id]
 
 
-class Support:
+class HarnessSupport:
     """The few-shot split of one task of a harness. `show` makes an example of the harness a demonstration."""
 
-    def __init__(self, name: str, examples: Sequence[Any], show: Callable[[Any], Shown], seed: int) -> None:
-        order = hash_order([str(place) for place in range(len(examples))], "support", name)[:MOST_SUPPORT]
+    def __init__(self, name: str, examples: Sequence[Any], show: Callable[[Any], HarnessPrompt], seed: int) -> None:
+        order = hash_order([str(index) for index in range(len(examples))], "support", name)[:MOST_SUPPORT]
         self._name = name
         self._seed = seed
-        self._shown = {str(place): show(examples[place]) for place in order}
-        self._examples = [_example(key, one) for key, one in self._shown.items()]
+        self._shown = {str(index): show(examples[index]) for index in order}
+        self._examples = [_example(key, prompt) for key, prompt in self._shown.items()]
 
-    def demos(self, query: Shown, query_id: str, shots: int) -> list[Shown]:
-        """`shots` of them, nearest last; nested over shots."""
+    def demos(self, query: HarnessPrompt, query_id: str, shots: int) -> list[HarnessPrompt]:
+        """Return `shots` of them, nearest last; nested over shots."""
         asked = _example(f"query {query_id}", query)
-        found = draw(self._examples, asked, shots, task_hash=self._name, seed=self._seed)
-        return [self._shown[example.id] for example in found.examples]
+        demonstrations = draw(self._examples, asked, shots, task_hash=self._name, seed=self._seed)
+        return [self._shown[example.id] for example in demonstrations.examples]
 
 
-def _example(key: str, one: Shown) -> Example:
-    frames = tuple(frame for image in one.images for frame in image.frames)
-    turn = Turn(EncodedImage(frames) if frames else None, one.text, "", one.answer)
-    return Example(key, turn, (one.answer,))
+def _example(key: str, prompt: HarnessPrompt) -> Example:
+    frames = tuple(frame for image in prompt.images for frame in image.frames)
+    turn = Turn(EncodedImage(frames) if frames else None, prompt.text, "", prompt.answer)
+    return Example(key, turn, (prompt.answer,))
 
 
 def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
-    """The model of a saved folder; without a `device` on a GPU if there is one. Raises UserError where there is none.
+    """Load the model of a folder, by default onto a GPU if there is one. Raises UserError for a folder without a model.
 
     lm_eval's own command line gives None where its `--device` is left out, or cuda:0 on a machine without one.
     """
     if not (Path(pretrained) / "config.json").is_file():
-        raise UserError(f"pretrained={pretrained} is no folder that save_pretrained or train.py wrote")
+        raise UserError(f"pretrained={pretrained} is not a folder that save_pretrained or train.py wrote")
     model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
     if not torch.cuda.is_available():
         device = "cpu" if device is None or device.startswith("cuda") else device
@@ -169,7 +171,7 @@ def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of a task's stop strings."""
+    """Return the text up to the first of a task's stop strings."""
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text

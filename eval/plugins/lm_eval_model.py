@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
+from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:
@@ -60,10 +60,10 @@ class FlamingoLM(LM):
             responder = load(pretrained, device, dtype)
         size = max_batch_size or 16 if isinstance(batch_size, str) and not batch_size.isdecimal() else int(batch_size)
         self._engine = Engine(responder, FeatureCache(responder), size)
-        self._prompts = Prompts(responder)
+        self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
         self._tasks: dict[str, Any] = dict(tasks or {})
-        self._supports: dict[str, Support] = {}
+        self._supports: dict[str, HarnessSupport] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -71,54 +71,56 @@ class FlamingoLM(LM):
         return "flamingo"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability, greedy or not) of each continuation.
+        """Return (log-probability, greedy or not) of each continuation.
 
         Whether it is what greedy decoding says is found out where a question has one continuation (as in LAMBADA);
         with several it is not asked for by any metric, and False.
         """
         groups: dict[tuple[str | None, int | None, str], list[int]] = {}
-        for place, request in enumerate(requests):
-            groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(place)
+        for index, request in enumerate(requests):
+            groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(index)
         asked, checks = [], []
-        for places in groups.values():
-            first = requests[places[0]]
+        for indices in groups.values():
+            first = requests[indices[0]]
             demos, query = self._demos_and_query(first)
-            prompt = self._prompts.build(demos, query, 0, [requests[place].args[1] for place in places])
+            prompt = self._prompts.build(demos, query, 0, [requests[index].args[1] for index in indices])
             asked.append(Request(prompt))
-            if len(places) == 1:
-                checks.append((places[0], Request(prompt, Decoding(len(prompt.candidates[0])))))
+            if len(indices) == 1:
+                checks.append((indices[0], Request(prompt, Decoding(len(prompt.candidates[0])))))
         scores = self._engine.ask(asked)
-        found: dict[int, tuple[float, bool]] = {}
-        for places, row in zip(groups.values(), scores, strict=True):
+        results: dict[int, tuple[float, bool]] = {}
+        for indices, row in zip(groups.values(), scores, strict=True):
             assert isinstance(row, list)
-            found |= {place: (score, False) for place, score in zip(places, row, strict=True)}
-        for (place, request), said in zip(checks, self._engine.ask([r for _, r in checks]), strict=True):
-            assert isinstance(said, Completion)
+            results |= {index: (score, False) for index, score in zip(indices, row, strict=True)}
+        for (index, request), completion in zip(checks, self._engine.ask([r for _, r in checks]), strict=True):
+            assert isinstance(completion, Completion)
             tokens = len(request.prompt.candidates[0])
-            best = -float("inf") if said.log_prob is None else said.log_prob * tokens
-            found[place] = (found[place][0], abs(found[place][0] - best) < 1e-3 * tokens)
-        return [found[place] for place in range(len(requests))]
+            best = -float("inf") if completion.log_prob is None else completion.log_prob * tokens
+            results[index] = (results[index][0], abs(results[index][0] - best) < 1e-3 * tokens)
+        return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of whole texts, each token predicted once; longer ones than the context in windows that do not overlap."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows: list[Request] = []
+        asked: list[Request] = []
         owners = []
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             most = (self._prompts.context or 2048) - 1
-            found = get_rolling_token_windows(self._prompts.tokens(request.args[0]), self._prompts.first_token, most, 1)
-            for before, own in map(make_disjoint_window, found):
-                windows.append(Request(self._prompts.bare(before, own)))
-                owners.append(place)
+            token_windows = get_rolling_token_windows(
+                self._prompts.tokens(request.args[0]), self._prompts.first_token, most, 1
+            )
+            for before, own in map(make_disjoint_window, token_windows):
+                asked.append(Request(self._prompts.bare(before, own)))
+                owners.append(index)
         totals = [0.0] * len(requests)
-        for place, row in zip(owners, self._engine.ask(windows), strict=True):
+        for index, row in zip(owners, self._engine.ask(asked), strict=True):
             assert isinstance(row, list)
-            totals[place] += row[0]
+            totals[index] += row[0]
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Continuations, cut at the first of the task's stop strings."""
+        """Return continuations, cut at the first of the task's stop strings."""
         asked, stops = [], []
         for request in requests:
             options: dict[str, Any] = dict(request.args[1])
@@ -131,10 +133,14 @@ class FlamingoLM(LM):
             asked.append(Request(prompt, how))
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
-        said = self._engine.ask(asked)
-        return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
+        responses = self._engine.ask(asked)
+        return [
+            cut(response.text, stop)
+            for response, stop in zip(responses, stops, strict=True)
+            if isinstance(response, Completion)
+        ]
 
-    def _demos_and_query(self, request: Instance) -> tuple[list[Shown], Shown]:
+    def _demos_and_query(self, request: Instance) -> tuple[list[HarnessPrompt], HarnessPrompt]:
         extra: Any = request.args[2] if len(request.args) > 2 else None
         query = shown(request.args[0], (extra or {}).get("visual"))
         if self._shots == 0:
@@ -142,17 +148,17 @@ class FlamingoLM(LM):
         support = self._support(str(request.task_name))
         return support.demos(query, str(request.doc_id), self._shots), query
 
-    def _support(self, name: str) -> Support:
+    def _support(self, name: str) -> HarnessSupport:
         if name not in self._supports:
             task = self._task(name)
             examples = list(task.fewshot_docs())
             if not examples:
                 raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
-            self._supports[name] = Support(name, examples, lambda doc: _demonstration(task, doc), self._seed)
+            self._supports[name] = HarnessSupport(name, examples, lambda doc: _demonstration(task, doc), self._seed)
         return self._supports[name]
 
     def _task(self, name: str) -> Any:
-        """The harness's task object, which knows how its examples are shown."""
+        """Return the harness's task object, which knows how its examples are shown."""
         if name not in self._tasks:
             from lm_eval.tasks import TaskManager
 
@@ -160,7 +166,7 @@ class FlamingoLM(LM):
         return self._tasks[name]
 
 
-def _demonstration(task: Any, doc: Any) -> Shown:
+def _demonstration(task: Any, doc: Any) -> HarnessPrompt:
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None and isinstance(target, int):
         target = task.doc_to_choice(doc)[target]

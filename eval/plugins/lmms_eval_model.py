@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, Shown, Support, cut, load, shown, stop
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
+from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
 try:
@@ -62,80 +62,84 @@ class FlamingoLMMs(lmms):
         size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 16
         self._engine = Engine(responder, FeatureCache(responder), size)
         self._support_split = support_split
-        self._prompts = Prompts(responder)
+        self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed = int(shots), int(seed)
-        self._supports: dict[str, Support] = {}
+        self._supports: dict[str, HarnessSupport] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(minus the log-probability, False) of each continuation; those of one question are ranked together.
+        """Return (minus the log-probability, False) of each continuation; those of one question are ranked together.
 
         In spite of its name lmms-eval takes losses here: the answer of a multiple-choice task is the smallest.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
-        for place, request in enumerate(requests):
-            context, _, _, number, task, split = request.args
-            groups.setdefault((task, split, number, context), []).append(place)
+        for index, request in enumerate(requests):
+            context, _, _, position, task, split = request.args
+            groups.setdefault((task, split, position, context), []).append(index)
         asked = []
-        for places in groups.values():
-            context, _, visual, number, task, split = requests[places[0]].args
-            demos, query = self._demos_and_query(context, visual, task, split, number)
-            continuations = [self._continuation(requests[place]) for place in places]
+        for indices in groups.values():
+            context, _, visual, position, task, split = requests[indices[0]].args
+            demos, query = self._demos_and_query(context, visual, task, split, position)
+            continuations = [self._continuation(requests[index]) for index in indices]
             asked.append(Request(self._prompts.build(demos, query, 0, continuations)))
-        found: dict[int, tuple[float, bool]] = {}
-        for places, row in zip(groups.values(), self._engine.ask(asked), strict=True):
+        results: dict[int, tuple[float, bool]] = {}
+        for indices, row in zip(groups.values(), self._engine.ask(asked), strict=True):
             assert isinstance(row, list)
-            found |= {place: (-score, False) for place, score in zip(places, row, strict=True)}
-        return [found[place] for place in range(len(requests))]
+            results |= {index: (-score, False) for index, score in zip(indices, row, strict=True)}
+        return [results[index] for index in range(len(requests))]
 
     def _continuation(self, request: Instance) -> str:
-        """The text, or what the task makes of the example."""
-        given, number, task, split = (request.args[place] for place in (1, 3, 4, 5))
-        return str(given(self.task_dict[task][split][number])) if callable(given) else given
+        """Return the text, or what the task makes of the example."""
+        given, doc_id, task, split = (request.args[index] for index in (1, 3, 4, 5))
+        return str(given(self.task_dict[task][split][doc_id])) if callable(given) else given
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Continuations, cut at the first of the task's stop strings."""
+        """Return continuations, cut at the first of the task's stop strings."""
         asked, stops = [], []
         for request in requests:
-            context, options, visual, number, task, split = request.args
+            context, options, visual, index, task, split = request.args
             tokens = int(options.get("max_new_tokens", MOST_NEW_TOKENS))
             temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-            demos, query = self._demos_and_query(context, visual, task, split, number)
+            demos, query = self._demos_and_query(context, visual, task, split, index)
             prompt = self._prompts.build(demos, query, tokens)
             asked.append(Request(prompt, Decoding(tokens, temperature=temperature)))
             until: Sequence[str] | str = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
-        said = self._engine.ask(asked)
-        return [cut(one.text, stop) for one, stop in zip(said, stops, strict=True) if isinstance(one, Completion)]
+        responses = self._engine.ask(asked)
+        return [
+            cut(response.text, stop)
+            for response, stop in zip(responses, stops, strict=True)
+            if isinstance(response, Completion)
+        ]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not done: such a task's later rounds are made by its own code from the earlier answers."""
         raise UserError("tasks of several rounds are not supported; choose one that asks once")
 
     def _demos_and_query(
-        self, context: str, visual: Any, task: str, split: str, number: int
-    ) -> tuple[list[Shown], Shown]:
-        """`visual` is the task's own method, so the task comes with each request."""
-        query = shown(context, visual(self.task_dict[task][split][number]))
+        self, context: str, visual: Any, task: str, split: str, index: int
+    ) -> tuple[list[HarnessPrompt], HarnessPrompt]:
+        """Return demonstrations and query; `visual` is the task's own method, so each request brings its task."""
+        query = shown(context, visual(self.task_dict[task][split][index]))
         if not self._shots:
             return [], query
         if task not in self._supports:
             self._supports[task] = self._support(task, visual.__self__, split)
-        return self._supports[task].demos(query, f"{split} {number}", self._shots), query
+        return self._supports[task].demos(query, f"{split} {index}", self._shots), query
 
-    def _support(self, name: str, task: Any, asked: str) -> Support:
+    def _support(self, name: str, task: Any, asked: str) -> HarnessSupport:
         """lmms-eval's own `fewshot_docs` would fall back on the questions that are asked."""
         config = task.config
         named = [config.fewshot_split, config.training_split, config.validation_split]
-        split = self._support_split or next((one for one in named if one and one != asked), None)
+        split = self._support_split or next((split for split in named if split and split != asked), None)
         if split not in task.dataset:
-            others = ", ".join(one for one in task.dataset if one != asked) or "none"
+            others = ", ".join(split for split in task.dataset if split != asked) or "none"
             wrong = f"task {name} has no split {split}" if split else f"task {name} names no split to draw from"
             raise UserError(
                 f"shots={self._shots}: {wrong}; give support_split=NAME in model_args; its data has: {others}"
             )
         examples = task.dataset[split]
 
-        def show(example: Any) -> Shown:
+        def show(example: Any) -> HarnessPrompt:
             target = task.doc_to_target(example)
             if task.config.doc_to_choice is not None and isinstance(target, int):
                 target = task.doc_to_choice(example)[target]
@@ -143,7 +147,7 @@ class FlamingoLMMs(lmms):
             delimiter = task.config.target_delimiter
             return shown(task.doc_to_text(example), task.doc_to_visual(example), f"{delimiter}{target}")
 
-        return Support(name, examples, show, self._seed)
+        return HarnessSupport(name, examples, show, self._seed)
 
 
 class Command(FlamingoLMMs):
@@ -158,19 +162,19 @@ class Command(FlamingoLMMs):
             super().__init__(*arguments, **options)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """As above, wrapped."""
+        """Return the scores in the harness's wrapper; a UserError ends the command as one sentence."""
         from lmms_eval.api.instance import GenerationResult
 
         with _one_sentence():
             return [GenerationResult(pair) for pair in super().loglikelihood(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """As above."""
+        """Generate; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until(requests)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """As above."""
+        """Generate; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until_multi_round(requests)
 

@@ -1,18 +1,20 @@
-"""From an episode to token ids and images, exactly as a training page would have them.
+"""From an episode to token ids and images, exactly as a training document has them; what is asked, what is answered.
 
-A prompt is a list of text and image chunks; ids and images come from the same list and are counted against each
-other. Text is tokenised node by node, as the loader does, and special ids are put between: strings are never joined and
-then tokenised, so a demonstration that contains "<image>" stays text.
+A prompt is a list of text and image chunks; ids and images come from the same list and their counts have to agree. Text
+is tokenised node by node, as in the loader, with special ids in between: strings are never joined and then tokenised,
+so a demonstration that contains "<image>" stays text.
 
-The query's turn ends where the answer begins. What "begins" means in tokens depends on the tokenizer (" dax" may be one
-token or two, and a lead " " may melt into it), so a ranked prompt takes the tokens that all candidates share into the
-prompt and keeps the rest, ended by the end-of-chunk token: without that end "tiger" would beat "tiger shark".
+The query's turn ends where the answer begins. Where that is in tokens depends on the tokenizer (" dax" may be one token
+or two, and a lead " " may be merged into it). So a ranked prompt takes in the tokens that all candidates share, and the
+candidates keep the rest, ended by the end-of-chunk token: without that end "tiger" would beat "tiger shark".
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from eval.task import EncodedImage, Episode, Frame, Turn
@@ -20,26 +22,26 @@ from flamingo.errors import UserError
 
 
 class TextEncoder(Protocol):
-    """What prompts need of a processor."""
+    """What prompts need from a processor."""
 
     image_token_id: int
     eoc_token_id: int
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids without any special token."""
+        """Return token ids without any special token."""
         ...
 
 
-SHORTEST = 16
-"""Tokens from which on a beginning that prompts share is worth a pass of its own."""
+SHORTEST_START = 16
+"""Tokens from which a start that prompts share is worth a forward pass of its own."""
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """Token ids with their images in order.
 
-    `turns` tell the same for people: each turn's image and text, the query's last. `shots_kept` of the episode's
-    demonstrations fitted the context. The first `shared` (tokens, images) do not depend on the query.
+    `turns` are the same for readers: each turn's image and text, the query's last. `shots_kept` of the episode's
+    demonstrations fitted into the context. The first `shared` (tokens, images) do not depend on the query.
     """
 
     ids: tuple[int, ...]
@@ -51,20 +53,81 @@ class Prompt:
 
     @property
     def beginning(self) -> tuple[object, ...] | None:
-        """What does not depend on the query, ids and images; None where that is too short to be run apart."""
+        """The ids and images that do not depend on the query; None if they are too few to be run separately."""
         tokens, images = self.shared
-        if tokens < SHORTEST or tokens >= len(self.ids):
+        if tokens < SHORTEST_START or tokens >= len(self.ids):
             return None
         return self.ids[:tokens], tuple(image.sha256 for image in self.images[:images])
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with its longest candidate."""
+        """Number of tokens of the prompt with its longest candidate."""
         return len(self.ids) + max((len(candidate) for candidate in self.candidates), default=0)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated. Temperature 0 is greedy (or beam) search; above it `draw` numbers the samples.
+
+    A sample is a pure function of the request and its `draw`: two draws are independent, and the same draw gives the
+    same text whatever shares its batch.
+    """
+
+    max_new_tokens: int
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    draw: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether only the number of tokens is set."""
+        return self.num_beams == 1 and self.temperature == 0.0
+
+    @property
+    def kind(self) -> Decoding:
+        """The settings that all requests of a batch share."""
+        return replace(self, draw=0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated text, and whether the model ended it (False: it reached the limit of new tokens).
+
+    `log_prob` is the mean log-probability of its tokens, including the one that ended it; None where unknown.
+    """
+
+    text: str
+    ended: bool
+    log_prob: float | None = None
+
+
+Response = Completion | list[float]
+"""A completion, or the log-probability of each candidate."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, or, without a decoding, one whose candidates are ranked."""
+
+    prompt: EncodedPrompt
+    decoding: Decoding | None = None
+
+    def key(self, model: str) -> str:
+        """Return the hash of all that the response depends on; `model` stands for weights, code, precision, device."""
+        material = [
+            model,
+            self.prompt.ids,
+            self.prompt.candidates if self.decoding is None else None,
+            [image.sha256 for image in self.prompt.images],
+            None if self.decoding is None else asdict(self.decoding),
+        ]
+        return hashlib.sha256(json.dumps(material).encode()).hexdigest()
+
+
 class PromptBuilder:
-    """Builds prompts for one model. `start` are the ids that every row begins with; `context` its longest row."""
+    """Prompts for one model. Every row begins with the ids of `start`; `context` is the longest row, in tokens."""
 
     def __init__(self, encoder: TextEncoder, *, start: Sequence[int] = (), context: int | None = None) -> None:
         self._encoder = encoder
@@ -73,18 +136,18 @@ class PromptBuilder:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of one text node, remembered: the same few nodes occur in thousands of prompts."""
+        """Return the ids of one text node. They are cached: the same few nodes occur in thousands of prompts."""
         if text not in self._known:
             self._known[text] = tuple(self._encoder.encode_text(text)) if text else ()
         return self._known[text]
 
     def build(
         self, episode: Episode, max_new_tokens: int, *, whole_candidates: bool = False, end_candidates: bool = True
-    ) -> Prompt:
-        """The prompt of an episode.
+    ) -> EncodedPrompt:
+        """Return the prompt of an episode.
 
-        Where it would not fit the context together with the answer, whole demonstrations are dropped from the far end;
-        the query is never touched. `whole_candidates` leaves candidates the tokens that all of them begin with, for
+        If it does not fit into the context together with the answer, whole demonstrations are dropped from the far
+        end; the query is never changed. With `whole_candidates` the candidates keep the tokens that they share, for
         means over tokens; without `end_candidates` they have no end.
 
         Raises:
@@ -96,30 +159,31 @@ class PromptBuilder:
         query = [*before, *self._opening(episode.query), *lead]
         end = [*self._end(episode.frame), *self.encode(episode.frame.separator)]
         demos = [[*before, *self._opening(turn), *self.encode(turn.text), *end] for turn in episode.demos]
+        # Text is never cut: it would no longer be what training showed. So whole demonstrations go, the farthest first.
         kept = len(demos)
         while self._context is not None and _length(head, demos[len(demos) - kept :], query) + room > self._context:
             if kept == 0:
                 raise UserError(
                     f"query {episode.query_id} needs {_length(head, [], query) + room} tokens without any "
-                    f"demonstration and the model's context is {self._context}; shorten the question or max_new_tokens"
+                    f"demonstration; the model's context is {self._context}: shorten the question or max_new_tokens"
                 )
             kept -= 1
         shown = episode.demos[len(episode.demos) - kept :]
         ids = [*head, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
         images = tuple(image for turn in [*shown, episode.query] for image in turn.images)
-        tags = ids.count(self._encoder.image_token_id)
-        assert tags == len(images), f"{tags} image tokens and {len(images)} images, query {episode.query_id}"
-        turns = [(turn.image, f"{turn.asked}{turn.text}") for turn in shown]
-        turns.append((episode.query.image, f"{episode.query.asked}{episode.query.lead.rstrip()}"))
+        image_tokens = ids.count(self._encoder.image_token_id)
+        assert image_tokens == len(images), f"{image_tokens} image tokens, {len(images)} images: {episode.query_id}"
+        turns = [(turn.image, f"{turn.question_text}{turn.text}") for turn in shown]
+        turns.append((episode.query.image, f"{episode.query.question_text}{episode.query.lead.rstrip()}"))
         shared = len(ids) - len(query) + len(before), len(images) - len(episode.query.images)
-        return Prompt(tuple(ids), images, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
+        return EncodedPrompt(tuple(ids), images, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
 
     def _end(self, frame: Frame) -> list[int]:
         return [self._encoder.eoc_token_id] if frame.end_of_chunk else []
 
     def _opening(self, turn: Turn) -> list[int]:
         ids: list[int] = []
-        for image, text in turn.pieces:
+        for image, text in turn.segments:
             ids += [] if image is None else [self._encoder.image_token_id]
             ids += self.encode(text)
         return ids
@@ -127,9 +191,9 @@ class PromptBuilder:
     def _answer(
         self, episode: Episode, whole_candidates: bool, end_candidates: bool
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """(ids of the answer node that belong to the prompt, the candidates' ids after them)."""
+        """Return the ids of the answer node that belong to the prompt, and the candidates' ids after them."""
         if not episode.candidates:
-            # A lead's last space belongs to the token that follows it, for tokenizers that mark the beginning of words.
+            # A lead's last space belongs to the token after it, for tokenizers that mark the beginning of words.
             return self.encode(episode.query.lead.rstrip()), ()
         turn = episode.query
         whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
@@ -145,7 +209,7 @@ def _length(head: Sequence[int], demos: Sequence[Sequence[int]], query: Sequence
 
 
 def _framed(turns: list[tuple[EncodedImage | None, str]], frame: Frame) -> list[tuple[EncodedImage | None, str]]:
-    """The turns for reading: what stands ahead of an image is shown at the end of the turn before it."""
+    """Return the turns for readers: text before an image is shown at the end of the previous turn."""
     between = f"{frame.separator}{frame.before}"
     shown = [(image, f"{text}{between}") for image, text in turns[:-1]]
     head = f"{frame.prefix}{frame.before}"
@@ -153,6 +217,6 @@ def _framed(turns: list[tuple[EncodedImage | None, str]], frame: Frame) -> list[
 
 
 def _shared_start(rows: Sequence[Sequence[int]]) -> int:
-    """How many first elements all rows have in common; (1, 2, 3) and (1, 2) share 2."""
+    """Return how many first elements all rows share; (1, 2, 3) and (1, 2) share 2."""
     columns = zip(*rows, strict=False)
-    return next((place for place, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))
+    return next((index for index, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))

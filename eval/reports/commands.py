@@ -1,4 +1,4 @@
-"""What `python -m eval` does with finished runs: report, compare, check, export. Settings are key=value here too."""
+"""What `python -m eval` does with finished runs: report, compare, check, export. Settings are key=value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flamingo.files import write_atomically
 
 
 def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(folders, settings). Raises UserError for a setting that is not among `keys`."""
+    """Return (folders, settings). Raises UserError for a setting that is not among `keys`."""
     folders = [argument for argument in arguments if "=" not in argument]
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     unknown = sorted(settings.keys() - set(keys))
@@ -27,9 +27,9 @@ def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], di
 
 
 def report(arguments: Sequence[str]) -> int:
-    """`report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
-    from eval.reports.html import report_html
+    """Return `report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
     from eval.reports.plots import curves_png, risk_png
+    from eval.reports.report_page import report_html
 
     folders, settings = _split(arguments, ["out"])
     if not folders:
@@ -48,39 +48,41 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def compare_runs(arguments: Sequence[str]) -> int:
-    """`compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
+    """Return `compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
     folders, settings = _split(arguments, ["out"])
     if len(folders) != 2:
-        raise UserError(f"compare needs two folders, and there are {len(folders)}")
+        raise UserError(f"compare needs two folders, got {len(folders)}")
     first, second = (read_run(folder) for folder in folders)
-    found = compare(first, second)
-    print("\n".join(lines(found)))
+    comparisons = compare(first, second)
+    print("\n".join(lines(comparisons)))
     for name, keys in differing_definitions(first, second).items():
         print(f"{name} is defined differently: {', '.join(keys)}")
     if "out" in settings:
-        write_atomically(Path(settings["out"]), json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        write_atomically(
+            Path(settings["out"]), json.dumps([asdict(comparison) for comparison in comparisons], indent=1) + "\n"
+        )
     return 0
 
 
 def check(arguments: Sequence[str]) -> int:
-    """`check FOLDER ...`: are the results complete, and do they follow from the samples? Exit status 1 if not."""
+    """`check FOLDER ...`: return 1 unless the results are complete and follow from the samples."""
     folders, _ = _split(arguments, [])
     if not folders:
         raise UserError("check needs a folder that `python -m eval` wrote")
     bad = 0
     for folder in folders:
         run = read_run(folder)
-        found = problems(run)
-        bad += bool(found)
+        sentences = problems(run)
+        bad += bool(sentences)
         print(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, ", end="")
-        print("all follow" if not found else f"{len(found)} problems")
-        for sentence in found:
+        print("all follow" if not sentences else f"{len(sentences)} problems")
+        for sentence in sentences:
             print(f"  {sentence}")
     return 1 if bad else 0
 
 
 def export(arguments: Sequence[str]) -> int:
-    """`export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
+    """Return `export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
     keys = ["format", "to", "task", "shots", "seed", "strategy", "ids", "pad"]
     folders, settings = _split(arguments, keys)
     if len(folders) != 1 or not {"format", "to"} <= settings.keys():
@@ -93,7 +95,7 @@ def export(arguments: Sequence[str]) -> int:
         if key in settings:
             samples = [sample for sample in samples if str(getattr(sample.cell, key)) == settings[key]]
     if not samples:
-        raise UserError(f"{folders[0]} has no sample of what was chosen")
+        raise UserError(f"{folders[0]} has no samples with these settings")
     ids = read_ids(settings["ids"], kind) if "ids" in settings else None
     content = submission(samples, kind, ids, pad=settings.get("pad", "false") == "true")
     write_atomically(Path(settings["to"]), json.dumps(content, ensure_ascii=False) + "\n")
@@ -110,7 +112,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One of `COMMANDS` with its arguments; a mistake is one sentence and exit status 2."""
+    """Run one of `COMMANDS`; a mistake ends as one sentence with exit status 2."""
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:

@@ -1,10 +1,10 @@
 """Two runs on the same queries: is the difference more than chance?
 
-The scores are paired by query (the mean over seeds of each), so what makes a query hard cancels. Queries of one image
-are not independent: the interval resamples images, the test flips the sign of an image's whole difference. Runs with
-the same seeds, several, are paired by seed too, and the interval resamples seeds and images as that of a single score
-does: it is about any choice of demonstrations, where the tests are about these. For right-or-wrong scores McNemar's
-exact test stands beside it.
+The scores are paired by query (each the mean over seeds), so a query's difficulty cancels. Queries about one image are
+not independent: the interval resamples images, the test flips the sign of an image's whole difference. Runs with the
+same seeds, if there are several, are also paired by seed, and the interval resamples seeds and images like that of a
+single score: it is about any choice of demonstrations, while the tests are about these. For right-or-wrong scores
+McNemar's exact test is reported as well.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
 from eval.reports.results import groups_of
-from eval.reports.saved_run import Stored
-from eval.runner import Sample
+from eval.reports.saved_run import SavedRun
+from eval.samples import Sample
 from flamingo.errors import UserError
 
 FLIPS = 10_000
@@ -29,7 +29,7 @@ POWER = (1.959963984540054 + 0.8416212335729143) ** 2  # 5 % two-sided, 80 % pow
 class Comparison:
     """One setting in both runs. `difference` is second minus first; `p` of the sign-flip test, `p_mcnemar` or None.
 
-    `n_needed`: queries with which such a difference would be found (5 %) in four runs of five; None for none at all.
+    `n_needed`: queries with which such a difference is significant (5 %) in four runs out of five; None if it is 0.
     """
 
     task: str
@@ -48,8 +48,8 @@ class Comparison:
     n_needed: int | None
 
 
-def compare(first: Stored, second: Stored) -> list[Comparison]:
-    """Every setting that both runs have. If each has one strategy, and another one, these are what is compared.
+def compare(first: SavedRun, second: SavedRun) -> list[Comparison]:
+    """Return every setting that both runs have. If each has one strategy, and another one, these are what is compared.
 
     Raises:
         UserError: no setting in common, or the queries or their gold answers are not the same.
@@ -57,31 +57,33 @@ def compare(first: Stored, second: Stored) -> list[Comparison]:
     ours, theirs = groups_of(first.samples), groups_of(second.samples)
     strategies = [sorted({key[1] for key in groups}) for groups in (ours, theirs)]
     across = strategies[0] != strategies[1] and len(strategies[0]) == len(strategies[1]) == 1
-    found = []
+    comparisons = []
     for key, samples in ours.items():
         task, strategy, shots, images = key
         other = theirs.get((task, strategies[1][0] if across else strategy, shots, images))
         if other is not None:
-            found.append(compare_samples(samples, other))
-    if not found:
+            comparisons.append(compare_samples(samples, other))
+    if not comparisons:
         raise UserError(
-            f"{first.folder} and {second.folder} have no setting in common (task, strategy, shots, images); "
+            f"{first.folder} and {second.folder} have no setting (task, strategy, shots, images) in common; "
             "compare runs of the same tasks and shots"
         )
-    return found
+    return comparisons
 
 
 def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Comparison:
-    """Two lists of samples of the same queries."""
+    """Compare two lists of samples of the same queries."""
     cell, other = first[0].cell, second[0].cell
     ours, theirs = _by_query(first), _by_query(second)
     where = f"{cell.task}, {cell.shots} shots"
     if ours.keys() != theirs.keys():
         only = sorted(ours.keys() ^ theirs.keys())
-        raise UserError(f"{where}: {len(only)} queries are in one run alone, first {only[0]}; give both the same limit")
+        raise UserError(
+            f"{where}: {len(only)} queries are in only one run, the first is {only[0]}; give both the same limit"
+        )
     for query_id, samples in ours.items():
         if samples[0].golds != theirs[query_id][0].golds:
-            raise UserError(f"{where}: query {query_id} has other gold answers in the second run; the data differ")
+            raise UserError(f"{where}: query {query_id} has different gold answers in the two runs: the data differ")
     a, b = (np.array([np.mean([s.score for s in groups[q]]) for q in ours]) for groups in (ours, theirs))
     clusters = [samples[0].cluster for samples in ours.values()]
     difference = b - a
@@ -107,20 +109,22 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
 
 
 def _by_query(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
+    by_query: dict[str, list[Sample]] = {}
     for sample in samples:
-        found.setdefault(sample.query_id, []).append(sample)
-    return found
+        by_query.setdefault(sample.query_id, []).append(sample)
+    return by_query
 
 
 def _interval(first: Mapping[str, Sequence[Sample]], second: Mapping[str, Sequence[Sample]]) -> Interval:
-    """Of the difference. Runs of other seeds, or of other numbers of them, cannot be paired by seed: images alone."""
+    """Return the interval of the difference; runs with different seeds cannot be paired by seed, only by image."""
     scores: list[float] = []
     clusters: list[str] = []
     seeds: list[int] = []
-    sets = {tuple(sorted(one.cell.seed for one in group)) for groups in (first, second) for group in groups.values()}
+    sets = {
+        tuple(sorted(sample.cell.seed for sample in group)) for groups in (first, second) for group in groups.values()
+    }
     for query_id, samples in first.items():
-        ours, theirs = ({one.cell.seed: one.score for one in group} for group in (samples, second[query_id]))
+        ours, theirs = ({sample.cell.seed: sample.score for sample in group} for group in (samples, second[query_id]))
         if len(sets) == 1:
             scores += [theirs[seed] - score for seed, score in ours.items()]
             clusters += [samples[0].cluster] * len(ours)
@@ -136,7 +140,7 @@ def _demos(samples: Sequence[Sample]) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def sign_flip(differences: np.ndarray, clusters: Sequence[str]) -> float:
-    """Two-sided p: how often the sum is as far from 0 when each cluster's sign is a coin; never 0."""
+    """Return the two-sided p: how often the sum is as far from 0 if each cluster's sign is random; never 0."""
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(inverse, weights=differences)
     sums = sums[sums != 0]
@@ -151,7 +155,7 @@ def sign_flip(differences: np.ndarray, clusters: Sequence[str]) -> float:
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float | None:
-    """McNemar's exact two-sided p for scores of 0 and 1; None for any other."""
+    """Return McNemar's exact two-sided p for scores of 0 and 1; None for others."""
     from scipy.stats import binomtest
 
     if not set(np.unique(a)) | set(np.unique(b)) <= {0.0, 1.0}:
@@ -161,29 +165,29 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def lines(comparisons: Sequence[Comparison]) -> list[str]:
-    """For the terminal."""
+    """Return the comparisons as lines for the terminal."""
     head = f"{'task':<18}{'setting':<26}{'shots':>5}{'first':>8}{'second':>8}{'change':>8}   {'95 % interval':<17}"
-    found = [f"{head}{'p':>8}{'McNemar':>9}{'n':>7}  demos"]
-    for one in comparisons:
-        what = one.first if one.first == one.second else f"{one.first} > {one.second}"
-        what += "" if one.images == "real" else f" {one.images}"
-        exact = "-" if one.p_mcnemar is None else f"{one.p_mcnemar:.4f}"
-        low, high = one.interval
-        found.append(
-            f"{one.task:<18}{what:<26}{one.shots:>5}{100 * one.scores[0]:>8.1f}{100 * one.scores[1]:>8.1f}"
-            f"{100 * one.difference:>+8.1f}   {f'{100 * low:+.1f} to {100 * high:+.1f}':<17}{one.p:>8.4f}{exact:>9}"
-            f"{one.n:>7}  {'same' if one.same_demonstrations else 'different'}"
+    lines = [f"{head}{'p':>8}{'McNemar':>9}{'n':>7}  demos"]
+    for row in comparisons:
+        what = row.first if row.first == row.second else f"{row.first} > {row.second}"
+        what += "" if row.images == "real" else f" {row.images}"
+        exact = "-" if row.p_mcnemar is None else f"{row.p_mcnemar:.4f}"
+        low, high = row.interval
+        lines.append(
+            f"{row.task:<18}{what:<26}{row.shots:>5}{100 * row.scores[0]:>8.1f}{100 * row.scores[1]:>8.1f}"
+            f"{100 * row.difference:>+8.1f}   {f'{100 * low:+.1f} to {100 * high:+.1f}':<17}{row.p:>8.4f}{exact:>9}"
+            f"{row.n:>7}  {'same' if row.same_demonstrations else 'different'}"
         )
-    return found
+    return lines
 
 
-def differing_definitions(first: Stored, second: Stored) -> dict[str, list[str]]:
-    """For each task in both runs, the keys of its definition in which they differ."""
-    found: dict[str, list[str]] = {}
+def differing_definitions(first: SavedRun, second: SavedRun) -> dict[str, list[str]]:
+    """Return, for each task in both runs, the keys in which its definitions differ."""
+    differing: dict[str, list[str]] = {}
     for name, task in first.results["tasks"].items():
         other: dict[str, Any] | None = second.results["tasks"].get(name)
         if other is not None and task["hash"] != other["hash"]:
-            one, two = task["definition"], other["definition"]
-            keys = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
-            found[name] = keys or ["data"]
-    return found
+            ours, theirs = task["definition"], other["definition"]
+            keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            differing[name] = keys or ["data"]
+    return differing

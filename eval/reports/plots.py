@@ -1,8 +1,8 @@
-"""Curves: the score against the number of shots, and the risk against the coverage, with all they must be compared to.
+"""Curves: the score against the number of shots, and the risk against the coverage, with what to compare them to.
 
-One panel a task: a line and its 95 % band for each run, strategy and ablation, chance and the best constant answer as
-flat lines, and as hollow marks what papers report, for reference: those are other models on their own splits. The
-horizontal axis of shots is categorical: 0, 1, 2, 4, 8 are equally far apart.
+One panel per task: a line and its 95 % band for each run, strategy and ablation; chance and the best constant answer as
+flat lines; and, as hollow marks, what papers report for other models on their own splits. The axis of shots is
+categorical: 0, 1, 2, 4, 8 are equally far apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.reports.saved_run import Stored
+from eval.reports.saved_run import SavedRun
 
 # Okabe and Ito's colours, told apart by people with any colour vision.
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
@@ -25,21 +25,21 @@ LABELS = {"real": "images as they are", "shuffled": "images shuffled", "blank": 
 LABELS["text_only"] = "demonstrations without images"
 
 Results = Mapping[str, Any]
-Row = Mapping[str, Any]
+ResultsRow = Mapping[str, Any]
 
 
 def curve_png(results: Results, title: str = "") -> bytes:
-    """A PNG with one panel a task, at most three beside each other, of one run."""
+    """Return a PNG with one panel a task, at most three beside each other, of one run."""
     return _curves({"": results}, title)
 
 
-def curves_png(runs: Sequence[Stored], title: str = "") -> bytes:
-    """The same of one or several runs."""
+def curves_png(runs: Sequence[SavedRun], title: str = "") -> bytes:
+    """Return the same of one or several runs."""
     return _curves(_named(runs), title)
 
 
-def risk_png(runs: Sequence[Stored]) -> bytes | None:
-    """Risk-coverage curves of the most shots, one panel a task; None where nothing has a confidence."""
+def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
+    """Draw risk-coverage curves at the most shots, one panel per task; None if nothing has a confidence."""
     named = _named(runs)
     tasks = _tasks(named)
     lines = {task: _risks(named, task) for task in tasks}
@@ -48,9 +48,9 @@ def risk_png(runs: Sequence[Stored]) -> bytes | None:
         return None
     figure, panels = _panels(len(tasks))
     for task, panel in zip(tasks, panels, strict=False):
-        for place, (label, risk) in enumerate(lines[task].items()):
+        for index, (label, risk) in enumerate(lines[task].items()):
             coverage = [100 * (point + 1) / len(risk) for point in range(len(risk))]
-            panel.plot(coverage, [100 * r for r in risk], color=MORE[place % len(MORE)], label=label, linewidth=1.6)
+            panel.plot(coverage, [100 * r for r in risk], color=MORE[index % len(MORE)], label=label, linewidth=1.6)
         _axes(panel, task, "answered, the surest first, %", "wrong, %")
     return _png(figure, panels, "")
 
@@ -67,7 +67,7 @@ def _curves(named: Mapping[str, Results], title: str) -> bytes:
     return _png(figure, panels, title)
 
 
-def _named(runs: Sequence[Stored]) -> dict[str, Results]:
+def _named(runs: Sequence[SavedRun]) -> dict[str, Results]:
     """Runs by the name a legend shows: none for one alone, the folder's where it is enough, else the path."""
     if len(runs) == 1:
         return {"": runs[0].results}
@@ -79,7 +79,7 @@ def _tasks(named: Mapping[str, Results]) -> list[str]:
     return list(dict.fromkeys(row["task"] for results in named.values() for row in results["rows"]))
 
 
-def _series(run: str, row: Row) -> tuple[str, str, str]:
+def _series(run: str, row: ResultsRow) -> tuple[str, str, str]:
     return run, row.get("strategy", "plain"), row["images"]
 
 
@@ -91,21 +91,23 @@ def _label(series: tuple[str, str, str]) -> str:
 
 
 def _colour(series: tuple[str, str, str], every: Sequence[tuple[str, str, str]]) -> str:
-    """The ablation's own where nothing else varies."""
-    if len({one[:2] for one in every}) == 1:
+    """Return the ablation's own where nothing else varies."""
+    if len({series_key[:2] for series_key in every}) == 1:
         return COLOURS.get(series[2], "#000000")
     return MORE[list(every).index(series) % len(MORE)]
 
 
-def _panel(panel: Axes, task: str, rows: Mapping[str, Sequence[Row]], every: Sequence[tuple[str, str, str]]) -> None:
+def _panel(
+    panel: Axes, task: str, rows: Mapping[str, Sequence[ResultsRow]], every: Sequence[tuple[str, str, str]]
+) -> None:
     shots = sorted({row["shots"] for own in rows.values() for row in own})
-    place = {k: position for position, k in enumerate(shots)}
+    position = {k: index for index, k in enumerate(shots)}
     for series in every:
         own = [row for row in rows[series[0]] if _series(series[0], row) == series]
         if not own:
             continue
         line = sorted(own, key=lambda row: row["shots"])
-        x = [place[row["shots"]] for row in line]
+        x = [position[row["shots"]] for row in line]
         low, high = ([100 * row["interval"][end] for row in line] for end in (0, 1))
         colour, main = _colour(series, every), series[2] == "real"
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -135,36 +137,36 @@ def _panel(panel: Axes, task: str, rows: Mapping[str, Sequence[Row]], every: Seq
     _axes(panel, f"{task} (n = {first['n']})", "shots", "score, %")
 
 
-def _reference(panel: Axes, reference: Any, rows: Mapping[str, Sequence[Row]]) -> None:
-    """What a paper reports, at the shots that were run; `{paper, model, shots: {k: score in %}}`, or a list of such."""
+def _reference(panel: Axes, reference: Any, rows: Mapping[str, Sequence[ResultsRow]]) -> None:
+    """Draw what papers report at the shots that were run: `{paper, model, shots: {k: score in %}}`, or a list."""
     shots = sorted({row["shots"] for own in rows.values() for row in own})
-    for one in reference if isinstance(reference, list) else [reference] if reference else []:
-        points = {int(k): float(score) for k, score in one.get("shots", {}).items()}
+    for entry in reference if isinstance(reference, list) else [reference] if reference else []:
+        points = {int(k): float(score) for k, score in entry.get("shots", {}).items()}
         known = [k for k in shots if k in points]
         if known:
-            label = " ".join(str(one[key]) for key in ("model", "paper") if key in one) + " (as published)"
+            label = " ".join(str(entry[key]) for key in ("model", "paper") if key in entry) + " (as published)"
             x, y = [shots.index(k) for k in known], [points[k] for k in known]
             panel.plot(x, y, linestyle="none", marker="o", fillstyle="none", color="#555555", label=label, zorder=1)
 
 
 def _risks(named: Mapping[str, Results], task: str) -> dict[str, list[float]]:
-    found = {}
+    risks = {}
     for run, results in named.items():
         rows = [r for r in results["rows"] if r["task"] == task and r["images"] == "real" and r.get("selective")]
         most = max((row["shots"] for row in rows), default=0)
         for row in (row for row in rows if row["shots"] == most):
             label = ", ".join(filter(None, [run, row.get("strategy", "plain"), f"{most} shots"]))
-            found[label] = row["selective"]["risk"]
-    return found
+            risks[label] = row["selective"]["risk"]
+    return risks
 
 
-def _panels(number: int) -> tuple[Figure, list[Axes]]:
-    wide = min(number, 4 if number == 4 else 3)
-    high = -(-number // wide)
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    wide = min(count, 4 if count == 4 else 3)
+    high = -(-count // wide)
     figure = Figure(figsize=(3.6 * wide, 3.3 * high + 0.5), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(high, wide, squeeze=False).flat)
-    for panel in panels[number:]:
+    for panel in panels[count:]:
         panel.set_visible(False)
     return figure, panels
 

@@ -1,8 +1,8 @@
 """What a run leaves behind: `results.json`, `samples.jsonl` and the rows they are made of.
 
-A score stands in `results.json` with its 95 % interval, n, its baselines, and everything that would let it mislead: how
-often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations to
-the context. Files appear under their names only when they are whole.
+A score in `results.json` comes with its 95 % interval, n, its baselines, and everything that could make it misleading:
+how often nothing could be parsed, how often a demonstration's answer was copied, how many prompts lost demonstrations
+to the context. Files appear under their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.inference.feature_cache import FeatureCache
 from eval.metrics.interval import mean_interval
 from eval.metrics.selective import selective
 from eval.metrics.table import measure
-from eval.runner import Cell, Grid, Sample
+from eval.samples import Cell, Sample
 from eval.task import Baselines, Task, content_hash
 from flamingo.files import write_atomically
 
-FORMAT = 2
+RESULTS_FORMAT = 2
 VOLATILE = ("command", "date", "wall_s", "images", "responses", "processes", "device", "threads")
-"""Keys of `results.json` that two runs of the same evaluation may differ in."""
+"""Keys of `results.json` in which two runs of the same evaluation may differ."""
 
 
 def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
-    """One row of the results: the samples of one task, strategy, number of shots and ablation, all seeds together."""
+    """Return a row of the results: the samples of one task, strategy, number of shots and ablation, all seeds."""
     baselines = task.baselines(list(dict.fromkeys(sample.query_id for sample in samples)))
-    return summary(samples, baselines, getattr(task, "metrics", ()))
+    return summary(samples, baselines, task.metrics)
 
 
 def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = ()) -> dict[str, Any]:
-    """A row from its samples, baselines and metrics' names, so that it can be made again from what was written."""
+    """Return a row from its samples, baselines and metrics' names, so that it can be recomputed from stored files."""
     first = samples[0].cell
     scores = [sample.score for sample in samples]
     clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
@@ -94,7 +93,7 @@ def _by(samples: Sequence[Sample], key: Callable[[Sample], str]) -> dict[str, di
 
 
 def groups_of(samples: Sequence[Sample]) -> dict[tuple[str, str, int, str], list[Sample]]:
-    """The samples of each row, in the order in which they were run."""
+    """Return the samples of each row, in the order in which they were run."""
     groups: dict[tuple[str, str, int, str], list[Sample]] = {}
     for sample in samples:
         cell = sample.cell
@@ -103,63 +102,61 @@ def groups_of(samples: Sequence[Sample]) -> dict[tuple[str, str, int, str], list
 
 
 def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
-    """All rows, in the order in which they were run."""
+    """Return all rows, in the order in which they were run."""
     return [summarise(group, tasks[name]) for (name, _, _, _), group in groups_of(samples).items()]
 
 
 def results_of(
     samples: Sequence[Sample],
     tasks: Mapping[str, Task],
-    grid: Grid,
-    cache: FeatureCache,
+    grid: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of `results.json`; `provenance` may say better than one process's `cache` what was encoded."""
+    """Return the content of `results.json`.
+
+    `grid` is the description of what was run, `provenance` whatever else is known of the run: counts of images and
+    responses, the model, the code, the machine.
+    """
     rows = rows_of(samples, tasks)
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "rows": rows,
         "tasks": {name: _describe(task, samples) for name, task in tasks.items()},
         "decoding": {"strategy": "greedy", "ranking": "sum of log-probabilities with end of chunk"},
-        "strategies": {"names": list(grid.strategies), **asdict(grid.settings)},
-        "shots": list(grid.shots),
-        "seeds": list(grid.seeds),
-        "limit": grid.limit,
-        "batch_size": grid.batch_size,
+        **grid,
         "samples": {"n": len(samples), "sha256": hashlib.sha256(samples_text(samples).encode()).hexdigest()},
-        "images": {"shown": cache.shown, "distinct": len(cache.images), "encoded": cache.encoded},
         **provenance,
     }
 
 
 def _describe(task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A task's definition and hash, and the longest prompt as an example of its form."""
+    """Return a task's definition and hash, and the longest prompt as an example of its form."""
     prompts = [sample.prompt for sample in samples if sample.cell.task == task.name]
-    decoding = {key: getattr(task, key) for key in ("num_beams", "length_penalty") if hasattr(task, key)}
     example = max(prompts, key=len, default="")
     return {
         "hash": task.hash,
         "definition": task.description,
         "queries": len({sample.query_id for sample in samples if sample.cell.task == task.name}),
         "max_new_tokens": task.max_new_tokens,
-        **decoding,
+        "num_beams": task.num_beams,
+        "length_penalty": task.length_penalty,
         "example_prompt": example,
     }
 
 
 def sample_line(sample: Sample) -> dict[str, Any]:
-    """A sample as one JSON object; the cell's fields come first."""
+    """Return a sample as one JSON object; the cell's fields come first."""
     fields = asdict(sample)
     return {**fields.pop("cell"), "prompt": sample.prompt, **fields}
 
 
 def samples_text(samples: Sequence[Sample]) -> str:
-    """The content of `samples.jsonl`."""
+    """Return the content of `samples.jsonl`."""
     return "".join(json.dumps(sample_line(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 
 def sample_of(line: Mapping[str, Any]) -> Sample:
-    """The inverse of `sample_line`. Raises KeyError or TypeError for a line that is no sample."""
+    """Return the inverse of `sample_line`. Raises KeyError or TypeError for a line that is not a sample."""
     cell = Cell(line["task"], line["shots"], line["seed"], line["images"], line.get("strategy", "plain"))
     fields = {key: line[key] for key in Sample.__dataclass_fields__ if key != "cell" and key in line}
     for key in ("demo_ids", "golds", "candidates", "log_probs", "images_sha256"):
@@ -176,12 +173,17 @@ def write_report(out: Path, results: Mapping[str, Any], samples: Sequence[Sample
 
 
 def setting(row: Mapping[str, Any]) -> str:
-    """How a row differs from the plain one, in a few words: strategy and images."""
+    """Return how a row differs from the plain one, in a few words: strategy and images."""
     return " ".join([row.get("strategy", "plain"), *([row["images"]] if row["images"] != "real" else [])])
 
 
+def percent(share: float | None) -> str:
+    """Return a share as text; a dash if there is none."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def table(results: Mapping[str, Any]) -> str:
-    """The rows as lines of text for the terminal."""
+    """Return the rows as lines of text for the terminal."""
     lines = [f"{'task':<18}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
     for row in results["rows"]:
         low, high = row["interval"]

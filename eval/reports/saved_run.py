@@ -1,4 +1,4 @@
-"""Finished runs read again: from a folder to results and samples, and whether the two still agree."""
+"""Finished runs: from a folder to results and samples, and whether the two agree."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.reports.results import groups_of, sample_of, samples_text, summary
-from eval.runner import Sample
+from eval.samples import Sample
 from eval.task import Baselines
 from flamingo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A folder that `python -m eval` wrote."""
+class SavedRun:
+    """The results and samples in a folder that `python -m eval` wrote."""
 
     folder: Path
     results: dict[str, Any]
@@ -26,63 +26,63 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """What a plot calls it."""
+        """The name in plots."""
         return self.folder.name
 
 
-def read_run(folder: str | Path) -> Stored:
-    """Results and samples of a folder.
+def read_run(folder: str | Path) -> SavedRun:
+    """Read the results and samples of a folder.
 
     Raises:
-        UserError: a file is missing or cannot be read; names it, and the line.
+        UserError: a file is missing or cannot be read; the message names it and the line.
     """
-    place = Path(folder)
+    path = Path(folder)
     for name in ("results.json", "samples.jsonl"):
-        if not (place / name).is_file():
-            raise UserError(f"{place} has no {name}; give a folder that `python -m eval` wrote to its end")
+        if not (path / name).is_file():
+            raise UserError(f"{path} has no {name}; give a folder that `python -m eval` wrote to its end")
     try:
-        results = json.loads((place / "results.json").read_text())
+        results = json.loads((path / "results.json").read_text())
     except ValueError as error:
-        raise UserError(f"{place / 'results.json'} cannot be read: {error}") from None
+        raise UserError(f"{path / 'results.json'} cannot be read: {error}") from None
     if not isinstance(results, dict) or "rows" not in results:
-        raise UserError(f"{place / 'results.json'} holds no results of an evaluation")
+        raise UserError(f"{path / 'results.json'} does not contain the results of an evaluation")
     samples = []
-    for number, line in enumerate((place / "samples.jsonl").read_text().splitlines(), start=1):
+    for line_number, line in enumerate((path / "samples.jsonl").read_text().splitlines(), start=1):
         try:
             samples.append(sample_of(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            where = f"{place / 'samples.jsonl'}: line {number}"
+            where = f"{path / 'samples.jsonl'}: line {line_number}"
             raise UserError(
-                f"{where} is no sample ({type(error).__name__}: {error}); run the evaluation again"
+                f"{where} is not a sample ({type(error).__name__}: {error}); run the evaluation again"
             ) from None
-    return Stored(place, results, samples)
+    return SavedRun(path, results, samples)
 
 
-def problems(run: Stored) -> list[str]:
-    """What is wrong with a run, in sentences; empty if its results are complete and follow from its samples."""
-    found = _missing(run)
+def problems(run: SavedRun) -> list[str]:
+    """Return what is wrong with a run, in sentences; empty if its results are complete and follow from its samples."""
+    sentences = _missing(run)
     rows = {(r["task"], r.get("strategy", "plain"), r["shots"], r["images"]): r for r in run.results["rows"]}
     groups = groups_of(run.samples)
-    found += [f"results.json has no row for {_title(key)}" for key in groups.keys() - rows.keys()]
-    found += [f"samples.jsonl has no sample of {_title(key)}" for key in rows.keys() - groups.keys()]
+    sentences += [f"results.json has no row for {_title(key)}" for key in groups.keys() - rows.keys()]
+    sentences += [f"samples.jsonl has no sample of {_title(key)}" for key in rows.keys() - groups.keys()]
     for key in sorted(rows.keys() & groups.keys()):
         row = rows[key]
         metrics = run.results.get("tasks", {}).get(key[0], {}).get("definition", {}).get("metrics", ())
         again = summary(groups[key], Baselines(row["chance"], row["constant"], row["constant_answer"]), metrics)
         wrong = sorted(name for name in again if name in row and not _same(again[name], row[name]))
-        found += [f"{_title(key)}: {name} is {row[name]}, its samples give {again[name]}" for name in wrong]
+        sentences += [f"{_title(key)}: {name} is {row[name]}, its samples give {again[name]}" for name in wrong]
         short = row["prompts_cut"]
         if short == row["n"]:
-            found.append(f"{_title(key)}: no prompt held all its demonstrations; the number of shots is a wrong label")
-    told = run.results.get("samples", {}).get("sha256")
-    if told is not None and told != hashlib.sha256(samples_text(run.samples).encode()).hexdigest():
-        found.append("samples.jsonl is not the file that results.json was written with (its SHA-256 differs)")
-    return found
+            sentences.append(f"{_title(key)}: no prompt held all demonstrations, so shots is mislabelled")
+    stored_hash = run.results.get("samples", {}).get("sha256")
+    if stored_hash is not None and stored_hash != hashlib.sha256(samples_text(run.samples).encode()).hexdigest():
+        sentences.append("samples.jsonl is not the file that results.json was written with: its SHA-256 differs")
+    return sentences
 
 
-def _missing(run: Stored) -> list[str]:
-    """Queries that were asked twice, or not in every setting."""
-    found = []
+def _missing(run: SavedRun) -> list[str]:
+    """List queries that occur twice, or not in every setting."""
+    sentences = []
     seen: dict[tuple[Any, str], int] = {}
     queries: dict[str, set[str]] = {}
     for sample in run.samples:
@@ -90,23 +90,25 @@ def _missing(run: Stored) -> list[str]:
         queries.setdefault(sample.cell.task, set()).add(sample.query_id)
     twice = [key for key, count in seen.items() if count > 1]
     if twice:
-        found.append(f"{len(twice)} samples are there more than once, first {twice[0][1]} of {twice[0][0].task}")
+        sentences.append(f"{len(twice)} samples occur more than once, the first is {twice[0][1]} of {twice[0][0].task}")
     by_cell: dict[Any, set[str]] = {}
     for cell, query_id in seen:
         by_cell.setdefault(cell, set()).add(query_id)
     for cell, asked in by_cell.items():
         lost = sorted(queries[cell.task] - asked)
         if lost:
-            found.append(
-                f"{cell.task}, {cell.shots} shots, seed {cell.seed}: {len(lost)} queries lack, first {lost[0]}"
+            sentences.append(
+                f"{cell.task}, {cell.shots} shots, seed {cell.seed}: {len(lost)} queries are missing, first {lost[0]}"
             )
     seeds = {cell.seed for cell in by_cell}
     if by_cell and seeds != set(run.results.get("seeds", seeds)):
-        found.append(f"results.json names the seeds {run.results['seeds']}, the samples have {sorted(seeds)}")
+        sentences.append(f"results.json names the seeds {run.results['seeds']}, the samples have {sorted(seeds)}")
     for name, task in run.results.get("tasks", {}).items():
         if task.get("queries", len(queries.get(name, ()))) != len(queries.get(name, ())):
-            found.append(f"{name}: {task['queries']} queries were asked, the samples have {len(queries.get(name, ()))}")
-    return found
+            sentences.append(
+                f"{name}: {task['queries']} queries ran, but the samples have {len(queries.get(name, ()))}"
+            )
+    return sentences
 
 
 def _title(key: Sequence[Any]) -> str:
@@ -115,7 +117,7 @@ def _title(key: Sequence[Any]) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal but for the last bits of numbers and for lists that were tuples."""
+    """Return whether two values are equal up to rounding of numbers and lists for tuples."""
     if isinstance(a, float | int) and isinstance(b, float | int):
         return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
     if isinstance(a, Mapping) and isinstance(b, Mapping):

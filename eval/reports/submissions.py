@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.runner import Sample
+from eval.samples import Sample
 from flamingo.errors import UserError
 
 KEYS = {"vqa": ("question_id", "answer"), "vizwiz": ("image", "answer"), "captions": ("image_id", "caption")}
@@ -22,7 +22,7 @@ KEYS = {"vqa": ("question_id", "answer"), "vizwiz": ("image", "answer"), "captio
 def submission(
     samples: Sequence[Sample], kind: str, ids: Sequence[str] | None = None, pad: bool = False
 ) -> list[dict[str, Any]]:
-    """The content of a file, in the order of `ids` (of the samples without any).
+    """Return the content of a file, in the order of `ids` (of the samples without any).
 
     Raises:
         UserError: an unknown kind, a query asked several times (seeds), ids that are not the server's, or that lack.
@@ -40,12 +40,12 @@ def submission(
     wanted = list(answers) if ids is None else list(ids)
     unknown = sorted(answers.keys() - set(wanted))
     if unknown:
-        raise UserError(f"{len(unknown)} answers have no question in the file of ids, first {unknown[0]}")
+        raise UserError(f"{len(unknown)} answers have no question in the file of ids=, the first is {unknown[0]}")
     lacking = [name for name in wanted if name not in answers]
     if lacking and not pad:
         raise UserError(
-            f"{len(lacking)} questions of the file of ids have no answer, first {lacking[0]}; ask them all, or fill "
-            "them with the empty answer by pad=true"
+            f"{len(lacking)} questions in the file of ids= have no answer, first {lacking[0]}; ask them all, or give "
+            "them empty answers with pad=true"
         )
     id_key, answer_key = KEYS[kind]
     return [{id_key: _number(name), answer_key: answers.get(name, "")} for name in wanted]
@@ -56,20 +56,20 @@ def _number(name: str) -> int | str:
 
 
 def read_ids(path: str, kind: str) -> list[str]:
-    """The ids of a data set's question or annotation file, in its order, each once.
+    """Return the ids of a data set's question or annotation file, in its order, each once.
 
     Raises:
         UserError: it cannot be read, or has no such ids.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"ids={path} cannot be read: {error}") from None
-    if isinstance(found, dict):
+    if isinstance(content, dict):
         names = ("questions", "images", "data", "annotations")
-        found = next((found[name] for name in names if isinstance(found.get(name), list)), [])
+        content = next((content[name] for name in names if isinstance(content.get(name), list)), [])
     keys = {"vqa": ("question_id",), "vizwiz": ("image",), "captions": ("image_id", "id")}[kind]
-    ids = [str(entry[key]) for entry in found for key in keys if isinstance(entry, dict) and key in entry]
+    ids = [str(entry[key]) for entry in content for key in keys if isinstance(entry, dict) and key in entry]
     if not ids:
-        raise UserError(f"ids={path} has no {keys[0]} in it; give the data set's own question file")
+        raise UserError(f"ids={path} contains no {keys[0]}; give the data set's own question file")
     return list(dict.fromkeys(ids))

@@ -1,9 +1,9 @@
-"""Fast binding: two classes never seen, two names never seen, a few examples of each, then "what is this?".
+"""Fast binding: two unseen classes, two unseen names, a few examples of each, then "what is this?".
 
-An episode has `ways` classes, one name each, `shots` examples a way and a query image of one of the classes. The
-answer is ranked among the episode's names, so chance is 1/ways. A model cannot score above it by any habit that ignores
-the images, because everything such a habit could use is balanced exactly over the queries: whether the right name
-comes first among the candidates, and whether it is the name shown last.
+An episode has `ways` classes with one name each, `shots` examples per class and a query image of one of the classes.
+The answer is ranked among the episode's names, so chance is 1/ways. A model that ignores the images cannot score above
+chance, because everything it could use is balanced exactly over the queries: whether the right name comes first among
+the candidates, and whether it is the name shown last.
 
 Examples come in rounds of one image of each class; the k-shot prompt is the last k rounds of the (k + 1)-shot prompt.
 """
@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from eval.demonstrations.samplers import generator, hash_order
-from eval.task import Baselines, Episode, Example, TaskSpec, Turn, content_hash
+from eval.task import Baselines, Episode, Example, Task, TaskSpec, Turn, content_hash, generator, hash_order
 from flamingo.errors import UserError
 
 
-class BindingTask:
+class BindingTask(Task):
     """Episodes over a pool of labelled images (`Example.label`) and a list of names.
 
     Query i is an image of class i modulo the number of classes, classes and images in hash order.
@@ -34,7 +33,7 @@ class BindingTask:
         self._classes = {label: images for label, images in _by_class(pool).items() if len(images) >= spec.min_images}
         if len(self._classes) < spec.ways or len(self._names) < spec.ways:
             raise UserError(
-                f"task {name}: {spec.ways} ways need as many classes and names, and there are "
+                f"task {name}: ways={spec.ways} needs as many classes and names, but there are only "
                 f"{len(self._classes)} classes of at least {spec.min_images} images and {len(self._names)} names"
             )
         definition = (name, spec.question, spec.lead, spec.tail, spec.ways, tuple(self._names))
@@ -44,27 +43,27 @@ class BindingTask:
     def _list_queries(self) -> dict[str, tuple[int, Example]]:
         labels = list(self._classes)
         order = [labels[index] for index in hash_order(labels, "classes", self.hash)]
-        found: dict[str, tuple[int, Example]] = {}
+        queries: dict[str, tuple[int, Example]] = {}
         depth = max(len(images) for images in self._classes.values())
         for rank in range(depth):
             for label in order:
                 images = self._classes[label]
-                enough = self._spec.queries is not None and len(found) >= self._spec.queries
+                enough = self._spec.queries is not None and len(queries) >= self._spec.queries
                 if rank < len(images) and not enough:
                     index = hash_order([p.id for p in images], "queries", self.hash)[rank]
-                    found[images[index].id] = (len(found), images[index])
-        return found
+                    queries[images[index].id] = (len(queries), images[index])
+        return queries
 
     def query_ids(self) -> Sequence[str]:
-        """Ids of the query images, one class after the other."""
+        """Return the ids of the query images, one class after another."""
         return list(self._queries)
 
     def max_shots(self) -> int:
-        """The rarest class may be the query's, which needs an image more."""
+        """Return the size of the smallest class less one, as it may be the query's class."""
         return min(len(images) for images in self._classes.values()) - 1
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
-        """`shots` examples of each of the ways; demonstrations are in prompt order."""
+        """Return the query with `shots` examples of each class, in prompt order."""
         position, query = self._queries[query_id]
         rng = generator("episode", self.hash, seed, query_id)
         classes = [query.label, *self._draw_classes(rng.permutation(len(self._classes)).tolist(), query.label)]
@@ -72,14 +71,14 @@ class BindingTask:
         label_names = dict(zip(classes, names, strict=True))
         drawn, excluded = zip(*(self._draw_images(label, query, shots, seed) for label in classes), strict=True)
         rounds: list[list[Example]] = []
-        for number in range(shots):  # round 0 stands next to the query
-            order = generator("round", self.hash, seed, query_id, number).permutation(self._ways).tolist()
-            if number == 0:  # the name shown last is the right one for exactly one query in `ways`
+        for index in range(shots):  # round 0 is next to the query
+            order = generator("round", self.hash, seed, query_id, index).permutation(self._ways).tolist()
+            if index == 0:  # the name shown last is the right one for exactly one query in `ways`
                 last = position % self._ways
                 order = [*(way for way in order if way != last), last]
-            rounds.append([drawn[way][number] for way in order])
+            rounds.append([drawn[way][index] for way in order])
         demos = [example for one_round in reversed(rounds) for example in one_round]
-        # Rotated by another digit of the position, so that first and last are balanced independently of each other.
+        # Rotated by another digit of the position, so that first and last are balanced independently.
         turn = position // self._ways % self._ways
         candidates = tuple(names[-turn:] + names[:-turn]) if turn else tuple(names)
         return Episode(
@@ -102,7 +101,7 @@ class BindingTask:
         return [labels[i] for i in order if labels[i] != query_label][: self._ways - 1]
 
     def _draw_names(self, order: Sequence[int]) -> list[str]:
-        """The first names in `order` that share neither beginning nor end, so that each is told by its first token."""
+        """Return the first names in `order` that differ in start and end, so that each is known by its first token."""
         chosen: list[str] = []
         for index in order:
             name = self._names[index]
@@ -110,33 +109,36 @@ class BindingTask:
                 chosen.append(name)
             if len(chosen) == self._ways:
                 return chosen
-        raise UserError(f"task {self.name}: no {self._ways} of its names differ in their first and last two letters")
+        raise UserError(
+            f"task {self.name}: fewer than {self._ways} of its names differ in their first and last two letters"
+        )
 
     def _draw_images(self, label: str, query: Example, shots: int, seed: int) -> tuple[list[Example], int]:
         images = self._classes[label]
-        order = generator("images", self.hash, seed, query.id, label).permutation(len(images))
+        # "pictures" is only the name of a random stream: another name would draw other images.
+        order = generator("pictures", self.hash, seed, query.id, label).permutation(len(images))
         allowed = [images[int(i)] for i in order if images[int(i)].cluster != query.cluster]
         if len(allowed) < shots:
             raise UserError(
-                f"task {self.name}: {shots} shots need {shots} images of class {label} beside the query's, "
-                f"and there are {len(allowed)}; use fewer shots"
+                f"task {self.name}: shots={shots} needs {shots} images of class {label} other than the query's, "
+                f"but there are {len(allowed)}; use fewer shots"
             )
         return allowed[:shots], len(images) - len(allowed)
 
     def score(self, answer: str, episode: Episode) -> float:
-        """1 for the query's name."""
+        """Return 1 for the query's name."""
         return float(answer == episode.golds[0])
 
     def baselines(self, query_ids: Sequence[str]) -> Baselines:
-        """Chance is 1/ways; constant: always the first candidate."""
+        """Return chance, 1/ways, and the score of always answering with the first candidate."""
         first = [self.episode(query_id, 0, 0) for query_id in query_ids]
         hits = sum(episode.candidates[0] == episode.golds[0] for episode in first)
         return Baselines(1 / self._ways, hits / len(first), "the first candidate")
 
 
 def _by_class(pool: Sequence[Example]) -> dict[str, list[Example]]:
-    """Examples by label, labels sorted, identical images of a class once."""
-    found: dict[str, dict[str, Example]] = {}
+    """Return examples by label, labels sorted, identical images of a class once."""
+    classes: dict[str, dict[str, Example]] = {}
     for example in sorted(pool, key=lambda example: example.id):
-        found.setdefault(example.label, {}).setdefault(example.cluster, example)
-    return {label: list(found[label].values()) for label in sorted(found)}
+        classes.setdefault(example.label, {}).setdefault(example.cluster, example)
+    return {label: list(classes[label].values()) for label in sorted(classes)}

@@ -1,4 +1,4 @@
-"""From a task's YAML to a task, everything checked that can be checked without a model."""
+"""From a task's YAML to a task, with every check that needs no model."""
 
 from __future__ import annotations
 
@@ -55,9 +55,13 @@ def check_spec(name: str, spec: TaskSpec) -> None:
         check_metric(metric)
     ranked = sorted(NEEDS_RANKING.intersection(spec.metrics))
     if ranked and spec.output != "rank":
-        raise UserError(f"task.{name}.metrics has {ranked[0]}, which compares candidates; set task.{name}.output=rank")
+        raise UserError(
+            f"task.{name}.metrics has {ranked[0]}, which needs ranked candidates; set task.{name}.output=rank"
+        )
     if not spec.end_of_chunk and not spec.separator:
-        raise UserError(f"task.{name}.separator is empty and end_of_chunk is false; a demonstration needs an end")
+        raise UserError(
+            f"task.{name}.separator is empty and end_of_chunk is false; set one to mark the end of a demonstration"
+        )
     if spec.ways < 2:
         raise UserError(f"task.{name}.ways is {spec.ways}; a choice needs at least 2")
 
@@ -82,13 +86,13 @@ def check_shots(tasks: Mapping[str, Task], shots: list[int]) -> None:
     for name, task in tasks.items():
         if max(shots) > task.max_shots():
             raise UserError(
-                f"shots={max(shots)} is more than task {name} can give: its data allow {task.max_shots()}; use fewer "
-                f"shots, more data, or a lower task.{name}.queries, which leaves more to show"
+                f"shots={max(shots)} is more than the {task.max_shots()} that task {name} allows; use fewer shots, "
+                f"more data, or a lower task.{name}.queries, which leaves more to show"
             )
 
 
 def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Example]) -> list[str]:
-    """The candidates that `candidates_from` names, sorted; [] where it names none.
+    """Return the candidates that `candidates_from` names, sorted; [] where it names none.
 
     Raises:
         UserError: the file cannot be read, or no answer is frequent enough.
@@ -101,22 +105,24 @@ def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Example]) -> list[s
         if not least.isdecimal() or int(least) < 1:
             raise UserError(f"task.{name}.candidates_from={where}: give a number of 1 or more, as in support:2")
         counts = Counter(gold for example in shown for gold in example.golds)
-        found = sorted(answer for answer, count in counts.items() if count >= int(least) and answer)
-        if not found:
-            raise UserError(f"task.{name}.candidates_from={where}: no answer of the support occurs so often")
-        return found
+        frequent = sorted(answer for answer, count in counts.items() if count >= int(least) and answer)
+        if not frequent:
+            raise UserError(f"task.{name}.candidates_from={where}: no answer in the support set occurs so often")
+        return frequent
     listed = read_json(Path(spec.root) / where)
     if not isinstance(listed, list | dict) or not listed:
-        raise UserError(f"task.{name}.candidates_from={where} is neither a list of answers nor an object of such keys")
+        raise UserError(
+            f"task.{name}.candidates_from={where} is neither a list of answers nor an object with answers as keys"
+        )
     return sorted({str(answer) for answer in listed})
 
 
 def stems_of(name: str, spec: TaskSpec) -> Stems | None:
-    """The stems that `stem` asks for, from all annotation files of the task."""
+    """Return the stems that `stem` asks for, from all annotation files of the task."""
     if not spec.stem:
         return None
     sources = [place(source, spec.root) for source in (spec.source, spec.support) if source is not None]
     files = [Path(source.annotations) for source in sources if source.annotations]
     if not files:
-        raise UserError(f"task.{name}.stem={spec.stem} reads source.annotations, and there are none")
+        raise UserError(f"task.{name}.stem={spec.stem} reads source.annotations, which is not set")
     return Stems((pair for file in files for pair in stem_pairs(file)), wordnet_if_there())

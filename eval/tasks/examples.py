@@ -1,7 +1,7 @@
 """Tasks whose demonstrations are other items with their answers: captions and question answering.
 
-Where the answers are a closed set they are ranked, by the sum of their tokens' log-probabilities, and there is nothing
-to parse; otherwise the answer is generated greedily.
+If the answers are a closed set they are ranked, by default by the sum of their tokens' log-probabilities, and there is
+nothing to parse; otherwise the answer is generated.
 """
 
 from __future__ import annotations
@@ -9,22 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING
 
-from eval.demonstrations.ablations import blanked
 from eval.demonstrations.retrieval import Retriever
-from eval.demonstrations.samplers import draw, hash_order, parse_sampler, read_listed
+from eval.demonstrations.samplers import draw, parse_sampler, read_listed
 from eval.metrics.stems import Stems
 from eval.metrics.text import clean, scorer
-from eval.task import Baselines, Episode, Example, Frame, TaskSpec, Turn, content_hash
+from eval.task import Baselines, Embedder, Episode, Example, Frame, Task, TaskSpec, Turn, content_hash, hash_order
 from flamingo.errors import UserError
 
-if TYPE_CHECKING:
-    from eval.inference.engine import Engine
-
-
-PLACES = ("source", "support", "root", "published", "expected", "candidates_from")
-"""What a task's hash leaves out: the same data elsewhere is the same task."""
+LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_from")
+"""Settings that a task's hash leaves out: the same data elsewhere is the same task."""
 _LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
     "remove metrics support_size ranking rank_end open_metric stem"
@@ -33,19 +27,30 @@ LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
 
 
+_HASHED_KEYS = {"min_images": "min_pictures"}
+_HASHED_VALUES = {"examples": "documents", "two_text_first_image": "two_text_first_picture"}
+"""Earlier names, which hashes keep: demonstrations are drawn by the hash, so new ones would change every result."""
+
+
 def definition_of(spec: TaskSpec) -> dict[str, object]:
-    """What of a task's settings makes it another task."""
-    plain = asdict(TaskSpec())
+    """Return the settings that are part of a task's identity, under the names that its hash uses."""
+    defaults = asdict(TaskSpec())
     known = {f.name for f in fields(spec)}
-    assert known >= {*PLACES, *LATER}
-    every = asdict(spec).items()
-    return {key: value for key, value in every if key not in PLACES and (key not in LATER or value != plain[key])}
+    assert known >= {*LOCATIONS, *LATER}
+    definition = {
+        _HASHED_KEYS.get(key, key): value
+        for key, value in asdict(spec).items()
+        if key not in LOCATIONS and (key not in LATER or value != defaults[key])
+    }
+    for key in definition.keys() & {"kind", "zero_shot"}:
+        definition[key] = _HASHED_VALUES.get(definition[key], definition[key])
+    return definition
 
 
-class ExampleTask:
-    """Queries and support are examples. `support=None` splits `examples`: the first in hash order ask.
+class ExampleTask(Task):
+    """Queries and support are examples. `support=None` splits `examples`: the first in hash order are the queries.
 
-    `vocabulary` are the candidates that `candidates_from` names, `stems` what `stem` asks for.
+    `vocabulary` are the candidates of `candidates_from`, `stems` those of `stem`.
     """
 
     def __init__(
@@ -63,15 +68,15 @@ class ExampleTask:
         self.description: dict[str, object] = asdict(spec)
         order = [examples[index] for index in hash_order([example.id for example in examples], "queries", name)]
         queries = order[: spec.queries]
-        rest = [] if spec.queries is None else order[spec.queries :]  # asking all leaves none to show
+        rest = [] if spec.queries is None else order[spec.queries :]  # if all are queries, none is left to show
         self._support = list(rest if support is None else support)
         _check_overlap(name, queries, support)
         self._queries = {example.id: example for example in queries}
         if len(self._queries) != len(queries):
             twice = [key for key, count in Counter(example.id for example in queries).items() if count > 1]
-            raise UserError(f"task {name}: the id {twice[0]!r} occurs twice among its queries; ids must be unique")
+            raise UserError(f"task {name}: two queries have the id {twice[0]!r}; ids must be unique")
         if not queries:
-            raise UserError(f"task {name}: its source {spec.source.path} holds no item to ask about")
+            raise UserError(f"task {name}: source.path={spec.source.path} has no item to ask about")
         self._spec = spec
         self.metrics = tuple(spec.metrics)
         self.num_beams, self.length_penalty = spec.num_beams, spec.length_penalty
@@ -85,7 +90,7 @@ class ExampleTask:
         self._sampler = parse_sampler(spec.demos)
         self._listed = read_listed(self._sampler.path, self._support) if self._sampler.name == "file" else None
         self._retriever: Retriever | None = None
-        # What a list of demonstrations says counts, not where it lies.
+        # The content of a list of demonstrations counts, not its path.
         definition |= {} if self._listed is None else {"demos": sorted(self._listed.items())}
         definition |= {"vocabulary": tuple(vocabulary)} if vocabulary else {}
         definition |= {} if stems is None else {"stems": stems.hash}
@@ -95,15 +100,15 @@ class ExampleTask:
         self._answers = _answers_by_kind(self._support)
 
     def query_ids(self) -> Sequence[str]:
-        """Ids in hash order."""
+        """Return the ids in hash order."""
         return list(self._queries)
 
     def max_shots(self) -> int:
-        """Size of the support set."""
+        """Return the size of the support set."""
         return len(self._support)
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
-        """The query with `shots` demonstrations from the support set, at 0 shots as the task's `zero_shot` says."""
+        """Return the query with `shots` demonstrations from the support set; at 0 shots as `zero_shot` defines."""
         if shots == 0 and self._spec.zero_shot != "none":
             fixed = self._spec.zero_shot == "two_text_fixed"
             return self._with_two_texts(self._episode(query_id, 2, seed, "fixed" if fixed else self._spec.demos))
@@ -135,32 +140,32 @@ class ExampleTask:
             frame=self._frame,
         )
 
-    def connect(self, engine: Engine, query_ids: Sequence[str]) -> None:
-        """Embed support and queries, where demonstrations are chosen by likeness."""
+    def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
+        """Embed support and queries if demonstrations are chosen by similarity."""
         if not self._sampler.retrieves or not self._support:
             return
         queries = [self._queries[query_id] for query_id in query_ids]
         weight = self._sampler.weight(all(d.turn.image is not None for d in [*self._support, *queries]))
         try:
-            self._retriever = Retriever(self._support, queries, weight, engine.embed)
+            self._retriever = Retriever(self._support, queries, weight, embed)
         except UserError as error:
             raise UserError(f"task {self.name}: demos={self._spec.demos}: {error}") from None
-        self.description["retrieval"] = {"images": weight, "encoder": engine.encoder_name}
+        self.description["retrieval"] = {"images": weight, "encoder": embed.name}
 
     def content_free(self, turn: Turn) -> Turn:
-        """The query without content: a grey image and N/A for the question."""
+        """Return the query with a grey image and N/A for the question."""
         question = self._spec.question.replace("{question}", "N/A") if turn.question else ""
-        return blanked(replace(turn.with_images(turn.images[:1]) if turn.more else turn, question=question))
+        return replace(turn.with_images(turn.images[:1]) if turn.more else turn, question=question).blank()
 
     def _with_two_texts(self, episode: Episode) -> Episode:
-        """The demonstrations without their images; with the historic fault the query gets the first one's."""
+        """Take the images from the demonstrations; with the historic fault the query gets the first one's image."""
         query = episode.query
         if self._spec.zero_shot == "two_text_first_image":
             query = replace(query, image=episode.demos[0].image)
         return replace(episode, demos=tuple(demo.with_images(()) for demo in episode.demos), query=query)
 
     def parse(self, raw: str, episode: Episode) -> str:
-        """The answer in a completion; "" where there is none."""
+        """Return the answer in a completion; "" if there is none."""
         answer = clean(raw, tail=episode.query.tail, cut=self._spec.cut, remove=self._spec.remove)
         return answer if self._stems is None else self._stems(answer)
 
@@ -169,21 +174,21 @@ class ExampleTask:
             return ()
         if query.candidates or self._closed:
             return query.candidates or self._closed
-        found = self._answers.get(query.kind)
-        if not found:
+        answers = self._answers.get(query.kind)
+        if not answers:
             raise UserError(
                 f"task {self.name}: output=rank has no candidates for kind {query.kind!r} (query {query.id}); "
-                "list `candidates` or enlarge the support set"
+                "list candidates= or enlarge the support set"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(answers))
 
     def score(self, answer: str, episode: Episode) -> float:
-        """The task's metric."""
+        """Return the task's metric."""
         score = self._open_score if self._queries[episode.query_id].is_open else self._score
         return score(answer, episode.golds)
 
     def baselines(self, query_ids: Sequence[str]) -> Baselines:
-        """Chance when ranked; constant: for every kind the support set's most frequent answer."""
+        """Return chance (if ranked), and the score of each kind's most frequent answer in the support set."""
         queries = [self._queries[query_id] for query_id in query_ids]
         chance = None
         if self._spec.output == "rank":
@@ -192,22 +197,22 @@ class ExampleTask:
         if not self._support:
             return Baselines(chance, None, None)
         overall = sum(self._answers.values(), Counter())
-        said = {query.kind: _mode(self._answers.get(query.kind) or overall) for query in queries}
+        constant = {query.kind: _mode(self._answers.get(query.kind) or overall) for query in queries}
         scores = [
-            (self._open_score if query.is_open else self._score)(said[query.kind], query.golds) for query in queries
+            (self._open_score if query.is_open else self._score)(constant[query.kind], query.golds) for query in queries
         ]
-        answer = ", ".join(sorted({said[kind] if not kind else f"{kind}: {said[kind]}" for kind in said}))
+        answer = ", ".join(sorted({constant[kind] if not kind else f"{kind}: {constant[kind]}" for kind in constant}))
         return Baselines(chance, sum(scores) / len(scores), answer)
 
 
 def _check_overlap(name: str, queries: Sequence[Example], support: Sequence[Example] | None) -> None:
-    """Raise UserError for a support set that holds queries: their answers would be shown to each other."""
+    """Raise UserError for a support set that contains queries: their answers would be shown to each other."""
     asked = {_identity(example) for example in queries}
     both = sorted(example.id for example in support or () if _identity(example) in asked)
     if both:
         raise UserError(
-            f"task {name}: {len(both)} of its {len(queries)} queries are in the support set too (first: {both[0]}); "
-            "give another `support`, or leave it out so that the source is split"
+            f"task {name}: {len(both)} of its {len(queries)} queries are also in the support set (first: {both[0]}); "
+            "give another support=, or leave it out so that the source is split"
         )
 
 
@@ -216,10 +221,10 @@ def _identity(example: Example) -> tuple[str, str, tuple[str, ...], str]:
 
 
 def _answers_by_kind(support: Sequence[Example]) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
+    answers: dict[str, Counter[str]] = {}
     for example in support:
-        found.setdefault(example.kind, Counter())[example.turn.answer] += 1
-    return found
+        answers.setdefault(example.kind, Counter())[example.turn.answer] += 1
+    return answers
 
 
 def _mode(answers: Counter[str]) -> str:

@@ -1,8 +1,8 @@
-"""Where examples come from: shards written by `python -m data prepare`, or a table of one's own.
+"""Where examples come from: shards written by `python -m data prepare`, a data set's own files, or your own table.
 
-A page is read as turns. Every image (or clip) begins one; the text up to the next image belongs to it, text out of
-the loss being its question and text in the loss its answer. So a page of three images gives three examples, each
-with exactly the text that training would have shown. Images are never decoded here.
+A document is read as turns. Every image (or clip) starts a turn, and the text up to the next image belongs to it: text
+out of the loss is its question, text in the loss its answer. So a document with three images gives three examples, each
+with exactly the text that training would show. Images are never decoded here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards.writer import Document, Text, read_documents, read_manifest
-from eval.demonstrations.samplers import hash_order
-from eval.task import EncodedImage, Example, SourceSpec, StoredImage, TaskSpec, Turn
+from eval.task import EncodedImage, Example, SourceSpec, StoredImage, TaskSpec, Turn, hash_order
 from eval.tasks.formats import FORMATS as DATA_SETS
 from eval.tasks.formats.choices import letters, written_options
 from eval.tasks.formats.files import Item, place
@@ -25,23 +24,24 @@ from flamingo.errors import UserError
 
 
 def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example]:
-    """The examples of one source under the task's text format.
+    """Return the examples of one source under the task's text format.
 
     Raises:
         UserError: the source is missing, empty or cannot be read, or a field is not there; naming the task.
     """
     if source.format not in FORMATS:
         raise UserError(f"task {name}: source.format is {source.format!r}; known formats are {', '.join(FORMATS)}")
-    unknown = sorted(set(source.fields) - set(FIELDS))
+    known = (*FIELDS, "image") if source.format in ("csv", "jsonl") else FIELDS
+    unknown = sorted(set(source.fields) - set(known))
     if unknown:
-        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(known)}")
     source = place(source, spec.root)
     path = Path(source.path)
     for key, file in (("path", source.path), ("annotations", source.annotations)):
         if (key == "path" and not file) or (file and not Path(file).exists()):
             where = f"; {published}" if (published := _published(spec, Path(file))) else ""
             raise UserError(
-                f"task {name}: its data {file or '(no path)'} do not exist; prepare them or give source.{key}{where}"
+                f"task {name}: source.{key}={file} does not exist; prepare the data, or set source.{key}{where}"
             )
     try:
         items = list(islice(FORMATS[source.format](path, source), source.max_items))
@@ -49,22 +49,22 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
     except UserError as error:
         raise UserError(f"task {name}: {error}") from None
     if not items:
-        raise UserError(f"task {name}: {source.path} holds no image with an answer")
+        raise UserError(f"task {name}: {source.path} has no image with an answer")
     return [_example(name, item, spec) for item in items]
 
 
 def _published(spec: TaskSpec, path: Path) -> str:
-    found = [where for file, where in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
-    return f"{path.name} is published by {found[0]}" if found else ""
+    pages = [where for file, where in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
+    return f"{path.name} is published by {pages[0]}" if pages else ""
 
 
 def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example]:
-    """The examples that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
+    """Return the examples that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
     return chosen_support(name, spec, read_examples(name, spec, source))
 
 
 def chosen_support(name: str, spec: TaskSpec, examples: list[Example]) -> list[Example]:
-    """`support_size` of the examples, by their ids alone."""
+    """Return `support_size` of the examples, by their ids alone."""
     order = hash_order([example.id for example in examples], "support", name)
     return examples if spec.support_size is None else [examples[index] for index in order[: spec.support_size]]
 
@@ -94,8 +94,8 @@ def _example(name: str, item: Item, spec: TaskSpec) -> Example:
     turn = Turn(first, question, spec.lead, _shown(golds, spec), spec.tail, rationale, more)
     if spec.kind == "examples" and item["text"] not in (None, turn.text):
         raise UserError(
-            f"task {name}: the page text {item['text']!r} (item {item['id']}) would be shown as {turn.text!r}; "
-            "set `lead` and `tail` to its fixed start and end, so that prompts equal training pages"
+            f"task {name}: the text {item['text']!r} of item {item['id']} would become {turn.text!r}; set lead and "
+            "tail to its fixed start and end, so that prompts equal training documents"
         )
     candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
     label, group = item["label"] or golds[0], item.get("group", "")
@@ -103,40 +103,40 @@ def _example(name: str, item: Item, spec: TaskSpec) -> Example:
 
 
 def _filled(name: str, template: str, values: Mapping[str, str]) -> str:
-    """The question with its `{...}` replaced; braces in the values stay what they are."""
+    """Return the question with its `{...}` replaced; braces in the values stay what they are."""
 
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in values:
+    def value(mark: re.Match[str]) -> str:
+        if mark[1] not in values:
             raise UserError(
-                f"task {name}: question has {found[0]}, and its items have {', '.join(sorted(values))}; change "
+                f"task {name}: question has {mark[0]}, but its items only have {', '.join(sorted(values))}; change "
                 "task.NAME.question"
             )
-        return values[found[1]]
+        return values[mark[1]]
 
     return re.sub(r"\{(\w+)\}", value, template)
 
 
 def _shown(golds: tuple[str, ...], spec: TaskSpec) -> str:
-    """The answer that a demonstration shows. Of equally frequent ones the first counts."""
+    """Return the answer that a demonstration shows. Of equally frequent ones the first counts."""
     return golds[0] if spec.demo_answer == "first" else max(golds, key=golds.count)
 
 
 def _between(answer: str, lead: str, tail: str) -> str:
-    """The answer without the task's fixed start and end, where it has them."""
+    """Return the answer without the task's fixed start and end, where it has them."""
     return answer.removeprefix(lead).removesuffix(tail).strip()
 
 
-def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
+def _from_documents(folder: Path, source: SourceSpec) -> Iterator[Item]:
     for shard in shards_of(folder):
-        for page in read_documents(shard):
-            for number, (image, question, answer) in enumerate(page_turns(page)):
-                facts = {"question": question, "answer": answer, "kind": str(page.meta.get("kind", ""))}
-                facts["label"] = _label(page.meta, answer)
+        for document in read_documents(shard):
+            for index, (image, question, answer) in enumerate(document_turns(document)):
+                facts = {"question": question, "answer": answer, "kind": str(document.meta.get("kind", ""))}
+                facts["label"] = _label(document.meta, answer)
                 for fact, key in source.fields.items():
-                    facts[fact] = str(_fact(page.meta, key, f"{shard}: page {page.key}"))
+                    facts[fact] = str(_fact(document.meta, key, f"{shard}: document {document.key}"))
                 if facts["answer"]:
                     yield {
-                        "id": f"{page.key}.{number}",
+                        "id": f"{document.key}.{index}",
                         "image": image,
                         "question": facts["question"],
                         "answers": [facts["answer"]],
@@ -147,12 +147,12 @@ def _from_pages(folder: Path, source: SourceSpec) -> Iterator[Item]:
                     }
 
 
-def page_turns(page: Document) -> Iterator[tuple[EncodedImage, str, str]]:
-    """(image, question, answer) of every image of a page; text before the first image belongs to none."""
+def document_turns(document: Document) -> Iterator[tuple[EncodedImage, str, str]]:
+    """Yield (image, question, answer) of every image of a document; text before the first image belongs to none."""
     turns: list[tuple[EncodedImage, list[str], list[str]]] = []
-    for node in page.nodes:
+    for node in document.nodes:
         if not isinstance(node, Text):
-            turns.append((EncodedImage(tuple(page.images[frame] for frame in node.frames)), [], []))
+            turns.append((EncodedImage(tuple(document.images[frame] for frame in node.frames)), [], []))
         elif turns:
             (turns[-1][2] if node.loss else turns[-1][1]).append(node.text)
     for image, question, answer in turns:
@@ -160,22 +160,24 @@ def page_turns(page: Document) -> Iterator[tuple[EncodedImage, str, str]]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards that a folder's manifest lists, all present."""
+    """Return the shards that a folder's manifest lists, all present."""
     parts: Mapping[str, Any] = read_manifest(folder)["parts"]
     shards = [folder / entry["name"] for part in parts.values() for entry in part["shards"]]
     for shard in shards:
         if not shard.exists():
-            raise UserError(f"shard {shard} is listed in the folder's manifest and missing; prepare the data again")
+            raise UserError(f"shard {shard} is in the folder's manifest but missing; prepare the data again")
     return shards
 
 
 def read_names(name: str, source: SourceSpec) -> list[str]:
-    """All names that the pages of a folder list in their meta."""
+    """Return all names that the documents of a folder list in their meta."""
     folder = Path(source.path)
     if not folder.exists():
-        raise UserError(f"task {name}: its names' folder {source.path} does not exist; prepare it or list `names`")
-    pages = (page for shard in shards_of(folder) for page in read_documents(shard))
-    return sorted({str(word) for page in islice(pages, source.max_items) for word in page.meta.get("names", [])})
+        raise UserError(f"task {name}: names_source.path={source.path} does not exist; prepare it, or list names=")
+    documents = (document for shard in shards_of(folder) for document in read_documents(shard))
+    return sorted(
+        {str(word) for document in islice(documents, source.max_items) for word in document.meta.get("names", [])}
+    )
 
 
 def _fact(meta: Mapping[str, Any], key: str, where: str) -> object:
@@ -185,7 +187,7 @@ def _fact(meta: Mapping[str, Any], key: str, where: str) -> object:
 
 
 def _label(meta: Mapping[str, Any], answer: str) -> str:
-    """The image's class: the page's only one, or, in a binding page, the class that goes by this name there."""
+    """Return the image's class: the document's only one, or, for binding, the class that has this name there."""
     if "class" in meta:
         return str(meta["class"])
     named = dict(zip(meta.get("names", []), meta.get("classes", []), strict=False))
@@ -193,7 +195,7 @@ def _label(meta: Mapping[str, Any], answer: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {
-    "pages": _from_pages,
+    "pages": _from_documents,
     "csv": read_csv_table,
     "jsonl": read_jsonl_table,
     **DATA_SETS,

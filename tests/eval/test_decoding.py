@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.inference.decoding import GreedyOrSampled, top_p
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache, ImageStore
-from eval.inference.model import FlamingoResponder
-from eval.prompting.query import Settings
-from eval.prompting.requests import Completion, Decoding, Request
-from eval.prompting.strategies import STRATEGIES
-from eval.runner import Cell, run_cell
+from eval.inference.model import FlamingoResponder, GreedyOrSampled, top_p
+from eval.prompting.prompts import Completion, Decoding, Request
+from eval.prompting.strategies import STRATEGIES, PromptingSettings
+from eval.runner import run_cell
+from eval.samples import Cell
 from eval.task import TaskSpec
 from eval.tasks.examples import ExampleTask
 from tests.eval.test_strategies import with_rationales
@@ -71,7 +70,7 @@ def test_a_completion_knows_its_log_probability(responder: FlamingoResponder) ->
 )
 def test_no_strategy_depends_on_the_batch(responder: FlamingoResponder, strategy: str, output: str) -> None:
     task = colours(output)
-    settings = Settings(samples=3, rationale_tokens=3, orders=2)
+    settings = PromptingSettings(samples=3, rationale_tokens=3, orders=2)
     cell = Cell("colours", 1, 0, "real", strategy)
     runs = [
         run_cell(task, cell, responder, FeatureCache(responder), queries, size, settings=settings)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from eval.demonstrations.samplers import draw, generator, hash_order
-from eval.task import SourceSpec, TaskSpec
+from eval.demonstrations.samplers import draw
+from eval.task import SourceSpec, TaskSpec, generator, hash_order
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
@@ -144,9 +144,22 @@ def test_binding_names_stand_for_one_class_each_and_demos_are_nested() -> None:
 def test_binding_says_what_is_missing() -> None:
     task = binding()
     assert task.max_shots() == 9
-    with pytest.raises(UserError, match="10 shots"):
+    with pytest.raises(UserError, match="shots=10 needs 10"):
         task.episode(task.query_ids()[0], 10, 0)
     with pytest.raises(UserError, match="4 classes of at least 10 images and 1 names"):
         BindingTask("b", TaskSpec(min_images=10), colour_examples(40), ["kibo"])
     with pytest.raises(UserError, match="first and last two letters"):
         BindingTask("b", TaskSpec(), colour_examples(40), ["kibo", "kilu"]).episode("doc000", 1, 0)
+
+
+def test_hashes_and_draws_are_those_of_the_published_figures() -> None:
+    """Demonstrations are drawn by the task's hash: a renamed setting or stream must not change either."""
+    task = ExampleTask("colours", TaskSpec(queries=6, lead=" "), colour_examples(24))
+    assert task.hash.startswith("2ad58151671491e1")
+    assert task.episode(task.query_ids()[0], 3, 0).demo_ids == ("doc017", "doc005", "doc011")
+    faulty = TaskSpec(queries=6, lead=" ", zero_shot="two_text_first_image", num_beams=3, metrics=["vqa"])
+    assert ExampleTask("colours", faulty, colour_examples(24)).hash.startswith("6f480fb59ba2d088")
+    spec = TaskSpec(kind="binding", question="a", lead=" ", queries=40, output="rank", min_images=15)
+    binding = BindingTask("binding", spec, colour_examples(60), NAMES)
+    demos = binding.episode(binding.query_ids()[0], 2, 1).demo_ids
+    assert demos == ("doc003=lumo", "doc000=gusi", "doc044=gusi", "doc027=lumo")

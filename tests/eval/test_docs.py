@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eval import __main__ as command
+from eval import compose as command
 from eval.__main__ import main
 from eval.compose import CONFIG, load_config
 from eval.demonstrations.samplers import SAMPLERS

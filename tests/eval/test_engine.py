@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.inference.distributed import Ranks
-from eval.inference.engine import Engine
+from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.response_log import ResponseLog
-from eval.prompting.prompts import Prompt
-from eval.prompting.requests import Completion, Decoding, Request
+from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, Request
 from eval.runner import Grid, run
 from eval.task import EncodedImage, Task, TaskSpec
 from eval.tasks.examples import ExampleTask
@@ -41,17 +39,17 @@ class Counting(Looker):
         self.batches: list[tuple[tuple[int, ...], ...]] = []
         self._dies_after = dies_after
 
-    def _count(self, prompts: Sequence[Prompt]) -> None:
+    def _count(self, prompts: Sequence[EncodedPrompt]) -> None:
         if self._dies_after is not None and self.rows >= self._dies_after:
             raise KeyboardInterrupt
         self.rows += len(prompts)
         self.batches.append(tuple(prompt.ids for prompt in prompts))
 
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
         self._count(prompts)
         return super().rank(prompts, features)
 
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
         self._count(prompts)
         return super().generate(prompts, features, max_new_tokens)
 
@@ -121,9 +119,9 @@ def test_equal_requests_are_asked_once_and_other_keys_are_not_mixed_up() -> None
 
 
 def test_ranks_share_all_batches_and_merge_each_once() -> None:
-    pieces = list(range(11))
-    shares = [Ranks(rank, 3).mine(pieces) for rank in range(3)]
-    assert sorted(piece for share in shares for piece in share) == pieces
+    batches = list(range(11))
+    shares = [Ranks(rank, 3).mine(batches) for rank in range(3)]
+    assert sorted(batch for share in shares for batch in share) == batches
     owners = [[Ranks(rank, 3).owns(f"{i:064x}") for rank in range(3)] for i in range(20)]
     assert all(sum(one) == 1 for one in owners)
 
@@ -131,7 +129,7 @@ def test_ranks_share_all_batches_and_merge_each_once() -> None:
         def gathered(self, value):  # type: ignore[no-untyped-def]
             return [value, value]
 
-    with pytest.raises(AssertionError, match="done by two ranks"):
+    with pytest.raises(AssertionError, match="two ranks did the same"):
         Twice().merged({"a": 1})
 
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
-from eval.inference.model import FeatureCache, FlamingoResponder
-from eval.runner import Cell, run_cell
+from eval.inference.feature_cache import FeatureCache
+from eval.inference.model import FlamingoResponder
+from eval.runner import run_cell
+from eval.samples import Cell
 from eval.task import EncodedImage, Task, TaskSpec
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
@@ -134,10 +136,10 @@ def test_the_command_writes_everything(saved: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["shots=[0,30]"], "shots=30 is more than task toy_vqa can give: its data allow 16"),
+        (["shots=[0,30]"], "shots=30 is more than the 16 that task toy_vqa allows"),
         (["shots=[8]", "task=toy_vqa"], "shots=8 does not fit the model's context for task toy_vqa"),
-        (["shots=[1]", "model=/nowhere"], "model=/nowhere is no folder with a saved model"),
-        (["data=/nowhere"], "/nowhere/toy/heldout/scene_pairs do not exist"),
+        (["shots=[1]", "model=/nowhere"], "model=/nowhere is not the folder of a saved model"),
+        (["data=/nowhere"], "/nowhere/toy/heldout/scene_pairs does not exist"),
     ],
 )
 def test_what_cannot_be_run_is_one_sentence(

@@ -46,18 +46,18 @@ def test_own_questions_with_choices_are_five_lines(tmp_path: Path) -> None:
     found = read_examples("mine", spec, source)
     assert (found[3].golds, found[3].candidates) == (("B",), ("A", "B"))
     assert found[3].turn.question == "Which?\n(A) go (B) stop"
-    with pytest.raises(UserError, match=r"question has \{colour\}, and its items have options, question; change"):
+    with pytest.raises(UserError, match=r"question has \{colour\}, but its items only have options, question; change"):
         read_examples("mine", TaskSpec(source=source, question="{colour}"), source)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "0.png"}\n', "line 1 has no 'answer'; it has image"),
+        ('{"image": "0.png"}\n', "line 1 has no column 'answer'; its columns are image"),
         ('{"image": "9.png", "answer": "a"}\n', r"row 1 names the image .*9.png, which does not exist"),
         ('{"image": "0.png", "answer": "a", "choices": ["b"]}\n', "the answer 'a', which is not among its choices"),
         ('{"image": "0.png", "answer": " "}\n', "row 1 has no answer"),
-        ("{\n", "line 1 is no JSON"),
+        ("{\n", "line 1 is not JSON"),
     ],
 )
 def test_what_is_wrong_with_a_table_of_lines(tmp_path: Path, line: str, message: str) -> None:
@@ -90,7 +90,7 @@ def test_frames_are_spread_evenly(tmp_path: Path) -> None:
     files = sorted((tmp_path / "clip").iterdir())
     assert frames_of(tmp_path / "clip", 1) == (files[1].read_bytes(),)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no folder of images"):
+    with pytest.raises(UserError, match="not a folder of images"):
         frames_of(tmp_path / "empty", 1)
 
 
@@ -147,7 +147,7 @@ def _hidden(root: Path) -> None:
     [
         ("vqav2", _other_split, "has no answers to question 0 of"),
         ("vqav2", _no_list, "is this the published file"),
-        ("pathvqa", _code, r"is no pickle of plain values: it asks for _io.BytesIO"),
+        ("pathvqa", _code, r"is not a pickle of plain values: it asks for _io.BytesIO"),
         ("medmcqa", _five_choices, "has 4 choices and the answer 4"),
         ("imagenet", _unknown_class, "the folder n99999999, which .* does not name"),
         ("hateful_memes", _hidden, "the unlabelled test file has none"),
@@ -167,12 +167,12 @@ def test_a_file_that_is_not_as_published_is_one_sentence(
 
 def test_a_missing_annotation_file_is_named_with_its_publisher(tmp_path: Path) -> None:
     spec = load_config(["model=m", "task=coco", f"task.coco.root={tmp_path}"]).task["coco"]
-    with pytest.raises(UserError, match=r"dataset_coco.json do not exist; .* published by Karpathy's splits"):
+    with pytest.raises(UserError, match=r"dataset_coco.json does not exist; .* published by Karpathy's splits"):
         build_task("coco", spec)
 
 
 def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
-    older = "kind queries question lead tail output candidates metric demos max_new_tokens ways min_images names"
+    older = "kind queries question lead tail output candidates metric demos max_new_tokens ways min_pictures names"
     assert list(definition_of(TaskSpec())) == [*older.split(), "names_source"]
     assert definition_of(TaskSpec(cut=["x"]))["cut"] == ["x"]
 
@@ -181,8 +181,8 @@ def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
     ("change", "message"),
     [
         ({"metrics": ["x"]}, "metrics has 'x'; the metrics are"),
-        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates; set task.t.output=rank"),
-        ({"end_of_chunk": False}, "a demonstration needs an end"),
+        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which needs ranked candidates; set task.t.output=rank"),
+        ({"end_of_chunk": False}, "set one to mark the end of a demonstration"),
         ({"zero_shot": "three"}, "use one of none, two_text"),
         ({"support_size": 0}, "support_size is 0"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, shown
+from eval.plugins.harness_prompts import HarnessPromptBuilder, shown
 from flamingo.errors import UserError
 from tests.eval.test_plugins import NAMES, TASK, harness, image_of, lm_eval_folder, rows
 from tests.model import tiny
@@ -71,7 +71,7 @@ def test_lmms_eval_runs_a_task_with_few_shot_images(responder: FlamingoResponder
     assert lm._engine.cache.shown == 18 + 3
     query = shown("q0?", image_of(rows(1, 500)[0]))
     demos = lm._supports["tiny"].demos(query, "test 0", 2)
-    prompt = Prompts(responder).build(demos, query, 0, [f" {name}" for name in NAMES])
+    prompt = HarnessPromptBuilder(responder).build(demos, query, 0, [f" {name}" for name in NAMES])
     ranks = responder.rank([prompt], responder.encode(prompt.images))[0]
     assert losses == pytest.approx([-score for score in ranks], abs=1e-3)
     answer = [{"acc": float(NAMES[i] == NAMES[int(np.argmax(ranks))])} for i in range(4)]
@@ -141,4 +141,4 @@ def test_lmms_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     assert json.loads(found.read_text())["results"]["tiny_images"]["acc,none"] == pytest.approx(np.mean(right))
     wrong = harness("eval.plugins.lmms_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is not a folder")

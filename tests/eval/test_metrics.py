@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from eval.metrics.interval import cluster_bootstrap, mean_interval, wilson
-from eval.metrics.text import exact_match, parse_answer
+from eval.metrics.text import exact_match
 from eval.metrics.vqa import normalise, vqa_accuracy
+from eval.task import parse_answer
 
 
 @pytest.mark.parametrize(

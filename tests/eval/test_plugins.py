@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval.compose import CONFIG
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import Prompts, Support, shown
+from eval.plugins.harness_prompts import HarnessPromptBuilder, HarnessSupport, shown
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS
 from tests.fixtures import png
@@ -43,7 +43,7 @@ def image_of(doc: dict[str, Any], *more: Any) -> list[Image.Image]:
 
 
 def test_tags_take_the_images_in_order_and_the_rest_stand_in_front(responder: FlamingoResponder) -> None:
-    prompts, tag = Prompts(responder), responder.processor.image_token_id
+    prompts, tag = HarnessPromptBuilder(responder), responder.processor.image_token_id
     images = [png(COLOURS["red"], seed) for seed in range(3)]
     demo = shown("a<image>b", images[:2], " c")
     prompt = prompts.build([demo], shown("d<image>e", images[2]), 4)
@@ -59,7 +59,7 @@ def test_tags_take_the_images_in_order_and_the_rest_stand_in_front(responder: Fl
 
 
 def test_demonstrations_are_dropped_whole_and_never_the_query(responder: FlamingoResponder) -> None:
-    prompts = Prompts(responder)
+    prompts = HarnessPromptBuilder(responder)
     demos = [shown(f"demo {i} " + "x" * 20, png(COLOURS["blue"], i), " y") for i in range(8)]
     prompt = prompts.build(demos, shown("query", png(COLOURS["red"], 50)), 10)
     assert 0 < prompt.shots_kept < 8
@@ -73,7 +73,7 @@ def test_demonstrations_are_dropped_whole_and_never_the_query(responder: Flaming
 
 def test_support_is_nested_and_refuses_the_query(responder: FlamingoResponder) -> None:
     examples = rows(12, 100)
-    support = Support("task", examples, lambda doc: shown(doc["question"], image_of(doc), f" {doc['name']}"), 0)
+    support = HarnessSupport("task", examples, lambda doc: shown(doc["question"], image_of(doc), f" {doc['name']}"), 0)
     query = shown(examples[3]["question"], image_of(examples[3]))
     longest = support.demos(query, "3", 8)
     assert support.demos(query, "3", 3) == longest[-3:]
@@ -122,7 +122,7 @@ def test_lm_eval_runs_a_task_with_few_shot_images(responder: FlamingoResponder, 
     assert len(samples) == 6
     assert lm._engine.cache.shown == 6 * 3
     assert lm._engine.cache.encoded == len(lm._engine.cache.images) <= 18
-    prompts = Prompts(responder)
+    prompts = HarnessPromptBuilder(responder)
     support = lm._supports[f"tiny_{output}"]
     for sample in samples:
         doc = rows(6, 500)[sample["doc_id"]]  # what is logged has its bytes as text
@@ -164,7 +164,7 @@ def test_lm_eval_text_requests(responder: FlamingoResponder) -> None:
     for start in range(0, len(ids), context):
         own = ids[start : start + context]
         before = ids[max(0, start + len(own) - context - 1) : start] or [lm._prompts.first_token]
-        total += responder.rank([Prompts.bare(before, own)], torch.zeros(0, 0, 0))[0][0]
+        total += responder.rank([HarnessPromptBuilder.bare(before, own)], torch.zeros(0, 0, 0))[0][0]
     assert whole == pytest.approx(total, abs=0.05)
 
 
@@ -233,4 +233,4 @@ def test_lm_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     assert len(samples.read_text().splitlines()) == 6
     wrong = harness("eval.plugins.lm_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is no folder")
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is not a folder")

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.inference.engine import MANY, Engine
+from eval.inference.engine import SHARED_FROM, Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.prompting.prompts import SHORTEST, Prompt
-from eval.prompting.requests import Completion, Decoding, Request, Response
+from eval.prompting.prompts import SHORTEST_START, Completion, Decoding, EncodedPrompt, Request, Response
 from eval.task import Example, TaskSpec
 from eval.tasks.examples import ExampleTask
 from tests.eval.worlds import colour_examples
@@ -27,7 +26,7 @@ def examples(count: int) -> list[Example]:
     return found
 
 
-def prompts(responder: FlamingoResponder, output: str, shots: int = 2, demos: str = "fixed") -> list[Prompt]:
+def prompts(responder: FlamingoResponder, output: str, shots: int = 2, demos: str = "fixed") -> list[EncodedPrompt]:
     spec = TaskSpec(queries=9, lead=" ", output=output, demos=demos, max_new_tokens=6)
     task = ExampleTask("colours", spec, examples(24))
     episodes = [task.episode(query, shots, 0) for query in task.query_ids()]
@@ -40,7 +39,7 @@ def both(family: str) -> tuple[FlamingoResponder, FlamingoResponder]:
     return FlamingoResponder(model, processor), FlamingoResponder(model, processor, share_prefix=False)
 
 
-def encoded(responder: FlamingoResponder, some: list[Prompt]) -> torch.Tensor:
+def encoded(responder: FlamingoResponder, some: list[EncodedPrompt]) -> torch.Tensor:
     return FeatureCache(responder).features([image for prompt in some for image in prompt.images])
 
 
@@ -86,7 +85,7 @@ def test_seeing_every_image_before_and_no_image_at_all(every: bool) -> None:
     assert shared.prefix.runs == 1
 
 
-def tiny_words(prompt: Prompt, responder: FlamingoResponder) -> Prompt:
+def tiny_words(prompt: EncodedPrompt, responder: FlamingoResponder) -> EncodedPrompt:
     image = responder.processor.image_token_id
     tokens = sum(token != image for token in prompt.ids[: prompt.shared[0]])
     return replace(prompt, ids=tuple(i for i in prompt.ids if i != image), images=(), shared=(tokens, 0))
@@ -97,7 +96,7 @@ def test_a_query_much_shorter_than_another_moves_out_the_whole_beginning() -> No
     shared, whole = both("llama")
     some = prompts(shared, "rank")
     long = replace(some[0], ids=(*some[0].ids, *(shared.builder.encode(" and so on, and so on, and so on?"))))
-    tokens = SHORTEST
+    tokens = SHORTEST_START
     some = [replace(one, ids=one.ids[-tokens - 5 :], images=(), shared=(tokens, 0)) for one in (some[1], long)]
     image = shared.processor.image_token_id
     some = [replace(one, ids=tuple(7 if i == image else i for i in one.ids)) for one in some]
@@ -115,19 +114,19 @@ class Batches(FlamingoResponder):
         super().__init__(*tiny.flamingo("llama"))
         self.asked: list[list[tuple[int, int]]] = []
 
-    def rank(self, prompts: list[Prompt], features: torch.Tensor) -> list[list[float]]:  # type: ignore[override]
+    def rank(self, prompts: list[EncodedPrompt], features: torch.Tensor) -> list[list[float]]:  # type: ignore[override]
         self.asked.append([prompt.shared for prompt in prompts])
         return super().rank(prompts, features)
 
 
-def asked(model: FlamingoResponder, some: list[Prompt], size: int) -> list[Response]:
+def asked(model: FlamingoResponder, some: list[EncodedPrompt], size: int) -> list[Response]:
     return Engine(model, FeatureCache(model), size).ask([Request(prompt) for prompt in some])
 
 
 def test_the_engine_puts_together_what_begins_alike_where_there_is_enough_of_it() -> None:
     model, whole = Batches(), FlamingoResponder(*tiny.flamingo("llama"), share_prefix=False)
     alike, others = prompts(model, "rank"), prompts(model, "rank", demos="random")
-    assert len(alike) >= MANY
+    assert len(alike) >= SHARED_FROM
     mixed = [one for pair in zip(alike, others, strict=True) for one in pair]
     found = asked(model, mixed, 4)
     kinds = [{shared != (0, 0) for shared in batch} for batch in model.asked]
@@ -137,7 +136,7 @@ def test_the_engine_puts_together_what_begins_alike_where_there_is_enough_of_it(
     assert model.prefix.runs == 1
     torch.testing.assert_close(found, asked(whole, mixed, 32), atol=1e-4, rtol=1e-4)
     few = Batches()
-    asked(few, alike[: MANY - 1], 32)
+    asked(few, alike[: SHARED_FROM - 1], 32)
     assert {shared for batch in few.asked for shared in batch} == {(0, 0)}
 
 

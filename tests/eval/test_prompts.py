@@ -8,7 +8,7 @@ import pytest
 
 from data.batches.tokenize import SpecialTokens, tokenize_document
 from data.shards.document import Image, Node, Text
-from eval.demonstrations.ablations import ABLATIONS, blank
+from eval.demonstrations.ablations import ABLATIONS
 from eval.prompting.prompts import PromptBuilder
 from eval.task import Episode, TaskSpec
 from eval.tasks.examples import ExampleTask
@@ -90,7 +90,7 @@ def test_blank_keeps_the_size_and_text_only_keeps_the_query() -> None:
     blanked = ABLATIONS["blank"](shown, 0)
     assert len({turn.image for turn in [*blanked.demos, blanked.query]}) == 1
     assert shown.query.image is not None
-    assert blanked.query.image == blank(shown.query.image) != shown.query.image
+    assert blanked.query.image == shown.query.image.blank() != shown.query.image
     bare = ABLATIONS["text_only"](shown, 0)
     prompt = PromptBuilder(Letters()).build(bare, 8)
     assert prompt.images == (shown.query.image,)

@@ -14,8 +14,9 @@ from eval.compose import load_config
 from eval.inference.model import FlamingoResponder
 from eval.metrics.stems import Stems
 from eval.metrics.wordnet import WordNet
-from eval.prompting.prompts import Prompt, PromptBuilder
-from eval.runner import Grid, Sample, run
+from eval.prompting.prompts import EncodedPrompt, PromptBuilder
+from eval.runner import Grid, run
+from eval.samples import Sample
 from eval.task import Example, Task, TaskSpec, Turn
 from eval.tasks.build import build_task
 from eval.tasks.examples import ExampleTask
@@ -30,7 +31,7 @@ from tests.model import tiny
 class ByLength(Constant):
     """-1 for a candidate's first token, -0.1 for each further one: sums and means put them in opposite orders."""
 
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
         return [[-1 - 0.1 * (len(ids) - 1) for ids in prompt.candidates] for prompt in prompts]
 
 
@@ -109,7 +110,7 @@ def test_candidates_come_from_a_file_or_from_what_the_support_says_often(tmp_pat
     assert listed.episode(listed.query_ids()[0], 0, 0).candidates == ("spoon", "whisk")
     for where, message in (
         ("support:x", "give a number of 1 or more, as in support:2"),
-        ("support:99", "no answer of the support occurs so often"),
+        ("support:99", "no answer in the support set occurs so often"),
         ("gone.json", "gone.json does not exist"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.demonstrations.ablations import blank
 from eval.inference.provenance import folder_hash, provenance
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
 from eval.reports.results import results_of, sample_line, table, write_report
-from eval.runner import Grid, Sample, run
+from eval.runner import Grid, run
+from eval.samples import Sample
 from eval.task import EncodedImage, SourceSpec, Task, TaskSpec
 from eval.tasks.build import build_task
 from tests.eval.worlds import Looker, write_pool, write_scenes
@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Sampl
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     facts = provenance(str(folder / "model"), ["task=vqa"], "cpu", 1.5)
-    return results_of(samples, tasks, grid, cache, facts), samples, cache.images
+    return results_of(samples, tasks, grid.description(), facts | {"images": cache.counts()}), samples, cache.images
 
 
 def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_gallery_needs_nothing_but_itself(finished: tuple) -> None:
     assert "vqa&lt;b&gt;" in page
     assert "vqa<b>" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    assert page.count("class='sample") == 2 * 3 * 4
+    assert page.count('class="sample') == 2 * 3 * 4
     shown = re.findall(r"data:image/png;base64,([^\"]+)", page)
     files = {frame for image in images.values() for frame in image.frames}
     assert shown
@@ -128,7 +128,7 @@ def test_large_images_are_shown_as_thumbnails() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (256, 256)
     small = png((200, 0, 0), 1)
     assert base64.b64decode(data_uri(small).split(",")[1]) == small
-    assert Image.open(io.BytesIO(blank(EncodedImage((small,))).frames[0])).size == (8, 8)
+    assert Image.open(io.BytesIO(EncodedImage((small,)).blank().frames[0])).size == (8, 8)
 
 
 def test_model_hash_tells_weights_apart_and_not_folders(tmp_path: Path) -> None:

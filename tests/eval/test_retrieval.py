@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.demonstrations.near_duplicates import near_duplicates
 from eval.demonstrations.retrieval import Retriever
-from eval.demonstrations.samplers import SAMPLERS, draw, leak, parse_sampler
+from eval.demonstrations.samplers import SAMPLERS, draw, leak, near_duplicates, parse_sampler
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of
@@ -69,8 +68,8 @@ def test_retrieval_by_image_finds_the_colour_and_the_nearest_stands_last() -> No
         shown = [support[name] for name in task.episode(query_id, 4, 0).demo_ids]
         assert {d.label for d in shown} == {query.label}
         vectors = embed([d.turn.image for d in [*shown, query] if d.turn.image is not None])
-        likeness = vectors[:-1] @ vectors[-1]
-        assert (np.diff(likeness) >= -1e-4).all()
+        similarity = vectors[:-1] @ vectors[-1]
+        assert (np.diff(similarity) >= -1e-4).all()
 
 
 def test_retrieval_by_text_finds_the_topic_and_jointly_finds_both() -> None:
@@ -160,7 +159,7 @@ def scene(size: int, quality: int | None = None, shift: int = 0, seed: int = 0) 
     return EncodedImage((buffer.getvalue(),))
 
 
-def test_near_duplicates_are_told_from_likenesses() -> None:
+def test_near_duplicates_are_told_from_similar_ones() -> None:
     original = scene(128)
     assert near_duplicates(original, scene(128, quality=70))
     assert near_duplicates(original, scene(96, quality=85))
@@ -194,7 +193,7 @@ def test_the_guard_refuses_each_leak_by_its_reason_and_counts_it() -> None:
     assert {example.id for example in found.examples} == {"c0", "c1", "c2"}
     counts = [dict(draw(support, query, 3, task_hash="h", seed=seed).refused) for seed in range(30)]
     assert {"image": 1, "near_duplicate": 1} in counts
-    with pytest.raises(UserError, match="has 3 for it"):
+    with pytest.raises(UserError, match="only 3 of the support set's 5 may be shown"):
         draw(support, query, 4, task_hash="h", seed=0)
 
 
@@ -214,6 +213,6 @@ def test_refusals_are_in_the_results_by_reason() -> None:
 
 def test_a_support_set_that_holds_queries_is_refused() -> None:
     pool = examples()
-    with pytest.raises(UserError, match=r"task colours: 12 of its 12 queries are in the support set too \(first"):
+    with pytest.raises(UserError, match=r"task colours: 12 of its 12 queries are also in the support set \(first"):
         ExampleTask("colours", TaskSpec(queries=12), pool, pool)
     assert ExampleTask("colours", TaskSpec(queries=60), pool, colour_examples(20, seed=5000)).max_shots() == 20

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from eval.inference.model import FeatureCache
+from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of
-from eval.runner import Cell, Grid, Sample, run, run_cell
+from eval.runner import Grid, run, run_cell
+from eval.samples import Cell, Sample
 from eval.task import Task, TaskSpec
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask

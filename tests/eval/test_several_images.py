@@ -100,7 +100,7 @@ def test_ablations_move_or_take_every_image() -> None:
     assert sorted(p.sha256 for p in every) == sorted(p.sha256 for p in [IMAGES[3], *IMAGES[:3], *IMAGES[:3]])
     assert [len(turn.images) for turn in (*shuffled.demos, shuffled.query)] == [1, 3, 3]
     bare = ABLATIONS["text_only"](episode, 0)
-    assert bare.demos[1].pieces == ((None, "q and ?"),)
+    assert bare.demos[1].segments == ((None, "q and ?"),)
     assert bare.query == query
     grey = ABLATIONS["blank"](episode, 0).query.images
     assert len(grey) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from eval.task import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
-from eval.tasks.sources import page_turns, read_examples
+from eval.tasks.sources import document_turns, read_examples
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, write_pool, write_scenes
 from tests.fixtures import png
@@ -27,7 +28,7 @@ def test_a_page_of_several_images_is_as_many_turns() -> None:
         Text("b"),
         Text("c"),
     ]
-    turns = list(page_turns(Document("key", nodes, images)))
+    turns = list(document_turns(Document("key", nodes, images)))
     assert [(question, answer) for _, question, answer in turns] == [("what?", " a"), ("", "bc")]
     assert [image.frames for image, _, _ in turns] == [(images[1],), (images[0], images[2])]
 
@@ -44,7 +45,7 @@ def test_examples_carry_the_text_of_the_page_or_the_facts_named(tmp_path: Path) 
 
 def test_a_text_form_that_training_never_showed_is_refused(tmp_path: Path) -> None:
     source = SourceSpec(path=str(write_scenes(tmp_path / "scenes", 4)))
-    with pytest.raises(UserError, match=r"'a red square' .* would be shown as ' a red square'"):
+    with pytest.raises(UserError, match=r"'a red square' .* would become ' a red square'"):
         read_examples("t", TaskSpec(lead=" "), source)
 
 
@@ -54,7 +55,7 @@ def test_binding_pool_and_names_come_from_meta(tmp_path: Path) -> None:
     task = build_task("b", spec)
     assert (len(task.query_ids()), task.max_shots()) == (24, 5)
     check_shots({"b": task}, [0, 5])
-    with pytest.raises(UserError, match="shots=6 is more than task b can give: its data allow 5"):
+    with pytest.raises(UserError, match="shots=6 is more than the 5 that task b allows"):
         check_shots({"b": task}, [0, 6])
     with pytest.raises(UserError, match="0 classes of at least 7 images"):
         build_task("b", TaskSpec(kind="binding", source=pool, names_source=pool, min_images=7))
@@ -96,8 +97,8 @@ def test_a_table_is_a_task(tmp_path: Path) -> None:
     [
         ("image,reply\none.png,red\n", "no column 'answer'; its columns are image, reply"),
         ("image,answer\nthree.png,red\n", r"row 1 names the image .*three.png, which does not exist"),
-        ("image,answer\n", "holds no image with an answer"),
-        ("image,answer,id\none.png,a,x\ntwo.png,b,x\n", "the id 'x' occurs twice"),
+        ("image,answer\n", "has no image with an answer"),
+        ("image,answer,id\none.png,a,x\ntwo.png,b,x\n", "two queries have the id 'x'"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -109,7 +110,7 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
     def build(path: Path, **fields: str) -> None:
         build_task("t", TaskSpec(source=SourceSpec(path=str(path), fields=fields)))
 
-    with pytest.raises(UserError, match="nowhere do not exist"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         build(tmp_path / "nowhere")
     scenes = write_scenes(tmp_path / "scenes", 8)
     with pytest.raises(UserError, match=r"no 'kin' in its meta, it has answer, caption, kind, question, question_kind"):
@@ -117,7 +118,7 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source.fields has 'gold'"):
         build(scenes, gold="answer")
     next(scenes.glob("*.tar")).unlink()
-    with pytest.raises(UserError, match=r"task t: .*\.tar is listed in the folder's manifest and missing"):
+    with pytest.raises(UserError, match=r"task t: .*\.tar is in the folder's manifest but missing"):
         build(scenes)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"task t: .*_dataset.json does not exist"):
@@ -136,3 +137,17 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
 def test_impossible_values_name_their_key(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_task("t", TaskSpec(**change))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_table_with_another_image_column_names_its_columns_and_the_setting(tmp_path: Path, name: str) -> None:
+    (tmp_path / "one.png").write_bytes(png((1, 2, 3), 0))
+    csv, row = "picture,answer\none.png,red\n", {"picture": "one.png", "answer": "red"}
+    (tmp_path / name).write_text(csv if name == "t.csv" else json.dumps(row) + "\n")
+    source = SourceSpec(format=name.split(".")[1], path=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"no column 'image'; its columns are picture, answer: set source\.fields"):
+        read_examples("t", TaskSpec(source=source), source)
+    source.fields = {"image": "picture"}
+    (example,) = read_examples("t", TaskSpec(source=source), source)
+    assert example.golds == ("red",)
+    assert example.turn.image is not None

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from eval.inference.feature_cache import FeatureCache
-from eval.prompting.prompts import Prompt, PromptBuilder
-from eval.prompting.query import Query, Settings, read_rationales, softmax
-from eval.prompting.requests import Completion, Decoding
-from eval.prompting.strategies import STRATEGIES, different_orders
+from eval.inference.protocol import Responder
+from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
+from eval.prompting.strategies import STRATEGIES, PromptingSettings, Query, different_orders, read_rationales, softmax
 from eval.reports.results import sample_line
-from eval.runner import Cell, Grid, Sample, run, run_cell
+from eval.runner import Grid, run, run_cell
+from eval.samples import Cell, Sample
 from eval.task import EncodedImage, Example, TaskSpec
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
@@ -34,7 +34,7 @@ def task(output: str = "generate", rationales: bool = True, **spec: object) -> E
     return ExampleTask("colours", options, with_rationales(examples) if rationales else examples)
 
 
-class Script:
+class Script(Responder):
     """Says what `says` makes of a prompt and a draw; ranks the candidate highest that its text names last."""
 
     def __init__(self, says: Callable[[str, int], str]) -> None:
@@ -45,12 +45,12 @@ class Script:
     def encode(self, images: Sequence[EncodedImage]) -> Tensor:
         return torch.zeros(len(images), 1, 1)
 
-    def _text(self, prompt: Prompt) -> str:
+    def _text(self, prompt: EncodedPrompt) -> str:
         text = "".join(chr(i) if i < 1000 else "#" for i in prompt.ids)
         self.prompts.append(text)
         return text
 
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
         found = []
         for prompt in prompts:
             text = self._text(prompt)
@@ -59,11 +59,11 @@ class Script:
             found.append([float(query.rfind(word)) for word in words])
         return found
 
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
         return self.sample(prompts, features, Decoding(max_new_tokens), [""] * len(prompts))
 
     def sample(
-        self, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
+        self, prompts: Sequence[EncodedPrompt], features: Tensor, decoding: Decoding, streams: Sequence[str]
     ) -> list[Completion]:
         assert len(set(streams)) == len(streams) or decoding.temperature == 0
         return [Completion(self._says(self._text(p), n), True, -1.0) for n, p in enumerate(prompts)]
@@ -73,7 +73,7 @@ def samples_of(
     strategy: str, model: Script | Looker | Constant, of: ExampleTask, shots: int = 2, **own: object
 ) -> list[Sample]:
     cell = Cell("colours", shots, 0, "real", strategy)
-    settings = Settings(**{"samples": 5, **own})  # type: ignore[arg-type]
+    settings = PromptingSettings(**{"samples": 5, **own})  # type: ignore[arg-type]
     return run_cell(of, cell, model, FeatureCache(model), of.query_ids(), 7, settings=settings)
 
 
@@ -133,7 +133,7 @@ def test_the_second_stage_takes_the_rationales_of_another_run(tmp_path: Path) ->
     read_rationales.cache_clear()
     with pytest.raises(UserError, match=f"has none for query {first[0].query_id}, seed 0"):
         samples_of("two_stage", model, of, rationales=str(path))
-    with pytest.raises(UserError, match=r"is no samples.jsonl of a run"):
+    with pytest.raises(UserError, match=r"is not the samples.jsonl of a run"):
         samples_of("two_stage", model, of, rationales="/nowhere")
 
 
@@ -159,11 +159,11 @@ def test_self_consistency_over_chains_ranks_behind_each_rationale() -> None:
 def test_orders_are_different_and_their_scores_are_averaged() -> None:
     of = task("rank")
     episode = of.episode(of.query_ids()[0], 3, 0)
-    query = Query(of, episode, PromptBuilder(Letters()), Settings(orders=4), 0)
+    query = Query(of, episode, PromptBuilder(Letters()), PromptingSettings(orders=4), 0)
     found = different_orders(query)
     assert found[0] == [0, 1, 2]
     assert len({tuple(order) for order in found}) == 4
-    assert len(different_orders(replace(query, settings=Settings(orders=50)))) == 6
+    assert len(different_orders(replace(query, settings=PromptingSettings(orders=50)))) == 6
     assert different_orders(query) == found
 
     class Last(Looker):  # believes the demonstration next to the query
@@ -178,7 +178,7 @@ def test_orders_are_different_and_their_scores_are_averaged() -> None:
 
 def test_calibration_takes_the_prior_away() -> None:
     class Biased(Looker):
-        def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+        def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
             found = super().rank(prompts, features)
             return [[score / 100 + 1e8 * (place == 0) for place, score in enumerate(row)] for row in found]
 
@@ -192,9 +192,9 @@ def test_calibration_takes_the_prior_away() -> None:
 
 
 def test_strategies_that_do_not_fit_say_so() -> None:
-    with pytest.raises(UserError, match=r"has no rationale .* source.fields.rationale"):
+    with pytest.raises(UserError, match=r"has no rationale; .* source.fields.rationale"):
         samples_of("cot", Looker(), task(rationales=False))
-    with pytest.raises(UserError, match="sc samples answers and this task ranks"):
+    with pytest.raises(UserError, match="sc samples answers, but this task ranks"):
         samples_of("sc", Looker(), task("rank"))
     with pytest.raises(UserError, match="calibrated compares candidates"):
         samples_of("calibrated", Looker(), task())

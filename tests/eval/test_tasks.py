@@ -135,7 +135,7 @@ def test_prepare_says_what_is_missing_and_where_it_is_published(
         (["vizwiz"], "give a task and a folder"),
         (["nope", "--from", str(tmp_path)], "unknown task 'nope'"),
         (["toy_vqa", "--from", str(tmp_path)], "no published files"),
-        (["vizwiz", "--from", str(tmp_path / "gone")], "is no folder"),
+        (["vizwiz", "--from", str(tmp_path / "gone")], "is not a folder"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

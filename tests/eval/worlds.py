@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
-from eval.inference.model import Completion
-from eval.prompting.prompts import Prompt, PromptBuilder
+from eval.inference.protocol import Responder
+from eval.prompting.prompts import Completion, EncodedPrompt, PromptBuilder
 from eval.task import EncodedImage, Example, Turn
 from tests.fixtures import png
 
@@ -67,7 +67,7 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-class Looker:
+class Looker(Responder):
     """A model that truly uses the images: it answers with the demonstration whose image is nearest the query's.
 
     Ranked candidates score the nearness of the nearest image shown with them; without images all are equal.
@@ -82,7 +82,7 @@ class Looker:
         means = [np.asarray(PILImage.open(io.BytesIO(p.frames[0]))).reshape(-1, 3).mean(0) for p in images]
         return torch.tensor(np.stack(means), dtype=torch.float32)[:, None]
 
-    def _nearness(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[tuple[float, str]]]:
+    def _nearness(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[tuple[float, str]]]:
         found, start = [], 0
         for prompt in prompts:
             own = features[start : start + len(prompt.images), 0]
@@ -92,19 +92,19 @@ class Looker:
             found.append([(-distance, text) for distance, text in zip(distances, texts, strict=True)])
         return found
 
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
         scores = []
         for prompt, near in zip(prompts, self._nearness(prompts, features), strict=True):
             words = ["".join(map(chr, ids[:-1])) for ids in prompt.candidates]
             scores.append([max((d for d, text in near if text.endswith(word)), default=-1e9) for word in words])
         return scores
 
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
         nearest = [max(near, default=(0.0, "?")) for near in self._nearness(prompts, features)]
         return [Completion(text.split()[-1], True) for _, text in nearest]
 
 
-class Constant:
+class Constant(Responder):
     """A model that always says the same, and ranks the first candidate highest."""
 
     def __init__(self, answer: str) -> None:
@@ -114,8 +114,8 @@ class Constant:
     def encode(self, images: Sequence[EncodedImage]) -> Tensor:
         return torch.zeros(len(images), 1, 1)
 
-    def rank(self, prompts: Sequence[Prompt], features: Tensor) -> list[list[float]]:
+    def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:
         return [[-float(place) for place in range(len(prompt.candidates))] for prompt in prompts]
 
-    def generate(self, prompts: Sequence[Prompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
         return [Completion(self._answer, True) for _ in prompts]

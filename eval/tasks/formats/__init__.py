@@ -1,7 +1,7 @@
 """Readers of data sets' own annotation files, as people download them.
 
-A reader takes the path of a file (or folder) and the task's `SourceSpec` and yields items; a new data set is a function
-and an entry here. Nothing is decoded: images are files to be read when a model must see them.
+A reader takes the path of a file (or folder) and the task's `SourceSpec` and yields items. A new data set is a function
+and an entry in `FORMATS`; nothing is decoded, images are files that are read when a model has to see them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:
             name = str(need(row, "filename", path))
             where = "/".join(filter(None, (row.get("filepath"), name)))
             captions = [need(sentence, "raw", path, name) for sentence in need(row, "sentences", path, name)]
-            number = row.get("cocoid", Path(name).stem)
-            yield item(number, image_of(source, path, where, row), "", captions, group=str(number))
+            image_id = row.get("cocoid", Path(name).stem)
+            yield item(image_id, image_of(source, path, where, row), "", captions, group=str(image_id))
 
 
 def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -28,22 +28,22 @@ def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
     for row in rows(path, content, "annotations"):
         captions.setdefault(need(row, "image_id", path), []).append(need(row, "caption", path))
     for row in rows(path, content, "images"):
-        number = need(row, "id", path)
-        if number in captions:
+        image_id = need(row, "id", path)
+        if image_id in captions:
             image = image_of(source, path, str(need(row, "file_name", path)), row)
-            yield item(number, image, "", captions[number], row.get("domain", ""), group=str(number))
+            yield item(image_id, image, "", captions[image_id], row.get("domain", ""), group=str(image_id))
 
 
 def textcaps(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`TextCaps_0.1_*.json`: one entry a caption under data; `reference_strs` are all of the image's."""
-    found: dict[str, tuple[dict, list[str]]] = {}
+    images: dict[str, tuple[dict, list[str]]] = {}
     for row in rows(path, read_json(path), "data"):
-        number = str(need(row, "image_id", path))
-        captions = found.setdefault(number, (row, []))[1]
-        captions.extend(row.get("reference_strs") or [need(row, "caption_str", path, number)])
-    for number, (row, captions) in found.items():
-        image = image_of(source, path, f"{number}.jpg", row)
-        yield item(number, image, "", list(dict.fromkeys(captions)), group=number)
+        image_id = str(need(row, "image_id", path))
+        captions = images.setdefault(image_id, (row, []))[1]
+        captions.extend(row.get("reference_strs") or [need(row, "caption_str", path, image_id)])
+    for image_id, (row, captions) in images.items():
+        image = image_of(source, path, f"{image_id}.jpg", row)
+        yield item(image_id, image, "", list(dict.fromkeys(captions)), group=image_id)
 
 
 def vatex(path: Path, source: SourceSpec) -> Iterator[Item]:

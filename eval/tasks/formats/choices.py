@@ -30,7 +30,7 @@ def letters(choices: Sequence[str]) -> list[str]:
 
 
 def written_options(choices: Sequence[str], style: str) -> str:
-    """The choices as a question shows them; see `TaskSpec.options`."""
+    """Return the choices as a question shows them; see `TaskSpec.options`."""
     pairs = zip(letters(choices), choices, strict=True)
     if style == "inline":
         return " ".join(f"({letter}) {choice}" for letter, choice in pairs)
@@ -38,7 +38,7 @@ def written_options(choices: Sequence[str], style: str) -> str:
 
 
 def choice_item(path: Path, name: object, choices: Sequence[object], correct: Any, question: str, **more: Any) -> Item:
-    """An item whose answer is one of its choices, by number."""
+    """Return an item whose answer is one of its choices, by number."""
     texts = [str(choice).strip() for choice in choices]
     if not isinstance(correct, int) or not 0 <= correct < len(texts) <= len(LETTERS):
         raise UserError(f"{path}: {name} has {len(texts)} choices and the answer {correct!r}; is this the right file?")
@@ -91,7 +91,7 @@ def star(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
     """NExT-QA's multiple choice: `val.csv` with video, question, answer (a number), qid, type, a0 to a4."""
-    keys = [f"a{number}" for number in range(5)]
+    keys = [f"a{index}" for index in range(5)]
     for row in read_csv(path, ["video", "question", "answer", "qid", "type", *keys]):
         clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
         kind, correct = ("TN" if row["type"] == "TP" else row["type"]), int(row["answer"])
@@ -101,22 +101,22 @@ def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`phrases_no_exclude_test.jsonl` (four options): question, options {"A": ...}, answer_idx."""
-    for number, row in enumerate(read_jsonl(path)):
-        options = need(row, "options", path, f"line {number + 1}")
+    for index, row in enumerate(read_jsonl(path)):
+        options = need(row, "options", path, f"line {index + 1}")
         names = sorted(options)
-        answer = need(row, "answer_idx", path, f"line {number + 1}")
+        answer = need(row, "answer_idx", path, f"line {index + 1}")
         correct = names.index(answer) if answer in names else answer
         choices = [options[name] for name in names]
-        yield choice_item(path, number, choices, correct, row["question"], kind=row.get("meta_info", ""))
+        yield choice_item(path, index, choices, correct, row["question"], kind=row.get("meta_info", ""))
 
 
 def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`dev.json`, one object a line: question, opa to opd, cop (counted from 1), subject_name, exp."""
-    for number, row in enumerate(read_jsonl(path)):
-        choices = [need(row, key, path, f"line {number + 1}") for key in ("opa", "opb", "opc", "opd")]
-        answer = int(need(row, "cop", path, f"line {number + 1}")) - 1
+    for index, row in enumerate(read_jsonl(path)):
+        choices = [need(row, key, path, f"line {index + 1}") for key in ("opa", "opb", "opc", "opd")]
+        answer = int(need(row, "cop", path, f"line {index + 1}")) - 1
         facts = {"kind": row.get("subject_name", ""), "rationale": " ".join(str(row.get("exp") or "").split())}
-        yield choice_item(path, row.get("id", number), choices, answer, row["question"], **facts)
+        yield choice_item(path, row.get("id", index), choices, answer, row["question"], **facts)
 
 
 def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -139,18 +139,18 @@ def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
         subject = file.stem.rsplit("_", 1)[0]
         if subjects is None or subject in subjects:
             head = "question,A,B,C,D,answer\n"
-            for number, row in enumerate(_headless(file, head)):
+            for index, row in enumerate(_headless(file, head)):
                 correct = LETTERS.find(row["answer"].strip()) if row["answer"] else None
                 choices = [row[letter] for letter in "ABCD"]
                 kind = subject.replace("_", " ")
-                yield choice_item(file, f"{subject}.{number}", choices, correct, row["question"], kind=kind)
+                yield choice_item(file, f"{subject}.{index}", choices, correct, row["question"], kind=kind)
 
 
 def _headless(path: Path, head: str) -> Iterator[dict[str, Any]]:
     import csv
 
     lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    for number, row in enumerate(csv.DictReader([head, *lines]), 1):
+    for row_number, row in enumerate(csv.DictReader([head, *lines]), 1):
         if None in row or None in row.values():
-            raise UserError(f"{path}: row {number} has not the six columns question, A, B, C, D, answer")
+            raise UserError(f"{path}: row {row_number} has not the six columns question, A, B, C, D, answer")
         yield row

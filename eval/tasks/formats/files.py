@@ -1,4 +1,4 @@
-"""Reading annotation files: what is missing or not as published is told in one sentence."""
+"""Reading annotation files: every fault is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 def item(
     name: object, image: EncodedImage | None, question: str, answers: Sequence[object], kind: object = "", **more: Any
 ) -> Item:
-    """An item of a data set. Answers may be numbers in some files; they are text here, without blanks around."""
+    """Return an item of a data set. Answers may be numbers in some files; they are text here, without blanks around."""
     texts = [str(answer).strip() for answer in answers]
     facts: Item = {"id": str(name), "image": image, "question": " ".join(question.split()), "answers": texts}
     return facts | {"kind": str(kind or ""), "label": "", "text": None} | more
 
 
 def place(source: SourceSpec, root: str) -> SourceSpec:
-    """The source with its relative paths below `root`."""
+    """Return the source with its relative paths below `root`."""
     if not root:
         return source
     path, annotations, images = (
@@ -45,29 +45,29 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError when it is missing or damaged."""
+    """Return the content of a JSON file. Raises UserError when it is missing or damaged."""
     try:
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one JSON object a line."""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    """Yield the objects of a file with one JSON object a line."""
+    for line_number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is no JSON: {error}") from None
+                raise UserError(f"{path}: line {line_number} is not JSON: {error}") from None
 
 
 def read_csv(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file with a header. Raises UserError if a column of `needed` is missing."""
+    """Yield the rows of a CSV file with a header. Raises UserError if a column of `needed` is missing."""
     reader = csv.DictReader(_text(path).splitlines(keepends=True))
     names = reader.fieldnames or ()
     missing = [name for name in needed if name not in names]
@@ -85,20 +85,20 @@ def need(row: Mapping[str, Any], key: str, path: Path, what: object = "an entry"
 
 
 def rows(path: Path, content: Any, key: str | None = None) -> list[Any]:
-    """The list in a file's content, under `key` if given."""
-    found = content if key is None else need(content, key, path, "the file")
-    if not isinstance(found, list):
-        raise UserError(f"{path}: {key or 'the file'} is no list; is this the published file?")
-    return found
+    """Return the list in a file's content, under `key` if given."""
+    listed = content if key is None else need(content, key, path, "the file")
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: {key or 'the file'} is not a list; is this the published file?")
+    return listed
 
 
 def wanted(row: Mapping[str, Any], source: SourceSpec) -> bool:
-    """Whether a row has the values that `source.only` asks for."""
+    """Return whether a row has the values that `source.only` asks for."""
     return all(str(row.get(key)) == value for key, value in source.only.items())
 
 
 def in_split(split: object, source: SourceSpec) -> bool:
-    """Whether a row's split is one of those asked for; all are if none is named."""
+    """Return whether a row's split is one of those asked for; all are if none is named."""
     return not source.split or str(split) in source.split.split("+")
 
 
@@ -116,12 +116,12 @@ def _read_file(file: Path) -> tuple[bytes, ...]:
 
 
 def stored(file: Path) -> StoredImage:
-    """The image in a file, read when it is needed."""
+    """Return the image in a file, read when it is needed."""
     return StoredImage(partial(_read_file, file), file)
 
 
 def image_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredImage:
-    """The image of a row: `source.images` filled with the row's fields, or the folder it is with `name` in it.
+    """Return the image of a row: `source.images` filled with the row's fields, or the folder it is with `name` in it.
 
     Without `source.images` the folder is that of `beside`, the annotation file.
     """

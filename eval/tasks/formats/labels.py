@@ -15,9 +15,9 @@ IMAGES = {".jpeg", ".jpg", ".png", ".webp"}
 
 def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`dev_seen.jsonl`: id, img, label, text. `{text}` is what is written on the image."""
-    for number, row in enumerate(read_jsonl(path), 1):
-        name = need(row, "id", path, f"line {number}")
-        label = need(row, "label", path, f"line {number} (the unlabelled test file has none)")
+    for line_number, row in enumerate(read_jsonl(path), 1):
+        name = need(row, "id", path, f"line {line_number}")
+        label = need(row, "label", path, f"line {line_number} (the unlabelled test file has none)")
         image = image_of(source, path, str(need(row, "img", path)), row)
         values = {"text": " ".join(str(need(row, "text", path)).split())}
         yield item(name, image, "", ["yes" if int(label) else "no"], values=values, choices=["no", "yes"])
@@ -53,12 +53,12 @@ def winoground(path: Path, source: SourceSpec) -> Iterator[Item]:
     """
     for row in read_jsonl(path):
         name = str(need(row, "id", path))
-        captions = [str(need(row, f"caption_{number}", path, name)) for number in (0, 1)]
-        for number in (0, 1):
-            image = str(need(row, f"image_{number}", path, name))
+        captions = [str(need(row, f"caption_{index}", path, name)) for index in (0, 1)]
+        for index in (0, 1):
+            image = str(need(row, f"image_{index}", path, name))
             file = image_of(source, path, image if Path(image).suffix else f"{image}.png", row)
             kind = str(row.get("collapsed_tag", ""))
-            yield item(f"{name}.{number}", file, "", [captions[number]], kind, choices=captions, group=name)
+            yield item(f"{name}.{index}", file, "", [captions[index]], kind, choices=captions, group=name)
         yield item(f"{name}.none", None, "", [captions[0]], "no image", choices=captions, group=name)
 
 

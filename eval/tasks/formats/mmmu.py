@@ -16,7 +16,7 @@ from flamingo.errors import UserError
 
 
 def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """A folder with the hub's parquet files (SUBJECT/SPLIT-*.parquet); kind is split and subject.
+    """Yield a folder with the hub's parquet files (SUBJECT/SPLIT-*.parquet); kind is split and subject.
 
     The images stand where the text names them (`eval.tasks.formats.interleaved`). An open question has no choices and
     is generated, whatever the task's `output`. `only: {question_type: multiple-choice}` (or open) takes one kind.
@@ -54,10 +54,10 @@ def _item(file: Path, row: dict[str, Any]) -> Item:
 def _listed(text: str) -> list[str]:
     """A string that looks like a list of strings, as the hub's files have them, as a list; another as its only one."""
     try:
-        found = ast.literal_eval(text) if text.startswith("[") else text
+        listed = ast.literal_eval(text) if text.startswith("[") else text
     except (ValueError, SyntaxError):
-        found = text
-    return [str(part) for part in found] if isinstance(found, list) else [text]
+        listed = text
+    return [str(part) for part in listed] if isinstance(listed, list) else [text]
 
 
 def _bytes_of(blob: bytes) -> tuple[bytes, ...]:

@@ -32,23 +32,25 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         raise UserError(f"{path} has questions alone; give source.annotations, the file with their answers")
     answers_at = Path(source.annotations)
     key = source.fields.get("answer", "answer")
-    found = {
+    annotations = {
         need(row, "question_id", answers_at): row for row in rows(answers_at, read_json(answers_at), "annotations")
     }
     for row in rows(path, read_json(path), "questions"):
-        number = need(row, "question_id", path)
-        if number not in found:
-            raise UserError(f"{answers_at} has no answers to question {number} of {path}; are they of the same split?")
-        given = need(found[number], "answers", answers_at, number)
-        answers = [str(need(answer, key, answers_at, number)) for answer in given]
-        check_annotators(len(answers), source, answers_at, number)
+        question_id = need(row, "question_id", path)
+        if question_id not in annotations:
+            raise UserError(
+                f"{answers_at} has no answers to question {question_id} of {path}; are they of the same split?"
+            )
+        given = need(annotations[question_id], "answers", answers_at, question_id)
+        answers = [str(need(answer, key, answers_at, question_id)) for answer in given]
+        check_annotators(len(answers), source, answers_at, question_id)
         image = image_of(source, path, str(need(row, "image_id", path)), row)
-        kind = found[number].get("answer_type", "")
-        yield item(number, image, need(row, "question", path), answers, kind, group=str(row["image_id"]))
+        kind = annotations[question_id].get("answer_type", "")
+        yield item(question_id, image, need(row, "question", path), answers, kind, group=str(row["image_id"]))
 
 
 def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """The answers of an OK-VQA annotation file as they were given and as they are stemmed."""
+    """Yield the answers of an OK-VQA annotation file as they were given and as they are stemmed."""
     for row in rows(path, read_json(path), "annotations"):
         for answer in need(row, "answers", path):
             yield str(need(answer, "raw_answer", path)), str(need(answer, "answer", path))
@@ -57,10 +59,10 @@ def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
 def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
     for row in rows(path, read_json(path), "data"):
-        number, image = need(row, "question_id", path), str(need(row, "image_id", path))
-        answers = need(row, "answers", path, f"question {number}")
-        check_annotators(len(answers), source, path, number)
-        yield item(number, image_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
+        question_id, image = need(row, "question_id", path), str(need(row, "image_id", path))
+        answers = need(row, "answers", path, f"question {question_id}")
+        check_annotators(len(answers), source, path, question_id)
+        yield item(question_id, image_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
 
 
 def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -112,11 +114,11 @@ def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         with path.open("rb") as file:
             content = _PlainUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is no pickle of plain values: {error}") from None
-    for number, row in enumerate(rows(path, content)):
+        raise UserError(f"{path} is not a pickle of plain values: {error}") from None
+    for index, row in enumerate(rows(path, content)):
         image, answer = str(need(row, "image", path)), str(need(row, "answer", path)).strip()
         kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
-        yield item(number, image_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
+        yield item(index, image_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
 
 
 def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -131,12 +133,12 @@ def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """`test.csv`: video_id, start, end, question, answer1 to answer5."""
-    keys = [f"answer{number}" for number in range(1, 6)]
-    for number, row in enumerate(read_csv(path, ["video_id", "start", "end", "question", *keys])):
+    keys = [f"answer{index}" for index in range(1, 6)]
+    for index, row in enumerate(read_csv(path, ["video_id", "start", "end", "question", *keys])):
         answers = [row[key] for key in keys if row[key]]
-        check_annotators(len(answers), source, path, number)
+        check_annotators(len(answers), source, path, index)
         clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))
-        yield item(f"{row['video_id']}.{number}", clip, row["question"], answers, group=row["video_id"])
+        yield item(f"{row['video_id']}.{index}", clip, row["question"], answers, group=row["video_id"])
 
 
 def nextqa(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""Data of one's own: a CSV or JSONL table is a task in five lines of YAML.
+"""Your own data: a CSV or JSONL table is a task in five lines of YAML.
 
 Columns: image (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
 (several accepted ones separated by | or, in JSONL, a list; the first is the one shown), and if there are any question,
@@ -21,40 +21,48 @@ FIELDS = ("question", "answer", "kind", "label", "rationale")
 
 
 def read_csv_table(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Rows of a CSV file with a header."""
-    needed = ["image", source.fields.get("answer", "answer"), *source.fields.values()]
-    for number, row in enumerate(read_csv(path, sorted(set(needed)))):
-        yield _item(path, number, row, source)
+    """Yield the rows of a CSV file with a header."""
+    for index, row in enumerate(read_csv(path)):
+        if index == 0:
+            _check_columns(path, row, {"image": "image", "answer": "answer"} | source.fields)
+        yield _item(path, index, row, source)
 
 
 def read_jsonl_table(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """One object a line."""
-    needed = ["image", source.fields.get("answer", "answer")]
-    for number, row in enumerate(read_jsonl(path)):
-        lacking = [key for key in needed if key not in row]
-        if lacking:
-            raise UserError(f"{path}: line {number + 1} has no {lacking[0]!r}; it has {', '.join(row)}")
-        yield _item(path, number, row, source)
+    """Yield the objects of a file with one object per line."""
+    for index, row in enumerate(read_jsonl(path)):
+        needed = {field: source.fields.get(field, field) for field in ("image", "answer")}
+        _check_columns(f"{path}: line {index + 1}", row, needed)
+        yield _item(path, index, row, source)
 
 
-def _item(path: Path, number: int, row: Mapping[str, Any], source: SourceSpec) -> Item:
+def _check_columns(where: object, row: Mapping[str, Any], needed: Mapping[str, str]) -> None:
+    """Raise UserError unless a row has the columns of all needed fields."""
+    for field, column in needed.items():
+        if column not in row:
+            raise UserError(
+                f"{where} has no column {column!r}; its columns are {', '.join(row)}: set source.fields.{field} to one "
+                "of them"
+            )
+
+
+def _item(path: Path, index: int, row: Mapping[str, Any], source: SourceSpec) -> Item:
     facts = {field: row.get(source.fields.get(field, field)) for field in FIELDS}
     choices, answers = _several(row.get("choices")), _several(facts["answer"])
     if not any(answer.strip() for answer in answers):
-        raise UserError(
-            f"{path}: row {number + 1} has no answer, so whatever is said is wrong; fill it in or leave it out"
-        )
+        raise UserError(f"{path}: row {index + 1} has no answer; fill it in or remove the row")
     if choices and not set(answers) <= set(choices):
-        raise UserError(f"{path}: row {number + 1} has the answer {answers[0]!r}, which is not among its choices")
+        raise UserError(f"{path}: row {index + 1} has the answer {answers[0]!r}, which is not among its choices")
+    image = source.fields.get("image", "image")
     plain = {field: str(value or "") for field, value in facts.items()}
     return {
         **{key: plain[key] for key in ("question", "kind", "label", "rationale")},
-        "id": str(row.get("id") or f"{path.stem}.{number}"),
-        "image": _image(path, number, row["image"]),
+        "id": str(row.get("id") or f"{path.stem}.{index}"),
+        "image": _image(path, index, row[image]),
         "answers": answers,
         "choices": choices,
         "group": str(row.get("group") or ""),
-        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, "image")},
+        "values": {str(key): str(value) for key, value in row.items() if key not in (*FIELDS, image)},
         "text": None,
     }
 
@@ -65,12 +73,12 @@ def _several(cell: Any) -> list[str]:
     return str(cell).split("|") if cell not in (None, "") else []
 
 
-def _image(path: Path, number: int, cell: str | Sequence[str] | None) -> EncodedImage | None:
+def _image(path: Path, index: int, cell: str | Sequence[str] | None) -> EncodedImage | None:
     names = [cell] if isinstance(cell, str) else list(cell or ())
     files = [path.parent / name for name in names if name]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{path}: row {number + 1} names the image {file}, which does not exist")
+            raise UserError(f"{path}: row {index + 1} names the image {file}, which does not exist")
     return StoredImage(partial(_read, tuple(files))) if files else None
 
 

@@ -20,10 +20,10 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        kept = [files[place] for place in spread(len(files), count)]
+        kept = [files[index] for index in spread(len(files), count)]
         images = tuple(file.read_bytes() for file in kept)
         if not images or any(sniff(image) is None for image in images):
-            raise UserError(f"{path} is no folder of images")
+            raise UserError(f"{path} is not a folder of images")
         return images
     try:
         import av
@@ -40,7 +40,7 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
                 for frame in container.decode(stream)
                 if frame.time is not None and frame.time >= start and (end is None or frame.time < end)
             ]
-            chosen = {inside[place] for place in spread(len(inside), count)}
+            chosen = {inside[index] for index in spread(len(inside), count)}
             container.seek(0)
             for frame in container.decode(stream):
                 if frame.time in chosen:
@@ -55,5 +55,5 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` places out of `total`, in the middle of equal parts; (10, 2) gives 2, 7."""
-    return list(range(total)) if total <= count else [(2 * place + 1) * total // (2 * count) for place in range(count)]
+    """`count` indices out of `total`, in the middle of equal parts; (10, 2) gives 2, 7."""
+    return list(range(total)) if total <= count else [(2 * index + 1) * total // (2 * count) for index in range(count)]
