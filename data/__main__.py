@@ -94,7 +94,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
-    from data.corpus import write_catalogue
+    from data.shard_store import write_catalogue
 
     for path in map(Path, args.shard):
         heads = {}

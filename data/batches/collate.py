@@ -24,12 +24,12 @@ from data.batches.packing import groups, join
 from data.batches.tokenize import (
     IGNORED,
     CachedEncoder,
-    Row,
     SpecialTokens,
+    TokenRow,
+    crop_of,
     make_row,
     quick_encoder,
     tokenize_document,
-    window_of,
 )
 from data.dataset import DatasetSpec
 from data.errors import ContentError, PassedOver
@@ -94,7 +94,7 @@ class FlamingoCollate:
         self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
 
-    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[TokenRow, list[Tensor]]:
         """A row and the frames of its images, F for each."""
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
@@ -108,7 +108,7 @@ class FlamingoCollate:
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
-            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its image
+            crop="start" if spec.kind == "pairs" else spec.crop,  # else a long caption may lose its image
             labels=spec.labels,
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
@@ -128,7 +128,7 @@ class FlamingoCollate:
                 frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
         return row, frames
 
-    def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+    def batch(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
         """Tensors as in the class's description."""
         if spec.pack:
             return self._packed(spec, samples)
@@ -142,7 +142,7 @@ class FlamingoCollate:
             "image_counts": torch.tensor([len(row.images) for row in rows]),
         }
 
-    def _packed(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+    def _packed(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
         shared = groups([len(row.ids) for row, _ in samples], spec.pack)
         rows = [join([samples[number][0] for number in group]) for group in shared]
         sequences = pad_rows([row.sequence for row in rows], 0)
@@ -171,7 +171,7 @@ class FlamingoCollate:
 def with_space(nodes: Sequence[Node]) -> list[Node]:
     """The nodes with one space in front of the first text (the paper's augmentation of pairs, its appendix)."""
     out = list(nodes)
-    first = next((place for place, node in enumerate(out) if isinstance(node, Text)), None)
+    first = next((position for position, node in enumerate(out) if isinstance(node, Text)), None)
     if first is not None:
         text = out[first]
         assert isinstance(text, Text)
@@ -203,7 +203,7 @@ class LanguageCollate:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(ids, labels), both (T,). Raises ContentError for a document without text."""
         ids: list[int] = []
-        learn: list[bool] = []
+        loss_mask: list[bool] = []
         gap = False
         for node in raw.nodes:
             if isinstance(node, Image):
@@ -211,16 +211,16 @@ class LanguageCollate:
                 continue
             tokens = [*(self.encode("\n") if gap else ()), *self.encode(node.text)]
             ids += tokens
-            learn += [node.loss] * len(tokens)
+            loss_mask += [node.loss] * len(tokens)
             gap = False
         if not ids:
             raise ContentError("no text", "the document has images only")
         ids.append(self.eos)
-        learn.append(True)
+        loss_mask.append(True)
         begin = [] if self.bos is None else [self.bos]
-        start, stop = window_of(len(ids), spec.max_tokens - len(begin), spec.window, random.random())
+        start, stop = crop_of(len(ids), spec.max_tokens - len(begin), spec.crop, random.random())
         row = np.array(begin + ids[start:stop], dtype=np.int64)
-        return row, np.where([False] * len(begin) + learn[start:stop], row, IGNORED)
+        return row, np.where([False] * len(begin) + loss_mask[start:stop], row, IGNORED)
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, Tensor]:
         """Tensors as in the class's description."""

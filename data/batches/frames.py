@@ -78,7 +78,7 @@ def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) ->
         every = max(1, round(image.fps / spec.frame_rate))
     reach = (spec.max_frames - 1) * every + 1  # from the first to the last of the frames taken
     if len(frames) > reach:
-        start = int(random.integers(len(frames) - reach + 1)) if spec.window == "random" else 0
+        start = int(random.integers(len(frames) - reach + 1)) if spec.crop == "random" else 0
         return frames[start : start + reach : every]
     frames = frames[::every]
     return frames + frames[-1:] * (spec.max_frames - len(frames))

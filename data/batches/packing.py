@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.batches.tokenize import IGNORED, Row
+from data.batches.tokenize import IGNORED, TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _spread(order: Sequence[int], lengths: Sequence[int], rows: int, size: int) 
     return found
 
 
-def join(rows: Sequence[Row]) -> PackedRow:
+def join(rows: Sequence[TokenRow]) -> PackedRow:
     """Rows one behind the other. A row's first token is predicted by nothing, so it has no label here either."""
     lengths = [len(row.ids) for row in rows]
     before = np.cumsum([0, *(len(row.images) for row in rows)])

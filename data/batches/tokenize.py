@@ -54,13 +54,13 @@ class DocumentTokens:
     """A whole document, before any window: ids, whether a token is learnt, and where each image's token stands."""
 
     ids: list[int]
-    learn: list[bool]
-    places: list[int]
+    loss_mask: list[bool]
+    positions: list[int]
     images: list[Image]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """A training row of T tokens: ids, phi and labels (T,) int64, and the images to decode, in the order of phi."""
 
     ids: NDArray[np.int64]
@@ -127,35 +127,35 @@ def tokenize_document(
 ) -> DocumentTokens:
     """All tokens of a document, without BOS. The EOC after a text with `loss=False` is not learnt either."""
     ids: list[int] = []
-    learn: list[bool] = []
-    places: list[int] = []
+    loss_mask: list[bool] = []
+    positions: list[int] = []
     images: list[Image] = []
     last = True
     for node in nodes:
         if isinstance(node, Text):
             tokens = encode(node.text)
             ids += tokens
-            learn += [node.loss] * len(tokens)
+            loss_mask += [node.loss] * len(tokens)
             last = node.loss
             continue
         if ids:
             ids.append(special.eoc)
-            learn.append(last)
-        places.append(len(ids))
+            loss_mask.append(last)
+        positions.append(len(ids))
         images.append(node)
         ids.append(special.image)
-        learn.append(False)
+        loss_mask.append(False)
         last = True
     ids += (special.eoc, special.eos)
-    learn += (last, last)
-    return DocumentTokens(ids, learn, places, images)
+    loss_mask += (last, last)
+    return DocumentTokens(ids, loss_mask, positions, images)
 
 
-def window_of(length: int, room: int, window: str, draw: float) -> tuple[int, int]:
+def crop_of(length: int, room: int, crop: str, draw: float) -> tuple[int, int]:
     """The [start, stop) of a window of at most `room` tokens in `length`; `draw` in [0, 1) places a random one."""
     if length <= room:
         return 0, length
-    start = int(draw * (length - room + 1)) if window == "random" else 0
+    start = int(draw * (length - room + 1)) if crop == "random" else 0
     return start, start + room
 
 
@@ -165,42 +165,42 @@ def make_row(
     *,
     max_tokens: int,
     max_images: int,
-    window: str = "random",
+    crop: str = "random",
     labels: str = "text",
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
-) -> Row:
+) -> TokenRow:
     """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` images out of a document.
 
     `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next image.
     """
     see_next = draws[1] < next_image_probability
-    start, stop = window_of(len(document.ids), max_tokens - (special.bos is not None), window, draws[0])
-    inside = [k for k, place in enumerate(document.places) if start <= place < stop]
+    start, stop = crop_of(len(document.ids), max_tokens - (special.bos is not None), crop, draws[0])
+    inside = [k for k, position in enumerate(document.positions) if start <= position < stop]
     if len(inside) > max_images:
-        stop = document.places[inside[max_images]]
+        stop = document.positions[inside[max_images]]
         inside = inside[:max_images]
-    while not see_next and inside and document.places[inside[-1]] == stop - 1 and stop - start > 1:
+    while not see_next and inside and document.positions[inside[-1]] == stop - 1 and stop - start > 1:
         inside.pop()  # its token ends the window: nothing that is learnt would see it
         stop -= 1
     begin = [] if special.bos is None else [special.bos]
     ids = np.array(begin + document.ids[start:stop], dtype=np.int64)
-    learn = np.array([False] * len(begin) + document.learn[start:stop], dtype=np.bool_)
-    places = [document.places[k] - start + len(begin) for k in inside]
+    loss_mask = np.array([False] * len(begin) + document.loss_mask[start:stop], dtype=np.bool_)
+    positions = [document.positions[k] - start + len(begin) for k in inside]
     if labels == "openflamingo":
-        learn &= _inside_chunks(ids, special)
-    phi = phi_of(len(ids), places, see_next)
-    return Row(ids, phi, np.where(learn, ids, IGNORED), [document.images[k] for k in inside])
+        loss_mask &= _inside_chunks(ids, special)
+    phi = phi_of(len(ids), positions, see_next)
+    return TokenRow(ids, phi, np.where(loss_mask, ids, IGNORED), [document.images[k] for k in inside])
 
 
-def phi_of(length: int, places: Sequence[int], see_next: bool) -> NDArray[np.int64]:
+def phi_of(length: int, positions: Sequence[int], see_next: bool) -> NDArray[np.int64]:
     """Which image each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
     phi = np.zeros(length, dtype=np.int64)
-    for number, place in enumerate(places, start=1):
+    for number, position in enumerate(positions, start=1):
         if not see_next:
-            phi[place:] = number
+            phi[position:] = number
         else:
-            phi[places[number - 2] + 1 if number > 1 else 0 : place + 1] = number
+            phi[positions[number - 2] + 1 if number > 1 else 0 : position + 1] = number
     return phi
 
 

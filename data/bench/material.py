@@ -50,7 +50,7 @@ def image(random: np.random.Generator, width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-class Words:
+class SentenceMaker:
     """Sentences of made-up words, the frequent ones short, as in a language."""
 
     def __init__(self, random: np.random.Generator, size: int = 4000) -> None:
@@ -78,7 +78,7 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
     if done.exists():
         return material
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    words = Words(random)
+    words = SentenceMaker(random)
     large = [image(random, 640, 480) for _ in range(POOL)]
     small = [image(random, 400, 300) for _ in range(POOL)]
     lines = [_document(number, random, words, large) for number in range(documents)]
@@ -105,7 +105,7 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
     return material
 
 
-def _document(number: int, random: np.random.Generator, words: Words, pool: list[bytes]) -> dict[str, Any]:
+def _document(number: int, random: np.random.Generator, words: SentenceMaker, pool: list[bytes]) -> dict[str, Any]:
     sentences = max(8, int(random.normal(24, 6)))
     images = int(np.clip(random.poisson(4.5) + 1, 1, 12))
     chosen = random.choice(sentences, min(images, sentences), replace=False)

@@ -18,7 +18,7 @@ def spec_of(material: Material, what: str, batch: int, **options: Any) -> Datase
     if what == "pairs":
         values: dict[str, Any] = {"kind": "pairs", "max_tokens": 32, "max_images": 1, "flip": True}
     else:
-        values = {"max_tokens": 256, "max_images": 6, "labels": "openflamingo", "window": "start", "flip": True}
+        values = {"max_tokens": 256, "max_images": 6, "labels": "openflamingo", "crop": "start", "flip": True}
     return DatasetSpec(name=what, shards=[folder], batch_size=batch, **(values | options))
 
 

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.corpus import CATALOGUE, read_catalogue, write_catalogue
 from data.order import Plan
+from data.shard_store import CATALOGUE, read_catalogue, write_catalogue
 from data.shards.index import KINDS, IndexHead
 from flamingo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Corpus:
+class ShardSizes:
     """Samples and bytes of every shard, (S,)."""
 
     samples: NDArray[np.int64]
@@ -53,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{about} (default {value})".strip())
 
 
-def drawn(args: argparse.Namespace) -> Corpus:
+def drawn(args: argparse.Namespace) -> ShardSizes:
     """Shards of unequal size that add up to the number of documents."""
     random = np.random.Generator(np.random.Philox(key=[0, 0]))
     shares = random.lognormal(0, 0.25, args.shards)
     samples = np.maximum(1, np.floor(shares / shares.sum() * args.documents)).astype(np.int64)
     samples[: max(0, args.documents - int(samples.sum()))] += 1
     each = random.lognormal(math.log(args.kilobytes * 1000), 0.15, args.shards)
-    return Corpus(samples, (samples * each).astype(np.int64))
+    return ShardSizes(samples, (samples * each).astype(np.int64))
 
 
 def memory() -> int:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def catalogue(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
+def catalogue(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
     """What every process reads to know the corpus."""
     import tempfile
 
@@ -112,7 +112,7 @@ def catalogue(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int
     }
 
 
-def first_batch(args: argparse.Namespace, corpus: Corpus, step: int) -> tuple[Plan, float, int]:
+def first_batch(args: argparse.Namespace, corpus: ShardSizes, step: int) -> tuple[Plan, float, int]:
     """A fresh plan asked for rank 0's part of a global batch: (the plan, seconds, numbers permuted)."""
     begun = time.process_time()
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
@@ -122,7 +122,7 @@ def first_batch(args: argparse.Namespace, corpus: Corpus, step: int) -> tuple[Pl
     return plan, time.process_time() - begun, plan.drawn
 
 
-def plan_costs(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
+def plan_costs(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
     """Time and memory of a worker's plan, at the start and in the middle."""
     before = memory()
     _, start, drawn_at_start = first_batch(args, corpus, 0)
@@ -141,7 +141,7 @@ def plan_costs(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | in
     }
 
 
-def node(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
+def node(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
     """A node's ranks walk one epoch block by block through a cache that drops what was not used for longest."""
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
     slots = range(args.batch // args.ranks * min(args.ranks_per_node, args.ranks))

@@ -78,17 +78,17 @@ def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-Row = tuple[str, str, str, str, str, bool]
+TableRow = tuple[str, str, str, str, str, bool]
 """Label, peer, ours, ratio, what is promised, whether it is kept."""
 
 
-def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
+def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[TableRow]:
     """Documents and images a second and core, and private memory.
 
     Peer and ours of a round ran one right after the other, so the ratio is the median of the rounds' own ratios; the
     least and greatest of them stand beside it. The rates are medians too, and say less on a busy machine.
     """
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for what, label in WORK:
         for count in ("documents", "images"):
             rates = {
@@ -117,9 +117,11 @@ def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row
     return rows
 
 
-def limit_rows(material: Material, documents: int, found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
+def limit_rows(
+    material: Material, documents: int, found: dict[tuple[str, str], list[dict[str, float]]]
+) -> list[TableRow]:
     """Read amplification, index speed and packing fill."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for what, label in WORK:
         ours = amplification(material, what)
         rows.append((f"{label}: bytes read/used", "", f"{ours:.3f}", "", "<= 1.05", ours <= MOST_AMPLIFICATION))
@@ -145,7 +147,9 @@ def amplification(material: Material, what: str, steps: int = 12) -> float:
     loader = MixLoader([spec_of(material, what, 16)], collate_of(material, 64), prefetch_factor=0)
     for _ in islice(loader, steps):
         pass
-    reader = loader.dataset.readers[0]
+    store = loader.datasets[0].shards
+    assert store is not None
+    reader = store.reader
     return reader.bytes_read / reader.bytes_used
 
 

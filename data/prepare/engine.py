@@ -33,8 +33,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from data.prepare.images import ImageRule
-from data.prepare.units import Source, Tally, Unit, fingerprint, options_of, parse_part, write_json
-from data.shards.writer import ShardWriter, make_folder, read_manifest, replace_part, write_part
+from data.prepare.units import InputUnit, SourceModule, Tally, fingerprint, options_of, parse_part, write_json
+from data.shards.writer import (
+    MANIFEST_VERSION,
+    ShardWriter,
+    check_version,
+    make_folder,
+    read_manifest,
+    replace_part,
+    write_part,
+)
 from flamingo.errors import UserError
 
 WORK = ".prepare"
@@ -46,9 +54,9 @@ class NothingKeptError(UserError):
     """All of the input was dropped."""
 
 
-def load_source(name: str) -> Source:
+def load_source(name: str) -> SourceModule:
     """The module of a source."""
-    return cast(Source, import_module(f"data.prepare.sources.{name}"))
+    return cast(SourceModule, import_module(f"data.prepare.sources.{name}"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +115,7 @@ def run(source: str, args: argparse.Namespace) -> None:
             raise
     else:
         name = out / part_name(source, part)
-        write_json(name, {"v": 1, "part": list(part), **facts, "records": records})
+        write_json(name, {"v": MANIFEST_VERSION, "part": list(part), **facts, "records": records})
         print("\n".join([f"{name}: {_headline(source, records)}", *total(records).report()]))
     shutil.rmtree(work)
     if part is None:
@@ -133,6 +141,7 @@ def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: st
             before, shards = listed["meta"]["fingerprint"], listed["shards"]
         else:
             listed = json.loads((out / part_name(source, part)).read_bytes())
+            check_version(listed, "")
             before = listed["fingerprint"]
             shards = [entry for record in listed["records"].values() for entry in record["shards"]]
         whole = before == print_of and all((out / e["name"]).stat().st_size == e["bytes"] for e in shards)
@@ -200,7 +209,7 @@ def _claim(work: Path, print_of: str, restart: bool) -> None:
     partial.replace(mark)
 
 
-def _finished(work: Path, out: Path, source: str, number: int, unit: Unit) -> Record | None:
+def _finished(work: Path, out: Path, source: str, number: int, unit: InputUnit) -> Record | None:
     """The record of a unit that is done, if its shards are still there."""
     try:
         record: Record = json.loads((work / f"{source}-{number:06d}.json").read_bytes())
@@ -211,7 +220,7 @@ def _finished(work: Path, out: Path, source: str, number: int, unit: Unit) -> Re
 
 
 def _records(
-    source: str, args: argparse.Namespace, todo: list[tuple[int, Unit]], workers: int
+    source: str, args: argparse.Namespace, todo: list[tuple[int, InputUnit]], workers: int
 ) -> Iterator[tuple[int, Record]]:
     """(number, record) of each unit as it gets done. The first error stops the rest."""
     if workers == 1 or len(todo) < 2:
@@ -251,7 +260,7 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_unit(source: str, args: argparse.Namespace, number: int, unit: Unit) -> Record:
+def run_unit(source: str, args: argparse.Namespace, number: int, unit: InputUnit) -> Record:
     """Write the shards of one unit and its record. A damaged input file is a UserError, or counted if so asked."""
     module, out, tally = load_source(source), Path(args.out), Tally()
     writer = ShardWriter(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.prepare.units import Unit
+from data.prepare.units import InputUnit
 from flamingo.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
@@ -57,12 +57,12 @@ def refuse_pointer(path: Path) -> None:
             raise UserError(f"{path} is a Git-LFS pointer of some 130 bytes, not the file; fetch it with: git lfs pull")
 
 
-def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Unit]:
+def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[InputUnit]:
     """One unit a file."""
-    return [Unit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
+    return [InputUnit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
 
 
-def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[Unit]:
+def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[InputUnit]:
     """Units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
 
     A line belongs to the unit in which it begins.
@@ -72,11 +72,11 @@ def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUN
         whole = unit.label.endswith((".zip", ".gz"))
         for begin in range(0, 1 if whole else max(unit.size, 1), chunk):
             end = unit.size if whole else min(begin + chunk, unit.size)
-            units.append(Unit(unit.label, unit.path, begin, end, unit.size))
+            units.append(InputUnit(unit.label, unit.path, begin, end, unit.size))
     return units
 
 
-def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
+def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     """(where, value) of each line of a unit; the value of a line that is no JSON is the exception that says so.
 
     Raises UserError when a compressed file is damaged.
@@ -94,7 +94,7 @@ def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{unit.path} cannot be read ({error.strerror or error})") from None
 
 
-def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
+def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
     if unit.label.endswith(".zip"):
         with zipfile.ZipFile(unit.path) as archive:
             for name in archive.namelist():
@@ -203,17 +203,17 @@ class _Scanner:
         return value, offset, size
 
 
-def array_units(path: Path, label: str, items: int) -> list[Unit]:
+def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
     """Units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
-    units: list[Unit] = []
+    units: list[InputUnit] = []
     size, spans, first = path.stat().st_size, [(o, s) for _, o, s in json_spans(path)], 0
     for first in range(0, len(spans), items):
         last = spans[min(first + items, len(spans)) - 1]
-        units.append(Unit(f"{label} from item {first}", str(path), spans[first][0], last[0] + last[1], size))
+        units.append(InputUnit(f"{label} from item {first}", str(path), spans[first][0], last[0] + last[1], size))
     return units
 
 
-def array_items(unit: Unit) -> Iterator[tuple[str, Any]]:
+def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     """(where, value) of the items of a unit of a JSON array."""
     with Path(unit.path).open("rb") as file:
         file.seek(unit.begin)
@@ -250,7 +250,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
             raise UserError(f"{path} is no table in UTF-8 near byte {at} ({one_line(error)})") from None
 
 
-def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
+def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUnit]:
     """Units of `rows` consecutive rows of a table, the header left out."""
     size, units, begin, count = path.stat().st_size, [], -1, 0
     for at, _ in csv_rows(path, 0, None, delimiter):
@@ -259,18 +259,18 @@ def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
             continue
         count += 1
         if count % rows == 0 or at == size:
-            units.append(Unit(f"{label} from row {count - (count - 1) % rows}", str(path), begin, at, size))
+            units.append(InputUnit(f"{label} from row {count - (count - 1) % rows}", str(path), begin, at, size))
             begin = at
     return units
 
 
-def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Unit]:
+def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[InputUnit]:
     """Units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
     units = []
     for first in range(0, len(names), each):
         some = tuple(names[first : first + each])
         size = sum((Path(root) / name).lstat().st_size for name in some)
-        units.append(Unit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
+        units.append(InputUnit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
     return units
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.prepare.engine import Record, finish, tidy
 from data.shards.index import index_path
-from data.shards.writer import make_folder
+from data.shards.writer import check_version, make_folder
 from flamingo.errors import UserError
 
 SAME = ("source", "fingerprint", "units", "layout", "options")
@@ -31,8 +31,11 @@ def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
         for name in names:
             try:
                 part = json.loads(name.read_bytes())
+                check_version(part, f"part manifest {name}")
                 part["records"] = {int(number): record for number, record in part["records"].items()}
                 _ = [part[key] for key in SAME], int(part["part"][0]), int(part["part"][1])
+            except UserError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{name} is not a part manifest ({error}); prepare that part again") from None
             found.append((folder, part))

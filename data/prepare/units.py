@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.shards.document import Document, to_utf8
+from data.shards.writer import MANIFEST_VERSION
 from flamingo.errors import UserError
 
 # Options that say where things are or how fast to go. They change no document, so they are not in the manifest.
@@ -31,7 +32,7 @@ PLACES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class InputUnit:
     """A piece of the input that is prepared by one process, into shards of its own.
 
     `label` is what a person calls it, free of the folder it lies in. `begin` and `end` are counted in whatever the
@@ -119,15 +120,15 @@ class Tally:
         return lines
 
 
-class Source(Protocol):
+class SourceModule(Protocol):
     """What the engine asks of a source's module (see `data.prepare`)."""
 
     LAYOUT: str
 
-    def units(self, args: argparse.Namespace) -> list[Unit]:
+    def units(self, args: argparse.Namespace) -> list[InputUnit]:
         """Independent pieces of the input, always in the same order. Raises UserError when there is none."""
 
-    def documents(self, unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    def documents(self, unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
         """The documents of one piece, in its order."""
 
 
@@ -144,9 +145,9 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(args).items()) if name not in PLACES and value is not None}
 
 
-def fingerprint(source: str, options: dict[str, Any], units: list[Unit]) -> str:
+def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) -> str:
     """One line for what is prepared: equal inputs and options give equal lines."""
-    body = json.dumps([source, options, [unit.digest for unit in units]], sort_keys=True)
+    body = json.dumps([MANIFEST_VERSION, source, options, [unit.digest for unit in units]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 

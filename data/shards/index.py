@@ -25,6 +25,7 @@ from data.shards.tar import walk
 from flamingo.errors import UserError
 
 MAGIC = b"TARIDX01"
+VERSION = 2  # of indexes and catalogues
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
 OTHER, JSON, TEXT, IMAGE = 0, 1, 2, 3  # kinds of members
 KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
@@ -88,7 +89,7 @@ class TarIndex:
     def save(self, path: str | Path) -> None:
         """Write the sidecar: magic, header length, JSON header, then the columns, widest first."""
         columns = {name: getattr(self, name) for name in COLUMNS}
-        header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
+        header = {"v": VERSION, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
         body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
         body += b" " * (-(len(MAGIC) + 8 + len(body)) % 8)
         partial = Path(f"{path}.{os.getpid()}.partial")
@@ -192,14 +193,23 @@ def _damaged(path: Path, tar: str | Path, error: Exception) -> UserError:
     return UserError(f"index {path} is damaged ({error}); build it again: python -m data index {tar}")
 
 
-def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """(JSON header, where the columns begin) of the first bytes of a sidecar. Raises ValueError."""
+def _header(raw: bytes, path: Path, tar: str | Path) -> tuple[dict[str, Any], int]:
+    """Return (JSON header, where the columns begin) from the first bytes of an index.
+
+    Raises ValueError when it is damaged, UserError when it has another version.
+    """
     if raw[:8] != MAGIC:
         raise ValueError("wrong magic")
     at = 16 + int.from_bytes(raw[8:16], "little")
     if len(raw) < at:
         raise ValueError("too short")
-    return json.loads(raw[16:at]), at
+    header = json.loads(raw[16:at])
+    if header["v"] != VERSION:
+        raise UserError(
+            f"index {path} has version {header['v']}, this program reads version {VERSION}; build it again: "
+            f"python -m data index {tar}"
+        )
+    return header, at
 
 
 def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
@@ -207,13 +217,13 @@ def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
     path = sidecar or index_path(tar)
     try:
         with path.open("rb") as file:
-            header, _ = _header(file.read(HEAD_BYTES))
-        if "usable" not in header:  # written before there were heads
-            return load_index(tar, path, check=False).head()
+            header, _ = _header(file.read(HEAD_BYTES), path, tar)
         usable = {kind: int(header["usable"][kind]) for kind in KINDS}
         return IndexHead(int(header["tar_size"]), str(header["digest"]), usable)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else _damaged(path, tar, error) from None
+        raise _damaged(path, tar, error) from None
 
 
 def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Path = "", check: bool = True) -> TarIndex:
@@ -225,7 +235,7 @@ def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Pat
     try:
         # A plain view: slices of a memmap object cost several times as much.
         raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        header, at = _header(raw[:HEAD_BYTES].tobytes())
+        header, at = _header(raw[:HEAD_BYTES].tobytes(), path, tar)
         columns = {}
         for name, dtype in COLUMNS.items():
             stop = at + dtype.itemsize * header["lengths"][name]
@@ -233,6 +243,8 @@ def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Pat
             if len(columns[name]) != header["lengths"][name]:
                 raise ValueError("too short")
             at = stop
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, tar, error) from None
     index = TarIndex(path=str(tar), tar_size=header["tar_size"], digest=header["digest"], **columns)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Node, Text, check_images, nodes_of
+from data.shards.document import Document, Node, Text, check_images, nodes_of
 from data.shards.index import IMAGE, JSON, TEXT, TarIndex
 from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_document
 from data.shards.retry import Retry
@@ -27,7 +27,8 @@ MAX_OPEN = 256
 class RawSample:
     """A sample with its images still encoded: `image(i)` gives number i of the document, read when it is asked for.
 
-    `fetch` reads several at once: say which ones will be asked for, and the disk is asked once where that is possible.
+    `fetch` reads several at once: announce which ones will be needed, and neighbours are read together. `row` is the
+    sample's row in its shard, where that may differ from its number among those that the dataset can use.
     """
 
     key: str
@@ -37,6 +38,14 @@ class RawSample:
     numbers: Sequence[int]
     image: Callable[[int], bytes]
     fetch: Callable[[Sequence[int]], None] = lambda numbers: None
+    row: int | None = None
+
+
+def raw_sample(document: Document, key: str) -> RawSample:
+    """Return a document in memory as a sample. Raises ContentError for text that is not Unicode."""
+    check_text(document.nodes)
+    numbers = range(len(document.images))
+    return RawSample(key, f"document {key!r}", document.nodes, document.meta, numbers, document.images.__getitem__)
 
 
 class ShardReader:
@@ -107,37 +116,39 @@ class ShardReader:
         """
         index = self.indexes[shard]
         self.samples_read += 1
-        places: dict[int, tuple[int, int]] = {}
+        positions: dict[int, tuple[int, int]] = {}
         texts: dict[int, tuple[int, int]] = {}
         for kind, number, offset, size in index.members(row):
             if kind == IMAGE:
-                places.setdefault(number, (offset, size))
+                positions.setdefault(number, (offset, size))
             elif kind in (JSON, TEXT):
                 texts[kind] = offset, size
         pieces = _Pieces(self, shard)
-        pieces.fetch([*texts.values(), *(places.values() if images and len(places) == 1 else ())])
-        parts = {kind: pieces.of(*place) for kind, place in texts.items()}
+        pieces.fetch([*texts.values(), *(positions.values() if images and len(positions) == 1 else ())])
+        parts = {kind: pieces.of(*position) for kind, position in texts.items()}
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
-            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(places))
+            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(positions))
             if not nodes and is_mmc4(meta):
                 nodes, inside = mmc4_document(meta, self.mmc4)
                 check_text(nodes)
-                return RawSample(key, where, nodes, {}, range(len(inside)), lambda number: inside[number].decode())
+                numbers = range(len(inside))
+                return RawSample(key, where, nodes, {}, numbers, lambda number: inside[number].decode(), row=row)
         except (ValueError, RecursionError) as error:
             pointer = parts.get(JSON, b"").startswith(LFS)
             raise ContentError("bad text or JSON", "it is a Git-LFS pointer" if pointer else str(error)) from None
         check_text(nodes)
-        check_images(nodes, places, where)
+        check_images(nodes, positions, where)
         return RawSample(
             key,
             where,
             nodes,
             meta,
-            sorted(places),
-            lambda number: pieces.of(*places[number]),
-            lambda numbers: pieces.fetch([places[number] for number in numbers]),
+            sorted(positions),
+            lambda number: pieces.of(*positions[number]),
+            lambda numbers: pieces.fetch([positions[number] for number in numbers]),
+            row,
         )
 
 
@@ -154,9 +165,9 @@ class _Pieces:
                 return data[offset - begin : offset - begin + size]
         return None
 
-    def fetch(self, places: Sequence[tuple[int, int]]) -> None:
+    def fetch(self, positions: Sequence[tuple[int, int]]) -> None:
         """Read these, where they are not known."""
-        for offset, size in runs([place for place in places if self._find(*place) is None]):
+        for offset, size in runs([position for position in positions if self._find(*position) is None]):
             self.known.append((offset, self.reader.read(self.shard, offset, size)))
 
     def of(self, offset: int, size: int) -> bytes:
@@ -166,11 +177,11 @@ class _Pieces:
         return self.reader.read(self.shard, offset, size) if found is None else found
 
 
-def runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """(offset, size) of reads that cover these places: neighbours are joined while the gaps stay within SLACK."""
-    spare = SLACK * sum(size for _, size in places)
+    spare = SLACK * sum(size for _, size in positions)
     found: list[tuple[int, int]] = []
-    for offset, size in sorted(places):
+    for offset, size in sorted(positions):
         gap = offset - sum(found[-1]) if found else 0
         if found and gap <= spare:
             spare -= gap

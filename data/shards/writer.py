@@ -24,12 +24,13 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import VERSION, Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
+from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 
 MANIFEST = "_dataset.json"
+MANIFEST_VERSION = 2  # also of what `prepare --part i/n` leaves for `merge`
 __all__ = [
     "MANIFEST",
     "Document",
@@ -210,14 +211,30 @@ class ShardWriter:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}."""
+    """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}.
+
+    Raises UserError when there is none, when it cannot be read, and for one of another version.
+    """
     path = Path(folder) / MANIFEST
     try:
-        return json.loads(path.read_bytes())
+        body: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; is {folder} a folder that `python -m data prepare` wrote?") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
+        raise UserError(f"manifest {path} cannot be read ({error}); prepare the data again") from None
+    if not isinstance(body, dict) or "v" not in body:
+        raise UserError(f"{path} is not a manifest of this format; prepare the data again")
+    check_version(body, f"manifest {path}")
+    return body
+
+
+def check_version(body: dict[str, Any], what: str) -> None:
+    """Raise UserError when a manifest, or the manifest of a part, has another version than this program writes."""
+    if body["v"] != MANIFEST_VERSION:
+        raise UserError(
+            f"{what} has version {body['v']}, this program reads version {MANIFEST_VERSION}; prepare the data again, "
+            "into an empty folder"
+        )
 
 
 def write_part(folder: Path, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
@@ -235,7 +252,7 @@ def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None
         parts[prefix] = part
     if parts == before:
         return
-    body = {"v": VERSION, "parts": dict(sorted(parts.items()))}
+    body = {"v": MANIFEST_VERSION, "parts": dict(sorted(parts.items()))}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
     partial.replace(path)

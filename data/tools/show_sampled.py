@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_document
-from data.dataset import LABEL_POLICIES, WINDOWS
+from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, make_row, tokenize_document
+from data.dataset import CROPS, LABEL_POLICIES
 from data.shards.document import Document
 from data.tools.show import STYLE, figure
 from flamingo.errors import UserError
@@ -36,13 +36,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved model or tokenizer (default: words)")
     parser.add_argument("--max-tokens", type=int, default=256, help="(default 256)")
     parser.add_argument("--max-images", type=int, default=5, help="(default 5)")
-    parser.add_argument("--window", choices=WINDOWS, default="random", help="(default random)")
+    parser.add_argument("--crop", choices=CROPS, default="random", help="(default random)")
     parser.add_argument("--labels", choices=LABEL_POLICIES, default="text", help="(default text)")
     parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next image")
-    parser.add_argument("--seed", type=int, default=0, help="another seed cuts another window")
+    parser.add_argument("--seed", type=int, default=0, help="another seed cuts another crop")
 
 
-class Words:
+class WordTokenizer:
     """Words (with the space before them) in place of a tokenizer's tokens."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Words:
         return self.known[token]
 
 
-class Saved:
+class SavedTokenizer:
     """The tokenizer of a folder: a Flamingo model's processor, or any of transformers'."""
 
     def __init__(self, folder: str) -> None:
@@ -93,10 +93,10 @@ class Saved:
 
 
 @dataclass(slots=True)
-class Sampled:
+class SampledRow:
     """A row with its tokens as texts."""
 
-    row: Row
+    row: TokenRow
     texts: list[str]
     special: SpecialTokens
     see_next: bool
@@ -111,11 +111,11 @@ class Sampled:
         ]
 
 
-def sample_document(document: Document, args: argparse.Namespace) -> Sampled:
+def sample_document(document: Document, args: argparse.Namespace) -> SampledRow:
     """Cut a row out of a document as training does. Raises UserError for options that cannot be."""
     if args.max_tokens < 2 or args.max_images < 0 or not 0 <= args.next_image <= 1:
         raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
-    tokenizer = Saved(args.tokenizer) if args.tokenizer else Words()
+    tokenizer = SavedTokenizer(args.tokenizer) if args.tokenizer else WordTokenizer()
     draws = np.random.default_rng(args.seed).random(2).tolist()
     tokens = tokenize_document(document.nodes, tokenizer.encode, tokenizer.special)
     row = make_row(
@@ -123,16 +123,16 @@ def sample_document(document: Document, args: argparse.Namespace) -> Sampled:
         tokenizer.special,
         max_tokens=args.max_tokens,
         max_images=args.max_images,
-        window=args.window,
+        crop=args.crop,
         labels=args.labels,
         next_image_probability=args.next_image,
         draws=(draws[0], draws[1]),
     )
     texts = [tokenizer.text(token) for token in row.ids.tolist()]
-    return Sampled(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
+    return SampledRow(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
 
 
-def facts(sampled: Sampled, document: Document) -> str:
+def facts(sampled: SampledRow, document: Document) -> str:
     """The row in one sentence."""
     row = sampled.row
     return (
@@ -142,7 +142,7 @@ def facts(sampled: Sampled, document: Document) -> str:
     )
 
 
-def sampled_as_text(sampled: Sampled, document: Document, where: str) -> str:
+def sampled_as_text(sampled: SampledRow, document: Document, where: str) -> str:
     """One line for each stretch of tokens that see the same image; `?` marks what is read and not learnt."""
     lines = [f"{where}, key {document.key}", f"  {facts(sampled, document)}", ""]
     for phi, learnt, text in sampled.runs():
@@ -151,7 +151,7 @@ def sampled_as_text(sampled: Sampled, document: Document, where: str) -> str:
     return "\n".join(lines)
 
 
-def sampled_as_html(sampled: Sampled, document: Document, where: str) -> str:
+def sampled_as_html(sampled: SampledRow, document: Document, where: str) -> str:
     """A document of HTML: every token on the colour of the image that it sees, the images on theirs."""
     shown = []
     for number, image in enumerate(sampled.row.images):

@@ -12,6 +12,8 @@ from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.loading.loader import MixLoader
+from data.shard_store import ShardStore
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo.processor import FlamingoProcessor
@@ -61,6 +63,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def byte_processor() -> FlamingoProcessor:
     """A processor over bytes and images of SIDE pixels."""
     return FlamingoProcessor(byte_tokenizer(), ImageTransform(SIDE, mode="squash"))
+
+
+def shards_of(loader: MixLoader, number: int = 0) -> ShardStore:
+    """The opened shards of a loader's dataset."""
+    store = loader.datasets[number].store
+    assert isinstance(store, ShardStore)
+    return store
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

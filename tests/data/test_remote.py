@@ -17,7 +17,7 @@ from data.loading.loader import MixLoader
 from data.remote.download import download, expand, is_remote
 from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, same, write_documents
+from tests.data.helpers import byte_processor, same, shards_of, write_documents
 from tests.data.server import Behaviour, serving
 
 COLLATE = FlamingoCollate(byte_processor())
@@ -40,9 +40,8 @@ def spec_of(*urls: str, **options: Any) -> DatasetSpec:
 
 def batches(spec: DatasetSpec, steps: int = 6, **options: Any) -> list[Any]:
     loader = MixLoader([spec], COLLATE, **options)
-    for source in loader.sources:
-        if source.corpus.cache is not None:
-            source.corpus.cache.first_wait = 0.01
+    if (cache := shards_of(loader).cache) is not None:
+        cache.first_wait = 0.01
     return [step.batches["d"][0] for step in itertools.islice(loader, steps)]
 
 
@@ -98,7 +97,7 @@ def test_a_server_that_gives_nothing_stops_the_run(shards: Path, tmp_path: Path)
         with pytest.raises(UserError, match=r"documents-000099\.tar cannot be had: the server answers 404"):
             batches(spec_of(url, cache=str(tmp_path)), 1)
         assert server.requests["/documents-000099.tar"] == 1  # not five times
-        with pytest.raises(UserError, match="is remote: set the dataset's cache to a folder"):
+        with pytest.raises(UserError, match="is remote; set the dataset's cache to a folder"):
             batches(spec_of(url), 1)
 
 

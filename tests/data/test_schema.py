@@ -74,6 +74,20 @@ def test_manifest_counts_and_checksums(tmp_path: Path) -> None:
     assert [entry["documents"] for entry in parts["one"]["shards"]] == [2, 2, 1]
 
 
+def test_a_manifest_of_version_1_is_refused(tmp_path: Path) -> None:
+    write_documents(tmp_path, count=1)
+    body = json.loads((tmp_path / MANIFEST).read_text())
+    assert body["v"] == 2
+    (tmp_path / MANIFEST).write_text(json.dumps(body | {"v": 1}))
+    old = (
+        r"manifest .*_dataset\.json has version 1, this program reads version 2; prepare the data again"
+    )
+    with pytest.raises(UserError, match=old):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match=old):
+        ShardWriter(tmp_path, "new")
+
+
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves closing to the collector
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:

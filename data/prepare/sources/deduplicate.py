@@ -23,7 +23,7 @@ from data.errors import ContentError
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.engine import die_with_parent
 from data.prepare.inputs import file_units
-from data.prepare.units import Dropped, Tally, Unit, parse_part
+from data.prepare.units import Dropped, InputUnit, Tally, parse_part
 from data.prepare.web.duplicates import (
     Table,
     count,
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_where(parser, "a document's meta", "perplexity<=1500")
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Shards whole."""
     conditions_of(tuple(args.where))
     if min(args.max_image_documents, args.max_paragraph_documents, args.min_images) < 0:
@@ -94,7 +94,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
     tabulate(files, args.max_image_documents, args.max_paragraph_documents).save(work / "repeats.npz")
 
 
-def _count(unit: Unit, path: Path, skip: bool) -> None:
+def _count(unit: InputUnit, path: Path, skip: bool) -> None:
     if path.exists():
         return  # another part was faster
     try:
@@ -105,7 +105,7 @@ def _count(unit: Unit, path: Path, skip: bool) -> None:
         count((), path)  # it is counted as damaged when its documents are asked for
 
 
-def _documents(unit: Unit) -> Iterator[tuple[int, str, Document | ContentError]]:
+def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentError]]:
     """(row, where, document or what is wrong with it) of a shard."""
     index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
     reader = ShardReader([index])
@@ -139,7 +139,7 @@ def _numbers(inputs: tuple[str, ...]) -> dict[str, int]:
     return {unit.path: number for number, unit in enumerate(file_units(inputs, (".tar",)))}
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """The documents of a shard that are kept, of each what is kept."""
     table = _table(str(Path(args.work) / "repeats.npz"))
     number = _numbers(tuple(args.inputs))[unit.path]

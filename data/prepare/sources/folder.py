@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import folder_units, input_files
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from flamingo.errors import UserError
 
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Some thousand documents each."""
-    found: list[Unit] = []
+    found: list[InputUnit] = []
     for item in args.inputs:
         if not Path(item).is_dir():
             raise UserError(f"input {item} is no folder; give the folder of the documents")
@@ -50,7 +50,7 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a document."""
     rule, folder = ImageRule.of(args), _folder(unit.path)
     for name in unit.names:

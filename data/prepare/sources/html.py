@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from data.prepare.images import ImageFolder
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, document_address, lookup_of, web_document
 from data.prepare.web.dom import decode_html
 from data.shards.document import Document
@@ -32,17 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_web_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Some thousand files each."""
     check_web_arguments(args)
-    found: list[Unit] = []
+    found: list[InputUnit] = []
     for item in args.inputs:
         if Path(item).is_dir():
             names = [label for label, _ in input_files([item], SUFFIXES)]
             found += folder_units(item, names, IN_A_UNIT)
             continue
         for label, path in input_files([item], SUFFIXES):
-            found.append(Unit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
+            found.append(InputUnit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
     return found
 
 
@@ -57,7 +57,7 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a file."""
     folder = _folder(unit.path)
     for name in unit.names:

@@ -17,7 +17,7 @@ from typing import Any
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
 from data.prepare.turns import add_turn_arguments, answer, has_text, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node
 
 LAYOUT = "interleaved"
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Arrays by items, JSONL by lines."""
     _folder(args.images)
-    found: list[Unit] = []
+    found: list[InputUnit] = []
     for label, path in input_files(args.inputs, (".json", ".jsonl")):
         found += (
             line_units([str(path)], (".jsonl",)) if path.suffix == ".jsonl" else array_units(path, label, IN_A_UNIT)
@@ -50,7 +50,7 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a conversation."""
     rule, folder = ImageRule.of(args), _folder(args.images)
     items = json_lines(unit) if unit.path.endswith(".jsonl") else array_items(unit)

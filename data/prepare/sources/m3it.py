@@ -14,7 +14,7 @@ from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_lines, line_units
 from data.prepare.sources.obelics import parquet_rows, parquet_units
 from data.prepare.turns import add_turn_arguments, answer, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
@@ -41,7 +41,7 @@ def fields(args: argparse.Namespace) -> dict[str, str]:
     return names
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Lines of JSONL, row groups of parquet."""
     names, found = fields(args), []
     for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
@@ -54,7 +54,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a row."""
     rule, names = ImageRule.of(args), fields(args)
     for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):

@@ -18,7 +18,7 @@ from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans, required
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.turns import add_turn_arguments, answer, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """The instructions to be learnt, in the order of their file, some thousands in a unit."""
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must not be negative")
@@ -49,7 +49,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
         for first in range(0, len(ids), IN_A_UNIT):
             some = tuple(ids[first : first + IN_A_UNIT])
             name = label if first == 0 else f"{label} from {some[0]}"
-            found.append(Unit(name, str(path), first, first + len(some), path.stat().st_size, some))
+            found.append(InputUnit(name, str(path), first, first + len(some), path.stat().st_size, some))
     return found
 
 
@@ -94,7 +94,7 @@ def _images(images: list[str], work: Path) -> Iterator[Entry]:
                     out.write(text)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document an instruction."""
     rule = ImageRule.of(args)
     for name in unit.names:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import json_lines, line_units
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document
 from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
 from flamingo.errors import UserError
@@ -47,7 +47,7 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Files; plain ones are cut at lines."""
     if not -1 <= args.min_similarity < 1:
         raise UserError(
@@ -63,7 +63,7 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a line."""
     shard = re.search(r"shard_(\d+)", unit.label)
     folder = _folder(args.images)

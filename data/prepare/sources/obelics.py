@@ -18,7 +18,7 @@ from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node, Text
 from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[Unit]:
+def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[InputUnit]:
     """Row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
 
     Raises UserError for a file that is no parquet or lacks one of the columns.
@@ -68,12 +68,12 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
             count += size
             if count >= rows or group == len(sizes):
                 label = unit.label if begin == 0 else f"{unit.label} from row group {begin}"
-                units.append(Unit(label, unit.path, begin, group, unit.size))
+                units.append(InputUnit(label, unit.path, begin, group, unit.size))
                 begin, count = group, 0
     return units
 
 
-def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
     arrow = required("pyarrow", "reading parquet")
     parquet = required("pyarrow.parquet", "reading parquet")
@@ -91,7 +91,7 @@ def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple
         raise UserError(f"{unit.path} is damaged ({one_line(error)}); download it again") from None
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Row groups."""
     conditions_of(tuple(args.where_image))
     return parquet_units(args, ("images", "texts", *_columns(args)))
@@ -109,7 +109,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
         build_url_lookup(work / "images.sqlite", args.images)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a document, or several where the document holds several."""
     rule = ImageRule.of(args)
     columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]

@@ -16,7 +16,7 @@ from data.prepare.images import ImageRule, from_base64
 from data.prepare.inputs import file_units
 from data.prepare.sources.mmc4 import add_document_arguments, parsed_document
 from data.prepare.tars import json_of, tar_samples
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Text
 from data.shards.mmc4 import Malformed, generated
 
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_document_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Tars."""
     return file_units(args.inputs, (".tar",))
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a sample."""
     rule = ImageRule.of(args)
     for sample in tar_samples(unit.path, unit.label, tally):

@@ -21,7 +21,7 @@ from data.prepare.clips import frames_of
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from data.shards.index import IMAGE_SUFFIX
 from flamingo.errors import UserError
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Tars whole, folders by files."""
     if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
         raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
-    found: list[Unit] = []
+    found: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)
         if not path.is_dir() or next(path.rglob("*.tar"), None):
@@ -62,7 +62,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a video."""
     rule = ImageRule.of(args)
     for where, read in _from_folder(unit) if unit.names else _from_tar(unit, tally):
@@ -86,7 +86,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 Read = Callable[[], tuple[str | None, dict[str, Any], dict[str, Callable[[], bytes]]]]
 
 
-def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
+def _from_tar(unit: InputUnit, tally: Tally) -> Iterator[tuple[str, Read]]:
     for sample in tar_samples(unit.path, unit.label, tally):
 
         def read(sample: Any = sample) -> Any:
@@ -97,7 +97,7 @@ def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
         yield sample.where, read
 
 
-def _from_folder(unit: Unit) -> Iterator[tuple[str, Read]]:
+def _from_folder(unit: InputUnit) -> Iterator[tuple[str, Read]]:
     folder = ImageFolder(unit.path)
     for name in unit.names:
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import Entry, build_lookup, build_url_lookup, open_lookup
-from data.prepare.units import Tally, Unit
+from data.prepare.units import InputUnit, Tally
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, web_document
 from data.prepare.web.dom import decode_html
 from data.shards.document import Document
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_web_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
+def units(args: argparse.Namespace) -> list[InputUnit]:
     """Files whole."""
     check_web_arguments(args)
     required("fastwarc.warc", "reading WARC files")
@@ -62,7 +62,7 @@ def _spooled(args: argparse.Namespace, spool: Path) -> Iterator[Entry]:
                     raise
 
 
-def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
+def responses(unit: InputUnit) -> Iterator[tuple[Any, int]]:
     """(record, number from 0) of the answers with status 200 of a WARC. Raises UserError when it is damaged."""
     warc = required("fastwarc.warc", "reading WARC files")
     number = -1
@@ -87,7 +87,7 @@ def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
         raise UserError(f"{unit.path} has no response record; is it a WARC file and not a WET or WAT one?")
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """One document a record of HTML."""
     images = open_lookup(lookup_of(args))
     for record, number in responses(unit):
