@@ -130,6 +130,6 @@ def check_images(nodes: Iterable[Node], present: Collection[int], where: str) ->
     used = {frame for node in nodes if isinstance(node, Image) for frame in node.frames}
     if missing := used - set(present):
         raise UserError(
-            f"{where}: its <image> places ask for {max(used) + 1} images but the sample has {len(present)} (number "
-            f"{min(missing)} is missing); add the missing images or remove the places"
+            f"{where}: its nodes name image {min(missing)} but it has {len(present)} images, counted from 0; add the "
+            "missing images or remove the nodes"
         )

@@ -192,10 +192,10 @@ def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def check_text(nodes: Sequence[Node]) -> None:
-    """Raise ContentError for text that is no Unicode (JSON can hold half a character), which no tokenizer takes."""
+    """Raise ContentError for text that is not Unicode (JSON can hold half a character), which no tokenizer accepts."""
     for node in nodes:
         if isinstance(node, Text) and not node.text.isascii():
             try:
                 node.text.encode()
             except UnicodeEncodeError as error:
-                raise ContentError("bad text or JSON", f"text is no Unicode ({error.reason})") from None
+                raise ContentError("bad text or JSON", f"text is not Unicode ({error.reason})") from None

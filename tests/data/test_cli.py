@@ -159,7 +159,7 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
         "image.tar, row 0 (key 'k'): image 0 is undecodable",
         "image.tar, row 1 (key 'l'): image 0 is not an image",
         "json.tar, row 0 (key 'k'): bad text or JSON: JSON cannot be read",
-        "few.tar, row 0 (key 'k'): its <image> places ask for 1 images but the sample has 0",
+        "few.tar, row 0 (key 'k'): its nodes name image 0 but it has 0 images",
         "documents-000001.tar is in the folder's manifest and missing",
         "extra/more.tar is not in the folder's manifest",
         "extra/documents-000000.tar is in the folder's manifest and missing",

@@ -212,7 +212,7 @@ def test_a_document_without_its_images_stops_with_one_sentence(tmp_path: Path, w
     shard = make_tar(tmp_path / "x.tar", [("k.json", body), ("k.000.png", b"")])
     with pytest.raises(UserError) as caught:
         take(MixLoader([one(shard)], COLLATE, num_workers=workers), 1)
-    assert "row 0 (key 'k'): its <image> places ask for 2 images but the sample has 1" in str(caught.value)
+    assert "row 0 (key 'k'): its nodes name image 1 but it has 1 images" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "LFS pointer as an image": (with_image(b"version https://git-lfs"), "image 0 is not an image"),
     "truncated JPEG": (with_image(jpeg(0, (64, 64))[:-300]), "image 0 is undecodable"),
     "decompression bomb": (with_image(bomb(), "k.000.png"), "image 0 is too large: 9000 x 9000 pixels"),
-    "missing image": (lambda p: one(p, ("k.json", DOCUMENT)), "ask for 1 images but the sample has 0"),
+    "missing image": (lambda p: one(p, ("k.json", DOCUMENT)), "name image 0 but it has 0 images"),
     "broken JSON": (with_json(b"{"), "bad text or JSON: JSON cannot be read"),
     "JSON of the wrong type": (with_json([1]), "JSON is not an object"),
     "node of the wrong type": (with_json({"v": 1, "nodes": [{"t": 5}]}), "node 0 is neither"),
