@@ -63,7 +63,7 @@ class BadSampleCounter:
         return sum(self.by_sample.values())
 
     def by_reason(self) -> dict[tuple[str, str], int]:
-        """Counts by (dataset, reason)."""
+        """Return counts by (dataset, reason)."""
         counts: Counter[tuple[str, str]] = Counter()
         for sample, number in self.by_sample.items():
             counts[sample.dataset, sample.reason] += number
@@ -91,7 +91,7 @@ class BadSampleCounter:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line can be read and is of an earlier step."""
+    """Return whether a line is readable and belongs to an earlier step."""
     try:
         return int(json.loads(line)["step"]) < step
     except (ValueError, KeyError, TypeError):

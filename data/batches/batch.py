@@ -40,12 +40,12 @@ class Batch:
         return float(mask.sum()) / max(1, mask.numel())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on a device."""
+        """Return the same batch with its tensors on a device."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return Batch(self.dataset, moved, self.keys, self.bad, self.retries)
 
     def pin_memory(self) -> Batch:
-        """The same batch in document-locked memory (called by the DataLoader)."""
+        """Return the same batch in page-locked memory (called by the DataLoader)."""
         pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
         return Batch(self.dataset, pinned, self.keys, self.bad, self.retries)
 

@@ -45,14 +45,14 @@ class Collate(Protocol):
     """What the loader asks of an objective."""
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
-        """One sample, ready for `batch`. Raises ContentError when it cannot be used."""
+        """Return one sample, ready for `batch`. Raises ContentError when it cannot be used."""
 
     def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
-        """The tensors of a batch."""
+        """Return the tensors of a batch."""
 
 
 def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
-    """Rows of different lengths to (B, T), padded on the right."""
+    """Return rows of different lengths as one tensor (B, T), padded on the right."""
     out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
@@ -60,7 +60,7 @@ def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
 
 
 def attention_mask(rows: Sequence[NDArray[np.int64]]) -> Tensor:
-    """(B, T) int64: 1 for tokens, 0 for padding."""
+    """Return (B, T) int64: 1 for tokens, 0 for padding."""
     lengths = torch.tensor([len(row) for row in rows])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
@@ -95,7 +95,7 @@ class FlamingoCollate:
         self.transform: Transform = processor.image_transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[TokenRow, list[Tensor]]:
-        """A row and the frames of its images, F for each."""
+        """Return a row and the frames of its images, F for each."""
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
@@ -129,7 +129,7 @@ class FlamingoCollate:
         return row, frames
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+        """Return the tensors that the class describes."""
         if spec.pack:
             return self._packed(spec, samples)
         rows = [row for row, _ in samples]
@@ -163,13 +163,13 @@ class FlamingoCollate:
         return stacked(frames, size, self.empty).view(-1, spec.max_frames, 3, size, size)
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many samples can take."""
+        """Return the most bytes that a batch of this many samples can take."""
         images = image_bytes(spec.max_images * spec.max_frames, self.transform.size)
         return rows * (images + 8 * 5 * max(spec.max_tokens, 1) + 64)
 
 
 def with_space(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes with one space in front of the first text (the paper's augmentation of pairs, its appendix)."""
+    """Return the nodes with a leading space in the first text (the augmentation of pairs in the paper's appendix)."""
     out = list(nodes)
     first = next((position for position, node in enumerate(out) if isinstance(node, Text)), None)
     if first is not None:
@@ -201,7 +201,7 @@ class LanguageCollate:
     def sample(
         self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, labels), both (T,). Raises ContentError for a document without text."""
+        """Return (ids, labels), both (T,). Raises ContentError for a document without text."""
         ids: list[int] = []
         loss_mask: list[bool] = []
         gap = False
@@ -223,13 +223,13 @@ class LanguageCollate:
         return row, np.where([False] * len(begin) + loss_mask[start:stop], row, IGNORED)
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+        """Return the tensors that the class describes."""
         ids = [row for row, _ in samples]
         labels = pad_rows([row for _, row in samples], IGNORED)
         return {"input_ids": pad_rows(ids, self.pad), "attention_mask": attention_mask(ids), "labels": labels}
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many samples can take."""
+        """Return the most bytes that a batch of this many samples can take."""
         return rows * 8 * 3 * spec.max_tokens
 
 
@@ -245,7 +245,7 @@ class PairCollate:
         self.tokenizer, self.transform = tokenizer, transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
-        """The sample's first image (of a clip, the first frame) and all of its text."""
+        """Return the sample's first image (of a clip, the first frame) and all of its text."""
         first = next((node for node in raw.nodes if isinstance(node, Image)), None)
         text = caption(raw.nodes)
         if first is None or not text:
@@ -255,15 +255,15 @@ class PairCollate:
         return image.flip(-1) if may_flip and random.random() < 0.5 else image, text
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+        """Return the tensors that the class describes."""
         images = stacked([image for image, _ in samples], self.transform.size, self.empty)
         return {"image": images, "text": self.tokenizer([text for _, text in samples])}
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many pairs can take; for texts up to 512 tokens."""
+        """Return the most bytes that a batch of this many pairs can take, with texts of up to 512 tokens."""
         return rows * (image_bytes(1, self.transform.size) + 8 * 512)
 
 
 def caption(nodes: Sequence[Node]) -> str:
-    """All text of a document, without the spaces around it."""
+    """Return all text of a document, without the spaces around it."""
     return "".join(node.text for node in nodes if isinstance(node, Text)).strip()

@@ -25,28 +25,28 @@ class Transform(Protocol):
         """S, in pixels."""
 
     def __call__(self, image: Tensor, /) -> Tensor:
-        """The image (C, h, w), both uint8, in the size that the encoder takes; each channel for itself."""
+        """Return an image (C, h, w) uint8 as (C, S, S) uint8, each channel on its own."""
 
 
 def load_image(raw: RawSample, number: int, transform: Transform) -> Tensor:
-    """Image `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
+    """Return image `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
     size = transform.size
     image = decode(raw.image(number), at_least=size, spare=True)
     return (image if image.shape[1:] == (size, size) else transform(image))[:3]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor: what a collate's `empty` is, unless its batch is written into memory shared with the trainer."""
+    """Return a new tensor: a collate's `empty`, unless its batch is written into memory shared with the trainer."""
     return torch.empty(tuple(shape), dtype=dtype)
 
 
 def image_bytes(images: int, size: int) -> int:
-    """Bytes of so many images of `size` pixels a side."""
+    """Return the bytes of this many images of `size` pixels a side."""
     return images * 3 * size * size
 
 
 def stacked(frames: Sequence[Tensor], size: int, new: Callable[[Sequence[int], torch.dtype], Tensor]) -> Tensor:
-    """Frames (3, S, S), however they lie in memory, one behind the other in a tensor made by `new`."""
+    """Return frames (3, S, S), whatever their memory layout, as one tensor (N, 3, S, S) made by `new`."""
     pixels = new((len(frames), 3, size, size), torch.uint8)
     for place, frame in zip(pixels, frames, strict=True):
         place.copy_(frame)
@@ -54,7 +54,7 @@ def stacked(frames: Sequence[Tensor], size: int, new: Callable[[Sequence[int], t
 
 
 def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
-    """A frame (3, S, S) uint8 with brightness, contrast and saturation times 1 - strength to 1 + strength.
+    """Return a frame (3, S, S) uint8 with brightness, contrast and saturation times 1 - strength to 1 + strength.
 
     `draws` are three numbers in [0, 1), one for each. Contrast is around the mean grey, saturation around each pixel's.
     """
@@ -68,9 +68,9 @@ def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
 
 
 def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
-    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated.
+    """Return exactly `max_frames` frames: a crop of a longer clip, or a shorter one with its last frame repeated.
 
-    With a `frame_rate`, of a clip that says its own: every so many frames that the rate comes nearest.
+    With a `frame_rate`, a clip with a known rate is thinned to every n-th frame, n as close to that rate as possible.
     """
     frames = list(image.frames)
     every = 1

@@ -35,9 +35,9 @@ class PackedRow:
 
 
 def groups(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which samples share a row of at most `size` tokens: as few rows as this finds, filled as evenly as it can.
+    """Return which samples share a row of at most `size` tokens: few rows, filled evenly.
 
-    The longest first, each into the emptiest row; a function of the lengths and their order alone.
+    The longest sample goes first, each into the emptiest row; a function of the lengths and their order alone.
     """
     if max(lengths) > size:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit a row of {size}")
@@ -61,7 +61,7 @@ def _spread(order: Sequence[int], lengths: Sequence[int], rows: int, size: int) 
 
 
 def join(rows: Sequence[TokenRow]) -> PackedRow:
-    """Rows one behind the other. A row's first token is predicted by nothing, so it has no label here either."""
+    """Return rows joined into one. Nothing predicts a row's first token, so it has no label here either."""
     lengths = [len(row.ids) for row in rows]
     before = np.cumsum([0, *(len(row.images) for row in rows)])
     labels = np.concatenate([row.labels for row in rows])

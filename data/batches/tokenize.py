@@ -77,7 +77,7 @@ class CachedEncoder:
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text without special tokens. The list is shared: do not change it."""
+        """Return the ids of a text without special tokens. The list is shared: do not change it."""
         ids = self._known.get(text)
         if ids is None:
             if len(self._known) >= self.limit:
@@ -106,7 +106,7 @@ class QuickEncoder:
         self.core.encode_special_tokens = True  # a special token's name in a text is text
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
+        """Return the ids of a text without special tokens."""
         return self.core.encode(text, add_special_tokens=False).ids
 
     def __reduce__(self) -> tuple[type[QuickEncoder], tuple[Tokenizer]]:
@@ -114,7 +114,7 @@ class QuickEncoder:
 
 
 def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """A function with the same result as `encode` in a fraction of its time, or `encode` where there is none."""
+    """Return a function with the same result as `encode` in a fraction of its time, or `encode` where there is none."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(core, Tokenizer):
         return encode
@@ -125,7 +125,7 @@ def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callabl
 def tokenize_document(
     nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens
 ) -> DocumentTokens:
-    """All tokens of a document, without BOS. The EOC after a text with `loss=False` is not learnt either."""
+    """Return all tokens of a document, without BOS. An EOC after a text with `loss=False` is not in the loss."""
     ids: list[int] = []
     loss_mask: list[bool] = []
     positions: list[int] = []
@@ -152,7 +152,7 @@ def tokenize_document(
 
 
 def crop_of(length: int, room: int, crop: str, draw: float) -> tuple[int, int]:
-    """The [start, stop) of a window of at most `room` tokens in `length`; `draw` in [0, 1) places a random one."""
+    """Return the [start, stop) of a crop of at most `room` tokens of `length`; `draw` in [0, 1) places a random one."""
     if length <= room:
         return 0, length
     start = int(draw * (length - room + 1)) if crop == "random" else 0
@@ -194,7 +194,7 @@ def make_row(
 
 
 def phi_of(length: int, positions: Sequence[int], see_next: bool) -> NDArray[np.int64]:
-    """Which image each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
+    """Return which image each of `length` tokens sees, given the positions of the `<image>` tokens (see above)."""
     phi = np.zeros(length, dtype=np.int64)
     for number, position in enumerate(positions, start=1):
         if not see_next:
@@ -205,7 +205,7 @@ def phi_of(length: int, positions: Sequence[int], see_next: bool) -> NDArray[np.
 
 
 def _inside_chunks(ids: NDArray[np.int64], special: SpecialTokens) -> NDArray[np.bool_]:
-    """OpenFlamingo's rule: nothing before the first `<image>`, nothing after an EOC until the next `<image>`."""
+    """Return which tokens OpenFlamingo trains on: from each `<image>` to its EOC."""
     inside = np.zeros(len(ids), dtype=np.bool_)
     open_chunk = False
     for position, token in enumerate(ids.tolist()):

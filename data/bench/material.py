@@ -36,12 +36,12 @@ class Material:
 
     @classmethod
     def at(cls, folder: Path) -> Material:
-        """The places in a folder."""
+        """Return the paths inside a folder."""
         return cls(folder / "mmc4", folder / "raw", folder / "pairs", folder / "texts.txt")
 
 
 def image(random: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG with large shapes and grain."""
+    """Return a JPEG with large shapes and grain."""
     coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     grain = random.normal(0, 9, (height, width, 1)).astype(np.int16)
@@ -64,7 +64,7 @@ class SentenceMaker:
         self.odds = odds / odds.sum()
 
     def sentence(self, mean: float) -> str:
-        """About `mean` words."""
+        """Return a sentence of about `mean` words."""
         number = max(2, int(self.random.normal(mean, mean / 3)))
         return (
             " ".join(self.words[i] for i in self.random.choice(len(self.words), number, p=self.odds)).capitalize() + "."
@@ -136,7 +136,7 @@ def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def tokenizer_of(material: Material) -> Any:
-    """A byte-level BPE tokenizer of 8,000 tokens, trained on the material's text."""
+    """Return a byte-level BPE tokenizer of 8,000 tokens, trained on the material's text."""
     from flamingo.training.objectives.build import train_tokenizer
 
     return train_tokenizer(material.texts.read_text().splitlines(), 8000)

@@ -13,7 +13,7 @@ from flamingo.processor import FlamingoProcessor, ImageTransform
 
 
 def spec_of(material: Material, what: str, batch: int, **options: Any) -> DatasetSpec:
-    """The dataset of a measurement: "mmc4", "raw" (the same documents, images as members) or "pairs"."""
+    """Return the dataset of a measurement: "mmc4", "raw" (the same documents, images as members) or "pairs"."""
     folder = str(getattr(material, what))
     if what == "pairs":
         values: dict[str, Any] = {"kind": "pairs", "max_tokens": 32, "max_images": 1, "flip": True}
@@ -23,12 +23,12 @@ def spec_of(material: Material, what: str, batch: int, **options: Any) -> Datase
 
 
 def collate_of(material: Material, size: int) -> FlamingoCollate:
-    """Rows of tokens and squares of `size` pixels, cropped as CLIP does."""
+    """Return the collate of a measurement: images of `size` pixels a side, cropped as CLIP does."""
     return FlamingoCollate(FlamingoProcessor(tokenizer_of(material), ImageTransform(size, mode="crop")))
 
 
 def batches(material: Material, what: str, size: int, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    """(documents, images that a token sees) of each batch, without end."""
+    """Yield (documents, images that a token sees) for each batch, endlessly."""
     loader = MixLoader([spec_of(material, what, batch)], collate_of(material, size), num_workers=workers)
     for step in loader:
         made = step.batches[what][0]

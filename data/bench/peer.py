@@ -25,7 +25,7 @@ THRESHOLD = 0.24
 
 
 def module() -> ModuleType:
-    """Its `train/data.py`, with the first shim. Raises UserError when open_flamingo is not installed."""
+    """Return open_flamingo's `train/data.py`, with the first shim. Raises UserError when it is not installed."""
     found = importlib.util.find_spec("open_flamingo")
     if found is None or not found.submodule_search_locations:
         raise UserError(
@@ -48,7 +48,7 @@ def module() -> ModuleType:
 
 
 def tokenizer(material: Material) -> Any:
-    """The tokenizer with its special tokens, and the second shim."""
+    """Return the tokenizer with its special tokens, and the second shim."""
     made = tokenizer_of(material)
     made.add_special_tokens({"additional_special_tokens": SPECIAL})
     ids = made.convert_tokens_to_ids(SPECIAL)
@@ -58,7 +58,7 @@ def tokenizer(material: Material) -> Any:
 
 
 def batches(material: Material, what: str, size: int, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    """(documents, images that a token sees) of each batch, without end."""
+    """Yield (documents, images that a token sees) for each batch, endlessly."""
     from open_clip import image_transform
 
     code, tokens = module(), tokenizer(material)

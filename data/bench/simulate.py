@@ -37,7 +37,7 @@ class ShardSizes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m data simulate`."""
+    """Add the options of `python -m data simulate`."""
     for name, value, about in (
         ("documents", 100_000_000, "in the whole corpus"),
         ("shards", 20_000, ""),
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def drawn(args: argparse.Namespace) -> ShardSizes:
-    """Shards of unequal size that add up to the number of documents."""
+    """Return shards of unequal size that add up to the number of documents."""
     random = np.random.Generator(np.random.Philox(key=[0, 0]))
     shares = random.lognormal(0, 0.25, args.shards)
     samples = np.maximum(1, np.floor(shares / shares.sum() * args.documents)).astype(np.int64)
@@ -64,7 +64,7 @@ def drawn(args: argparse.Namespace) -> ShardSizes:
 
 
 def memory() -> int:
-    """Private bytes of this process."""
+    """Return the private bytes of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def catalogue(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
-    """What every process reads to know the corpus."""
+    """Return what it costs every process to know the corpus."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def catalogue(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float |
 
 
 def first_batch(args: argparse.Namespace, corpus: ShardSizes, step: int) -> tuple[Plan, float, int]:
-    """A fresh plan asked for rank 0's part of a global batch: (the plan, seconds, numbers permuted)."""
+    """Ask a fresh plan for rank 0's part of a global batch; return (plan, seconds, numbers permuted)."""
     begun = time.process_time()
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
     for slot in range(args.batch // args.ranks):
@@ -123,7 +123,7 @@ def first_batch(args: argparse.Namespace, corpus: ShardSizes, step: int) -> tupl
 
 
 def plan_costs(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
-    """Time and memory of a worker's plan, at the start and in the middle."""
+    """Return the time and memory of a worker's plan, at the start and in the middle of training."""
     before = memory()
     _, start, drawn_at_start = first_batch(args, corpus, 0)
     plan, resumed, drawn_at_resume = first_batch(args, corpus, 1_000_000)
@@ -142,7 +142,7 @@ def plan_costs(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float 
 
 
 def node(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
-    """A node's ranks walk one epoch block by block through a cache that drops what was not used for longest."""
+    """Walk one epoch of a node's ranks block by block through a cache that drops the least recently used shard."""
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
     slots = range(args.batch // args.ranks * min(args.ranks_per_node, args.ranks))
     lanes = sorted({plan.place(slot, 0)[0] for slot in slots})
@@ -185,7 +185,7 @@ def node(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m data.bench.simulate`."""
+    """Run `python -m data.bench.simulate`."""
     parser: Any = argparse.ArgumentParser(prog="python -m data simulate")
     add_arguments(parser)
     return run(parser.parse_args(arguments))

@@ -23,7 +23,7 @@ MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m data bench`."""
+    """Add the options of `python -m data bench`."""
     parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="shards and results")
     parser.add_argument("--documents", type=int, default=480)
     parser.add_argument("--pairs", type=int, default=4000)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
-    """One measurement in a fresh process. Raises UserError with its last words when it fails."""
+    """Return one measurement, made in a fresh process. Raises UserError with its last line when it fails."""
     options = {
         "--workers": args.workers,
         "--warm": args.warm,
@@ -83,10 +83,10 @@ TableRow = tuple[str, str, str, str, str, bool]
 
 
 def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[TableRow]:
-    """Documents and images a second and core, and private memory.
+    """Return rows for documents and images per second and core, and for private memory.
 
-    Peer and ours of a round ran one right after the other, so the ratio is the median of the rounds' own ratios; the
-    least and greatest of them stand beside it. The rates are medians too, and say less on a busy machine.
+    The two loaders ran one right after the other in each round, so the ratio is the median of the rounds' own ratios,
+    shown with the smallest and largest. The rates are medians too, and mean less on a busy machine.
     """
     rows: list[TableRow] = []
     for what, label in WORK:
@@ -140,7 +140,7 @@ def limit_rows(
 
 
 def amplification(material: Material, what: str, steps: int = 12) -> float:
-    """Bytes that are read, over the bytes of the texts and images that are used."""
+    """Return the bytes read, divided by the bytes of the texts and images used."""
     from data.bench.ours import collate_of, spec_of
     from data.loading.loader import MixLoader
 
@@ -154,7 +154,7 @@ def amplification(material: Material, what: str, steps: int = 12) -> float:
 
 
 def index_rate(path: Path, samples: int = 40_000) -> float:
-    """Members a second of building an index, of pairs of three small members."""
+    """Return how many members per second are indexed, for pairs of three small members."""
     import io
     import tarfile
 
@@ -176,7 +176,7 @@ def index_rate(path: Path, samples: int = 40_000) -> float:
 
 
 def fills(material: Material) -> tuple[float, float]:
-    """(packed, plain) share of the places of batches of pairs that are tokens."""
+    """Return the share of positions that are not padding in batches of pairs: (packed, plain)."""
     from data.bench.ours import collate_of, spec_of
     from data.loading.loader import MixLoader
 

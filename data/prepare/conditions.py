@@ -20,14 +20,14 @@ Condition = tuple[str, str, str]  # name, comparison, value
 
 
 def add_where(parser: argparse.ArgumentParser, about: str, example: str = "similarity>=0.28") -> None:
-    """The option --where."""
+    """Add the option --where."""
     help_text = f"kept is what they all hold of; names are of {about}, such as {example!r}"
     parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help=help_text)
 
 
 @lru_cache(maxsize=4)
 def conditions_of(texts: tuple[str, ...]) -> list[Condition]:
-    """The conditions. Raises UserError for a text that is none."""
+    """Return the parsed conditions. Raises UserError for a malformed one."""
     found = []
     for text in texts:
         match = CONDITION.match(text)

@@ -55,12 +55,12 @@ class NothingKeptError(UserError):
 
 
 def load_source(name: str) -> SourceModule:
-    """The module of a source."""
+    """Return the module of a source."""
     return cast(SourceModule, import_module(f"data.prepare.sources.{name}"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every source has."""
+    """Add the options that every source has."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
     parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
@@ -129,12 +129,12 @@ def tidy(out: Path) -> None:
 
 
 def part_name(source: str, part: tuple[int, int]) -> str:
-    """The name of a part's manifest."""
+    """Return the name of a part's manifest."""
     return f"_part-{source}-{part[0]:03d}-of-{part[1]:03d}.json"
 
 
 def _complete(out: Path, source: str, part: tuple[int, int] | None, print_of: str) -> bool:
-    """Whether all this was prepared before; says so."""
+    """Return whether all of this was prepared before, and print so."""
     try:
         if part is None:
             listed = read_manifest(out)["parts"][source]
@@ -171,7 +171,7 @@ def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None
 
 
 def total(records: dict[int, Record]) -> Tally:
-    """The sum of the units' counts."""
+    """Return the sum of the units' counts."""
     tally = Tally()
     for number in sorted(records):
         tally.add(Tally.from_json(records[number]["tally"]))
@@ -210,7 +210,7 @@ def _claim(work: Path, print_of: str, restart: bool) -> None:
 
 
 def _finished(work: Path, out: Path, source: str, number: int, unit: InputUnit) -> Record | None:
-    """The record of a unit that is done, if its shards are still there."""
+    """Return the record of a finished unit whose shards are still there, else None."""
     try:
         record: Record = json.loads((work / f"{source}-{number:06d}.json").read_bytes())
         whole = all((out / entry["name"]).stat().st_size == entry["bytes"] for entry in record["shards"])
@@ -222,7 +222,7 @@ def _finished(work: Path, out: Path, source: str, number: int, unit: InputUnit) 
 def _records(
     source: str, args: argparse.Namespace, todo: list[tuple[int, InputUnit]], workers: int
 ) -> Iterator[tuple[int, Record]]:
-    """(number, record) of each unit as it gets done. The first error stops the rest."""
+    """Yield (number, record) of each unit as it is finished. The first error stops the rest."""
     if workers == 1 or len(todo) < 2:
         for number, unit in todo:
             yield number, run_unit(source, args, number, unit)
@@ -248,7 +248,7 @@ def _records(
 
 
 def die_with_parent() -> None:
-    """In a worker: end as soon as the parent is gone, so that no orphan writes beside the run that goes on."""
+    """Make a worker end as soon as its parent is gone, so that no orphan writes beside the run that continues."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     parent = parent_process()
     assert parent is not None
@@ -294,7 +294,7 @@ _last_progress = 0.0
 
 
 def _progress(done: int, units: int, *, last: bool) -> None:
-    """A line on stderr at most every ten seconds, and at the end."""
+    """Print a line on stderr at most every ten seconds, and at the end."""
     global _last_progress
     now = time.monotonic()
     if last or now - _last_progress > 10:

@@ -22,7 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
-    """The options by which images are judged."""
+    """Add the options that decide which images are kept."""
     parser.add_argument("--min-side", type=int, default=min_side, metavar="PX", help=f"(default {min_side})")
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
     parser.add_argument(
@@ -46,7 +46,7 @@ class ImageRule:
 
     @classmethod
     def of(cls, args: argparse.Namespace, **fixed: Any) -> ImageRule:
-        """The rule of the command line. Raises UserError for limits that cannot be."""
+        """Return the rule given on the command line. Raises UserError for invalid limits."""
         if args.min_side < 1 or args.max_pixels < 1 or args.max_aspect < 1:
             raise UserError("--min-side, --max-pixels and --max-aspect must be at least 1")
         return cls(
@@ -63,7 +63,7 @@ class ImageRule:
         )
 
     def check(self, data: bytes) -> bytes:
-        """The image's bytes as they are. Raises Dropped with the first reason against it."""
+        """Return an image's bytes unchanged. Raises Dropped with the first reason against it."""
         if sniff(data) is None:
             raise Dropped(_what_instead(data))
         if len(data) < self.min_bytes:
@@ -118,7 +118,7 @@ class ImageFolder:
         self._real = str(self.root.resolve())
 
     def read(self, *names: str) -> bytes:
-        """The bytes of the first of these that exists. Raises Dropped."""
+        """Return the bytes of the first of these files that exists. Raises Dropped."""
         for name in names:
             if not _can_be_a_name(name):
                 continue
@@ -142,7 +142,7 @@ class ImageFolder:
 
 
 def _can_be_a_name(name: str) -> bool:
-    """Whether a file could be called this: no NUL, no half surrogate pair."""
+    """Return whether this can be a file's name: no NUL, no half surrogate pair."""
     try:
         return "\0" not in name and bool(os.fsencode(name))
     except UnicodeEncodeError:
@@ -150,7 +150,7 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def from_base64(text: Any) -> bytes:
-    """An image from base64 in either alphabet, also from text that says `b'...'` or `data:image/png;base64,...`.
+    """Return an image from base64 in either alphabet, also written as `b'...'` or `data:image/png;base64,...`.
 
     Raises Dropped for anything else.
     """

@@ -24,7 +24,7 @@ CHUNK = 64_000_000  # bytes of a text file in one unit
 
 
 def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
-    """(label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
+    """Return (label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
 
     Raises UserError for an input that is not there, holds no file of these kinds, or is a Git-LFS pointer.
     """
@@ -58,12 +58,12 @@ def refuse_pointer(path: Path) -> None:
 
 
 def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[InputUnit]:
-    """One unit a file."""
+    """Return one unit per file."""
     return [InputUnit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
 
 
 def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[InputUnit]:
-    """Units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
+    """Return units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
 
     A line belongs to the unit in which it begins.
     """
@@ -77,7 +77,7 @@ def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUN
 
 
 def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line of a unit; the value of a line that is no JSON is the exception that says so.
+    """Yield (where, value) of each line of a unit; for a line that is not JSON, the value is the exception.
 
     Raises UserError when a compressed file is damaged.
     """
@@ -115,7 +115,7 @@ def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
 
 
 def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
-    """(key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
+    """Yield (key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
 
     `inside` names the member of the outer object whose items are meant. Raises UserError, with the byte, where the file
     is no such JSON.
@@ -166,7 +166,7 @@ class _Scanner:
         return bool(raw)
 
     def peek(self) -> str:
-        """The next character that is no space."""
+        """Return the next character that is not white space."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -176,7 +176,7 @@ class _Scanner:
                 raise UserError(f"{self.path} is truncated: its JSON does not end; download it again")
 
     def take(self, allowed: str) -> str:
-        """The next character, which must be one of these."""
+        """Return the next character, which must be one of these."""
         if (character := self.peek()) not in allowed:
             raise UserError(
                 f"{self.path} is not the JSON that is expected here: {character!r} at byte {self.base + self.at}, "
@@ -186,7 +186,7 @@ class _Scanner:
         return character
 
     def value(self) -> tuple[Any, int, int]:
-        """The next value (its text in Latin-1), and where its bytes are."""
+        """Return (value, its text in Latin-1; offset; size) of the next value."""
         self.peek()
         while True:
             try:
@@ -204,7 +204,7 @@ class _Scanner:
 
 
 def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
-    """Units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
+    """Return units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
     units: list[InputUnit] = []
     size, spans, first = path.stat().st_size, [(o, s) for _, o, s in json_spans(path)], 0
     for first in range(0, len(spans), items):
@@ -214,7 +214,7 @@ def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
 
 
 def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
-    """(where, value) of the items of a unit of a JSON array."""
+    """Yield (where, value) of the items of a unit of a JSON array."""
     with Path(unit.path).open("rb") as file:
         file.seek(unit.begin)
         raw = file.read(unit.end - unit.begin)
@@ -230,7 +230,7 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
 
 
 def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; a row may have several lines."""
+    """Yield (byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; rows may span lines."""
     with Path(path).open("rb") as file:
         file.seek(begin)
         at = begin
@@ -251,7 +251,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
 
 
 def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUnit]:
-    """Units of `rows` consecutive rows of a table, the header left out."""
+    """Return units of `rows` consecutive rows of a table, the header left out."""
     size, units, begin, count = path.stat().st_size, [], -1, 0
     for at, _ in csv_rows(path, 0, None, delimiter):
         if begin < 0:
@@ -265,7 +265,7 @@ def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUn
 
 
 def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[InputUnit]:
-    """Units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
+    """Return units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
     units = []
     for first in range(0, len(names), each):
         some = tuple(names[first : first + each])
@@ -275,12 +275,12 @@ def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Inpu
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, fit to stand in a sentence."""
+    """Return a library's error message on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def required(module: str, purpose: str) -> Any:
-    """An optional package. Raises UserError, naming the extra, when it is not installed."""
+    """Import an optional package. Raises UserError, naming the extra, when it is not installed."""
     from importlib import import_module
 
     try:

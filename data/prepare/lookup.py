@@ -69,7 +69,7 @@ class Lookup:
         return found is not None
 
     def read(self, name: str) -> bytes:
-        """The bytes of a name. Raises Dropped when there is none."""
+        """Return the bytes of a name. Raises Dropped when there is none."""
         found = self.base.execute(
             "SELECT path, offset, size FROM places JOIN files ON id = file WHERE name = ?", (_hash(name),)
         ).fetchone()
@@ -97,7 +97,7 @@ class Lookup:
 
 
 def open_lookup(path: str) -> Lookup:
-    """A lookup, opened once a process."""
+    """Return a lookup, opened once per process."""
     found = Path(path).stat()
     return _opened(path, found.st_ino, found.st_mtime_ns)
 
@@ -108,7 +108,7 @@ def _opened(path: str, inode: int, changed: int) -> Lookup:
 
 
 def build_url_lookup(path: Path, images: Sequence[str]) -> None:
-    """The lookup of images by URL from the values of --images. Raises UserError."""
+    """Write the lookup of images by URL from the values of --images. Raises UserError."""
     maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
     if maps and len(images) > 1:
         raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")

@@ -22,7 +22,7 @@ SAME = ("source", "fingerprint", "units", "layout", "options")
 
 
 def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, part) of every part manifest, by source and number. Raises UserError for one that is no manifest."""
+    """Return (folder, part) of every part manifest, by source and number. Raises UserError for an invalid one."""
     found = []
     for folder in folders:
         names = sorted(folder.glob("_part-*-of-*.json"))
@@ -76,7 +76,7 @@ def _check(source: str, parts: list[dict[str, Any]]) -> None:
 
 
 def _bring(here: Path, there: Path, size: int) -> None:
-    """A shard and its index into the merged folder: a hard link where the file system allows it, else a copy."""
+    """Put a shard and its index into the merged folder: by hard link where the file system allows it, else by copy."""
     if not here.exists() or here.stat().st_size != size:
         raise UserError(f"shard {here} is missing or has another size than its part manifest says; prepare it again")
     if here.resolve() == there.resolve():

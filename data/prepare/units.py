@@ -95,7 +95,7 @@ class Tally:
         self.first = other.first | self.first
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest, reasons in alphabetical order."""
+        """Return the counts as a manifest has them, reasons in alphabetical order."""
         return {
             "documents": {"kept": self.documents, "dropped": dict(sorted(self.dropped_documents.items()))},
             "images": {"kept": self.images, "dropped": dict(sorted(self.dropped_images.items()))},
@@ -104,13 +104,13 @@ class Tally:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> Tally:
-        """The inverse of `to_json`."""
+        """Return the inverse of `to_json`."""
         documents, images = body["documents"], body["images"]
         dropped = Counter(documents["dropped"]), Counter(images["dropped"])
         return cls(documents["kept"], images["kept"], *dropped, dict(body["first"]))
 
     def report(self) -> list[str]:
-        """Lines for the reader, the commonest reason first."""
+        """Return the counts as lines of text, the commonest reason first."""
         lines = []
         for what, counts in (("document", self.dropped_documents), ("image", self.dropped_images)):
             if counts:
@@ -126,14 +126,14 @@ class SourceModule(Protocol):
     LAYOUT: str
 
     def units(self, args: argparse.Namespace) -> list[InputUnit]:
-        """Independent pieces of the input, always in the same order. Raises UserError when there is none."""
+        """Return independent parts of the input, always in the same order. Raises UserError when there are none."""
 
     def documents(self, unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-        """The documents of one piece, in its order."""
+        """Yield the documents of a unit, in its order."""
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n", counted from 1. Raises UserError."""
+    """Return (i, n) of "i/n", counted from 1. Raises UserError."""
     left, _, right = text.partition("/")
     if not (left.isdecimal() and right.isdecimal() and 1 <= int(left) <= int(right)):
         raise UserError(f"--part {text!r} must be i/n with 1 <= i <= n, for example 3/100")
@@ -141,12 +141,12 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what the shards hold, in alphabetical order."""
+    """Return the options that decide what the shards hold, in alphabetical order."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in PLACES and value is not None}
 
 
 def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) -> str:
-    """One line for what is prepared: equal inputs and options give equal lines."""
+    """Return a digest of a preparation: equal for equal inputs and options."""
     body = json.dumps([MANIFEST_VERSION, source, options, [unit.digest for unit in units]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 

@@ -27,12 +27,12 @@ GONE = (400, 401, 403, 404, 405, 410)  # answers that the next attempt would get
 
 
 def is_remote(path: str) -> bool:
-    """Whether a shard is named by a URL (or a command, `pipe:`) and not by a path."""
+    """Return whether a shard is named by a URL (or a command, `pipe:`) rather than a path."""
     return path.startswith("pipe:") or ("://" in path and not path.startswith("file://"))
 
 
 def expand(pattern: str) -> list[str]:
-    """Braces and `::` of a pattern as webdataset reads them: `{00..02}` is 00, 01, 02."""
+    """Expand braces and `::` as webdataset does: `{00..02}` is 00, 01, 02. Raises UserError for unbalanced braces."""
     from braceexpand import braceexpand
 
     try:
@@ -87,7 +87,7 @@ def download(
 
 
 def resumes(url: str) -> bool:
-    """Whether a download of this URL can go on in the middle."""
+    """Return whether a download of this URL can be resumed."""
     return not url.startswith("pipe:") and (url.startswith(("http://", "https://")) or not _webdataset_opens(url))
 
 
@@ -107,7 +107,7 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
 
 @contextmanager
 def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
-    """(stream, the byte at which it begins, how many it should give) of a URL, from byte `have` on where that goes."""
+    """Open a URL, from byte `have` on where that is possible: (stream, its first byte, how many bytes to expect)."""
     if url.startswith(("http://", "https://")):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
@@ -153,6 +153,6 @@ def _fsspec_opened(url: str) -> BinaryIO:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk of a folder still takes."""
+    """Return the free bytes on a folder's disk."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize

@@ -44,7 +44,7 @@ class ShardCache:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}{suffix}"
 
     def has(self, url: str) -> bool:
-        """Whether a shard is here; if so it counts as used now."""
+        """Return whether a shard is here; if so, it counts as just used."""
         try:
             os.utime(self._file(url, ".tar"))
         except FileNotFoundError:
@@ -52,7 +52,7 @@ class ShardCache:
         return True
 
     def local(self, url: str, wanted: Callable[[], bool] | None = None) -> str:
-        """The copy of a shard, fetched if it is not here, as long as it is still `wanted`.
+        """Return the path of a shard's copy, fetching it unless it is here, as long as it is still `wanted`.
 
         Raises UserError as `download`, and when the limit or the disk is too small.
         """
@@ -64,7 +64,7 @@ class ShardCache:
         return str(self._file(url, ".tar"))
 
     def sidecar(self, url: str) -> Path:
-        """The copy of a shard's index: the one beside it, or else one made from the shard itself."""
+        """Return the path of a copy of a shard's index: the one beside it, or else one made from the shard itself."""
         path = self._file(url, ".idx")
         if path.exists():
             return path
@@ -129,7 +129,7 @@ class ShardCache:
             os.close(descriptor)
 
     def used(self) -> int:
-        """Bytes of the copies that are here, whole or not."""
+        """Return the bytes of all copies, complete or not."""
         return sum(_size(path) for suffix in ("tar", "partial") for path in self.folder.glob(f"*.{suffix}"))
 
     def _make_room(self, size: int) -> None:
@@ -156,7 +156,7 @@ class ShardCache:
             raise UserError(f"the disk of the cache {self.folder} has {free} bytes left and a shard has {size}")
 
     def _promised(self) -> int:
-        """Bytes of the downloads that are under way, by what their locks say, and of those that were broken off."""
+        """Return the bytes reserved by the locks of running downloads, and those of interrupted ones."""
         total = 0
         for path in self.folder.glob("*.lock"):
             promised = 0

@@ -48,7 +48,7 @@ class Document:
 
 
 def sniff(data: bytes) -> str | None:
-    """The extension that the bytes of an image deserve, or None when they are no image known here."""
+    """Return the file extension that matches an image's bytes, or None for an unknown format."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:3] == b"\xff\xd8\xff":
@@ -61,7 +61,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
-    """The JSON member of a document."""
+    """Return the JSON member of a document."""
     out: list[dict[str, Any]] = []
     for node in nodes:
         if isinstance(node, Text):
@@ -75,12 +75,12 @@ def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8 of a text; half a surrogate pair, which text of the web has now and then, becomes a question mark."""
+    """Encode a text as UTF-8; half a surrogate pair, which web text sometimes has, becomes a question mark."""
     return text.encode("utf-8", "replace")
 
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
-    """The nodes of a decoded document JSON. Raises ValueError, with the node's number, where the format is not kept."""
+    """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
     if body.get("v") != VERSION:
         raise ValueError(f"format version {body.get('v')!r}, this program reads {VERSION}")
     if not isinstance(body["nodes"], list):
@@ -100,10 +100,10 @@ def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
 
 
 def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple[list[Node], dict[str, Any]]:
-    """Nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
+    """Return nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
 
-    Raises ValueError (in words for the reader) when the JSON is broken. Whether the images are all there is for the
-    caller to check with `check_images`: only it knows the shard and the row.
+    Raises ValueError, with a readable message, for broken JSON. The caller checks with `check_images` that all images
+    are there: only it knows the shard and the row.
     """
     body: Any = {}
     if json_bytes is not None:

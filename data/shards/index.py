@@ -59,29 +59,29 @@ class TarIndex:
         return len(self.first) - 1
 
     def key(self, row: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         return bytes(self.keys[self.key_end[row] : self.key_end[row + 1]]).decode("utf-8", "surrogateescape")
 
     def members(self, row: int) -> list[tuple[int, int, int, int]]:
-        """(kind, image number, offset, size) of each member of a sample, in the order of the tar."""
+        """Return (kind, image number, offset, size) of each member of a sample, in the order of the tar."""
         a, b = int(self.first[row]), int(self.first[row + 1])
         columns = (self.kind, self.number, self.offset, self.size)
         return list(zip(*(column[a:b].tolist() for column in columns), strict=True))
 
     def rows_with(self, kind: int) -> NDArray[np.bool_]:
-        """(N,) which samples have a member of this kind."""
+        """Return which samples have a member of this kind, (N,) bool."""
         counts = np.concatenate([[0], np.cumsum(self.kind == kind)])
         return counts[self.first[1:]] > counts[self.first[:-1]]
 
     def usable(self, kind: str) -> NDArray[np.int64] | None:
-        """Rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
+        """Return the rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
         texts = self.rows_with(JSON) | self.rows_with(TEXT)
         images = self.images_per_row > 0
         usable = {"interleaved": texts | images, "pairs": texts & images, "text": texts}[kind]
         return None if usable.all() else np.flatnonzero(usable)
 
     def head(self) -> IndexHead:
-        """What a plan needs to know of this shard."""
+        """Return what the order needs to know of this shard."""
         rows = {kind: self.usable(kind) for kind in KINDS}
         counts = {kind: len(self) if found is None else len(found) for kind, found in rows.items()}
         return IndexHead(self.tar_size, self.digest, counts)
@@ -117,12 +117,12 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 
 
 def index_path(tar: str | Path) -> Path:
-    """The sidecar's name."""
+    """Return the path of a tar's index."""
     return Path(f"{tar}.idx")
 
 
 def tar_digest(path: str | Path) -> tuple[int, str]:
-    """(size, digest of both ends) of a tar. Raises UserError when it is missing."""
+    """Return (size, digest of both ends) of a tar. Raises UserError when it is missing."""
     try:
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -162,7 +162,7 @@ def build_index(path: str | Path) -> TarIndex:
 
 
 def _kind_of(suffix: str) -> tuple[int, int]:
-    """(kind, image number) of a member by its suffix."""
+    """Return (kind, image number) of a member by its suffix."""
     if match := IMAGE_SUFFIX.match(suffix):
         return IMAGE, int(match.group(1) or 0)
     return {"json": JSON, "txt": TEXT}.get(suffix, OTHER), 0
@@ -213,7 +213,7 @@ def _header(raw: bytes, path: Path, tar: str | Path) -> tuple[dict[str, Any], in
 
 
 def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
-    """The head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
+    """Return the head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
     path = sidecar or index_path(tar)
     try:
         with path.open("rb") as file:
@@ -254,7 +254,7 @@ def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Pat
 
 
 def wrong_size(tar: str | Path, size: int, expected: int) -> UserError:
-    """What to say of a tar that is not as long as its index says."""
+    """Return the error for a tar whose size is not the one in its index."""
     return UserError(
         f"shard {tar} has {size} bytes but its index was built for {expected}: the shard is truncated or was replaced; "
         f"fetch it again, or if it is right: python -m data index {tar}"
@@ -271,7 +271,7 @@ def check_tar(tar: str, size: int, digest: str, local: str | Path) -> None:
 
 
 def open_index(tar: str | Path) -> TarIndex:
-    """The index of a tar: its sidecar, or one walk (whose result is left as a sidecar where the folder allows it)."""
+    """Return the index of a tar: the one beside it, or one built now and saved there if the folder can be written."""
     if index_path(tar).exists():
         return load_index(tar)
     index = build_index(tar)

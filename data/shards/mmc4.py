@@ -70,7 +70,7 @@ class Base64Image:
     text: str
 
     def decode(self) -> bytes:
-        """The image's bytes. Raises ContentError when it is no base64 (some writers leave `b'...'` around it)."""
+        """Return the image's bytes. Raises ContentError for invalid base64 (some writers leave `b'...'` around it)."""
         text = self.text
         if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
             text = text[2:-1]
@@ -86,14 +86,14 @@ class Base64Image:
 
 
 def is_mmc4(body: Mapping[str, Any]) -> bool:
-    """Whether a sample's JSON is an MMC4 document, or one of open_flamingo's sequences made by ChatGPT."""
+    """Return whether a sample's JSON is an MMC4 document, or one of open_flamingo's sequences made by ChatGPT."""
     return ("text_list" in body and "image_info" in body) or "is_gpt" in body
 
 
 def read_document(
     body: Mapping[str, Any], matching: str = "listed", wanted: Callable[[dict[str, Any]], bool] | None = None
 ) -> tuple[list[str], list[Listed]]:
-    """The sentences and the listed images of a document (only the `wanted` ones). Raises Malformed."""
+    """Return the sentences and the listed images of a document (only the `wanted` ones). Raises Malformed."""
     sentences, infos, matrix = body.get("text_list"), body.get("image_info"), body.get("similarity_matrix")
     if not isinstance(sentences, list) or not all(isinstance(text, str) for text in sentences) or not sentences:
         raise Malformed("'text_list' is not a list of sentences")
@@ -142,7 +142,7 @@ def _assigned(matrix: Any, images: int, sentences: int) -> list[int]:
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[int, T]]) -> tuple[list[Node], list[T], list[int]]:
-    """(nodes, images, each image's sentence) of a document, of sentences and (sentence, image) as they were listed.
+    """Return (nodes, images, each image's sentence) of a document, given its sentences and (sentence, image) as listed.
 
     Images of one sentence keep their order, and the last of them is the one that the sentence sees. Sentences are
     joined by a space; around an image there is none.
@@ -177,9 +177,9 @@ def add_text(nodes: list[Node], text: str, between: str) -> None:
 
 
 def generated(body: Mapping[str, Any], image: Callable[[int, Any], T | None]) -> tuple[list[Node], list[T]]:
-    """(nodes, images) of a sequence made by ChatGPT: text with places `_!_IMAGE1_!_`, and an `image_map`.
+    """Return (nodes, images) of a sequence made by ChatGPT: text with markers `_!_IMAGE1_!_`, and an `image_map`.
 
-    `image(number, base64)` gives a place's image; a place without one is closed. Raises Malformed.
+    `image(number, base64)` returns the image of a marker, or None to leave it out. Raises Malformed.
     """
     text, items = body.get("example"), body.get("image_map")
     if not isinstance(text, str) or not isinstance(items, dict):
@@ -200,7 +200,7 @@ def generated(body: Mapping[str, Any], image: Callable[[int, Any], T | None]) ->
 
 
 def mmc4_document(body: Mapping[str, Any], rule: Mmc4Rule) -> tuple[list[Node], list[Base64Image]]:
-    """The nodes of a document and its images, of JSON with the images in it; images that were not found are left out.
+    """Return (nodes, images) of MMC4 JSON that holds its images; those that were not found are left out.
 
     Raises Malformed, and ContentError when no image is left.
     """

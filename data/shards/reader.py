@@ -74,7 +74,7 @@ class ShardReader:
         return vars(self) | {"_open": OrderedDict()}  # a descriptor means nothing in another process
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Some bytes of a shard; repeated when it fails. Raises UserError."""
+        """Read bytes of a shard, again when it fails. Raises UserError when it keeps failing."""
         try:
             return self._once(shard, offset, size)
         except OSError:
@@ -110,7 +110,7 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def sample(self, shard: int, row: int, *, images: bool = True) -> RawSample:
-        """A sample; its text is read now, and with `images` the image of a pair too.
+        """Return a sample; its text is read now, and with `images` the image of a pair too.
 
         Raises ContentError for broken JSON or text, UserError for images that are not there.
         """
@@ -171,14 +171,14 @@ class _Pieces:
             self.known.append((offset, self.reader.read(self.shard, offset, size)))
 
     def of(self, offset: int, size: int) -> bytes:
-        """The bytes of a member."""
+        """Return the bytes of a member."""
         self.reader.bytes_used += size
         found = self._find(offset, size)
         return self.reader.read(self.shard, offset, size) if found is None else found
 
 
 def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(offset, size) of reads that cover these places: neighbours are joined while the gaps stay within SLACK."""
+    """Return (offset, size) of reads that cover these ranges, joining neighbours while gaps stay within SLACK."""
     spare = SLACK * sum(size for _, size in positions)
     found: list[tuple[int, int]] = []
     for offset, size in sorted(positions):

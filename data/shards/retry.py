@@ -26,7 +26,7 @@ class Retry:
         self.repeats = 0
 
     def __call__(self, read: Callable[[], T], what: str) -> T:
-        """The result of `read`. Raises UserError "`what` ..." when it failed every time or cannot succeed."""
+        """Return the result of `read`. Raises UserError "`what` ..." when it failed every time or cannot succeed."""
         begun = time.monotonic()
         for attempt in range(1, self.attempts + 1):
             try:

@@ -29,7 +29,7 @@ class Member:
 
 
 def _number(raw: bytes) -> int:
-    """A tar header's number: octal digits, or base 256 when the first bit is set."""
+    """Return a tar header's number: octal digits, or base 256 when the first bit is set."""
     if raw[0] in (0x80, 0xFF):
         value = int.from_bytes(raw[1:], "big")
         return value if raw[0] == 0x80 else value - (1 << 8 * (len(raw) - 1))
@@ -52,7 +52,7 @@ def _pax(body: bytes) -> dict[str, str]:
 
 
 def walk(path: str | Path) -> Iterator[Member]:
-    """The regular members of an uncompressed tar, in its order.
+    """Yield the regular members of an uncompressed tar, in its order.
 
     Raises UserError, naming the tar, when it is missing, empty, compressed, truncated or not a tar. Member names are
     only ever keys: nothing is extracted, so a name like `../x` or a link leads nowhere.

@@ -46,7 +46,7 @@ MAX_KEY_BYTES = 80  # with ".00000.jpeg" it still fits the 100 bytes of a plain 
 
 
 def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator[Document]:
-    """Samples of a shard as Documents, pairs included, all or some. Raises UserError for what cannot be read."""
+    """Yield all or some samples of a shard as Documents. Raises UserError for one that cannot be read."""
     index = open_index(shard)
     reader = ShardReader([index])
     try:
@@ -64,12 +64,12 @@ def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iter
 
 
 def read_document(shard: str | Path, row: int) -> Document:
-    """One sample of a shard."""
+    """Return one sample of a shard as a Document."""
     return next(read_documents(shard, [row]))
 
 
 def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
-    """(suffix, bytes) of the members of a document. The JSON or text comes first, so a reader may stop after it."""
+    """Return (suffix, bytes) of a document's members. JSON comes first, so that a reader may stop after it."""
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
@@ -97,7 +97,7 @@ def check_key(key: str) -> None:
 
 
 def make_folder(name: str | Path) -> Path:
-    """The folder to write into, made where it is not there. Raises UserError when it is a URL or cannot be made."""
+    """Create a folder to write into, if needed, and return it. Raises UserError for a URL or when that fails."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
         raise UserError(f"cannot write into {name}: shards are written to a folder; copy it to that URL afterwards")
     folder = Path(name)

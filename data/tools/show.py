@@ -20,7 +20,7 @@ figcaption, .facts { color: #777; font-size: 12px; }
 
 
 def describe_image(data: bytes) -> str:
-    """Format, size and bytes of an encoded image, or why it has none."""
+    """Describe an encoded image: its format, size in pixels (or that it cannot be decoded) and bytes."""
     try:
         with PILImage.open(io.BytesIO(data)) as image:
             size = f"{image.width} x {image.height}"
@@ -30,7 +30,7 @@ def describe_image(data: bytes) -> str:
 
 
 def document_as_text(document: Document, where: str) -> str:
-    """The document in reading order, one node a line; `?` marks text that is read and not learnt."""
+    """Return a document in reading order, one node a line; `?` marks text that is not in the loss."""
     lines = [f"{where}, key {document.key}", *(f"  {name}: {value}" for name, value in document.meta.items()), ""]
     for node in document.nodes:
         if isinstance(node, Text):
@@ -46,7 +46,7 @@ def document_as_text(document: Document, where: str) -> str:
 
 
 def document_as_html(document: Document, where: str) -> str:
-    """A document of HTML that needs nothing else: the images are in it."""
+    """Return a document as a self-contained HTML page, images included."""
     parts = []
     for node in document.nodes:
         if isinstance(node, Text):
@@ -64,7 +64,7 @@ def document_as_html(document: Document, where: str) -> str:
 
 
 def figure(data: bytes, caption: str) -> str:
-    """An image with its format and size below it, as HTML that holds its bytes."""
+    """Return an image with its format and size below it, as HTML that holds its bytes."""
     kind = {"jpg": "jpeg", None: "octet-stream"}.get(sniff(data), sniff(data))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     text = html.escape(f"{caption}: {describe_image(data)}")

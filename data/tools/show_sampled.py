@@ -31,7 +31,7 @@ MARKS = """
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data inspect --sampled`."""
+    """Add the options of `python -m data inspect --sampled`."""
     parser.add_argument("--sampled", action="store_true", help="the row that training would cut out of the document")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved model or tokenizer (default: words)")
     parser.add_argument("--max-tokens", type=int, default=256, help="(default 256)")
@@ -50,13 +50,13 @@ class WordTokenizer:
         self.special = SpecialTokens(image=0, eoc=1, eos=2, pad=3)
 
     def encode(self, text: str) -> list[int]:
-        """A new id for every word of a text."""
+        """Return a new id for every word of a text."""
         words = re.findall(r"\s*\S+|\s+$", text)
         self.known += words
         return list(range(len(self.known) - len(words), len(self.known)))
 
     def text(self, token: int) -> str:
-        """What a token says."""
+        """Return a token's text."""
         return self.known[token]
 
 
@@ -84,11 +84,11 @@ class SavedTokenizer:
         self.special = SpecialTokens(self.image, self.eoc, eos, eos, self.tokenizer.bos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Return the ids of a text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def text(self, token: int) -> str:
-        """What a token says."""
+        """Return a token's text."""
         return {self.image: "<image>", self.eoc: "<EOC>"}.get(token) or str(self.tokenizer.decode([token]))
 
 
@@ -103,7 +103,7 @@ class SampledRow:
     whole: int
 
     def runs(self) -> list[tuple[int, bool, str]]:
-        """(image seen from 1 or 0, learnt, text) of stretches of tokens that are alike in both."""
+        """Return (image seen, from 1; 0: none), in the loss, text) of runs of tokens that are alike in both."""
         marks = zip(self.row.phi.tolist(), (self.row.labels != IGNORED).tolist(), self.texts, strict=True)
         return [
             (phi, learnt, "".join(text for _, _, text in group))
@@ -133,7 +133,7 @@ def sample_document(document: Document, args: argparse.Namespace) -> SampledRow:
 
 
 def facts(sampled: SampledRow, document: Document) -> str:
-    """The row in one sentence."""
+    """Describe the row in one sentence."""
     row = sampled.row
     return (
         f"{len(row.ids)} of the document's {sampled.whole} tokens, {int((row.labels != IGNORED).sum())} in the loss, "
@@ -143,7 +143,7 @@ def facts(sampled: SampledRow, document: Document) -> str:
 
 
 def sampled_as_text(sampled: SampledRow, document: Document, where: str) -> str:
-    """One line for each stretch of tokens that see the same image; `?` marks what is read and not learnt."""
+    """Return a line for each run of tokens that see the same image; `?` marks those that are not in the loss."""
     lines = [f"{where}, key {document.key}", f"  {facts(sampled, document)}", ""]
     for phi, learnt, text in sampled.runs():
         seen = f"image {sampled.row.images[phi - 1].frames[0]}" if phi else "nothing"
@@ -152,7 +152,7 @@ def sampled_as_text(sampled: SampledRow, document: Document, where: str) -> str:
 
 
 def sampled_as_html(sampled: SampledRow, document: Document, where: str) -> str:
-    """A document of HTML: every token on the colour of the image that it sees, the images on theirs."""
+    """Return an HTML page: every token on the colour of the image that it sees, the images on theirs."""
     shown = []
     for number, image in enumerate(sampled.row.images):
         colour = COLOURS[number % len(COLOURS)]

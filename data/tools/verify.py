@@ -18,7 +18,7 @@ from flamingo.errors import UserError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """The faults of a shard, or of a folder of shards and its manifest.
+    """Yield the faults of a shard, or of a folder of shards and its manifest.
 
     Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, keys and members that occur twice,
     links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
@@ -40,7 +40,7 @@ def verify(path: str | Path) -> Iterator[str]:
 
 
 def verify_manifest(folder: Path) -> Iterator[str]:
-    """What does not agree between a folder and its manifest."""
+    """Yield the differences between a folder and its manifest."""
     try:
         parts = read_manifest(folder)["parts"]
         listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
@@ -71,7 +71,7 @@ def verify_manifest(folder: Path) -> Iterator[str]:
 
 
 def verify_shard(shard: Path) -> Iterator[str]:
-    """The faults of one shard."""
+    """Yield the faults of one shard."""
     try:
         if shard.is_file():
             refuse_pointer(shard)
@@ -94,7 +94,7 @@ def verify_shard(shard: Path) -> Iterator[str]:
 
 
 def _odd_members(shard: Path) -> Iterator[str]:
-    """Links and names that lead out of the folder: passed over or only keys here, other programs may follow them."""
+    """Yield links, and names that lead out of the folder: harmless here, but other programs may follow them."""
     with tarfile.open(shard) as tar:
         for member in tar:
             if member.issym() or member.islnk():

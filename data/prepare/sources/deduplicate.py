@@ -44,7 +44,7 @@ LAYOUT = "interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare deduplicate`."""
+    """Add the options of `python -m data prepare deduplicate`."""
     parser.add_argument(
         "--max-image-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
     )
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Shards whole."""
+    """Return a unit for each shard."""
     conditions_of(tuple(args.where))
     if min(args.max_image_documents, args.max_paragraph_documents, args.min_images) < 0:
         raise UserError("--max-image-documents, --max-paragraph-documents and --min-images must not be negative")
@@ -106,7 +106,7 @@ def _count(unit: InputUnit, path: Path, skip: bool) -> None:
 
 
 def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentError]]:
-    """(row, where, document or what is wrong with it) of a shard."""
+    """Yield (row, where, document or what is wrong with it) for each sample of a shard."""
     index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
     reader = ShardReader([index])
     try:
@@ -140,7 +140,7 @@ def _numbers(inputs: tuple[str, ...]) -> dict[str, int]:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """The documents of a shard that are kept, of each what is kept."""
+    """Yield the documents of a shard that are kept, without what repeats."""
     table = _table(str(Path(args.work) / "repeats.npz"))
     number = _numbers(tuple(args.inputs))[unit.path]
     for row, where, document in _documents(unit):
@@ -172,7 +172,7 @@ def _is_the_one(document: Document, place: int, table: Table, args: argparse.Nam
 
 
 def without(document: Document, table: Table, where: str, tally: Tally) -> Document:
-    """The document without the images and paragraphs that return. Around an image that goes two paragraphs are left."""
+    """Return a document without repeated images and paragraphs; texts around a removed image stay two paragraphs."""
     site = site_of(document)
     nodes: list[Node] = []
     images: list[bytes] = []
@@ -208,7 +208,7 @@ def without(document: Document, table: Table, where: str, tally: Tally) -> Docum
 
 
 def _text_without(node: Text, site: str, table: Table) -> str:
-    """A text without the paragraphs that return; as it is when it has none of them."""
+    """Return a text without its repeated paragraphs; unchanged when it has none."""
     if not site:
         return node.text
     parts = [part for part in node.text.split("\n\n") if part.strip()]

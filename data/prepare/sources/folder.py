@@ -29,13 +29,13 @@ IN_A_UNIT = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare folder`."""
+    """Add the options of `python -m data prepare folder`."""
     parser.add_argument("--min-images", type=int, default=0, help="documents with fewer are dropped (default 0)")
     add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Some thousand documents each."""
+    """Return units of a thousand documents."""
     found: list[InputUnit] = []
     for item in args.inputs:
         if not Path(item).is_dir():
@@ -51,7 +51,7 @@ def _folder(root: str) -> ImageFolder:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a document."""
+    """Yield a document for each file."""
     rule, folder = ImageRule.of(args), _folder(unit.path)
     for name in unit.names:
         try:

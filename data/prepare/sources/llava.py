@@ -27,7 +27,7 @@ IN_A_UNIT = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare llava`."""
+    """Add the options of `python -m data prepare llava`."""
     parser.add_argument("--images", required=True, metavar="DIR", help="folder in which the images' paths begin")
     parser.add_argument("--drop-text-only", action="store_true", help="drop conversations without an image")
     add_turn_arguments(parser)
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Arrays by items, JSONL by lines."""
+    """Return units of items of an array or lines of JSONL."""
     _folder(args.images)
     found: list[InputUnit] = []
     for label, path in input_files(args.inputs, (".json", ".jsonl")):
@@ -51,7 +51,7 @@ def _folder(root: str) -> ImageFolder:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a conversation."""
+    """Yield a document for each conversation."""
     rule, folder = ImageRule.of(args), _folder(args.images)
     items = json_lines(unit) if unit.path.endswith(".jsonl") else array_items(unit)
     for where, item in items:
@@ -62,7 +62,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 
 def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule: ImageRule) -> Document:
-    """The document of one item. Raises Dropped."""
+    """Return the document of one item. Raises Dropped."""
     if not isinstance(item, dict):
         raise Dropped("item is no JSON object")
     turns = _turns(item.get("conversations", item.get("conversatons")))
@@ -80,7 +80,7 @@ def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule:
 
 
 def _turns(value: Any) -> list[tuple[str, str]]:
-    """(human or gpt, text) of each turn."""
+    """Return (human or gpt, text) of each turn."""
     if not isinstance(value, list) or not value:
         raise Dropped("'conversations' is not a list of turns")
     turns = []
@@ -97,7 +97,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
 
 
 def _nodes(turns: list[tuple[str, str]], images: int, args: argparse.Namespace) -> list[Node]:
-    """Images at their places. Raises Dropped when places and images differ in number."""
+    """Return the nodes of a conversation. Raises Dropped when it has more or fewer `<image>` marks than images."""
     places = sum(text.count(PLACE) for speaker, text in turns if speaker == "human")
     nodes: list[Node] = []
     if places == 0:

@@ -23,7 +23,7 @@ FIELDS = ("instruction", "inputs", "image_base64_str", "outputs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare m3it`."""
+    """Add the options of `python -m data prepare m3it`."""
     parser.add_argument("--field", nargs="+", default=[], metavar="NAME=HERE", help="what a field is called here")
     parser.add_argument("--clips", action="store_true", help="several images of a row are the frames of a clip")
     add_turn_arguments(parser)
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fields(args: argparse.Namespace) -> dict[str, str]:
-    """What each field is called in these files. Raises UserError."""
+    """Return what each field is called in these files. Raises UserError."""
     names = {name: name for name in FIELDS}
     for item in args.field:
         name, _, here = item.partition("=")
@@ -42,7 +42,7 @@ def fields(args: argparse.Namespace) -> dict[str, str]:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Lines of JSONL, row groups of parquet."""
+    """Return units of lines of JSONL or row groups of parquet."""
     names, found = fields(args), []
     for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
         one = argparse.Namespace(inputs=[str(path)])
@@ -55,7 +55,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a row."""
+    """Yield a document for each row."""
     rule, names = ImageRule.of(args), fields(args)
     for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
         try:

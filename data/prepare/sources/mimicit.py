@@ -29,7 +29,7 @@ IN_A_UNIT = 5000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare mimicit`."""
+    """Add the options of `python -m data prepare mimicit`."""
     parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="image files, JSON or parquet")
     parser.add_argument("--examples", type=int, default=4, help="most examples before an instruction (default 4)")
     parser.add_argument("--clips", choices=("auto", "always", "never"), default="auto", help="images as one clip")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """The instructions to be learnt, in the order of their file, some thousands in a unit."""
+    """Return units of thousands of instructions to train on, in the order of their file."""
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must not be negative")
     found = []
@@ -75,7 +75,7 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
 
 
 def _images(images: list[str], work: Path) -> Iterator[Entry]:
-    """Where the base64 of each image lies; a parquet's is written out first: its rows cannot be read alone."""
+    """Yield where the base64 of each image lies; a parquet's is written out first, as its rows cannot be read alone."""
     for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
         if path.suffix == ".json":
             yield from _spans([path], None)
@@ -95,7 +95,7 @@ def _images(images: list[str], work: Path) -> Iterator[Entry]:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document an instruction."""
+    """Yield a document for each instruction."""
     rule = ImageRule.of(args)
     for name in unit.names:
         try:
@@ -150,6 +150,6 @@ def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _value(table: str, name: str, args: argparse.Namespace) -> Any:
-    """The JSON value under a name, None when there is none."""
+    """Return the JSON value under a name, None when there is none."""
     lookup = open_lookup(os.path.join(args.work, table))  # noqa: PTH118 (a key of a cache, made for every image)
     return json.loads(lookup.read(name)) if name in lookup else None

@@ -25,13 +25,13 @@ SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare mmc4`."""
+    """Add the options of `python -m data prepare mmc4`."""
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the downloaded images")
     add_document_arguments(parser)
 
 
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of documents in MMC4's form, wherever their images are."""
+    """Add the options of documents in MMC4's format, wherever their images are."""
     parser.add_argument(
         "--min-similarity", type=float, default=0.24, metavar="X", help="of an image to its sentence (default 0.24)"
     )
@@ -48,7 +48,7 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Files; plain ones are cut at lines."""
+    """Return units of files; plain ones are cut at lines."""
     if not -1 <= args.min_similarity < 1:
         raise UserError(
             f"--min-similarity {args.min_similarity:g} must be in [-1, 1): MMC4's similarities are cosines, about 0.15 "
@@ -64,7 +64,7 @@ def _folder(root: str) -> ImageFolder:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a line."""
+    """Yield a document for each line."""
     shard = re.search(r"shard_(\d+)", unit.label)
     folder = _folder(args.images)
 
@@ -89,7 +89,7 @@ def parsed_document(
     bytes_of: Callable[[dict[str, Any]], bytes],
     tally: Tally,
 ) -> Document | None:
-    """The document of one parsed_document, or None when it is dropped; either way counted."""
+    """Return the document of a line's JSON, or None when it is dropped; the tally counts both."""
     if isinstance(body, Exception):
         tally.drop_document("line is no JSON", where)
         return None

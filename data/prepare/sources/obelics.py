@@ -1,9 +1,9 @@
 """OBELICS: parquet files of `images` and `texts`, where entry i is one or the other, in the order of the web page.
 
 `images` holds URLs, whose images come from --images (see `data.prepare.lookup`), or the images themselves as `{"bytes",
-"path"}`. An image that is missing leaves its document, and the texts around it are joined by an empty line, as OBELICS'
-own builder does. The mark that OBELICS left where several documents shared a document ends one document and begins the
-next; it is never text.
+"path"}`. A missing image is left out, and the texts around it joined by an empty line, as OBELICS' own builder does.
+The marker that OBELICS left where several documents shared a page ends one document and begins the next; it is never
+text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Part = str | bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare obelics`."""
+    """Add the options of `python -m data prepare obelics`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     add_where(parser, "a row's columns (or general_metadata.NAME)", "perplexity<=1500")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[InputUnit]:
-    """Row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
+    """Return row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
 
     Raises UserError for a file that is no parquet or lacks one of the columns.
     """
@@ -74,7 +74,7 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
 
 
 def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
+    """Yield (where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
     arrow = required("pyarrow", "reading parquet")
     parquet = required("pyarrow.parquet", "reading parquet")
     try:
@@ -92,13 +92,13 @@ def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Row groups."""
+    """Return units of row groups."""
     conditions_of(tuple(args.where_image))
     return parquet_units(args, ("images", "texts", *_columns(args)))
 
 
 def _columns(args: argparse.Namespace) -> list[str]:
-    """Columns that conditions ask for; a name with a dot is of general_metadata."""
+    """Return the columns that conditions name; `general_metadata.NAME` is not a column."""
     names = [name for name, *_ in conditions_of(tuple(args.where))]
     return [name for name in dict.fromkeys(names) if not name.startswith(GENERAL)]
 
@@ -110,7 +110,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a document, or several where the document holds several."""
+    """Yield a document for each page, or several where a page holds several."""
     rule = ImageRule.of(args)
     columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]
     for where, row in parquet_rows(unit, columns):
@@ -131,7 +131,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 
 def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where: str, tally: Tally) -> list[Part]:
-    """Texts and the bytes of the images that are kept, in order. Raises Dropped where a type is wrong."""
+    """Return the texts and the bytes of the kept images, in order. Raises Dropped for a wrong type."""
     images, texts = row["images"], row["texts"]
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Dropped("'images' and 'texts' are not lists of the same length")
@@ -174,12 +174,12 @@ def _general(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """What conditions may ask of a row: its columns, and `general_metadata.NAME`."""
+    """Return what conditions may refer to: a row's columns, and `general_metadata.NAME`."""
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
 def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """The entries of `metadata`, one for each place; an empty one where there is none."""
+    """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
         found = json.loads(row.get("metadata") or "[]")
     except (ValueError, TypeError):
@@ -195,7 +195,7 @@ def _url(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _documents(parts: list[Part]) -> Iterator[list[Part]]:
-    """The parts, divided at the mark that ends a document."""
+    """Yield the parts of each document, divided at the marker."""
     piece: list[Part] = []
     for part in parts:
         if isinstance(part, bytes):
@@ -211,7 +211,7 @@ def _documents(parts: list[Part]) -> Iterator[list[Part]]:
 
 
 def _document(parts: list[Part], meta: dict[str, Any]) -> Document:
-    """Texts that touch are joined by an empty line; an image stands where it stood."""
+    """Return a document; adjacent texts are joined by an empty line."""
     nodes: list[Node] = []
     images: list[bytes] = []
     for part in parts:

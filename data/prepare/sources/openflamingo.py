@@ -24,17 +24,17 @@ LAYOUT = "interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare openflamingo`."""
+    """Add the options of `python -m data prepare openflamingo`."""
     add_document_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Tars."""
+    """Return a unit for each tar."""
     return file_units(args.inputs, (".tar",))
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a sample."""
+    """Yield a document for each sample."""
     rule = ImageRule.of(args)
     for sample in tar_samples(unit.path, unit.label, tally):
         try:
@@ -56,7 +56,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 
 def _generated(body: dict[str, Any], where: str, rule: ImageRule, tally: Tally) -> Document:
-    """A ChatGPT-made sequence. Raises Dropped or Malformed; a place whose image is missing is counted and closed."""
+    """Return a ChatGPT-made sequence, its missing images counted and left out. Raises Dropped or Malformed."""
 
     def image(number: int, text: Any) -> bytes | None:
         try:

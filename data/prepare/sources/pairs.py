@@ -33,7 +33,7 @@ IN_A_UNIT = 10_000  # images of a folder, rows of a table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare pairs`."""
+    """Add the options of `python -m data prepare pairs`."""
     parser.add_argument("--images", metavar="DIR", help="where a table's paths begin (default: the table's folder)")
     parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, filepath or path)")
     parser.add_argument("--caption-column", metavar="NAME", help="of a table (default: caption, title or text)")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Tars whole, tables by rows, folders by files."""
+    """Return units: whole tars, rows of tables, files of folders."""
     conditions_of(tuple(args.where))
     found: list[InputUnit] = []
     for item in args.inputs:
@@ -70,7 +70,7 @@ def _image_names(root: Path) -> Iterator[str]:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a read_image with its caption."""
+    """Yield a document for each image with its caption."""
     rule, conditions = ImageRule.of(args), conditions_of(tuple(args.where))
     if unit.names:
         samples = _from_folder(unit, args)

@@ -32,7 +32,7 @@ IN_A_UNIT = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare video`."""
+    """Add the options of `python -m data prepare video`."""
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second (default 1, as in the paper)")
     parser.add_argument("--max-frames", type=int, default=64, help="most frames kept of a video (default 64)")
     parser.add_argument("--side", type=int, default=480, metavar="PX", help="frames fit into this square (default 480)")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
-    """Tars whole, folders by files."""
+    """Return units: whole tars, files of folders."""
     if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
         raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
     found: list[InputUnit] = []
@@ -63,7 +63,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a video."""
+    """Yield a document for each video."""
     rule = ImageRule.of(args)
     for where, read in _from_folder(unit) if unit.names else _from_tar(unit, tally):
         try:
@@ -131,7 +131,7 @@ def _utf8(raw: bytes) -> str:
 
 
 def _frames(members: dict[str, Callable[[], bytes]], args: argparse.Namespace) -> list[bytes]:
-    """The frames of one sample. Raises Dropped."""
+    """Return the frames of one sample. Raises Dropped."""
     for suffix, read in members.items():
         if suffix in VIDEOS:
             return frames_of(read(), args.fps, args.max_frames, args.side, args.max_pixels)

@@ -25,12 +25,12 @@ KINDS = ("images", "paragraphs", *ONCE)
 
 
 def hash_of(data: bytes) -> int:
-    """64 bits for some bytes."""
+    """Return 64 bits of the hash of some bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def site_of(document: Document) -> str:
-    """The host of a document's address, "" where it has none."""
+    """Return the host of a document's address, "" where it has none."""
     url = document.meta.get("url")
     try:
         return (urlsplit(url).hostname or "") if isinstance(url, str) else ""
@@ -39,19 +39,19 @@ def site_of(document: Document) -> str:
 
 
 def paragraph_hash(site: str, paragraph: str) -> int:
-    """A paragraph is the same only on the same site."""
+    """Return the hash of a paragraph; paragraphs of different sites are different."""
     return hash_of(f"{site}\0{paragraph.strip()}".encode("utf-8", "replace"))
 
 
 def paragraphs_of(document: Document) -> Iterator[str]:
-    """Stretches of text between empty lines and images."""
+    """Yield the paragraphs of a document: text between empty lines and images."""
     for node in document.nodes:
         if isinstance(node, Text):
             yield from (part for part in node.text.split("\n\n") if part.strip())
 
 
 def document_hashes(document: Document) -> dict[str, list[int]]:
-    """What a document has of each of `KINDS`, each thing once."""
+    """Return the hashes of each of `KINDS` in a document, without repetitions."""
     images = sorted({hash_of(image) for image in document.images})
     site, url = site_of(document), document.meta.get("url")
     return {
@@ -93,13 +93,13 @@ class Table:
     sets_kept: Hashes
 
     def has(self, kind: str, value: int) -> bool:
-        """Whether an image or paragraph is among those that return too often."""
+        """Return whether an image or paragraph is one that occurs too often."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
         return at < len(known) and int(known[at]) == value
 
     def keeps(self, kind: str, value: int, place: int) -> bool:
-        """Whether the document at `place` (see `place_of`) is the one of its address, or its images, that stays."""
+        """Return whether the document at `place` (see `place_of`) is the one kept of its address or image set."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
         there = at < len(known) and int(known[at]) == value
@@ -111,13 +111,13 @@ class Table:
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
-        """The inverse of `save`."""
+        """Return the inverse of `save`."""
         with np.load(path, allow_pickle=False) as body:
             return cls(**{name: body[name] for name in cls.__dataclass_fields__})
 
 
 def place_of(shard: int, row: int) -> int:
-    """The order of documents as one number."""
+    """Return a document's position in the corpus as one number."""
     return shard << 32 | row
 
 

@@ -62,7 +62,7 @@ class TextRule:
         common: frozenset[str] = frozenset(),
         spam: frozenset[str] = frozenset(),
     ) -> str:
-        """The first reason against a text, "" when there is none."""
+        """Return the first reason to drop a text, "" when there is none."""
         words = words_of(text)
         if len(words) < self.min_words:
             return f"fewer than {self.min_words} words"
@@ -113,16 +113,16 @@ RULES = {
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case, without the punctuation around them."""
+    """Return the words of a text in lower case, without the punctuation around them."""
     stripped = (word.strip(string.punctuation + "“”‘’…–—").lower() for word in text.split())
     return [word for word in stripped if word]
 
 
 def repetition(items: str | list[str], n: int) -> float:
-    """Share of the n-grams of a text (of characters) or list (of words) that are repetitions.
+    """Return the share of the n-grams of a text (characters) or a list (words) that are repetitions.
 
-    For words, that is of all that occur more than once; for characters, of the sqrt(number of kinds) commonest among
-    those, because single letters always meet again. A text too short for two n-grams has 0.
+    Words: all n-grams that occur more than once count. Characters: only the sqrt(number of distinct n-grams) commonest
+    of those, because some letters always meet again. A text too short for two n-grams has 0.
     """
     grams = (
         Counter(items[at : at + n] for at in range(len(items) - n + 1))
@@ -138,7 +138,7 @@ def repetition(items: str | list[str], n: int) -> float:
 
 
 def punctuation(text: str) -> float:
-    """Punctuation marks among all words and marks."""
+    """Return the share of punctuation marks among all words and marks."""
     tokens = TOKEN.findall(text)
     return sum(token in string.punctuation for token in tokens) / max(len(tokens), 1)
 
@@ -148,7 +148,7 @@ def _share(words: list[str], known: frozenset[str]) -> float:
 
 
 def massive(text: str, words: list[str]) -> str:
-    """MassiveText's rules for a document (Rae et al. 2021, table A1): the first reason against it, or ""."""
+    """Return the first reason of MassiveText (Rae et al. 2021, table A1) to drop a document, or ""."""
     return _quality(text, words) or repeats(text, words)
 
 
@@ -157,7 +157,7 @@ DOUBLE_GRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10
 
 
 def repeats(text: str, words: list[str]) -> str:
-    """MassiveText's rules on repetition within a document: the first reason against it, or ""."""
+    """Return the first reason of MassiveText's rules on repetition to drop a document, or ""."""
     for what, parts in (("lines", text.split("\n")), ("paragraphs", text.split("\n\n"))):
         parts = [part.strip() for part in parts if part.strip()]
         known: set[str] = set()
@@ -179,7 +179,7 @@ def repeats(text: str, words: list[str]) -> str:
 
 
 def _doubled(words: list[str], n: int) -> int:
-    """Characters in runs of n words that stood there before, none counted twice."""
+    """Return how many characters are in runs of n words that occurred before, none counted twice."""
     known: set[tuple[str, ...]] = set()
     covered, free = 0, 0  # words before `free` are counted already
     for at in range(len(words) - n + 1):
@@ -207,7 +207,7 @@ def _quality(text: str, words: list[str]) -> str:
 
 @lru_cache(maxsize=4)
 def word_list(path: str | None) -> frozenset[str]:
-    """The words of a file, one a line. Raises UserError."""
+    """Return the words of a file with one word a line. Raises UserError."""
     if path is None:
         return frozenset()
     try:
