@@ -1,9 +1,8 @@
 """Samples to the tensors of one objective: `FlamingoCollate`, `LanguageCollate`, `PairCollate`.
 
-A collate has two steps. `sample` runs for every sample alone, with that sample's own random numbers, and may raise
-`ContentError`; `batch` puts the results together. Images leave here as raw uint8 (a quarter of the bytes of floats on
-the way between processes); the model normalises them. A batch is ragged: images of all rows in one stack, with
-counts.
+A collate has two steps. `sample` runs for each sample on its own, with that sample's random numbers, and may raise
+`ContentError`; `batch` joins the results. Images stay uint8 (a quarter of the bytes of floats on the way between
+processes); the model normalises them. A batch is ragged: the images of all rows in one stack, with counts.
 
 Letters: B rows, T tokens (the longest row of the batch), I images of all rows, F frames, S side of an image.
 """
@@ -37,12 +36,14 @@ from data.shards.document import Image, Node, Text
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
-SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
+SIDES = re.compile(
+    r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE
+)  # mirroring makes these wrong
 NO_EOS = "the tokenizer has no end-of-text token; set its eos_token"
 
 
 class Collate(Protocol):
-    """What the loader asks of an objective."""
+    """What the loader needs of an objective."""
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
         """Return one sample, ready for `batch`. Raises ContentError when it cannot be used."""
@@ -99,7 +100,7 @@ class FlamingoCollate:
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
-            raise ContentError("empty", "the document has neither text nor images that this dataset uses")
+            raise ContentError("empty", "the document has no text or images that this dataset uses")
         if spec.space_probability and random.random() < spec.space_probability:
             nodes = with_space(nodes)
         may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
@@ -108,7 +109,7 @@ class FlamingoCollate:
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
-            crop="start" if spec.kind == "pairs" else spec.crop,  # else a long caption may lose its image
+            crop="start" if spec.kind == "pairs" else spec.crop,  # a random crop of a long caption may lose its image
             labels=spec.labels,
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
@@ -116,6 +117,7 @@ class FlamingoCollate:
         if len(row.images) == 1 and spec.single_image_share < 1 and random.random() >= spec.single_image_share:
             raise PassedOver
         chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.images]
+        # Only now, when cropping is done, is it known which images the row shows: the others are never read.
         raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
         frames: list[Tensor] = []
         decoded: dict[int, Tensor] = {}  # a document may show one image several times
@@ -171,7 +173,7 @@ class FlamingoCollate:
 def with_space(nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes with a leading space in the first text (the augmentation of pairs in the paper's appendix)."""
     out = list(nodes)
-    first = next((position for position, node in enumerate(out) if isinstance(node, Text)), None)
+    first = next((index for index, node in enumerate(out) if isinstance(node, Text)), None)
     if first is not None:
         text = out[first]
         assert isinstance(text, Text)
@@ -182,8 +184,8 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
 class LanguageCollate:
     """Rows of text only, for training a language model on the text of documents.
 
-    Text nodes that touch are joined as they are, as in a Flamingo row; where images lie between two texts stands a
-    line break; EOS ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
+    Adjacent text nodes are joined as they are, as in a Flamingo row; images between two texts become a line break; EOS
+    ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
     (B, T) int64. `tokenizer` is a transformers tokenizer.
     """
 

@@ -1,4 +1,4 @@
-"""Images on their way into a batch: which frames of a clip, decoded, scaled, coloured and stacked."""
+"""Images on their way into a batch: frames are chosen, decoded, resized, jittered and stacked."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def image_bytes(images: int, size: int) -> int:
 def stacked(frames: Sequence[Tensor], size: int, new: Callable[[Sequence[int], torch.dtype], Tensor]) -> Tensor:
     """Return frames (3, S, S), whatever their memory layout, as one tensor (N, 3, S, S) made by `new`."""
     pixels = new((len(frames), 3, size, size), torch.uint8)
-    for place, frame in zip(pixels, frames, strict=True):
-        place.copy_(frame)
+    for target, frame in zip(pixels, frames, strict=True):
+        target.copy_(frame)
     return pixels
 
 
 def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
     """Return a frame (3, S, S) uint8 with brightness, contrast and saturation times 1 - strength to 1 + strength.
 
-    `draws` are three numbers in [0, 1), one for each. Contrast is around the mean grey, saturation around each pixel's.
+    `draws` are three numbers in [0, 1), one for each. Contrast is relative to the mean grey, saturation to each
+    pixel's.
     """
     brightness, contrast, saturation = (1 + strength * (2 * draw - 1) for draw in draws)
     weights = torch.tensor(GREY).view(3, 1, 1)

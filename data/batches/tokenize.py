@@ -1,15 +1,15 @@
-"""A document to a row of tokens: text node by text node, a window cut out of it, and which image each token sees.
+"""Turns a document into a row of tokens: tokenized node by node, cropped, and with the image that each token sees.
 
     document     <image 0> a kibo <image 1> a lumo
     tokens   <image> a kibo <EOC> <image> a lumo <EOC> <eos>
     phi         1    1   1    1      2    2   2    2     2
 
 `<EOC>` ends a chunk: it stands before every `<image>` that does not begin the row, and at the end before EOS. Special
-tokens are spliced in as ids, so a document whose text says "<image>" stays text. What is notable: the window is cut
-between tokens and only images whose token is in it are ever decoded; a row that would show more than `max_images`
-images ends before the first one too many, so no text is ever learnt beside an image that is not its own.
+tokens are spliced in as ids, so "<image>" in a document's text stays text. A crop is cut between tokens, and only
+images whose token is inside are decoded. A row that would show more than `max_images` images ends before the first one
+too many, so that no text is trained on beside an image that is not its own.
 
-The image placement of the paper (section 3.1.3, p_next) is a choice of phi and moves no token:
+The paper's image placement (section 3.1.3, p_next) is a choice of phi and moves no token:
 
     previous    1    1   1    1      2    2   2    2     2
     next        1    2   2    2      2    0   0    0     0
@@ -32,15 +32,15 @@ from data.shards.document import Image, Node, Text
 IGNORED = -100  # no loss on this token
 
 
-# The tokenizers of transformers change while they tokenize and raise when two threads do it at once. A process that was
-# forked meanwhile gets a lock of its own: the thread that would open the old one does not exist there.
+# The tokenizers of transformers have mutable state and raise when two threads use one at once. A process forked
+# meanwhile gets a new lock: the thread that would release the old one does not exist there.
 _TOKENIZING = [threading.Lock()]
 os.register_at_fork(after_in_child=lambda: _TOKENIZING.__setitem__(0, threading.Lock()))
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The ids that are spliced between texts. `bos` is None for a tokenizer without one."""
+    """Ids spliced between texts. `bos` is None for a tokenizer without one."""
 
     image: int
     eoc: int
@@ -51,7 +51,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True)
 class DocumentTokens:
-    """A whole document, before any window: ids, whether a token is learnt, and where each image's token stands."""
+    """A whole document before cropping: ids, which of them are in the loss, and the position of each image's token."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -70,7 +70,7 @@ class TokenRow:
 
 
 class CachedEncoder:
-    """Text to token ids, remembering the last texts: captions repeat, and a dictionary is faster than any tokenizer."""
+    """Text to token ids, with a cache: captions repeat, and a dictionary is faster than any tokenizer."""
 
     def __init__(self, encode: Callable[[str], list[int]], limit: int = 1 << 16) -> None:
         self.encode, self.limit = encode, limit
@@ -97,13 +97,13 @@ PROBES = ("A cat, 12 dogs.\n", " <image>x<|endofchunk|> \u00e9\u4e16 ", "a  b\t<
 
 
 class QuickEncoder:
-    """A private copy of a fast tokenizer's core: the same ids without the work that its Python side does around it."""
+    """A private copy of a fast tokenizer's core: the same ids without the overhead of its Python side."""
 
     def __init__(self, core: Tokenizer) -> None:
         self.core = Tokenizer.from_str(core.to_str())
         self.core.no_padding()
         self.core.no_truncation()
-        self.core.encode_special_tokens = True  # a special token's name in a text is text
+        self.core.encode_special_tokens = True  # the name of a special token in a text is text
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens."""
@@ -130,24 +130,24 @@ def tokenize_document(
     loss_mask: list[bool] = []
     positions: list[int] = []
     images: list[Image] = []
-    last = True
+    in_loss = True  # whether the text before is: its EOC goes with it
     for node in nodes:
         if isinstance(node, Text):
             tokens = encode(node.text)
             ids += tokens
             loss_mask += [node.loss] * len(tokens)
-            last = node.loss
+            in_loss = node.loss
             continue
         if ids:
             ids.append(special.eoc)
-            loss_mask.append(last)
+            loss_mask.append(in_loss)
         positions.append(len(ids))
         images.append(node)
         ids.append(special.image)
         loss_mask.append(False)
-        last = True
+        in_loss = True
     ids += (special.eoc, special.eos)
-    loss_mask += (last, last)
+    loss_mask += (in_loss, in_loss)
     return DocumentTokens(ids, loss_mask, positions, images)
 
 
@@ -170,9 +170,9 @@ def make_row(
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
 ) -> TokenRow:
-    """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` images out of a document.
+    """Crop a document to `max_tokens` tokens (BOS included) and its first `max_images` images.
 
-    `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next image.
+    `draws` are two numbers in [0, 1): where a random crop begins, and whether tokens see the next image.
     """
     see_next = draws[1] < next_image_probability
     start, stop = crop_of(len(document.ids), max_tokens - (special.bos is not None), crop, draws[0])
@@ -181,7 +181,7 @@ def make_row(
         stop = document.positions[inside[max_images]]
         inside = inside[:max_images]
     while not see_next and inside and document.positions[inside[-1]] == stop - 1 and stop - start > 1:
-        inside.pop()  # its token ends the window: nothing that is learnt would see it
+        inside.pop()  # its token ends the crop: nothing in the loss would see it
         stop -= 1
     begin = [] if special.bos is None else [special.bos]
     ids = np.array(begin + document.ids[start:stop], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""This loader at the same work: the same shards, tokenizer, image size, windows and images a document."""
+"""This loader doing the same work: the same shards, tokenizer, image size, crops and images per document."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Three shims, without which it does not run beside webdataset 1.0 and transformers 5:
 - webdataset's `tar_file_expander` gives an end mark after each shard, which its grouping takes for a file: left out;
-- `additional_special_tokens` and their ids are no attributes of a tokenizer any more: given back;
+- `additional_special_tokens` and their ids are not attributes of a tokenizer any more: given back;
 - it needs at least one worker (`persistent_workers` is always on).
 """
 

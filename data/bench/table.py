@@ -132,7 +132,7 @@ def limit_rows(
     rate = index_rate(material.mmc4.parent / "many.tar")
     rows.append(("index: members/s", "", f"{rate:,.0f}", "", ">= 100,000", rate >= LEAST_INDEX_RATE))
     fill, plain = fills(material)
-    rows.append(("pairs: share of places that are tokens", "", f"{plain:.3f}", "", "", True))
+    rows.append(("pairs: share of positions that are tokens", "", f"{plain:.3f}", "", "", True))
     rows.append(
         ("the same, packed in rows of 256", "", f"{fill:.3f}", f"{fill / plain:.2f}", ">= 0.95", fill >= LEAST_FILL)
     )

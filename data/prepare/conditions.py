@@ -32,7 +32,7 @@ def conditions_of(texts: tuple[str, ...]) -> list[Condition]:
     for text in texts:
         match = CONDITION.match(text)
         if match is None:
-            raise UserError(f"--where {text!r} is no condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
+            raise UserError(f"--where {text!r} is not a condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
         found.append((match[1], match[2], match[3]))
     return found
 
@@ -53,7 +53,7 @@ def _hold(facts: Mapping[str, Any], name: str, compare: str, value: str) -> None
         left, right = float(have), float(value)
     except (TypeError, ValueError):
         if compare not in ("=", "!="):
-            raise Dropped(f"{name!r} is no number") from None
+            raise Dropped(f"{name!r} is not a number") from None
     holds = {
         "=": left == right,
         "!=": left != right,

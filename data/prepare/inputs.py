@@ -118,7 +118,7 @@ def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[st
     """Yield (key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
 
     `inside` names the member of the outer object whose items are meant. Raises UserError, with the byte, where the file
-    is no such JSON.
+    is not such JSON.
     """
     with Path(path).open("rb") as file:
         scanner = _Scanner(file, str(path))
@@ -247,7 +247,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
                 if end is not None and at >= end:
                     return
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no table in UTF-8 near byte {at} ({one_line(error)})") from None
+            raise UserError(f"{path} is not a UTF-8 table: error near byte {at} ({one_line(error)})") from None
 
 
 def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUnit]:

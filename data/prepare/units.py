@@ -54,7 +54,7 @@ class InputUnit:
         return hashlib.sha256(body.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-class Dropped(Exception):  # noqa: N818 (it is no error: a document or image that is left out, and the reason to count by)
+class Dropped(Exception):  # noqa: N818 (not an error: a document or image that is left out, and the reason to count by)
     """A document or image that is left out. `reason` is a few words to count by, the same for all like it."""
 
     def __init__(self, reason: str) -> None:

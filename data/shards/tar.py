@@ -74,7 +74,7 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
         if view[: len(magic)] == magic:
             raise UserError(f"shard {path} is {kind}-compressed; decompress it first (offsets need a plain tar)")
     if view[: len(LFS)] == LFS:
-        raise UserError(f"shard {path} is no tar but a Git-LFS pointer to one; fetch the shard itself: git lfs pull")
+        raise UserError(f"shard {path} is not a tar but a Git-LFS pointer to one; fetch the shard itself: git lfs pull")
     end, at = len(view), 0
     common: dict[str, str] = {}  # PAX records for all members that follow
     own: dict[str, str] = {}  # and for the next one
@@ -89,7 +89,7 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
                 raise ValueError
             size, kind_flag = _number(header[124:136]), header[156:157]
         except ValueError:
-            raise UserError(f"shard {path} is no tar or damaged: no header at byte {at}") from None
+            raise UserError(f"shard {path} is not a tar, or is damaged: no header at byte {at}") from None
         records = common | own
         if kind_flag not in b"xgLK" and "size" in records:
             size = int(records["size"])

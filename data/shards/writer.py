@@ -73,7 +73,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is no PNG, JPEG, WebP, GIF or BMP")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a PNG, JPEG, WebP, GIF or BMP")
     if layout == "interleaved":
         images = [
             (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))
@@ -81,7 +81,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
         return [("json", nodes_to_json(document.nodes, document.meta)), *images]
     texts = [node.text for node in document.nodes if isinstance(node, Text)]
     if len(document.images) != 1 or len(texts) != 1 or document.nodes != [Image((0,)), document.nodes[-1]]:
-        raise UserError(f"document {document.key!r} is no pair: a pair is one image followed by one text")
+        raise UserError(f"document {document.key!r} is not a pair: a pair is one image followed by one text")
     members = [(str(kinds[0]), document.images[0]), ("txt", to_utf8(texts[0]))]
     if document.meta:
         members.append(("json", to_utf8(json.dumps(document.meta, ensure_ascii=False, separators=(",", ":")))))

@@ -137,7 +137,7 @@ def test_img2datasets_shards_and_what_is_broken_in_them(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", document(0, "x"))
     assert "must not be negative" in refusal(tmp_path / "o", "deduplicate", folder, "--min-images", -1)
-    assert "is no condition" in refusal(tmp_path / "o", "deduplicate", folder, "--where", "perplexity")
+    assert "is not a condition" in refusal(tmp_path / "o", "deduplicate", folder, "--where", "perplexity")
     assert "does not exist" in refusal(tmp_path / "o", "deduplicate", tmp_path / "none")
 
 

@@ -74,9 +74,9 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
         "'image' is neither a path nor a list of paths": 1,
         "'conversations' is not a list of turns": 1,
         "a turn is neither from 'human' nor from 'gpt'": 1,
-        "a turn is no object with 'from' and 'value'": 1,
+        "a turn is not an object with 'from' and 'value'": 1,
         "no answer": 1,
-        "item is no JSON object": 1,
+        "item is not a JSON object": 1,
     }
     assert "(first: llava.json item 4)" in done.report
 
@@ -87,7 +87,7 @@ def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
     options = ("--images", images, "--user", "Q: ", "--assistant", " A:", "--drop-text-only")
     done = prepare(tmp_path / "out", "llava", path, *options)
     assert [flat(document) for document in done.documents] == [[jpeg(0), "Q: What? A:", " A cat."]]
-    assert done.dropped == {"no image": 1, "item is no JSON object": 1}
+    assert done.dropped == {"no image": 1, "item is not a JSON object": 1}
     pointer = tmp_path / "p.json"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "p.json is a Git-LFS pointer" in refusal(tmp_path / "o", "llava", pointer, "--images", images)
@@ -221,7 +221,7 @@ def test_m3it_under_other_names(tmp_path: Path) -> None:
     assert done.dropped == {
         "'instruction' is not text": 1,
         "'img_str' is neither a string nor a list": 1,
-        "line is no JSON object": 1,
+        "line is not a JSON object": 1,
     }
     assert "must be NAME=HERE" in refusal(tmp_path / "o", "m3it", path, "--field", "image=x")
     table = tmp_path / "a.parquet"

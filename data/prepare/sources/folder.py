@@ -39,7 +39,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     found: list[InputUnit] = []
     for item in args.inputs:
         if not Path(item).is_dir():
-            raise UserError(f"input {item} is no folder; give the folder of the documents")
+            raise UserError(f"input {item} is not a folder; give the folder of the documents")
         names = [label for label, _ in input_files([item], SUFFIXES)]
         found += folder_units(item, names, IN_A_UNIT)
     return found

@@ -64,7 +64,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule: ImageRule) -> Document:
     """Return the document of one item. Raises Dropped."""
     if not isinstance(item, dict):
-        raise Dropped("item is no JSON object")
+        raise Dropped("item is not a JSON object")
     turns = _turns(item.get("conversations", item.get("conversatons")))
     names = item.get("image") or []
     names = [names] if isinstance(names, str) else names
@@ -86,7 +86,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise Dropped("a turn is no object with 'from' and 'value'")
+            raise Dropped("a turn is not an object with 'from' and 'value'")
         speaker = turn.get("from")
         if speaker == "system":
             continue

@@ -60,7 +60,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
     for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
         try:
             if not isinstance(row, dict):
-                raise Dropped("line is no JSON object")
+                raise Dropped("line is not a JSON object")
             yield _document(row, names, args, rule)
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)

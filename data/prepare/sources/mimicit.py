@@ -145,7 +145,7 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
     body = _value("instructions.sqlite", name, args)
     if not isinstance(body, dict):
-        raise Dropped("instruction is missing" if body is None else "instruction is no object")
+        raise Dropped("instruction is missing" if body is None else "instruction is not an object")
     return body
 
 

@@ -91,11 +91,11 @@ def parsed_document(
 ) -> Document | None:
     """Return the document of a line's JSON, or None when it is dropped; the tally counts both."""
     if isinstance(body, Exception):
-        tally.drop_document("line is no JSON", where)
+        tally.drop_document("line is not JSON", where)
         return None
     try:
         if not isinstance(body, dict):
-            raise Dropped("line is no JSON object")
+            raise Dropped("line is not a JSON object")
         sentences, listed = read_document(body, args.matching)
         if args.drop_url_duplicates and body.get("could_have_url_duplicate"):
             raise Dropped("url may be a duplicate")

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[InputUnit]:
     """Return row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
 
-    Raises UserError for a file that is no parquet or lacks one of the columns.
+    Raises UserError for a file that is not parquet or lacks one of the columns.
     """
     parquet = required("pyarrow.parquet", "reading parquet")
     units = []
@@ -59,7 +59,7 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         except (ValueError, OSError) as error:
             raise UserError(
-                f"{unit.path} is no parquet file, or truncated ({one_line(error)}); download it again"
+                f"{unit.path} is not a parquet file, or truncated ({one_line(error)}); download it again"
             ) from None
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
