@@ -1,4 +1,4 @@
-"""Frames out of a video file, through PyAV."""
+"""Extracts frames from a video file, through PyAV."""
 
 from __future__ import annotations
 

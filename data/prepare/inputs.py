@@ -1,7 +1,6 @@
-"""Files in: which they are, and JSON lines, JSON arrays and tables read piece by piece.
+"""Reads the files of the input: JSON lines, JSON arrays and tables, a unit at a time.
 
-What is notable: nothing is read whole. A large file is cut into units at lines, items or rows; one pass finds where
-they begin.
+No file is loaded whole. A large one is cut into units at lines, items or rows; one pass finds where they begin.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise UserError when a file is only Git-LFS' note of where it would be."""
+    """Raise UserError when a file is only a Git-LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             raise UserError(f"{path} is a Git-LFS pointer of some 130 bytes, not the file; fetch it with: git lfs pull")
@@ -109,7 +108,7 @@ def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
     with Path(unit.path).open("rb") as file:
         if unit.begin:
             file.seek(unit.begin - 1)
-            file.readline()  # the rest of a line that began before
+            file.readline()  # the rest of a line that began in the previous unit
         while (at := file.tell()) < unit.end:
             yield f"{unit.label} byte {at}", file.readline()
 
@@ -117,8 +116,8 @@ def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
 def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
     """Yield (key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
 
-    `inside` names the member of the outer object whose items are meant. Raises UserError, with the byte, where the file
-    is not such JSON.
+    `inside` names the member of the outer object whose items are read. Raises UserError, naming the byte, for other
+    JSON.
     """
     with Path(path).open("rb") as file:
         scanner = _Scanner(file, str(path))
@@ -126,7 +125,7 @@ def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[st
         if inside is not None:
             while True:
                 if scanner.peek() == "}":
-                    raise UserError(f"{path} has no member {inside!r}; is it the right file?")
+                    raise UserError(f"{path} has no member {inside!r}; is this the right file?")
                 key = scanner.value()[0]
                 scanner.take(":")
                 if key == inside:
@@ -148,7 +147,7 @@ def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[st
 
 
 class _Scanner:
-    """Values of a JSON text one after another. Read as Latin-1, in which a character is a byte."""
+    """A reader of one JSON value after another. It reads Latin-1, in which a character is a byte."""
 
     def __init__(self, file: io.BufferedReader, path: str) -> None:
         self.file, self.path = file, path
@@ -159,7 +158,7 @@ class _Scanner:
         self.base = file.tell()
 
     def _more(self) -> bool:
-        """Read on, at least as much again as is held, so that a long value is not parsed often."""
+        """Read at least as much again as is held, so that a long value is not parsed many times."""
         raw = self.file.read(max(1 << 20, len(self.text) - self.at))
         self.base += self.at
         self.text, self.at = self.text[self.at :] + raw.decode("latin-1"), 0
@@ -179,8 +178,8 @@ class _Scanner:
         """Return the next character, which must be one of these."""
         if (character := self.peek()) not in allowed:
             raise UserError(
-                f"{self.path} is not the JSON that is expected here: {character!r} at byte {self.base + self.at}, "
-                f"not {' or '.join(allowed)}"
+                f"{self.path} is not the expected JSON: {character!r} at byte {self.base + self.at}, "
+                f"expected {' or '.join(allowed)}"
             )
         self.at += 1
         return character
@@ -191,7 +190,7 @@ class _Scanner:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # a number could go on
+                if end < len(self.text) or not self._more():  # a number could continue
                     break
             except (json.JSONDecodeError, RecursionError) as error:
                 if not self._more():

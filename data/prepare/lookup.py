@@ -1,8 +1,8 @@
-"""Bytes by name from files too large to hold: where each image lies, in an SQLite file made once.
+"""Looks up bytes by name in files too large for memory: an SQLite file, made once, says where each image lies.
 
-For images by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; its
-keys are positions in a list, which joins nothing), or a map, CSV, TSV or JSONL with `url` and `path` (below the map's
-folder).
+For images by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; the
+keys are positions in some list and identify nothing), or a map: CSV, TSV or JSONL with `url` and `path` (below the
+map's folder).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _hash(name: str) -> bytes:
 
 
 def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: str = "") -> None:
-    """Write the lookup under its name when it is whole. Of names that occur twice the first is kept."""
+    """Write a lookup; it appears under its name when it is complete. Of duplicate names the first is kept."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     base = sqlite3.connect(partial, isolation_level=None)
@@ -39,7 +39,7 @@ def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: st
         base.execute("PRAGMA journal_mode=OFF")
         base.execute("PRAGMA synchronous=OFF")
         base.execute("CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT)")
-        base.execute("CREATE TABLE places (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
+        base.execute("CREATE TABLE locations (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
         base.execute("BEGIN")
         base.execute("INSERT INTO files VALUES (0, ?), (-1, ?)", (root, stamp))
         last, number = None, 0
@@ -48,7 +48,7 @@ def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: st
                 number += 1
                 last = file
                 base.execute("INSERT INTO files VALUES (?, ?)", (number, file))
-            base.execute("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
+            base.execute("INSERT OR IGNORE INTO locations VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
         base.execute("COMMIT")
     finally:
         base.close()
@@ -56,7 +56,7 @@ def build_lookup(path: Path, entries: Iterable[Entry], root: str = "", stamp: st
 
 
 class Lookup:
-    """Reads what `build_lookup` wrote."""
+    """A reader of what `build_lookup` wrote."""
 
     def __init__(self, path: str | Path) -> None:
         self.base = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
@@ -65,17 +65,17 @@ class Lookup:
         self._open: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
-        found = self.base.execute("SELECT 1 FROM places WHERE name = ?", (_hash(name),)).fetchone()
-        return found is not None
+        row = self.base.execute("SELECT 1 FROM locations WHERE name = ?", (_hash(name),)).fetchone()
+        return row is not None
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a name. Raises Dropped when there is none."""
-        found = self.base.execute(
-            "SELECT path, offset, size FROM places JOIN files ON id = file WHERE name = ?", (_hash(name),)
+        row = self.base.execute(
+            "SELECT path, offset, size FROM locations JOIN files ON id = file WHERE name = ?", (_hash(name),)
         ).fetchone()
-        if found is None:
+        if row is None:
             raise Dropped("image is missing")
-        path, offset, size = found
+        path, offset, size = row
         if offset < 0:
             assert self.folder is not None
             return self.folder.read(path)
@@ -85,7 +85,7 @@ class Lookup:
             self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         data = os.pread(self._open[path], size, offset)
         if len(data) != size:
-            raise UserError(f"{path} became shorter while it was read; begin again when it is whole")
+            raise UserError(f"{path} became shorter while it was read; start again when it is complete")
         return data
 
     def close(self) -> None:
@@ -98,8 +98,8 @@ class Lookup:
 
 def open_lookup(path: str) -> Lookup:
     """Return a lookup, opened once per process."""
-    found = Path(path).stat()
-    return _opened(path, found.st_ino, found.st_mtime_ns)
+    status = Path(path).stat()
+    return _opened(path, status.st_ino, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
@@ -117,7 +117,7 @@ def build_url_lookup(path: Path, images: Sequence[str]) -> None:
     files = [(str(maps[0]), maps[0])] if maps else input_files(images, (".tar",))
     stamp = json.dumps([(str(file.resolve()), file.stat().st_size) for _, file in files])
     if path.exists() and _stamp_of(path) == stamp:
-        return  # from before the run was stopped
+        return  # made before the run was interrupted
     if maps:
         build_lookup(path, _map_entries(maps[0]), str(maps[0].parent), stamp)
     else:

@@ -65,20 +65,20 @@ def _check(source: str, parts: list[dict[str, Any]]) -> None:
     numbers = [part["part"][0] for part in parts]
     if any(part["fingerprint"] != parts[0]["fingerprint"] or part["part"][1] != wanted for part in parts):
         raise UserError(
-            f"the parts of {source} were prepared with different inputs, options or numbers of parts; prepare all of "
-            "them the same way"
+            f"the parts of {source} were prepared with different inputs, options or numbers of parts; prepare them all "
+            "the same way"
         )
     if missing := sorted(set(range(1, wanted + 1)) - set(numbers)):
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise UserError(f"{source}: {len(missing)} of {wanted} parts are missing ({shown}); prepare them, then merge")
     if len(numbers) > wanted:
-        raise UserError(f"{source}: a part is there twice (numbers {sorted(numbers)}); name each folder once")
+        raise UserError(f"{source}: a part occurs twice (numbers {sorted(numbers)}); name each folder once")
 
 
 def _bring(here: Path, there: Path, size: int) -> None:
     """Put a shard and its index into the merged folder: by hard link where the file system allows it, else by copy."""
     if not here.exists() or here.stat().st_size != size:
-        raise UserError(f"shard {here} is missing or has another size than its part manifest says; prepare it again")
+        raise UserError(f"shard {here} is missing or differs in size from its part manifest; prepare that part again")
     if here.resolve() == there.resolve():
         return
     for source, target in ((index_path(here), index_path(there)), (here, there)):

@@ -1,4 +1,4 @@
-"""Samples of tars made elsewhere, by webdataset's rule of names, with the bytes read when asked for."""
+"""Reads samples of tars made elsewhere, grouped by webdataset's rule of names; bytes are read when asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.shards.tar import walk
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """A sample: where the bytes of each suffix lie."""
+    """A sample: the offset and size of each suffix's bytes."""
 
     key: str
     where: str

@@ -1,4 +1,4 @@
-"""Questions and answers as nodes: the question is read and not learnt, the answer is learnt."""
+"""Questions and answers as nodes: only answers are in the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine and the sources share: a piece of input, the count of what was kept and dropped, and why."""
+"""What the engine and the sources share: a unit of the input, and the counts of what was kept and dropped, and why."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data.shards.document import Document, to_utf8
 from data.shards.writer import MANIFEST_VERSION
 from flamingo.errors import UserError
 
-# Options that say where things are or how fast to go. They change no document, so they are not in the manifest.
-PLACES = {
+# Options for where things are or how fast to work. They change no document, so the manifest leaves them out.
+NOT_RECORDED = {
     "command",
     "source",
     "out",
@@ -33,11 +33,10 @@ PLACES = {
 
 @dataclass(frozen=True, slots=True)
 class InputUnit:
-    """A piece of the input that is prepared by one process, into shards of its own.
+    """A part of the input that one process turns into shards of its own.
 
-    `label` is what a person calls it, free of the folder it lies in. `begin` and `end` are counted in whatever the
-    source reads by (bytes, rows, row groups); `names` are the files of a piece that is a list of files. `size` tells
-    another version of the same file apart.
+    `label` names it without the folder it lies in. `begin` and `end` count whatever the source reads by (bytes, rows,
+    row groups); `names` are the files of a unit that is a list of files. `size` tells versions of the same file apart.
     """
 
     label: str
@@ -49,13 +48,13 @@ class InputUnit:
 
     @property
     def digest(self) -> str:
-        """The piece without its place, so that a moved input is still the same."""
+        """Digest of the unit without its folder, so that a moved input is still the same."""
         body = json.dumps([self.label, self.begin, self.end, self.size, self.names])
         return hashlib.sha256(body.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-class Dropped(Exception):  # noqa: N818 (not an error: a document or image that is left out, and the reason to count by)
-    """A document or image that is left out. `reason` is a few words to count by, the same for all like it."""
+class Dropped(Exception):  # noqa: N818 (not an error)
+    """A document or image that is left out. `reason` is a short phrase to count by."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -64,7 +63,7 @@ class Dropped(Exception):  # noqa: N818 (not an error: a document or image that 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the documents and images of the input: kept, or dropped and why, with the first of each reason."""
+    """Counts of the documents and images that were kept and dropped, by reason, with the first case of each reason."""
 
     documents: int = 0
     images: int = 0
@@ -83,11 +82,11 @@ class Tally:
         self._remember(f"image: {reason}", where)
 
     def _remember(self, name: str, where: str) -> None:
-        if name not in self.first:  # printable, whatever a file or an address is called
+        if name not in self.first:  # printable, whatever the name of a file or an address
             self.first[name] = where[:200].encode("utf-8", "replace").decode()
 
     def add(self, other: Tally) -> None:
-        """Add the counts of a later piece."""
+        """Add the counts of a later unit."""
         self.documents += other.documents
         self.images += other.images
         self.dropped_documents.update(other.dropped_documents)
@@ -121,7 +120,7 @@ class Tally:
 
 
 class SourceModule(Protocol):
-    """What the engine asks of a source's module (see `data.prepare`)."""
+    """What the engine needs of a source's module (see `data.prepare`)."""
 
     LAYOUT: str
 
@@ -142,7 +141,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide what the shards hold, in alphabetical order."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in PLACES and value is not None}
+    return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_RECORDED and value is not None}
 
 
 def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) -> str:
@@ -152,7 +151,7 @@ def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) ->
 
 
 def write_json(path: Path, body: Any) -> None:
-    """Write JSON under its name only when it is whole."""
+    """Write JSON; the file appears under its name only when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
     partial.replace(path)

@@ -1,9 +1,9 @@
-"""Shards that lie elsewhere: any URL that webdataset opens, http(s) with resuming, and what fsspec knows (s3).
+"""Downloads shards: from any URL that webdataset opens, from http(s) with resuming, and from what fsspec knows (s3).
 
     https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
 
-What is notable: a download that breaks off goes on where it was (http, fsspec) and gives up only after several attempts
-*without any progress*. A shard that the server says is not there is an error at once.
+An interrupted download resumes where it was (http, fsspec) and gives up only after several attempts *without any
+progress*. A shard that the server does not have is an error at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flamingo.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
-GONE = (400, 401, 403, 404, 405, 410)  # answers that the next attempt would get as well
+GONE = (400, 401, 403, 404, 405, 410)  # the next attempt would get the same answer
 
 
 def is_remote(path: str) -> bool:
@@ -37,10 +37,10 @@ def expand(pattern: str) -> list[str]:
 
     try:
         parts = [pattern] if "[" in pattern else pattern.split("::")  # but not the colons of [::1]
-        found = [one for part in parts for one in (braceexpand(part) if "{" in part else [part])]
+        urls = [url for part in parts for url in (braceexpand(part) if "{" in part else [part])]
     except ValueError:
         raise UserError(f"shards {pattern}: the braces are not balanced") from None
-    return [one.removeprefix("file://") for one in found]
+    return [url.removeprefix("file://") for url in urls]
 
 
 def download(
@@ -51,10 +51,11 @@ def download(
     first_wait: float = FIRST_WAIT,
     wanted: Callable[[], bool] | None = None,
 ) -> int:
-    """Write what a URL gives to a file, going on behind what the file already has. Returns how often it broke off.
+    """Write what a URL returns to a file, resuming after what the file already has; return how often it was
+    interrupted.
 
-    Raises UserError, naming the URL, when it is not there, when `attempts` attempts in a row brought nothing new, and
-    as soon as it is not `wanted` any more.
+    Raises UserError, naming the URL, when it does not exist, when `attempts` attempts in a row brought nothing new, and
+    as soon as it is no longer `wanted`.
     """
     failed = broken = 0
     begun = time.monotonic()
@@ -68,7 +69,7 @@ def download(
             error.close()
             if error.code in GONE:
                 raise UserError(
-                    f"shard {url} cannot be had: the server answers {error.code} {error.reason}; correct the URL"
+                    f"shard {url} cannot be fetched: the server answers {error.code} {error.reason}; correct the URL"
                 ) from None
             failure: Exception = error
         except FileNotFoundError as error:
@@ -81,7 +82,7 @@ def download(
         if failed >= attempts:
             raise UserError(
                 f"shard {url} could not be fetched: {failed} attempts in a row over {time.monotonic() - begun:.1f} s "
-                f"brought nothing, the last one: {failure}; start again when the server answers"
+                f"brought nothing, the last one: {failure}; start again when the server responds"
             ) from None
         time.sleep(first_wait * 2 ** max(0, failed - 1))
 
@@ -100,7 +101,7 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
             file.write(chunk)
             got += len(chunk)
             if wanted is not None and got != expected and not wanted():
-                raise UserError(f"shard {url} is not wanted any more")
+                raise UserError(f"shard {url} is no longer wanted")
     if expected is not None and got < expected:
         raise OSError(f"the connection closed after {got} of {expected} bytes")
 
@@ -113,7 +114,7 @@ def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
         try:
             answer = urllib.request.urlopen(request, timeout=TIMEOUT)
         except HTTPError as error:
-            if error.code != 416:  # the file here is longer than the one there: start anew
+            if error.code != 416:  # the local file is longer than the remote one: start over
                 raise
             error.close()
             answer = urllib.request.urlopen(url, timeout=TIMEOUT)
@@ -145,7 +146,7 @@ def _fsspec_opened(url: str) -> BinaryIO:
     except ImportError as error:
         scheme = url.split(":", 1)[0]
         raise UserError(
-            f"shard {url}: {scheme}:// needs a package that is not here ({error}); for s3 install the extra "
+            f"shard {url}: {scheme}:// needs a package that is not installed ({error}); for s3 install the extra "
             "'flamingo-vlm[s3]', or name the shards as pipe:COMMAND"
         ) from None
     except ValueError as error:
@@ -154,5 +155,5 @@ def _fsspec_opened(url: str) -> BinaryIO:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on a folder's disk."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize

@@ -1,4 +1,4 @@
-"""What a document is, in memory and as JSON: text and images in reading order.
+"""A document in memory and as JSON: text and images in reading order.
 
     {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},{"c":[1,2],"fps":1.0}],"meta":{}}
 
@@ -20,7 +20,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A stretch of text. `loss=False` marks text that is read but never learnt (a question)."""
+    """A run of text. `loss=False` marks text that is read but not in the loss (a question)."""
 
     text: str
     loss: bool = True
@@ -39,7 +39,7 @@ Node = Text | Image
 
 @dataclass(slots=True)
 class Document:
-    """Text and images in reading order; `images` holds encoded bytes. An empty `key` is filled in by the writer."""
+    """Text and images in reading order; `images` holds encoded bytes. The writer replaces an empty `key`."""
 
     key: str
     nodes: list[Node]
@@ -82,7 +82,7 @@ def to_utf8(text: str) -> bytes:
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
     """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
     if body.get("v") != VERSION:
-        raise ValueError(f"format version {body.get('v')!r}, this program reads {VERSION}")
+        raise ValueError(f"format version {body.get('v')!r}, this program reads version {VERSION}")
     if not isinstance(body["nodes"], list):
         raise ValueError("'nodes' is not a list")
     nodes: list[Node] = []
@@ -126,7 +126,7 @@ def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple
 
 
 def check_images(nodes: Iterable[Node], present: Collection[int], where: str) -> None:
-    """Raise UserError, with both numbers, when the nodes name images that the sample does not have."""
+    """Raise UserError when the nodes name an image that the sample does not have."""
     used = {frame for node in nodes if isinstance(node, Image) for frame in node.frames}
     if missing := used - set(present):
         raise UserError(

@@ -1,10 +1,10 @@
-"""Where every member of a tar lies: one walk over the headers, kept beside the tar as `{shard}.tar.idx`.
+"""The index of a tar: the offset of every member, from one walk over the headers, saved as `{shard}.tar.idx`.
 
-With the offsets known, any sample is one `pread` away, so the order of training is free and resuming costs nothing.
-Columns are mapped, not read: the processes of a machine share them. What is notable: samples are grouped exactly as
-webdataset groups them (the name up to the first dot of its last part is the key), but what webdataset passes over in
-silence is an error here: a truncated tar, a key that returns later in the tar, a suffix twice in one sample. The
-sidecar knows its tar's size and a digest of both ends, so it cannot go stale unnoticed.
+With the offsets known, any sample is one `pread` away, so training may use any order and resuming costs nothing.
+Columns are mapped, not read: the processes of a machine share them. Samples are grouped exactly as webdataset does (the
+key is the name up to the first dot of its last part), but what webdataset ignores is an error here: a truncated tar, a
+key that occurs again later in the tar, a suffix twice in one sample. The index holds its tar's size and a digest of
+both ends, so it cannot go stale unnoticed.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ class TarIndex:
     def head(self) -> IndexHead:
         """Return what the order needs to know of this shard."""
         rows = {kind: self.usable(kind) for kind in KINDS}
-        counts = {kind: len(self) if found is None else len(found) for kind, found in rows.items()}
+        counts = {kind: len(self) if usable is None else len(usable) for kind, usable in rows.items()}
         return IndexHead(self.tar_size, self.digest, counts)
 
     def save(self, path: str | Path) -> None:
-        """Write the sidecar: magic, header length, JSON header, then the columns, widest first."""
+        """Write the index: magic, header length, JSON header, then the columns, widest first."""
         columns = {name: getattr(self, name) for name in COLUMNS}
         header = {"v": VERSION, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
         body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
@@ -213,7 +213,7 @@ def _header(raw: bytes, path: Path, tar: str | Path) -> tuple[dict[str, Any], in
 
 
 def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
-    """Return the head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
+    """Return the head of a tar's index, from its first bytes. Raises UserError when it is damaged."""
     path = sidecar or index_path(tar)
     try:
         with path.open("rb") as file:
@@ -227,13 +227,13 @@ def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
 
 
 def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Path = "", check: bool = True) -> TarIndex:
-    """Map a tar's sidecar. Raises UserError when it is damaged or does not belong to the tar as it is now.
+    """Map a tar's index. Raises UserError when it is damaged or does not belong to the tar as it is now.
 
-    `local` is the file to compare it with where that is a copy; without `check` nothing is compared.
+    `local` is the file to compare it with when that is a copy; without `check` nothing is compared.
     """
     path = sidecar or index_path(tar)
     try:
-        # A plain view: slices of a memmap object cost several times as much.
+        # A plain view: slicing a memmap object costs several times as much.
         raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         header, at = _header(raw[:HEAD_BYTES].tobytes(), path, tar)
         columns = {}
@@ -257,15 +257,15 @@ def wrong_size(tar: str | Path, size: int, expected: int) -> UserError:
     """Return the error for a tar whose size is not the one in its index."""
     return UserError(
         f"shard {tar} has {size} bytes but its index was built for {expected}: the shard is truncated or was replaced; "
-        f"fetch it again, or if it is right: python -m data index {tar}"
+        f"fetch it again, or if it is intact: python -m data index {tar}"
     )
 
 
 def check_tar(tar: str, size: int, digest: str, local: str | Path) -> None:
     """Raise UserError unless the tar (whose bytes are in `local`) is the one that was indexed."""
-    found, ends = tar_digest(local)
-    if found != size:
-        raise wrong_size(tar, found, size)
+    actual, ends = tar_digest(local)
+    if actual != size:
+        raise wrong_size(tar, actual, size)
     if ends != digest:
         raise UserError(f"shard {tar} changed after its index was built; build it again: python -m data index {tar}")
 

@@ -1,16 +1,15 @@
-"""MMC4's documents to documents in reading order: sentences, and images that belong to one of them.
+"""Turns MMC4's JSON into documents in reading order: sentences, and images that each belong to one of them.
 
     sentences          A.   B.   C.        images  0 -> sentence 2, 1 -> sentence 1
     document               A. <image 1> B. <image 0> C.
 
-MMC4 lists a document's images in an order that is not that of its text (the example is the one of its own README).
-Here each image stands right before its own sentence, so which image a token sees (phi) follows from the document.
-open_flamingo stacks the images as listed and puts the places in the order of the sentences, which pairs the two above
-with each other's text.
+MMC4 lists a document's images in an order that is not that of its text (the example is from its own README). Here each
+image stands right before its own sentence, so which image a token sees (phi) follows from the document. open_flamingo
+stacks the images as listed and puts the `<image>` tokens in the order of the sentences, which pairs the two above with
+each other's text.
 
-One implementation for `python -m data prepare` and for open_flamingo's shards trained on in place, where each found
-image's bytes are base64 in `image_info[i]["image_base64"]`. What the two choose differently are the options of
-`Mmc4Rule`.
+This serves `python -m data prepare` and training on open_flamingo's shards in place, where the bytes of each image that
+was found are base64 in `image_info[i]["image_base64"]`. `Mmc4Rule` has the options in which the two differ.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from data.errors import ContentError
 from data.shards.document import Image, Node, Text
 
 T = TypeVar("T")
-SMALLEST = 11_000  # bytes of an encoded image; open_flamingo leaves out what has fewer, which are mostly icons
+SMALLEST = 11_000  # bytes of an encoded image; open_flamingo drops smaller ones, which are mostly icons
 MATCHING = ("listed", "assigned")
-PLACE = re.compile(r"_!_IMAGE(\d+)_!_")
+MARKER = re.compile(r"_!_IMAGE(\d+)_!_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Mmc4Rule:
 
 
 class Malformed(ValueError):  # noqa: N818 (a description of the document)
-    """A document that does not keep the format. `reason` is the same for all like it, the message has the numbers."""
+    """A document in a wrong format. `reason` is a phrase to count by, the message has the details."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -56,7 +55,7 @@ class Malformed(ValueError):  # noqa: N818 (a description of the document)
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An image of a document as it is listed: what it is called, its sentence (from 0) and how similar the two are."""
+    """An image as a document lists it: its entry, its sentence (from 0) and how similar the two are."""
 
     info: dict[str, Any]
     sentence: int
@@ -65,7 +64,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Base64Image:
-    """An image as it lies in the JSON; decoded only when its place is in the window."""
+    """An image as the JSON holds it; decoded only when its token is in the crop."""
 
     text: str
 
@@ -99,23 +98,23 @@ def read_document(
         raise Malformed("'text_list' is not a list of sentences")
     if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
         raise Malformed("'image_info' is not a list of objects")
-    given = [info.get("matched_text_index") for info in infos]
-    if matching == "assigned" and not all(type(place) is int for place in given):
-        given = list(_assigned(matrix, len(infos), len(sentences)))
+    sentence_of = [info.get("matched_text_index") for info in infos]
+    if matching == "assigned" and not all(type(sentence) is int for sentence in sentence_of):
+        sentence_of = list(_assigned(matrix, len(infos), len(sentences)))
     listed = []
-    for number, (info, place) in enumerate(zip(infos, given, strict=True)):
+    for number, (info, sentence) in enumerate(zip(infos, sentence_of, strict=True)):
         if wanted is not None and not wanted(info):
             continue
-        if type(place) is not int:
+        if type(sentence) is not int:
             row = _row(matrix, number, len(sentences))
-            place = max(range(len(sentences)), key=row.__getitem__)
-        if not 0 <= place < len(sentences):
-            detail = f"image {number} belongs to sentence {place} of {len(sentences)}"
+            sentence = max(range(len(sentences)), key=row.__getitem__)
+        if not 0 <= sentence < len(sentences):
+            detail = f"image {number} belongs to sentence {sentence} of {len(sentences)}"
             raise Malformed("'matched_text_index' is outside the sentences", detail)
-        similarity = info.get("matched_sim") if info.get("matched_text_index") == place else None
+        similarity = info.get("matched_sim") if info.get("matched_text_index") == sentence else None
         if not isinstance(similarity, int | float):
-            similarity = _row(matrix, number, len(sentences))[place]
-        listed.append(Listed(info, place, -math.inf if math.isnan(similarity) else float(similarity)))
+            similarity = _row(matrix, number, len(sentences))[sentence]
+        listed.append(Listed(info, sentence, -math.inf if math.isnan(similarity) else float(similarity)))
     return sentences, listed
 
 
@@ -186,16 +185,16 @@ def generated(body: Mapping[str, Any], image: Callable[[int, Any], T | None]) ->
         raise Malformed("'example' is not text or 'image_map' not an object")
     nodes: list[Node] = []
     images: list[T] = []
-    for number, piece in enumerate(PLACE.split(text)):  # text, number, text, number, ...
+    for number, part in enumerate(MARKER.split(text)):  # text, number, text, number, ...
         if number % 2 == 0:
-            if piece.strip():
-                add_text(nodes, piece.strip(), " ")
+            if part.strip():
+                add_text(nodes, part.strip(), " ")
             continue
-        item = items.get(f"_!_IMAGE{piece}_!_")
-        found = image(int(piece), item.get("base64_image") if isinstance(item, dict) else None)
-        if found is not None:
+        item = items.get(f"_!_IMAGE{part}_!_")
+        decoded = image(int(part), item.get("base64_image") if isinstance(item, dict) else None)
+        if decoded is not None:
             nodes.append(Image((len(images),)))
-            images.append(found)
+            images.append(decoded)
     return nodes, images
 
 
@@ -207,13 +206,17 @@ def mmc4_document(body: Mapping[str, Any], rule: Mmc4Rule) -> tuple[list[Node], 
     if "is_gpt" in body:
         nodes, images = generated(body, lambda _, text: Base64Image(text) if isinstance(text, str) else None)
         if not images:
-            raise ContentError("no image left", "none of the places has its image")
+            raise ContentError("no image left", "no marker has its image")
         return nodes, images
     sentences, listed = read_document(body, rule.matching, lambda info: isinstance(info.get("image_base64"), str))
-    found = [(one.sentence, one.similarity, Base64Image(one.info["image_base64"])) for one in listed]
-    kept = [(at, one) for at, like, one in found if one.size >= rule.smallest and like >= rule.similarity]
+    candidates = [(entry.sentence, entry.similarity, Base64Image(entry.info["image_base64"])) for entry in listed]
+    kept = [
+        (sentence, image)
+        for sentence, similarity, image in candidates
+        if image.size >= rule.smallest and similarity >= rule.similarity
+    ]
     if not kept:
-        number = len(body["image_info"])
-        raise ContentError("no image left", f"{number} images, none found and similar enough to its text")
+        count = len(body["image_info"])
+        raise ContentError("no image left", f"{count} images, none of them found and similar enough to its text")
     nodes, images, _ = interleave(sentences, kept)
     return nodes, images

@@ -1,7 +1,7 @@
-"""One sample of a shard at a time, by its place: of its bytes only what is asked for, in as few reads as that takes.
+"""Reads one sample of a shard at a time: only the bytes that are needed, in few reads.
 
-What is notable: members that lie side by side are read together as long as what lies between them (the headers of the
-tar) stays a small part of what is wanted; a document of ten images of which a row shows three costs three.
+Neighbouring members are read together as long as the bytes between them (headers of the tar) stay a small part of the
+read; of a document with ten images of which a row shows three, three are read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_document
 from data.shards.retry import Retry
 from data.shards.tar import LFS
 
-SLACK = 0.04  # bytes read for nothing, of those that are wanted, for the sake of fewer reads
+SLACK = 0.04  # bytes read needlessly, as a share of those needed, for the sake of fewer reads
 MAX_OPEN = 256
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample with its images still encoded: `image(i)` gives number i of the document, read when it is asked for.
+    """A sample with its images still encoded: `image(i)` returns image i of the document, reading it when asked.
 
     `fetch` reads several at once: announce which ones will be needed, and neighbours are read together. `row` is the
     sample's row in its shard, where that may differ from its number among those that the dataset can use.
@@ -49,10 +49,10 @@ def raw_sample(document: Document, key: str) -> RawSample:
 
 
 class ShardReader:
-    """Reads samples of many shards. File descriptors stay open, the least used is closed first.
+    """Reads samples of many shards. File descriptors stay open; the least recently used is closed first.
 
-    `local` gives the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
-    `bytes_used` what of it was asked for.
+    `local` returns the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
+    `bytes_used` the bytes that were asked for.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ShardReader:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": OrderedDict()}  # a descriptor means nothing in another process
+        return vars(self) | {"_open": OrderedDict()}  # a descriptor is valid in its own process only
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard, again when it fails. Raises UserError when it keeps failing."""
@@ -112,7 +112,7 @@ class ShardReader:
     def sample(self, shard: int, row: int, *, images: bool = True) -> RawSample:
         """Return a sample; its text is read now, and with `images` the image of a pair too.
 
-        Raises ContentError for broken JSON or text, UserError for images that are not there.
+        Raises ContentError for broken JSON or text, UserError for missing images.
         """
         index = self.indexes[shard]
         self.samples_read += 1
@@ -123,9 +123,9 @@ class ShardReader:
                 positions.setdefault(number, (offset, size))
             elif kind in (JSON, TEXT):
                 texts[kind] = offset, size
-        pieces = _Pieces(self, shard)
-        pieces.fetch([*texts.values(), *(positions.values() if images and len(positions) == 1 else ())])
-        parts = {kind: pieces.of(*position) for kind, position in texts.items()}
+        known = _SampleBytes(self, shard)
+        known.fetch([*texts.values(), *(positions.values() if images and len(positions) == 1 else ())])
+        parts = {kind: known.of(*position) for kind, position in texts.items()}
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
@@ -146,14 +146,14 @@ class ShardReader:
             nodes,
             meta,
             sorted(positions),
-            lambda number: pieces.of(*positions[number]),
-            lambda numbers: pieces.fetch([positions[number] for number in numbers]),
+            lambda number: known.of(*positions[number]),
+            lambda numbers: known.fetch([positions[number] for number in numbers]),
             row,
         )
 
 
-class _Pieces:
-    """What was read of a sample so far."""
+class _SampleBytes:
+    """The bytes of a sample that were read so far."""
 
     def __init__(self, reader: ShardReader, shard: int) -> None:
         self.reader, self.shard = reader, shard
@@ -166,29 +166,29 @@ class _Pieces:
         return None
 
     def fetch(self, positions: Sequence[tuple[int, int]]) -> None:
-        """Read these, where they are not known."""
+        """Read these ranges, unless they are known."""
         for offset, size in runs([position for position in positions if self._find(*position) is None]):
             self.known.append((offset, self.reader.read(self.shard, offset, size)))
 
     def of(self, offset: int, size: int) -> bytes:
         """Return the bytes of a member."""
         self.reader.bytes_used += size
-        found = self._find(offset, size)
-        return self.reader.read(self.shard, offset, size) if found is None else found
+        data = self._find(offset, size)
+        return self.reader.read(self.shard, offset, size) if data is None else data
 
 
 def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return (offset, size) of reads that cover these ranges, joining neighbours while gaps stay within SLACK."""
     spare = SLACK * sum(size for _, size in positions)
-    found: list[tuple[int, int]] = []
+    reads: list[tuple[int, int]] = []
     for offset, size in sorted(positions):
-        gap = offset - sum(found[-1]) if found else 0
-        if found and gap <= spare:
+        gap = offset - sum(reads[-1]) if reads else 0
+        if reads and gap <= spare:
             spare -= gap
-            found[-1] = found[-1][0], found[-1][1] + gap + size
+            reads[-1] = reads[-1][0], reads[-1][1] + gap + size
         else:
-            found.append((offset, size))
-    return found
+            reads.append((offset, size))
+    return reads
 
 
 def check_text(nodes: Sequence[Node]) -> None:

@@ -1,7 +1,7 @@
-"""The headers of a tar, read through a memory map: POSIX ustar, PAX and GNU long names.
+"""Reads the headers of a tar through a memory map: POSIX ustar, PAX and GNU long names.
 
-Some ten times faster than `tarfile`, and stricter: `tarfile` takes a file that stops between two members for a whole
-one, here the end mark is required.
+About ten times faster than `tarfile`, and stricter: `tarfile` accepts a file that stops between two members, here the
+end mark is required.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, where its bytes begin, and how many they are."""
+    """A regular file in a tar: its name, offset and size in bytes."""
 
     name: str
     offset: int

@@ -1,13 +1,13 @@
 """The shard format: interleaved documents and pairs in plain POSIX tars that any webdataset user can read.
 
-A document is text and images in reading order. On disk it is one JSON member and one member an image, side by side:
+A document is text and images in reading order. On disk it is a JSON member and a member for each image, side by side:
 
     {key}.json       {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},...],"meta":{}}
     {key}.000.png    the image's own bytes, never re-encoded; the extension is what the bytes are
 
-and a pair, as img2dataset writes it, is `{key}.jpg` + `{key}.txt` (+ `{key}.json` with facts about it). What is
-notable: the same documents give the same bytes (no times, no owners), and a shard, its index and the manifest appear
-under their names only when they are whole.
+and a pair, as img2dataset writes it, is `{key}.jpg` + `{key}.txt` (+ `{key}.json` with facts about it). The same
+documents give the same bytes (no times, no owners), and a shard, its index and the manifest appear under their names
+only when they are complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "read_documents",
     "read_manifest",
 ]
-MAX_KEY_BYTES = 80  # with ".00000.jpeg" it still fits the 100 bytes of a plain tar header
+MAX_KEY_BYTES = 80  # with ".00000.jpeg" this still fits the 100 bytes of a plain tar header
 
 
 def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator[Document]:
@@ -89,7 +89,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
 
 
 def check_key(key: str) -> None:
-    """Raise UserError unless webdataset will read the key back as it is (it splits names at the first dot)."""
+    """Raise UserError unless webdataset will read the key back unchanged (it splits names at the first dot)."""
     if not key or len(key.encode()) > MAX_KEY_BYTES or key.startswith("__") or not key.isprintable():
         raise UserError(f"key {key!r}: give 1 to {MAX_KEY_BYTES} printable bytes that do not begin with '__'")
     if any(c in key for c in "./\\ "):
@@ -99,7 +99,9 @@ def check_key(key: str) -> None:
 def make_folder(name: str | Path) -> Path:
     """Create a folder to write into, if needed, and return it. Raises UserError for a URL or when that fails."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
-        raise UserError(f"cannot write into {name}: shards are written to a folder; copy it to that URL afterwards")
+        raise UserError(
+            f"cannot write into {name}: shards are written to a folder; write to one and copy it to that URL"
+        )
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,9 +117,9 @@ class ShardWriter:
 
     Use it as a context manager. `layout` is "interleaved" or "pairs". Several prefixes may share a folder: each writer
     replaces its own prefix's shards and its own part of the manifest. When the block raises, the unfinished shard is
-    removed and the manifest does not list this prefix. A shard ends with `documents_per_shard` documents, or with the
-    document that takes it to `bytes_per_shard`. With `listed=False` the manifest is left to the caller (several
-    processes that write into one folder), who finds its entries in `shards`.
+    removed and the manifest does not list this prefix. A shard ends after `documents_per_shard` documents, or with the
+    document that takes it to `bytes_per_shard`. With `listed=False` the caller writes the manifest (several processes
+    write into one folder) from the entries in `shards`.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class ShardWriter:
         return self._final.with_name(f".{self._final.name}.partial")
 
     def write(self, document: Document) -> str:
-        """Append a document and return its key. Raises UserError for a bad key, image or reference."""
+        """Append a document and return its key. Raises UserError for an invalid key, image or reference."""
         if self._tar is None:
             self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         key = document.key or f"{self.prefix}-{len(self.shards):06d}-{len(self._keys):08d}"
@@ -185,7 +187,7 @@ class ShardWriter:
         self._tar, self._keys, self._images = None, set(), 0
 
     def close(self) -> None:
-        """Finish the last shard, remove older shards of this prefix beyond it, write the manifest."""
+        """Finish the last shard, remove older shards of this prefix beyond it, and write the manifest."""
         if self._tar is not None:
             self._finish_shard()
         number = len(self.shards)

@@ -1,4 +1,4 @@
-"""A document as a person would look at it: as text for the terminal, or as HTML with the images in their places."""
+"""A document as a person would look at it: as text for the terminal, or as HTML with its images in position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ body { font: 16px/1.5 sans-serif; max-width: 48em; margin: 2em auto; padding: 0 
 figure { display: inline-block; margin: .4em .6em .4em 0; vertical-align: middle; }
 img { image-rendering: pixelated; min-width: 96px; max-width: 100%; border: 1px solid #ccc; }
 figcaption, .facts { color: #777; font-size: 12px; }
-.unlearnt { color: #a60; }
+.masked { color: #a60; }
 """
 
 
@@ -41,7 +41,7 @@ def document_as_text(document: Document, where: str) -> str:
         )
         lines.append(f"  {label}{describe_image(document.images[node.frames[0]])}]")
     images = sum(isinstance(node, Image) for node in document.nodes)
-    lines += ["", f"{images} images shown, {len(document.images)} stored; '?' marks text that is read and not learnt"]
+    lines += ["", f"{images} images shown, {len(document.images)} stored; '?' marks text that is not in the loss"]
     return "\n".join(lines)
 
 
@@ -50,7 +50,7 @@ def document_as_html(document: Document, where: str) -> str:
     parts = []
     for node in document.nodes:
         if isinstance(node, Text):
-            name = "learnt" if node.loss else "unlearnt"
+            name = "in-loss" if node.loss else "masked"
             parts.append(f'<span class="{name}">{html.escape(node.text)}</span>')
         else:
             parts += [figure(document.images[frame], f"image {frame}") for frame in node.frames]
@@ -59,7 +59,7 @@ def document_as_html(document: Document, where: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
         f'<h1 class="facts">{title}</h1>\n<p>{"".join(parts)}</p>\n'
-        f'<p class="facts">{facts}<br><span class="unlearnt">this colour</span>: read and not learnt</p>\n</html>\n'
+        f'<p class="facts">{facts}<br><span class="masked">this colour</span>: not in the loss</p>\n</html>\n'
     )
 
 

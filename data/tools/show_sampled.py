@@ -1,7 +1,7 @@
-"""A document after the sampling, as a person would look at it: which tokens are read, learnt, and see which image.
+"""A document as training samples it: its tokens, which of them are in the loss, and which image each one sees.
 
-The row is cut by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on. Without
-a tokenizer at hand words stand for tokens, which are fewer than a language model's by about a quarter.
+The row is cropped by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on.
+Without a tokenizer, words stand for tokens; there are about a quarter fewer of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLOURS = ("#fde2c4", "#d3ecd3", "#d5e3f7", "#f6d6e6", "#e9e4b8", "#cfeeee", "#e
 MARKS = """
 .tokens { line-height: 2; white-space: pre-wrap; }
 .tokens span { border-radius: 3px; padding: 1px 0; }
-.unlearnt { opacity: .55; text-decoration: underline dotted; }
+.masked { opacity: .55; text-decoration: underline dotted; }
 .special { font-family: monospace; font-size: 12px; }
 """
 
@@ -43,7 +43,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class WordTokenizer:
-    """Words (with the space before them) in place of a tokenizer's tokens."""
+    """A tokenizer whose tokens are words, with the space before them."""
 
     def __init__(self) -> None:
         self.known: list[str] = ["<image>", "<EOC>", "<eos>", "<pad>"]
@@ -61,7 +61,7 @@ class WordTokenizer:
 
 
 class SavedTokenizer:
-    """The tokenizer of a folder: a Flamingo model's processor, or any of transformers'."""
+    """The tokenizer in a folder: of a Flamingo model's processor, or any of transformers'."""
 
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer
@@ -94,7 +94,7 @@ class SavedTokenizer:
 
 @dataclass(slots=True)
 class SampledRow:
-    """A row with its tokens as texts."""
+    """A row, its tokens as texts, and the length of the whole document in tokens."""
 
     row: TokenRow
     texts: list[str]
@@ -106,13 +106,13 @@ class SampledRow:
         """Return (image seen, from 1; 0: none), in the loss, text) of runs of tokens that are alike in both."""
         marks = zip(self.row.phi.tolist(), (self.row.labels != IGNORED).tolist(), self.texts, strict=True)
         return [
-            (phi, learnt, "".join(text for _, _, text in group))
-            for (phi, learnt), group in groupby(marks, key=lambda mark: (mark[0], mark[1]))
+            (phi, in_loss, "".join(text for _, _, text in group))
+            for (phi, in_loss), group in groupby(marks, key=lambda mark: (mark[0], mark[1]))
         ]
 
 
 def sample_document(document: Document, args: argparse.Namespace) -> SampledRow:
-    """Cut a row out of a document as training does. Raises UserError for options that cannot be."""
+    """Cut a row out of a document as training does. Raises UserError for invalid options."""
     if args.max_tokens < 2 or args.max_images < 0 or not 0 <= args.next_image <= 1:
         raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
     tokenizer = SavedTokenizer(args.tokenizer) if args.tokenizer else WordTokenizer()
@@ -145,9 +145,9 @@ def facts(sampled: SampledRow, document: Document) -> str:
 def sampled_as_text(sampled: SampledRow, document: Document, where: str) -> str:
     """Return a line for each run of tokens that see the same image; `?` marks those that are not in the loss."""
     lines = [f"{where}, key {document.key}", f"  {facts(sampled, document)}", ""]
-    for phi, learnt, text in sampled.runs():
+    for phi, in_loss, text in sampled.runs():
         seen = f"image {sampled.row.images[phi - 1].frames[0]}" if phi else "nothing"
-        lines.append(f"  {' ' if learnt else '?'} [sees {seen}] {text!r}")
+        lines.append(f"  {' ' if in_loss else '?'} [sees {seen}] {text!r}")
     return "\n".join(lines)
 
 
@@ -165,15 +165,15 @@ def sampled_as_html(sampled: SampledRow, document: Document, where: str) -> str:
     ):
         seen = f"sees image {sampled.row.images[phi - 1].frames[0]}" if phi else "sees no image"
         classes = " ".join(
-            name for name, holds in (("unlearnt", label == IGNORED), ("special", token in specials)) if holds
+            name for name, holds in (("masked", label == IGNORED), ("special", token in specials)) if holds
         )
         colour = f"background:{COLOURS[(phi - 1) % len(COLOURS)]}" if phi else ""
-        title = f"token {token}, {seen}, {'read' if label == IGNORED else 'learnt'}"
+        title = f"token {token}, {seen}, {'not in the loss' if label == IGNORED else 'in the loss'}"
         spans.append(f'<span class="{classes}" style="{colour}" title="{title}">{html.escape(text)}</span>')
     title = html.escape(f"{where}, key {document.key}, sampled")
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<style>{STYLE}{MARKS}</style>\n<h1 class="facts">{title}</h1>\n<p class="facts">{facts(sampled, document)}. '
-        f'<span class="unlearnt">Like this</span>: read and not learnt.</p>\n{"".join(shown)}\n'
+        f'<span class="masked">Like this</span>: not in the loss.</p>\n{"".join(shown)}\n'
         f'<p class="tokens">{"".join(spans)}</p>\n</html>\n'
     )

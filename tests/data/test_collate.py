@@ -178,7 +178,7 @@ def test_language_rows(tmp_path: Path) -> None:
 
 
 def test_text_of_a_tokenizer_without_padding(tmp_path: Path) -> None:
-    """GPT-2's and LLaMA's have none. What pads is neither seen nor learnt; the end of a text is."""
+    """GPT-2's and LLaMA's have none. Padding is neither seen nor in the loss; the end of a text is."""
     with ShardWriter(tmp_path, "s") as writer:
         for text in ("long text", "short"):
             writer.write(Document("", [Text(text)], []))

@@ -101,7 +101,7 @@ def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) 
         with pytest.raises(UserError, match="no shards in"):
             resolve_shards([str(shared)])  # nobody trains on half of it
     status, report, _ = command("merge", shared)
-    assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 documents kept with 3")
+    assert (status, report.split(": ", 1)[1][:37]) == (0, "pairs: 36 of 42 documents kept with 3")
     assert {name: body for name, body in files(shared).items() if not name.startswith("_part")} == files(whole)
     assert not (shared / ".prepare").exists()
     assert command("merge", *separate, "--out", tmp_path / "joined")[0] == 0
@@ -266,7 +266,7 @@ def alive(pid: int) -> bool:
 
 def test_the_folder_lists_nothing_until_the_end(tars: Path, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(
-        '{"v": 1, "parts": {"other": {"documents": 0, "images": 0, "meta": {}, "shards": []}}}'
+        '{"v": 2, "parts": {"other": {"documents": 0, "images": 0, "meta": {}, "shards": []}}}'
     )
     prepare(tmp_path, "pairs", tars)
     assert list(read_manifest(tmp_path)["parts"]) == ["other", "pairs"]

@@ -1,4 +1,4 @@
-"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns that are read, turns that are learnt, and images in their places."""
+"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns out of the loss and in it, and images in their positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 
 
-def learnt(document: Document) -> str:
+def in_loss(document: Document) -> str:
     return "".join(node.text for node in document.nodes if isinstance(node, Text) and node.loss)
 
 
@@ -65,7 +65,7 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
         [jpeg(1), "User: or", jpeg(2), "?\nAssistant:", " Both."],
         [jpeg(1), "User: Look.\nAssistant:", " Yes."],
     ]
-    assert [learnt(document) for document in done.documents] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
+    assert [in_loss(document) for document in done.documents] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
     assert [document.meta["id"] for document in done.documents] == ["1", "2", "3", "4"]
     assert done.dropped == {
         "image is missing": 1,

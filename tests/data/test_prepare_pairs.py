@@ -133,7 +133,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert "holds neither tars nor images" in refusal(tmp_path / "o", "pairs", tmp_path / "empty")
     table = tmp_path / "t.csv"
     table.write_bytes(b"image,caption\n\xff,x\n")
-    assert "t.csv is no table in UTF-8" in refusal(tmp_path / "o", "pairs", table)
+    assert "t.csv is not a UTF-8 table" in refusal(tmp_path / "o", "pairs", table)
     shard.write_bytes(shard.read_bytes()[:700])
     assert "a.tar is truncated" in refusal(tmp_path / "o", "pairs", shard)
     assert "--min-side" in refusal(tmp_path / "o", "pairs", tmp_path / "empty", "--min-side", "0")

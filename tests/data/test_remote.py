@@ -94,7 +94,7 @@ def test_a_server_that_gives_nothing_stops_the_run(shards: Path, tmp_path: Path)
             batches(spec, 1)
     with serving(shards) as server:
         url = f"{server.url}/documents-000099.tar"
-        with pytest.raises(UserError, match=r"documents-000099\.tar cannot be had: the server answers 404"):
+        with pytest.raises(UserError, match=r"documents-000099\.tar cannot be fetched: the server answers 404"):
             batches(spec_of(url, cache=str(tmp_path)), 1)
         assert server.requests["/documents-000099.tar"] == 1  # not five times
         with pytest.raises(UserError, match="is remote; set the dataset's cache to a folder"):

@@ -32,7 +32,7 @@ def options(**more: object) -> Namespace:
 
 
 def seen(text: str) -> list[tuple[bool, str, str]]:
-    """(learnt, what is seen, text) of each line."""
+    """(in the loss, what is seen, text) of each line."""
     return [
         (mark == " ", what, piece)
         for mark, what, piece in re.findall(r"^  ([ ?]) \[sees ([^\]]+)\] '(.*)'$", text, re.MULTILINE)
@@ -56,8 +56,8 @@ def test_which_tokens_see_which_image() -> None:
     by_text = {text: (classes, style, title) for classes, style, title, text in spans}
     assert by_text["Intro"][1] == ""
     assert by_text[" cat."][1] == f"background:{COLOURS[0]}"
-    assert by_text[" cat."][2].endswith("sees image 0, learnt")
-    assert by_text[" What?"][0] == "unlearnt"
+    assert by_text[" cat."][2].endswith("sees image 0, in the loss")
+    assert by_text[" What?"][0] == "masked"
     assert by_text[" runs."][1] == f"background:{COLOURS[1]}"
     assert "<b>" not in html
 
@@ -92,7 +92,7 @@ def test_the_command_with_words_and_with_tokenizers(tmp_path: Path) -> None:
         assert status == 0, err
         assert seen(shown)[:-1] == expected[:-1]
         assert command("inspect", shard, *arguments, "--html", document)[0] == 0
-        assert "sees image 1, learnt" in document.read_text()
+        assert "sees image 1, in the loss" in document.read_text()
     (tmp_path / "none").mkdir()
     status, _, err = command("inspect", shard, "--sampled", "--tokenizer", tmp_path / "none")
     assert (status, err.count("\n")) == (2, 1)

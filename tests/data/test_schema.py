@@ -175,7 +175,7 @@ def test_keys_that_webdataset_would_change_are_refused(tmp_path: Path, key: str)
 def test_other_mistakes_of_a_writer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already in s-000000"):
         write_all(tmp_path, [numbered_document(number, 1, "k") for number in range(2)])
-    with pytest.raises(UserError, match="image 0 is no PNG"), ShardWriter(tmp_path, "s") as writer:
+    with pytest.raises(UserError, match="image 0 is not a PNG"), ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("", [Image((0,))], [b"<html>"]))
     with pytest.raises(UserError, match="no pair"), ShardWriter(tmp_path, "s", layout="pairs") as writer:
         writer.write(numbered_document(0, 2))

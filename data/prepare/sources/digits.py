@@ -5,8 +5,8 @@
     OUT/train/pairs     <digit> the digit seven
     OUT/heldout         one document for each image kept out of training: its digit, and names kept out of training
 
-In a binding document an image may return exactly as it was (`--repeats`), which is what is learnt first; a name's first
-mention cannot be known and is not in the loss. Which images are held out does not depend on the seed.
+In a binding document an image may be repeated exactly (`--repeats`), which is what a model learns first; the first
+mention of a name cannot be known and is not in the loss. Which images are held out does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the shards. Raises UserError for an option that cannot be."""
+    """Write the shards. Raises UserError for an invalid option."""
     if args.documents < 1 or args.shots < 1 or args.size < 8 or args.documents_per_shard < 1:
         raise UserError("--documents, --shots and --documents-per-shard must be at least 1, --size at least 8")
     if not 1 <= args.ways <= len(WORDS) or not 0 <= args.repeats <= 1:

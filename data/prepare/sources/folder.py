@@ -1,9 +1,9 @@
-"""A folder of one's own documents: Markdown or text files with images in them, a document each.
+"""A folder of your own documents: Markdown or text files that show images, a document each.
 
     report.md     The first chart: ![](charts/1.png) shows the rise.
 
-An image's path begins at its document. Where an image is missing the whole document is dropped: one's own documents
-are few, and their author can mend them.
+An image's path is relative to its file. A document with a missing image is dropped whole: your own documents are few,
+and you can fix them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
 SUFFIXES = (".md", ".markdown", ".txt")
-PLACE = re.compile(r"""!\[[^\]\n]*\]\(\s*<?([^)>\n"]+?)>?(?:\s+"[^"\n]*")?\s*\)""")
+IMAGE_LINK = re.compile(r"""!\[[^\]\n]*\]\(\s*<?([^)>\n"]+?)>?(?:\s+"[^"\n]*")?\s*\)""")
 IN_A_UNIT = 1000
 
 
@@ -62,17 +62,17 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 def _document(name: str, folder: ImageFolder, rule: ImageRule, min_images: int) -> Document:
     try:
-        pieces = PLACE.split(folder.read(name).decode("utf-8"))  # text, path, text, path, ...
+        parts = IMAGE_LINK.split(folder.read(name).decode("utf-8"))  # text, path, text, path, ...
     except UnicodeDecodeError:
         raise Dropped("document is not UTF-8") from None
     document = Document("", [], [], {"file": name})
     numbers: dict[str, int] = {}
-    for number, piece in enumerate(pieces):
+    for number, part in enumerate(parts):
         if number % 2 == 0:
-            if piece.strip():
-                document.nodes.append(Text(piece.strip()))
+            if part.strip():
+                document.nodes.append(Text(part.strip()))
             continue
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(piece)))
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(part)))
         if path not in numbers:
             document.images.append(rule.check(folder.read(path)))
             numbers[path] = len(document.images) - 1

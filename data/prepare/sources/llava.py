@@ -3,8 +3,8 @@
     {"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
 
-`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands,
-as LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
+`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands, as
+LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data.shards.document import Document, Image, Node
 
 LAYOUT = "interleaved"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-PLACE = "<image>"
+IMAGE_TAG = "<image>"
 IN_A_UNIT = 10_000
 
 
@@ -98,30 +98,30 @@ def _turns(value: Any) -> list[tuple[str, str]]:
 
 def _nodes(turns: list[tuple[str, str]], images: int, args: argparse.Namespace) -> list[Node]:
     """Return the nodes of a conversation. Raises Dropped when it has more or fewer `<image>` marks than images."""
-    places = sum(text.count(PLACE) for speaker, text in turns if speaker == "human")
+    tags = sum(text.count(IMAGE_TAG) for speaker, text in turns if speaker == "human")
     nodes: list[Node] = []
-    if places == 0:
+    if tags == 0:
         nodes += [Image((number,)) for number in range(images)]
-    elif places != images:
-        raise Dropped("the numbers of <image> places and of images differ")
+    elif tags != images:
+        raise Dropped("the numbers of <image> tags and images differ")
     shown = 0
     for number, (speaker, text) in enumerate(turns):
         if speaker == "gpt":
             nodes.append(answer(text))
             continue
-        pieces = [piece.strip() for piece in text.split(PLACE)]
+        parts = [part.strip() for part in text.split(IMAGE_TAG)]
         first = number == 0
-        if len(pieces) == 1:
-            nodes.append(question(pieces[0], args, first=first))
-        elif len(pieces) == 2:
-            nodes += [Image((shown,)), question(" ".join(filter(None, pieces)), args, first=first)]
+        if len(parts) == 1:
+            nodes.append(question(parts[0], args, first=first))
+        elif len(parts) == 2:
+            nodes += [Image((shown,)), question(" ".join(filter(None, parts)), args, first=first)]
             shown += 1
         else:
-            for k, piece in enumerate(pieces):
-                last = k == len(pieces) - 1
-                if piece or last:
-                    begins = not any(pieces[:k])
-                    nodes.append(question(piece, args, first=first, begins=begins, ends=last))
+            for k, part in enumerate(parts):
+                last = k == len(parts) - 1
+                if part or last:
+                    begins = not any(parts[:k])
+                    nodes.append(question(part, args, first=first, begins=begins, ends=last))
                 if not last:
                     nodes.append(Image((shown,)))
                     shown += 1

@@ -1,7 +1,7 @@
 """M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
 
-The raw files name their fields differently from one sub-task to the next; `--field image_base64_str=img_str` says what
-a field is called in this file. Several images of a row are images one after another, or with --clips one clip.
+The raw files name their fields differently in each sub-task; `--field image_base64_str=img_str` says what a field is
+called in this file. Several images of a row stand one after another, or with --clips form one clip.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
     for name, text in texts.items():
         if not isinstance(text, str | None):
             raise Dropped(f"{names[name]!r} is not text")
-    told = (texts["outputs"] or "").strip()
-    if not told:
+    answer_text = (texts["outputs"] or "").strip()
+    if not answer_text:
         raise Dropped("no answer")
-    asked = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
+    question_text = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
     numbers = tuple(range(len(kept)))
     images = [Image(numbers)] if args.clips and kept else [Image((number,)) for number in numbers]
-    return Document("", [*images, question(asked, args, first=True), answer(told)], kept)
+    return Document("", [*images, question(question_text, args, first=True), answer(answer_text)], kept)

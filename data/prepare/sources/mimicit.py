@@ -1,8 +1,8 @@
 """MIMIC-IT (Otter): `T_instructions.json`, the images of `T.json` or `T.parquet` as base64, and `T_train.json`.
 
 A document is an instruction with its examples before it: the related instructions that `T_train.json` (or, without it,
-the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter holds all images in memory; here one pass
-notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
+the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter keeps all images in memory; here one
+pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _train_file(path: Path) -> Path | None:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where every image, instruction and list of related instructions lies."""
+    """Build the lookups of images, instructions and lists of related instructions."""
     files = [path for _, path in input_files(args.inputs, (ENDING,))]
     trains = [train for path in files if (train := _train_file(path))]
     build_lookup(work / "instructions.sqlite", _spans(files, "data"))
@@ -127,8 +127,8 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
     ids = body.get("image_ids") or []
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
         raise Dropped("'image_ids' is not a list of ids")
-    asked, told = body.get("instruction"), body.get("answer")
-    if not isinstance(asked, str) or not isinstance(told, str) or not told.strip():
+    instruction, response = body.get("instruction"), body.get("answer")
+    if not isinstance(instruction, str) or not isinstance(response, str) or not response.strip():
         raise Dropped("'instruction' or 'answer' is not text, or empty")
     images = []
     for one in ids:
@@ -139,7 +139,7 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
     first = not document.nodes
     document.nodes += [Image(tuple(numbers))] if clip else [Image((number,)) for number in numbers]
-    document.nodes += [question(asked.strip(), args, first=first or bool(images)), answer(told)]
+    document.nodes += [question(instruction.strip(), args, first=first or bool(images)), answer(response)]
 
 
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:

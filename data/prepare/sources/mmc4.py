@@ -116,5 +116,5 @@ def parsed_document(
         tally.drop_document(f"fewer than {args.min_images} images left", where)
         return None
     meta = {"url": body["url"]} if isinstance(body.get("url"), str) else {}
-    nodes, images, places = interleave(sentences, kept)
-    return Document("", nodes, images, meta | {"sentences": places})
+    nodes, images, matched = interleave(sentences, kept)
+    return Document("", nodes, images, meta | {"sentences": matched})

@@ -104,7 +104,7 @@ def _columns(args: argparse.Namespace) -> list[str]:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the images are."""
+    """Build the lookup of images by URL."""
     if args.images:
         build_url_lookup(work / "images.sqlite", args.images)
 
@@ -120,8 +120,8 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
             continue
-        for piece in _documents(parts):
-            document = _document(piece, _url(row))
+        for inside in _documents(parts):
+            document = _document(inside, _url(row))
             if len(document.images) < args.min_images:
                 tally.drop_document(f"fewer than {args.min_images} images left", where)
             elif not any(isinstance(node, Text) for node in document.nodes):
@@ -196,18 +196,18 @@ def _url(row: dict[str, Any]) -> dict[str, Any]:
 
 def _documents(parts: list[Part]) -> Iterator[list[Part]]:
     """Yield the parts of each document, divided at the marker."""
-    piece: list[Part] = []
+    inside: list[Part] = []
     for part in parts:
         if isinstance(part, bytes):
-            piece.append(part)
+            inside.append(part)
             continue
         for number, text in enumerate(part.split(END)):
             if number:
-                yield piece
-                piece = []
+                yield inside
+                inside = []
             if text.strip():
-                piece.append(text.strip())
-    yield piece
+                inside.append(text.strip())
+    yield inside
 
 
 def _document(parts: list[Part], meta: dict[str, Any]) -> Document:

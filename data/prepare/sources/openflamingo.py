@@ -1,8 +1,8 @@
 """open_flamingo's own shards: tars whose one member a sample is MMC4's JSON with the images in it as base64.
 
 Two kinds of samples: those of its `convert_mmc4_to_wds.py`, with `image_base64` in each `image_info`, and its
-ChatGPT-made sequences, which have `is_gpt`, the text with places `_!_IMAGE1_!_`, and an `image_map`. The images'
-bytes are kept as they are, without base64 a quarter smaller.
+ChatGPT-made sequences, which have `is_gpt`, the text with markers `_!_IMAGE1_!_`, and an `image_map`. The images'
+bytes are kept unchanged; without base64 they are a quarter smaller.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Videos with captions: video2dataset's tars, folders of mp4 + txt, and frames that were extracted before.
+"""Videos with captions: video2dataset's tars, folders of mp4 + txt, and frames extracted before.
 
     {key}.mp4 + {key}.txt (+ {key}.json)            decoded here, through PyAV, at --fps
-    {key}.000.jpg {key}.001.jpg ... + {key}.txt     frames as they are; --fps says at which rate they were taken
+    {key}.000.jpg {key}.001.jpg ... + {key}.txt     frames unchanged; --fps says at which rate they were taken
     {key}.npy + {key}.txt                           the same as an array (F, H, W, 3) of uint8
 
 A document is one clip and its caption. video2dataset's clipping gives keys such as 000000_00001, one sample a clip.
