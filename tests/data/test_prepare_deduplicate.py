@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.prepare.web.duplicates import hash_of, place_of, tabulate
+from data.prepare.web.duplicates import hash_of, position_of, tabulate
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from tests.data.sources import Prepared, command, flat, jpeg, prepare, refusal
@@ -144,4 +144,4 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_nothing_is_left_out_of_nothing() -> None:
     table = tabulate([], 10, 2)
     assert not table.has("images", hash_of(b"x"))
-    assert table.keeps("urls", hash_of(b"x"), place_of(1, 2))
+    assert table.keeps("urls", hash_of(b"x"), position_of(1, 2))

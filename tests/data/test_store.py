@@ -28,7 +28,8 @@ RANDOM: dict[str, Any] = {"max_tokens": 14, "max_images": 2, "next_image_probabi
 
 
 def memory(**options: Any) -> DatasetSpec:
-    return DatasetSpec(**({"name": "mine", "batch_size": 8} | RANDOM | options))
+    values: dict[str, Any] = {"name": "mine", "batch_size": 8}
+    return DatasetSpec(**(values | RANDOM | options))
 
 
 def written(folder: Path, per_shard: int = 1000) -> str:

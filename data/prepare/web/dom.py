@@ -51,9 +51,9 @@ def decode_html(raw: bytes, charset: str | None = None) -> str:
         if raw.startswith(mark):
             return raw[len(mark) :].decode(name, "replace")
     declared = CHARSET.search(raw[:4096])
-    for name in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
+    for encoding in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
         try:
-            return raw.decode(name or "utf-8")
+            return raw.decode(encoding or "utf-8")
         except (LookupError, ValueError):
             continue
     return raw.decode("cp1252", "replace")
