@@ -1,8 +1,8 @@
 """open_flamingo 2.0.1's loader, unmodified, in a process with this one's libraries.
 
-Three shims, without which it does not run beside webdataset 1.0 and transformers 5:
-- webdataset's `tar_file_expander` gives an end mark after each shard, which its grouping takes for a file: left out;
-- `additional_special_tokens` and their ids are not attributes of a tokenizer any more: given back;
+Three shims, without which it does not run with webdataset 1.0 and transformers 5:
+- webdataset's `tar_file_expander` yields an end marker after each shard, which its grouping takes for a file: removed;
+- `additional_special_tokens` and their ids are no longer attributes of a tokenizer: restored;
 - it needs at least one worker (`persistent_workers` is always on).
 """
 
@@ -26,12 +26,12 @@ THRESHOLD = 0.24
 
 def module() -> ModuleType:
     """Return open_flamingo's `train/data.py`, with the first shim. Raises UserError when it is not installed."""
-    found = importlib.util.find_spec("open_flamingo")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("open_flamingo")
+    if package is None or not package.submodule_search_locations:
         raise UserError(
             "open_flamingo is not installed: pip install --no-deps -r requirements-peers.txt, or bench --without-peer"
         )
-    folder = Path(found.submodule_search_locations[0]) / "train"
+    folder = Path(package.submodule_search_locations[0]) / "train"
     sys.path.insert(0, str(folder))
     try:
         utils = importlib.import_module("data_utils")

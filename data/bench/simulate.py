@@ -1,10 +1,10 @@
-"""A corpus that is not there: what plan, start, resuming and reading would cost at a size nobody keeps on a desk.
+"""Simulates a corpus of any size: what planning, starting, resuming and reading would cost.
 
     python -m data simulate --documents 100000000 --shards 20000 --ranks 512 --workers 8
 
-Shard sizes are drawn (log-normal in documents and in bytes a document); the plan is the real one, and the time and
-memory of making it are measured here. Files opened, bytes fetched and bytes fetched twice follow from walking the order
-of one node's lanes through a cache of the given size. No byte of a document exists.
+Shard sizes are random (log-normal in documents and in bytes per document); the plan is the real one, and its time and
+memory are measured. Files opened, bytes fetched and bytes fetched twice follow from walking the order of one node's
+lanes through a cache of the given size. No document exists.
 """
 
 from __future__ import annotations

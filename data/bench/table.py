@@ -1,4 +1,4 @@
-"""Runs the measurements, in turn so that a busy machine meets both sides alike, and prints what was found."""
+"""Runs the measurements, alternating so that a busy machine affects both sides alike, and prints the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same documents, raw members"))
-# What the loader promises: documents a second and core beside the peer, and absolute limits.
+# What the loader promises: documents per second and core relative to the peer, and absolute limits.
 LEAST_RATIO = {"mmc4": 3.0, "pairs": 2.5}
 MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 100_000, 0.95
 
@@ -43,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
 
         module()  # says at once when it is not there
     material = write(args.out, args.documents, args.pairs, shards=4)
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    measurements: dict[tuple[str, str], list[dict[str, float]]] = {}
     for turn in range(args.rounds):
         for what, _ in WORK:
             for who in ("ours",) if what == "raw" or args.without_peer else ("peer", "ours"):
-                found.setdefault((who, what), []).append(measured(who, what, args))
+                measurements.setdefault((who, what), []).append(measured(who, what, args))
                 print(f"round {turn + 1} of {args.rounds}: {who} {what}", file=sys.stderr, flush=True)
-    (args.out / "rounds.json").write_text(json.dumps({f"{who} {what}": one for (who, what), one in found.items()}))
-    rows = speed_rows(found)
-    rows += limit_rows(material, args.documents, found)
+    (args.out / "rounds.json").write_text(
+        json.dumps({f"{who} {what}": measurement for (who, what), measurement in measurements.items()})
+    )
+    rows = speed_rows(measurements)
+    rows += limit_rows(material, args.documents, measurements)
     (args.out / "bench.json").write_text(json.dumps([row[:-1] for row in rows], indent=1))
     print(f"{'':50} {'peer':>8} {'ours':>8}  {'ratio (least to most)':21}  promised")
     for label, peer, ours, ratio, promise, kept in rows:
@@ -82,7 +84,7 @@ TableRow = tuple[str, str, str, str, str, bool]
 """Label, peer, ours, ratio, what is promised, whether it is kept."""
 
 
-def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[TableRow]:
+def speed_rows(measurements: dict[tuple[str, str], list[dict[str, float]]]) -> list[TableRow]:
     """Return rows for documents and images per second and core, and for private memory.
 
     The two loaders ran one right after the other in each round, so the ratio is the median of the rounds' own ratios,
@@ -92,9 +94,9 @@ def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Tab
     for what, label in WORK:
         for count in ("documents", "images"):
             rates = {
-                who: [one[count] / one["cpu"] for one in found[who, what]]
+                who: [measurement[count] / measurement["cpu"] for measurement in measurements[who, what]]
                 for who in ("peer", "ours")
-                if (who, what) in found
+                if (who, what) in measurements
             }
             ours = f"{statistics.median(rates['ours']):.1f}"
             name = f"{label}: {'seen images' if count == 'images' else count}/s/core"
@@ -110,7 +112,11 @@ def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Tab
                 (name, f"{statistics.median(rates['peer']):.1f}", ours, spread, f">= {least}" * bool(least), kept)
             )
     for what, label in WORK:
-        most = {w: max(one["private"] for one in found[w, what]) for w in ("peer", "ours") if (w, what) in found}
+        most = {
+            w: max(measurement["private"] for measurement in measurements[w, what])
+            for w in ("peer", "ours")
+            if (w, what) in measurements
+        }
         peer_memory = f"{most['peer'] / 1e6:.0f}" if "peer" in most else ""
         kept = most["ours"] <= MOST_PRIVATE
         rows.append((f"{label}: private MB a worker", peer_memory, f"{most['ours'] / 1e6:.0f}", "", "<= 300", kept))
@@ -118,16 +124,18 @@ def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Tab
 
 
 def limit_rows(
-    material: Material, documents: int, found: dict[tuple[str, str], list[dict[str, float]]]
+    material: Material, documents: int, measurements: dict[tuple[str, str], list[dict[str, float]]]
 ) -> list[TableRow]:
     """Read amplification, index speed and packing fill."""
     rows: list[TableRow] = []
     for what, label in WORK:
         ours = amplification(material, what)
         rows.append((f"{label}: bytes read/used", "", f"{ours:.3f}", "", "<= 1.05", ours <= MOST_AMPLIFICATION))
-    if ("peer", "mmc4") in found:
+    if ("peer", "mmc4") in measurements:
         whole = sum(path.stat().st_size for path in material.mmc4.glob("*.tar"))
-        each = statistics.median(one["read"] / max(one["documents"], 1) for one in found["peer", "mmc4"])
+        each = statistics.median(
+            measurement["read"] / max(measurement["documents"], 1) for measurement in measurements["peer", "mmc4"]
+        )
         rows.append((f"{WORK[0][1]}: bytes read/kept", f"{each * documents / whole:.2f}", "", "", "", True))
     rate = index_rate(material.mmc4.parent / "many.tar")
     rows.append(("index: members/s", "", f"{rate:,.0f}", "", ">= 100,000", rate >= LEAST_INDEX_RATE))

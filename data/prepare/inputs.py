@@ -27,7 +27,7 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
 
     Raises UserError for an input that is not there, holds no file of these kinds, or is a Git-LFS pointer.
     """
-    found: dict[Path, str] = {}
+    labels: dict[Path, str] = {}
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -43,10 +43,10 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
             raise UserError(f"input {item} does not exist; correct the path")
         if not new:
             raise UserError(f"input {item} holds no {' or '.join(suffixes)} file; correct the path")
-        found |= new
-    for path in found:
+        labels |= new
+    for path in labels:
         refuse_pointer(path)
-    return sorted(((label, path) for path, label in found.items()), key=lambda item: (item[0], str(item[1])))
+    return sorted(((label, path) for path, label in labels.items()), key=lambda item: (item[0], str(item[1])))
 
 
 def refuse_pointer(path: Path) -> None:

@@ -23,7 +23,7 @@ SAME = ("source", "fingerprint", "units", "layout", "options")
 
 def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """Return (folder, part) of every part manifest, by source and number. Raises UserError for an invalid one."""
-    found = []
+    listed = []
     for folder in folders:
         names = sorted(folder.glob("_part-*-of-*.json"))
         if not names:
@@ -38,8 +38,8 @@ def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{name} is not a part manifest ({error}); prepare that part again") from None
-            found.append((folder, part))
-    return sorted(found, key=lambda item: (item[1]["source"], item[1]["part"]))
+            listed.append((folder, part))
+    return sorted(listed, key=lambda item: (item[1]["source"], item[1]["part"]))
 
 
 def merge(folders: list[str], out: str | None) -> None:

@@ -80,7 +80,7 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
     "mmc4 without images": (
         [("bad.json", b'{"text_list":["a"],"image_info":[{"matched_sim":0.3}],"similarity_matrix":[[0.3]]}')],
         "no image left",
-        "1 images, none found",
+        "1 images, none of them found",
     ),
 }
 

@@ -124,7 +124,7 @@ def test_which_images_are_kept() -> None:
     kept = mmc4_document(document, Mmc4Rule())[1]
     assert [image.decode()[:4] for image in kept] == [b"\x89PNG"]
     assert len(mmc4_document(document, Mmc4Rule(similarity=0.2))[1]) == 2
-    with pytest.raises(ContentError, match="no image left: 3 images, none found"):
+    with pytest.raises(ContentError, match="no image left: 3 images, none of them found"):
         mmc4_document(document, Mmc4Rule(smallest=10**9))
     matched = line([0, 1], 2, matched_text_index=0, matched_sim=0.3)
     nodes, _ = mmc4_document(matched, ALL)

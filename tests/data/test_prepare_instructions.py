@@ -70,7 +70,7 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
     assert done.dropped == {
         "image is missing": 1,
         "image's name leads out of its folder": 1,
-        "the numbers of <image> places and of images differ": 1,
+        "the numbers of <image> tags and images differ": 1,
         "'image' is neither a path nor a list of paths": 1,
         "'conversations' is not a list of turns": 1,
         "a turn is neither from 'human' nor from 'gpt'": 1,
@@ -93,10 +93,10 @@ def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
     assert "p.json is a Git-LFS pointer" in refusal(tmp_path / "o", "llava", pointer, "--images", images)
     for text, told in (
         ('[{"id": 1}', "is truncated: its JSON does not end"),
-        ('[{"id": 1} {"id": 2}]', "is not the JSON that is expected here: '{' at byte 11"),
+        ('[{"id": 1} {"id": 2}]', "is not the expected JSON: '{' at byte 11"),
         ('[{"id": }]', "has broken JSON at byte 1"),
         ("", "is truncated"),
-        ('"text"', "is not the JSON that is expected here"),
+        ('"text"', "is not the expected JSON"),
     ):
         broken = tmp_path / "b.json"
         broken.write_text(text)

@@ -120,7 +120,7 @@ def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
     assert equal(batches(spec_of(f"memory://there/{NAMES}", cache=str(tmp_path / "memory"))), expected)
     with pytest.raises(UserError, match=r"pipe:exit 3 could not be fetched: 5 attempts in a row"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("pipe:exit 3")
-    with pytest.raises(UserError, match=r"needs a package that is not here .*'flamingo-vlm\[s3\]'"):
+    with pytest.raises(UserError, match=r"needs a package that is not installed .*'flamingo-vlm\[s3\]'"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("s3://bucket/x.tar")
 
 
@@ -135,7 +135,7 @@ def test_the_cache_keeps_its_limit_and_drops_what_was_not_used(shards: Path, tmp
             time.sleep(0.01)  # the clock of the file system is coarse
         assert [cache.has(url) for url in urls] == [True, False, False, True, True, False]
         assert [server.requests[f"/documents-{n:06d}.tar"] for n in range(5)] == [1] * 5
-        with pytest.raises(UserError, match=r"may hold 100 bytes and a shard has \d+; raise cache_gb"):
+        with pytest.raises(UserError, match=r"may hold 100 bytes but a shard has \d+; raise cache_gb"):
             ShardCache(tmp_path / "small", 100).local(urls[0])
 
 

@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of a thousand documents."""
-    found: list[InputUnit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         if not Path(item).is_dir():
             raise UserError(f"input {item} is not a folder; give the folder of the documents")
         names = [label for label, _ in input_files([item], SUFFIXES)]
-        found += folder_units(item, names, IN_A_UNIT)
-    return found
+        result += folder_units(item, names, IN_A_UNIT)
+    return result
 
 
 @lru_cache(maxsize=4)

@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of a thousand files."""
     check_web_arguments(args)
-    found: list[InputUnit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         if Path(item).is_dir():
             names = [label for label, _ in input_files([item], SUFFIXES)]
-            found += folder_units(item, names, IN_A_UNIT)
+            result += folder_units(item, names, IN_A_UNIT)
             continue
         for label, path in input_files([item], SUFFIXES):
-            found.append(InputUnit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
-    return found
+            result.append(InputUnit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
+    return result
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:

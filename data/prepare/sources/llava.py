@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of items of an array or lines of JSONL."""
     _folder(args.images)
-    found: list[InputUnit] = []
+    result: list[InputUnit] = []
     for label, path in input_files(args.inputs, (".json", ".jsonl")):
-        found += (
+        result += (
             line_units([str(path)], (".jsonl",)) if path.suffix == ".jsonl" else array_units(path, label, IN_A_UNIT)
         )
-    return found
+    return result
 
 
 @lru_cache(maxsize=4)

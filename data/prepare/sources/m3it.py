@@ -43,15 +43,15 @@ def fields(args: argparse.Namespace) -> dict[str, str]:
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of lines of JSONL or row groups of parquet."""
-    names, found = fields(args), []
+    names, result = fields(args), []
     for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
-        one = argparse.Namespace(inputs=[str(path)])
-        found += (
-            parquet_units(one, (names["instruction"], names["outputs"]))
+        file_args = argparse.Namespace(inputs=[str(path)])
+        result += (
+            parquet_units(file_args, (names["instruction"], names["outputs"]))
             if path.suffix == ".parquet"
             else line_units([str(path)], (".jsonl", ".jsonl.gz"))
         )
-    return found
+    return result
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:

@@ -41,7 +41,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of thousands of instructions to train on, in the order of their file."""
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must not be negative")
-    found = []
+    result = []
     for label, path in input_files(args.inputs, (ENDING,)):
         train = _train_file(path)
         spans = json_spans(train) if train else json_spans(path, "data")
@@ -49,8 +49,8 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
         for first in range(0, len(ids), IN_A_UNIT):
             some = tuple(ids[first : first + IN_A_UNIT])
             name = label if first == 0 else f"{label} from {some[0]}"
-            found.append(InputUnit(name, str(path), first, first + len(some), path.stat().st_size, some))
-    return found
+            result.append(InputUnit(name, str(path), first, first + len(some), path.stat().st_size, some))
+    return result
 
 
 def _train_file(path: Path) -> Path | None:
@@ -125,14 +125,14 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
 def _append(document: Document, name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule) -> None:
     """Add an instruction, all of it or nothing. Raises Dropped."""
     ids = body.get("image_ids") or []
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+    if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids):
         raise Dropped("'image_ids' is not a list of ids")
     instruction, response = body.get("instruction"), body.get("answer")
     if not isinstance(instruction, str) or not isinstance(response, str) or not response.strip():
         raise Dropped("'instruction' or 'answer' is not text, or empty")
     images = []
-    for one in ids:
-        text = _value("images.sqlite", one, args)
+    for image_id in ids:
+        text = _value("images.sqlite", image_id, args)
         images.append(rule.check(from_base64(text)))
     numbers = range(len(document.images), len(document.images) + len(images))
     document.images += images

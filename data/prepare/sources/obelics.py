@@ -167,10 +167,10 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
 
 def _general(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads(row.get("general_metadata") or "{}")
+        value = json.loads(row.get("general_metadata") or "{}")
     except (ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
 def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
-        found = json.loads(row.get("metadata") or "[]")
+        value = json.loads(row.get("metadata") or "[]")
     except (ValueError, TypeError):
-        found = []
-    if not isinstance(found, list) or len(found) != number:
+        value = []
+    if not isinstance(value, list) or len(value) != number:
         return [{}] * number
-    return [one if isinstance(one, dict) else {} for one in found]
+    return [entry if isinstance(entry, dict) else {} for entry in value]
 
 
 def _url(row: dict[str, Any]) -> dict[str, Any]:

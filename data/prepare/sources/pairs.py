@@ -46,20 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units: whole tars, rows of tables, files of folders."""
     conditions_of(tuple(args.where))
-    found: list[InputUnit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)
         if path.suffix in TABLES and path.is_file():
             ((label, table),) = input_files([item], (path.suffix,))
-            found += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
+            result += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
         elif path.is_dir() and not next(path.rglob("*.tar"), None):
             names = sorted(_image_names(path))
             if not names:
                 raise UserError(f"folder {item} holds neither tars nor images; correct the path")
-            found += folder_units(path, names, IN_A_UNIT)
+            result += folder_units(path, names, IN_A_UNIT)
         else:
-            found += file_units([item], (".tar",))
-    return found
+            result += file_units([item], (".tar",))
+    return result
 
 
 def _image_names(root: Path) -> Iterator[str]:

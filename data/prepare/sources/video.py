@@ -44,11 +44,11 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units: whole tars, files of folders."""
     if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
         raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
-    found: list[InputUnit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)
         if not path.is_dir() or next(path.rglob("*.tar"), None):
-            found += file_units([item], (".tar",))
+            result += file_units([item], (".tar",))
             continue
         names = sorted(
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower()[1:] in VIDEOS
@@ -58,8 +58,8 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
                 f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path "
                 "(frames that were extracted before are given as tars)"
             )
-        found += folder_units(path, names, IN_A_UNIT)
-    return found
+        result += folder_units(path, names, IN_A_UNIT)
+    return result
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
