@@ -179,7 +179,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     assert "is a folder, a tar was expected" in mistake("inspect", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "neither shards nor a manifest" in mistake("verify", tmp_path / "empty")
-    assert "no tar or damaged" in mistake("index", index_path(shard))
+    assert "not a tar, or is damaged" in mistake("index", index_path(shard))
     assert "--ways must be between" in mistake("prepare", "digits", "--out", tmp_path, "--ways", "11")
     (tmp_path / "file").write_text("")
     assert "file" in mistake("prepare", "digits", "--out", tmp_path / "file")

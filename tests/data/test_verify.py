@@ -120,7 +120,7 @@ def bomb() -> bytes:
 
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated tar": (truncated, "a.tar is truncated"),
-    "member of the wrong size": (wrong_size, "no tar or damaged: no header at byte"),
+    "member of the wrong size": (wrong_size, "not a tar, or is damaged: no header at byte"),
     "empty shard": (empty, "a.tar is empty (0 bytes)"),
     "shard without samples": (one, "a.tar has no sample"),
     "missing shard": (missing_shard, "documents-000001.tar is in the folder's manifest but missing"),
