@@ -88,7 +88,7 @@ def verify(args: argparse.Namespace) -> int:
         for fault in faults(path):
             print(fault)
             total += 1
-    print(f"{found} faults" if total else "no faults", file=sys.stderr)
+    print(f"{total} faults" if total else "no faults", file=sys.stderr)
     return 1 if total else 0
 
 
