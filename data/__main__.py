@@ -1,6 +1,6 @@
 """`python -m data prepare|merge|inspect|verify|index|bench|simulate`: makes shards, looks at them, checks and measures.
 
-A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it found faults.
+A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it finds faults.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate"}
 
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
-    """The command line. Only what is asked for is imported for its options, so that the rest starts at once."""
+    """Return the command line's parser. Only the command that is run imports its options, so that all start quickly."""
     top = argparse.ArgumentParser(prog="python -m data", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="write shards from a source")
     sources = prepare.add_subparsers(dest="source", required=True)
     for name, about in SOURCES.items():
-        one = sources.add_parser(name, help=about, description=about)
-        one.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+        command = sources.add_parser(name, help=about, description=about)
+        command.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
         if name == source:
             if name not in DRAWN:
-                import_module("data.prepare.engine").add_arguments(one)
-            import_module(f"data.prepare.sources.{name}").add_arguments(one)
+                import_module("data.prepare.engine").add_arguments(command)
+            import_module(f"data.prepare.sources.{name}").add_arguments(command)
     merge = commands.add_parser("merge", help="join what `prepare --part i/n` wrote")
     merge.add_argument("folder", nargs="+", metavar="DIR")
     merge.add_argument("--out", metavar="DIR", help="folder for the whole (default: the first DIR)")
@@ -50,9 +50,9 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
     index = commands.add_parser("index", help="write the index of tars made elsewhere, and a folder's catalogue")
     index.add_argument("shard", nargs="+", metavar="SHARD|DIR")
     for name, about in MEASURES.items():
-        one = commands.add_parser(name, help=about, description=about)
+        command = commands.add_parser(name, help=about, description=about)
         if name == source:
-            import_module(MODULES[name]).add_arguments(one)
+            import_module(MODULES[name]).add_arguments(command)
     return top
 
 
@@ -83,18 +83,18 @@ def verify(args: argparse.Namespace) -> int:
     """Print the faults, one a line."""
     from data.tools.verify import verify as faults
 
-    found = 0
+    total = 0
     for path in args.path:
         for fault in faults(path):
             print(fault)
-            found += 1
-    print(f"{found} faults" if found else "no faults", file=sys.stderr)
-    return 1 if found else 0
+            total += 1
+    print(f"{total} faults" if total else "no faults", file=sys.stderr)
+    return 1 if total else 0
 
 
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
-    from data.corpus import write_catalogue
+    from data.shard_store import write_catalogue
 
     for path in map(Path, args.shard):
         heads = {}

@@ -1,96 +1,93 @@
-"""What a dataset of a mixture is, which shards it has, and which of their samples count."""
+"""A dataset of a mixture: where its samples are, and how a training row is cut out of each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from data.corpus import Corpus, open_shards, resolve_shards
 from data.order import default_lanes
 from data.remote.shard_cache import ShardCache
+from data.shard_store import ShardStore, open_shards, resolve_shards
 from data.shards.document import Text
 from data.shards.index import KINDS
 from data.shards.mmc4 import Mmc4Rule
-from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 
 REDUCTIONS = ("token_mean", "sequence_sum")
 LABEL_POLICIES = ("text", "openflamingo")
-WINDOWS = ("random", "start")
+CROPS = ("random", "start")
 __all__ = [
     "KINDS",
     "REDUCTIONS",
-    "Corpus",
     "DatasetSpec",
     "document_texts",
-    "open_corpus",
-    "reader_of",
+    "open_store",
     "resolve_shards",
 ]
 
 
 @dataclass(kw_only=True, slots=True)
 class DatasetSpec:
-    """One dataset of a mixture, and how a training row is cut out of its samples.
+    """A dataset of a mixture, and how a training row is cut out of its samples.
 
-    Raises UserError, naming the dataset and the field, for a value that cannot be.
+    Raises UserError, naming the dataset and the field, for an invalid value.
     """
 
     name: str
-    shards: list[str]
-    """Tars, folders of tars, glob or brace patterns, URLs; used in this order (a folder's or a pattern's by name)."""
+    shards: list[str] = field(default_factory=list)
+    """Tars, folders of tars, glob or brace patterns, URLs; read in this order (a folder or pattern: by name). Empty
+    for a dataset whose samples the loader is given as a `data.store.DocumentStore`."""
     batch_size: int
-    """Samples of a global batch: of all processes and micro-batches together."""
+    """Samples in a global batch: over all processes and micro-batches."""
     weight: float = 1.0
-    """What the trainer multiplies this dataset's loss by. The loader only carries it."""
+    """Factor of this dataset's loss. The trainer applies it; the loader only carries it."""
     kind: str = "interleaved"
-    """"interleaved" (any sample), "pairs" (samples with an image and text), "text" (the images are left out)."""
+    """"interleaved" (any sample), "pairs" (samples with an image and text), "text" (images are ignored)."""
     max_tokens: int = 256
-    """Longest row, in tokens."""
+    """Maximum length of a row, in tokens."""
     max_images: int = 5
-    """Most images of a row; the row ends before the first one more."""
+    """Maximum number of images in a row; the row ends before the image that would exceed it."""
     max_frames: int = 1
-    """Frames of every image of this dataset: 1 for images."""
+    """Frames in every image of this dataset: 1 unless its images are clips."""
     next_image_probability: float = 0.0
-    """Share of the rows whose tokens see the next image and not the one before them (the paper: 0.5 on M3W)."""
+    """Share of the rows whose tokens see the next image instead of the previous one (the paper: 0.5 on M3W)."""
     labels: str = "text"
-    """"text" (every text token, EOC and EOS) or "openflamingo" (only from an <image> to its EOC)."""
-    window: str = "random"
-    """Where a row begins in a document (not a pair) that is too long, and a clip in its frames: "random" or "start"."""
+    """Tokens in the loss: "text" (all of the text, EOC and EOS) or "openflamingo" (only from an <image> to its EOC)."""
+    crop: str = "random"
+    """Where the crop of a document longer than `max_tokens` begins, and of a clip longer than `max_frames`: "random" or
+    "start". A pair is always cropped at its start."""
     flip: bool = False
-    """Mirror each image with probability 1/2, but none of a document whose text says left or right. Wrong for letters.
-    """
+    """Mirror each image with probability 1/2, except in documents whose text says left or right. Wrong for letters."""
     colour: float = 0.0
-    """Brightness, contrast and saturation of each image are multiplied by a number from 1 - colour to 1 + colour."""
+    """Multiply brightness, contrast and saturation of each image by factors from 1 - colour to 1 + colour."""
     single_image_share: float = 1.0
-    """Share of the rows with a single image that is kept; others stand in (open_flamingo: 0.5 of MMC4's documents)."""
+    """Share of the rows with a single image to keep; others are replaced (open_flamingo: 0.5 of MMC4's documents)."""
     space_probability: float = 0.0
-    """Share of the rows whose first text gets one space in front (the paper: 0.5 on its pairs)."""
+    """Share of the rows whose first text is given a leading space (the paper: 0.5 on its pairs)."""
     frame_rate: float = 0.0
-    """Frames a second taken of a clip that says its own rate (the paper: 1); 0: every stored frame."""
+    """Frames per second to take of a clip with a known rate (the paper: 1); 0: every stored frame."""
     reduction: str = "token_mean"
-    """What a loss is divided by: "token_mean", the labels of the batch; "sequence_sum", its samples (the paper)."""
+    """Divisor of the loss: "token_mean", the labels of the batch; "sequence_sum", its samples (the paper)."""
     pack: int = 0
-    """Put the samples of a micro-batch together in rows of at most this many tokens; 0: a row a sample."""
+    """Pack the samples of a micro-batch in rows of at most this many tokens; 0: one row per sample."""
     similarity: float = 0.24
-    """Least similarity of an image to its sentence, in open_flamingo's MMC4 shards (not scaled by 100)."""
+    """Minimum similarity of an image to its sentence, in open_flamingo's MMC4 shards (a cosine, not scaled by 100)."""
     cache: str = ""
     """Folder on this machine's disk for copies of remote shards; the datasets and ranks of a machine may share it."""
     cache_gb: float = 100.0
-    """Most bytes in that folder, in units of 1e9."""
+    """Capacity of that folder, in 1e9 bytes."""
     lanes: int = 0
     """Lanes of the order (see data.order); 0: the greatest common divisor of the batch size and 64."""
     block: int = 16
-    """Shards whose samples are shuffled together."""
+    """Number of shards whose samples are shuffled together."""
 
     def __post_init__(self) -> None:
         self.lanes = self.lanes or default_lanes(self.batch_size)
         wrong = [
-            (not self.shards, "shards is empty; give at least one tar, folder or pattern"),
             (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1"),
             (self.kind not in KINDS, f"kind={self.kind!r} must be one of {', '.join(KINDS)}"),
             (self.labels not in LABEL_POLICIES, f"labels={self.labels!r} must be one of {', '.join(LABEL_POLICIES)}"),
-            (self.window not in WINDOWS, f"window={self.window!r} must be one of {', '.join(WINDOWS)}"),
+            (self.crop not in CROPS, f"crop={self.crop!r} must be one of {', '.join(CROPS)}"),
             (self.max_tokens < 2, f"max_tokens={self.max_tokens} must be at least 2"),
             (self.max_images < 0, f"max_images={self.max_images} must not be negative"),
             (self.max_frames < 1, f"max_frames={self.max_frames} must be at least 1"),
@@ -124,52 +121,48 @@ class DatasetSpec:
                 raise UserError(f"dataset {self.name!r}: {message}")
 
     def divisor(self, labels: float) -> float:
-        """What the sum of the token losses of a global batch with so many labels is divided by."""
+        """Return the divisor of the sum of the token losses of a global batch with this many labels."""
         return float(self.batch_size) if self.reduction == "sequence_sum" else max(1.0, labels)
 
 
-def open_corpus(spec: DatasetSpec, rank: int = 0, world: int = 1) -> Corpus:
-    """Open a dataset's shards; each rank checks its share of them, so together all, before anything trains.
+def open_store(spec: DatasetSpec, rank: int = 0, world: int = 1) -> ShardStore:
+    """Open a dataset's shards; each rank checks its share of them, so that together they check all before training.
 
     Raises UserError, naming the dataset and the shard.
     """
     owner = f"dataset {spec.name!r}: "
     paths = resolve_shards(spec.shards, owner=owner)
     cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9)) if spec.cache else None
-    return open_shards(paths, spec.kind, owner=owner, share=(rank, world), cache=cache)
-
-
-def reader_of(spec: DatasetSpec, corpus: Corpus) -> ShardReader:
-    """A reader for a dataset's shards."""
-    return ShardReader(corpus.indexes, local=corpus.local, mmc4=Mmc4Rule(similarity=spec.similarity))
+    rule = Mmc4Rule(similarity=spec.similarity)
+    return open_shards(paths, spec.kind, owner=owner, share=(rank, world), cache=cache, mmc4=rule)
 
 
 def document_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
-    """The text of every document of a mixture, once, in the order of the shards (for training a tokenizer)."""
+    """Yield the text of every document of a mixture once, in the order of the shards (to train a tokenizer)."""
     for spec in specs:
-        corpus = open_corpus(spec)
-        reader = reader_of(spec, corpus)
-        for shard, rows in enumerate(corpus.counts):
-            for number in range(rows):
-                nodes = reader.sample(shard, corpus.row(shard, number), images=False).nodes
+        store = open_store(spec)
+        for part, length in enumerate(store.lengths()):
+            for row in range(length):
+                nodes = store.read(part, row, images=False).nodes
                 yield "".join(node.text for node in nodes if isinstance(node, Text))
-        reader.close()
+        store.reader.close()
 
 
-def too_small(specs: Iterable[DatasetSpec], pieces: int) -> Iterator[str]:
-    """One clause for each dataset whose shards are missing or broken, or that has less than a sample for each piece.
+def too_small(specs: Iterable[DatasetSpec], micro_batches: int) -> Iterator[str]:
+    """Yield a clause for each dataset whose shards are missing or broken, or that has fewer samples than micro-batches.
 
-    Shards need not be as many as processes, since the order deals out samples (`data.order`); and a batch may be larger
-    than a small dataset, which then repeats itself within it. `pieces` are processes x micro-batches.
+    `micro_batches` counts those of all processes. Shards need not be as many as processes, since the order deals out
+    samples (`data.order`); and a batch may be larger than a small dataset, which then repeats itself within it.
     """
     for spec in specs:
         try:
-            samples = int(open_corpus(spec).counts.sum())
+            samples = sum(open_store(spec).lengths())
         except UserError as error:
             yield str(error)
             continue
-        if samples < pieces:
+        if samples < micro_batches:
             yield (
                 f"data.datasets.{spec.name}.shards hold {samples} samples, fewer than processes x run.micro_batches = "
-                f"{pieces}, so processes would learn the same ones: add shards or use fewer processes"
+                f"{micro_batches}, so several processes would train on the same samples: add shards or use fewer "
+                "processes"
             )

@@ -1,8 +1,8 @@
-"""The kinds of failure on the way from a shard to a batch, and how each is met.
+"""The kinds of failure on the way from a shard to a batch, and how each is handled.
 
-A sample whose *content* is bad (an undecodable image, broken JSON) is replaced by another one, always the same one, and
-counted: that is `ContentError`. A read that fails is repeated, then stops the run (data.shards.retry). What the user
-must mend first (a missing shard, a document that names images it does not have) is a `flamingo.errors.UserError` and
+A sample whose *content* is bad (an undecodable image, broken JSON) raises `ContentError`; it is counted and replaced by
+another sample, always the same one. A failed read is repeated, then stops the run (`data.shards.retry`). What the user
+must fix first (a missing shard, a document that names images it does not have) is a `flamingo.errors.UserError` and
 stops the run with one sentence. Anything else is a bug and keeps its traceback.
 """
 
@@ -20,19 +20,19 @@ from flamingo.files import write_atomically
 
 
 class ContentError(Exception):
-    """A sample that cannot be used. `reason` is one of a few words to count by, `detail` is for the reader."""
+    """A sample that cannot be used. `reason` is a short phrase to count by, `detail` is for the reader."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
 
-class PassedOver(Exception):  # noqa: N818 (it is no error)
-    """A good sample that the recipe leaves out by chance. Another one stands in, and nothing is counted as bad."""
+class PassedOver(Exception):  # noqa: N818 (not an error)
+    """A good sample that the recipe leaves out at random. Another one replaces it, and nothing is counted as bad."""
 
 
 class BadSample(NamedTuple):
-    """One replaced sample."""
+    """A replaced sample."""
 
     dataset: str
     reason: str
@@ -43,10 +43,10 @@ class BadSample(NamedTuple):
 
 @dataclass(slots=True)
 class BadSampleCounter:
-    """Counts replaced samples and stops the run when they are no longer the exception.
+    """Counts replaced samples and stops the run when there are too many.
 
-    The limit is `max_rate` of the newest `window` samples, plus a grace of `grace` samples, so that one bad image at
-    the very start does not end a run and a long clean past does not hide a bad present.
+    The limit is `max_rate` of the newest `window` samples, plus `grace` samples, so that one bad image at the very
+    start does not end a run and a long clean past does not hide a bad present.
     """
 
     max_rate: float = 0.02
@@ -60,11 +60,11 @@ class BadSampleCounter:
 
     @property
     def total(self) -> int:
-        """How many samples were replaced."""
+        """Number of replaced samples."""
         return sum(self.by_sample.values())
 
     def by_reason(self) -> dict[tuple[str, str], int]:
-        """Counts by (dataset, reason)."""
+        """Return counts by (dataset, reason)."""
         counts: Counter[tuple[str, str]] = Counter()
         for sample, number in self.by_sample.items():
             counts[sample.dataset, sample.reason] += number
@@ -92,7 +92,7 @@ class BadSampleCounter:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line can be read and is of an earlier step."""
+    """Return whether a line is readable and belongs to an earlier step."""
     try:
         return int(json.loads(line)["step"]) < step
     except (ValueError, KeyError, TypeError):
@@ -100,10 +100,10 @@ def _is_before(line: str, step: int) -> bool:
 
 
 class BadSampleLog:
-    """One JSON line for every replaced sample of this rank: step, dataset, reason, shard, key, detail.
+    """A file with a JSON line for every replaced sample of this rank: step, dataset, reason, shard, key, detail.
 
-    A run that goes on from a step drops the lines of that step and later ones: they are written again. Raises UserError
-    when the file cannot be written.
+    A resumed run drops the lines of its first step and later ones, since it writes them again. Raises UserError when
+    the file cannot be written.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
@@ -114,7 +114,7 @@ class BadSampleLog:
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        # A kill may have cut the last line.
+        # The last line may have been cut off when the run was killed.
         kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
         if kept != text:
             write_atomically(self.path, kept)

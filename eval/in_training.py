@@ -56,7 +56,7 @@ class FewShotEvaluation:
     def scores(
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, processes: Processes
     ) -> dict[str, float]:
-        """Return `evaluation/<task>/<shots>` to the mean score. Called by every process, with the same result on each."""
+        """Return `evaluation/<task>/<shots>` to the mean score. Every process calls it and gets the same."""
         by_cell: dict[str, list[float]] = {}
         for sample in self.samples(model, processor, processes):
             by_cell.setdefault(f"evaluation/{sample.cell.task}/{sample.cell.shots}", []).append(sample.score)

@@ -13,18 +13,18 @@ from data.errors import BadSample
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one dataset for one micro-batch of one rank."""
+    """A micro-batch of one dataset on one rank."""
 
     dataset: str
     tensors: dict[str, Tensor]
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
     retries: int = 0
-    """Reads that had to be repeated for this batch."""
+    """Number of reads that were repeated for this batch."""
 
     @property
     def stats(self) -> dict[str, int]:
-        """Samples, replaced ones, tokens without padding, tokens with a label, images (frames are not counted)."""
+        """Counts of samples, replaced samples, tokens (not padding), labels, and images (a clip counts once)."""
         tensors = self.tensors
         counts = {"rows": len(self.keys), "bad": len(self.bad)}
         if "attention_mask" in tensors:
@@ -35,24 +35,24 @@ class Batch:
 
     @property
     def fill(self) -> float:
-        """Share of the places of its rows that are no padding."""
+        """Share of the positions of its rows that are not padding."""
         mask = self.tensors["attention_mask"]
         return float(mask.sum()) / max(1, mask.numel())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on a device."""
+        """Return the same batch with its tensors on a device."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return Batch(self.dataset, moved, self.keys, self.bad, self.retries)
 
     def pin_memory(self) -> Batch:
-        """The same batch in document-locked memory (called by the DataLoader)."""
+        """Return the same batch in page-locked memory (called by the DataLoader)."""
         pinned = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
         return Batch(self.dataset, pinned, self.keys, self.bad, self.retries)
 
 
 @dataclass(slots=True)
 class StepBatches:
-    """All that a rank needs for one step: for each dataset its micro-batches, in the order of the mixture."""
+    """What a rank needs for one step: the micro-batches of each dataset, in the order of the mixture."""
 
     step: int
     batches: dict[str, list[Batch]]

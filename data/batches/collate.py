@@ -1,9 +1,8 @@
 """Samples to the tensors of one objective: `FlamingoCollate`, `LanguageCollate`, `PairCollate`.
 
-A collate has two steps. `sample` runs for every sample alone, with that sample's own random numbers, and may raise
-`ContentError`; `batch` puts the results together. Images leave here as raw uint8 (a quarter of the bytes of floats on
-the way between processes); the model normalises them. A batch is ragged: images of all rows in one stack, with
-counts.
+A collate has two steps. `sample` runs for each sample on its own, with that sample's random numbers, and may raise
+`ContentError`; `batch` joins the results. Images stay uint8 (a quarter of the bytes of floats on the way between
+processes); the model normalises them. A batch is ragged: the images of all rows in one stack, with counts.
 
 Letters: B rows, T tokens (the longest row of the batch), I images of all rows, F frames, S side of an image.
 """
@@ -24,12 +23,12 @@ from data.batches.packing import groups, join
 from data.batches.tokenize import (
     IGNORED,
     CachedEncoder,
-    Row,
     SpecialTokens,
+    TokenRow,
+    crop_of,
     make_row,
     quick_encoder,
     tokenize_document,
-    window_of,
 )
 from data.dataset import DatasetSpec
 from data.errors import ContentError, PassedOver
@@ -37,22 +36,24 @@ from data.shards.document import Image, Node, Text
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
-SIDES = re.compile(r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE)  # a mirror makes these wrong
+SIDES = re.compile(
+    r"\b(?:left|right)(?:s|most|ward|wards|-hand|-most)?\b", re.IGNORECASE
+)  # mirroring makes these wrong
 NO_EOS = "the tokenizer has no end-of-text token; set its eos_token"
 
 
 class Collate(Protocol):
-    """What the loader asks of an objective."""
+    """What the loader needs of an objective."""
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
-        """One sample, ready for `batch`. Raises ContentError when it cannot be used."""
+        """Return one sample, ready for `batch`. Raises ContentError when it cannot be used."""
 
     def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
-        """The tensors of a batch."""
+        """Return the tensors of a batch."""
 
 
 def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
-    """Rows of different lengths to (B, T), padded on the right."""
+    """Return rows of different lengths as one tensor (B, T), padded on the right."""
     out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
@@ -60,7 +61,7 @@ def pad_rows(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
 
 
 def attention_mask(rows: Sequence[NDArray[np.int64]]) -> Tensor:
-    """(B, T) int64: 1 for tokens, 0 for padding."""
+    """Return (B, T) int64: 1 for tokens, 0 for padding."""
     lengths = torch.tensor([len(row) for row in rows])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
@@ -94,12 +95,12 @@ class FlamingoCollate:
         self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
 
-    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Row, list[Tensor]]:
-        """A row and the frames of its images, F for each."""
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[TokenRow, list[Tensor]]:
+        """Return a row and the frames of its images, F for each."""
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
-            raise ContentError("empty", "the document has neither text nor images that this dataset uses")
+            raise ContentError("empty", "the document has no text or images that this dataset uses")
         if spec.space_probability and random.random() < spec.space_probability:
             nodes = with_space(nodes)
         may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
@@ -108,7 +109,7 @@ class FlamingoCollate:
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
-            window="start" if spec.kind == "pairs" else spec.window,  # else a long caption may lose its image
+            crop="start" if spec.kind == "pairs" else spec.crop,  # a random crop of a long caption may lose its image
             labels=spec.labels,
             next_image_probability=spec.next_image_probability,
             draws=(draws[0], draws[1]),
@@ -116,6 +117,7 @@ class FlamingoCollate:
         if len(row.images) == 1 and spec.single_image_share < 1 and random.random() >= spec.single_image_share:
             raise PassedOver
         chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.images]
+        # Only now, when cropping is done, is it known which images the row shows: the others are never read.
         raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
         frames: list[Tensor] = []
         decoded: dict[int, Tensor] = {}  # a document may show one image several times
@@ -128,8 +130,8 @@ class FlamingoCollate:
                 frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
         return row, frames
 
-    def batch(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+    def batch(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
+        """Return the tensors that the class describes."""
         if spec.pack:
             return self._packed(spec, samples)
         rows = [row for row, _ in samples]
@@ -142,7 +144,7 @@ class FlamingoCollate:
             "image_counts": torch.tensor([len(row.images) for row in rows]),
         }
 
-    def _packed(self, spec: DatasetSpec, samples: list[tuple[Row, list[Tensor]]]) -> dict[str, Tensor]:
+    def _packed(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
         shared = groups([len(row.ids) for row, _ in samples], spec.pack)
         rows = [join([samples[number][0] for number in group]) for group in shared]
         sequences = pad_rows([row.sequence for row in rows], 0)
@@ -163,15 +165,15 @@ class FlamingoCollate:
         return stacked(frames, size, self.empty).view(-1, spec.max_frames, 3, size, size)
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many samples can take."""
+        """Return the most bytes that a batch of this many samples can take."""
         images = image_bytes(spec.max_images * spec.max_frames, self.transform.size)
         return rows * (images + 8 * 5 * max(spec.max_tokens, 1) + 64)
 
 
 def with_space(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes with one space in front of the first text (the paper's augmentation of pairs, its appendix)."""
+    """Return the nodes with a leading space in the first text (the augmentation of pairs in the paper's appendix)."""
     out = list(nodes)
-    first = next((place for place, node in enumerate(out) if isinstance(node, Text)), None)
+    first = next((index for index, node in enumerate(out) if isinstance(node, Text)), None)
     if first is not None:
         text = out[first]
         assert isinstance(text, Text)
@@ -182,8 +184,8 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
 class LanguageCollate:
     """Rows of text only, for training a language model on the text of documents.
 
-    Text nodes that touch are joined as they are, as in a Flamingo row; where images lie between two texts stands a
-    line break; EOS ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
+    Adjacent text nodes are joined as they are, as in a Flamingo row; images between two texts become a line break; EOS
+    ends the row. A text with `loss=False` gets no labels. Tensors: input_ids, attention_mask, labels
     (B, T) int64. `tokenizer` is a transformers tokenizer.
     """
 
@@ -201,9 +203,9 @@ class LanguageCollate:
     def sample(
         self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, labels), both (T,). Raises ContentError for a document without text."""
+        """Return (ids, labels), both (T,). Raises ContentError for a document without text."""
         ids: list[int] = []
-        learn: list[bool] = []
+        loss_mask: list[bool] = []
         gap = False
         for node in raw.nodes:
             if isinstance(node, Image):
@@ -211,25 +213,25 @@ class LanguageCollate:
                 continue
             tokens = [*(self.encode("\n") if gap else ()), *self.encode(node.text)]
             ids += tokens
-            learn += [node.loss] * len(tokens)
+            loss_mask += [node.loss] * len(tokens)
             gap = False
         if not ids:
             raise ContentError("no text", "the document has images only")
         ids.append(self.eos)
-        learn.append(True)
+        loss_mask.append(True)
         begin = [] if self.bos is None else [self.bos]
-        start, stop = window_of(len(ids), spec.max_tokens - len(begin), spec.window, random.random())
+        start, stop = crop_of(len(ids), spec.max_tokens - len(begin), spec.crop, random.random())
         row = np.array(begin + ids[start:stop], dtype=np.int64)
-        return row, np.where([False] * len(begin) + learn[start:stop], row, IGNORED)
+        return row, np.where([False] * len(begin) + loss_mask[start:stop], row, IGNORED)
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+        """Return the tensors that the class describes."""
         ids = [row for row, _ in samples]
         labels = pad_rows([row for _, row in samples], IGNORED)
         return {"input_ids": pad_rows(ids, self.pad), "attention_mask": attention_mask(ids), "labels": labels}
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many samples can take."""
+        """Return the most bytes that a batch of this many samples can take."""
         return rows * 8 * 3 * spec.max_tokens
 
 
@@ -245,7 +247,7 @@ class PairCollate:
         self.tokenizer, self.transform = tokenizer, transform
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
-        """The sample's first image (of a clip, the first frame) and all of its text."""
+        """Return the sample's first image (of a clip, the first frame) and all of its text."""
         first = next((node for node in raw.nodes if isinstance(node, Image)), None)
         text = caption(raw.nodes)
         if first is None or not text:
@@ -255,15 +257,15 @@ class PairCollate:
         return image.flip(-1) if may_flip and random.random() < 0.5 else image, text
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
-        """Tensors as in the class's description."""
+        """Return the tensors that the class describes."""
         images = stacked([image for image, _ in samples], self.transform.size, self.empty)
         return {"image": images, "text": self.tokenizer([text for _, text in samples])}
 
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
-        """What a batch of so many pairs can take; for texts up to 512 tokens."""
+        """Return the most bytes that a batch of this many pairs can take, with texts of up to 512 tokens."""
         return rows * (image_bytes(1, self.transform.size) + 8 * 512)
 
 
 def caption(nodes: Sequence[Node]) -> str:
-    """All text of a document, without the spaces around it."""
+    """Return all text of a document, without the spaces around it."""
     return "".join(node.text for node in nodes if isinstance(node, Text)).strip()

@@ -1,9 +1,9 @@
-"""Bytes of an image to a uint8 RGB tensor, by one rule for training and evaluation.
+"""Decodes the bytes of an image to a uint8 RGB tensor, by one rule for training and evaluation.
 
-The rule is `flamingo.vision.transform.ImageTransform.to_rgb`; a plain RGB image takes a shorter way to the same result.
-What is notable: the size is checked in the header, before a bomb can unfold; a JPEG much larger than what will be asked
-of it is decoded at a fraction of its size. Pillow does all of it: torchvision's decoders are up to a third faster but
-deprecated since 0.29.
+The rule is `flamingo.vision.transform.ImageTransform.to_rgb`; a plain RGB image takes a shorter path to the same
+result. The size is checked in the header, before a decompression bomb can unfold, and a JPEG much larger than needed is
+decoded at a fraction of its size. Pillow does all of it: torchvision's decoders are up to a third faster but deprecated
+since 0.29.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from data.shards.document import sniff
 from data.shards.tar import LFS
 
 MAX_PIXELS = 64_000_000
-FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}  # no others are tried
-NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency"}  # may turn or cover pixels
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}  # the only ones tried
+NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency"}  # may rotate or hide pixels
 
 
 def _to_rgb(image: Image.Image, spare: bool) -> Tensor:
@@ -39,12 +39,12 @@ def _to_rgb(image: Image.Image, spare: bool) -> Tensor:
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, spare: bool = False) -> Tensor:
     """Decode an image to uint8 (3, h, w).
 
-    With `spare` there may be a fourth channel, which means nothing, in memory laid out as (h, w, 4): torch resizes
-    that twice as fast as three channels.
+    With `spare` there may be a meaningless fourth channel, in memory laid out as (h, w, 4): torch resizes that twice as
+    fast as three channels.
 
-    `at_least`: the side that will be asked of it later; a JPEG whose shorter side is 4 times that or more is decoded
-    at a fraction of its size, never below 2 times. Raises ContentError for what is no image, is damaged, or has more
-    than `max_pixels` pixels.
+    `at_least`: the side needed later; a JPEG whose shorter side is at least 4 times that is decoded at a fraction of
+    its size, but at least 2 times. Raises ContentError for what is not an image, is damaged, or has more than
+    `max_pixels` pixels.
     """
     kind = sniff(data)
     if kind is None:

@@ -1,4 +1,4 @@
-"""Images on their way into a batch: which frames of a clip, decoded, scaled, coloured and stacked."""
+"""Images on their way into a batch: frames are chosen, decoded, resized, jittered and stacked."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ class Transform(Protocol):
         """S, in pixels."""
 
     def __call__(self, image: Tensor, /) -> Tensor:
-        """The image (C, h, w), both uint8, in the size that the encoder takes; each channel for itself."""
+        """Return an image (C, h, w) uint8 as (C, S, S) uint8, each channel on its own."""
 
 
 def load_image(raw: RawSample, number: int, transform: Transform) -> Tensor:
-    """Image `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
+    """Return image `number` of a sample as uint8 (3, S, S), in memory often as (S, S, 4). Raises ContentError."""
     size = transform.size
     image = decode(raw.image(number), at_least=size, spare=True)
     return (image if image.shape[1:] == (size, size) else transform(image))[:3]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor: what a collate's `empty` is, unless its batch is written into memory shared with the trainer."""
+    """Return a new tensor: a collate's `empty`, unless its batch is written into memory shared with the trainer."""
     return torch.empty(tuple(shape), dtype=dtype)
 
 
 def image_bytes(images: int, size: int) -> int:
-    """Bytes of so many images of `size` pixels a side."""
+    """Return the bytes of this many images of `size` pixels a side."""
     return images * 3 * size * size
 
 
 def stacked(frames: Sequence[Tensor], size: int, new: Callable[[Sequence[int], torch.dtype], Tensor]) -> Tensor:
-    """Frames (3, S, S), however they lie in memory, one behind the other in a tensor made by `new`."""
+    """Return frames (3, S, S), whatever their memory layout, as one tensor (N, 3, S, S) made by `new`."""
     pixels = new((len(frames), 3, size, size), torch.uint8)
-    for place, frame in zip(pixels, frames, strict=True):
-        place.copy_(frame)
+    for target, frame in zip(pixels, frames, strict=True):
+        target.copy_(frame)
     return pixels
 
 
 def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
-    """A frame (3, S, S) uint8 with brightness, contrast and saturation times 1 - strength to 1 + strength.
+    """Return a frame (3, S, S) uint8 with brightness, contrast and saturation times 1 - strength to 1 + strength.
 
-    `draws` are three numbers in [0, 1), one for each. Contrast is around the mean grey, saturation around each pixel's.
+    `draws` are three numbers in [0, 1), one for each. Contrast is relative to the mean grey, saturation to each
+    pixel's.
     """
     brightness, contrast, saturation = (1 + strength * (2 * draw - 1) for draw in draws)
     weights = torch.tensor(GREY).view(3, 1, 1)
@@ -68,9 +69,9 @@ def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
 
 
 def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
-    """Exactly `max_frames` frames: a run of a longer clip (from its start unless the window is random), or repeated.
+    """Return exactly `max_frames` frames: a crop of a longer clip, or a shorter one with its last frame repeated.
 
-    With a `frame_rate`, of a clip that says its own: every so many frames that the rate comes nearest.
+    With a `frame_rate`, a clip with a known rate is thinned to every n-th frame, n as close to that rate as possible.
     """
     frames = list(image.frames)
     every = 1
@@ -78,7 +79,7 @@ def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) ->
         every = max(1, round(image.fps / spec.frame_rate))
     reach = (spec.max_frames - 1) * every + 1  # from the first to the last of the frames taken
     if len(frames) > reach:
-        start = int(random.integers(len(frames) - reach + 1)) if spec.window == "random" else 0
+        start = int(random.integers(len(frames) - reach + 1)) if spec.crop == "random" else 0
         return frames[start : start + reach : every]
     frames = frames[::every]
     return frames + frames[-1:] * (spec.max_frames - len(frames))

@@ -1,15 +1,15 @@
-"""A document to a row of tokens: text node by text node, a window cut out of it, and which image each token sees.
+"""Turns a document into a row of tokens: tokenized node by node, cropped, and with the image that each token sees.
 
     document     <image 0> a kibo <image 1> a lumo
     tokens   <image> a kibo <EOC> <image> a lumo <EOC> <eos>
     phi         1    1   1    1      2    2   2    2     2
 
 `<EOC>` ends a chunk: it stands before every `<image>` that does not begin the row, and at the end before EOS. Special
-tokens are spliced in as ids, so a document whose text says "<image>" stays text. What is notable: the window is cut
-between tokens and only images whose token is in it are ever decoded; a row that would show more than `max_images`
-images ends before the first one too many, so no text is ever learnt beside an image that is not its own.
+tokens are spliced in as ids, so "<image>" in a document's text stays text. A crop is cut between tokens, and only
+images whose token is inside are decoded. A row that would show more than `max_images` images ends before the first one
+too many, so that no text is trained on beside an image that is not its own.
 
-The image placement of the paper (section 3.1.3, p_next) is a choice of phi and moves no token:
+The paper's image placement (section 3.1.3, p_next) is a choice of phi and moves no token:
 
     previous    1    1   1    1      2    2   2    2     2
     next        1    2   2    2      2    0   0    0     0
@@ -30,15 +30,15 @@ from tokenizers import Tokenizer
 from data.shards.document import Image, Node, Text
 from flamingo.labels import IGNORED
 
-# The tokenizers of transformers change while they tokenize and raise when two threads do it at once. A process that was
-# forked meanwhile gets a lock of its own: the thread that would open the old one does not exist there.
+# The tokenizers of transformers have mutable state and raise when two threads use one at once. A process forked
+# meanwhile gets a new lock: the thread that would release the old one does not exist there.
 _TOKENIZING = [threading.Lock()]
 os.register_at_fork(after_in_child=lambda: _TOKENIZING.__setitem__(0, threading.Lock()))
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The ids that are spliced between texts. `bos` is None for a tokenizer without one."""
+    """Ids spliced between texts. `bos` is None for a tokenizer without one."""
 
     image: int
     eoc: int
@@ -49,16 +49,16 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True)
 class DocumentTokens:
-    """A whole document, before any window: ids, whether a token is learnt, and where each image's token stands."""
+    """A whole document before cropping: ids, which of them are in the loss, and the position of each image's token."""
 
     ids: list[int]
-    learn: list[bool]
-    places: list[int]
+    loss_mask: list[bool]
+    positions: list[int]
     images: list[Image]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """A training row of T tokens: ids, phi and labels (T,) int64, and the images to decode, in the order of phi."""
 
     ids: NDArray[np.int64]
@@ -68,14 +68,14 @@ class Row:
 
 
 class CachedEncoder:
-    """Text to token ids, remembering the last texts: captions repeat, and a dictionary is faster than any tokenizer."""
+    """Text to token ids, with a cache: captions repeat, and a dictionary is faster than any tokenizer."""
 
     def __init__(self, encode: Callable[[str], list[int]], limit: int = 1 << 16) -> None:
         self.encode, self.limit = encode, limit
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text without special tokens. The list is shared: do not change it."""
+        """Return the ids of a text without special tokens. The list is shared: do not change it."""
         ids = self._known.get(text)
         if ids is None:
             if len(self._known) >= self.limit:
@@ -95,16 +95,16 @@ PROBES = ("A cat, 12 dogs.\n", " <image>x<|endofchunk|> \u00e9\u4e16 ", "a  b\t<
 
 
 class QuickEncoder:
-    """A private copy of a fast tokenizer's core: the same ids without the work that its Python side does around it."""
+    """A private copy of a fast tokenizer's core: the same ids without the overhead of its Python side."""
 
     def __init__(self, core: Tokenizer) -> None:
         self.core = Tokenizer.from_str(core.to_str())
         self.core.no_padding()
         self.core.no_truncation()
-        self.core.encode_special_tokens = True  # a special token's name in a text is text
+        self.core.encode_special_tokens = True  # the name of a special token in a text is text
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
+        """Return the ids of a text without special tokens."""
         return self.core.encode(text, add_special_tokens=False).ids
 
     def __reduce__(self) -> tuple[type[QuickEncoder], tuple[Tokenizer]]:
@@ -112,7 +112,7 @@ class QuickEncoder:
 
 
 def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """A function with the same result as `encode` in a fraction of its time, or `encode` where there is none."""
+    """Return a function with the same result as `encode` in a fraction of its time, or `encode` where there is none."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(core, Tokenizer):
         return encode
@@ -123,37 +123,37 @@ def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callabl
 def tokenize_document(
     nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens
 ) -> DocumentTokens:
-    """All tokens of a document, without BOS. The EOC after a text with `loss=False` is not learnt either."""
+    """Return all tokens of a document, without BOS. An EOC after a text with `loss=False` is not in the loss."""
     ids: list[int] = []
-    learn: list[bool] = []
-    places: list[int] = []
+    loss_mask: list[bool] = []
+    positions: list[int] = []
     images: list[Image] = []
-    last = True
+    in_loss = True  # whether the text before is: its EOC goes with it
     for node in nodes:
         if isinstance(node, Text):
             tokens = encode(node.text)
             ids += tokens
-            learn += [node.loss] * len(tokens)
-            last = node.loss
+            loss_mask += [node.loss] * len(tokens)
+            in_loss = node.loss
             continue
         if ids:
             ids.append(special.eoc)
-            learn.append(last)
-        places.append(len(ids))
+            loss_mask.append(in_loss)
+        positions.append(len(ids))
         images.append(node)
         ids.append(special.image)
-        learn.append(False)
-        last = True
+        loss_mask.append(False)
+        in_loss = True
     ids += (special.eoc, special.eos)
-    learn += (last, last)
-    return DocumentTokens(ids, learn, places, images)
+    loss_mask += (in_loss, in_loss)
+    return DocumentTokens(ids, loss_mask, positions, images)
 
 
-def window_of(length: int, room: int, window: str, draw: float) -> tuple[int, int]:
-    """The [start, stop) of a window of at most `room` tokens in `length`; `draw` in [0, 1) places a random one."""
+def crop_of(length: int, room: int, crop: str, draw: float) -> tuple[int, int]:
+    """Return the [start, stop) of a crop of at most `room` tokens of `length`; `draw` in [0, 1) places a random one."""
     if length <= room:
         return 0, length
-    start = int(draw * (length - room + 1)) if window == "random" else 0
+    start = int(draw * (length - room + 1)) if crop == "random" else 0
     return start, start + room
 
 
@@ -163,47 +163,47 @@ def make_row(
     *,
     max_tokens: int,
     max_images: int,
-    window: str = "random",
+    crop: str = "random",
     labels: str = "text",
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
-) -> Row:
-    """Cut a window of `max_tokens` tokens (BOS included) and its first `max_images` images out of a document.
+) -> TokenRow:
+    """Crop a document to `max_tokens` tokens (BOS included) and its first `max_images` images.
 
-    `draws` are two numbers in [0, 1): where a random window begins, and whether tokens see the next image.
+    `draws` are two numbers in [0, 1): where a random crop begins, and whether tokens see the next image.
     """
     see_next = draws[1] < next_image_probability
-    start, stop = window_of(len(document.ids), max_tokens - (special.bos is not None), window, draws[0])
-    inside = [k for k, place in enumerate(document.places) if start <= place < stop]
+    start, stop = crop_of(len(document.ids), max_tokens - (special.bos is not None), crop, draws[0])
+    inside = [k for k, position in enumerate(document.positions) if start <= position < stop]
     if len(inside) > max_images:
-        stop = document.places[inside[max_images]]
+        stop = document.positions[inside[max_images]]
         inside = inside[:max_images]
-    while not see_next and inside and document.places[inside[-1]] == stop - 1 and stop - start > 1:
-        inside.pop()  # its token ends the window: nothing that is learnt would see it
+    while not see_next and inside and document.positions[inside[-1]] == stop - 1 and stop - start > 1:
+        inside.pop()  # its token ends the crop: nothing in the loss would see it
         stop -= 1
     begin = [] if special.bos is None else [special.bos]
     ids = np.array(begin + document.ids[start:stop], dtype=np.int64)
-    learn = np.array([False] * len(begin) + document.learn[start:stop], dtype=np.bool_)
-    places = [document.places[k] - start + len(begin) for k in inside]
+    loss_mask = np.array([False] * len(begin) + document.loss_mask[start:stop], dtype=np.bool_)
+    positions = [document.positions[k] - start + len(begin) for k in inside]
     if labels == "openflamingo":
-        learn &= _inside_chunks(ids, special)
-    phi = phi_of(len(ids), places, see_next)
-    return Row(ids, phi, np.where(learn, ids, IGNORED), [document.images[k] for k in inside])
+        loss_mask &= _inside_chunks(ids, special)
+    phi = phi_of(len(ids), positions, see_next)
+    return TokenRow(ids, phi, np.where(loss_mask, ids, IGNORED), [document.images[k] for k in inside])
 
 
-def phi_of(length: int, places: Sequence[int], see_next: bool) -> NDArray[np.int64]:
-    """Which image each of `length` tokens sees, given the places of the `<image>` tokens: see the module's head."""
+def phi_of(length: int, positions: Sequence[int], see_next: bool) -> NDArray[np.int64]:
+    """Return which image each of `length` tokens sees, given the positions of the `<image>` tokens (see above)."""
     phi = np.zeros(length, dtype=np.int64)
-    for number, place in enumerate(places, start=1):
+    for number, position in enumerate(positions, start=1):
         if not see_next:
-            phi[place:] = number
+            phi[position:] = number
         else:
-            phi[places[number - 2] + 1 if number > 1 else 0 : place + 1] = number
+            phi[positions[number - 2] + 1 if number > 1 else 0 : position + 1] = number
     return phi
 
 
 def _inside_chunks(ids: NDArray[np.int64], special: SpecialTokens) -> NDArray[np.bool_]:
-    """OpenFlamingo's rule: nothing before the first `<image>`, nothing after an EOC until the next `<image>`."""
+    """Return which tokens OpenFlamingo trains on: from each `<image>` to its EOC."""
     inside = np.zeros(len(ids), dtype=np.bool_)
     open_chunk = False
     for position, token in enumerate(ids.tolist()):

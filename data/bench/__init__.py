@@ -1,1 +1,5 @@
-"""`python -m data bench`: this loader and open_flamingo's own on the same shards, and what else the loader promises."""
+"""Shards made for measuring in, tables out: `python -m data bench` and `python -m data simulate`.
+
+`table` runs `measure` in fresh processes for this loader (`ours`) and open_flamingo's (`peer`) on the shards of
+`material`; `simulate` computes what a corpus of any size would cost. Begin at `table.run`.
+"""

@@ -36,12 +36,12 @@ class Material:
 
     @classmethod
     def at(cls, folder: Path) -> Material:
-        """The places in a folder."""
+        """Return the paths inside a folder."""
         return cls(folder / "mmc4", folder / "raw", folder / "pairs", folder / "texts.txt")
 
 
 def image(random: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG with large shapes and grain."""
+    """Return a JPEG with large shapes and grain."""
     coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     grain = random.normal(0, 9, (height, width, 1)).astype(np.int16)
@@ -50,7 +50,7 @@ def image(random: np.random.Generator, width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-class Words:
+class SentenceMaker:
     """Sentences of made-up words, the frequent ones short, as in a language."""
 
     def __init__(self, random: np.random.Generator, size: int = 4000) -> None:
@@ -64,7 +64,7 @@ class Words:
         self.odds = odds / odds.sum()
 
     def sentence(self, mean: float) -> str:
-        """About `mean` words."""
+        """Return a sentence of about `mean` words."""
         number = max(2, int(self.random.normal(mean, mean / 3)))
         return (
             " ".join(self.words[i] for i in self.random.choice(len(self.words), number, p=self.odds)).capitalize() + "."
@@ -78,7 +78,7 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
     if done.exists():
         return material
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    words = Words(random)
+    words = SentenceMaker(random)
     large = [image(random, 640, 480) for _ in range(POOL)]
     small = [image(random, 400, 300) for _ in range(POOL)]
     lines = [_document(number, random, words, large) for number in range(documents)]
@@ -105,7 +105,7 @@ def write(folder: Path, documents: int, pairs: int, shards: int, seed: int = 0) 
     return material
 
 
-def _document(number: int, random: np.random.Generator, words: Words, pool: list[bytes]) -> dict[str, Any]:
+def _document(number: int, random: np.random.Generator, words: SentenceMaker, pool: list[bytes]) -> dict[str, Any]:
     sentences = max(8, int(random.normal(24, 6)))
     images = int(np.clip(random.poisson(4.5) + 1, 1, 12))
     chosen = random.choice(sentences, min(images, sentences), replace=False)
@@ -136,7 +136,7 @@ def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def tokenizer_of(material: Material) -> Any:
-    """A byte-level BPE tokenizer of 8,000 tokens, trained on the material's text."""
+    """Return a byte-level BPE tokenizer of 8,000 tokens, trained on the material's text."""
     from flamingo.training.objectives.build import train_tokenizer
 
     return train_tokenizer(material.texts.read_text().splitlines(), 8000)

@@ -21,12 +21,12 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def processes() -> list[int]:
-    """This process and its workers."""
+    """Return the ids of this process and its workers."""
     return [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
 
 
 def cpu_seconds() -> float:
-    """Processor time used so far by this process and its workers."""
+    """Return the processor time used so far by this process and its workers."""
     total = 0
     for pid in processes():
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -35,7 +35,7 @@ def cpu_seconds() -> float:
 
 
 def bytes_read() -> int:
-    """Bytes that the workers have read so far, from files and pipes."""
+    """Return the bytes that the workers have read so far, from files and pipes."""
     total = 0
     for pid in processes()[1:]:
         line = next(line for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("rchar"))
@@ -44,7 +44,7 @@ def bytes_read() -> int:
 
 
 def private_memory() -> int:
-    """Bytes that the largest worker shares with nobody."""
+    """Return the private bytes of the largest worker."""
     most = 0
     for pid in processes()[1:]:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()

@@ -1,8 +1,8 @@
 """open_flamingo 2.0.1's loader, unmodified, in a process with this one's libraries.
 
-Three shims, without which it does not run beside webdataset 1.0 and transformers 5:
-- webdataset's `tar_file_expander` gives an end mark after each shard, which its grouping takes for a file: left out;
-- `additional_special_tokens` and their ids are no attributes of a tokenizer any more: given back;
+Three shims, without which it does not run with webdataset 1.0 and transformers 5:
+- webdataset's `tar_file_expander` yields an end marker after each shard, which its grouping takes for a file: removed;
+- `additional_special_tokens` and their ids are no longer attributes of a tokenizer: restored;
 - it needs at least one worker (`persistent_workers` is always on).
 """
 
@@ -25,13 +25,13 @@ THRESHOLD = 0.24
 
 
 def module() -> ModuleType:
-    """Its `train/data.py`, with the first shim. Raises UserError when open_flamingo is not installed."""
-    found = importlib.util.find_spec("open_flamingo")
-    if found is None or not found.submodule_search_locations:
+    """Return open_flamingo's `train/data.py`, with the first shim. Raises UserError when it is not installed."""
+    package = importlib.util.find_spec("open_flamingo")
+    if package is None or not package.submodule_search_locations:
         raise UserError(
             "open_flamingo is not installed: pip install --no-deps -r requirements-peers.txt, or bench --without-peer"
         )
-    folder = Path(found.submodule_search_locations[0]) / "train"
+    folder = Path(package.submodule_search_locations[0]) / "train"
     sys.path.insert(0, str(folder))
     try:
         utils = importlib.import_module("data_utils")
@@ -48,7 +48,7 @@ def module() -> ModuleType:
 
 
 def tokenizer(material: Material) -> Any:
-    """The tokenizer with its special tokens, and the second shim."""
+    """Return the tokenizer with its special tokens, and the second shim."""
     made = tokenizer_of(material)
     made.add_special_tokens({"additional_special_tokens": SPECIAL})
     ids = made.convert_tokens_to_ids(SPECIAL)
@@ -58,7 +58,7 @@ def tokenizer(material: Material) -> Any:
 
 
 def batches(material: Material, what: str, size: int, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    """(documents, images that a token sees) of each batch, without end."""
+    """Yield (documents, images that a token sees) for each batch, endlessly."""
     from open_clip import image_transform
 
     code, tokens = module(), tokenizer(material)

@@ -1,10 +1,10 @@
-"""A corpus that is not there: what plan, start, resuming and reading would cost at a size nobody keeps on a desk.
+"""Simulates a corpus of any size: what planning, starting, resuming and reading would cost.
 
     python -m data simulate --documents 100000000 --shards 20000 --ranks 512 --workers 8
 
-Shard sizes are drawn (log-normal in documents and in bytes a document); the plan is the real one, and the time and
-memory of making it are measured here. Files opened, bytes fetched and bytes fetched twice follow from walking the order
-of one node's lanes through a cache of the given size. No byte of a document exists.
+Shard sizes are random (log-normal in documents and in bytes per document); the plan is the real one, and its time and
+memory are measured. Files opened, bytes fetched and bytes fetched twice follow from walking the order of one node's
+lanes through a cache of the given size. No document exists.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.corpus import CATALOGUE, read_catalogue, write_catalogue
 from data.order import Plan
+from data.shard_store import CATALOGUE, read_catalogue, write_catalogue
 from data.shards.index import KINDS, IndexHead
 from flamingo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Corpus:
+class ShardSizes:
     """Samples and bytes of every shard, (S,)."""
 
     samples: NDArray[np.int64]
@@ -37,7 +37,7 @@ class Corpus:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m data simulate`."""
+    """Add the options of `python -m data simulate`."""
     for name, value, about in (
         ("documents", 100_000_000, "in the whole corpus"),
         ("shards", 20_000, ""),
@@ -53,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{about} (default {value})".strip())
 
 
-def drawn(args: argparse.Namespace) -> Corpus:
-    """Shards of unequal size that add up to the number of documents."""
+def drawn(args: argparse.Namespace) -> ShardSizes:
+    """Return shards of unequal size that add up to the number of documents."""
     random = np.random.Generator(np.random.Philox(key=[0, 0]))
     shares = random.lognormal(0, 0.25, args.shards)
     samples = np.maximum(1, np.floor(shares / shares.sum() * args.documents)).astype(np.int64)
     samples[: max(0, args.documents - int(samples.sum()))] += 1
     each = random.lognormal(math.log(args.kilobytes * 1000), 0.15, args.shards)
-    return Corpus(samples, (samples * each).astype(np.int64))
+    return ShardSizes(samples, (samples * each).astype(np.int64))
 
 
 def memory() -> int:
-    """Private bytes of this process."""
+    """Return the private bytes of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def catalogue(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
-    """What every process reads to know the corpus."""
+def catalogue(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
+    """Return what it costs every process to know the corpus."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +112,8 @@ def catalogue(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int
     }
 
 
-def first_batch(args: argparse.Namespace, corpus: Corpus, step: int) -> tuple[Plan, float, int]:
-    """A fresh plan asked for rank 0's part of a global batch: (the plan, seconds, numbers permuted)."""
+def first_batch(args: argparse.Namespace, corpus: ShardSizes, step: int) -> tuple[Plan, float, int]:
+    """Ask a fresh plan for rank 0's part of a global batch; return (plan, seconds, numbers permuted)."""
     begun = time.process_time()
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
     for slot in range(args.batch // args.ranks):
@@ -122,8 +122,8 @@ def first_batch(args: argparse.Namespace, corpus: Corpus, step: int) -> tuple[Pl
     return plan, time.process_time() - begun, plan.drawn
 
 
-def plan_costs(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
-    """Time and memory of a worker's plan, at the start and in the middle."""
+def plan_costs(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
+    """Return the time and memory of a worker's plan, at the start and in the middle of training."""
     before = memory()
     _, start, drawn_at_start = first_batch(args, corpus, 0)
     plan, resumed, drawn_at_resume = first_batch(args, corpus, 1_000_000)
@@ -141,8 +141,8 @@ def plan_costs(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | in
     }
 
 
-def node(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
-    """A node's ranks walk one epoch block by block through a cache that drops what was not used for longest."""
+def node(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float | int]:
+    """Walk one epoch of a node's ranks block by block through a cache that drops the least recently used shard."""
     plan = Plan(corpus.samples, 1, args.batch, args.lanes, args.block)
     slots = range(args.batch // args.ranks * min(args.ranks_per_node, args.ranks))
     lanes = sorted({plan.place(slot, 0)[0] for slot in slots})
@@ -185,7 +185,7 @@ def node(args: argparse.Namespace, corpus: Corpus) -> dict[str, float | int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m data.bench.simulate`."""
+    """Run `python -m data.bench.simulate`."""
     parser: Any = argparse.ArgumentParser(prog="python -m data simulate")
     add_arguments(parser)
     return run(parser.parse_args(arguments))

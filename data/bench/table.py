@@ -1,4 +1,4 @@
-"""Runs the measurements, in turn so that a busy machine meets both sides alike, and prints what was found."""
+"""Runs the measurements, alternating so that a busy machine affects both sides alike, and prints the results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flamingo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same documents, raw members"))
-# What the loader promises: documents a second and core beside the peer, and absolute limits.
+# What the loader promises: documents per second and core relative to the peer, and absolute limits.
 LEAST_RATIO = {"mmc4": 3.0, "pairs": 2.5}
 MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 100_000, 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m data bench`."""
+    """Add the options of `python -m data bench`."""
     parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="shards and results")
     parser.add_argument("--documents", type=int, default=480)
     parser.add_argument("--pairs", type=int, default=4000)
@@ -43,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
 
         module()  # says at once when it is not there
     material = write(args.out, args.documents, args.pairs, shards=4)
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    measurements: dict[tuple[str, str], list[dict[str, float]]] = {}
     for turn in range(args.rounds):
         for what, _ in WORK:
             for who in ("ours",) if what == "raw" or args.without_peer else ("peer", "ours"):
-                found.setdefault((who, what), []).append(measured(who, what, args))
+                measurements.setdefault((who, what), []).append(measured(who, what, args))
                 print(f"round {turn + 1} of {args.rounds}: {who} {what}", file=sys.stderr, flush=True)
-    (args.out / "rounds.json").write_text(json.dumps({f"{who} {what}": one for (who, what), one in found.items()}))
-    rows = speed_rows(found)
-    rows += limit_rows(material, args.documents, found)
+    (args.out / "rounds.json").write_text(
+        json.dumps({f"{who} {what}": measurement for (who, what), measurement in measurements.items()})
+    )
+    rows = speed_rows(measurements)
+    rows += limit_rows(material, args.documents, measurements)
     (args.out / "bench.json").write_text(json.dumps([row[:-1] for row in rows], indent=1))
     print(f"{'':50} {'peer':>8} {'ours':>8}  {'ratio (least to most)':21}  promised")
     for label, peer, ours, ratio, promise, kept in rows:
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
-    """One measurement in a fresh process. Raises UserError with its last words when it fails."""
+    """Return one measurement, made in a fresh process. Raises UserError with its last line when it fails."""
     options = {
         "--workers": args.workers,
         "--warm": args.warm,
@@ -78,23 +80,23 @@ def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-Row = tuple[str, str, str, str, str, bool]
+TableRow = tuple[str, str, str, str, str, bool]
 """Label, peer, ours, ratio, what is promised, whether it is kept."""
 
 
-def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
-    """Documents and images a second and core, and private memory.
+def speed_rows(measurements: dict[tuple[str, str], list[dict[str, float]]]) -> list[TableRow]:
+    """Return rows for documents and images per second and core, and for private memory.
 
-    Peer and ours of a round ran one right after the other, so the ratio is the median of the rounds' own ratios; the
-    least and greatest of them stand beside it. The rates are medians too, and say less on a busy machine.
+    The two loaders ran one right after the other in each round, so the ratio is the median of the rounds' own ratios,
+    shown with the smallest and largest. The rates are medians too, and mean less on a busy machine.
     """
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for what, label in WORK:
         for count in ("documents", "images"):
             rates = {
-                who: [one[count] / one["cpu"] for one in found[who, what]]
+                who: [measurement[count] / measurement["cpu"] for measurement in measurements[who, what]]
                 for who in ("peer", "ours")
-                if (who, what) in found
+                if (who, what) in measurements
             }
             ours = f"{statistics.median(rates['ours']):.1f}"
             name = f"{label}: {'seen images' if count == 'images' else count}/s/core"
@@ -110,27 +112,35 @@ def speed_rows(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row
                 (name, f"{statistics.median(rates['peer']):.1f}", ours, spread, f">= {least}" * bool(least), kept)
             )
     for what, label in WORK:
-        most = {w: max(one["private"] for one in found[w, what]) for w in ("peer", "ours") if (w, what) in found}
+        most = {
+            w: max(measurement["private"] for measurement in measurements[w, what])
+            for w in ("peer", "ours")
+            if (w, what) in measurements
+        }
         peer_memory = f"{most['peer'] / 1e6:.0f}" if "peer" in most else ""
         kept = most["ours"] <= MOST_PRIVATE
         rows.append((f"{label}: private MB a worker", peer_memory, f"{most['ours'] / 1e6:.0f}", "", "<= 300", kept))
     return rows
 
 
-def limit_rows(material: Material, documents: int, found: dict[tuple[str, str], list[dict[str, float]]]) -> list[Row]:
+def limit_rows(
+    material: Material, documents: int, measurements: dict[tuple[str, str], list[dict[str, float]]]
+) -> list[TableRow]:
     """Read amplification, index speed and packing fill."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for what, label in WORK:
         ours = amplification(material, what)
         rows.append((f"{label}: bytes read/used", "", f"{ours:.3f}", "", "<= 1.05", ours <= MOST_AMPLIFICATION))
-    if ("peer", "mmc4") in found:
+    if ("peer", "mmc4") in measurements:
         whole = sum(path.stat().st_size for path in material.mmc4.glob("*.tar"))
-        each = statistics.median(one["read"] / max(one["documents"], 1) for one in found["peer", "mmc4"])
+        each = statistics.median(
+            measurement["read"] / max(measurement["documents"], 1) for measurement in measurements["peer", "mmc4"]
+        )
         rows.append((f"{WORK[0][1]}: bytes read/kept", f"{each * documents / whole:.2f}", "", "", "", True))
     rate = index_rate(material.mmc4.parent / "many.tar")
     rows.append(("index: members/s", "", f"{rate:,.0f}", "", ">= 100,000", rate >= LEAST_INDEX_RATE))
     fill, plain = fills(material)
-    rows.append(("pairs: share of places that are tokens", "", f"{plain:.3f}", "", "", True))
+    rows.append(("pairs: share of positions that are tokens", "", f"{plain:.3f}", "", "", True))
     rows.append(
         ("the same, packed in rows of 256", "", f"{fill:.3f}", f"{fill / plain:.2f}", ">= 0.95", fill >= LEAST_FILL)
     )
@@ -138,19 +148,21 @@ def limit_rows(material: Material, documents: int, found: dict[tuple[str, str], 
 
 
 def amplification(material: Material, what: str, steps: int = 12) -> float:
-    """Bytes that are read, over the bytes of the texts and images that are used."""
+    """Return the bytes read, divided by the bytes of the texts and images used."""
     from data.bench.ours import collate_of, spec_of
     from data.loading.loader import MixLoader
 
     loader = MixLoader([spec_of(material, what, 16)], collate_of(material, 64), prefetch_factor=0)
     for _ in islice(loader, steps):
         pass
-    reader = loader.dataset.readers[0]
+    store = loader.datasets[0].shards
+    assert store is not None
+    reader = store.reader
     return reader.bytes_read / reader.bytes_used
 
 
 def index_rate(path: Path, samples: int = 40_000) -> float:
-    """Members a second of building an index, of pairs of three small members."""
+    """Return how many members per second are indexed, for pairs of three small members."""
     import io
     import tarfile
 
@@ -172,7 +184,7 @@ def index_rate(path: Path, samples: int = 40_000) -> float:
 
 
 def fills(material: Material) -> tuple[float, float]:
-    """(packed, plain) share of the places of batches of pairs that are tokens."""
+    """Return the share of positions that are not padding in batches of pairs: (packed, plain)."""
     from data.bench.ours import collate_of, spec_of
     from data.loading.loader import MixLoader
 

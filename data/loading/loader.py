@@ -1,16 +1,16 @@
 """Batches for a training step from a mixture of datasets, and a state of a few integers.
 
 Every step has one batch of every dataset (the paper's accumulation: gradients of all datasets, then one update), each
-cut into the micro-batches of this rank. One pool of workers serves all datasets. What is notable: a batch depends on
-its step alone (data.order), so the same global batches come out for every world size and every number of workers, and
-to resume is to start at another step: nothing is replayed, no worker has state. Steps are counted when they are
-delivered; what workers have read ahead is simply read again.
+cut into the micro-batches of this rank. One pool of workers serves all datasets. A batch depends on its step alone
+(`data.order`), so every world size and every number of workers gives the same global batches, and resuming means
+starting at another step: nothing is replayed, no worker has state. Steps are counted when they are delivered; what
+workers had read ahead is read again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from data.batches.batch import Batch, StepBatches
 from data.batches.collate import Collate
 from data.dataset import DatasetSpec
 from data.errors import BadSampleCounter, BadSampleLog
-from data.loading.heartbeat import Board, warn
+from data.loading.heartbeat import Heartbeat, warn
 from data.loading.prefetch import Prefetcher
-from data.loading.shared_memory import in_slabs
-from data.loading.step_dataset import Failure, Source, StepDataset, StepSampler
+from data.loading.shared_memory import with_shared_buffers
+from data.loading.step_dataset import Failure, OpenDataset, StepDataset, StepSampler
 from data.loading.workers import Ahead, InTurn, Supply, WorkerLostError, Workers
+from data.store import DocumentStore
 from flamingo.errors import UserError
 
 __all__ = ["Batch", "MixLoader", "StepBatches"]
@@ -31,13 +32,14 @@ STATE_VERSION = 1
 
 
 class MixLoader:
-    """Iterate to get a `StepBatches` for every step, from the step after the last one delivered, without end.
+    """An endless iterator over `StepBatches`, from the step after the last one delivered.
 
-    `collate` serves all datasets, or is a dictionary by dataset name. `rank` and `world_size` are those of the data
-    parallel group (they are never read from the environment). With `num_workers=0` batches are made in this process, by
-    a thread that is `prefetch_factor` steps ahead (0: when they are asked for). `bad_samples` is a file that gets a
-    JSON line for every replaced sample. When no batch comes for `patience` seconds a line on stderr names rank, worker
-    and shard; after `give_up` seconds the run stops with it.
+    `collate` serves all datasets, or is a dictionary by dataset name. `stores` gives the samples of datasets that are
+    not in shards, by dataset name. `rank` and `world_size` are those of the data parallel group (they are never read
+    from the environment). With `num_workers=0` batches are made in this process, by a thread that is `prefetch_factor`
+    steps ahead (0: when they are asked for). `bad_samples` is a file that gets a JSON line for every replaced sample.
+    When no batch arrives for `patience` seconds, a line on stderr names rank, worker and shard; after `give_up` seconds
+    the run stops with that line.
 
     Raises UserError before the first batch for shards that are missing, truncated or changed, and for batch sizes that
     cannot be divided; later for reads that keep failing, too many bad samples, and a worker that hangs or is killed.
@@ -48,6 +50,7 @@ class MixLoader:
         specs: Sequence[DatasetSpec],
         collate: Collate | dict[str, Collate],
         *,
+        stores: Mapping[str, DocumentStore] | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -64,6 +67,9 @@ class MixLoader:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
             raise UserError(f"the mixture needs datasets with different names, it has {names or 'none'}")
+        stores = stores or {}
+        if unknown := sorted(stores.keys() - set(names)):
+            raise UserError(f"stores are given for {unknown}, the mixture has the datasets {names}; correct the names")
         for spec in specs:
             if spec.batch_size % (world_size * micro_batches):
                 raise UserError(
@@ -73,63 +79,67 @@ class MixLoader:
         by_name = collate if isinstance(collate, dict) else dict.fromkeys(names, collate)
         for spec in specs:
             if spec.pack and not getattr(by_name[spec.name], "can_pack", False):
-                raise UserError(f"dataset {spec.name!r}: pack={spec.pack} is for rows of Flamingo only; use pack=0")
+                raise UserError(
+                    f"dataset {spec.name!r}: pack={spec.pack} needs the collate of a Flamingo objective; use pack=0"
+                )
         self.seed, self.step = seed, start_step
-        self.sources = [Source.open(spec, seed, rank, world_size) for spec in specs]
-        self.dataset = StepDataset(self.sources, by_name, rank, world_size, micro_batches, Board(num_workers))
+        self.datasets = [OpenDataset.open(spec, seed, rank, world_size, stores.get(spec.name)) for spec in specs]
+        heartbeat = Heartbeat(num_workers)
+        self.step_dataset = StepDataset(self.datasets, by_name, rank, world_size, micro_batches, heartbeat)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.patience, self.give_up = patience, give_up
         self.bad = BadSampleCounter(max_bad_rate)
         self.log = BadSampleLog(Path(bad_samples), rank) if bad_samples is not None else None
 
     def __iter__(self) -> Iterator[StepBatches]:
-        micro = self.dataset.micro
+        micro = self.step_dataset.micro
         if self.log is not None:
             self.log.start(self.step)
-        with closing(self._supply()) as supply, closing(Prefetcher(self.dataset)) as prefetcher:
+        with closing(self._supply()) as supply, closing(Prefetcher(self.step_dataset)) as prefetcher:
             while True:
                 step = self.step
                 prefetcher.advance(step)
                 batches = {
-                    source.spec.name: [self._checked(self._taken(supply)) for _ in range(micro)]
-                    for source in self.sources
+                    dataset.spec.name: [self._checked(self._taken(supply)) for _ in range(micro)]
+                    for dataset in self.datasets
                 }
                 if self.log is not None:
-                    self.log.write(step, (bad for pieces in batches.values() for piece in pieces for bad in piece.bad))
+                    self.log.write(step, (bad for micro in batches.values() for batch in micro for bad in batch.bad))
                 self.step = step + 1
                 yield StepBatches(step, batches)
 
     def _supply(self) -> Supply:
-        sampler = StepSampler(self.step, len(self.sources), self.dataset.micro)
+        step_dataset, batches = self.step_dataset, len(self.datasets) * self.step_dataset.micro  # batches of a step
+        sampler = StepSampler(self.step, len(self.datasets), step_dataset.micro)
         if self.num_workers:
-            ahead, batches = self.num_workers * max(1, self.prefetch_factor), len(self.sources) * self.dataset.micro
-            dataset = in_slabs(self.dataset, ahead + 2 * batches + 1)  # read ahead, of this step, and of the last one
+            ahead = self.num_workers * max(1, self.prefetch_factor)
+            # Buffers for what is read ahead, for this step, and for the last one, which the trainer may still hold.
+            dataset = with_shared_buffers(step_dataset, ahead + 2 * batches + 1)
             return Workers(dataset, sampler, self.num_workers, self.prefetch_factor, self.pin_memory, self.patience)
         if self.prefetch_factor:
-            depth = self.prefetch_factor * len(self.sources) * self.dataset.micro
-            return Ahead(self.dataset.__getitem__, iter(sampler), depth, self.patience)
-        return InTurn(self.dataset.__getitem__, iter(sampler))
+            return Ahead(step_dataset.__getitem__, iter(sampler), self.prefetch_factor * batches, self.patience)
+        return InTurn(step_dataset.__getitem__, iter(sampler))
 
     def _taken(self, supply: Supply) -> Batch | Failure:
-        """The next batch; says what is waited for, and at last gives up."""
+        """Return the next batch. Warns while it does not come, and raises UserError when it is given up."""
         begun = time.monotonic()
         while True:
             try:
                 return supply.take()
             except TimeoutError:
                 waited = time.monotonic() - begun
-                report = (
-                    f"no batch for {waited:.0f} s; {self.dataset.board.report(self.dataset.rank, self.dataset.name)}"
-                )
+                report = f"no batch for {waited:.0f} s; {self._report()}"
                 if waited >= self.give_up:
                     raise UserError(f"{report}; the run stops (limit {self.give_up:.0f} s)") from None
                 warn(report)
             except WorkerLostError as error:
-                report = self.dataset.board.report(self.dataset.rank, self.dataset.name)
                 raise UserError(
-                    f"a loader process ended: {str(error).split(' This might be')[0]}; {report}; if memory ran out use "
-                    "fewer workers, else look at that sample: python -m data verify"
+                    f"a loader process ended: {str(error).split(' This might be')[0]}; {self._report()}; if memory ran "
+                    "out use fewer workers, else look at that sample: python -m data verify"
                 ) from None
+
+    def _report(self) -> str:
+        return self.step_dataset.heartbeat.report(self.step_dataset.rank, self.step_dataset.describe)
 
     def _checked(self, item: Batch | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -138,23 +148,23 @@ class MixLoader:
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the order after the steps delivered so far, the same on every rank, and what it depends on."""
+        """Return the position after the steps delivered so far, equal on every rank, and what the order depends on."""
         return {
             "v": STATE_VERSION,
             "step": self.step,
-            "datasets": {s.spec.name: {"lane_position": s.lane_position(self.step)} for s in self.sources},
-            "plan": {s.spec.name: s.fingerprint(self.seed) for s in self.sources},
+            "datasets": {d.spec.name: {"lane_position": d.lane_position(self.step)} for d in self.datasets},
+            "plan": {d.spec.name: d.fingerprint(self.seed) for d in self.datasets},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken, on any world size and number of workers.
+        """Continue from a state, with any world size and number of workers.
 
-        Batch sizes may differ, as long as the lanes are the same: no sample is lost or repeated. Raises UserError,
-        naming what differs, when the order is another one (other shards, seed, lanes or block).
+        Batch sizes may differ as long as the lanes are the same: no sample is lost or repeated. Raises UserError,
+        naming what differs, when the order is a different one (other samples, seed, lanes or block).
         """
         if state.get("v") != STATE_VERSION:
-            raise UserError(f"loader state has version {state.get('v')!r}, this program reads {STATE_VERSION}")
-        mine = {source.spec.name: source.fingerprint(self.seed) for source in self.sources}
+            raise UserError(f"loader state has version {state.get('v')!r}, this program reads version {STATE_VERSION}")
+        mine = {dataset.spec.name: dataset.fingerprint(self.seed) for dataset in self.datasets}
         if mine.keys() != state["plan"].keys():
             raise UserError(f"the state is of datasets {sorted(state['plan'])}, this mixture has {sorted(mine)}")
         for name, plan in mine.items():
@@ -162,19 +172,18 @@ class MixLoader:
             changed = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in plan.items() if saved.get(k) != v]
             if changed:
                 raise UserError(
-                    f"dataset {name!r} is not the one of the saved state ({'; '.join(changed)}); resume with the same "
-                    "data and seed, or start the data anew"
+                    f"dataset {name!r} differs from the saved state ({'; '.join(changed)}); resume with the same data "
+                    "and seed, or start a new run"
                 )
         self.step = int(state["step"])
-        for source in self.sources:
-            given = int(state["datasets"][source.spec.name]["lane_position"])
-            source.origin = given - self.step * source.plan.per_lane
+        for dataset in self.datasets:
+            position = int(state["datasets"][dataset.spec.name]["lane_position"])
+            dataset.origin = position - self.step * dataset.plan.per_lane
 
     def explain(self, step: int) -> list[tuple[str, str, str]]:
-        """(dataset, shard, key) of the global batch of a step, all ranks, before any replacement of bad samples."""
-        found = []
-        for source in self.sources:
-            for at in source.slots(step):
-                index = source.corpus.indexes[at.shard]
-                found.append((source.spec.name, index.path, index.key(source.corpus.row(at.shard, at.row))))
-        return found
+        """Return (dataset, shard, key) of a step's global batch, all ranks, before any replacement of bad samples."""
+        return [
+            (dataset.spec.name, *dataset.store.key(at.shard, at.row))
+            for dataset in self.datasets
+            for at in dataset.slots(step)
+        ]

@@ -3,68 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from data.batches.batch import Batch
 from data.batches.collate import Collate
-from data.dataset import Corpus, DatasetSpec, open_corpus, reader_of
+from data.dataset import DatasetSpec, open_store
 from data.errors import BadSample, ContentError, PassedOver
-from data.loading.heartbeat import Board
+from data.loading.heartbeat import Heartbeat
 from data.order import SAMPLE, Plan, Slot, dataset_seed, stream
+from data.shard_store import ShardStore
+from data.store import DocumentStore
 from flamingo.errors import UserError
 
 ATTEMPTS = 8  # replacements tried for a bad sample
-Place = tuple[int, int, int]  # dataset, step, micro-batch
+BatchIndex = tuple[int, int, int]  # dataset, step, micro-batch
 
 
 @dataclass(slots=True)
-class Source:
-    """A dataset with its shards opened and its order laid out; `origin` is the lane position of step 0."""
+class OpenDataset:
+    """A dataset with its store opened and its order laid out; `origin` is the lane position of step 0."""
 
     spec: DatasetSpec
-    corpus: Corpus
+    store: DocumentStore
     plan: Plan
     origin: int = 0
 
     @classmethod
-    def open(cls, spec: DatasetSpec, seed: int, rank: int = 0, world: int = 1) -> Source:
-        """Open the shards. Raises UserError for a missing, truncated or changed one."""
-        corpus = open_corpus(spec, rank, world)
-        plan = Plan(corpus.counts, dataset_seed(seed, spec.name), spec.batch_size, spec.lanes, spec.block)
-        return cls(spec, corpus, plan)
+    def open(
+        cls, spec: DatasetSpec, seed: int, rank: int = 0, world: int = 1, store: DocumentStore | None = None
+    ) -> OpenDataset:
+        """Open the dataset's shards, unless a store is given. Raises UserError for missing or truncated shards."""
+        store = open_store(spec, rank, world) if store is None else store
+        lengths = np.array(store.lengths(), dtype=np.int64)
+        if lengths.sum() == 0:
+            raise UserError(f"dataset {spec.name!r} has no samples")
+        return cls(spec, store, Plan(lengths, dataset_seed(seed, spec.name), spec.batch_size, spec.lanes, spec.block))
+
+    @property
+    def shards(self) -> ShardStore | None:
+        """The store when it is one of tars: only those have files to limit, retries to count and a cache to fill."""
+        return self.store if isinstance(self.store, ShardStore) else None
 
     def lane_position(self, step: int) -> int:
-        """Samples that each lane has given before this step."""
+        """Return how many samples each lane has given before this step."""
         return self.origin + step * self.plan.per_lane
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
-        """What the order depends on. Two runs with equal fingerprints have the same order of samples."""
-        shards = self.corpus.shards
-        digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()[:16]
-        sizes = {"shards": len(shards), "samples": self.plan.total, "shards_sha256": digest, "kind": self.spec.kind}
-        return {"seed": seed, "lanes": self.plan.lanes, "block": self.plan.block} | sizes
+        """Return what the order depends on. Two runs with equal fingerprints have the same order of samples."""
+        return {"seed": seed, "lanes": self.plan.lanes, "block": self.plan.block} | self.store.fingerprint()
 
     def slots(self, step: int) -> list[Slot]:
-        """The samples of the global batch of a step, before any replacement."""
-        plan = dataclasses.replace(self.plan)  # its own memory: a thread may be reading ahead with the other
+        """Return the samples of the global batch of a step, before any replacement."""
+        plan = dataclasses.replace(self.plan)  # with caches of its own: a thread may be reading ahead with the other
         start = self.lane_position(step)
         return [plan.at(*plan.place(slot, start)) for slot in range(self.spec.batch_size)]
 
 
 def most_open_files(wanted: int = 1 << 14) -> int:
-    """How many files this process (and the workers it forks) may have open, after asking for `wanted`."""
+    """Return how many files this process (and the workers it forks) may open, after raising the limit to `wanted`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    reach = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= reach:
-        return reach
-    resource.setrlimit(resource.RLIMIT_NOFILE, (reach, hard))
-    return reach
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= limit:
+        return limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 @dataclass(slots=True)
@@ -79,91 +87,97 @@ class StepDataset(Dataset[Batch | Failure]):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        datasets: Sequence[OpenDataset],
         collate: dict[str, Collate],
         rank: int,
         world: int,
         micro: int,
-        board: Board | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        self.sources, self.collate = sources, collate
+        self.datasets, self.collate = datasets, collate
         self.rank, self.world, self.micro = rank, world, micro
-        self.readers = [reader_of(source.spec, source.corpus) for source in sources]
-        self.board = board or Board(1)
-        each = most_open_files() // (4 * len(sources))  # a tar and its index are a file each; half is left to others
-        for source, reader in zip(sources, self.readers, strict=True):
-            reader.max_open = min(reader.max_open, each)
-            source.corpus.indexes.mapped = min(source.corpus.indexes.mapped, each)
+        self.heartbeat = heartbeat or Heartbeat(1)
+        limit = most_open_files() // (4 * len(datasets))  # a tar and its index are a file each; half is left to others
+        for dataset in datasets:
+            if dataset.shards is not None:
+                dataset.shards.limit_files(limit)
 
     def slots(self, number: int, micro: int) -> range:
-        """The slots of a dataset's global batch that make up this rank's micro-batch."""
-        size = self.sources[number].spec.batch_size // (self.world * self.micro)
+        """Return the slots of a dataset's global batch that make up this rank's micro-batch."""
+        size = self.datasets[number].spec.batch_size // (self.world * self.micro)
         first = (self.rank * self.micro + micro) * size
         return range(first, first + size)
 
-    def __getitem__(self, place: Place) -> Batch | Failure:
+    def __getitem__(self, index: BatchIndex) -> Batch | Failure:
         try:
-            return self._batch(place)
+            return self._batch(index)
         except UserError as error:
             return Failure(str(error))
 
-    def _batch(self, place: Place) -> Batch:
-        number, step, micro = place
-        source, retry = self.sources[number], self.readers[number].retry
-        batch = Batch(source.spec.name, {}, [])
+    def _batch(self, index: BatchIndex) -> Batch:
+        number, step, micro = index
+        dataset = self.datasets[number]
+        batch = Batch(dataset.spec.name, {}, [])
         samples = []
         info = get_worker_info()
         worker = 0 if info is None else info.id
-        repeats = retry.repeats
+        repeats = _repeated_reads(dataset)
         for slot in self.slots(number, micro):
-            lane, n = source.plan.place(slot, source.lane_position(step))
+            lane, n = dataset.plan.place(slot, dataset.lane_position(step))
             samples.append(self._sample(number, step, lane, n, batch, worker))
-        batch.tensors = self.collate[source.spec.name].batch(source.spec, samples)
-        batch.retries = retry.repeats - repeats
-        self.board.clear(worker)
+        batch.tensors = self.collate[dataset.spec.name].batch(dataset.spec, samples)
+        batch.retries = _repeated_reads(dataset) - repeats
+        self.heartbeat.idle(worker)
         return batch
 
     def _sample(self, number: int, step: int, lane: int, n: int, batch: Batch, worker: int) -> Any:
-        """Sample n of a lane, or, when it is bad or passed over, what stands in for it; bad ones are noted."""
-        source = self.sources[number]
-        collate = self.collate[source.spec.name]
+        """Return sample n of a lane, or its replacement when it is bad or passed over; `batch` notes the bad ones."""
+        dataset = self.datasets[number]
+        spec, store, plan = dataset.spec, dataset.store, dataset.plan
         for attempt in range(ATTEMPTS + 1):
-            at = source.plan.replacement(lane, n, attempt) if attempt else source.plan.at(lane, n)
-            self.board.write(worker, number, step, at.shard, at.row)
-            row = source.corpus.row(at.shard, at.row)
-            # The last one is not passed over: where every document has a single image there is none that stands in.
-            spec = source.spec if attempt < ATTEMPTS else dataclasses.replace(source.spec, single_image_share=1.0)
+            at = plan.replacement(lane, n, attempt) if attempt else plan.at(lane, n)
+            self.heartbeat.beat(worker, number, step, at.shard, at.row)
+            if attempt == ATTEMPTS:
+                # Never pass over the last one: where every document has a single image, no other can replace it.
+                spec = dataclasses.replace(spec, single_image_share=1.0)
             try:
-                raw = self.readers[number].sample(at.shard, row, images=spec.kind != "text")
-                random = stream(source.plan.seed, SAMPLE, at.epoch, at.shard, row)
-                sample = collate.sample(spec, raw, random)
+                raw = store.read(at.shard, at.row, images=spec.kind != "text")
+                # Keyed by the row in the shard, so a sample is cropped alike by datasets that use different rows of it.
+                row = at.row if raw.row is None else raw.row
+                random = stream(plan.seed, SAMPLE, at.epoch, at.shard, row)
+                sample = self.collate[spec.name].sample(spec, raw, random)
             except PassedOver:
                 continue
             except ContentError as error:
-                index = source.corpus.indexes[at.shard]
-                bad = BadSample(source.spec.name, error.reason, index.path, index.key(row), error.detail)
+                shard, key = store.key(at.shard, at.row)
+                bad = BadSample(spec.name, error.reason, shard, key, error.detail)
                 batch.bad.append(bad)
                 continue
             batch.keys.append(raw.key)
             return sample
         raise UserError(
-            f"dataset {source.spec.name!r}: a sample and its {ATTEMPTS} replacements were all bad, the last one key "
+            f"dataset {spec.name!r}: a sample and its {ATTEMPTS} replacements were all bad, the last one key "
             f"{bad.key!r} of {bad.shard}: {bad.reason}, {bad.detail}; find them with: python -m data verify"
         )
 
-    def name(self, dataset: int, shard: int, row: int) -> str:
-        """A sample in words."""
-        source = self.sources[dataset]
-        return f"dataset {source.spec.name!r}, shard {source.corpus.shards[shard].path}, sample {row}"
+    def describe(self, number: int, part: int, row: int) -> str:
+        """Return a sample in words, without reading anything: the storage may be what hangs."""
+        dataset = self.datasets[number]
+        where = f"part {part}" if dataset.shards is None else f"shard {dataset.shards.shards[part].path}"
+        return f"dataset {dataset.spec.name!r}, {where}, sample {row}"
 
 
-class StepSampler(Sampler[Place]):
-    """The places of all batches from a step on, without end: step by step, dataset by dataset."""
+def _repeated_reads(dataset: OpenDataset) -> int:
+    return 0 if dataset.shards is None else dataset.shards.reader.retry.repeats
+
+
+class StepSampler(Sampler[BatchIndex]):
+    """The indices of all batches from a step on, without end: step by step, dataset by dataset."""
 
     def __init__(self, start: int, datasets: int, micro: int) -> None:
         self.start, self.datasets, self.micro = start, datasets, micro
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[BatchIndex]:
         step = self.start
         while True:
             for dataset in range(self.datasets):

@@ -1,10 +1,10 @@
-"""What a loader's worker process does when somebody sends it a signal: nothing, unless it is its own trainer.
+"""How a loader's worker process reacts to signals: it ignores them, unless its own trainer sends them.
 
 SLURM, torchrun and Ctrl-C signal the whole process group. The trainer notes the signal, finishes its update and saves;
-for that it needs its workers, which by default would be gone at once. So here SIGTERM from anybody but the parent,
-SIGINT, SIGUSR1 and SIGUSR2 do nothing. A worker ends when its parent closes it, terminates it (what torch and
-multiprocessing do with one that hangs) or is no more; a thread of its own watches for that, so that a worker in a read
-that hangs ends too.
+for that it needs its workers, which would by default be gone at once. So SIGTERM from anybody but the parent, SIGINT,
+SIGUSR1 and SIGUSR2 do nothing here. A worker ends when its parent closes it, terminates it (as torch and
+multiprocessing do with one that hangs) or dies; a thread watches for that, so that a worker that hangs in a read ends
+too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import contextmanager
 import torch
 
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-LOOK = 1.0  # seconds between two looks at whether the parent still lives
-CAN_WAIT = hasattr(signal, "sigtimedwait")  # not on macOS, where workers are as torch makes them
+LOOK = 1.0  # seconds between two checks that the parent still lives
+CAN_WAIT = hasattr(signal, "sigtimedwait")  # not on macOS, where workers keep torch's behaviour
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """In the parent, around the start of workers: they begin with these signals held back, so there is no gap."""
+    """Block the signals in the parent while workers start, so that they begin with them blocked and leave no gap."""
     if not CAN_WAIT:
         yield
         return
@@ -36,11 +36,11 @@ def held() -> Iterator[None]:
 
 
 def begin(_worker: int = 0) -> None:
-    """In a worker, before anything else: one thread for computing, and one that watches."""
+    """Set up a worker before anything else: one thread for computing, and one that watches the parent."""
     torch.set_num_threads(1)
     if not CAN_WAIT:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # threads and commands that start from here inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # threads and commands started from here inherit it
     threading.Thread(target=_watch, args=(os.getppid(),), name="parent watch", daemon=True).start()
 
 

@@ -1,7 +1,7 @@
 """Where batches come from: worker processes, one thread that reads ahead, or the caller's own time.
 
-All three give the same batches in the same order; none has state that matters. `take` waits at most some seconds, so
-that the caller can say what is being waited for.
+All three give the same batches in the same order; none has state that matters. `take` waits for a limited time, so
+that the caller can report what it is waiting for.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from data.loading import worker_signals
 
 
 class WorkerLostError(Exception):
-    """A worker process ended without a word (killed, out of memory, a crash in a decoder)."""
+    """A worker process ended without an exception (killed, out of memory, a crash in a decoder)."""
 
 
 class Supply(Protocol):
-    """Batches, one after the other, without end."""
+    """An endless supply of batches."""
 
     def take(self) -> Any:
-        """The next one. Raises TimeoutError when it does not come within the supply's patience; then ask again."""
+        """Return the next batch. Raises TimeoutError when it does not come within the supply's patience: ask again."""
 
     def close(self) -> None:
         """Stop reading."""
 
 
 class InTurn:
-    """Each batch is made when it is asked for."""
+    """A supply that makes each batch when it is asked for."""
 
-    def __init__(self, make: Callable[[Any], Any], places: Iterator[Any]) -> None:
-        self.make, self.places = make, places
+    def __init__(self, make: Callable[[Any], Any], indices: Iterator[Any]) -> None:
+        self.make, self.indices = make, indices
 
     def take(self) -> Any:
-        """The next batch."""
-        return self.make(next(self.places))
+        """Return the next batch."""
+        return self.make(next(self.indices))
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: nothing runs."""
 
 
 class _Raised:
@@ -52,20 +52,20 @@ class _Raised:
 
 
 class Ahead:
-    """One thread makes up to `depth` batches while the caller computes."""
+    """A supply whose thread makes up to `depth` batches while the caller computes."""
 
-    def __init__(self, make: Callable[[Any], Any], places: Iterator[Any], depth: int, patience: float) -> None:
-        self.make, self.places, self.patience = make, places, patience
+    def __init__(self, make: Callable[[Any], Any], indices: Iterator[Any], depth: int, patience: float) -> None:
+        self.make, self.indices, self.patience = make, indices, patience
         self._ready: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches ahead", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # before the interpreter is taken down under a running decoder
+        atexit.register(self.close)  # before the interpreter is torn down under a running decoder
 
     def _run(self) -> None:
-        for place in self.places:
+        for index in self.indices:
             try:
-                item = self.make(place)
+                item = self.make(index)
             except BaseException as error:
                 item = _Raised(error)
             while not self._stop.is_set():
@@ -78,7 +78,7 @@ class Ahead:
                 return
 
     def take(self) -> Any:
-        """The next batch; what its making raised is raised here."""
+        """Return the next batch; an exception raised while it was made is raised here."""
         try:
             item = self._ready.get(timeout=self.patience)
         except queue.Empty:
@@ -88,23 +88,23 @@ class Ahead:
         return item
 
     def close(self) -> None:
-        """End the thread. One that hangs in a read is left behind; it ends with the process."""
+        """End the thread. One that hangs in a read is abandoned; it ends with the process."""
         self._stop.set()
         atexit.unregister(self.close)
         self._thread.join(timeout=1.0)
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
 class Workers:
-    """Processes, each of which makes whole batches; they arrive in order."""
+    """A supply of worker processes that each make whole batches; these arrive in order."""
 
     def __init__(
         self,
         dataset: Dataset[Any],
-        places: Sampler[Any],
+        indices: Sampler[Any],
         workers: int,
         prefetch_factor: int,
         pin_memory: bool,
@@ -113,21 +113,21 @@ class Workers:
         loader = DataLoader(
             dataset,
             batch_size=None,
-            sampler=places,
+            sampler=indices,
             num_workers=workers,
             worker_init_fn=worker_signals.begin,
             prefetch_factor=max(1, prefetch_factor),
             pin_memory=pin_memory,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # or it would draw from the global one
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # the default would draw from the global one
             timeout=patience,
         )
         with worker_signals.held():
             self._arriving: Iterator[Any] | None = iter(loader)
-        atexit.register(self.close)  # before multiprocessing ends what is left of them
+        atexit.register(self.close)  # before multiprocessing terminates the remaining ones
 
     def take(self) -> Any:
-        """The next batch. Raises WorkerLostError; what a worker raised is raised here with the worker's traceback."""
+        """Return the next batch. Raises WorkerLostError, and what a worker raised, with the worker's traceback."""
         assert self._arriving is not None
         try:
             return next(self._arriving)
@@ -140,6 +140,6 @@ class Workers:
             raise
 
     def close(self) -> None:
-        """End the workers now, not when the last traceback that knows them is collected."""
+        """End the workers now, not when the last traceback that refers to them is collected."""
         atexit.unregister(self.close)
         self._arriving = None

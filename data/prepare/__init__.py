@@ -1,17 +1,18 @@
-"""Sources: everything that `python -m data prepare` turns into shards, one module each.
+"""Other people's data in, shards out: `python -m data prepare SOURCE`.
 
-A source in the table `SOURCES` is a module of this package. The drawn ones (`toy`, `digits`) have
-`add_arguments(parser)` and `run(args)`. All others hand their documents to one engine (`data.prepare.engine`) and have
+A source is a line in the table `SOURCES` and a module of `data.prepare.sources`. The drawn ones (`toy`, `digits`) have
+`add_arguments(parser)` and `run(args)`. All others hand their documents to `data.prepare.engine`, where to begin, and
+have
 
-    LAYOUT                                "interleaved" or "pairs": which form the shards take (see docs/shards.md)
-    add_arguments(parser)                 the source's own options
-    units(args) -> list[Unit]             independent pieces of the input, always in the same order
-    documents(unit, args, tally) -> Iterator  the documents of one piece; what is left out is counted in the tally
-    begin(args, work)                     optional: what is made once, in the folder `work`, before any worker starts
+    LAYOUT                               "interleaved" or "pairs": the layout of the shards (see docs/shards.md)
+    add_arguments(parser)                adds the source's own options
+    units(args) -> list[InputUnit]       independent parts of the input, always in the same order
+    documents(unit, args, tally)         yields the documents of a unit; the tally counts what is left out
+    begin(args, work)                    optional: makes things once, in the folder `work`, before any worker starts
 """
 
 SOURCES = {
-    "toy": "drawn scenes and characters whose text follows from the image",
+    "toy": "drawn scenes and characters with text that follows from the image",
     "digits": "scikit-learn's handwritten digits as documents with made-up names",
     "pairs": "images with captions: tars of img2dataset (LAION, DataComp, COYO), folders, CSV or TSV",
     "mmc4": "Multimodal C4: jsonl or jsonl.zip, and the folder of its downloaded images",
@@ -23,7 +24,7 @@ SOURCES = {
     "video": "videos with captions: tars of video2dataset, folders, frames extracted before",
     "html": "saved web pages, in the order of their DOM",
     "warc": "web pages of WARC files, in the order of their DOM",
-    "deduplicate": "shards once more, without what repeats over the corpus: images, addresses, paragraphs",
-    "folder": "a folder of Markdown or text files with images in them",
+    "deduplicate": "shards, without what repeats over the corpus: images, addresses, paragraphs",
+    "folder": "a folder of Markdown or text files that show images",
 }
 DRAWN = ("toy", "digits")

@@ -1,4 +1,4 @@
-"""Frames out of a video file, through PyAV."""
+"""Extracts frames from a video file, through PyAV."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from data.prepare.units import Dropped
 
 
 def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) -> list[bytes]:
-    """At most `most` frames at `fps` from the start of a video, as JPEGs that fit into `side` x `side` pixels.
+    """Return at most `most` frames at `fps` from the start of a video, as JPEGs of at most `side` x `side` pixels.
 
-    Frame k is the first that is shown at k / fps seconds or later (and no later than the one after it would be), so a
-    video of s seconds gives about s * fps of them. Rotation that the container asks for is applied. One thread, no
-    hardware: the same video gives the same bytes. Raises Dropped for what has no video or cannot be decoded.
+    Frame k is the first one shown at k / fps seconds or later, so a video of s seconds gives about s * fps of them. A
+    rotation given by the container is applied. One thread, no hardware: the same video gives the same bytes. Raises
+    Dropped for what has no video or cannot be decoded.
     """
     av = required("av", "reading videos")
     frames: list[bytes] = []

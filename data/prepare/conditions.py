@@ -1,7 +1,7 @@
-"""Conditions on what a source knows of a document or image: `--where 'similarity>=0.28' 'NSFW=UNLIKELY'`.
+"""Conditions on what a source knows about a document or image: `--where 'similarity>=0.28' 'NSFW=UNLIKELY'`.
 
-So the scores of models that are not here (perplexity, NSFW, watermarks, aesthetics) decide what is kept wherever a
-source brings them along as columns or facts.
+They let scores of models that are not part of this project (perplexity, NSFW, watermarks, aesthetics) decide what is
+kept, wherever a source brings such scores along.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ Condition = tuple[str, str, str]  # name, comparison, value
 
 
 def add_where(parser: argparse.ArgumentParser, about: str, example: str = "similarity>=0.28") -> None:
-    """The option --where."""
-    help_text = f"kept is what they all hold of; names are of {about}, such as {example!r}"
+    """Add the option --where."""
+    help_text = f"keep only what meets all conditions; names are of {about}, such as {example!r}"
     parser.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help=help_text)
 
 
 @lru_cache(maxsize=4)
 def conditions_of(texts: tuple[str, ...]) -> list[Condition]:
-    """The conditions. Raises UserError for a text that is none."""
-    found = []
+    """Return the parsed conditions. Raises UserError for a malformed one."""
+    parsed = []
     for text in texts:
         match = CONDITION.match(text)
         if match is None:
-            raise UserError(f"--where {text!r} is no condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
-        found.append((match[1], match[2], match[3]))
-    return found
+            raise UserError(f"--where {text!r} is not a condition; write it like 'similarity>=0.28' or 'NSFW=UNLIKELY'")
+        parsed.append((match[1], match[2], match[3]))
+    return parsed
 
 
 def hold(facts: Mapping[str, Any], conditions: Sequence[Condition]) -> None:
-    """Raise Dropped unless they all hold: as numbers where both sides are, else as text (= and != only)."""
+    """Raise Dropped unless all conditions hold: as numbers where both sides are, else as text (= and != only)."""
     for name, compare, value in conditions:
         _hold(facts, name, compare, value)
 
@@ -53,7 +53,7 @@ def _hold(facts: Mapping[str, Any], name: str, compare: str, value: str) -> None
         left, right = float(have), float(value)
     except (TypeError, ValueError):
         if compare not in ("=", "!="):
-            raise Dropped(f"{name!r} is no number") from None
+            raise Dropped(f"{name!r} is not a number") from None
     holds = {
         "=": left == right,
         "!=": left != right,

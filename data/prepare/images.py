@@ -1,4 +1,4 @@
-"""Images in: read from a folder that nothing may lead out of, decoded from base64, and judged by their header."""
+"""Reads images: from a folder that no name or link leads out of, or from base64; and judges them by their header."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
-    """The options by which images are judged."""
+    """Add the options that decide which images are kept."""
     parser.add_argument("--min-side", type=int, default=min_side, metavar="PX", help=f"(default {min_side})")
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
     parser.add_argument(
         "--max-aspect", type=float, default=max_aspect, help=f"long by short side (default {max_aspect})"
     )
     parser.add_argument("--min-bytes", type=int, default=0, metavar="N", help="smallest file (open_flamingo: 10000)")
-    parser.add_argument("--decode", action="store_true", help="decode every image whole and leave out damaged ones")
+    parser.add_argument("--decode", action="store_true", help="decode every image and leave out damaged ones")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRule:
-    """Which images are kept. `plain`: also those of a single colour."""
+    """Which images are kept. With `plain`, also those of a single colour."""
 
     min_side: int = 1
     max_side: int = 1 << 30
@@ -46,7 +46,7 @@ class ImageRule:
 
     @classmethod
     def of(cls, args: argparse.Namespace, **fixed: Any) -> ImageRule:
-        """The rule of the command line. Raises UserError for limits that cannot be."""
+        """Return the rule given on the command line. Raises UserError for invalid limits."""
         if args.min_side < 1 or args.max_pixels < 1 or args.max_aspect < 1:
             raise UserError("--min-side, --max-pixels and --max-aspect must be at least 1")
         return cls(
@@ -63,9 +63,9 @@ class ImageRule:
         )
 
     def check(self, data: bytes) -> bytes:
-        """The image's bytes as they are. Raises Dropped with the first reason against it."""
+        """Return an image's bytes unchanged. Raises Dropped with the first reason against it."""
         if sniff(data) is None:
-            raise Dropped(_what_instead(data))
+            raise Dropped(_what_it_is(data))
         if len(data) < self.min_bytes:
             raise Dropped(f"image of fewer than {self.min_bytes} bytes")
         try:
@@ -73,7 +73,7 @@ class ImageRule:
                 width, height = image.size
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise Dropped(f"image of more than {self.max_pixels} pixels") from None
-        except Exception:  # what a decoder raises over foreign bytes is not known beforehand
+        except Exception:  # decoders raise all kinds of exceptions for foreign bytes
             raise Dropped("image cannot be decoded") from None
         short, long = sorted((width, height))
         if width * height > self.max_pixels:
@@ -92,7 +92,7 @@ class ImageRule:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if not self.decode:
-                    image.draft("L", (64, 64))  # a JPEG unfolds to an eighth; others ignore it
+                    image.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size; others ignore this
                 extremes = image.convert("RGB").getextrema()
         except Exception:
             raise Dropped("image cannot be decoded") from None
@@ -100,7 +100,7 @@ class ImageRule:
             raise Dropped("image of a single colour")
 
 
-def _what_instead(data: bytes) -> str:
+def _what_it_is(data: bytes) -> str:
     if not data:
         return "image is an empty file"
     if data.startswith(LFS):
@@ -109,7 +109,7 @@ def _what_instead(data: bytes) -> str:
 
 
 class ImageFolder:
-    """Images by their path below a folder. No name and no link leads out of it."""
+    """Images by their path below a folder. No name or link leads out of it."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -118,7 +118,7 @@ class ImageFolder:
         self._real = str(self.root.resolve())
 
     def read(self, *names: str) -> bytes:
-        """The bytes of the first of these that exists. Raises Dropped."""
+        """Return the bytes of the first of these files that exists. Raises Dropped."""
         for name in names:
             if not _can_be_a_name(name):
                 continue
@@ -142,7 +142,7 @@ class ImageFolder:
 
 
 def _can_be_a_name(name: str) -> bool:
-    """Whether a file could be called this: no NUL, no half surrogate pair."""
+    """Return whether this can be a file's name: no NUL, no half surrogate pair."""
     try:
         return "\0" not in name and bool(os.fsencode(name))
     except UnicodeEncodeError:
@@ -150,7 +150,7 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def from_base64(text: Any) -> bytes:
-    """An image from base64 in either alphabet, also from text that says `b'...'` or `data:image/png;base64,...`.
+    """Return an image from base64 in either alphabet, also written as `b'...'` or `data:image/png;base64,...`.
 
     Raises Dropped for anything else.
     """
@@ -159,7 +159,7 @@ def from_base64(text: Any) -> bytes:
     if text.startswith("data:") and "," in text:
         text = text.partition(",")[2]
     if text[:2] in ("b'", 'b"') and text[-1] == text[1]:
-        text = text[2:-1]  # Python's str() of bytes, a common accident
+        text = text[2:-1]  # str() of Python's bytes, a common mistake
     text = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

@@ -1,7 +1,6 @@
-"""Files in: which they are, and JSON lines, JSON arrays and tables read piece by piece.
+"""Reads the files of the input: JSON lines, JSON arrays and tables, a unit at a time.
 
-What is notable: nothing is read whole. A large file is cut into units at lines, items or rows; one pass finds where
-they begin.
+No file is loaded whole. A large one is cut into units at lines, items or rows; one pass finds where they begin.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.prepare.units import Unit
+from data.prepare.units import InputUnit
 from flamingo.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
@@ -24,11 +23,11 @@ CHUNK = 64_000_000  # bytes of a text file in one unit
 
 
 def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
-    """(label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
+    """Return (label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
 
     Raises UserError for an input that is not there, holds no file of these kinds, or is a Git-LFS pointer.
     """
-    found: dict[Path, str] = {}
+    labels: dict[Path, str] = {}
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -44,26 +43,26 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
             raise UserError(f"input {item} does not exist; correct the path")
         if not new:
             raise UserError(f"input {item} holds no {' or '.join(suffixes)} file; correct the path")
-        found |= new
-    for path in found:
+        labels |= new
+    for path in labels:
         refuse_pointer(path)
-    return sorted(((label, path) for path, label in found.items()), key=lambda item: (item[0], str(item[1])))
+    return sorted(((label, path) for path, label in labels.items()), key=lambda item: (item[0], str(item[1])))
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise UserError when a file is only Git-LFS' note of where it would be."""
+    """Raise UserError when a file is only a Git-LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             raise UserError(f"{path} is a Git-LFS pointer of some 130 bytes, not the file; fetch it with: git lfs pull")
 
 
-def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Unit]:
-    """One unit a file."""
-    return [Unit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
+def file_units(inputs: Sequence[str], suffixes: Sequence[str]) -> list[InputUnit]:
+    """Return one unit per file."""
+    return [InputUnit(label, str(path), size=path.stat().st_size) for label, path in input_files(inputs, suffixes)]
 
 
-def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[Unit]:
-    """Units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
+def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUNK) -> list[InputUnit]:
+    """Return units of files of lines: compressed ones whole, others cut about every `chunk` bytes.
 
     A line belongs to the unit in which it begins.
     """
@@ -72,12 +71,12 @@ def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUN
         whole = unit.label.endswith((".zip", ".gz"))
         for begin in range(0, 1 if whole else max(unit.size, 1), chunk):
             end = unit.size if whole else min(begin + chunk, unit.size)
-            units.append(Unit(unit.label, unit.path, begin, end, unit.size))
+            units.append(InputUnit(unit.label, unit.path, begin, end, unit.size))
     return units
 
 
-def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line of a unit; the value of a line that is no JSON is the exception that says so.
+def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) of each line of a unit; for a line that is not JSON, the value is the exception.
 
     Raises UserError when a compressed file is damaged.
     """
@@ -94,7 +93,7 @@ def json_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{unit.path} cannot be read ({error.strerror or error})") from None
 
 
-def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
+def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
     if unit.label.endswith(".zip"):
         with zipfile.ZipFile(unit.path) as archive:
             for name in archive.namelist():
@@ -109,16 +108,16 @@ def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
     with Path(unit.path).open("rb") as file:
         if unit.begin:
             file.seek(unit.begin - 1)
-            file.readline()  # the rest of a line that began before
+            file.readline()  # the rest of a line that began in the previous unit
         while (at := file.tell()) < unit.end:
             yield f"{unit.label} byte {at}", file.readline()
 
 
 def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
-    """(key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
+    """Yield (key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
 
-    `inside` names the member of the outer object whose items are meant. Raises UserError, with the byte, where the file
-    is no such JSON.
+    `inside` names the member of the outer object whose items are read. Raises UserError, naming the byte, for other
+    JSON.
     """
     with Path(path).open("rb") as file:
         scanner = _Scanner(file, str(path))
@@ -126,7 +125,7 @@ def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[st
         if inside is not None:
             while True:
                 if scanner.peek() == "}":
-                    raise UserError(f"{path} has no member {inside!r}; is it the right file?")
+                    raise UserError(f"{path} has no member {inside!r}; is this the right file?")
                 key = scanner.value()[0]
                 scanner.take(":")
                 if key == inside:
@@ -148,7 +147,7 @@ def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[st
 
 
 class _Scanner:
-    """Values of a JSON text one after another. Read as Latin-1, in which a character is a byte."""
+    """A reader of one JSON value after another. It reads Latin-1, in which a character is a byte."""
 
     def __init__(self, file: io.BufferedReader, path: str) -> None:
         self.file, self.path = file, path
@@ -159,14 +158,14 @@ class _Scanner:
         self.base = file.tell()
 
     def _more(self) -> bool:
-        """Read on, at least as much again as is held, so that a long value is not parsed often."""
+        """Read at least as much again as is held, so that a long value is not parsed many times."""
         raw = self.file.read(max(1 << 20, len(self.text) - self.at))
         self.base += self.at
         self.text, self.at = self.text[self.at :] + raw.decode("latin-1"), 0
         return bool(raw)
 
     def peek(self) -> str:
-        """The next character that is no space."""
+        """Return the next character that is not white space."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -176,22 +175,22 @@ class _Scanner:
                 raise UserError(f"{self.path} is truncated: its JSON does not end; download it again")
 
     def take(self, allowed: str) -> str:
-        """The next character, which must be one of these."""
+        """Return the next character, which must be one of these."""
         if (character := self.peek()) not in allowed:
             raise UserError(
-                f"{self.path} is not the JSON that is expected here: {character!r} at byte {self.base + self.at}, "
-                f"not {' or '.join(allowed)}"
+                f"{self.path} is not the expected JSON: {character!r} at byte {self.base + self.at}, "
+                f"expected {' or '.join(allowed)}"
             )
         self.at += 1
         return character
 
     def value(self) -> tuple[Any, int, int]:
-        """The next value (its text in Latin-1), and where its bytes are."""
+        """Return (value, its text in Latin-1; offset; size) of the next value."""
         self.peek()
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # a number could go on
+                if end < len(self.text) or not self._more():  # a number could continue
                     break
             except (json.JSONDecodeError, RecursionError) as error:
                 if not self._more():
@@ -203,18 +202,18 @@ class _Scanner:
         return value, offset, size
 
 
-def array_units(path: Path, label: str, items: int) -> list[Unit]:
-    """Units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
-    units: list[Unit] = []
+def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
+    """Return units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
+    units: list[InputUnit] = []
     size, spans, first = path.stat().st_size, [(o, s) for _, o, s in json_spans(path)], 0
     for first in range(0, len(spans), items):
         last = spans[min(first + items, len(spans)) - 1]
-        units.append(Unit(f"{label} from item {first}", str(path), spans[first][0], last[0] + last[1], size))
+        units.append(InputUnit(f"{label} from item {first}", str(path), spans[first][0], last[0] + last[1], size))
     return units
 
 
-def array_items(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """(where, value) of the items of a unit of a JSON array."""
+def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) of the items of a unit of a JSON array."""
     with Path(unit.path).open("rb") as file:
         file.seek(unit.begin)
         raw = file.read(unit.end - unit.begin)
@@ -230,7 +229,7 @@ def array_items(unit: Unit) -> Iterator[tuple[str, Any]]:
 
 
 def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; a row may have several lines."""
+    """Yield (byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; rows may span lines."""
     with Path(path).open("rb") as file:
         file.seek(begin)
         at = begin
@@ -247,11 +246,11 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
                 if end is not None and at >= end:
                     return
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no table in UTF-8 near byte {at} ({one_line(error)})") from None
+            raise UserError(f"{path} is not a UTF-8 table: error near byte {at} ({one_line(error)})") from None
 
 
-def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
-    """Units of `rows` consecutive rows of a table, the header left out."""
+def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUnit]:
+    """Return units of `rows` consecutive rows of a table, the header left out."""
     size, units, begin, count = path.stat().st_size, [], -1, 0
     for at, _ in csv_rows(path, 0, None, delimiter):
         if begin < 0:
@@ -259,28 +258,28 @@ def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[Unit]:
             continue
         count += 1
         if count % rows == 0 or at == size:
-            units.append(Unit(f"{label} from row {count - (count - 1) % rows}", str(path), begin, at, size))
+            units.append(InputUnit(f"{label} from row {count - (count - 1) % rows}", str(path), begin, at, size))
             begin = at
     return units
 
 
-def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Unit]:
-    """Units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
+def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[InputUnit]:
+    """Return units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
     units = []
     for first in range(0, len(names), each):
         some = tuple(names[first : first + each])
         size = sum((Path(root) / name).lstat().st_size for name in some)
-        units.append(Unit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
+        units.append(InputUnit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
     return units
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, fit to stand in a sentence."""
+    """Return a library's error message on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def required(module: str, purpose: str) -> Any:
-    """An optional package. Raises UserError, naming the extra, when it is not installed."""
+    """Import an optional package. Raises UserError, naming the extra, when it is not installed."""
     from importlib import import_module
 
     try:

@@ -1,8 +1,8 @@
-"""Bytes by name from files too large to hold: where each image lies, in an SQLite file made once.
+"""Looks up bytes by name in files too large for memory: an SQLite file, made once, says where each image lies.
 
-For images by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; its
-keys are positions in a list, which joins nothing), or a map, CSV, TSV or JSONL with `url` and `path` (below the map's
-folder).
+For images by URL, `--images` is one or more of: img2dataset's tars or a folder of them (the URL is in each JSON; the
+keys are positions in some list and identify nothing), or a map: CSV, TSV or JSONL with `url` and `path` (below the
+map's folder).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _fill(path: Path, entries: Iterable[Entry], root: str, stamp: str) -> None:
         base.execute("PRAGMA journal_mode=OFF")
         base.execute("PRAGMA synchronous=OFF")
         base.execute("CREATE TABLE files (id INTEGER PRIMARY KEY, path TEXT)")
-        base.execute("CREATE TABLE places (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
+        base.execute("CREATE TABLE locations (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
         base.execute("BEGIN")
         base.execute("INSERT INTO files VALUES (0, ?), (-1, ?)", (root, stamp))
         last, number = None, 0
@@ -51,14 +51,14 @@ def _fill(path: Path, entries: Iterable[Entry], root: str, stamp: str) -> None:
                 number += 1
                 last = file
                 base.execute("INSERT INTO files VALUES (?, ?)", (number, file))
-            base.execute("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
+            base.execute("INSERT OR IGNORE INTO locations VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
         base.execute("COMMIT")
     finally:
         base.close()
 
 
 class Lookup:
-    """Reads what `build_lookup` wrote."""
+    """A reader of what `build_lookup` wrote."""
 
     def __init__(self, path: str | Path) -> None:
         self.base = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
@@ -67,17 +67,17 @@ class Lookup:
         self._open: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
-        found = self.base.execute("SELECT 1 FROM places WHERE name = ?", (_hash(name),)).fetchone()
-        return found is not None
+        row = self.base.execute("SELECT 1 FROM locations WHERE name = ?", (_hash(name),)).fetchone()
+        return row is not None
 
     def read(self, name: str) -> bytes:
-        """The bytes of a name. Raises Dropped when there is none."""
-        found = self.base.execute(
-            "SELECT path, offset, size FROM places JOIN files ON id = file WHERE name = ?", (_hash(name),)
+        """Return the bytes of a name. Raises Dropped when there is none."""
+        row = self.base.execute(
+            "SELECT path, offset, size FROM locations JOIN files ON id = file WHERE name = ?", (_hash(name),)
         ).fetchone()
-        if found is None:
+        if row is None:
             raise Dropped("image is missing")
-        path, offset, size = found
+        path, offset, size = row
         if offset < 0:
             assert self.folder is not None
             return self.folder.read(path)
@@ -87,7 +87,7 @@ class Lookup:
             self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         data = os.pread(self._open[path], size, offset)
         if len(data) != size:
-            raise UserError(f"{path} became shorter while it was read; begin again when it is whole")
+            raise UserError(f"{path} became shorter while it was read; start again when it is complete")
         return data
 
     def close(self) -> None:
@@ -99,9 +99,9 @@ class Lookup:
 
 
 def open_lookup(path: str) -> Lookup:
-    """A lookup, opened once a process."""
-    found = Path(path).stat()
-    return _opened(path, found.st_ino, found.st_mtime_ns)
+    """Return a lookup, opened once per process."""
+    status = Path(path).stat()
+    return _opened(path, status.st_ino, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
@@ -110,7 +110,7 @@ def _opened(path: str, inode: int, changed: int) -> Lookup:
 
 
 def build_url_lookup(path: Path, images: Sequence[str]) -> None:
-    """The lookup of images by URL from the values of --images. Raises UserError."""
+    """Write the lookup of images by URL from the values of --images. Raises UserError."""
     maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
     if maps and len(images) > 1:
         raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")
@@ -119,7 +119,7 @@ def build_url_lookup(path: Path, images: Sequence[str]) -> None:
     files = [(str(maps[0]), maps[0])] if maps else input_files(images, (".tar",))
     stamp = json.dumps([(str(file.resolve()), file.stat().st_size) for _, file in files])
     if path.exists() and _stamp_of(path) == stamp:
-        return  # from before the run was stopped
+        return  # made before the run was interrupted
     if maps:
         build_lookup(path, _map_entries(maps[0]), str(maps[0].parent), stamp)
     else:

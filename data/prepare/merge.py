@@ -15,7 +15,7 @@ from typing import Any
 
 from data.prepare.engine import Record, finish, tidy
 from data.shards.index import index_path
-from data.shards.writer import make_folder
+from data.shards.writer import check_version, make_folder
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
@@ -23,8 +23,8 @@ SAME = ("source", "fingerprint", "units", "layout", "options")
 
 
 def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, part) of every part manifest, by source and number. Raises UserError for one that is no manifest."""
-    found = []
+    """Return (folder, part) of every part manifest, by source and number. Raises UserError for an invalid one."""
+    listed = []
     for folder in folders:
         names = sorted(folder.glob("_part-*-of-*.json"))
         if not names:
@@ -32,12 +32,15 @@ def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
         for name in names:
             try:
                 part = json.loads(name.read_bytes())
+                check_version(part, f"part manifest {name}")
                 part["records"] = {int(number): record for number, record in part["records"].items()}
                 _ = [part[key] for key in SAME], int(part["part"][0]), int(part["part"][1])
+            except UserError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{name} is not a part manifest ({error}); prepare that part again") from None
-            found.append((folder, part))
-    return sorted(found, key=lambda item: (item[1]["source"], item[1]["part"]))
+            listed.append((folder, part))
+    return sorted(listed, key=lambda item: (item[1]["source"], item[1]["part"]))
 
 
 def merge(folders: list[str], out: str | None) -> None:
@@ -63,20 +66,20 @@ def _check(source: str, parts: list[dict[str, Any]]) -> None:
     numbers = [part["part"][0] for part in parts]
     if any(part["fingerprint"] != parts[0]["fingerprint"] or part["part"][1] != wanted for part in parts):
         raise UserError(
-            f"the parts of {source} were prepared with different inputs, options or numbers of parts; prepare all of "
-            "them the same way"
+            f"the parts of {source} were prepared with different inputs, options or numbers of parts; prepare them all "
+            "the same way"
         )
     if missing := sorted(set(range(1, wanted + 1)) - set(numbers)):
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise UserError(f"{source}: {len(missing)} of {wanted} parts are missing ({shown}); prepare them, then merge")
     if len(numbers) > wanted:
-        raise UserError(f"{source}: a part is there twice (numbers {sorted(numbers)}); name each folder once")
+        raise UserError(f"{source}: a part occurs twice (numbers {sorted(numbers)}); name each folder once")
 
 
 def _bring(here: Path, there: Path, size: int) -> None:
-    """A shard and its index into the merged folder: a hard link where the file system allows it, else a copy."""
+    """Put a shard and its index into the merged folder: by hard link where the file system allows it, else by copy."""
     if not here.exists() or here.stat().st_size != size:
-        raise UserError(f"shard {here} is missing or has another size than its part manifest says; prepare it again")
+        raise UserError(f"shard {here} is missing or differs in size from its part manifest; prepare that part again")
     if here.resolve() == there.resolve():
         return
     for source, target in ((index_path(here), index_path(there)), (here, there)):

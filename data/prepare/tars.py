@@ -1,4 +1,4 @@
-"""Samples of tars made elsewhere, by webdataset's rule of names, with the bytes read when asked for."""
+"""Reads samples of tars made elsewhere, grouped by webdataset's rule of names; bytes are read when asked for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 from data.prepare.units import Dropped, Tally
 from data.shards.index import IMAGE_SUFFIX, KEY_AND_SUFFIX, SKIPPED
 from data.shards.tar import walk
-from flamingo.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """A sample: where the bytes of each suffix lie."""
+    """A sample: the offset and size of each suffix's bytes."""
 
     key: str
     where: str
@@ -24,20 +23,20 @@ class TarSample:
     descriptor: int
 
     def read(self, suffix: str) -> bytes:
-        """The bytes of a member."""
+        """Return the bytes of a member."""
         offset, size = self.members[suffix]
         return os.pread(self.descriptor, size, offset)
 
     def first_image(self) -> str | None:
-        """The suffix of the sample's first image."""
+        """Return the suffix of the sample's first image."""
         return next((suffix for suffix in self.members if IMAGE_SUFFIX.match(suffix)), None)
 
 
 def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSample]:
-    """The samples of a tar in its order. A key that returns later in the tar is dropped and counted.
+    """Yield the samples of a tar in its order. A key that occurs again later in the tar is dropped and counted.
 
-    Every header is read before the first sample is given, so a truncated or damaged tar is a UserError at once. Names
-    are only keys: nothing is extracted, links are not followed.
+    Every header is read before the first sample is yielded, so a truncated or damaged tar raises UserError at once.
+    Names are only keys: nothing is extracted, links are not followed.
     """
     groups: list[tuple[str, dict[str, tuple[int, int]]]] = []
     for member in walk(path):
@@ -63,7 +62,7 @@ def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSampl
 
 
 def json_of(sample: TarSample, decode: Any) -> dict[str, Any]:
-    """The sample's JSON object by `decode` (json.loads); empty when it has none. Raises Dropped."""
+    """Return a sample's JSON object, decoded by `decode`; empty when it has none. Raises Dropped."""
     if "json" not in sample.members:
         return {}
     try:
@@ -73,10 +72,3 @@ def json_of(sample: TarSample, decode: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Dropped("JSON is not an object")
     return body
-
-
-def tar_label(path: Path) -> str:
-    """How a tar is called in counts."""
-    if not path.name.endswith(".tar"):
-        raise UserError(f"{path} is no .tar")
-    return path.name

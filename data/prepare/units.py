@@ -1,4 +1,4 @@
-"""What the engine and the sources share: a piece of input, the count of what was kept and dropped, and why."""
+"""What the engine and the sources share: a unit of the input, and the counts of what was kept and dropped, and why."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.shards.document import Document, to_utf8
+from data.shards.writer import MANIFEST_VERSION
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
-# Options that say where things are or how fast to go. They change no document, so they are not in the manifest.
-PLACES = {
+# Options for where things are or how fast to work. They change no document, so the manifest leaves them out.
+NOT_RECORDED = {
     "command",
     "source",
     "out",
@@ -32,12 +33,11 @@ PLACES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """A piece of the input that is prepared by one process, into shards of its own.
+class InputUnit:
+    """A part of the input that one process turns into shards of its own.
 
-    `label` is what a person calls it, free of the folder it lies in. `begin` and `end` are counted in whatever the
-    source reads by (bytes, rows, row groups); `names` are the files of a piece that is a list of files. `size` tells
-    another version of the same file apart.
+    `label` names it without the folder it lies in. `begin` and `end` count whatever the source reads by (bytes, rows,
+    row groups); `names` are the files of a unit that is a list of files. `size` tells versions of the same file apart.
     """
 
     label: str
@@ -49,13 +49,13 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """The piece without its place, so that a moved input is still the same."""
+        """Digest of the unit without its folder, so that a moved input is still the same."""
         body = json.dumps([self.label, self.begin, self.end, self.size, self.names])
         return hashlib.sha256(body.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-class Dropped(Exception):  # noqa: N818 (it is no error: a document or image that is left out, and the reason to count by)
-    """A document or image that is left out. `reason` is a few words to count by, the same for all like it."""
+class Dropped(Exception):  # noqa: N818 (not an error)
+    """A document or image that is left out. `reason` is a short phrase to count by."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -64,7 +64,7 @@ class Dropped(Exception):  # noqa: N818 (it is no error: a document or image tha
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the documents and images of the input: kept, or dropped and why, with the first of each reason."""
+    """Counts of the documents and images that were kept and dropped, by reason, with the first case of each reason."""
 
     documents: int = 0
     images: int = 0
@@ -83,11 +83,11 @@ class Tally:
         self._remember(f"image: {reason}", where)
 
     def _remember(self, name: str, where: str) -> None:
-        if name not in self.first:  # printable, whatever a file or an address is called
+        if name not in self.first:  # printable, whatever the name of a file or an address
             self.first[name] = where[:200].encode("utf-8", "replace").decode()
 
     def add(self, other: Tally) -> None:
-        """Add the counts of a later piece."""
+        """Add the counts of a later unit."""
         self.documents += other.documents
         self.images += other.images
         self.dropped_documents.update(other.dropped_documents)
@@ -95,7 +95,7 @@ class Tally:
         self.first = other.first | self.first
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest, reasons in alphabetical order."""
+        """Return the counts as a manifest has them, reasons in alphabetical order."""
         return {
             "documents": {"kept": self.documents, "dropped": dict(sorted(self.dropped_documents.items()))},
             "images": {"kept": self.images, "dropped": dict(sorted(self.dropped_images.items()))},
@@ -104,13 +104,13 @@ class Tally:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> Tally:
-        """The inverse of `to_json`."""
+        """Return the inverse of `to_json`."""
         documents, images = body["documents"], body["images"]
         dropped = Counter(documents["dropped"]), Counter(images["dropped"])
         return cls(documents["kept"], images["kept"], *dropped, dict(body["first"]))
 
     def report(self) -> list[str]:
-        """Lines for the reader, the commonest reason first."""
+        """Return the counts as lines of text, the commonest reason first."""
         lines = []
         for what, counts in (("document", self.dropped_documents), ("image", self.dropped_images)):
             if counts:
@@ -120,20 +120,20 @@ class Tally:
         return lines
 
 
-class Source(Protocol):
-    """What the engine asks of a source's module (see `data.prepare`)."""
+class SourceModule(Protocol):
+    """What the engine needs of a source's module (see `data.prepare`)."""
 
     LAYOUT: str
 
-    def units(self, args: argparse.Namespace) -> list[Unit]:
-        """Independent pieces of the input, always in the same order. Raises UserError when there is none."""
+    def units(self, args: argparse.Namespace) -> list[InputUnit]:
+        """Return independent parts of the input, always in the same order. Raises UserError when there are none."""
 
-    def documents(self, unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-        """The documents of one piece, in its order."""
+    def documents(self, unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+        """Yield the documents of a unit, in its order."""
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n", counted from 1. Raises UserError."""
+    """Return (i, n) of "i/n", counted from 1. Raises UserError."""
     left, _, right = text.partition("/")
     if not (left.isdecimal() and right.isdecimal() and 1 <= int(left) <= int(right)):
         raise UserError(f"--part {text!r} must be i/n with 1 <= i <= n, for example 3/100")
@@ -141,13 +141,13 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what the shards hold, in alphabetical order."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in PLACES and value is not None}
+    """Return the options that decide what the shards hold, in alphabetical order."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_RECORDED and value is not None}
 
 
-def fingerprint(source: str, options: dict[str, Any], units: list[Unit]) -> str:
-    """One line for what is prepared: equal inputs and options give equal lines."""
-    body = json.dumps([source, options, [unit.digest for unit in units]], sort_keys=True)
+def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) -> str:
+    """Return a digest of a preparation: equal for equal inputs and options."""
+    body = json.dumps([MANIFEST_VERSION, source, options, [unit.digest for unit in units]], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 
 

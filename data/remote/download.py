@@ -1,9 +1,9 @@
-"""Shards that lie elsewhere: any URL that webdataset opens, http(s) with resuming, and what fsspec knows (s3).
+"""Downloads shards: from any URL that webdataset opens, from http(s) with resuming, and from what fsspec knows (s3).
 
     https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
 
-What is notable: a download that breaks off goes on where it was (http, fsspec) and gives up only after several attempts
-*without any progress*. A shard that the server says is not there is an error at once.
+An interrupted download resumes where it was (http, fsspec) and gives up only after several attempts *without any
+progress*. A shard that the server does not have is an error at once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from flamingo.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
-GONE = (400, 401, 403, 404, 405, 410)  # answers that the next attempt would get as well
+GONE = (400, 401, 403, 404, 405, 410)  # the next attempt would get the same answer
 
 
 def is_remote(path: str) -> bool:
-    """Whether a shard is named by a URL (or a command, `pipe:`) and not by a path."""
+    """Return whether a shard is named by a URL (or a command, `pipe:`) rather than a path."""
     return path.startswith("pipe:") or ("://" in path and not path.startswith("file://"))
 
 
 def expand(pattern: str) -> list[str]:
-    """Braces and `::` of a pattern as webdataset reads them: `{00..02}` is 00, 01, 02."""
+    """Expand braces and `::` as webdataset does: `{00..02}` is 00, 01, 02. Raises UserError for unbalanced braces."""
     from braceexpand import braceexpand
 
     try:
         parts = [pattern] if "[" in pattern else pattern.split("::")  # but not the colons of [::1]
-        found = [one for part in parts for one in (braceexpand(part) if "{" in part else [part])]
+        urls = [url for part in parts for url in (braceexpand(part) if "{" in part else [part])]
     except ValueError:
         raise UserError(f"shards {pattern}: the braces are not balanced") from None
-    return [one.removeprefix("file://") for one in found]
+    return [url.removeprefix("file://") for url in urls]
 
 
 def download(
@@ -51,10 +51,11 @@ def download(
     first_wait: float = FIRST_WAIT,
     wanted: Callable[[], bool] | None = None,
 ) -> int:
-    """Write what a URL gives to a file, going on behind what the file already has. Returns how often it broke off.
+    """Write what a URL returns to a file, resuming after what the file already has; return how often it was
+    interrupted.
 
-    Raises UserError, naming the URL, when it is not there, when `attempts` attempts in a row brought nothing new, and
-    as soon as it is not `wanted` any more.
+    Raises UserError, naming the URL, when it does not exist, when `attempts` attempts in a row brought nothing new, and
+    as soon as it is no longer `wanted`.
     """
     failed = broken = 0
     begun = time.monotonic()
@@ -68,7 +69,7 @@ def download(
             error.close()
             if error.code in GONE:
                 raise UserError(
-                    f"shard {url} cannot be had: the server answers {error.code} {error.reason}; correct the URL"
+                    f"shard {url} cannot be fetched: the server answers {error.code} {error.reason}; correct the URL"
                 ) from None
             failure: Exception = error
         except FileNotFoundError as error:
@@ -81,13 +82,13 @@ def download(
         if failed >= attempts:
             raise UserError(
                 f"shard {url} could not be fetched: {failed} attempts in a row over {time.monotonic() - begun:.1f} s "
-                f"brought nothing, the last one: {failure}; start again when the server answers"
+                f"brought nothing, the last one: {failure}; start again when the server responds"
             ) from None
         time.sleep(first_wait * 2 ** max(0, failed - 1))
 
 
 def resumes(url: str) -> bool:
-    """Whether a download of this URL can go on in the middle."""
+    """Return whether a download of this URL can be resumed."""
     return not url.startswith("pipe:") and (url.startswith(("http://", "https://")) or not _webdataset_opens(url))
 
 
@@ -100,20 +101,20 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
             file.write(chunk)
             got += len(chunk)
             if wanted is not None and got != expected and not wanted():
-                raise UserError(f"shard {url} is not wanted any more")
+                raise UserError(f"shard {url} is no longer wanted")
     if expected is not None and got < expected:
         raise OSError(f"the connection closed after {got} of {expected} bytes")
 
 
 @contextmanager
 def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
-    """(stream, the byte at which it begins, how many it should give) of a URL, from byte `have` on where that goes."""
+    """Open a URL, from byte `have` on where that is possible: (stream, its first byte, how many bytes to expect)."""
     if url.startswith(("http://", "https://")):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             answer = urllib.request.urlopen(request, timeout=TIMEOUT)
         except HTTPError as error:
-            if error.code != 416:  # the file here is longer than the one there: start anew
+            if error.code != 416:  # the local file is longer than the remote one: start over
                 raise
             error.close()
             answer = urllib.request.urlopen(url, timeout=TIMEOUT)
@@ -145,7 +146,7 @@ def _fsspec_opened(url: str) -> BinaryIO:
     except ImportError as error:
         scheme = url.split(":", 1)[0]
         raise UserError(
-            f"shard {url}: {scheme}:// needs a package that is not here ({error}); for s3 install the extra "
+            f"shard {url}: {scheme}:// needs a package that is not installed ({error}); for s3 install the extra "
             "'flamingo-vlm[s3]', or name the shards as pipe:COMMAND"
         ) from None
     except ValueError as error:
@@ -153,6 +154,6 @@ def _fsspec_opened(url: str) -> BinaryIO:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk of a folder still takes."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    """Return the free bytes on a folder's disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize

@@ -1,11 +1,11 @@
 """A folder on this machine's disk that holds copies of remote shards, within a limit of bytes.
 
-Shared by all processes of the machine that name the same folder: a file lock a shard keeps two of them from fetching
-the same one, and what has not been used for longest is removed when room is needed. What is notable: a copy appears
-under its name only when it is whole and is the tar that its index belongs to. A reader that has a removed copy open
-keeps reading it; one that comes too late fetches it again.
+All processes of the machine that name the same folder share it: a file lock per shard keeps two of them from fetching
+the same one, and the least recently used copy is removed when room is needed. A copy appears under its name only when
+it is complete and is the tar that its index belongs to. A reader that has a removed copy open keeps reading it; one
+that comes too late fetches it again.
 
-    {hash of the URL}.tar   .idx (never removed)   .partial   .lock (holds the size of a download that is under way)
+    {hash of the URL}.tar   .idx (never removed)   .partial   .lock (holds the size of a running download)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDECARS_AT_ONCE = 16
 
 
 class ShardCache:
-    """Copies of remote shards. `limit` is in bytes; `fetched` counts what this process has downloaded."""
+    """Copies of remote shards. `limit` is in bytes; `fetched` counts the bytes that this process has downloaded."""
 
     def __init__(
         self, folder: str | Path, limit: int, *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
@@ -38,13 +38,15 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the cache folder {folder} cannot be made ({error})") from None
+            raise UserError(
+                f"the cache folder {folder} cannot be created ({error}); give another folder as cache"
+            ) from None
 
     def _file(self, url: str, suffix: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}{suffix}"
 
     def has(self, url: str) -> bool:
-        """Whether a shard is here; if so it counts as used now."""
+        """Return whether a shard is here; if so, it counts as just used."""
         try:
             os.utime(self._file(url, ".tar"))
         except FileNotFoundError:
@@ -52,7 +54,7 @@ class ShardCache:
         return True
 
     def local(self, url: str, wanted: Callable[[], bool] | None = None) -> str:
-        """The copy of a shard, fetched if it is not here, as long as it is still `wanted`.
+        """Return the path of a shard's copy, fetching it unless it is here, as long as it is still `wanted`.
 
         Raises UserError as `download`, and when the limit or the disk is too small.
         """
@@ -64,7 +66,7 @@ class ShardCache:
         return str(self._file(url, ".tar"))
 
     def sidecar(self, url: str) -> Path:
-        """The copy of a shard's index: the one beside it, or else one made from the shard itself."""
+        """Return the path of a copy of a shard's index: the one beside it, or else one made from the shard itself."""
         path = self._file(url, ".idx")
         if path.exists():
             return path
@@ -78,7 +80,7 @@ class ShardCache:
                     fetched.replace(path)
                     return path
                 except UserError:
-                    fetched.unlink(missing_ok=True)  # there is none
+                    fetched.unlink(missing_ok=True)  # there is no index beside it
             self._fetch(url, partial, None)
             index = build_index(self._file(url, ".tar"))
             index.save(path)
@@ -93,7 +95,7 @@ class ShardCache:
         if size is not None:
             self._make_room(size)
         before = partial.stat().st_size if partial.exists() else 0
-        if before != size:  # else only its check and its name are missing
+        if before != size:  # else it only has to be checked and renamed
             self.broken_off += download(url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted)
         self.fetched += partial.stat().st_size - before
         if size is None:
@@ -103,7 +105,7 @@ class ShardCache:
                 self._check(url, partial)
             except UserError:
                 partial.unlink()
-                if before:  # begun by a process that was killed, perhaps from another shard: once more from the start
+                if before:  # begun by a process that was killed, perhaps from another shard: start over
                     return self._fetch(url, partial, size, wanted)
                 raise
         partial.replace(self._file(url, ".tar"))
@@ -117,7 +119,7 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, url: str, size: int) -> Iterator[Path]:
-        """Hold a shard's lock, with `size` bytes counted as taken; gives the name for what is not whole yet."""
+        """Hold a shard's lock, reserving `size` bytes; yield the path for an incomplete copy."""
         descriptor = os.open(self._file(url, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -125,23 +127,23 @@ class ShardCache:
             yield self._file(url, ".partial")
         finally:
             os.ftruncate(descriptor, 0)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # said, not left to close: a forked child may hold the file open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # explicitly: a forked child may hold the file open
             os.close(descriptor)
 
     def used(self) -> int:
-        """Bytes of the copies that are here, whole or not."""
+        """Return the bytes of all copies, complete or not."""
         return sum(_size(path) for suffix in ("tar", "partial") for path in self.folder.glob(f"*.{suffix}"))
 
     def _make_room(self, size: int) -> None:
-        """Remove the copies that were not used for longest until `size` more bytes fit. Raises UserError."""
+        """Remove the least recently used copies until `size` more bytes fit. Raises UserError."""
         if size > self.limit:
             raise UserError(
-                f"the cache {self.folder} may hold {self.limit} bytes and a shard has {size}; raise cache_gb"
+                f"the cache {self.folder} may hold {self.limit} bytes but a shard has {size}; raise cache_gb"
             )
         descriptor = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            taken = self._promised()  # this shard's own size is among them
+            taken = self._promised()  # includes this shard's own size
             whole = sorted((path.stat().st_mtime_ns, path.name, _size(path)) for path in self.folder.glob("*.tar"))
             taken += sum(bytes_here for _, _, bytes_here in whole)
             for _, name, bytes_here in whole:
@@ -153,19 +155,20 @@ class ShardCache:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
         if size > (free := free_bytes(self.folder)):
-            raise UserError(f"the disk of the cache {self.folder} has {free} bytes left and a shard has {size}")
+            raise UserError(
+                f"the disk of the cache {self.folder} has {free} bytes left but a shard has {size}; free some space"
+            )
 
     def _promised(self) -> int:
-        """Bytes of the downloads that are under way, by what their locks say, and of those that were broken off."""
+        """Return the bytes reserved by the locks of running downloads, and those of interrupted ones."""
         total = 0
         for path in self.folder.glob("*.lock"):
             promised = 0
             with path.open("r+b") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    fcntl.flock(
-                        lock, fcntl.LOCK_UN
-                    )  # nobody holds it: what it says was left by a process that was killed
+                    # Nobody holds it: its content was left by a process that was killed.
+                    fcntl.flock(lock, fcntl.LOCK_UN)
                 except BlockingIOError:
                     promised = int(lock.read() or 0)
             total += max(promised, _size(path.with_suffix(".partial")))

@@ -1,4 +1,4 @@
-"""What a document is, in memory and as JSON: text and images in reading order.
+"""A document in memory and as JSON: text and images in reading order.
 
     {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},{"c":[1,2],"fps":1.0}],"meta":{}}
 
@@ -20,7 +20,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A stretch of text. `loss=False` marks text that is read but never learnt (a question)."""
+    """A run of text. `loss=False` marks text that is read but not in the loss (a question)."""
 
     text: str
     loss: bool = True
@@ -39,7 +39,7 @@ Node = Text | Image
 
 @dataclass(slots=True)
 class Document:
-    """Text and images in reading order; `images` holds encoded bytes. An empty `key` is filled in by the writer."""
+    """Text and images in reading order; `images` holds encoded bytes. The writer replaces an empty `key`."""
 
     key: str
     nodes: list[Node]
@@ -48,7 +48,7 @@ class Document:
 
 
 def sniff(data: bytes) -> str | None:
-    """The extension that the bytes of an image deserve, or None when they are no image known here."""
+    """Return the file extension that matches an image's bytes, or None for an unknown format."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:3] == b"\xff\xd8\xff":
@@ -61,7 +61,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
-    """The JSON member of a document."""
+    """Return the JSON member of a document."""
     out: list[dict[str, Any]] = []
     for node in nodes:
         if isinstance(node, Text):
@@ -75,14 +75,14 @@ def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8 of a text; half a surrogate pair, which text of the web has now and then, becomes a question mark."""
+    """Encode a text as UTF-8; half a surrogate pair, which web text sometimes has, becomes a question mark."""
     return text.encode("utf-8", "replace")
 
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
-    """The nodes of a decoded document JSON. Raises ValueError, with the node's number, where the format is not kept."""
+    """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
     if body.get("v") != VERSION:
-        raise ValueError(f"format version {body.get('v')!r}, this program reads {VERSION}")
+        raise ValueError(f"format version {body.get('v')!r}, this program reads version {VERSION}")
     if not isinstance(body["nodes"], list):
         raise ValueError("'nodes' is not a list")
     nodes: list[Node] = []
@@ -100,10 +100,10 @@ def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
 
 
 def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple[list[Node], dict[str, Any]]:
-    """Nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
+    """Return nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
 
-    Raises ValueError (in words for the reader) when the JSON is broken. Whether the images are all there is for the
-    caller to check with `check_images`: only it knows the shard and the row.
+    Raises ValueError, with a readable message, for broken JSON. The caller checks with `check_images` that all images
+    are there: only it knows the shard and the row.
     """
     body: Any = {}
     if json_bytes is not None:
@@ -126,10 +126,10 @@ def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple
 
 
 def check_images(nodes: Iterable[Node], present: Collection[int], where: str) -> None:
-    """Raise UserError, with both numbers, when the nodes name images that the sample does not have."""
+    """Raise UserError when the nodes name an image that the sample does not have."""
     used = {frame for node in nodes if isinstance(node, Image) for frame in node.frames}
     if missing := used - set(present):
         raise UserError(
-            f"{where}: its <image> places ask for {max(used) + 1} images but the sample has {len(present)} (number "
-            f"{min(missing)} is missing); add the missing images or remove the places"
+            f"{where}: its nodes name image {min(missing)} but it has {len(present)} images, counted from 0; add the "
+            "missing images or remove the nodes"
         )

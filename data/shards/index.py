@@ -1,10 +1,10 @@
-"""Where every member of a tar lies: one walk over the headers, kept beside the tar as `{shard}.tar.idx`.
+"""The index of a tar: the offset of every member, from one walk over the headers, saved as `{shard}.tar.idx`.
 
-With the offsets known, any sample is one `pread` away, so the order of training is free and resuming costs nothing.
-Columns are mapped, not read: the processes of a machine share them. What is notable: samples are grouped exactly as
-webdataset groups them (the name up to the first dot of its last part is the key), but what webdataset passes over in
-silence is an error here: a truncated tar, a key that returns later in the tar, a suffix twice in one sample. The
-sidecar knows its tar's size and a digest of both ends, so it cannot go stale unnoticed.
+With the offsets known, any sample is one `pread` away, so training may use any order and resuming costs nothing.
+Columns are mapped, not read: the processes of a machine share them. Samples are grouped exactly as webdataset does (the
+key is the name up to the first dot of its last part), but what webdataset ignores is an error here: a truncated tar, a
+key that occurs again later in the tar, a suffix twice in one sample. The index holds its tar's size and a digest of
+both ends, so it cannot go stale unnoticed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
 MAGIC = b"TARIDX01"
+VERSION = 2  # of indexes and catalogues
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
 OTHER, JSON, TEXT, IMAGE = 0, 1, 2, 3  # kinds of members
 KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
@@ -59,37 +60,37 @@ class TarIndex:
         return len(self.first) - 1
 
     def key(self, row: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         return bytes(self.keys[self.key_end[row] : self.key_end[row + 1]]).decode("utf-8", "surrogateescape")
 
     def members(self, row: int) -> list[tuple[int, int, int, int]]:
-        """(kind, image number, offset, size) of each member of a sample, in the order of the tar."""
+        """Return (kind, image number, offset, size) of each member of a sample, in the order of the tar."""
         a, b = int(self.first[row]), int(self.first[row + 1])
         columns = (self.kind, self.number, self.offset, self.size)
         return list(zip(*(column[a:b].tolist() for column in columns), strict=True))
 
     def rows_with(self, kind: int) -> NDArray[np.bool_]:
-        """(N,) which samples have a member of this kind."""
+        """Return which samples have a member of this kind, (N,) bool."""
         counts = np.concatenate([[0], np.cumsum(self.kind == kind)])
         return counts[self.first[1:]] > counts[self.first[:-1]]
 
     def usable(self, kind: str) -> NDArray[np.int64] | None:
-        """Rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
+        """Return the rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
         texts = self.rows_with(JSON) | self.rows_with(TEXT)
         images = self.images_per_row > 0
         usable = {"interleaved": texts | images, "pairs": texts & images, "text": texts}[kind]
         return None if usable.all() else np.flatnonzero(usable)
 
     def head(self) -> IndexHead:
-        """What a plan needs to know of this shard."""
+        """Return what the order needs to know of this shard."""
         rows = {kind: self.usable(kind) for kind in KINDS}
-        counts = {kind: len(self) if found is None else len(found) for kind, found in rows.items()}
+        counts = {kind: len(self) if usable is None else len(usable) for kind, usable in rows.items()}
         return IndexHead(self.tar_size, self.digest, counts)
 
     def save(self, path: str | Path) -> None:
-        """Write the sidecar: magic, header length, JSON header, then the columns, widest first."""
+        """Write the index: magic, header length, JSON header, then the columns, widest first."""
         columns = {name: getattr(self, name) for name in COLUMNS}
-        header = {"v": 1, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
+        header = {"v": VERSION, "tar_size": self.tar_size, "digest": self.digest, "usable": self.head().usable}
         body = json.dumps(header | {"lengths": {name: len(column) for name, column in columns.items()}}).encode()
         body += b" " * (-(len(MAGIC) + 8 + len(body)) % 8)
         parts = [np.ascontiguousarray(column, dtype=COLUMNS[name]).tobytes() for name, column in columns.items()]
@@ -113,12 +114,12 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 
 
 def index_path(tar: str | Path) -> Path:
-    """The sidecar's name."""
+    """Return the path of a tar's index."""
     return Path(f"{tar}.idx")
 
 
 def tar_digest(path: str | Path) -> tuple[int, str]:
-    """(size, digest of both ends) of a tar. Raises UserError when it is missing."""
+    """Return (size, digest of both ends) of a tar. Raises UserError when it is missing."""
     try:
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -158,7 +159,7 @@ def build_index(path: str | Path) -> TarIndex:
 
 
 def _kind_of(suffix: str) -> tuple[int, int]:
-    """(kind, image number) of a member by its suffix."""
+    """Return (kind, image number) of a member by its suffix."""
     if match := IMAGE_SUFFIX.match(suffix):
         return IMAGE, int(match.group(1) or 0)
     return {"json": JSON, "txt": TEXT}.get(suffix, OTHER), 0
@@ -189,40 +190,49 @@ def _damaged(path: Path, tar: str | Path, error: Exception) -> UserError:
     return UserError(f"index {path} is damaged ({error}); build it again: python -m data index {tar}")
 
 
-def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """(JSON header, where the columns begin) of the first bytes of a sidecar. Raises ValueError."""
+def _header(raw: bytes, path: Path, tar: str | Path) -> tuple[dict[str, Any], int]:
+    """Return (JSON header, where the columns begin) from the first bytes of an index.
+
+    Raises ValueError when it is damaged, UserError when it has another version.
+    """
     if raw[:8] != MAGIC:
         raise ValueError("wrong magic")
     at = 16 + int.from_bytes(raw[8:16], "little")
     if len(raw) < at:
         raise ValueError("too short")
-    return json.loads(raw[16:at]), at
+    header = json.loads(raw[16:at])
+    if header["v"] != VERSION:
+        raise UserError(
+            f"index {path} has version {header['v']}, this program reads version {VERSION}; build it again: "
+            f"python -m data index {tar}"
+        )
+    return header, at
 
 
 def read_head(tar: str | Path, sidecar: Path | None = None) -> IndexHead:
-    """The head of a tar's index, from the sidecar's first bytes. Raises UserError when it is damaged."""
+    """Return the head of a tar's index, from its first bytes. Raises UserError when it is damaged."""
     path = sidecar or index_path(tar)
     try:
         with path.open("rb") as file:
-            header, _ = _header(file.read(HEAD_BYTES))
-        if "usable" not in header:  # written before there were heads
-            return load_index(tar, path, check=False).head()
+            header, _ = _header(file.read(HEAD_BYTES), path, tar)
         usable = {kind: int(header["usable"][kind]) for kind in KINDS}
         return IndexHead(int(header["tar_size"]), str(header["digest"]), usable)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else _damaged(path, tar, error) from None
+        raise _damaged(path, tar, error) from None
 
 
 def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Path = "", check: bool = True) -> TarIndex:
-    """Map a tar's sidecar. Raises UserError when it is damaged or does not belong to the tar as it is now.
+    """Map a tar's index. Raises UserError when it is damaged or does not belong to the tar as it is now.
 
-    `local` is the file to compare it with where that is a copy; without `check` nothing is compared.
+    `local` is the file to compare it with when that is a copy; without `check` nothing is compared.
     """
     path = sidecar or index_path(tar)
     try:
-        # A plain view: slices of a memmap object cost several times as much.
+        # A plain view: slicing a memmap object costs several times as much.
         raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        header, at = _header(raw[:HEAD_BYTES].tobytes())
+        header, at = _header(raw[:HEAD_BYTES].tobytes(), path, tar)
         columns = {}
         for name, dtype in COLUMNS.items():
             stop = at + dtype.itemsize * header["lengths"][name]
@@ -230,6 +240,8 @@ def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Pat
             if len(columns[name]) != header["lengths"][name]:
                 raise ValueError("too short")
             at = stop
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, tar, error) from None
     index = TarIndex(path=str(tar), tar_size=header["tar_size"], digest=header["digest"], **columns)
@@ -239,24 +251,24 @@ def load_index(tar: str | Path, sidecar: Path | None = None, *, local: str | Pat
 
 
 def wrong_size(tar: str | Path, size: int, expected: int) -> UserError:
-    """What to say of a tar that is not as long as its index says."""
+    """Return the error for a tar whose size is not the one in its index."""
     return UserError(
         f"shard {tar} has {size} bytes but its index was built for {expected}: the shard is truncated or was replaced; "
-        f"fetch it again, or if it is right: python -m data index {tar}"
+        f"fetch it again, or if it is intact: python -m data index {tar}"
     )
 
 
 def check_tar(tar: str, size: int, digest: str, local: str | Path) -> None:
     """Raise UserError unless the tar (whose bytes are in `local`) is the one that was indexed."""
-    found, ends = tar_digest(local)
-    if found != size:
-        raise wrong_size(tar, found, size)
+    actual, ends = tar_digest(local)
+    if actual != size:
+        raise wrong_size(tar, actual, size)
     if ends != digest:
         raise UserError(f"shard {tar} changed after its index was built; build it again: python -m data index {tar}")
 
 
 def open_index(tar: str | Path) -> TarIndex:
-    """The index of a tar: its sidecar, or one walk (whose result is left as a sidecar where the folder allows it)."""
+    """Return the index of a tar: the one beside it, or one built now and saved there if the folder can be written."""
     if index_path(tar).exists():
         return load_index(tar)
     index = build_index(tar)

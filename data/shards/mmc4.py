@@ -1,16 +1,15 @@
-"""MMC4's documents to documents in reading order: sentences, and images that belong to one of them.
+"""Turns MMC4's JSON into documents in reading order: sentences, and images that each belong to one of them.
 
     sentences          A.   B.   C.        images  0 -> sentence 2, 1 -> sentence 1
     document               A. <image 1> B. <image 0> C.
 
-MMC4 lists a document's images in an order that is not that of its text (the example is the one of its own README).
-Here each image stands right before its own sentence, so which image a token sees (phi) follows from the document.
-open_flamingo stacks the images as listed and puts the places in the order of the sentences, which pairs the two above
-with each other's text.
+MMC4 lists a document's images in an order that is not that of its text (the example is from its own README). Here each
+image stands right before its own sentence, so which image a token sees (phi) follows from the document. open_flamingo
+stacks the images as listed and puts the `<image>` tokens in the order of the sentences, which pairs the two above with
+each other's text.
 
-One implementation for `python -m data prepare` and for open_flamingo's shards trained on in place, where each found
-image's bytes are base64 in `image_info[i]["image_base64"]`. What the two choose differently are the options of
-`Mmc4Rule`.
+This serves `python -m data prepare` and training on open_flamingo's shards in place, where the bytes of each image that
+was found are base64 in `image_info[i]["image_base64"]`. `Mmc4Rule` has the options in which the two differ.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from data.errors import ContentError
 from data.shards.document import Image, Node, Text
 
 T = TypeVar("T")
-SMALLEST = 11_000  # bytes of an encoded image; open_flamingo leaves out what has fewer, which are mostly icons
+SMALLEST = 11_000  # bytes of an encoded image; open_flamingo drops smaller ones, which are mostly icons
 MATCHING = ("listed", "assigned")
-PLACE = re.compile(r"_!_IMAGE(\d+)_!_")
+MARKER = re.compile(r"_!_IMAGE(\d+)_!_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Mmc4Rule:
 
 
 class Malformed(ValueError):  # noqa: N818 (a description of the document)
-    """A document that does not keep the format. `reason` is the same for all like it, the message has the numbers."""
+    """A document in a wrong format. `reason` is a phrase to count by, the message has the details."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -56,7 +55,7 @@ class Malformed(ValueError):  # noqa: N818 (a description of the document)
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An image of a document as it is listed: what it is called, its sentence (from 0) and how similar the two are."""
+    """An image as a document lists it: its entry, its sentence (from 0) and how similar the two are."""
 
     info: dict[str, Any]
     sentence: int
@@ -65,12 +64,12 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Base64Image:
-    """An image as it lies in the JSON; decoded only when its place is in the window."""
+    """An image as the JSON holds it; decoded only when its token is in the crop."""
 
     text: str
 
     def decode(self) -> bytes:
-        """The image's bytes. Raises ContentError when it is no base64 (some writers leave `b'...'` around it)."""
+        """Return the image's bytes. Raises ContentError for invalid base64 (some writers leave `b'...'` around it)."""
         text = self.text
         if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
             text = text[2:-1]
@@ -86,36 +85,36 @@ class Base64Image:
 
 
 def is_mmc4(body: Mapping[str, Any]) -> bool:
-    """Whether a sample's JSON is an MMC4 document, or one of open_flamingo's sequences made by ChatGPT."""
+    """Return whether a sample's JSON is an MMC4 document, or one of open_flamingo's sequences made by ChatGPT."""
     return ("text_list" in body and "image_info" in body) or "is_gpt" in body
 
 
 def read_document(
     body: Mapping[str, Any], matching: str = "listed", wanted: Callable[[dict[str, Any]], bool] | None = None
 ) -> tuple[list[str], list[Listed]]:
-    """The sentences and the listed images of a document (only the `wanted` ones). Raises Malformed."""
+    """Return the sentences and the listed images of a document (only the `wanted` ones). Raises Malformed."""
     sentences, infos, matrix = body.get("text_list"), body.get("image_info"), body.get("similarity_matrix")
     if not isinstance(sentences, list) or not all(isinstance(text, str) for text in sentences) or not sentences:
         raise Malformed("'text_list' is not a list of sentences")
     if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
         raise Malformed("'image_info' is not a list of objects")
-    given = [info.get("matched_text_index") for info in infos]
-    if matching == "assigned" and not all(type(place) is int for place in given):
-        given = list(_assigned(matrix, len(infos), len(sentences)))
+    sentence_of = [info.get("matched_text_index") for info in infos]
+    if matching == "assigned" and not all(type(sentence) is int for sentence in sentence_of):
+        sentence_of = list(_assigned(matrix, len(infos), len(sentences)))
     listed = []
-    for number, (info, place) in enumerate(zip(infos, given, strict=True)):
+    for number, (info, sentence) in enumerate(zip(infos, sentence_of, strict=True)):
         if wanted is not None and not wanted(info):
             continue
-        if type(place) is not int:
+        if type(sentence) is not int:
             row = _row(matrix, number, len(sentences))
-            place = max(range(len(sentences)), key=row.__getitem__)
-        if not 0 <= place < len(sentences):
-            detail = f"image {number} belongs to sentence {place} of {len(sentences)}"
+            sentence = max(range(len(sentences)), key=row.__getitem__)
+        if not 0 <= sentence < len(sentences):
+            detail = f"image {number} belongs to sentence {sentence} of {len(sentences)}"
             raise Malformed("'matched_text_index' is outside the sentences", detail)
-        similarity = info.get("matched_sim") if info.get("matched_text_index") == place else None
+        similarity = info.get("matched_sim") if info.get("matched_text_index") == sentence else None
         if not isinstance(similarity, int | float):
-            similarity = _row(matrix, number, len(sentences))[place]
-        listed.append(Listed(info, place, -math.inf if math.isnan(similarity) else float(similarity)))
+            similarity = _row(matrix, number, len(sentences))[sentence]
+        listed.append(Listed(info, sentence, -math.inf if math.isnan(similarity) else float(similarity)))
     return sentences, listed
 
 
@@ -142,7 +141,7 @@ def _assigned(matrix: Any, images: int, sentences: int) -> list[int]:
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[int, T]]) -> tuple[list[Node], list[T], list[int]]:
-    """(nodes, images, each image's sentence) of a document, of sentences and (sentence, image) as they were listed.
+    """Return (nodes, images, each image's sentence) of a document, given its sentences and (sentence, image) as listed.
 
     Images of one sentence keep their order, and the last of them is the one that the sentence sees. Sentences are
     joined by a space; around an image there is none.
@@ -177,43 +176,47 @@ def add_text(nodes: list[Node], text: str, between: str) -> None:
 
 
 def generated(body: Mapping[str, Any], image: Callable[[int, Any], T | None]) -> tuple[list[Node], list[T]]:
-    """(nodes, images) of a sequence made by ChatGPT: text with places `_!_IMAGE1_!_`, and an `image_map`.
+    """Return (nodes, images) of a sequence made by ChatGPT: text with markers `_!_IMAGE1_!_`, and an `image_map`.
 
-    `image(number, base64)` gives a place's image; a place without one is closed. Raises Malformed.
+    `image(number, base64)` returns the image of a marker, or None to leave it out. Raises Malformed.
     """
     text, items = body.get("example"), body.get("image_map")
     if not isinstance(text, str) or not isinstance(items, dict):
         raise Malformed("'example' is not text or 'image_map' not an object")
     nodes: list[Node] = []
     images: list[T] = []
-    for number, piece in enumerate(PLACE.split(text)):  # text, number, text, number, ...
+    for number, part in enumerate(MARKER.split(text)):  # text, number, text, number, ...
         if number % 2 == 0:
-            if piece.strip():
-                add_text(nodes, piece.strip(), " ")
+            if part.strip():
+                add_text(nodes, part.strip(), " ")
             continue
-        item = items.get(f"_!_IMAGE{piece}_!_")
-        found = image(int(piece), item.get("base64_image") if isinstance(item, dict) else None)
-        if found is not None:
+        item = items.get(f"_!_IMAGE{part}_!_")
+        decoded = image(int(part), item.get("base64_image") if isinstance(item, dict) else None)
+        if decoded is not None:
             nodes.append(Image((len(images),)))
-            images.append(found)
+            images.append(decoded)
     return nodes, images
 
 
 def mmc4_document(body: Mapping[str, Any], rule: Mmc4Rule) -> tuple[list[Node], list[Base64Image]]:
-    """The nodes of a document and its images, of JSON with the images in it; images that were not found are left out.
+    """Return (nodes, images) of MMC4 JSON that holds its images; those that were not found are left out.
 
     Raises Malformed, and ContentError when no image is left.
     """
     if "is_gpt" in body:
         nodes, images = generated(body, lambda _, text: Base64Image(text) if isinstance(text, str) else None)
         if not images:
-            raise ContentError("no image left", "none of the places has its image")
+            raise ContentError("no image left", "no marker has its image")
         return nodes, images
     sentences, listed = read_document(body, rule.matching, lambda info: isinstance(info.get("image_base64"), str))
-    found = [(one.sentence, one.similarity, Base64Image(one.info["image_base64"])) for one in listed]
-    kept = [(at, one) for at, like, one in found if one.size >= rule.smallest and like >= rule.similarity]
+    candidates = [(entry.sentence, entry.similarity, Base64Image(entry.info["image_base64"])) for entry in listed]
+    kept = [
+        (sentence, image)
+        for sentence, similarity, image in candidates
+        if image.size >= rule.smallest and similarity >= rule.similarity
+    ]
     if not kept:
-        number = len(body["image_info"])
-        raise ContentError("no image left", f"{number} images, none found and similar enough to its text")
+        count = len(body["image_info"])
+        raise ContentError("no image left", f"{count} images, none of them found and similar enough to its text")
     nodes, images, _ = interleave(sentences, kept)
     return nodes, images

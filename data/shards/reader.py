@@ -1,7 +1,7 @@
-"""One sample of a shard at a time, by its place: of its bytes only what is asked for, in as few reads as that takes.
+"""Reads one sample of a shard at a time: only the bytes that are needed, in few reads.
 
-What is notable: members that lie side by side are read together as long as what lies between them (the headers of the
-tar) stays a small part of what is wanted; a document of ten images of which a row shows three costs three.
+Neighbouring members are read together as long as the bytes between them (headers of the tar) stay a small part of the
+read; of a document with ten images of which a row shows three, three are read.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Node, Text, check_images, nodes_of
+from data.shards.document import Document, Node, Text, check_images, nodes_of
 from data.shards.index import IMAGE, JSON, TEXT, TarIndex
 from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_document
 from data.shards.retry import Retry
 from data.shards.tar import LFS
 
-SLACK = 0.04  # bytes read for nothing, of those that are wanted, for the sake of fewer reads
+SLACK = 0.04  # bytes read needlessly, as a share of those needed, for the sake of fewer reads
 MAX_OPEN = 256
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample with its images still encoded: `image(i)` gives number i of the document, read when it is asked for.
+    """A sample with its images still encoded: `image(i)` returns image i of the document, reading it when asked.
 
-    `fetch` reads several at once: say which ones will be asked for, and the disk is asked once where that is possible.
+    `fetch` reads several at once: announce which ones will be needed, and neighbours are read together. `row` is the
+    sample's row in its shard, where that may differ from its number among those that the dataset can use.
     """
 
     key: str
@@ -37,13 +38,21 @@ class RawSample:
     numbers: Sequence[int]
     image: Callable[[int], bytes]
     fetch: Callable[[Sequence[int]], None] = lambda numbers: None
+    row: int | None = None
+
+
+def raw_sample(document: Document, key: str) -> RawSample:
+    """Return a document in memory as a sample. Raises ContentError for text that is not Unicode."""
+    check_text(document.nodes)
+    numbers = range(len(document.images))
+    return RawSample(key, f"document {key!r}", document.nodes, document.meta, numbers, document.images.__getitem__)
 
 
 class ShardReader:
-    """Reads samples of many shards. File descriptors stay open, the least used is closed first.
+    """Reads samples of many shards. File descriptors stay open; the least recently used is closed first.
 
-    `local` gives the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
-    `bytes_used` what of it was asked for.
+    `local` returns the file that holds a shard (a remote one's copy). `samples_read` and `bytes_read` count the work,
+    `bytes_used` the bytes that were asked for.
     """
 
     def __init__(
@@ -62,10 +71,10 @@ class ShardReader:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": OrderedDict()}  # a descriptor means nothing in another process
+        return vars(self) | {"_open": OrderedDict()}  # a descriptor is valid in its own process only
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Some bytes of a shard; repeated when it fails. Raises UserError."""
+        """Read bytes of a shard, again when it fails. Raises UserError when it keeps failing."""
         try:
             return self._once(shard, offset, size)
         except OSError:
@@ -101,48 +110,50 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def sample(self, shard: int, row: int, *, images: bool = True) -> RawSample:
-        """A sample; its text is read now, and with `images` the image of a pair too.
+        """Return a sample; its text is read now, and with `images` the image of a pair too.
 
-        Raises ContentError for broken JSON or text, UserError for images that are not there.
+        Raises ContentError for broken JSON or text, UserError for missing images.
         """
         index = self.indexes[shard]
         self.samples_read += 1
-        places: dict[int, tuple[int, int]] = {}
+        positions: dict[int, tuple[int, int]] = {}
         texts: dict[int, tuple[int, int]] = {}
         for kind, number, offset, size in index.members(row):
             if kind == IMAGE:
-                places.setdefault(number, (offset, size))
+                positions.setdefault(number, (offset, size))
             elif kind in (JSON, TEXT):
                 texts[kind] = offset, size
-        pieces = _Pieces(self, shard)
-        pieces.fetch([*texts.values(), *(places.values() if images and len(places) == 1 else ())])
-        parts = {kind: pieces.of(*place) for kind, place in texts.items()}
+        known = _SampleBytes(self, shard)
+        known.fetch([*texts.values(), *(positions.values() if images and len(positions) == 1 else ())])
+        parts = {kind: known.of(*position) for kind, position in texts.items()}
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
-            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(places))
+            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(positions))
             if not nodes and is_mmc4(meta):
                 nodes, inside = mmc4_document(meta, self.mmc4)
                 check_text(nodes)
-                return RawSample(key, where, nodes, {}, range(len(inside)), lambda number: inside[number].decode())
+                numbers = range(len(inside))
+                return RawSample(key, where, nodes, {}, numbers, lambda number: inside[number].decode(), row=row)
         except (ValueError, RecursionError) as error:
             pointer = parts.get(JSON, b"").startswith(LFS)
             raise ContentError("bad text or JSON", "it is a Git-LFS pointer" if pointer else str(error)) from None
         check_text(nodes)
-        check_images(nodes, places, where)
+        check_images(nodes, positions, where)
         return RawSample(
             key,
             where,
             nodes,
             meta,
-            sorted(places),
-            lambda number: pieces.of(*places[number]),
-            lambda numbers: pieces.fetch([places[number] for number in numbers]),
+            sorted(positions),
+            lambda number: known.of(*positions[number]),
+            lambda numbers: known.fetch([positions[number] for number in numbers]),
+            row,
         )
 
 
-class _Pieces:
-    """What was read of a sample so far."""
+class _SampleBytes:
+    """The bytes of a sample that were read so far."""
 
     def __init__(self, reader: ShardReader, shard: int) -> None:
         self.reader, self.shard = reader, shard
@@ -154,37 +165,37 @@ class _Pieces:
                 return data[offset - begin : offset - begin + size]
         return None
 
-    def fetch(self, places: Sequence[tuple[int, int]]) -> None:
-        """Read these, where they are not known."""
-        for offset, size in runs([place for place in places if self._find(*place) is None]):
+    def fetch(self, positions: Sequence[tuple[int, int]]) -> None:
+        """Read these ranges, unless they are known."""
+        for offset, size in runs([position for position in positions if self._find(*position) is None]):
             self.known.append((offset, self.reader.read(self.shard, offset, size)))
 
     def of(self, offset: int, size: int) -> bytes:
-        """The bytes of a member."""
+        """Return the bytes of a member."""
         self.reader.bytes_used += size
-        found = self._find(offset, size)
-        return self.reader.read(self.shard, offset, size) if found is None else found
+        data = self._find(offset, size)
+        return self.reader.read(self.shard, offset, size) if data is None else data
 
 
-def runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(offset, size) of reads that cover these places: neighbours are joined while the gaps stay within SLACK."""
-    spare = SLACK * sum(size for _, size in places)
-    found: list[tuple[int, int]] = []
-    for offset, size in sorted(places):
-        gap = offset - sum(found[-1]) if found else 0
-        if found and gap <= spare:
+def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (offset, size) of reads that cover these ranges, joining neighbours while gaps stay within SLACK."""
+    spare = SLACK * sum(size for _, size in positions)
+    reads: list[tuple[int, int]] = []
+    for offset, size in sorted(positions):
+        gap = offset - sum(reads[-1]) if reads else 0
+        if reads and gap <= spare:
             spare -= gap
-            found[-1] = found[-1][0], found[-1][1] + gap + size
+            reads[-1] = reads[-1][0], reads[-1][1] + gap + size
         else:
-            found.append((offset, size))
-    return found
+            reads.append((offset, size))
+    return reads
 
 
 def check_text(nodes: Sequence[Node]) -> None:
-    """Raise ContentError for text that is no Unicode (JSON can hold half a character), which no tokenizer takes."""
+    """Raise ContentError for text that is not Unicode (JSON can hold half a character), which no tokenizer accepts."""
     for node in nodes:
         if isinstance(node, Text) and not node.text.isascii():
             try:
                 node.text.encode()
             except UnicodeEncodeError as error:
-                raise ContentError("bad text or JSON", f"text is no Unicode ({error.reason})") from None
+                raise ContentError("bad text or JSON", f"text is not Unicode ({error.reason})") from None

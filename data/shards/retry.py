@@ -1,7 +1,7 @@
-"""Reading again what failed for a reason that may pass: a lost mount, a dropped connection, a busy server.
+"""Repeats reads that fail for a reason that may pass: a lost mount, a dropped connection, a busy server.
 
-What is notable: a read that keeps failing stops the run. It is never answered with another sample, because then the
-order would depend on the weather.
+A read that keeps failing stops the run. It is never answered with another sample: the order would then depend on
+chance.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flamingo.errors import UserError
 T = TypeVar("T")
 ATTEMPTS = 5
 FIRST_WAIT = 0.2  # seconds before the second attempt; doubled before each further one
-PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError)  # these do not pass
+PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError)  # these do not go away
 
 
 class Retry:
@@ -26,7 +26,7 @@ class Retry:
         self.repeats = 0
 
     def __call__(self, read: Callable[[], T], what: str) -> T:
-        """The result of `read`. Raises UserError "`what` ..." when it failed every time or cannot succeed."""
+        """Return the result of `read`. Raises UserError "`what` ..." when it failed every time or cannot succeed."""
         begun = time.monotonic()
         for attempt in range(1, self.attempts + 1):
             try:
@@ -41,5 +41,5 @@ class Retry:
         reason = "it does not exist" if isinstance(failure, FileNotFoundError) else str(failure) or repr(failure)
         raise UserError(
             f"{what} could not be read in {self.attempts} attempts over {time.monotonic() - begun:.1f} s: {reason}; "
-            "mend the storage and start again, the run goes on where its last checkpoint was"
+            "repair the storage and start again, the run resumes from its last checkpoint"
         ) from None

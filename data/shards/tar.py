@@ -1,7 +1,7 @@
-"""The headers of a tar, read through a memory map: POSIX ustar, PAX and GNU long names.
+"""Reads the headers of a tar through a memory map: POSIX ustar, PAX and GNU long names.
 
-Some ten times faster than `tarfile`, and stricter: `tarfile` takes a file that stops between two members for a whole
-one, here the end mark is required.
+About ten times faster than `tarfile`, and stricter: `tarfile` accepts a file that stops between two members, here the
+end mark is required.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, where its bytes begin, and how many they are."""
+    """A regular file in a tar: its name, offset and size in bytes."""
 
     name: str
     offset: int
@@ -29,7 +29,7 @@ class Member:
 
 
 def _number(raw: bytes) -> int:
-    """A tar header's number: octal digits, or base 256 when the first bit is set."""
+    """Return a tar header's number: octal digits, or base 256 when the first bit is set."""
     if raw[0] in (0x80, 0xFF):
         value = int.from_bytes(raw[1:], "big")
         return value if raw[0] == 0x80 else value - (1 << 8 * (len(raw) - 1))
@@ -52,7 +52,7 @@ def _pax(body: bytes) -> dict[str, str]:
 
 
 def walk(path: str | Path) -> Iterator[Member]:
-    """The regular members of an uncompressed tar, in its order.
+    """Yield the regular members of an uncompressed tar, in its order.
 
     Raises UserError, naming the tar, when it is missing, empty, compressed, truncated or not a tar. Member names are
     only ever keys: nothing is extracted, so a name like `../x` or a link leads nowhere.
@@ -74,7 +74,7 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
         if view[: len(magic)] == magic:
             raise UserError(f"shard {path} is {kind}-compressed; decompress it first (offsets need a plain tar)")
     if view[: len(LFS)] == LFS:
-        raise UserError(f"shard {path} is no tar but a Git-LFS pointer to one; fetch the shard itself: git lfs pull")
+        raise UserError(f"shard {path} is not a tar but a Git-LFS pointer to one; fetch the shard itself: git lfs pull")
     end, at = len(view), 0
     common: dict[str, str] = {}  # PAX records for all members that follow
     own: dict[str, str] = {}  # and for the next one
@@ -89,7 +89,7 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
                 raise ValueError
             size, kind_flag = _number(header[124:136]), header[156:157]
         except ValueError:
-            raise UserError(f"shard {path} is no tar or damaged: no header at byte {at}") from None
+            raise UserError(f"shard {path} is not a tar, or is damaged: no header at byte {at}") from None
         records = common | own
         if kind_flag not in b"xgLK" and "size" in records:
             size = int(records["size"])

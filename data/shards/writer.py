@@ -1,13 +1,13 @@
 """The shard format: interleaved documents and pairs in plain POSIX tars that any webdataset user can read.
 
-A document is text and images in reading order. On disk it is one JSON member and one member an image, side by side:
+A document is text and images in reading order. On disk it is a JSON member and a member for each image, side by side:
 
     {key}.json       {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},...],"meta":{}}
     {key}.000.png    the image's own bytes, never re-encoded; the extension is what the bytes are
 
-and a pair, as img2dataset writes it, is `{key}.jpg` + `{key}.txt` (+ `{key}.json` with facts about it). What is
-notable: the same documents give the same bytes (no times, no owners), and a shard, its index and the manifest appear
-under their names only when they are whole.
+and a pair, as img2dataset writes it, is `{key}.jpg` + `{key}.txt` (+ `{key}.json` with facts about it). The same
+documents give the same bytes (no times, no owners), and a shard, its index and the manifest appear under their names
+only when they are complete.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import VERSION, Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
+from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
 MANIFEST = "_dataset.json"
+MANIFEST_VERSION = 2  # also of what `prepare --part i/n` leaves for `merge`
 __all__ = [
     "MANIFEST",
     "Document",
@@ -41,11 +42,11 @@ __all__ = [
     "read_documents",
     "read_manifest",
 ]
-MAX_KEY_BYTES = 80  # with ".00000.jpeg" it still fits the 100 bytes of a plain tar header
+MAX_KEY_BYTES = 80  # with ".00000.jpeg" this still fits the 100 bytes of a plain tar header
 
 
 def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iterator[Document]:
-    """Samples of a shard as Documents, pairs included, all or some. Raises UserError for what cannot be read."""
+    """Yield all or some samples of a shard as Documents. Raises UserError for one that cannot be read."""
     index = open_index(shard)
     reader = ShardReader([index])
     try:
@@ -63,16 +64,16 @@ def read_documents(shard: str | Path, rows: Iterable[int] | None = None) -> Iter
 
 
 def read_document(shard: str | Path, row: int) -> Document:
-    """One sample of a shard."""
+    """Return one sample of a shard as a Document."""
     return next(read_documents(shard, [row]))
 
 
 def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
-    """(suffix, bytes) of the members of a document. The JSON or text comes first, so a reader may stop after it."""
+    """Return (suffix, bytes) of a document's members. JSON comes first, so that a reader may stop after it."""
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is no PNG, JPEG, WebP, GIF or BMP")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a PNG, JPEG, WebP, GIF or BMP")
     if layout == "interleaved":
         images = [
             (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))
@@ -80,7 +81,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
         return [("json", nodes_to_json(document.nodes, document.meta)), *images]
     texts = [node.text for node in document.nodes if isinstance(node, Text)]
     if len(document.images) != 1 or len(texts) != 1 or document.nodes != [Image((0,)), document.nodes[-1]]:
-        raise UserError(f"document {document.key!r} is no pair: a pair is one image followed by one text")
+        raise UserError(f"document {document.key!r} is not a pair: a pair is one image followed by one text")
     members = [(str(kinds[0]), document.images[0]), ("txt", to_utf8(texts[0]))]
     if document.meta:
         members.append(("json", to_utf8(json.dumps(document.meta, ensure_ascii=False, separators=(",", ":")))))
@@ -88,7 +89,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
 
 
 def check_key(key: str) -> None:
-    """Raise UserError unless webdataset will read the key back as it is (it splits names at the first dot)."""
+    """Raise UserError unless webdataset will read the key back unchanged (it splits names at the first dot)."""
     if not key or len(key.encode()) > MAX_KEY_BYTES or key.startswith("__") or not key.isprintable():
         raise UserError(f"key {key!r}: give 1 to {MAX_KEY_BYTES} printable bytes that do not begin with '__'")
     if any(c in key for c in "./\\ "):
@@ -96,9 +97,11 @@ def check_key(key: str) -> None:
 
 
 def make_folder(name: str | Path) -> Path:
-    """The folder to write into, made where it is not there. Raises UserError when it is a URL or cannot be made."""
+    """Create a folder to write into, if needed, and return it. Raises UserError for a URL or when that fails."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
-        raise UserError(f"cannot write into {name}: shards are written to a folder; copy it to that URL afterwards")
+        raise UserError(
+            f"cannot write into {name}: shards are written to a folder; write to one and copy it to that URL"
+        )
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,9 +117,9 @@ class ShardWriter:
 
     Use it as a context manager. `layout` is "interleaved" or "pairs". Several prefixes may share a folder: each writer
     replaces its own prefix's shards and its own part of the manifest. When the block raises, the unfinished shard is
-    removed and the manifest does not list this prefix. A shard ends with `documents_per_shard` documents, or with the
-    document that takes it to `bytes_per_shard`. With `listed=False` the manifest is left to the caller (several
-    processes that write into one folder), who finds its entries in `shards`.
+    removed and the manifest does not list this prefix. A shard ends after `documents_per_shard` documents, or with the
+    document that takes it to `bytes_per_shard`. With `listed=False` the caller writes the manifest (several processes
+    write into one folder) from the entries in `shards`.
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class ShardWriter:
         return self._final.with_name(f".{self._final.name}.partial")
 
     def write(self, document: Document) -> str:
-        """Append a document and return its key. Raises UserError for a bad key, image or reference."""
+        """Append a document and return its key. Raises UserError for an invalid key, image or reference."""
         if self._tar is None:
             self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         key = document.key or f"{self.prefix}-{len(self.shards):06d}-{len(self._keys):08d}"
@@ -184,7 +187,7 @@ class ShardWriter:
         self._tar, self._keys, self._images = None, set(), 0
 
     def close(self) -> None:
-        """Finish the last shard, remove older shards of this prefix beyond it, write the manifest."""
+        """Finish the last shard, remove older shards of this prefix beyond it, and write the manifest."""
         if self._tar is not None:
             self._finish_shard()
         number = len(self.shards)
@@ -210,14 +213,30 @@ class ShardWriter:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}."""
+    """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}.
+
+    Raises UserError when there is none, when it cannot be read, and for one of another version.
+    """
     path = Path(folder) / MANIFEST
     try:
-        return json.loads(path.read_bytes())
+        body: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; is {folder} a folder that `python -m data prepare` wrote?") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
+        raise UserError(f"manifest {path} cannot be read ({error}); prepare the data again") from None
+    if not isinstance(body, dict) or "v" not in body:
+        raise UserError(f"{path} is not a manifest of this format; prepare the data again")
+    check_version(body, f"manifest {path}")
+    return body
+
+
+def check_version(body: dict[str, Any], what: str) -> None:
+    """Raise UserError when a manifest, or the manifest of a part, has another version than this program writes."""
+    if body["v"] != MANIFEST_VERSION:
+        raise UserError(
+            f"{what} has version {body['v']}, this program reads version {MANIFEST_VERSION}; prepare the data again, "
+            "into an empty folder"
+        )
 
 
 def write_part(folder: Path, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
@@ -235,5 +254,5 @@ def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None
         parts[prefix] = part
     if parts == before:
         return
-    body = {"v": VERSION, "parts": dict(sorted(parts.items()))}
+    body = {"v": MANIFEST_VERSION, "parts": dict(sorted(parts.items()))}
     write_atomically(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"), shared=True)

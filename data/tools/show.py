@@ -1,4 +1,4 @@
-"""A document as a person would look at it: as text for the terminal, or as HTML with the images in their places."""
+"""A document as a person would look at it: as text for the terminal, or as HTML with its images in position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def describe_image(data: bytes) -> str:
-    """Format, size and bytes of an encoded image, or why it has none."""
+    """Describe an encoded image: its format, size in pixels (or that it cannot be decoded) and bytes."""
     try:
         with PILImage.open(io.BytesIO(data)) as image:
             size = f"{image.width} x {image.height}"
@@ -26,7 +26,7 @@ def describe_image(data: bytes) -> str:
 
 
 def document_as_text(document: Document, where: str) -> str:
-    """The document in reading order, one node a line; `?` marks text that is read and not learnt."""
+    """Return a document in reading order, one node a line; `?` marks text that is not in the loss."""
     lines = [f"{where}, key {document.key}", *(f"  {name}: {value}" for name, value in document.meta.items()), ""]
     for node in document.nodes:
         if isinstance(node, Text):
@@ -37,7 +37,7 @@ def document_as_text(document: Document, where: str) -> str:
         )
         lines.append(f"  {label}{describe_image(document.images[node.frames[0]])}]")
     images = sum(isinstance(node, Image) for node in document.nodes)
-    lines += ["", f"{images} images shown, {len(document.images)} stored; '?' marks text that is read and not learnt"]
+    lines += ["", f"{images} images shown, {len(document.images)} stored; '?' marks text that is not in the loss"]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""A document after the sampling, as a person would look at it: which tokens are read, learnt, and see which image.
+"""A document as training samples it: its tokens, which of them are in the loss, and which image each one sees.
 
-The row is cut by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on. Without
-a tokenizer at hand words stand for tokens, which are fewer than a language model's by about a quarter.
+The row is cropped by the loader's own functions (`data.batches.tokenize`), so what is shown is what is trained on.
+Without a tokenizer, words stand for tokens; there are about a quarter fewer of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_document
-from data.dataset import LABEL_POLICIES, WINDOWS
+from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, make_row, tokenize_document
+from data.dataset import CROPS, LABEL_POLICIES
 from data.shards.document import Document
 from data.tools.show import TEMPLATES, figure
 from data.tools.templates import render
@@ -25,37 +25,37 @@ COLOURS = ("#fde2c4", "#d3ecd3", "#d5e3f7", "#f6d6e6", "#e9e4b8", "#cfeeee", "#e
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data inspect --sampled`."""
+    """Add the options of `python -m data inspect --sampled`."""
     parser.add_argument("--sampled", action="store_true", help="the row that training would cut out of the document")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a saved model or tokenizer (default: words)")
     parser.add_argument("--max-tokens", type=int, default=256, help="(default 256)")
     parser.add_argument("--max-images", type=int, default=5, help="(default 5)")
-    parser.add_argument("--window", choices=WINDOWS, default="random", help="(default random)")
+    parser.add_argument("--crop", choices=CROPS, default="random", help="(default random)")
     parser.add_argument("--labels", choices=LABEL_POLICIES, default="text", help="(default text)")
     parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next image")
-    parser.add_argument("--seed", type=int, default=0, help="another seed cuts another window")
+    parser.add_argument("--seed", type=int, default=0, help="another seed cuts another crop")
 
 
-class Words:
-    """Words (with the space before them) in place of a tokenizer's tokens."""
+class WordTokenizer:
+    """A tokenizer whose tokens are words, with the space before them."""
 
     def __init__(self) -> None:
         self.known: list[str] = ["<image>", "<EOC>", "<eos>", "<pad>"]
         self.special = SpecialTokens(image=0, eoc=1, eos=2, pad=3)
 
     def encode(self, text: str) -> list[int]:
-        """A new id for every word of a text."""
+        """Return a new id for every word of a text."""
         words = re.findall(r"\s*\S+|\s+$", text)
         self.known += words
         return list(range(len(self.known) - len(words), len(self.known)))
 
     def text(self, token: int) -> str:
-        """What a token says."""
+        """Return a token's text."""
         return self.known[token]
 
 
-class Saved:
-    """The tokenizer of a folder: a Flamingo model's processor, or any of transformers'."""
+class SavedTokenizer:
+    """The tokenizer in a folder: of a Flamingo model's processor, or any of transformers'."""
 
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer
@@ -78,38 +78,38 @@ class Saved:
         self.special = SpecialTokens(self.image, self.eoc, eos, eos, self.tokenizer.bos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Return the ids of a text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def text(self, token: int) -> str:
-        """What a token says."""
+        """Return a token's text."""
         return {self.image: "<image>", self.eoc: "<EOC>"}.get(token) or str(self.tokenizer.decode([token]))
 
 
 @dataclass(slots=True)
-class Sampled:
-    """A row with its tokens as texts."""
+class SampledRow:
+    """A row, its tokens as texts, and the length of the whole document in tokens."""
 
-    row: Row
+    row: TokenRow
     texts: list[str]
     special: SpecialTokens
     see_next: bool
     whole: int
 
     def runs(self) -> list[tuple[int, bool, str]]:
-        """(image seen from 1 or 0, learnt, text) of stretches of tokens that are alike in both."""
+        """Return (image seen, from 1; 0: none), in the loss, text) of runs of tokens that are alike in both."""
         marks = zip(self.row.phi.tolist(), (self.row.labels != IGNORED).tolist(), self.texts, strict=True)
         return [
-            (phi, learnt, "".join(text for _, _, text in group))
-            for (phi, learnt), group in groupby(marks, key=lambda mark: (mark[0], mark[1]))
+            (phi, in_loss, "".join(text for _, _, text in group))
+            for (phi, in_loss), group in groupby(marks, key=lambda mark: (mark[0], mark[1]))
         ]
 
 
-def sample_document(document: Document, args: argparse.Namespace) -> Sampled:
-    """Cut a row out of a document as training does. Raises UserError for options that cannot be."""
+def sample_document(document: Document, args: argparse.Namespace) -> SampledRow:
+    """Cut a row out of a document as training does. Raises UserError for invalid options."""
     if args.max_tokens < 2 or args.max_images < 0 or not 0 <= args.next_image <= 1:
         raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
-    tokenizer = Saved(args.tokenizer) if args.tokenizer else Words()
+    tokenizer = SavedTokenizer(args.tokenizer) if args.tokenizer else WordTokenizer()
     draws = np.random.default_rng(args.seed).random(2).tolist()
     tokens = tokenize_document(document.nodes, tokenizer.encode, tokenizer.special)
     row = make_row(
@@ -117,17 +117,17 @@ def sample_document(document: Document, args: argparse.Namespace) -> Sampled:
         tokenizer.special,
         max_tokens=args.max_tokens,
         max_images=args.max_images,
-        window=args.window,
+        crop=args.crop,
         labels=args.labels,
         next_image_probability=args.next_image,
         draws=(draws[0], draws[1]),
     )
     texts = [tokenizer.text(token) for token in row.ids.tolist()]
-    return Sampled(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
+    return SampledRow(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
 
 
-def facts(sampled: Sampled, document: Document) -> str:
-    """The row in one sentence."""
+def facts(sampled: SampledRow, document: Document) -> str:
+    """Describe the row in one sentence."""
     row = sampled.row
     return (
         f"{len(row.ids)} of the document's {sampled.whole} tokens, {int((row.labels != IGNORED).sum())} in the loss, "
@@ -136,16 +136,16 @@ def facts(sampled: Sampled, document: Document) -> str:
     )
 
 
-def sampled_as_text(sampled: Sampled, document: Document, where: str) -> str:
-    """One line for each stretch of tokens that see the same image; `?` marks what is read and not learnt."""
+def sampled_as_text(sampled: SampledRow, document: Document, where: str) -> str:
+    """Return a line for each run of tokens that see the same image; `?` marks those that are not in the loss."""
     lines = [f"{where}, key {document.key}", f"  {facts(sampled, document)}", ""]
-    for phi, learnt, text in sampled.runs():
+    for phi, in_loss, text in sampled.runs():
         seen = f"image {sampled.row.images[phi - 1].frames[0]}" if phi else "nothing"
-        lines.append(f"  {' ' if learnt else '?'} [sees {seen}] {text!r}")
+        lines.append(f"  {' ' if in_loss else '?'} [sees {seen}] {text!r}")
     return "\n".join(lines)
 
 
-def sampled_as_html(sampled: Sampled, document: Document, where: str) -> str:
+def sampled_as_html(sampled: SampledRow, document: Document, where: str) -> str:
     """A document of HTML: every token on the colour of the image that it sees, the images on theirs."""
     images = [
         (COLOURS[index % len(COLOURS)], [figure(document.images[frame], f"image {frame}") for frame in image.frames])

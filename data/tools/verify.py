@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a shard, found before training: one sentence for each fault."""
+"""Finds everything that can be wrong with a shard before training: one sentence for each fault."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flamingo.errors import UserError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """The faults of a shard, or of a folder of shards and its manifest.
+    """Yield the faults of a shard, or of a folder of shards and its manifest.
 
-    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, keys and members that occur twice,
+    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, duplicate keys and members,
     links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
     have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the
     manifest or changed since it was written, and preparations that were not finished.
@@ -40,7 +40,7 @@ def verify(path: str | Path) -> Iterator[str]:
 
 
 def verify_manifest(folder: Path) -> Iterator[str]:
-    """What does not agree between a folder and its manifest."""
+    """Yield the differences between a folder and its manifest."""
     try:
         parts = read_manifest(folder)["parts"]
         listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
@@ -63,15 +63,15 @@ def verify_manifest(folder: Path) -> Iterator[str]:
         yield f"shard {folder / name} is not in the folder's manifest"
     for name, expected in sorted(listed.items()):
         if name not in present:
-            yield f"shard {folder / name} is in the folder's manifest and missing"
+            yield f"shard {folder / name} is in the folder's manifest but missing"
             continue
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                yield f"shard {folder / name} is not the one of the folder's manifest (another sha256)"
+                yield f"shard {folder / name} differs from the folder's manifest (another sha256)"
 
 
 def verify_shard(shard: Path) -> Iterator[str]:
-    """The faults of one shard."""
+    """Yield the faults of one shard."""
     try:
         if shard.is_file():
             refuse_pointer(shard)
@@ -94,7 +94,7 @@ def verify_shard(shard: Path) -> Iterator[str]:
 
 
 def _odd_members(shard: Path) -> Iterator[str]:
-    """Links and names that lead out of the folder: passed over or only keys here, other programs may follow them."""
+    """Yield links, and names that lead out of the folder: harmless here, but other programs may follow them."""
     with tarfile.open(shard) as tar:
         for member in tar:
             if member.issym() or member.islnk():

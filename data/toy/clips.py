@@ -18,7 +18,7 @@ _TRAVEL = 9.0  # pixels from first to last frame
 
 
 def draw_clip(rng: np.random.Generator, frames: int) -> tuple[tuple[Scene, ...], str]:
-    """`frames` scenes of one moving shape, and the motion's words.
+    """Return `frames` scenes of one moving shape, and the motion's words.
 
     The middle of the way is uniform in the image, so neither the first nor the last frame tells the direction.
     """
@@ -34,5 +34,5 @@ def draw_clip(rng: np.random.Generator, frames: int) -> tuple[tuple[Scene, ...],
 
 
 def clip_caption(clip: tuple[Scene, ...], motion: str) -> str:
-    """The one right caption of a clip."""
+    """Return the one right caption of a clip."""
     return f"a {clip[0].shapes[0].words} {motion}"

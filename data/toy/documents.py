@@ -15,7 +15,7 @@ from data.toy.scenes import SIZE, Scene
 
 
 def draw_images(images: Sequence[Scene | Glyph]) -> np.ndarray:
-    """(N, 32, 32, 3) uint8, scenes and glyphs in any order."""
+    """Return (N, 32, 32, 3) uint8, scenes and glyphs in any order."""
     drawn = np.zeros((len(images), SIZE, SIZE, 3), np.uint8)
     scenes = [i for i, image in enumerate(images) if isinstance(image, Scene)]
     glyphs = [i for i, image in enumerate(images) if isinstance(image, Glyph)]
@@ -33,7 +33,7 @@ def _node(part: Part) -> Node:
 
 
 def finish(drafts: Sequence[Draft]) -> list[Document]:
-    """The documents of drafts, keys still empty: the shard writer numbers them."""
+    """Return the documents of drafts, keys still empty: the shard writer numbers them."""
     drawn = draw_images([image for draft in drafts for image in draft.images])
     images = iter([encode_png(image) for image in drawn])
     return [
@@ -43,5 +43,5 @@ def finish(drafts: Sequence[Draft]) -> list[Document]:
 
 
 def make_documents(seed: int, split: str, kind: str, indices: range) -> list[Document]:
-    """Documents `indices` of a kind (a key of `data.toy.drafts.MAKERS`) in a split."""
+    """Return documents `indices` of a kind (a key of `data.toy.drafts.MAKERS`) in a split."""
     return finish([make_draft(seed, split, kind, index) for index in indices])

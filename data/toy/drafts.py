@@ -47,7 +47,7 @@ TRAINING_KINDS = (1 / 6, 1 / 6, 1 / 3, 1 / 3)  # shares of one, count, left and 
 
 
 def _scene(rng: np.random.Generator, split: str) -> Scene:
-    """A scene; two of three in training have two shapes, half of those held out.
+    """Return a scene; two of three in training have two shapes, half of those held out.
 
     What a small model still gets wrong are sizes and colours swapped between two shapes (LOG.md).
     """
@@ -55,7 +55,7 @@ def _scene(rng: np.random.Generator, split: str) -> Scene:
 
 
 def scene_pair(rng: np.random.Generator, split: str) -> Draft:
-    """A scene and its caption; the label of a held-out one also has a question.
+    """Return a scene and its caption; the label of a held-out one also has a question.
 
     Half of the training pairs name the shapes alone. With full captions colours and places are enough to tell the texts
     of a batch apart, and the contrastive encoder never learns the shapes of small things.
@@ -72,13 +72,13 @@ def scene_pair(rng: np.random.Generator, split: str) -> Draft:
 
 @cache
 def class_name(number: int) -> str:
-    """The three-syllable name of a glyph class, for contrastive training; no document calls a glyph by it."""
+    """Return the three-syllable name of a glyph class, for contrastive training; no document calls a glyph by it."""
     parts = FIRST + SECOND
     return "".join(parts[i] for i in stream(0, "class name", number).permutation(len(parts))[:3])
 
 
 def glyph_pair(rng: np.random.Generator, split: str) -> Draft:
-    """A glyph and its class's name, as the contrastive objective reads it."""
+    """Return a glyph and its class's name, as the contrastive objective reads it."""
     pool = glyphs.classes(split)
     number = pool[int(rng.integers(len(pool)))]
     draft = Draft(meta={"class": number})
@@ -88,7 +88,7 @@ def glyph_pair(rng: np.random.Generator, split: str) -> Draft:
 
 
 def _show_and_say(draft: Draft, rng: np.random.Generator, split: str, asked: bool) -> None:
-    """A scene with its caption, or with a question, which is not in the loss, and its answer."""
+    """Append a scene with its caption, or with a question (not in the loss) and its answer."""
     scene = _scene(rng, split)
     draft.show(scene)
     if asked:
@@ -100,7 +100,7 @@ def _show_and_say(draft: Draft, rng: np.random.Generator, split: str, asked: boo
 
 
 def caption_document(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
-    """One to `most` scenes with captions."""
+    """Return one to `most` scenes with captions."""
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
         _show_and_say(draft, rng, split, asked=False)
@@ -108,7 +108,7 @@ def caption_document(rng: np.random.Generator, split: str, most: int = 3) -> Dra
 
 
 def question_document(rng: np.random.Generator, split: str, most: int = 3) -> Draft:
-    """One to `most` scenes, each with a question and its answer."""
+    """Return one to `most` scenes, each with a question and its answer."""
     draft = Draft()
     for _ in range(int(rng.integers(1, most + 1))):
         _show_and_say(draft, rng, split, asked=True)
@@ -123,7 +123,7 @@ def _stream_of_names(
     repeats: float,
     known: bool,
 ) -> Draft:
-    """Glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_document`."""
+    """Return glyphs of the classes `numbers` in `order`, each followed by its name; see `binding_document`."""
     draft = Draft(meta={"classes": list(numbers), "names": list(chosen), "answer": chosen[order[-1]]})
     earlier: list[list[int]] = [[] for _ in numbers]
     for way in order:
@@ -140,7 +140,7 @@ def _stream_of_names(
 def binding_document(
     rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5
 ) -> Draft:
-    """A stream of ways * shots + 1 glyphs of `ways` classes, each followed by the document's made-up name of its class.
+    """Return ways * shots + 1 glyphs of `ways` classes in a row, each followed by its class's name in this document.
 
     A training document draws every glyph's class anew: in a balanced order the rarer name could be guessed by counting.
     A held-out document has exactly `shots` examples of each class and one query, whatever `repeats` is no two images
@@ -165,12 +165,12 @@ def binding_document(
 
 @cache
 def familiar_name(number: int) -> str:
-    """The lasting name of a familiar class: a training name, each class another one."""
+    """Return the lasting name of a familiar class: a training name, each class another one."""
     return names("train")[number]
 
 
 def naming_document(rng: np.random.Generator, split: str, ways: int = 2, shots: int = 3, repeats: float = 0.5) -> Draft:
-    """A binding document of familiar classes under their lasting names, which all are in the loss.
+    """Return a binding document of familiar classes under their lasting names, all of which are in the loss.
 
     Without these documents the images of binding documents stay noise: nothing depends on an image until examples are
     matched, and nothing can be matched until images are told apart. A lasting name gives the direct reason to tell
@@ -187,7 +187,7 @@ def naming_document(rng: np.random.Generator, split: str, ways: int = 2, shots: 
 
 
 def long_document(rng: np.random.Generator, split: str, scenes: int = 9) -> Draft:
-    """A document as long as a prompt of eight demonstrations: scenes with captions, or scenes with questions.
+    """Return a document as long as a prompt of eight demonstrations: scenes with captions, or scenes with questions.
 
     A model that has only seen short documents loses its way in long prompts.
     """
@@ -199,12 +199,12 @@ def long_document(rng: np.random.Generator, split: str, scenes: int = 9) -> Draf
 
 
 def long_binding_document(rng: np.random.Generator, split: str) -> Draft:
-    """A binding document as long as a prompt of eight examples a name."""
+    """Return a binding document as long as a prompt of eight examples a name."""
     return binding_document(rng, split, shots=8)
 
 
 def clip_pair(rng: np.random.Generator, split: str, frames: int = 4) -> Draft:
-    """A clip of a moving shape and its caption."""
+    """Return a clip of a moving shape and its caption."""
     del split
     clip, motion = draw_clip(rng, frames)
     draft = Draft(meta={"motion": motion, "caption": clip_caption(clip, motion)})
@@ -221,7 +221,7 @@ def _text_draft(kind: str, nodes: Sequence[tuple[str, bool]]) -> Draft:
 
 
 def text_document(rng: np.random.Generator, split: str) -> Draft:
-    """A document without images: captions, or captions with questions and answers."""
+    """Return a document without images: captions, or captions with questions and answers."""
     del split
     if rng.random() < 0.5:
         return _text_draft("describe", text_documents.describe_text(rng))
@@ -229,7 +229,7 @@ def text_document(rng: np.random.Generator, split: str) -> Draft:
 
 
 def names_document(rng: np.random.Generator, split: str) -> Draft:
-    """A document without images from which looking back is learnt: a repeated line, or a binding document in words."""
+    """Return a document without images that teaches looking back: a repeated line, or a binding document in words."""
     if rng.random() < 1 / 3:
         return _text_draft("repeat", text_documents.repeat_text(rng))
     return _text_draft("binding", text_documents.binding_text(rng, split))

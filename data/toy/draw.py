@@ -22,7 +22,7 @@ _RING_HOLE = 0.52
 
 
 def _polygon(corners: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """The radius at each angle of a polygon around the origin, corners (K, 2) in order."""
+    """Return the radius at each angle of a polygon around the origin, corners (K, 2) in order."""
     start, edge = corners, np.roll(corners, -1, axis=0) - corners
     ray = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     # start + u * edge = r * ray, for every edge and ray; the boundary is the farthest crossing.
@@ -36,7 +36,7 @@ def _polygon(corners: np.ndarray, angles: np.ndarray) -> np.ndarray:
 
 @cache
 def _boundaries() -> np.ndarray:
-    """(shapes, angles) float32: the radius of every shape at every angle, in units of the shape's radius."""
+    """Return (shapes, angles) float32: the radius of every shape at every angle, in units of the shape's radius."""
     angles = np.arange(_ANGLES) * (2 * np.pi / _ANGLES)
 
     def spikes(count: int, inner: float, outer: float) -> np.ndarray:
@@ -61,7 +61,7 @@ def _boundaries() -> np.ndarray:
 
 
 def draw_scenes(scenes: Sequence[Scene]) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 images of N scenes."""
+    """Return (N, 32, 32, 3) uint8 images of N scenes."""
     parts = [_draw_scenes(scenes[i : i + _BATCH]) for i in range(0, len(scenes), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, SIZE, SIZE, 3), np.uint8)
 
@@ -92,7 +92,7 @@ def _draw_scenes(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def draw_glyphs(glyphs: Sequence[Glyph]) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 images of N glyphs."""
+    """Return (N, 32, 32, 3) uint8 images of N glyphs."""
     parts = [_draw_glyphs(glyphs[i : i + _BATCH]) for i in range(0, len(glyphs), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, SIZE, SIZE, 3), np.uint8)
 

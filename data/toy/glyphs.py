@@ -34,13 +34,13 @@ class Glyph:
 
 
 def classes(split: str) -> range:
-    """The glyph classes of "train" or "heldout"."""
+    """Return the glyph classes of "train" or "heldout"."""
     return TRAIN_CLASSES if split == "train" else HELDOUT_CLASSES
 
 
 @lru_cache(maxsize=4096)
 def strokes(number: int) -> np.ndarray:
-    """(S, 4, 2): the control points of the class's S cubic strokes, scaled to the square [-1, 1].
+    """Return (S, 4, 2): the control points of the class's S cubic strokes, scaled to the square [-1, 1].
 
     A stroke starts at a random place, half the time where an earlier one ended or began; straight, bowed or curled.
     """
@@ -65,7 +65,7 @@ def strokes(number: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _basis(count: int) -> np.ndarray:
-    """(POINTS, count, 4): the Bernstein weights of points spread evenly over `count` strokes."""
+    """Return (POINTS, count, 4): the Bernstein weights of points spread evenly over `count` strokes."""
     weights = np.zeros((POINTS, count, 4), np.float32)
     owner = np.arange(POINTS) * count // POINTS
     for s in range(count):
@@ -76,7 +76,7 @@ def _basis(count: int) -> np.ndarray:
 
 
 def draw_glyph(rng: np.random.Generator, number: int) -> Glyph:
-    """A random instance of class `number`."""
+    """Return a random instance of class `number`."""
     path = strokes(number)
     wobble = path + 0.06 * rng.normal(size=path.shape)
     points = np.einsum("psk,skc->pc", _basis(len(path)), wobble)

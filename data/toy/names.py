@@ -37,14 +37,14 @@ def _shuffled() -> tuple[str, ...]:
 
 @cache
 def names(split: str) -> tuple[str, ...]:
-    """The names of "train" (four fifths) or "heldout" (one fifth); disjoint."""
+    """Return the names of "train" (four fifths) or "heldout" (one fifth); disjoint."""
     every = _shuffled()
     cut = int(len(every) * HELDOUT_SHARE)
     return every[cut:] if split == "train" else every[:cut]
 
 
 def draw_names(rng: np.random.Generator, split: str, count: int) -> list[str]:
-    """`count` names of a split for one document, no two sharing a syllable, so that each is told by its first.
+    """Return `count` names of a split for one document, no two sharing a syllable, so that each is told by its first.
 
     Raises ValueError for more names than that allows.
     """

@@ -19,7 +19,7 @@ def _chunk(tag: bytes, body: bytes) -> bytes:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """The PNG file of an (H, W, 3) uint8 image."""
+    """Return the PNG file of an (H, W, 3) uint8 image."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image must be (H, W, 3) uint8, this one is {image.shape} {image.dtype}")
     height, width, _ = image.shape

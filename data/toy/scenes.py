@@ -87,7 +87,7 @@ def _shape(rng: np.random.Generator, words: tuple[str, str, bool], x: float, y: 
 
 
 def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
-    """A random scene of `kind` (one, count, left, above), or of a random kind."""
+    """Return a random scene of `kind` (one, count, left, above), or of a random kind."""
     kind = kind or KINDS[int(rng.integers(len(KINDS)))]
     red, green, blue = rng.integers(0, 56, size=3).tolist()
     ground = (red, green, blue)
@@ -114,7 +114,7 @@ def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
 
 
 def caption(scene: Scene, *, shapes_only: bool = False) -> str:
-    """The one right caption; `shapes_only` leaves sizes and colours out, so that only the shapes tell scenes apart."""
+    """Return the one right caption; `shapes_only` leaves out sizes and colours, so that only shapes differ."""
     first, last = scene.shapes[0], scene.shapes[-1]
     if scene.kind == "count":
         what = first.plural if shapes_only else f"{first.size} {first.colour} {first.plural}"
@@ -126,7 +126,7 @@ def caption(scene: Scene, *, shapes_only: bool = False) -> str:
 
 
 def questions(scene: Scene) -> dict[str, tuple[str, str]]:
-    """By kind of question: (question, answer). Only questions that this scene answers in one way."""
+    """Return (question, answer) by kind of question; only questions with a single answer for this scene."""
     first, last = scene.shapes[0], scene.shapes[-1]
     if scene.kind == "count":
         plural = first.plural
@@ -153,7 +153,7 @@ def questions(scene: Scene) -> dict[str, tuple[str, str]]:
 
 
 def yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question that is answered with yes or no, half the time each."""
+    """Return a question that is answered with yes or no, half the time each."""
     shown = {(s.shape, s.colour) for s in scene.shapes}
     shape, colour = scene.shapes[int(rng.integers(len(scene.shapes)))].shape, scene.shapes[0].colour
     answer = bool(rng.integers(2))
@@ -170,7 +170,7 @@ def yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A random question about the scene: (kind, question, answer)."""
+    """Return a random question about the scene: (kind, question, answer)."""
     found = questions(scene)
     kinds = (*found, "yes/no")
     kind = kinds[int(rng.integers(len(kinds)))]

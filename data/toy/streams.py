@@ -8,7 +8,7 @@ import numpy as np
 
 
 def stream(seed: int, purpose: str, index: int) -> np.random.Generator:
-    """The generator of item `index` of `purpose`; equal arguments give equal numbers, others an independent stream.
+    """Return the generator of item `index` of `purpose`: equal arguments give equal numbers, others independent ones.
 
     Philox takes the seed and the purpose as its key and starts counting at `index` in the highest word of its
     counter, so the streams of two items would meet only after 2**192 draws.

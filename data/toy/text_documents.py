@@ -13,12 +13,12 @@ from data.toy.scenes import COLOURS, SHAPES, ask, caption, draw_scene
 
 
 def describe_text(rng: np.random.Generator, count: int = 4) -> list[tuple[str, bool]]:
-    """Captions, one a line. Returns (text, counts in the loss) nodes, as all makers here do."""
+    """Return captions, one a line, as (text, in the loss) nodes, like all makers here."""
     return [("\n".join(caption(draw_scene(rng)) for _ in range(count)), True)]
 
 
 def ask_text(rng: np.random.Generator, count: int = 3) -> list[tuple[str, bool]]:
-    """A caption, a question about it and the answer, `count` times."""
+    """Return a caption, a question about it and the answer, `count` times."""
     nodes: list[tuple[str, bool]] = []
     for i in range(count):
         scene = draw_scene(rng)
@@ -32,7 +32,7 @@ def _vocabulary() -> list[str]:
 
 
 def repeat_text(rng: np.random.Generator, least: int = 4, most: int = 16) -> list[tuple[str, bool]]:
-    """`least` to `most` random words on one line, and the same line again: what comes next is found by looking back."""
+    """Return `least` to `most` random words on a line, and the same line again, to be predicted by looking back."""
     pool = _vocabulary()
     line = " ".join(pool[i] for i in rng.permutation(len(pool))[: int(rng.integers(least, most + 1))])
     return [(f"{line}\n{line}", True)]
@@ -41,7 +41,7 @@ def repeat_text(rng: np.random.Generator, least: int = 4, most: int = 16) -> lis
 def binding_text(
     rng: np.random.Generator, split: str = "train", ways: int = 6, lines: int = 10
 ) -> list[tuple[str, bool]]:
-    """`lines` lines, each a random word and the name that it has in this document; 2 to `ways` words, shuffled.
+    """Return `lines` lines, each a random word and the name that it has in this document; 2 to `ways` words, shuffled.
 
     Only names that the document has shown before count in the loss: a first one cannot be known. Two words alone teach
     too little (either name is right half of the time), hence up to `ways`.

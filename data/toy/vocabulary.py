@@ -26,7 +26,7 @@ _QUESTIONS = (
 
 
 def words() -> list[str]:
-    """Every word of the toy except the names, in a fixed order."""
+    """Return every word of the toy except the names, in a fixed order."""
     parts = [*SHAPES, *PLURALS.values(), *COLOURS, *COUNTS, *_DIGITS, *" ".join(PLACES).split(), *_QUESTIONS.split()]
     return list(dict.fromkeys([*parts, *" ".join(MOTIONS).split(), "digit", "glyph"]))
 
@@ -57,7 +57,7 @@ def _apply(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer: padding 0, end of sequence 1, then the 256 bytes, then the merged pieces."""
+    """Return the tokenizer: padding 0, end of sequence 1, then the 256 bytes, then the merged pieces."""
     merges = _merges()
     entries = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(entries))}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.loading.loader import MixLoader
+from data.shard_store import ShardStore
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from tests.fixtures import byte_tokenizer, png
@@ -40,6 +42,13 @@ def byte_processor() -> FlamingoProcessor:
     from flamingo import FlamingoProcessor, ImageTransform
 
     return FlamingoProcessor(byte_tokenizer(), ImageTransform(SIDE, mode="squash"))
+
+
+def shards_of(loader: MixLoader, number: int = 0) -> ShardStore:
+    """The opened shards of a loader's dataset."""
+    store = loader.datasets[number].store
+    assert isinstance(store, ShardStore)
+    return store
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

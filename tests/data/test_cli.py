@@ -170,7 +170,7 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
         "image.tar, row 0 (key 'k'): image 0 is undecodable",
         "image.tar, row 1 (key 'l'): image 0 is not an image",
         "json.tar, row 0 (key 'k'): bad text or JSON: JSON cannot be read",
-        "few.tar, row 0 (key 'k'): its <image> places ask for 1 images but the sample has 0",
+        "few.tar, row 0 (key 'k'): its nodes name image 0 but it has 0 images",
         "documents-000001.tar is in the folder's manifest and missing",
         "extra/more.tar is not in the folder's manifest",
         "extra/documents-000000.tar is in the folder's manifest and missing",
@@ -190,7 +190,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     assert "is a folder, a tar was expected" in mistake("inspect", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "neither shards nor a manifest" in mistake("verify", tmp_path / "empty")
-    assert "no tar or damaged" in mistake("index", index_path(shard))
+    assert "not a tar, or is damaged" in mistake("index", index_path(shard))
     assert "--ways must be between" in mistake("prepare", "digits", "--out", tmp_path, "--ways", "11")
     (tmp_path / "file").write_text("")
     assert "file" in mistake("prepare", "digits", "--out", tmp_path / "file")

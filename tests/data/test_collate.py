@@ -132,7 +132,7 @@ def test_a_image_shown_twice_comes_twice(tmp_path: Path) -> None:
 def test_clips_have_the_datasets_number_of_frames(tmp_path: Path, frames: int, expected: list[int]) -> None:
     with ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("", [Image((1, 2, 3), 1.0), Text("x")], [png(n) for n in range(4)]))
-    options = {"batch_size": 1, "max_frames": frames, "window": "start"}
+    options = {"batch_size": 1, "max_frames": frames, "crop": "start"}
     pixels = one_batch(tmp_path, FlamingoCollate(PROCESSOR), **options).tensors["pixel_values"]
     assert pixels.shape == (1, frames, 3, SIDE, SIDE)
     assert pixels[0, :, 0, 0, 0].tolist() == expected
@@ -170,7 +170,7 @@ def test_language_rows(tmp_path: Path) -> None:
 
 
 def test_text_of_a_tokenizer_without_padding(tmp_path: Path) -> None:
-    """GPT-2's and LLaMA's have none. What pads is neither seen nor learnt; the end of a text is."""
+    """GPT-2's and LLaMA's have none. Padding is neither seen nor in the loss; the end of a text is."""
     with ShardWriter(tmp_path, "s") as writer:
         for text in ("long text", "short"):
             writer.write(Document("", [Text(text)], []))

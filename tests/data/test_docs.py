@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from data.__main__ import main
-from data.corpus import CATALOGUE
+from data.shard_store import CATALOGUE
 from data.shards.index import COLUMNS, KINDS, MAGIC, index_path
 from tests.data.helpers import write_documents
 
@@ -22,7 +22,7 @@ def names(table: str) -> list[str]:
 
 
 def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
-    shard = write_documents(tmp_path, count=3) / "pages-000000.tar"
+    shard = write_documents(tmp_path, count=3) / "documents-000000.tar"
     raw = index_path(shard).read_bytes()
     assert raw[:8] == MAGIC == b"TARIDX01"
     end = 16 + int.from_bytes(raw[8:16], "little")
@@ -40,7 +40,7 @@ def test_the_catalogue_is_as_the_docs_say(tmp_path: Path) -> None:
     folder = write_documents(tmp_path)
     assert main(["index", str(folder)]) == 0
     body = json.loads((folder / CATALOGUE).read_text())
-    assert '{"v": 1, "shards": [[name, tar_size, digest, usable], ...]}' in CATALOGUES
+    assert '{"v": 2, "shards": [[name, tar_size, digest, usable], ...]}' in CATALOGUES
     assert list(body) == ["v", "shards"]
     first = body["shards"][0]
     raw = index_path(folder / first[0]).read_bytes()

@@ -70,9 +70,9 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
     "image is text": ([("bad.json", b'{"v":1,"nodes":[{"i":"0"}]}')], "bad text or JSON", "node 0 is neither"),
     "text is number": ([("bad.json", b'{"v":1,"nodes":[{"t":5}]}')], "bad text or JSON", "node 0 is neither"),
     "other version": ([("bad.json", b'{"v":9,"nodes":[]}')], "bad text or JSON", "format version 9"),
-    "half a letter": ([("bad.json", b'{"v":1,"nodes":[{"t":"\\ud800"}]}')], "bad text or JSON", "no Unicode"),
+    "half a letter": ([("bad.json", b'{"v":1,"nodes":[{"t":"\\ud800"}]}')], "bad text or JSON", "not Unicode"),
     "latin-1 caption": ([("bad.png", png(1)), ("bad.txt", b"caf\xe9")], "bad text or JSON", "not UTF-8"),
-    "no text, no image": ([("bad.json", b'{"v":1,"nodes":[]}')], "empty", "neither text nor images"),
+    "no text, no image": ([("bad.json", b'{"v":1,"nodes":[]}')], "empty", "no text or images"),
     "mmc4 with wrong types": (
         [("bad.json", b'{"text_list":[1],"image_info":[]}')],
         "bad text or JSON",
@@ -81,7 +81,7 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
     "mmc4 without images": (
         [("bad.json", b'{"text_list":["a"],"image_info":[{"matched_sim":0.3}],"similarity_matrix":[[0.3]]}')],
         "no image left",
-        "1 images, none found",
+        "1 images, none of them found",
     ),
 }
 
@@ -187,7 +187,7 @@ STRUCTURE = {
         lambda path: make_tar(path, [("k.txt", b"a"), ("l.txt", b"b"), ("k.txt", b"c")]),
         "key 'k' appears twice (rows 0 and 2)",
     ),
-    "lfs pointer": (lambda path: path.write_bytes(LFS * 20), "is no tar but a Git-LFS pointer"),
+    "lfs pointer": (lambda path: path.write_bytes(LFS * 20), "is not a tar but a Git-LFS pointer"),
 }
 
 

@@ -198,6 +198,8 @@ def test_missing_and_truncated_shards_stop_before_the_first_batch(tmp_path: Path
     shard.unlink()
     with pytest.raises(UserError, match=r"dataset 'd': shard .*documents-000002\.tar does not exist"):
         MixLoader([one(folder)], COLLATE)
+    with pytest.raises(UserError, match="dataset 'd': shards is empty; give at least one tar, folder or pattern"):
+        MixLoader([one(folder, shards=[])], COLLATE)
     with pytest.raises(UserError, match="no shards in"):
         MixLoader([one(tmp_path / "x*.tar")], COLLATE)
     with pytest.raises(UserError, match=r"dataset 'd' has no sample of kind 'pairs'"):
@@ -210,7 +212,7 @@ def test_a_document_without_its_images_stops_with_one_sentence(tmp_path: Path, w
     shard = make_tar(tmp_path / "x.tar", [("k.json", body), ("k.000.png", b"")])
     with pytest.raises(UserError) as caught:
         take(MixLoader([one(shard)], COLLATE, num_workers=workers), 1)
-    assert "row 0 (key 'k'): its <image> places ask for 2 images but the sample has 1" in str(caught.value)
+    assert "row 0 (key 'k'): its nodes name image 1 but it has 1 images" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -261,11 +263,10 @@ def test_rare_bad_samples_never_stop_a_run() -> None:
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"kind": "video"}, "kind='video' must be one of interleaved, pairs, text"),
         ({"labels": "all"}, "labels='all'"),
-        ({"window": "end"}, "window='end'"),
+        ({"crop": "end"}, "crop='end'"),
         ({"max_tokens": 1}, "max_tokens=1"),
         ({"lanes": 3}, "lanes=3 must divide batch_size=4"),
         ({"next_image_probability": 1.5}, "next_image_probability=1.5 must be between 0 and 1"),
-        ({"shards": []}, "shards is empty"),
     ],
 )
 def test_values_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -30,17 +30,17 @@ from tests.fixtures import byte_tokenizer, encoded, png
 ALL = Mmc4Rule(similarity=-1.0, smallest=0)
 
 
-def line(places: list[int], sentences: int, **options: Any) -> dict[str, Any]:
+def line(positions: list[int], sentences: int, **options: Any) -> dict[str, Any]:
     """Image n has brightness 20 n and belongs to sentence places[n], whose text says so."""
     texts = ["no image"] * sentences
-    matrix = np.full((len(places), sentences), 0.1)
+    matrix = np.full((len(positions), sentences), 0.1)
     infos = []
-    for number, place in enumerate(places):
+    for number, position in enumerate(positions):
         value = 20 * number + 20
         noisy = np.random.default_rng(number).integers(-3, 4, (120, 120, 3)) + value  # 10 kB at least, as it wants
         image = PILImage.fromarray(noisy.astype(np.uint8))
-        texts[place] = str(value)
-        matrix[number, place] = 0.3
+        texts[position] = str(value)
+        matrix[number, position] = 0.3
         infos.append({"image_name": f"{number}.png", "image_base64": base64.b64encode(encoded(image, "PNG")).decode()})
         infos[-1] |= options
     return {"text_list": texts, "image_info": infos, "similarity_matrix": matrix.tolist()}
@@ -50,10 +50,10 @@ PLACES = st.integers(1, 7).flatmap(lambda n: st.permutations(range(n + 2)).map(l
 
 
 @settings(max_examples=60, deadline=None)
-@given(places=PLACES)
-def test_every_image_stands_before_its_own_sentence(places: list[int]) -> None:
-    nodes, images = mmc4_document(line(places, len(places) + 2), ALL)
-    assert len(images) == len(places)
+@given(positions=PLACES)
+def test_every_image_stands_before_its_own_sentence(positions: list[int]) -> None:
+    nodes, images = mmc4_document(line(positions, len(positions) + 2), ALL)
+    assert len(images) == len(positions)
     for node, after in itertools.pairwise(nodes):
         if isinstance(node, Image):
             image = PILImage.open(io.BytesIO(images[node.frames[0]].decode()))
@@ -80,9 +80,9 @@ def test_open_flamingos_function_pairs_them_wrongly() -> None:
     random.seed(0)
     draw, wrong = np.random.default_rng(0), 0
     for _ in range(12):
-        places = draw.permutation(6)[:4].tolist()
+        positions = draw.permutation(6)[:4].tolist()
         images, (text, _) = code.preprocess_interleaved(
-            [json.dumps(line(places, 6))],
+            [json.dumps(line(positions, 6))],
             tokenizer,
             lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float(),
             0.24,
@@ -91,7 +91,7 @@ def test_open_flamingos_function_pairs_them_wrongly() -> None:
         )
         pairs = slots(text[0].tolist(), images, tokenizer)
         assert len(pairs) == 4
-        if places != sorted(places):
+        if positions != sorted(positions):
             wrong += any(abs(shown - said) > 2 for shown, said in pairs)
         else:
             assert all(abs(shown - said) < 2 for shown, said in pairs)
@@ -125,7 +125,7 @@ def test_which_images_are_kept() -> None:
     kept = mmc4_document(document, Mmc4Rule())[1]
     assert [image.decode()[:4] for image in kept] == [b"\x89PNG"]
     assert len(mmc4_document(document, Mmc4Rule(similarity=0.2))[1]) == 2
-    with pytest.raises(ContentError, match="no image left: 3 images, none found"):
+    with pytest.raises(ContentError, match="no image left: 3 images, none of them found"):
         mmc4_document(document, Mmc4Rule(smallest=10**9))
     matched = line([0, 1], 2, matched_text_index=0, matched_sim=0.3)
     nodes, _ = mmc4_document(matched, ALL)

@@ -15,7 +15,7 @@ from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader, StepBatches
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
-from tests.data.helpers import byte_processor, numbered_document, write_documents
+from tests.data.helpers import byte_processor, numbered_document, shards_of, write_documents
 from tests.fixtures import png
 
 COLLATE = FlamingoCollate(byte_processor())
@@ -130,7 +130,7 @@ def test_to_begin_at_step_one_million_reads_one_batch(tmp_path: Path) -> None:
     loader = MixLoader([spec], COLLATE, prefetch_factor=0)
     loader.load_state_dict(state)
     assert next(iter(loader)).step == 1_000_000
-    reader, plan = loader.dataset.readers[0], loader.sources[0].plan
+    reader, plan = shards_of(loader).reader, loader.datasets[0].plan
     assert reader.samples_read == 8
     assert reader.bytes_read < 8 * 4096
     # The shards of one epoch, and the samples of one block for each of the 8 lanes.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.batches.collate import FlamingoCollate, LanguageCollate
 from data.batches.packing import groups, join
-from data.batches.tokenize import IGNORED, Row
+from data.batches.tokenize import IGNORED, TokenRow
 from data.dataset import DatasetSpec
 from data.loading.loader import Batch, MixLoader
 from data.shards.document import Image
@@ -58,8 +58,8 @@ def test_a_sample_that_does_not_fit() -> None:
         groups([3, 300], 256)
 
 
-def row(ids: list[int], phi: list[int], images: int) -> Row:
-    return Row(np.array(ids), np.array(phi), np.array(ids), [Image((n,)) for n in range(images)])
+def row(ids: list[int], phi: list[int], images: int) -> TokenRow:
+    return TokenRow(np.array(ids), np.array(phi), np.array(ids), [Image((n,)) for n in range(images)])
 
 
 def test_rows_of_the_docstring() -> None:
@@ -183,7 +183,7 @@ def test_what_cannot_keep_sequences_apart_is_refused(tmp_path: Path) -> None:
 def test_packing_is_for_flamingo_rows(tmp_path: Path) -> None:
     folder = write_documents(tmp_path)
     spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=4, kind="text", pack=256)
-    with pytest.raises(UserError, match="dataset 'd': pack=256 is for rows of Flamingo only"):
+    with pytest.raises(UserError, match="dataset 'd': pack=256 needs the collate of a Flamingo objective"):
         MixLoader([spec], LanguageCollate(byte_tokenizer()))
     with pytest.raises(UserError, match="pack=100 must be 0 or at least max_tokens"):
         DatasetSpec(name="d", shards=["x"], batch_size=4, pack=100)

@@ -44,6 +44,19 @@ def test_epochs_seeds_and_lanes_differ_and_repeat_exactly() -> None:
     assert first != epoch_of(Plan(counts, 4, 8, 4, 2), 0)
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_with_one_shard_every_epoch_seed_and_lane_has_an_order_of_its_own(lanes: int) -> None:
+    """The order of the shards says nothing here: it is the permutation inside the block that must differ."""
+    orders = [epoch_of(Plan(np.array([60]), seed, 8, lanes), epoch) for seed in (3, 4) for epoch in range(3)]
+    inside = [
+        [row - lane * len(order) // lanes for _, row in order[lane * len(order) // lanes :][: len(order) // lanes]]
+        for order in orders
+        for lane in range(lanes)
+    ]
+    assert len({tuple(rows) for rows in inside}) == 6 * lanes
+    assert all(sorted(rows) == list(range(60 // lanes)) for rows in inside)
+
+
 def test_global_batch_of_the_docstring() -> None:
     plan = Plan(np.array([10]), 0, 4, 2)
     lanes = [[plan.at(lane, n) for n in range(10)] for lane in range(2)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.prepare.web.duplicates import hash_of, place_of, tabulate
+from data.prepare.web.duplicates import hash_of, position_of, tabulate
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from tests.data.sources import Prepared, command, flat, jpeg, prepare, refusal
@@ -137,11 +137,11 @@ def test_img2datasets_shards_and_what_is_broken_in_them(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", document(0, "x"))
     assert "must not be negative" in refusal(tmp_path / "o", "deduplicate", folder, "--min-images", -1)
-    assert "is no condition" in refusal(tmp_path / "o", "deduplicate", folder, "--where", "perplexity")
+    assert "is not a condition" in refusal(tmp_path / "o", "deduplicate", folder, "--where", "perplexity")
     assert "does not exist" in refusal(tmp_path / "o", "deduplicate", tmp_path / "none")
 
 
 def test_nothing_is_left_out_of_nothing() -> None:
     table = tabulate([], 10, 2)
     assert not table.has("images", hash_of(b"x"))
-    assert table.keeps("urls", hash_of(b"x"), place_of(1, 2))
+    assert table.keeps("urls", hash_of(b"x"), position_of(1, 2))

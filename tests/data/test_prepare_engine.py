@@ -84,7 +84,7 @@ def test_a_moved_input_and_a_second_run_change_nothing(tars: Path, whole: Path, 
     stamps = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     status, report, _ = command("prepare", "pairs", "--out", whole, tars, *SMALL)
     assert status == 0
-    assert "was prepared before" in report
+    assert "was already prepared" in report
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == stamps
     moved = write_tars(tmp_path / "moved")
     prepare(tmp_path / "out", "pairs", moved, *SMALL)
@@ -101,7 +101,7 @@ def test_parts_merge_to_the_same_bytes(tars: Path, whole: Path, tmp_path: Path) 
         with pytest.raises(UserError, match="no shards in"):
             resolve_shards([str(shared)])  # nobody trains on half of it
     status, report, _ = command("merge", shared)
-    assert (status, report.split(": ", 1)[1][:33]) == (0, "pairs: 36 of 42 documents kept with 3")
+    assert (status, report.split(": ", 1)[1][:37]) == (0, "pairs: 36 of 42 documents kept with 3")
     assert {name: body for name, body in files(shared).items() if not name.startswith("_part")} == files(whole)
     assert not (shared / ".prepare").exists()
     assert command("merge", *separate, "--out", tmp_path / "joined")[0] == 0
@@ -118,11 +118,11 @@ def test_parts_that_do_not_fit_are_named(tars: Path, tmp_path: Path) -> None:
     one, two, three, other = part(1), part(2), part(3), part(3, "--min-words", "2")
     assert "1 of 3 parts are missing (3)" in command("merge", one, two)[2]
     assert "different inputs, options or numbers" in command("merge", one, two, other)[2]
-    assert "a part is there twice" in command("merge", one, two, three, three)[2]
+    assert "a part occurs twice" in command("merge", one, two, three, three)[2]
     assert "has no part manifest" in command("merge", tars)[2]
     shard = next(three.glob("*.tar"))
     shard.unlink()
-    assert f"{shard.name} is missing or has another size" in command("merge", one, two, three)[2]
+    assert f"{shard.name} is missing or differs in size" in command("merge", one, two, three)[2]
     (three / "_part-pairs-003-of-003.json").write_text("{}")
     assert "_part-pairs-003-of-003.json is not a part manifest" in command("merge", one, two, three)[2]
     for wrong in ("0/3", "4/3", "x", "1/0"):
@@ -168,7 +168,7 @@ def test_an_output_that_is_no_folder(tars: Path, tmp_path: Path) -> None:
     assert file.read_text() == "mine"
     status, _, err = command("prepare", "pairs", tars, "--out", "s3://bucket/out")
     assert status == 2
-    assert err.startswith("error: cannot write into s3://bucket/out: shards are written to a folder; copy it to that")
+    assert err.startswith("error: cannot write into s3://bucket/out: shards are written to a folder; write to one and")
     status, _, err = command("merge", tars, "--out", file)
     assert (status, "no part manifest" in err) == (2, True)
 
@@ -253,7 +253,7 @@ def test_a_killed_worker_and_ctrl_c_are_one_sentence(tmp_path: Path, interrupt: 
     lines = [line for line in err.strip().split("\n") if not line.endswith("units done")]
     assert len(lines) == 1, err
     assert ("stopped with" if interrupt else "a worker was killed (out of memory?)") in lines[0]
-    assert "start the same command again to go on" in lines[0]
+    assert "run the same command again to continue" in lines[0]
 
 
 def alive(pid: int) -> bool:
@@ -266,7 +266,7 @@ def alive(pid: int) -> bool:
 
 def test_the_folder_lists_nothing_until_the_end(tars: Path, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(
-        '{"v": 1, "parts": {"other": {"documents": 0, "images": 0, "meta": {}, "shards": []}}}'
+        '{"v": 2, "parts": {"other": {"documents": 0, "images": 0, "meta": {}, "shards": []}}}'
     )
     prepare(tmp_path, "pairs", tars)
     assert list(read_manifest(tmp_path)["parts"]) == ["other", "pairs"]

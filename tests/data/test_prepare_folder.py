@@ -41,4 +41,4 @@ def test_documents_with_their_images(tmp_path: Path) -> None:
         "document is not UTF-8": 1,
     }
     assert len(prepare(tmp_path / "some", "folder", root, "--min-images", 1).documents) == 1
-    assert "is no folder" in refusal(tmp_path / "o", "folder", root / "only.txt")
+    assert "is not a folder" in refusal(tmp_path / "o", "folder", root / "only.txt")

@@ -1,4 +1,4 @@
-"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns that are read, turns that are learnt, and images in their places."""
+"""LLaVA, LLaVA-Med, MIMIC-IT and M3IT in: turns out of the loss and in it, and images in their positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 
 
-def learnt(document: Document) -> str:
+def in_loss(document: Document) -> str:
     return "".join(node.text for node in document.nodes if isinstance(node, Text) and node.loss)
 
 
@@ -65,18 +65,18 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
         [jpeg(1), "User: or", jpeg(2), "?\nAssistant:", " Both."],
         [jpeg(1), "User: Look.\nAssistant:", " Yes."],
     ]
-    assert [learnt(document) for document in done.documents] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
+    assert [in_loss(document) for document in done.documents] == [" A cät. A dog.", " Ho", " Both.", " Yes."]
     assert [document.meta["id"] for document in done.documents] == ["1", "2", "3", "4"]
     assert done.dropped == {
         "image is missing": 1,
         "image's name leads out of its folder": 1,
-        "the numbers of <image> places and of images differ": 1,
+        "the numbers of <image> tags and images differ": 1,
         "'image' is neither a path nor a list of paths": 1,
         "'conversations' is not a list of turns": 1,
         "a turn is neither from 'human' nor from 'gpt'": 1,
-        "a turn is no object with 'from' and 'value'": 1,
+        "a turn is not an object with 'from' and 'value'": 1,
         "no answer": 1,
-        "item is no JSON object": 1,
+        "item is not a JSON object": 1,
     }
     assert "(first: llava.json item 4)" in done.report
 
@@ -87,16 +87,16 @@ def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
     options = ("--images", images, "--user", "Q: ", "--assistant", " A:", "--drop-text-only")
     done = prepare(tmp_path / "out", "llava", path, *options)
     assert [flat(document) for document in done.documents] == [[jpeg(0), "Q: What? A:", " A cat."]]
-    assert done.dropped == {"no image": 1, "item is no JSON object": 1}
+    assert done.dropped == {"no image": 1, "item is not a JSON object": 1}
     pointer = tmp_path / "p.json"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "p.json is a Git-LFS pointer" in refusal(tmp_path / "o", "llava", pointer, "--images", images)
     for text, told in (
         ('[{"id": 1}', "is truncated: its JSON does not end"),
-        ('[{"id": 1} {"id": 2}]', "is not the JSON that is expected here: '{' at byte 11"),
+        ('[{"id": 1} {"id": 2}]', "is not the expected JSON: '{' at byte 11"),
         ('[{"id": }]', "has broken JSON at byte 1"),
         ("", "is truncated"),
-        ('"text"', "is not the JSON that is expected here"),
+        ('"text"', "is not the expected JSON"),
     ):
         broken = tmp_path / "b.json"
         broken.write_text(text)
@@ -221,7 +221,7 @@ def test_m3it_under_other_names(tmp_path: Path) -> None:
     assert done.dropped == {
         "'instruction' is not text": 1,
         "'img_str' is neither a string nor a list": 1,
-        "line is no JSON object": 1,
+        "line is not a JSON object": 1,
     }
     assert "must be NAME=HERE" in refusal(tmp_path / "o", "m3it", path, "--field", "image=x")
     table = tmp_path / "a.parquet"

@@ -104,16 +104,16 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, images: Path) -> N
         "image has no 'image_name'": 1,
     }
     assert done.dropped == {
-        "fewer than 1 listed left": 2,
+        "fewer than 1 images left": 2,
         "no text": 1,
         "'matched_text_index' is outside the sentences": 1,
         "'text_list' is not a list of sentences": 2,
         "'image_info' is not a list of objects": 1,
         "url may be a duplicate": 1,
-        "line is no JSON object": 1,
-        "line is no JSON": 2,
+        "line is not a JSON object": 1,
+        "line is not JSON": 2,
     }
-    assert "2  line is no JSON  (first: x.jsonl byte" in done.report
+    assert "2  line is not JSON  (first: x.jsonl byte" in done.report
 
 
 def test_images_are_judged_by_their_header(tmp_path: Path, images: Path) -> None:

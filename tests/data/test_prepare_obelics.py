@@ -190,7 +190,7 @@ def test_mistakes(tmp_path: Path, downloaded: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"]}), other)
     assert "b.parquet has no column 'images'; it has url" in refusal(out, "obelics", other)
     other.write_bytes(path.read_bytes()[:-20])
-    assert "b.parquet is no parquet file, or truncated" in refusal(out, "obelics", other)
+    assert "b.parquet is not a parquet file, or truncated" in refusal(out, "obelics", other)
     raw = bytearray(path.read_bytes())
     raw[4:40] = bytes(36)  # a document header in the middle
     other.write_bytes(raw)

@@ -69,7 +69,7 @@ def test_tars_of_img2dataset_with_every_fault(tmp_path: Path) -> None:
         "caption is not text": 1,
         "not similarity>=0.28": 1,
         "no 'similarity'": 1,
-        "'similarity' is no number": 1,
+        "'similarity' is not a number": 1,
         "key appears again later in its tar": 1,
     }
 
@@ -128,12 +128,12 @@ def test_tsv_with_columns_by_name(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     shard = make_tar(tmp_path / "a.tar", [("k.jpg", jpeg(1)), ("k.txt", b"x")])
-    assert "'similarity' is no condition" in refusal(tmp_path / "o", "pairs", shard, "--where", "similarity")
+    assert "'similarity' is not a condition" in refusal(tmp_path / "o", "pairs", shard, "--where", "similarity")
     (tmp_path / "empty").mkdir()
     assert "holds neither tars nor images" in refusal(tmp_path / "o", "pairs", tmp_path / "empty")
     table = tmp_path / "t.csv"
     table.write_bytes(b"image,caption\n\xff,x\n")
-    assert "t.csv is no table in UTF-8" in refusal(tmp_path / "o", "pairs", table)
+    assert "t.csv is not a UTF-8 table" in refusal(tmp_path / "o", "pairs", table)
     shard.write_bytes(shard.read_bytes()[:700])
     assert "a.tar is truncated" in refusal(tmp_path / "o", "pairs", shard)
     assert "--min-side" in refusal(tmp_path / "o", "pairs", tmp_path / "empty", "--min-side", "0")

@@ -1,4 +1,4 @@
-"""Web documents in: the order of the DOM, the published rules, and images from folders, archives and downloads."""
+"""Web pages in: the order of the DOM, the published rules, and images from folders, archives and downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROSE = [
 ]
 
 
-def document(*body: str, head: str = "") -> str:
+def page(*body: str, head: str = "") -> str:
     return f"<!doctype html><html><head><title>t</title>{head}</head><body>{''.join(body)}</body></html>"
 
 
@@ -32,17 +32,17 @@ def photo(number: int, side: int = 200) -> bytes:
 
 
 def test_the_order_is_that_of_the_dom() -> None:
-    html = document(
+    html = page(
         "<nav>Menu <img src=menu.png></nav><script>x</script><!-- no --><div hidden>h</div><p aria-hidden=true>h</p>",
         "<div style='display: none'>h</div><div role=navigation>h</div><noscript><img src=n.jpg></noscript>",
         "<main><h1>Head  line</h1><p>A <b>bold</b> &amp;\n new<i>s</i>paper.",
         "<img src='/a.png' width=300 height='20px'>after<br>next line<br><br>apart</p>bare text",
         "<ul><li>one</li><li>two</li></ul>",
-        "<image><source srcset='q.webp 1x, r.webp 2x'><img data-src=' z.jpg '></image>",
+        "<picture><source srcset='q.webp 1x, r.webp 2x'><img data-src=' z.jpg '></picture>",
         "<img src='data:image/gif;base64,R0lGOD' data-src='lazy.jpg'><img srcset='s.jpg 100w, https://y/l.jpg 900w'>",
         "<img src='javascript:x'><img><img src='http://[bad'></main><footer>f</footer>",
     )
-    assert read_dom(html, "http://x/d/document.html") == [
+    assert read_dom(html, "http://x/d/page.html") == [
         "Head line",
         "A bold & newspaper.",
         WebImage("http://x/a.png", 300, 20),
@@ -55,7 +55,7 @@ def test_the_order_is_that_of_the_dom() -> None:
         WebImage("http://x/d/lazy.jpg"),
         WebImage("https://y/l.jpg"),
     ]
-    based = document("<img src=a.png>", head="<base href='//other/deep/'>")
+    based = page("<img src=a.png>", head="<base href='//other/deep/'>")
     assert read_dom(based, "http://x/") == [WebImage("http://other/deep/a.png")]
     assert read_dom("", "") == []
     assert read_dom("<div>" * 5000 + "deep" + "</div>" * 5000) == ["deep"]
@@ -162,30 +162,28 @@ def story(*images: str) -> str:
     return "".join(f"{place}<p>{text}</p>" for place, text in zip(places, PROSE, strict=False))
 
 
-def test_saved_documents_with_the_rules_of_obelics(tmp_path: Path) -> None:
+def test_saved_pages_with_the_rules_of_obelics(tmp_path: Path) -> None:
     root = tmp_path / "in"
     (root / "deep" / "files").mkdir(parents=True)
-    images = {"a b.jpg": photo(1), "tiny.jpg": photo(2, 100), "wide.jpg": jpeg(3, (450, 200)), "logo.png": photo(4)}
-    for name, body in (images | {"html.jpg": b"<html>"}).items():
+    bodies = {"a b.jpg": photo(1), "tiny.jpg": photo(2, 100), "wide.jpg": jpeg(3, (450, 200)), "logo.png": photo(4)}
+    for name, body in (bodies | {"html.jpg": b"<html>"}).items():
         (root / "deep" / "files" / name).write_bytes(body)
     inline = base64.b64encode(photo(5)).decode()
-    names = ("files/a%20b.jpg", "files/a%20b.jpg", "files/tiny.jpg")
+    images = ("files/a%20b.jpg", "files/a%20b.jpg", "files/tiny.jpg")
     others = ("files/wide.jpg", "files/logo.png", "files/none.jpg", "../../x.jpg", "http://x/y.jpg", "files/html.jpg")
     extra = "".join(f"<img src='{name}'>" for name in others)
     shown = "<img src='files/s.jpg' width=20>"
     spam = "<p>Buy now: cheap shoes!</p>"
-    full = document(
-        story(*names), spam, extra, shown, f"<img src='data:image/jpeg;base64,{inline}'>", f"<p>{PROSE[0]}</p>"
+    full = page(
+        story(*images), spam, extra, shown, f"<img src='data:image/jpeg;base64,{inline}'>", f"<p>{PROSE[0]}</p>"
     )
     (root / "deep" / "a.html").write_text(full)
-    (root / "b.htm").write_text(document(story()))
-    (root / "c.html").write_text(document("<img src='deep/files/a b.jpg'>"))
-    (root / "d.html").write_text(
-        document("<img src='deep/files/a b.jpg'><p>Nothing to see here, at all, is there?</p>")
-    )
+    (root / "b.htm").write_text(page(story()))
+    (root / "c.html").write_text(page("<img src='deep/files/a b.jpg'>"))
+    (root / "d.html").write_text(page("<img src='deep/files/a b.jpg'><p>Nothing to see here, at all, is there?</p>"))
     done = prepare(tmp_path / "out", "html", root)
     assert [flat(one) for one in done.documents] == [[photo(1), "\n\n".join(PROSE), photo(5)]]
-    assert done.documents[0].meta == {"names": ["files/a%20b.jpg", "data:"]}
+    assert done.documents[0].meta == {"images": ["files/a%20b.jpg", "data:"]}
     assert done.dropped == {"fewer than 1 images left": 1, "no text": 1, "fewer than 10 words": 1}
     assert done.dropped_images == {
         "image with a side below 150 pixels": 1,
@@ -193,7 +191,7 @@ def test_saved_documents_with_the_rules_of_obelics(tmp_path: Path) -> None:
         "image with 'logo' in its address": 1,
         "image is missing": 1,
         "image's name leads out of its folder": 1,
-        "image is not in the folder; give --names": 1,
+        "image is not in the folder; give --images": 1,
         "HTML saved as an image": 1,
         "image shown with a side below 150 pixels": 1,
     }
@@ -205,7 +203,7 @@ def test_the_rules_of_m3w(tmp_path: Path) -> None:
     plain = encoded(random_image("RGB", (1, 1)).resize((100, 100)), "JPEG")
     for name, body in {"a.jpg": photo(1, 100), "plain.jpg": plain, "tiny.jpg": photo(2, 63)}.items():
         (root / name).write_bytes(body)
-    (root / "a.html").write_text(document(story("a.jpg", "plain.jpg", "tiny.jpg")))
+    (root / "a.html").write_text(page(story("a.jpg", "plain.jpg", "tiny.jpg")))
     done = prepare(tmp_path / "out", "html", root, "--filters", "m3w")
     assert flat(done.documents[0])[0] == photo(1, 100)
     assert done.dropped_images == {"image of a single colour": 1, "image with a side below 64 pixels": 1}
@@ -213,13 +211,13 @@ def test_the_rules_of_m3w(tmp_path: Path) -> None:
     assert len(done.documents[0].images) == 3
 
 
-def test_saved_documents_with_downloaded_images(tmp_path: Path) -> None:
+def test_saved_pages_with_downloaded_images(tmp_path: Path) -> None:
     members = [("0.jpg", photo(1)), ("0.json", json.dumps({"url": "http://x/d/a.jpg"}).encode())]
     tar = make_tar(tmp_path / "0.tar", members)
-    (tmp_path / "a.html").write_text(document(story("a.jpg"), head="<link rel='canonical' href='http://x/d/document'>"))
+    (tmp_path / "a.html").write_text(page(story("a.jpg"), head="<link rel='canonical' href='http://x/d/page'>"))
     done = prepare(tmp_path / "out", "html", tmp_path / "a.html", "--images", tar)
     assert done.documents[0].images == [photo(1)]
-    assert done.documents[0].meta == {"url": "http://x/d/document", "images": ["http://x/d/a.jpg"]}
+    assert done.documents[0].meta == {"url": "http://x/d/page", "images": ["http://x/d/a.jpg"]}
     told = refusal(tmp_path / "o", "html", tmp_path / "a.html", "--flagged-words", tmp_path / "none")
     assert "word list" in told
     assert "--max-pixels" in refusal(tmp_path / "o", "html", tmp_path / "a.html", "--max-pixels", "0")
@@ -240,14 +238,14 @@ def write_warc(path: Path, *answers: tuple[str, str, bytes, Sequence[str]], stat
 
 @pytest.mark.parametrize("name", ["a.warc.gz", "a.warc"])
 def test_warc_with_its_own_images(tmp_path: Path, name: str) -> None:
-    html = document(story("/1.jpg", "../2.jpg", "none.jpg")).encode()
-    latin = document(
+    html = page(story("/1.jpg", "../2.jpg", "none.jpg")).encode()
+    latin = page(
         "<p>Über the harbour, in the “evening”, the lights of the boats were to be seen.</p>", "<img src=/1.jpg>"
     )
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(html), html)
     path = write_warc(
         tmp_path / name,
-        ("http://x/d/document", "text/html; charset=utf-8", html, []),
+        ("http://x/d/page", "text/html; charset=utf-8", html, []),
         ("http://x/1.jpg", "image/jpeg", photo(1), []),
         ("http://x/2.jpg", "image/jpeg", photo(2), []),
         ("http://x/latin", "text/html;charset=windows-1252", latin.encode("cp1252"), []),
@@ -259,14 +257,14 @@ def test_warc_with_its_own_images(tmp_path: Path, name: str) -> None:
     full = [photo(1), PROSE[0], photo(2), "\n\n".join(PROSE[1:])]
     assert [flat(one) for one in done.documents][::2] == [full, full]
     assert "Über" in str(flat(done.documents[1])[0])
-    assert done.documents[0].meta == {"url": "http://x/d/document", "images": ["http://x/1.jpg", "http://x/2.jpg"]}
+    assert done.documents[0].meta == {"url": "http://x/d/page", "images": ["http://x/1.jpg", "http://x/2.jpg"]}
     assert done.dropped == {"no text": 1}
     assert done.dropped_images == {"image is missing": 2}
     assert not (tmp_path / "out" / ".prepare").exists()
 
 
 def test_warc_with_downloaded_images_and_mistakes(tmp_path: Path) -> None:
-    path = write_warc(tmp_path / "a.warc.gz", ("http://x/p", "text/html", document(story("1.jpg")).encode(), []))
+    path = write_warc(tmp_path / "a.warc.gz", ("http://x/p", "text/html", page(story("1.jpg")).encode(), []))
     members = [("0.jpg", photo(1)), ("0.json", json.dumps({"url": "http://x/1.jpg"}).encode())]
     tar = make_tar(tmp_path / "0.tar", members)
     done = prepare(tmp_path / "out", "warc", path, "--images", tar)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches.collate import FlamingoCollate
-from data.dataset import DatasetSpec, open_corpus
+from data.dataset import DatasetSpec, open_store
 from data.loading.loader import MixLoader
 from data.shards.document import Document, Image, Text
 from data.shards.reader import SLACK, ShardReader, runs
 from data.shards.writer import ShardWriter
-from tests.data.helpers import byte_processor
+from tests.data.helpers import byte_processor, shards_of
 from tests.fixtures import encoded, random_image
 
 
@@ -58,20 +58,20 @@ def test_a_document_costs_the_images_that_its_row_shows(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
         nodes = [node for number in range(10) for node in (Image((number,)), Text(f"number {number} "))]
         writer.write(Document("", nodes, images))
-    spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, max_images=3, window="start")
+    spec = DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, max_images=3, crop="start")
     loader = MixLoader([spec], FlamingoCollate(byte_processor()), prefetch_factor=0)
     batch = next(iter(loader)).batches["d"][0]
     assert batch.tensors["image_counts"].tolist() == [3]
     shown = sum(map(len, images[:3]))
-    assert shown < loader.dataset.readers[0].bytes_read < shown * 1.1
-    assert loader.dataset.readers[0].bytes_read < sum(map(len, images)) / 2
+    assert shown < shards_of(loader).reader.bytes_read < shown * 1.1
+    assert shards_of(loader).reader.bytes_read < sum(map(len, images)) / 2
 
 
 def test_a_pair_is_read_whole_with_little_else(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", layout="pairs") as writer:
         for image in jpegs(8):
             writer.write(Document("", [Image((0,)), Text("a caption")], [image], {"facts": list(range(40))}))
-    corpus = open_corpus(DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, kind="pairs"))
+    corpus = open_store(DatasetSpec(name="d", shards=[str(tmp_path)], batch_size=1, kind="pairs"))
     reader = ShardReader(corpus.indexes)
     index = corpus.indexes[0]
     wanted = 0

@@ -17,7 +17,7 @@ from data.loading.loader import MixLoader
 from data.remote.download import download, expand, is_remote
 from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, same, write_documents
+from tests.data.helpers import byte_processor, same, shards_of, write_documents
 from tests.data.server import Behaviour, serving
 
 COLLATE = FlamingoCollate(byte_processor())
@@ -40,9 +40,8 @@ def spec_of(*urls: str, **options: Any) -> DatasetSpec:
 
 def batches(spec: DatasetSpec, steps: int = 6, **options: Any) -> list[Any]:
     loader = MixLoader([spec], COLLATE, **options)
-    for source in loader.sources:
-        if source.corpus.cache is not None:
-            source.corpus.cache.first_wait = 0.01
+    if (cache := shards_of(loader).cache) is not None:
+        cache.first_wait = 0.01
     return [step.batches["d"][0] for step in itertools.islice(loader, steps)]
 
 
@@ -95,10 +94,10 @@ def test_a_server_that_gives_nothing_stops_the_run(shards: Path, tmp_path: Path)
             batches(spec, 1)
     with serving(shards) as server:
         url = f"{server.url}/documents-000099.tar"
-        with pytest.raises(UserError, match=r"documents-000099\.tar cannot be had: the server answers 404"):
+        with pytest.raises(UserError, match=r"documents-000099\.tar cannot be fetched: the server answers 404"):
             batches(spec_of(url, cache=str(tmp_path)), 1)
         assert server.requests["/documents-000099.tar"] == 1  # not five times
-        with pytest.raises(UserError, match="is remote: set the dataset's cache to a folder"):
+        with pytest.raises(UserError, match="is remote; set the dataset's cache to a folder"):
             batches(spec_of(url), 1)
 
 
@@ -121,7 +120,7 @@ def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
     assert equal(batches(spec_of(f"memory://there/{NAMES}", cache=str(tmp_path / "memory"))), expected)
     with pytest.raises(UserError, match=r"pipe:exit 3 could not be fetched: 5 attempts in a row"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("pipe:exit 3")
-    with pytest.raises(UserError, match=r"needs a package that is not here .*'flamingo-vlm\[s3\]'"):
+    with pytest.raises(UserError, match=r"needs a package that is not installed .*'flamingo-vlm\[s3\]'"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("s3://bucket/x.tar")
 
 
@@ -136,7 +135,7 @@ def test_the_cache_keeps_its_limit_and_drops_what_was_not_used(shards: Path, tmp
             time.sleep(0.01)  # the clock of the file system is coarse
         assert [cache.has(url) for url in urls] == [True, False, False, True, True, False]
         assert [server.requests[f"/documents-{n:06d}.tar"] for n in range(5)] == [1] * 5
-        with pytest.raises(UserError, match=r"may hold 100 bytes and a shard has \d+; raise cache_gb"):
+        with pytest.raises(UserError, match=r"may hold 100 bytes but a shard has \d+; raise cache_gb"):
             ShardCache(tmp_path / "small", 100).local(urls[0])
 
 
@@ -205,7 +204,7 @@ def test_a_download_that_nobody_wants_any_more_ends(
     monkeypatch.setattr("data.remote.download.CHUNK", 1000)
     with serving(shards) as server:
         url, partial = f"{server.url}/documents-000000.tar", tmp_path / "x"
-        with pytest.raises(UserError, match="not wanted any more"):
+        with pytest.raises(UserError, match="no longer wanted"):
             download(url, partial, wanted=lambda: False)
         assert partial.stat().st_size == 1000  # what came is kept
         monkeypatch.setattr("data.remote.download.CHUNK", 1 << 20)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from data.batches.collate import FlamingoCollate
-from data.dataset import DatasetSpec, open_corpus
+from data.dataset import DatasetSpec, open_store
 from data.loading.loader import MixLoader
 from data.shards.reader import ShardReader
 from data.shards.retry import Retry
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, write_documents
+from tests.data.helpers import byte_processor, shards_of, write_documents
 
 COLLATE = FlamingoCollate(byte_processor())
 
@@ -25,7 +25,7 @@ def one(folder: Path) -> DatasetSpec:
 
 
 def reader_of(folder: Path, retry: Retry) -> ShardReader:
-    return ShardReader(open_corpus(one(folder)).indexes, retry=retry)
+    return ShardReader(open_store(one(folder)).indexes, retry=retry)
 
 
 def later(action: Any, seconds: float) -> threading.Thread:
@@ -78,8 +78,8 @@ def test_a_read_that_keeps_failing_stops_the_run(tmp_path: Path, trouble: str, w
 def test_repeated_reads_are_counted_in_the_batch(tmp_path: Path) -> None:
     folder = write_documents(tmp_path, count=4)
     loader = MixLoader([one(folder)], COLLATE, prefetch_factor=0)
-    loader.dataset.readers[0].retry.first_wait = 0.05
-    loader.sources[0].corpus.indexes[0]
+    shards_of(loader).reader.retry.first_wait = 0.05
+    shards_of(loader).indexes[0]
     shard, aside = folder / "documents-000000.tar", folder / "aside"
     shard.rename(aside)
     thread = later(lambda: aside.rename(shard), 0.1)

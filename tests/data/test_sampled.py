@@ -28,12 +28,12 @@ DOCUMENT = Document(
 
 
 def options(**more: object) -> Namespace:
-    usual = {"tokenizer": None, "max_tokens": 256, "max_images": 5, "window": "start", "labels": "text"}
+    usual = {"tokenizer": None, "max_tokens": 256, "max_images": 5, "crop": "start", "labels": "text"}
     return Namespace(**usual | {"next_image": 0.0, "seed": 0} | more)
 
 
 def seen(text: str) -> list[tuple[bool, str, str]]:
-    """(learnt, what is seen, text) of each line."""
+    """(in the loss, what is seen, text) of each line."""
     return [
         (mark == " ", what, piece)
         for mark, what, piece in re.findall(r"^  ([ ?]) \[sees ([^\]]+)\] '(.*)'$", text, re.MULTILINE)
@@ -71,7 +71,7 @@ def test_next_images_windows_and_limits() -> None:
     assert "1 of its 3 images" in sampled_as_text(fewer, DOCUMENT, "")
     assert "It" not in fewer.texts
     short = {
-        tuple(sample_document(DOCUMENT, options(max_tokens=4, window="random", seed=seed)).texts) for seed in range(20)
+        tuple(sample_document(DOCUMENT, options(max_tokens=4, crop="random", seed=seed)).texts) for seed in range(20)
     }
     assert len(short) > 3
 
@@ -80,7 +80,7 @@ def test_the_command_with_words_and_with_tokenizers(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
         writer.write(DOCUMENT)
     shard = tmp_path / "s-000000.tar"
-    status, shown, _ = command("inspect", shard, "--sampled", "--window", "start", "--next-image", "0")
+    status, shown, _ = command("inspect", shard, "--sampled", "--crop", "start", "--next-image", "0")
     assert status == 0
     assert "each token sees the previous image" in shown
     byte_processor().save_pretrained(tmp_path / "model")
@@ -88,7 +88,7 @@ def test_the_command_with_words_and_with_tokenizers(tmp_path: Path) -> None:
     expected = seen(shown)
     for folder in ("model", "tokenizer"):
         document = tmp_path / f"{folder}.html"
-        arguments = ("--sampled", "--window", "start", "--next-image", "0", "--tokenizer", tmp_path / folder)
+        arguments = ("--sampled", "--crop", "start", "--next-image", "0", "--tokenizer", tmp_path / folder)
         status, shown, err = command("inspect", shard, *arguments)
         assert status == 0, err
         assert seen(shown)[:-1] == expected[:-1]

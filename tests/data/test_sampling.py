@@ -50,7 +50,7 @@ def test_half_of_the_pairs_get_one_space_in_front(tmp_path: Path) -> None:
 
 def test_a_long_caption_keeps_its_image_whatever_the_window(tmp_path: Path) -> None:
     documents: list[list[Node]] = [[Image((0,)), Text("x" * 90)] for _ in range(8)]
-    batch = batches(tmp_path, documents, [png(1)], kind="pairs", max_tokens=32, window="random")[0]
+    batch = batches(tmp_path, documents, [png(1)], kind="pairs", max_tokens=32, crop="random")[0]
     assert batch.tensors["image_counts"].tolist() == [1] * 8
     assert (batch.tensors["input_ids"][:, 0] == PROCESSOR.image_token_id).all()
     assert batch.tensors["input_ids"].shape == (8, 32)
@@ -83,10 +83,10 @@ def test_nothing_is_mirrored_that_says_left_or_right(tmp_path: Path, text: str, 
     ],
 )
 def test_eight_frames_at_one_a_second(stored: int, fps: float | None, wanted: float, expected: list[int]) -> None:
-    spec = DatasetSpec(name="d", shards=["x"], batch_size=1, max_frames=8, frame_rate=wanted, window="start")
+    spec = DatasetSpec(name="d", shards=["x"], batch_size=1, max_frames=8, frame_rate=wanted, crop="start")
     clip = Image(tuple(range(stored)), fps)
     assert clip_frames(clip, spec, np.random.default_rng(0)) == expected
-    spec.window = "random"
+    spec.crop = "random"
     starts = {clip_frames(clip, spec, np.random.default_rng(n))[0] for n in range(600)}
     reach = expected[-1] + 1
     assert starts == set(range(stored - reach + 1)) if stored > reach + 3 else starts == {0}
@@ -139,7 +139,7 @@ def test_the_presets_say_what_the_papers_do() -> None:
     assert [s.next_image_probability for s in flamingo.values()] == [0.5, 0.0, 0.0, 0.0]
     assert [s.space_probability for s in flamingo.values()] == [0.0, 0.5, 0.5, 0.5]
     assert {s.reduction for s in flamingo.values()} == {"sequence_sum"}
-    assert {s.window for s in flamingo.values()} == {"random"}
+    assert {s.crop for s in flamingo.values()} == {"random"}
     assert flamingo["vtp"].frame_rate == 1.0
     assert compose(["model=flamingo_3b"]).model.vision.resize_mode == "pad_mean"
     assert [s.pack for s in flamingo.values()] == [0] * 4

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data.batches.collate import FlamingoCollate
-from data.corpus import CATALOGUE, open_shards, read_catalogue
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
+from data.shard_store import CATALOGUE, open_shards, read_catalogue
 from data.shards.index import index_path, load_index, read_head
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, write_documents
+from tests.data.helpers import byte_processor, shards_of, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 COLLATE = FlamingoCollate(byte_processor())
@@ -35,7 +35,7 @@ def test_only_what_is_read_is_mapped(tmp_path: Path) -> None:
     folder = write_documents(tmp_path, count=80, per_shard=2)
     spec = DatasetSpec(name="d", shards=[str(folder)], batch_size=4, lanes=4, block=2)
     loader = MixLoader([spec], COLLATE, prefetch_factor=0)
-    indexes = loader.sources[0].corpus.indexes
+    indexes = shards_of(loader).indexes
     assert len(indexes) == 40
     assert len(indexes._known) == 0
     next(iter(loader))
@@ -64,10 +64,12 @@ def test_a_head_is_the_index_without_its_columns(tmp_path: Path) -> None:
     raw = index_path(shard).read_bytes()
     size = int.from_bytes(raw[8:16], "little")
     header = json.loads(raw[16 : 16 + size])
-    del header["usable"]  # as it was written before there were heads
-    body = json.dumps(header).encode().ljust(size)
+    body = json.dumps(header | {"v": 1}).encode().ljust(size)
     index_path(shard).write_bytes(raw[:16] + body + raw[16 + size :])
-    assert read_head(shard).usable == {"interleaved": 4, "pairs": 4, "text": 4}
+    old = r"index .*tar\.idx has version 1, this program reads version 2; build it again: python -m data index .*\.tar"
+    for read in (read_head, load_index):
+        with pytest.raises(UserError, match=old):
+            read(shard)
     index_path(shard).write_bytes(b"TARIDX01" + bytes(8) + b"x")
     with pytest.raises(UserError, match="is damaged"):
         read_head(shard)
@@ -84,12 +86,16 @@ def test_a_catalogue_stands_for_the_sidecars_until_the_folder_changes(tmp_path: 
     for path in folder.glob("*.idx"):
         path.rename(aside / path.name)  # the corpus opens without them
     os.utime(folder / CATALOGUE)
-    assert open_shards(paths(folder), "interleaved").counts.tolist() == [4, 4]
+    assert open_shards(paths(folder), "interleaved").lengths() == [4, 4]
     for path in aside.glob("*.idx"):
         path.rename(folder / path.name)
     write_documents(folder, count=12)
     assert read_catalogue(folder) == {}
-    assert open_shards(paths(folder), "interleaved").counts.tolist() == [4, 4, 4]
+    assert open_shards(paths(folder), "interleaved").lengths() == [4, 4, 4]
+    (folder / CATALOGUE).write_text('{"v": 1, "shards": []}')
+    os.utime(folder / CATALOGUE)
+    with pytest.raises(UserError, match=r"_catalogue\.json has version 1, this program reads version 2; .* data index"):
+        read_catalogue(folder)
     (folder / CATALOGUE).write_text("{")
     os.utime(folder / CATALOGUE)
     with pytest.raises(UserError, match=r"_catalogue\.json is damaged .*python -m data index"):

@@ -75,6 +75,18 @@ def test_manifest_counts_and_checksums(tmp_path: Path) -> None:
     assert [entry["documents"] for entry in parts["one"]["shards"]] == [2, 2, 1]
 
 
+def test_a_manifest_of_version_1_is_refused(tmp_path: Path) -> None:
+    write_documents(tmp_path, count=1)
+    body = json.loads((tmp_path / MANIFEST).read_text())
+    assert body["v"] == 2
+    (tmp_path / MANIFEST).write_text(json.dumps(body | {"v": 1}))
+    old = r"manifest .*_dataset\.json has version 1, this program reads version 2; prepare the data again"
+    with pytest.raises(UserError, match=old):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match=old):
+        ShardWriter(tmp_path, "new")
+
+
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves closing to the collector
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s") as writer:
@@ -121,10 +133,10 @@ def test_too_few_images_are_named_with_both_numbers(tmp_path: Path) -> None:
     good = json.dumps({"v": 1, "nodes": [{"t": "x"}]}).encode()
     members = [("a.json", good), ("bad.json", body), ("bad.000.png", png(0)), ("bad.001.png", png(0))]
     shard = make_tar(tmp_path / "x.tar", members)
-    with pytest.raises(UserError, match=r"x\.tar, row 1 \(key 'bad'\).*ask for 3 images but the sample has 2"):
+    with pytest.raises(UserError, match=r"x\.tar, row 1 \(key 'bad'\).*its nodes name image 2 but it has 2 images"):
         read_document(shard, 1)
     with (
-        pytest.raises(UserError, match="ask for 2 images but the sample has 1"),
+        pytest.raises(UserError, match="name image 1 but it has 1 images"),
         ShardWriter(tmp_path, "s") as writer,
     ):
         writer.write(Document("", [Image((1,))], [png(0)]))
@@ -133,7 +145,7 @@ def test_too_few_images_are_named_with_both_numbers(tmp_path: Path) -> None:
 def test_a_hole_in_the_numbers_never_shifts_images(tmp_path: Path) -> None:
     body = json.dumps({"v": 1, "nodes": [{"i": 0}, {"i": 1}]}).encode()
     members = [("k.json", body), ("k.000.png", png(0)), ("k.002.png", png(2)), ("k.003.png", png(3))]
-    with pytest.raises(UserError, match="number 1 is missing"):
+    with pytest.raises(UserError, match="its nodes name image 1 but it has 3 images"):
         read_document(make_tar(tmp_path / "x.tar", members), 0)
 
 
@@ -164,7 +176,7 @@ def test_keys_that_webdataset_would_change_are_refused(tmp_path: Path, key: str)
 def test_other_mistakes_of_a_writer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already in s-000000"):
         write_all(tmp_path, [numbered_document(number, 1, "k") for number in range(2)])
-    with pytest.raises(UserError, match="image 0 is no PNG"), ShardWriter(tmp_path, "s") as writer:
+    with pytest.raises(UserError, match="image 0 is not a PNG"), ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("", [Image((0,))], [b"<html>"]))
     with pytest.raises(UserError, match="no pair"), ShardWriter(tmp_path, "s", layout="pairs") as writer:
         writer.write(numbered_document(0, 2))

@@ -21,7 +21,7 @@ from data.loading.loader import MixLoader
 from data.loading.workers import Ahead
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
-from tests.data.helpers import byte_processor, same, write_documents
+from tests.data.helpers import byte_processor, same, shards_of, write_documents
 
 COLLATE = FlamingoCollate(byte_processor())
 
@@ -110,7 +110,7 @@ def test_a_hanging_read_is_named_and_ends_the_run(
     loader = MixLoader(
         specs, COLLATE, rank=1, world_size=2, num_workers=workers, patience=0.5, give_up=1.6, prefetch_factor=1
     )
-    loader.sources[0].corpus.indexes[0]  # known; the tar itself is not open yet
+    shards_of(loader).indexes[0]  # known; the tar itself is not open yet
     shard = folder / "documents-000000.tar"
     shard.unlink()
     os.mkfifo(shard)  # to open it waits for a writer who never comes

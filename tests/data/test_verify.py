@@ -121,11 +121,11 @@ def bomb() -> bytes:
 
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated tar": (truncated, "a.tar is truncated"),
-    "member of the wrong size": (wrong_size, "no tar or damaged: no header at byte"),
+    "member of the wrong size": (wrong_size, "not a tar, or is damaged: no header at byte"),
     "empty shard": (empty, "a.tar is empty (0 bytes)"),
     "shard without samples": (one, "a.tar has no sample"),
-    "missing shard": (missing_shard, "documents-000001.tar is in the folder's manifest and missing"),
-    "changed shard": (changed_shard, "is not the one of the folder's manifest (another sha256)"),
+    "missing shard": (missing_shard, "documents-000001.tar is in the folder's manifest but missing"),
+    "changed shard": (changed_shard, "differs from the folder's manifest (another sha256)"),
     "unknown shard": (unknown_shard, "more.tar is not in the folder's manifest"),
     "no manifest": (no_manifest, "is not a manifest of this format"),
     "Git-LFS pointer": (pointer, "a.tar is a Git-LFS pointer"),
@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "LFS pointer as an image": (with_image(b"version https://git-lfs"), "image 0 is not an image"),
     "truncated JPEG": (with_image(jpeg(0, (64, 64))[:-300]), "image 0 is undecodable"),
     "decompression bomb": (with_image(bomb(), "k.000.png"), "image 0 is too large: 9000 x 9000 pixels"),
-    "missing image": (lambda p: one(p, ("k.json", DOCUMENT)), "ask for 1 images but the sample has 0"),
+    "missing image": (lambda p: one(p, ("k.json", DOCUMENT)), "name image 0 but it has 0 images"),
     "broken JSON": (with_json(b"{"), "bad text or JSON: JSON cannot be read"),
     "JSON of the wrong type": (with_json([1]), "JSON is not an object"),
     "node of the wrong type": (with_json({"v": 1, "nodes": [{"t": 5}]}), "node 0 is neither"),

@@ -1,13 +1,13 @@
-"""Shards once more, without what repeats over the corpus: a second pass after any other source.
+"""Removes what repeats over a corpus: a second pass, over shards of any other source.
 
     python -m data prepare mmc4 ... --out shards/raw
     python -m data prepare deduplicate shards/raw --out shards/mmc4
 
-With OBELICS' limits (Laurencon et al. 2023, section 3.2): an image of more than 10 documents is left out of all of
-them; of documents with one address the last is kept; a paragraph that is on more than 2 documents of a site is left
-out; of documents with the same set of images the last is kept; an image that returns in its document is shown once.
-Images are the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a document
-without an address is of no site. Pairs come out as documents of one image and one text.
+With OBELICS' limits (Laurencon et al. 2023, section 3.2): an image in more than 10 documents is removed from all of
+them; of documents with the same address the last is kept; a paragraph in more than 2 documents of a site is removed; of
+documents with the same set of images the last is kept; an image repeated within a document is shown once. Images are
+the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a document without an
+address belongs to no site. Pairs come out as documents of one image and one text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from data.errors import ContentError
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.engine import die_with_parent
 from data.prepare.inputs import file_units
-from data.prepare.units import Dropped, Tally, Unit, parse_part
+from data.prepare.units import Dropped, InputUnit, Tally, parse_part
 from data.prepare.web.duplicates import (
-    Table,
+    RepeatTable,
     count,
     document_hashes,
     hash_of,
     paragraph_hash,
-    place_of,
+    position_of,
     site_of,
     tabulate,
 )
@@ -44,7 +44,7 @@ LAYOUT = "interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare deduplicate`."""
+    """Add the options of `python -m data prepare deduplicate`."""
     parser.add_argument(
         "--max-image-documents", type=int, default=10, metavar="N", help="0: no limit (default 10, as OBELICS)"
     )
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_where(parser, "a document's meta", "perplexity<=1500")
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Shards whole."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return a unit for each shard."""
     conditions_of(tuple(args.where))
     if min(args.max_image_documents, args.max_paragraph_documents, args.min_images) < 0:
         raise UserError("--max-image-documents, --max-paragraph-documents and --min-images must not be negative")
@@ -73,7 +73,7 @@ def units(args: argparse.Namespace) -> list[Unit]:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Count what repeats, unless it is known from before."""
+    """Count what repeats, unless an earlier run has."""
     if (work / "repeats.npz").exists():
         return
     folder = Path(args.counts) if args.counts else work / "counts"
@@ -81,7 +81,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
     shards = units(args)
     files = [folder / f"{number:06d}-{unit.digest}.npz" for number, unit in enumerate(shards)]
     part, parts = parse_part(args.part) if args.part else (1, 1)
-    first = (part - 1) * len(shards) // parts  # parts that count at the same time begin at different shards
+    first = (part - 1) * len(shards) // parts  # parts that count at the same time start at different shards
     order = [*range(first, len(shards)), *range(first)]
     todo = [(shards[n], files[n], args.skip_bad_files) for n in order if not files[n].exists()]
     if args.workers > 1 and len(todo) > 1:
@@ -89,24 +89,24 @@ def begin(args: argparse.Namespace, work: Path) -> None:
         with ProcessPoolExecutor(min(args.workers, len(todo)), context, die_with_parent) as pool:
             list(pool.map(_count, *zip(*todo, strict=True)))
     else:
-        for one in todo:
-            _count(*one)
+        for job in todo:
+            _count(*job)
     tabulate(files, args.max_image_documents, args.max_paragraph_documents).save(work / "repeats.npz")
 
 
-def _count(unit: Unit, path: Path, skip: bool) -> None:
+def _count(unit: InputUnit, path: Path, skip: bool) -> None:
     if path.exists():
-        return  # another part was faster
+        return  # another part has counted it
     try:
         count(((row, document) for row, _, document in _documents(unit) if isinstance(document, Document)), path)
     except UserError:
         if not skip:
             raise
-        count((), path)  # it is counted as damaged when its documents are asked for
+        count((), path)  # counted as damaged when its documents are read
 
 
-def _documents(unit: Unit) -> Iterator[tuple[int, str, Document | ContentError]]:
-    """(row, where, document or what is wrong with it) of a shard."""
+def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentError]]:
+    """Yield (row, where, document or what is wrong with it) for each sample of a shard."""
     index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
     reader = ShardReader([index])
     try:
@@ -119,9 +119,9 @@ def _documents(unit: Unit) -> Iterator[tuple[int, str, Document | ContentError]]
             except ContentError as error:
                 yield row, where, error
                 continue
-            place = {number: at for at, number in enumerate(sample.numbers)}
+            position = {number: index for index, number in enumerate(sample.numbers)}
             nodes = [
-                Image(tuple(place[frame] for frame in node.frames), node.fps) if isinstance(node, Image) else node
+                Image(tuple(position[frame] for frame in node.frames), node.fps) if isinstance(node, Image) else node
                 for node in sample.nodes
             ]
             yield row, where, Document("", nodes, images, sample.meta)
@@ -130,8 +130,8 @@ def _documents(unit: Unit) -> Iterator[tuple[int, str, Document | ContentError]]
 
 
 @lru_cache(maxsize=2)
-def _table(path: str) -> Table:
-    return Table.load(path)
+def _table(path: str) -> RepeatTable:
+    return RepeatTable.load(path)
 
 
 @lru_cache(maxsize=2)
@@ -139,8 +139,8 @@ def _numbers(inputs: tuple[str, ...]) -> dict[str, int]:
     return {unit.path: number for number, unit in enumerate(file_units(inputs, (".tar",)))}
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """The documents of a shard that are kept, of each what is kept."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield the documents of a shard that are kept, without what repeats."""
     table = _table(str(Path(args.work) / "repeats.npz"))
     number = _numbers(tuple(args.inputs))[unit.path]
     for row, where, document in _documents(unit):
@@ -148,7 +148,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
             if isinstance(document, ContentError):
                 raise Dropped(document.reason)
             hold(document.meta, conditions_of(tuple(args.where)))
-            _is_the_one(document, place_of(number, row), table, args)
+            _is_the_one(document, position_of(number, row), table, args)
             kept = without(document, table, where, tally)
             if len(kept.images) < args.min_images:
                 raise Dropped(f"fewer than {args.min_images} images left")
@@ -160,25 +160,25 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
         yield kept
 
 
-def _is_the_one(document: Document, place: int, table: Table, args: argparse.Namespace) -> None:
-    """Raise Dropped for a document whose address, or whose images, a later one has."""
+def _is_the_one(document: Document, position: int, table: RepeatTable, args: argparse.Namespace) -> None:
+    """Raise Dropped for a document whose address or images a later document has."""
     hashes = document_hashes(document)
     for kind, all_kept, reason in (
         ("urls", args.keep_same_url, "address of a later document"),
         ("sets", args.keep_same_images, "images of a later document"),
     ):
-        if not all_kept and any(not table.keeps(kind, value, place) for value in hashes[kind]):
+        if not all_kept and any(not table.keeps(kind, value, position) for value in hashes[kind]):
             raise Dropped(reason)
 
 
-def without(document: Document, table: Table, where: str, tally: Tally) -> Document:
-    """The document without the images and paragraphs that return. Around an image that goes two paragraphs are left."""
+def without(document: Document, table: RepeatTable, where: str, tally: Tally) -> Document:
+    """Return a document without repeated images and paragraphs; texts around a removed image stay two paragraphs."""
     site = site_of(document)
     nodes: list[Node] = []
     images: list[bytes] = []
     stored: dict[int, int] = {}  # hash of an image to its number in the new document
     shown: set[int] = set()
-    gone = False  # whether an image went since the last node
+    gone = False  # whether an image was removed since the last node
     for node in document.nodes:
         if isinstance(node, Text):
             if text := _text_without(node, site, table):
@@ -207,8 +207,8 @@ def without(document: Document, table: Table, where: str, tally: Tally) -> Docum
     return Document("", nodes, images, document.meta)
 
 
-def _text_without(node: Text, site: str, table: Table) -> str:
-    """A text without the paragraphs that return; as it is when it has none of them."""
+def _text_without(node: Text, site: str, table: RepeatTable) -> str:
+    """Return a text without its repeated paragraphs; unchanged when it has none."""
     if not site:
         return node.text
     parts = [part for part in node.text.split("\n\n") if part.strip()]

@@ -5,8 +5,8 @@
     OUT/train/pairs     <digit> the digit seven
     OUT/heldout         one document for each image kept out of training: its digit, and names kept out of training
 
-In a binding document an image may return exactly as it was (`--repeats`), which is what is learnt first; a name's first
-mention cannot be known and is not in the loss. Which images are held out does not depend on the seed.
+In a binding document an image may be repeated exactly (`--repeats`), which is what a model learns first; the first
+mention of a name cannot be known and is not in the loss. Which images are held out does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Digit:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare digits`."""
+    """Add the options of `python -m data prepare digits`."""
     parser.add_argument(
         "--documents", type=int, default=4000, help="binding documents for training, and as many naming documents"
     )
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the shards. Raises UserError for an option that cannot be."""
+    """Write the shards. Raises UserError for an invalid option."""
     if args.documents < 1 or args.shots < 1 or args.size < 8 or args.documents_per_shard < 1:
         raise UserError("--documents, --shots and --documents-per-shard must be at least 1, --size at least 8")
     if not 1 <= args.ways <= len(WORDS) or not 0 <= args.repeats <= 1:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
-    """(training, held-out) digits as PNGs of `size` pixels a side, held-out ones by class."""
+    """Return (training, held-out) digits as PNGs of `size` pixels a side, sorted by class."""
     from sklearn.datasets import load_digits as bundled  # takes a second: only when it is needed
 
     table = bundled()
@@ -97,7 +97,7 @@ def load_digits(size: int) -> tuple[list[Digit], list[Digit]]:
 
 
 def encode(image: np.ndarray, size: int) -> bytes:
-    """An (8, 8) image of ink from 0 to 16 as a PNG of an RGB image, the ink bright as in the original."""
+    """Return an (8, 8) image of ink from 0 to 16 as a PNG of an RGB image, the ink bright as in the original."""
     grey = PILImage.fromarray(np.uint8(np.clip(image * 15.9375, 0, 255)))
     file = io.BytesIO()
     grey.resize((size, size), PILImage.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=1)
@@ -105,7 +105,7 @@ def encode(image: np.ndarray, size: int) -> bytes:
 
 
 def naming_document(digits: list[Digit], random: np.random.Generator, most: int = 9) -> Document:
-    """One to `most` different images of any digits, each with the digit's name."""
+    """Return one to `most` different images of any digits, each with the digit's name."""
     chosen = [digits[int(i)] for i in random.choice(len(digits), size=int(random.integers(1, most + 1)), replace=False)]
     nodes: list[Node] = []
     for number, digit in enumerate(chosen):
@@ -116,7 +116,7 @@ def naming_document(digits: list[Digit], random: np.random.Generator, most: int 
 def binding_document(
     digits: list[Digit], random: np.random.Generator, *, ways: int, shots: int, repeats: float, split: str = "train"
 ) -> Document:
-    """`ways` digits under names of `split`, ways * shots + 1 images in random order."""
+    """Return `ways` digits under names of `split`, ways * shots + 1 images in random order."""
     classes = random.choice(len(WORDS), size=ways, replace=False)
     names = draw_names(random, split, ways)
     order = random.integers(ways, size=ways * shots + 1)  # in a balanced order the rarer name could be counted out

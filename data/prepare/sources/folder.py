@@ -1,9 +1,9 @@
-"""A folder of one's own documents: Markdown or text files with images in them, a document each.
+"""A folder of your own documents: Markdown or text files that show images, a document each.
 
     report.md     The first chart: ![](charts/1.png) shows the rise.
 
-An image's path begins at its document. Where an image is missing the whole document is dropped: one's own documents
-are few, and their author can mend them.
+An image's path is relative to its file. A document with a missing image is dropped whole: your own documents are few,
+and you can fix them.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from urllib.parse import unquote
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import folder_units, input_files
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
 SUFFIXES = (".md", ".markdown", ".txt")
-PLACE = re.compile(r"""!\[[^\]\n]*\]\(\s*<?([^)>\n"]+?)>?(?:\s+"[^"\n]*")?\s*\)""")
+IMAGE_LINK = re.compile(r"""!\[[^\]\n]*\]\(\s*<?([^)>\n"]+?)>?(?:\s+"[^"\n]*")?\s*\)""")
 IN_A_UNIT = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare folder`."""
+    """Add the options of `python -m data prepare folder`."""
     parser.add_argument("--min-images", type=int, default=0, help="documents with fewer are dropped (default 0)")
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Some thousand documents each."""
-    found: list[Unit] = []
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of a thousand documents."""
+    result: list[InputUnit] = []
     for item in args.inputs:
         if not Path(item).is_dir():
-            raise UserError(f"input {item} is no folder; give the folder of the documents")
+            raise UserError(f"input {item} is not a folder; give the folder of the documents")
         names = [label for label, _ in input_files([item], SUFFIXES)]
-        found += folder_units(item, names, IN_A_UNIT)
-    return found
+        result += folder_units(item, names, IN_A_UNIT)
+    return result
 
 
 @lru_cache(maxsize=4)
@@ -50,8 +50,8 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a document."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each file."""
     rule, folder = ImageRule.of(args), _folder(unit.path)
     for name in unit.names:
         try:
@@ -62,17 +62,17 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 
 def _document(name: str, folder: ImageFolder, rule: ImageRule, min_images: int) -> Document:
     try:
-        pieces = PLACE.split(folder.read(name).decode("utf-8"))  # text, path, text, path, ...
+        parts = IMAGE_LINK.split(folder.read(name).decode("utf-8"))  # text, path, text, path, ...
     except UnicodeDecodeError:
         raise Dropped("document is not UTF-8") from None
     document = Document("", [], [], {"file": name})
     numbers: dict[str, int] = {}
-    for number, piece in enumerate(pieces):
+    for number, part in enumerate(parts):
         if number % 2 == 0:
-            if piece.strip():
-                document.nodes.append(Text(piece.strip()))
+            if part.strip():
+                document.nodes.append(Text(part.strip()))
             continue
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(piece)))
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(part)))
         if path not in numbers:
             document.images.append(rule.check(folder.read(path)))
             numbers[path] = len(document.images) - 1

@@ -1,7 +1,7 @@
 """Saved web pages to interleaved documents, by the order of the DOM and the rules of OBELICS or M3W.
 
-A document's image is the file that its address names, below the folder given as input (a document saved "complete");
-with --images it is looked up by its absolute address (tars of img2dataset or a map). `data:` images are read as well.
+A page's image is the file that its address names, below the input folder (a page saved as "complete"); with --images it
+is looked up by its absolute address (in tars of img2dataset or a map). `data:` images are read as well.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 from data.prepare.images import ImageFolder
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.units import Dropped, Tally, Unit
-from data.prepare.web.documents import add_web_arguments, check_web_arguments, document_address, lookup_of, web_document
+from data.prepare.units import Dropped, InputUnit, Tally
+from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_document
 from data.prepare.web.dom import decode_html
 from data.shards.document import Document
 
@@ -27,27 +27,27 @@ IN_A_UNIT = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare html`."""
+    """Add the options of `python -m data prepare html`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
     add_web_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Some thousand files each."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of a thousand files."""
     check_web_arguments(args)
-    found: list[Unit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         if Path(item).is_dir():
             names = [label for label, _ in input_files([item], SUFFIXES)]
-            found += folder_units(item, names, IN_A_UNIT)
+            result += folder_units(item, names, IN_A_UNIT)
             continue
         for label, path in input_files([item], SUFFIXES):
-            found.append(Unit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
-    return found
+            result.append(InputUnit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
+    return result
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the images are."""
+    """Build the lookup of images by address."""
     if args.images:
         build_url_lookup(work / "images.sqlite", args.images)
 
@@ -57,12 +57,12 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a file."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each page."""
     folder = _folder(unit.path)
     for name in unit.names:
         html = decode_html((Path(unit.path) / name).read_bytes())
-        url = document_address(html)
+        url = page_address(html)
         document = web_document(html, url if args.images else "", name, args, _fetcher(name, args, folder), tally)
         if document is not None:
             yield document

@@ -3,8 +3,8 @@
     {"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
 
-`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands,
-as LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
+`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands, as
+LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from typing import Any
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
 from data.prepare.turns import add_turn_arguments, answer, has_text, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node
 
 LAYOUT = "interleaved"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-PLACE = "<image>"
+IMAGE_TAG = "<image>"
 IN_A_UNIT = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare llava`."""
+    """Add the options of `python -m data prepare llava`."""
     parser.add_argument("--images", required=True, metavar="DIR", help="folder in which the images' paths begin")
     parser.add_argument("--drop-text-only", action="store_true", help="drop conversations without an image")
     add_turn_arguments(parser)
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Arrays by items, JSONL by lines."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of items of an array or lines of JSONL."""
     _folder(args.images)
-    found: list[Unit] = []
+    result: list[InputUnit] = []
     for label, path in input_files(args.inputs, (".json", ".jsonl")):
-        found += (
+        result += (
             line_units([str(path)], (".jsonl",)) if path.suffix == ".jsonl" else array_units(path, label, IN_A_UNIT)
         )
-    return found
+    return result
 
 
 @lru_cache(maxsize=4)
@@ -50,8 +50,8 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a conversation."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each conversation."""
     rule, folder = ImageRule.of(args), _folder(args.images)
     items = json_lines(unit) if unit.path.endswith(".jsonl") else array_items(unit)
     for where, item in items:
@@ -62,9 +62,9 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 
 
 def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule: ImageRule) -> Document:
-    """The document of one item. Raises Dropped."""
+    """Return the document of one item. Raises Dropped."""
     if not isinstance(item, dict):
-        raise Dropped("item is no JSON object")
+        raise Dropped("item is not a JSON object")
     turns = _turns(item.get("conversations", item.get("conversatons")))
     names = item.get("image") or []
     names = [names] if isinstance(names, str) else names
@@ -80,13 +80,13 @@ def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule:
 
 
 def _turns(value: Any) -> list[tuple[str, str]]:
-    """(human or gpt, text) of each turn."""
+    """Return (human or gpt, text) of each turn."""
     if not isinstance(value, list) or not value:
         raise Dropped("'conversations' is not a list of turns")
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise Dropped("a turn is no object with 'from' and 'value'")
+            raise Dropped("a turn is not an object with 'from' and 'value'")
         speaker = turn.get("from")
         if speaker == "system":
             continue
@@ -97,31 +97,31 @@ def _turns(value: Any) -> list[tuple[str, str]]:
 
 
 def _nodes(turns: list[tuple[str, str]], images: int, args: argparse.Namespace) -> list[Node]:
-    """Images at their places. Raises Dropped when places and images differ in number."""
-    places = sum(text.count(PLACE) for speaker, text in turns if speaker == "human")
+    """Return the nodes of a conversation. Raises Dropped when it has more or fewer `<image>` marks than images."""
+    tags = sum(text.count(IMAGE_TAG) for speaker, text in turns if speaker == "human")
     nodes: list[Node] = []
-    if places == 0:
+    if tags == 0:
         nodes += [Image((number,)) for number in range(images)]
-    elif places != images:
-        raise Dropped("the numbers of <image> places and of images differ")
+    elif tags != images:
+        raise Dropped("the numbers of <image> tags and images differ")
     shown = 0
     for number, (speaker, text) in enumerate(turns):
         if speaker == "gpt":
             nodes.append(answer(text))
             continue
-        pieces = [piece.strip() for piece in text.split(PLACE)]
+        parts = [part.strip() for part in text.split(IMAGE_TAG)]
         first = number == 0
-        if len(pieces) == 1:
-            nodes.append(question(pieces[0], args, first=first))
-        elif len(pieces) == 2:
-            nodes += [Image((shown,)), question(" ".join(filter(None, pieces)), args, first=first)]
+        if len(parts) == 1:
+            nodes.append(question(parts[0], args, first=first))
+        elif len(parts) == 2:
+            nodes += [Image((shown,)), question(" ".join(filter(None, parts)), args, first=first)]
             shown += 1
         else:
-            for k, piece in enumerate(pieces):
-                last = k == len(pieces) - 1
-                if piece or last:
-                    begins = not any(pieces[:k])
-                    nodes.append(question(piece, args, first=first, begins=begins, ends=last))
+            for k, part in enumerate(parts):
+                last = k == len(parts) - 1
+                if part or last:
+                    begins = not any(parts[:k])
+                    nodes.append(question(part, args, first=first, begins=begins, ends=last))
                 if not last:
                     nodes.append(Image((shown,)))
                     shown += 1

@@ -1,7 +1,7 @@
 """M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
 
-The raw files name their fields differently from one sub-task to the next; `--field image_base64_str=img_str` says what
-a field is called in this file. Several images of a row are images one after another, or with --clips one clip.
+The raw files name their fields differently in each sub-task; `--field image_base64_str=img_str` says what a field is
+called in this file. Several images of a row stand one after another, or with --clips form one clip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_lines, line_units
 from data.prepare.sources.obelics import parquet_rows, parquet_units
 from data.prepare.turns import add_turn_arguments, answer, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
@@ -23,7 +23,7 @@ FIELDS = ("instruction", "inputs", "image_base64_str", "outputs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare m3it`."""
+    """Add the options of `python -m data prepare m3it`."""
     parser.add_argument("--field", nargs="+", default=[], metavar="NAME=HERE", help="what a field is called here")
     parser.add_argument("--clips", action="store_true", help="several images of a row are the frames of a clip")
     add_turn_arguments(parser)
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fields(args: argparse.Namespace) -> dict[str, str]:
-    """What each field is called in these files. Raises UserError."""
+    """Return what each field is called in these files. Raises UserError."""
     names = {name: name for name in FIELDS}
     for item in args.field:
         name, _, here = item.partition("=")
@@ -41,26 +41,26 @@ def fields(args: argparse.Namespace) -> dict[str, str]:
     return names
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Lines of JSONL, row groups of parquet."""
-    names, found = fields(args), []
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of lines of JSONL or row groups of parquet."""
+    names, result = fields(args), []
     for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
-        one = argparse.Namespace(inputs=[str(path)])
-        found += (
-            parquet_units(one, (names["instruction"], names["outputs"]))
+        file_args = argparse.Namespace(inputs=[str(path)])
+        result += (
+            parquet_units(file_args, (names["instruction"], names["outputs"]))
             if path.suffix == ".parquet"
             else line_units([str(path)], (".jsonl", ".jsonl.gz"))
         )
-    return found
+    return result
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a row."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each row."""
     rule, names = ImageRule.of(args), fields(args)
     for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
         try:
             if not isinstance(row, dict):
-                raise Dropped("line is no JSON object")
+                raise Dropped("line is not a JSON object")
             yield _document(row, names, args, rule)
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
@@ -76,10 +76,10 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
     for name, text in texts.items():
         if not isinstance(text, str | None):
             raise Dropped(f"{names[name]!r} is not text")
-    told = (texts["outputs"] or "").strip()
-    if not told:
+    answer_text = (texts["outputs"] or "").strip()
+    if not answer_text:
         raise Dropped("no answer")
-    asked = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
+    question_text = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
     numbers = tuple(range(len(kept)))
     images = [Image(numbers)] if args.clips and kept else [Image((number,)) for number in numbers]
-    return Document("", [*images, question(asked, args, first=True), answer(told)], kept)
+    return Document("", [*images, question(question_text, args, first=True), answer(answer_text)], kept)

@@ -1,8 +1,8 @@
 """MIMIC-IT (Otter): `T_instructions.json`, the images of `T.json` or `T.parquet` as base64, and `T_train.json`.
 
 A document is an instruction with its examples before it: the related instructions that `T_train.json` (or, without it,
-the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter holds all images in memory; here one pass
-notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
+the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter keeps all images in memory; here one
+pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans, required
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.turns import add_turn_arguments, answer, question
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
@@ -29,7 +29,7 @@ IN_A_UNIT = 5000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare mimicit`."""
+    """Add the options of `python -m data prepare mimicit`."""
     parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="image files, JSON or parquet")
     parser.add_argument("--examples", type=int, default=4, help="most examples before an instruction (default 4)")
     parser.add_argument("--clips", choices=("auto", "always", "never"), default="auto", help="images as one clip")
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """The instructions to be learnt, in the order of their file, some thousands in a unit."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of thousands of instructions to train on, in the order of their file."""
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} must not be negative")
-    found = []
+    result = []
     for label, path in input_files(args.inputs, (ENDING,)):
         train = _train_file(path)
         spans = json_spans(train) if train else json_spans(path, "data")
@@ -49,8 +49,8 @@ def units(args: argparse.Namespace) -> list[Unit]:
         for first in range(0, len(ids), IN_A_UNIT):
             some = tuple(ids[first : first + IN_A_UNIT])
             name = label if first == 0 else f"{label} from {some[0]}"
-            found.append(Unit(name, str(path), first, first + len(some), path.stat().st_size, some))
-    return found
+            result.append(InputUnit(name, str(path), first, first + len(some), path.stat().st_size, some))
+    return result
 
 
 def _train_file(path: Path) -> Path | None:
@@ -59,7 +59,7 @@ def _train_file(path: Path) -> Path | None:
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where every image, instruction and list of related instructions lies."""
+    """Build the lookups of images, instructions and lists of related instructions."""
     files = [path for _, path in input_files(args.inputs, (ENDING,))]
     trains = [train for path in files if (train := _train_file(path))]
     build_lookup(work / "instructions.sqlite", _spans(files, "data"))
@@ -75,7 +75,7 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
 
 
 def _images(images: list[str], work: Path) -> Iterator[Entry]:
-    """Where the base64 of each image lies; a parquet's is written out first: its rows cannot be read alone."""
+    """Yield where the base64 of each image lies; a parquet's is written out first, as its rows cannot be read alone."""
     for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
         if path.suffix == ".json":
             yield from _spans([path], None)
@@ -94,8 +94,8 @@ def _images(images: list[str], work: Path) -> Iterator[Entry]:
                     out.write(text)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document an instruction."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each instruction."""
     rule = ImageRule.of(args)
     for name in unit.names:
         try:
@@ -125,31 +125,31 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
 def _append(document: Document, name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule) -> None:
     """Add an instruction, all of it or nothing. Raises Dropped."""
     ids = body.get("image_ids") or []
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+    if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids):
         raise Dropped("'image_ids' is not a list of ids")
-    asked, told = body.get("instruction"), body.get("answer")
-    if not isinstance(asked, str) or not isinstance(told, str) or not told.strip():
+    instruction, response = body.get("instruction"), body.get("answer")
+    if not isinstance(instruction, str) or not isinstance(response, str) or not response.strip():
         raise Dropped("'instruction' or 'answer' is not text, or empty")
     images = []
-    for one in ids:
-        text = _value("images.sqlite", one, args)
+    for image_id in ids:
+        text = _value("images.sqlite", image_id, args)
         images.append(rule.check(from_base64(text)))
     numbers = range(len(document.images), len(document.images) + len(images))
     document.images += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
     first = not document.nodes
     document.nodes += [Image(tuple(numbers))] if clip else [Image((number,)) for number in numbers]
-    document.nodes += [question(asked.strip(), args, first=first or bool(images)), answer(told)]
+    document.nodes += [question(instruction.strip(), args, first=first or bool(images)), answer(response)]
 
 
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
     body = _value("instructions.sqlite", name, args)
     if not isinstance(body, dict):
-        raise Dropped("instruction is missing" if body is None else "instruction is no object")
+        raise Dropped("instruction is missing" if body is None else "instruction is not an object")
     return body
 
 
 def _value(table: str, name: str, args: argparse.Namespace) -> Any:
-    """The JSON value under a name, None when there is none."""
+    """Return the JSON value under a name, None when there is none."""
     lookup = open_lookup(os.path.join(args.work, table))  # noqa: PTH118 (a key of a cache, made for every image)
     return json.loads(lookup.read(name)) if name in lookup else None

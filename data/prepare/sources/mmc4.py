@@ -15,7 +15,7 @@ from typing import Any
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import json_lines, line_units
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document
 from data.shards.mmc4 import MATCHING, Malformed, interleave, read_document
 from flamingo.errors import UserError
@@ -25,13 +25,13 @@ SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare mmc4`."""
+    """Add the options of `python -m data prepare mmc4`."""
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the downloaded images")
     add_document_arguments(parser)
 
 
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of documents in MMC4's form, wherever their images are."""
+    """Add the options of documents in MMC4's format, wherever their images are."""
     parser.add_argument(
         "--min-similarity", type=float, default=0.24, metavar="X", help="of an image to its sentence (default 0.24)"
     )
@@ -47,8 +47,8 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Files; plain ones are cut at lines."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of files; plain ones are cut at lines."""
     if not -1 <= args.min_similarity < 1:
         raise UserError(
             f"--min-similarity {args.min_similarity:g} must be in [-1, 1): MMC4's similarities are cosines, about 0.15 "
@@ -63,8 +63,8 @@ def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a line."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each line."""
     shard = re.search(r"shard_(\d+)", unit.label)
     folder = _folder(args.images)
 
@@ -89,13 +89,13 @@ def parsed_document(
     bytes_of: Callable[[dict[str, Any]], bytes],
     tally: Tally,
 ) -> Document | None:
-    """The document of one parsed_document, or None when it is dropped; either way counted."""
+    """Return the document of a line's JSON, or None when it is dropped; the tally counts both."""
     if isinstance(body, Exception):
-        tally.drop_document("line is no JSON", where)
+        tally.drop_document("line is not JSON", where)
         return None
     try:
         if not isinstance(body, dict):
-            raise Dropped("line is no JSON object")
+            raise Dropped("line is not a JSON object")
         sentences, listed = read_document(body, args.matching)
         if args.drop_url_duplicates and body.get("could_have_url_duplicate"):
             raise Dropped("url may be a duplicate")
@@ -116,5 +116,5 @@ def parsed_document(
         tally.drop_document(f"fewer than {args.min_images} images left", where)
         return None
     meta = {"url": body["url"]} if isinstance(body.get("url"), str) else {}
-    nodes, images, places = interleave(sentences, kept)
-    return Document("", nodes, images, meta | {"sentences": places})
+    nodes, images, matched = interleave(sentences, kept)
+    return Document("", nodes, images, meta | {"sentences": matched})

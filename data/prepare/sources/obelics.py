@@ -1,9 +1,9 @@
 """OBELICS: parquet files of `images` and `texts`, where entry i is one or the other, in the order of the web page.
 
 `images` holds URLs, whose images come from --images (see `data.prepare.lookup`), or the images themselves as `{"bytes",
-"path"}`. An image that is missing leaves its document, and the texts around it are joined by an empty line, as OBELICS'
-own builder does. The mark that OBELICS left where several documents shared a document ends one document and begins the
-next; it is never text.
+"path"}`. A missing image is left out, and the texts around it joined by an empty line, as OBELICS' own builder does.
+The marker that OBELICS left where several documents shared a page ends one document and begins the next; it is never
+text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import build_url_lookup, open_lookup
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node, Text
 from data.shards.mmc4 import add_text
 from flamingo.errors import UserError
@@ -31,7 +31,7 @@ Part = str | bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare obelics`."""
+    """Add the options of `python -m data prepare obelics`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     add_where(parser, "a row's columns (or general_metadata.NAME)", "perplexity<=1500")
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[Unit]:
-    """Row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
+def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[InputUnit]:
+    """Return row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
 
-    Raises UserError for a file that is no parquet or lacks one of the columns.
+    Raises UserError for a file that is not parquet or lacks one of the columns.
     """
     parquet = required("pyarrow.parquet", "reading parquet")
     units = []
@@ -59,7 +59,7 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         except (ValueError, OSError) as error:
             raise UserError(
-                f"{unit.path} is no parquet file, or truncated ({one_line(error)}); download it again"
+                f"{unit.path} is not a parquet file, or truncated ({one_line(error)}); download it again"
             ) from None
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
@@ -68,13 +68,13 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
             count += size
             if count >= rows or group == len(sizes):
                 label = unit.label if begin == 0 else f"{unit.label} from row group {begin}"
-                units.append(Unit(label, unit.path, begin, group, unit.size))
+                units.append(InputUnit(label, unit.path, begin, group, unit.size))
                 begin, count = group, 0
     return units
 
 
-def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
+def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) of the row groups of a unit. Raises UserError when the file is damaged."""
     arrow = required("pyarrow", "reading parquet")
     parquet = required("pyarrow.parquet", "reading parquet")
     try:
@@ -91,26 +91,26 @@ def parquet_rows(unit: Unit, columns: list[str] | None = None) -> Iterator[tuple
         raise UserError(f"{unit.path} is damaged ({one_line(error)}); download it again") from None
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Row groups."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units of row groups."""
     conditions_of(tuple(args.where_image))
     return parquet_units(args, ("images", "texts", *_columns(args)))
 
 
 def _columns(args: argparse.Namespace) -> list[str]:
-    """Columns that conditions ask for; a name with a dot is of general_metadata."""
+    """Return the columns that conditions name; `general_metadata.NAME` is not a column."""
     names = [name for name, *_ in conditions_of(tuple(args.where))]
     return [name for name in dict.fromkeys(names) if not name.startswith(GENERAL)]
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the images are."""
+    """Build the lookup of images by URL."""
     if args.images:
         build_url_lookup(work / "images.sqlite", args.images)
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a document, or several where the document holds several."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each page, or several where a page holds several."""
     rule = ImageRule.of(args)
     columns = ["images", "texts", "metadata", "general_metadata", *_columns(args)]
     for where, row in parquet_rows(unit, columns):
@@ -120,8 +120,8 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
             continue
-        for piece in _documents(parts):
-            document = _document(piece, _url(row))
+        for inside in _documents(parts):
+            document = _document(inside, _url(row))
             if len(document.images) < args.min_images:
                 tally.drop_document(f"fewer than {args.min_images} images left", where)
             elif not any(isinstance(node, Text) for node in document.nodes):
@@ -131,7 +131,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 
 
 def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where: str, tally: Tally) -> list[Part]:
-    """Texts and the bytes of the images that are kept, in order. Raises Dropped where a type is wrong."""
+    """Return the texts and the bytes of the kept images, in order. Raises Dropped for a wrong type."""
     images, texts = row["images"], row["texts"]
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Dropped("'images' and 'texts' are not lists of the same length")
@@ -167,26 +167,26 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
 
 def _general(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads(row.get("general_metadata") or "{}")
+        value = json.loads(row.get("general_metadata") or "{}")
     except (ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """What conditions may ask of a row: its columns, and `general_metadata.NAME`."""
+    """Return what conditions may refer to: a row's columns, and `general_metadata.NAME`."""
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
 def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """The entries of `metadata`, one for each place; an empty one where there is none."""
+    """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
-        found = json.loads(row.get("metadata") or "[]")
+        value = json.loads(row.get("metadata") or "[]")
     except (ValueError, TypeError):
-        found = []
-    if not isinstance(found, list) or len(found) != number:
+        value = []
+    if not isinstance(value, list) or len(value) != number:
         return [{}] * number
-    return [one if isinstance(one, dict) else {} for one in found]
+    return [entry if isinstance(entry, dict) else {} for entry in value]
 
 
 def _url(row: dict[str, Any]) -> dict[str, Any]:
@@ -195,23 +195,23 @@ def _url(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _documents(parts: list[Part]) -> Iterator[list[Part]]:
-    """The parts, divided at the mark that ends a document."""
-    piece: list[Part] = []
+    """Yield the parts of each document, divided at the marker."""
+    inside: list[Part] = []
     for part in parts:
         if isinstance(part, bytes):
-            piece.append(part)
+            inside.append(part)
             continue
         for number, text in enumerate(part.split(END)):
             if number:
-                yield piece
-                piece = []
+                yield inside
+                inside = []
             if text.strip():
-                piece.append(text.strip())
-    yield piece
+                inside.append(text.strip())
+    yield inside
 
 
 def _document(parts: list[Part], meta: dict[str, Any]) -> Document:
-    """Texts that touch are joined by an empty line; an image stands where it stood."""
+    """Return a document; adjacent texts are joined by an empty line."""
     nodes: list[Node] = []
     images: list[bytes] = []
     for part in parts:

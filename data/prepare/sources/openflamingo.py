@@ -1,8 +1,8 @@
 """open_flamingo's own shards: tars whose one member a sample is MMC4's JSON with the images in it as base64.
 
 Two kinds of samples: those of its `convert_mmc4_to_wds.py`, with `image_base64` in each `image_info`, and its
-ChatGPT-made sequences, which have `is_gpt`, the text with places `_!_IMAGE1_!_`, and an `image_map`. The images'
-bytes are kept as they are, without base64 a quarter smaller.
+ChatGPT-made sequences, which have `is_gpt`, the text with markers `_!_IMAGE1_!_`, and an `image_map`. The images'
+bytes are kept unchanged; without base64 they are a quarter smaller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from data.prepare.images import ImageRule, from_base64
 from data.prepare.inputs import file_units
 from data.prepare.sources.mmc4 import add_document_arguments, parsed_document
 from data.prepare.tars import json_of, tar_samples
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Text
 from data.shards.mmc4 import Malformed, generated
 
@@ -24,17 +24,17 @@ LAYOUT = "interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare openflamingo`."""
+    """Add the options of `python -m data prepare openflamingo`."""
     add_document_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Tars."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return a unit for each tar."""
     return file_units(args.inputs, (".tar",))
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a sample."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each sample."""
     rule = ImageRule.of(args)
     for sample in tar_samples(unit.path, unit.label, tally):
         try:
@@ -56,7 +56,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 
 
 def _generated(body: dict[str, Any], where: str, rule: ImageRule, tally: Tally) -> Document:
-    """A ChatGPT-made sequence. Raises Dropped or Malformed; a place whose image is missing is counted and closed."""
+    """Return a ChatGPT-made sequence, its missing images counted and left out. Raises Dropped or Malformed."""
 
     def image(number: int, text: Any) -> bytes | None:
         try:

@@ -22,7 +22,7 @@ from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
 from data.prepare.tars import json_of, tar_samples
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from data.shards.index import IMAGE_SUFFIX
 from flamingo.errors import UserError
@@ -33,7 +33,7 @@ IN_A_UNIT = 10_000  # images of a folder, rows of a table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare pairs`."""
+    """Add the options of `python -m data prepare pairs`."""
     parser.add_argument("--images", metavar="DIR", help="where a table's paths begin (default: the table's folder)")
     parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, filepath or path)")
     parser.add_argument("--caption-column", metavar="NAME", help="of a table (default: caption, title or text)")
@@ -43,23 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Tars whole, tables by rows, folders by files."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units: whole tars, rows of tables, files of folders."""
     conditions_of(tuple(args.where))
-    found: list[Unit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)
         if path.suffix in TABLES and path.is_file():
             ((label, table),) = input_files([item], (path.suffix,))
-            found += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
+            result += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
         elif path.is_dir() and not next(path.rglob("*.tar"), None):
             names = sorted(_image_names(path))
             if not names:
                 raise UserError(f"folder {item} holds neither tars nor images; correct the path")
-            found += folder_units(path, names, IN_A_UNIT)
+            result += folder_units(path, names, IN_A_UNIT)
         else:
-            found += file_units([item], (".tar",))
-    return found
+            result += file_units([item], (".tar",))
+    return result
 
 
 def _image_names(root: Path) -> Iterator[str]:
@@ -69,8 +69,8 @@ def _image_names(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a read_image with its caption."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each image with its caption."""
     rule, conditions = ImageRule.of(args), conditions_of(tuple(args.where))
     if unit.names:
         samples = _from_folder(unit, args)
@@ -92,7 +92,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
         yield Document("", [Image((0,)), Text(caption)], [image], meta)
 
 
-def _from_tar(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[tuple[str, Any]]:
+def _from_tar(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[tuple[str, Any]]:
     for sample in tar_samples(unit.path, unit.label, tally):
 
         def read(sample: Any = sample) -> tuple[str, dict[str, Any], Any]:
@@ -108,7 +108,7 @@ def _from_tar(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[tu
         yield sample.where, read
 
 
-def _from_folder(unit: Unit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+def _from_folder(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     folder = _folder(unit.path)
     for name in unit.names:
 
@@ -135,7 +135,7 @@ def _from_folder(unit: Unit, args: argparse.Namespace) -> Iterator[tuple[str, An
         yield name, read
 
 
-def _from_table(unit: Unit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     delimiter = TABLES[Path(unit.path).suffix]
     header = next(csv_rows(unit.path, 0, None, delimiter))[1]
     image = _column(header, args.image_column, ("image", "filepath", "path"), unit.path, "--image-column")

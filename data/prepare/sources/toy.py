@@ -105,7 +105,7 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare toy`, beside --out."""
+    """Add the options of `python -m data prepare toy`, beside --out."""
     parser.add_argument("--seed", type=int, default=1, help="another seed draws other images (default 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of documents (default 1.0)")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw (default 2)")

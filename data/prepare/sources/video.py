@@ -1,7 +1,7 @@
-"""Videos with captions: video2dataset's tars, folders of mp4 + txt, and frames that were extracted before.
+"""Videos with captions: video2dataset's tars, folders of mp4 + txt, and frames extracted before.
 
     {key}.mp4 + {key}.txt (+ {key}.json)            decoded here, through PyAV, at --fps
-    {key}.000.jpg {key}.001.jpg ... + {key}.txt     frames as they are; --fps says at which rate they were taken
+    {key}.000.jpg {key}.001.jpg ... + {key}.txt     frames unchanged; --fps says at which rate they were taken
     {key}.npy + {key}.txt                           the same as an array (F, H, W, 3) of uint8
 
 A document is one clip and its caption. video2dataset's clipping gives keys such as 000000_00001, one sample a clip.
@@ -21,7 +21,7 @@ from data.prepare.clips import frames_of
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
-from data.prepare.units import Dropped, Tally, Unit
+from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from data.shards.index import IMAGE_SUFFIX
 from flamingo.errors import UserError
@@ -32,7 +32,7 @@ IN_A_UNIT = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare video`."""
+    """Add the options of `python -m data prepare video`."""
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second (default 1, as in the paper)")
     parser.add_argument("--max-frames", type=int, default=64, help="most frames kept of a video (default 64)")
     parser.add_argument("--side", type=int, default=480, metavar="PX", help="frames fit into this square (default 480)")
@@ -40,15 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Tars whole, folders by files."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return units: whole tars, files of folders."""
     if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
         raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
-    found: list[Unit] = []
+    result: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)
         if not path.is_dir() or next(path.rglob("*.tar"), None):
-            found += file_units([item], (".tar",))
+            result += file_units([item], (".tar",))
             continue
         names = sorted(
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower()[1:] in VIDEOS
@@ -58,12 +58,12 @@ def units(args: argparse.Namespace) -> list[Unit]:
                 f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path "
                 "(frames that were extracted before are given as tars)"
             )
-        found += folder_units(path, names, IN_A_UNIT)
-    return found
+        result += folder_units(path, names, IN_A_UNIT)
+    return result
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a video."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each video."""
     rule = ImageRule.of(args)
     for where, read in _from_folder(unit) if unit.names else _from_tar(unit, tally):
         try:
@@ -86,7 +86,7 @@ def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Do
 Read = Callable[[], tuple[str | None, dict[str, Any], dict[str, Callable[[], bytes]]]]
 
 
-def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
+def _from_tar(unit: InputUnit, tally: Tally) -> Iterator[tuple[str, Read]]:
     for sample in tar_samples(unit.path, unit.label, tally):
 
         def read(sample: Any = sample) -> Any:
@@ -97,7 +97,7 @@ def _from_tar(unit: Unit, tally: Tally) -> Iterator[tuple[str, Read]]:
         yield sample.where, read
 
 
-def _from_folder(unit: Unit) -> Iterator[tuple[str, Read]]:
+def _from_folder(unit: InputUnit) -> Iterator[tuple[str, Read]]:
     folder = ImageFolder(unit.path)
     for name in unit.names:
 
@@ -131,7 +131,7 @@ def _utf8(raw: bytes) -> str:
 
 
 def _frames(members: dict[str, Callable[[], bytes]], args: argparse.Namespace) -> list[bytes]:
-    """The frames of one sample. Raises Dropped."""
+    """Return the frames of one sample. Raises Dropped."""
     for suffix, read in members.items():
         if suffix in VIDEOS:
             return frames_of(read(), args.fps, args.max_frames, args.side, args.max_pixels)

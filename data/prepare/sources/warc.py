@@ -1,6 +1,6 @@
-"""Documents of WARC files (Common Crawl's, or one's own crawl) to interleaved documents: how OBELICS and M3W were made.
+"""Web pages in WARC files (Common Crawl's, or your own crawl) to interleaved documents, as OBELICS and M3W were made.
 
-Records of HTML become documents by the order of the DOM. Images are looked up by address: among those downloaded
+HTML records become documents in the order of their DOM. Images are looked up by address: among downloaded ones
 (--images: tars of img2dataset, or a map), or, without --images, among the image records of the same WARC files.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from data.prepare.inputs import file_units, one_line, required
 from data.prepare.lookup import Entry, build_lookup, build_url_lookup, open_lookup
-from data.prepare.units import Tally, Unit
+from data.prepare.units import InputUnit, Tally
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, web_document
 from data.prepare.web.dom import decode_html
 from data.shards.document import Document
@@ -22,25 +22,25 @@ from flamingo.errors import UserError
 LAYOUT = "interleaved"
 SUFFIXES = (".warc", ".warc.gz", ".warc.lz4", ".warc.zst")
 HTML = ("text/html", "application/xhtml+xml")
-MAX_RECORD = 100_000_000  # bytes; what is larger is no document and no image
-MAX_HTML = 10_000_000  # bytes; nothing larger is a document to be read
+MAX_RECORD = 100_000_000  # bytes; anything larger is neither a page nor an image
+MAX_HTML = 10_000_000  # bytes; larger pages are dropped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m data prepare warc`."""
+    """Add the options of `python -m data prepare warc`."""
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="tars of img2dataset, or a map")
     add_web_arguments(parser)
 
 
-def units(args: argparse.Namespace) -> list[Unit]:
-    """Files whole."""
+def units(args: argparse.Namespace) -> list[InputUnit]:
+    """Return a unit for each file."""
     check_web_arguments(args)
     required("fastwarc.warc", "reading WARC files")
     return file_units(args.inputs, SUFFIXES)
 
 
 def begin(args: argparse.Namespace, work: Path) -> None:
-    """Find out where the images are; those in the WARC files are written out, unpacked, for the time of the work."""
+    """Build the lookup of images by address; those in the WARC files are unpacked into `work` first."""
     if args.images:
         build_url_lookup(work / "images.sqlite", args.images)
     elif not (work / "images.sqlite").exists():
@@ -58,12 +58,12 @@ def _spooled(args: argparse.Namespace, spool: Path) -> Iterator[Entry]:
                         yield url, str(spool), out.tell(), len(body)
                         out.write(body)
             except UserError:
-                if not args.skip_bad_files:  # it is counted when its documents are asked for
+                if not args.skip_bad_files:  # counted as damaged when its documents are read
                     raise
 
 
-def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
-    """(record, number from 0) of the answers with status 200 of a WARC. Raises UserError when it is damaged."""
+def responses(unit: InputUnit) -> Iterator[tuple[Any, int]]:
+    """Yield (record, number from 0) of a WARC's responses with status 200. Raises UserError when it is damaged."""
     warc = required("fastwarc.warc", "reading WARC files")
     number = -1
     try:
@@ -73,7 +73,7 @@ def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
                 size = int(record.headers.get("Content-Length") or -1)
                 if size > MAX_RECORD:
                     continue
-                record.freeze()  # all of it, to see whether it is all there: the parser takes what a cut file has
+                record.freeze()  # reads all of it: the parser alone accepts a record that was cut off
                 if record.content_length != size:
                     raise ValueError(f"a record of {size} bytes ends after {record.content_length}")
                 record.parse_http(auto_decode="all")
@@ -87,8 +87,8 @@ def responses(unit: Unit) -> Iterator[tuple[Any, int]]:
         raise UserError(f"{unit.path} has no response record; is it a WARC file and not a WET or WAT one?")
 
 
-def documents(unit: Unit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
-    """One document a record of HTML."""
+def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
+    """Yield a document for each page."""
     images = open_lookup(lookup_of(args))
     for record, number in responses(unit):
         kind = (record.http_content_type or record.headers.get("WARC-Identified-Payload-Type") or "").lower()

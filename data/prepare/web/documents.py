@@ -1,4 +1,4 @@
-"""A web page to a document of a shard: what `html` and `warc` share."""
+"""Turns a web page into a document: what the sources `html` and `warc` share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 
 
 def add_web_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of documents of the web."""
+    """Add the options of sources that read web pages."""
     parser.add_argument("--filters", choices=sorted(RULES), default="obelics", help="which rules (default obelics)")
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument("--max-pixels", type=int, default=64_000_000, metavar="N", help="(default 64 million)")
@@ -28,7 +28,7 @@ def add_web_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_web_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be, before anything is read."""
+    """Raise UserError for invalid options, before anything is read."""
     if args.max_pixels < 1 or args.min_images < 0:
         raise UserError("--max-pixels must be at least 1 and --min-images not negative")
     word_list(args.flagged_words)
@@ -39,7 +39,7 @@ def check_web_arguments(args: argparse.Namespace) -> None:
 def web_document(
     html: str, url: str, where: str, args: argparse.Namespace, fetch: Callable[[str], bytes], tally: Tally
 ) -> Document | None:
-    """The document of a document, or None when it is dropped; either way counted. `fetch` may raise Dropped."""
+    """Return the document of a page, or None when it is dropped; the tally counts both. `fetch` may raise Dropped."""
     rule = RULES[args.filters]
     lists = tuple(map(word_list, (args.flagged_words, args.common_words, args.spam_words)))
     looks = ImageRule(
@@ -56,7 +56,7 @@ def web_document(
     urls: list[str] = []
     for number, part in enumerate(read_dom(html, url)):
         if part in seen:
-            continue  # a menu or an image that returns on the document
+            continue  # a menu or an image that is repeated on the page
         seen.add(part)
         if isinstance(part, str):
             if rule.paragraph.reason(part, *lists):
@@ -97,8 +97,8 @@ def _bytes(image: WebImage, rule: WebRule, fetch: Callable[[str], bytes]) -> byt
     return fetch(image.url)
 
 
-def document_address(html: str) -> str:
-    """The address that a saved page says it had: its canonical link or what a browser noted when it saved it."""
+def page_address(html: str) -> str:
+    """Return the address that a saved page claims: its canonical link, or the one noted by the browser."""
     for pattern in (
         r"""<link[^>]{0,300}?rel=["']?canonical["']?[^>]{0,300}?href=["']([^"'>]{1,2000})["']""",
         r"""<link[^>]{0,300}?href=["']([^"'>]{1,2000})["'][^>]{0,300}?rel=["']?canonical["']?""",
@@ -110,5 +110,5 @@ def document_address(html: str) -> str:
 
 
 def lookup_of(args: argparse.Namespace) -> str:
-    """Where the lookup of images by address is."""
+    """Return the path of the lookup of images by address."""
     return str(Path(args.work) / "images.sqlite")

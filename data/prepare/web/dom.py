@@ -1,8 +1,8 @@
 """A web page's text and images in the order of its DOM.
 
-What is notable: what is no content (navigation, forms, scripts, hidden elements) is left out with all that is in it;
-paragraphs end where a block element begins or ends, and an image inside a sentence divides it and stands where it
-stood; the address of an image is the first of src, data-src and its like, and srcset that is one, made absolute.
+What is not content (navigation, forms, scripts, hidden elements) is left out with everything in it. A paragraph ends
+where a block element begins or ends, and an image inside a sentence divides the sentence. The address of an image is
+the first usable one of src, data-src and the like, and srcset, made absolute.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _ROLES = """
 """
 ROLES = frozenset(_ROLES.split())
 SOURCES = ("src", "data-src", "data-original", "data-lazy-src", "data-image", "data-src-fg", "data-echo")
-LINE = "\v"  # a <br>, until the paragraph ends: two of them end it
+LINE = "\v"  # stands for a <br> until the paragraph ends; two in a row end it
 CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]{1,40})""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class WebImage:
-    """An image of a document: its address, and the size that the document gives it (0: none)."""
+    """An image of a page: its address, and the width and height in pixels that the page gives it (0: none)."""
 
     url: str
     width: int = 0
@@ -46,22 +46,22 @@ WebPart = str | WebImage
 
 
 def decode_html(raw: bytes, charset: str | None = None) -> str:
-    """Bytes to text: by byte-order mark, the given charset, the document's own `<meta>`, UTF-8, else Windows-1252."""
+    """Decode a page: by byte-order mark, the given charset, the page's own `<meta>`, UTF-8, else as Windows-1252."""
     for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if raw.startswith(mark):
             return raw[len(mark) :].decode(name, "replace")
-    found = CHARSET.search(raw[:4096])
-    for said in (charset, found[1].decode("ascii") if found else None, "utf-8"):
+    declared = CHARSET.search(raw[:4096])
+    for encoding in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
         try:
-            return raw.decode(said or "utf-8")
+            return raw.decode(encoding or "utf-8")
         except (LookupError, ValueError):
             continue
     return raw.decode("cp1252", "replace")
 
 
 def read_dom(html: str, url: str = "") -> list[WebPart]:
-    """Paragraphs and images of a document at `url`, in order."""
-    html = html.encode("utf-8", "replace").decode()  # no half surrogate pairs, which some charsets let through
+    """Return the paragraphs and images of the page at `url`, in order."""
+    html = html.encode("utf-8", "replace").decode()  # removes half surrogate pairs, which some charsets let through
     parser = required("selectolax.lexbor", "reading HTML").LexborHTMLParser(html)
     base = parser.css_first("base[href]")
     where = _join(url, base.attributes.get("href") or "") if base is not None else url
@@ -76,7 +76,7 @@ def read_dom(html: str, url: str = "") -> list[WebPart]:
         run.clear()
 
     stack: list[tuple[Any, bool]] = [(parser.body, False)] if parser.body is not None else []
-    while stack:  # not by recursion: documents are nested thousands deep
+    while stack:  # not by recursion: pages are nested thousands deep
         node, leaving = stack.pop()
         tag = node.tag
         if leaving:
@@ -120,24 +120,24 @@ def _hidden(attributes: dict[str, str | None]) -> bool:
 
 def _image(node: Any, base: str) -> WebImage | None:
     attributes = node.attributes
-    found = [attributes.get(name) for name in SOURCES]
-    found += [_widest(attributes.get(name)) for name in ("srcset", "data-srcset")]
+    addresses = [attributes.get(name) for name in SOURCES]
+    addresses += [_widest(attributes.get(name)) for name in ("srcset", "data-srcset")]
     parent = node.parent
-    if parent is not None and parent.tag == "image":
-        found += [_widest(source.attributes.get("srcset")) for source in parent.css("source")]
+    if parent is not None and parent.tag == "picture":
+        addresses += [_widest(source.attributes.get("srcset")) for source in parent.css("source")]
     sizes = (_pixels(attributes.get("width")), _pixels(attributes.get("height")))
     inline = None
-    for address in found:
+    for address in addresses:
         address = (address or "").strip()
         if address.startswith("data:"):
-            inline = inline or address  # most often a placeholder of one pixel: only where there is no other
+            inline = inline or address  # most often a placeholder of one pixel: a last resort
         elif address and (full := _join(base, address)):
             return WebImage(full, *sizes)
     return WebImage(inline, *sizes) if inline and inline.startswith("data:image/") else None
 
 
 def _widest(srcset: str | None) -> str | None:
-    """The address with the largest width or density in a srcset."""
+    """Return the address with the largest width or density in a srcset."""
     best, most = None, -1.0
     for item in re.split(r",\s+|,(?=https?:)", srcset or ""):
         address, _, size = item.strip().partition(" ")
@@ -156,7 +156,7 @@ def _pixels(value: str | None) -> int:
 
 
 def _join(base: str, address: str) -> str:
-    """An absolute address where there is a base, else the address as it is; empty for what cannot be one."""
+    """Make an address absolute where there is a base; return "" for what is not an address."""
     try:
         full = urljoin(base, address)
         scheme = urlsplit(full).scheme

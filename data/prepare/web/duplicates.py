@@ -1,7 +1,7 @@
-"""What repeats over a corpus: counted shard by shard, and put together in one table of what is too much.
+"""Counts what repeats over a corpus, shard by shard, and joins the counts in one table of what repeats too often.
 
-Everything is known by 64 bits of its BLAKE2b. A shard's counts are a file of their own, so counting goes on where it
-was stopped and several processes share it; the table holds only what is to be left out.
+Everything is identified by 64 bits of its BLAKE2b hash. A shard's counts are a file of their own, so counting resumes
+where it was stopped and several processes share it; the table holds only what is to be left out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from data.shards.document import Document, Text
 from flamingo.files import write_atomically
 
 Hashes = NDArray[np.uint64]
-ONCE = ("urls", "sets")  # of these one document is kept, of the others none
+ONCE = ("urls", "sets")  # one document with the same of these is kept, the others are dropped
 KINDS = ("images", "paragraphs", *ONCE)
 
 
 def hash_of(data: bytes) -> int:
-    """64 bits for some bytes."""
+    """Return 64 bits of the hash of some bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def site_of(document: Document) -> str:
-    """The host of a document's address, "" where it has none."""
+    """Return the host of a document's address, "" where it has none."""
     url = document.meta.get("url")
     try:
         return (urlsplit(url).hostname or "") if isinstance(url, str) else ""
@@ -39,19 +39,19 @@ def site_of(document: Document) -> str:
 
 
 def paragraph_hash(site: str, paragraph: str) -> int:
-    """A paragraph is the same only on the same site."""
+    """Return the hash of a paragraph; paragraphs of different sites are different."""
     return hash_of(f"{site}\0{paragraph.strip()}".encode("utf-8", "replace"))
 
 
 def paragraphs_of(document: Document) -> Iterator[str]:
-    """Stretches of text between empty lines and images."""
+    """Yield the paragraphs of a document: text between empty lines and images."""
     for node in document.nodes:
         if isinstance(node, Text):
             yield from (part for part in node.text.split("\n\n") if part.strip())
 
 
 def document_hashes(document: Document) -> dict[str, list[int]]:
-    """What a document has of each of `KINDS`, each thing once."""
+    """Return the hashes of each of `KINDS` in a document, without repetitions."""
     images = sorted({hash_of(image) for image in document.images})
     site, url = site_of(document), document.meta.get("url")
     return {
@@ -64,13 +64,13 @@ def document_hashes(document: Document) -> dict[str, list[int]]:
 
 def count(documents: Iterable[tuple[int, Document]], path: Path) -> None:
     """Write the hashes of (row, document) of a shard: for `ONCE` also the rows, to know which document is the last."""
-    found: dict[str, list[int]] = {name: [] for name in (*KINDS, *(f"{kind}_rows" for kind in ONCE))}
+    columns: dict[str, list[int]] = {name: [] for name in (*KINDS, *(f"{kind}_rows" for kind in ONCE))}
     for row, document in documents:
         for kind, hashes in document_hashes(document).items():
-            found[kind] += hashes
+            columns[kind] += hashes
             if kind in ONCE:
-                found[f"{kind}_rows"] += [row] * len(hashes)
-    _write(path, {name: np.array(values, dtype=np.uint64) for name, values in found.items()})
+                columns[f"{kind}_rows"] += [row] * len(hashes)
+    _write(path, {name: np.array(values, dtype=np.uint64) for name, values in columns.items()})
 
 
 def _write(path: Path, columns: Any) -> None:
@@ -84,8 +84,8 @@ def _write(path: Path, columns: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """What is left out: sorted hashes of images and paragraphs, and for `ONCE` of what returns and who is kept."""
+class RepeatTable:
+    """What to leave out: sorted hashes of images and paragraphs, and for `ONCE` what repeats and what to keep."""
 
     images: Hashes
     paragraphs: Hashes
@@ -95,36 +95,36 @@ class Table:
     sets_kept: Hashes
 
     def has(self, kind: str, value: int) -> bool:
-        """Whether an image or paragraph is among those that return too often."""
+        """Return whether an image or paragraph is one that occurs too often."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
         return at < len(known) and int(known[at]) == value
 
-    def keeps(self, kind: str, value: int, place: int) -> bool:
-        """Whether the document at `place` (see `place_of`) is the one of its address, or its images, that stays."""
+    def keeps(self, kind: str, value: int, position: int) -> bool:
+        """Return whether the document at `position` (see `position_of`) is the one kept of its address or image set."""
         known: Hashes = getattr(self, kind)
         at = int(np.searchsorted(known, np.uint64(value)))
-        there = at < len(known) and int(known[at]) == value
-        return not there or int(getattr(self, f"{kind}_kept")[at]) == place
+        repeats = at < len(known) and int(known[at]) == value
+        return not repeats or int(getattr(self, f"{kind}_kept")[at]) == position
 
     def save(self, path: Path) -> None:
-        """Write the table under its name when it is whole."""
+        """Write the table; it appears under its name when it is complete."""
         _write(path, {name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
-    def load(cls, path: str | Path) -> Table:
-        """The inverse of `save`."""
+    def load(cls, path: str | Path) -> RepeatTable:
+        """Read a table that `save` wrote."""
         with np.load(path, allow_pickle=False) as body:
             return cls(**{name: body[name] for name in cls.__dataclass_fields__})
 
 
-def place_of(shard: int, row: int) -> int:
-    """The order of documents as one number."""
+def position_of(shard: int, row: int) -> int:
+    """Return a document's position in the corpus as one number."""
     return shard << 32 | row
 
 
-def tabulate(files: Sequence[Path], most_images: int, most_paragraphs: int) -> Table:
-    """Put the counts of all shards together: 8 bytes of memory for each image and paragraph of the corpus, twice."""
+def tabulate(files: Sequence[Path], most_images: int, most_paragraphs: int) -> RepeatTable:
+    """Join the counts of all shards: 8 bytes of memory for each image and paragraph of the corpus, twice."""
     columns: dict[str, Any] = {}
     for kind, most in (("images", most_images), ("paragraphs", most_paragraphs)):
         values, counts = np.unique(_column(files, kind), return_counts=True)
@@ -132,13 +132,13 @@ def tabulate(files: Sequence[Path], most_images: int, most_paragraphs: int) -> T
         del values, counts
     for kind in ONCE:
         values = _column(files, kind)
-        places = _column(files, f"{kind}_rows", with_shard=True)
-        order = np.lexsort((places, values))
-        values, places = values[order], places[order]
+        positions = _column(files, f"{kind}_rows", with_shard=True)
+        order = np.lexsort((positions, values))
+        values, positions = values[order], positions[order]
         last = np.append(values[1:] != values[:-1], True)[: len(values)]  # the last document of each
         again = np.append(False, values[1:] == values[:-1])[: len(values)]
-        columns[kind], columns[f"{kind}_kept"] = values[last & again], places[last & again]
-    return Table(**columns)
+        columns[kind], columns[f"{kind}_kept"] = values[last & again], positions[last & again]
+    return RepeatTable(**columns)
 
 
 def _column(files: Sequence[Path], name: str, with_shard: bool = False) -> Hashes:

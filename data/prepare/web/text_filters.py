@@ -1,15 +1,14 @@
-"""Which texts and images of the web are kept: the published rules of OBELICS and of M3W.
+"""Decides which web texts and images are kept, by the published rules of OBELICS and M3W.
 
     obelics   paragraphs and documents by length, repetition, special characters, function words, flagged words and
               punctuation; images by sides, aspect and words in their address (Laurencon et al. 2023, appendix A)
     m3w       images with a side below 64 pixels, an aspect above 3 or a single colour are left out (Alayrac et al.
               2022, appendix A.3.1); documents by the rules of MassiveText (Rae et al. 2021, table A1)
-    none      nothing but images that cannot be read
+    none      only images that cannot be read are left out
 
-Of OBELICS' rules those that need a model are not here: language identification (the share of English function words
-stands in for it), perplexity, and NSFW; where a source has such scores, `--where` asks for them. --flagged-words,
---common-words and --spam-words take lists. Nothing is compared between documents: duplicates over a corpus are left out
-afterwards (data.prepare.sources.deduplicate).
+OBELICS' rules that need a model are missing: language identification (the share of English function words replaces it),
+perplexity, and NSFW; where a source has such scores, use `--where`. --flagged-words, --common-words and --spam-words
+take lists. Documents are not compared with each other: `data.prepare.sources.deduplicate` does that afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from flamingo.errors import UserError
 
-# English function words; their share tells running English text from lists, code and other languages.
+# Their share tells running English text from lists, code and other languages.
 _FUNCTION_WORDS = """
     a about above after again against all also am an and any are as at be because been before being below
     between both but by can could did do does doing down during each either few for from further had has have
@@ -41,7 +40,7 @@ TOKEN = re.compile(rf"[\w']+|[{re.escape(string.punctuation)}]")
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """Limits of a text. A limit of 0 or 1 where that says nothing is none."""
+    """Limits of a text. The defaults are no limits."""
 
     min_words: int = 0
     max_words: int = 1 << 40
@@ -62,7 +61,7 @@ class TextRule:
         common: frozenset[str] = frozenset(),
         spam: frozenset[str] = frozenset(),
     ) -> str:
-        """The first reason against a text, "" when there is none."""
+        """Return the first reason to drop a text, "" when there is none."""
         words = words_of(text)
         if len(words) < self.min_words:
             return f"fewer than {self.min_words} words"
@@ -85,7 +84,7 @@ class TextRule:
 
 @dataclass(frozen=True, slots=True)
 class WebRule:
-    """What is kept of a web page. `banned` words are looked for in an image's address."""
+    """What is kept of a web page. Images with one of the `banned` words in their address are dropped."""
 
     paragraph: TextRule
     document: TextRule
@@ -113,16 +112,16 @@ RULES = {
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case, without the punctuation around them."""
+    """Return the words of a text in lower case, without the punctuation around them."""
     stripped = (word.strip(string.punctuation + "“”‘’…–—").lower() for word in text.split())
     return [word for word in stripped if word]
 
 
 def repetition(items: str | list[str], n: int) -> float:
-    """Share of the n-grams of a text (of characters) or list (of words) that are repetitions.
+    """Return the share of the n-grams of a text (characters) or a list (words) that are repetitions.
 
-    For words, that is of all that occur more than once; for characters, of the sqrt(number of kinds) commonest among
-    those, because single letters always meet again. A text too short for two n-grams has 0.
+    Words: all n-grams that occur more than once count. Characters: only the sqrt(number of distinct n-grams) commonest
+    of those, because some letters always meet again. A text too short for two n-grams has 0.
     """
     grams = (
         Counter(items[at : at + n] for at in range(len(items) - n + 1))
@@ -138,7 +137,7 @@ def repetition(items: str | list[str], n: int) -> float:
 
 
 def punctuation(text: str) -> float:
-    """Punctuation marks among all words and marks."""
+    """Return the share of punctuation marks among all words and marks."""
     tokens = TOKEN.findall(text)
     return sum(token in string.punctuation for token in tokens) / max(len(tokens), 1)
 
@@ -148,16 +147,16 @@ def _share(words: list[str], known: frozenset[str]) -> float:
 
 
 def massive(text: str, words: list[str]) -> str:
-    """MassiveText's rules for a document (Rae et al. 2021, table A1): the first reason against it, or ""."""
+    """Return the first reason of MassiveText (Rae et al. 2021, table A1) to drop a document, or ""."""
     return _quality(text, words) or repeats(text, words)
 
 
-TOP_GRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))  # share of the characters that the commonest n-gram may cover
-DOUBLE_GRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))  # and all that return, together
+TOP_GRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))  # most of the characters that the commonest n-gram may cover
+DOUBLE_GRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))  # and all repeated n-grams together
 
 
 def repeats(text: str, words: list[str]) -> str:
-    """MassiveText's rules on repetition within a document: the first reason against it, or ""."""
+    """Return the first reason of MassiveText's rules on repetition to drop a document, or ""."""
     for what, parts in (("lines", text.split("\n")), ("paragraphs", text.split("\n\n"))):
         parts = [part.strip() for part in parts if part.strip()]
         known: set[str] = set()
@@ -179,9 +178,9 @@ def repeats(text: str, words: list[str]) -> str:
 
 
 def _doubled(words: list[str], n: int) -> int:
-    """Characters in runs of n words that stood there before, none counted twice."""
+    """Return how many characters are in runs of n words that occurred before, none counted twice."""
     known: set[tuple[str, ...]] = set()
-    covered, free = 0, 0  # words before `free` are counted already
+    covered, free = 0, 0  # words before `free` have been counted
     for at in range(len(words) - n + 1):
         gram = tuple(words[at : at + n])
         if gram in known:
@@ -207,7 +206,7 @@ def _quality(text: str, words: list[str]) -> str:
 
 @lru_cache(maxsize=4)
 def word_list(path: str | None) -> frozenset[str]:
-    """The words of a file, one a line. Raises UserError."""
+    """Return the words of a file with one word a line. Raises UserError."""
     if path is None:
         return frozenset()
     try:

@@ -1,7 +1,7 @@
-"""The shards of a dataset: found, counted, and their indexes mapped when they are first needed.
+"""A dataset's shards on disk: listed, counted, and their indexes mapped when they are first needed.
 
-What is notable: a plan needs one number a shard, so starting reads the first bytes of each sidecar, or a single
-catalogue (`python -m data index FOLDER` writes one), and no index as a whole; 20,000 shards are 160 kB of counts. Each
+The order needs only the number of samples in each shard, so starting reads the first bytes of each index, or a single
+catalogue (`python -m data index FOLDER` writes one), and never a whole index; 20,000 shards are 160 kB of counts. Each
 rank checks the sizes of its own share of the shards, so that together they check all before the first batch; a shard's
 digest is compared when a process first reads it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import threading
@@ -24,18 +25,30 @@ from numpy.typing import NDArray
 
 from data.remote.download import expand, is_remote
 from data.remote.shard_cache import ShardCache
-from data.shards.index import IndexHead, TarIndex, build_index, check_tar, index_path, load_index, read_head, wrong_size
+from data.shards.index import (
+    VERSION,
+    IndexHead,
+    TarIndex,
+    build_index,
+    check_tar,
+    index_path,
+    load_index,
+    read_head,
+    wrong_size,
+)
+from data.shards.mmc4 import Mmc4Rule
+from data.shards.reader import RawSample, ShardReader
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
 CATALOGUE = "_catalogue.json"
-MAPPED = 512  # indexes of a dataset that stay mapped in a process
+MAPPED = 512  # most indexes of a dataset that stay mapped in a process
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard of a dataset; `path` is a file's path or a URL, `samples` how many the dataset can use."""
+    """A shard of a dataset: its path or URL, bytes, digest, and how many of its samples the dataset can use."""
 
     path: str
     tar_size: int
@@ -44,7 +57,7 @@ class Shard:
 
 
 class Indexes(Sequence[TarIndex]):
-    """The indexes of a dataset's shards, mapped on first use; the least used are let go."""
+    """The indexes of a dataset's shards, mapped on first use; the least recently used are unmapped."""
 
     def __init__(self, shards: Sequence[Shard], kind: str, cache: ShardCache | None, mapped: int = MAPPED) -> None:
         self.shards, self.kind, self.cache, self.mapped = shards, kind, cache, mapped
@@ -77,9 +90,9 @@ class Indexes(Sequence[TarIndex]):
         if self.cache is not None and is_remote(shard.path):
             sidecar = self.cache.sidecar(shard.path)
         elif not index_path(shard.path).exists():
-            return _checked(build_index(shard.path), shard)  # the folder cannot be written to
+            return _checked(build_index(shard.path), shard)  # nowhere to save it: the folder is read-only
         index = load_index(shard.path, sidecar, check=False)
-        if sidecar is None and number not in self._checked:  # a remote tar is compared when it is fetched
+        if sidecar is None and number not in self._checked:  # a remote tar was compared when it was fetched
             check_tar(shard.path, index.tar_size, index.digest, shard.path)
         self._checked.add(number)
         return _checked(index, shard)
@@ -89,13 +102,13 @@ class Indexes(Sequence[TarIndex]):
     @overload
     def __getitem__(self, number: slice) -> Sequence[TarIndex]: ...
     def __getitem__(self, number: int | slice) -> TarIndex | Sequence[TarIndex]:
-        """The index of one shard. Raises UserError when it does not belong to its tar."""
+        """Return the index of a shard. Raises UserError when it does not belong to its tar."""
         if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
+            return [self[shard] for shard in range(*number.indices(len(self)))]
         return self._entry(number)[0]
 
     def row(self, shard: int, number: int) -> int:
-        """The row in the shard of its sample `number` among those that count."""
+        """Return the row in a shard of sample `number` of those that the dataset can use."""
         rows = self._entry(shard)[1]
         return number if rows is None else int(rows[number])
 
@@ -103,43 +116,65 @@ class Indexes(Sequence[TarIndex]):
 def _checked(index: TarIndex, shard: Shard) -> TarIndex:
     if index.digest != shard.digest:
         raise UserError(
-            f"the index of shard {shard.path} is not the one that its catalogue or plan was made of; index the folder "
-            "again: python -m data index FOLDER"
+            f"the index of shard {shard.path} changed after the catalogue was written or the run began; index the "
+            "folder again: python -m data index FOLDER"
         )
     return index
 
 
-class Corpus:
-    """The opened shards of a dataset: `counts` (S,) samples that count for each, and their indexes."""
+class ShardStore:
+    """The samples of a dataset in tars (a `data.store.DocumentStore`); each tar is a part.
 
-    def __init__(self, shards: Sequence[Shard], kind: str, cache: ShardCache | None = None) -> None:
-        self.shards = list(shards)
+    `reader` reads them; `cache` holds the copies of remote shards.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], kind: str, cache: ShardCache | None = None, mmc4: Mmc4Rule | None = None
+    ) -> None:
+        self.shards, self.kind, self.cache = list(shards), kind, cache
         self.indexes = Indexes(self.shards, kind, cache)
-        self.cache = cache
+        self.reader = ShardReader(self.indexes, local=self.local, mmc4=mmc4)
 
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        """(S,) samples that count, for each shard."""
-        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+    def lengths(self) -> list[int]:
+        """Return how many samples of each shard the dataset can use."""
+        return [shard.samples for shard in self.shards]
 
-    def row(self, shard: int, number: int) -> int:
-        """The row in the shard of its sample `number` among those that count."""
-        return self.indexes.row(shard, number)
+    def key(self, part: int, row: int) -> tuple[str, str]:
+        """Return (path of the shard, key of the sample)."""
+        index = self.indexes[part]
+        return index.path, index.key(self.indexes.row(part, row))
+
+    def read(self, part: int, row: int, *, images: bool = True) -> RawSample:
+        """Return a sample; its text is read now, its images when asked for. Raises as `ShardReader.sample`."""
+        return self.reader.sample(part, self.indexes.row(part, row), images=images)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the numbers of shards and samples, a digest of the shards, and the kind that selects the samples."""
+        digest = hashlib.sha256("".join(shard.digest for shard in self.shards).encode()).hexdigest()[:16]
+        sizes = {"shards": len(self.shards), "samples": sum(self.lengths()), "shards_sha256": digest}
+        return sizes | {"kind": self.kind}
 
     def local(self, path: str) -> str:
-        """The file that holds a shard; a remote one is fetched if it is not here yet."""
+        """Return the file that holds a shard; a remote one is fetched unless its copy is here."""
         return self.cache.local(path) if self.cache is not None and is_remote(path) else path
+
+    def limit_files(self, limit: int) -> None:
+        """Keep at most `limit` tars open and `limit` indexes mapped in a process."""
+        self.reader.max_open = min(self.reader.max_open, limit)
+        self.indexes.mapped = min(self.indexes.mapped, limit)
 
 
 def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
-    """Tars, folders, patterns and URLs (braces are expanded) to a list of tars.
+    """Return the tars that paths, folders, patterns and URLs (braces are expanded) stand for.
 
-    Raises UserError for one that leads to no shard.
+    Raises UserError when there are none, or a pattern matches none.
     """
-    found: list[str] = []
+    if not patterns:
+        raise UserError(f"{owner}shards is empty; give at least one tar, folder or pattern")
+    paths: list[str] = []
     for pattern in patterns:
         if is_remote(pattern):
-            found += expand(pattern)
+            paths += expand(pattern)
             continue
         path = Path(pattern)
         if path.is_dir():
@@ -154,8 +189,8 @@ def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
             more = expand(pattern)
         if not more:
             raise UserError(f"{owner}no shards in {pattern}: prepare the data first, or correct the path")
-        found += more
-    return found
+        paths += more
+    return paths
 
 
 def open_shards(
@@ -165,10 +200,11 @@ def open_shards(
     owner: str = "",
     share: tuple[int, int] = (0, 1),
     cache: ShardCache | None = None,
-) -> Corpus:
-    """Find out what is in every shard, and check that those of this share (rank, world size) are whole.
+    mmc4: Mmc4Rule | None = None,
+) -> ShardStore:
+    """Count the samples of every shard, and check the sizes of those in this share (rank, world size).
 
-    Raises UserError, naming the shard, for one that is missing, truncated or damaged, and when none has such a sample.
+    Raises UserError, naming the shard, for one that is missing, truncated or damaged, and when no sample has this kind.
     """
     catalogues: dict[Path, dict[str, IndexHead]] = {}
     if cache is not None:
@@ -178,7 +214,7 @@ def open_shards(
         if is_remote(path):
             if cache is None:
                 raise UserError(
-                    f"{owner}shard {path} is remote: set the dataset's cache to a folder on this machine's disk"
+                    f"{owner}shard {path} is remote; set the dataset's cache to a folder on this machine's disk"
                 )
             head = read_head(path, cache.sidecar(path))
         else:
@@ -190,11 +226,11 @@ def open_shards(
         shards.append(Shard(path, head.tar_size, head.digest, head.usable[kind]))
     if sum(shard.samples for shard in shards) == 0:
         raise UserError(f"{owner.removesuffix(': ')} has no sample of kind {kind!r} in its {len(shards)} shards")
-    return Corpus(shards, kind, cache)
+    return ShardStore(shards, kind, cache, mmc4)
 
 
 def _local_head(path: str, known: IndexHead | None, owner: str, mine: bool) -> IndexHead:
-    """A local shard's head: from the catalogue, its sidecar, or a walk over the tar (which leaves a sidecar)."""
+    """Return a local shard's head: from the catalogue, its index, or a walk over the tar (which leaves an index)."""
     try:
         size = Path(path).stat().st_size if mine or known is None else None
     except FileNotFoundError:
@@ -214,23 +250,35 @@ def _local_head(path: str, known: IndexHead | None, owner: str, mine: bool) -> I
 
 
 def read_catalogue(folder: Path) -> dict[str, IndexHead]:
-    """Shard name to head, of a folder that has a catalogue; empty where there is none, or the folder changed since."""
+    """Return shard name to head from a folder's catalogue; empty without one, or when the folder changed since.
+
+    Raises UserError for a damaged catalogue and for one of another version.
+    """
     path = folder / CATALOGUE
     try:
         if path.stat().st_mtime_ns < folder.stat().st_mtime_ns:
             return {}
         body = json.loads(path.read_bytes())
+        if body["v"] != VERSION:
+            raise UserError(
+                f"catalogue {path} has version {body['v']}, this program reads version {VERSION}; write it again: "
+                f"python -m data index {folder}"
+            )
         return {name: IndexHead(size, digest, usable) for name, size, digest, usable in body["shards"]}
     except FileNotFoundError:
         return {}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); write it again: python -m data index {folder}") from None
+        raise UserError(
+            f"catalogue {path} is damaged ({error}); write it again: python -m data index {folder}"
+        ) from None
 
 
 def write_catalogue(folder: Path, heads: dict[str, IndexHead]) -> Path:
-    """Write what `read_catalogue` reads."""
+    """Write a folder's catalogue and return its path."""
     rows = [[name, head.tar_size, head.digest, head.usable] for name, head in sorted(heads.items())]
     path = folder / CATALOGUE
-    write_atomically(path, json.dumps({"v": 1, "shards": rows}, separators=(",", ":")))
-    os.utime(path)  # newer than the folder, which its own arrival has just changed
+    write_atomically(path, json.dumps({"v": VERSION, "shards": rows}, separators=(",", ":")))
+    os.utime(path)  # the rename has just changed the folder, and the catalogue must not be older than it
     return path

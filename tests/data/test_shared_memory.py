@@ -1,4 +1,4 @@
-"""Batches through shared slabs: the same tensors, slabs that come back, and ordinary memory where they do not."""
+"""Batches through shared buffers: equal tensors, buffers that come back, and ordinary memory where they do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.batches.batch import Batch
 from data.batches.collate import FlamingoCollate, LanguageCollate
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
-from data.loading.shared_memory import Slabs
+from data.loading.shared_memory import SharedBuffers
 from tests.data.helpers import byte_processor, same, write_documents
 from tests.fixtures import byte_tokenizer
 
@@ -31,58 +31,58 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def sent(slabs: Slabs, given: dict[str, Tensor]) -> Batch:
-    """A batch as it arrives; its pixels were made in the slab, the rest elsewhere."""
-    arena = slabs.take()
-    assert arena is not None
-    pixels = arena.empty(given["pixels"].shape, torch.uint8)
+def sent(buffers: SharedBuffers, given: dict[str, Tensor]) -> Batch:
+    """A batch as it arrives; its pixels were made in the buffer, the rest elsewhere."""
+    writer = buffers.take()
+    assert writer is not None
+    pixels = writer.empty(given["pixels"].shape, torch.uint8)
     pixels.copy_(given["pixels"])
-    made = arena.sealed(Batch("d", given | {"pixels": pixels}, ["k"]))
-    del arena, pixels
+    made = writer.sealed(Batch("d", given | {"pixels": pixels}, ["k"]))
+    del writer, pixels
     received: Batch = pickle.loads(pickle.dumps(made))
     return received
 
 
-def test_a_batch_arrives_as_it_was_and_its_slab_comes_back() -> None:
-    slabs = Slabs(1, 4096)
+def test_a_batch_arrives_as_it_was_and_its_buffer_comes_back() -> None:
+    buffers = SharedBuffers(1, 4096)
     for _ in range(3):
-        batch = sent(slabs, tensors())
+        batch = sent(buffers, tensors())
         assert batch.keys == ["k"]
         assert same(batch.tensors, tensors())
         storages = {tensor.untyped_storage().data_ptr() for tensor in batch.tensors.values()}
         assert len(storages) == 1
-        assert slabs.take() is None  # as long as anything of the batch is there
+        assert buffers.take() is None  # as long as anything of the batch is there
         part = batch.tensors["pixels"][1]
         del batch
         gc.collect()
-        assert slabs.take() is None
+        assert buffers.take() is None
         assert part.tolist() == tensors()["pixels"][1].tolist()
         del part
         gc.collect()
-        arena = slabs.take()
-        assert arena is not None
-        slabs.release(arena.number)
+        writer = buffers.take()
+        assert writer is not None
+        buffers.release(writer.number)
 
 
 def test_what_does_not_fit_goes_the_ordinary_way() -> None:
-    slabs = Slabs(1, 100)
+    buffers = SharedBuffers(1, 100)
     given = tensors() | {"more": torch.arange(100)}
-    batch = sent(slabs, given)
+    batch = sent(buffers, given)
     assert same(batch.tensors, given)
-    assert slabs.take() is not None  # given back at once
+    assert buffers.take() is not None  # given back at once
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_gives_nothing_back() -> None:
-    slabs = Slabs(1, 4096)
-    batch = sent(slabs, tensors())
+    buffers = SharedBuffers(1, 4096)
+    batch = sent(buffers, tensors())
     child = os.fork()
     if child == 0:
         batch.tensors.clear()
         gc.collect()
         os._exit(0)
     os.waitpid(child, 0)
-    assert slabs.take() is None
+    assert buffers.take() is None
     assert same(batch.tensors, tensors())
 
 
@@ -95,7 +95,7 @@ def test_workers_give_what_is_made_here(tmp_path: Path, pack: int) -> None:
     collates: dict[str, Any] = {"d": FlamingoCollate(byte_processor()), "t": LanguageCollate(byte_tokenizer())}
     here = MixLoader([spec, text], collates, prefetch_factor=0)
     there = MixLoader([spec, text], collates, num_workers=2)
-    kept = list(itertools.islice(there, 30))  # many more than there are slabs
+    kept = list(itertools.islice(there, 30))  # many more than there are buffers
     for mine, other in zip(itertools.islice(here, 30), kept, strict=True):
         for name in ("d", "t"):
             assert same(mine.batches[name][0].tensors, other.batches[name][0].tensors)

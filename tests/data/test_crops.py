@@ -1,4 +1,4 @@
-"""Rows: tokens, who sees what, and what is learnt, against a reading of the rules one token at a time."""
+"""Rows: tokens, who sees what, and what is in the loss, against a reading of the rules one token at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batches.tokenize import IGNORED, CachedEncoder, Row, SpecialTokens, make_row, tokenize_document
+from data.batches.tokenize import IGNORED, CachedEncoder, SpecialTokens, TokenRow, make_row, tokenize_document
 from data.shards.document import Image, Node, Text
 from flamingo.layers.media_mask import phi_from_ids
 
@@ -20,7 +20,7 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
-def row_of(nodes: list[Node], special: SpecialTokens = SPECIAL, **options: object) -> Row:
+def row_of(nodes: list[Node], special: SpecialTokens = SPECIAL, **options: object) -> TokenRow:
     options = {"max_tokens": 256, "max_images": 5} | options
     return make_row(tokenize_document(nodes, encode, special), special, **options)  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ NODES = st.lists(
     nodes=NODES,
     max_tokens=st.integers(3, 40),
     max_images=st.integers(1, 5),
-    window=st.sampled_from(["random", "start"]),
+    crop=st.sampled_from(["random", "start"]),
     draws=st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
     p_next=st.sampled_from([0.0, 0.5, 1.0]),
     special=st.sampled_from([SPECIAL, BOS]),
@@ -103,7 +103,7 @@ def test_rows_against_the_rules(
     nodes: list[Node],
     max_tokens: int,
     max_images: int,
-    window: str,
+    crop: str,
     draws: tuple[float, float],
     p_next: float,
     special: SpecialTokens,
@@ -114,7 +114,7 @@ def test_rows_against_the_rules(
         special,
         max_tokens=max_tokens,
         max_images=max_images,
-        window=window,
+        crop=crop,
         next_image_probability=p_next,
         draws=draws,
     )
@@ -123,32 +123,32 @@ def test_rows_against_the_rules(
     # A run of the document's tokens; the document's images there are the row's, in their order.
     starts = [s for s in range(len(document.ids)) if document.ids[s : s + len(body)] == body]
     shown = [
-        [p for place, p in zip(document.places, document.images, strict=True) if s <= place < s + len(body)]
+        [p for position, p in zip(document.positions, document.images, strict=True) if s <= position < s + len(body)]
         for s in starts
     ]
     assert row.images in shown or not body
     assert body.count(special.image) == len(row.images) <= max_images
-    if window == "start":
+    if crop == "start":
         assert body == document.ids[: len(body)]
     # phi, token by token.
     see_next = draws[1] < p_next
-    places = [position for position, token in enumerate(row.ids) if token == special.image]
+    positions = [position for position, token in enumerate(row.ids) if token == special.image]
     for position in range(len(row.ids)):
-        before = sum(place <= position for place in places)
-        if see_next and position not in places:
-            before = before + 1 if before < len(places) else 0
+        before = sum(image <= position for image in positions)
+        if see_next and position not in positions:
+            before = before + 1 if before < len(positions) else 0
         assert row.phi[position] == before
     if len(row.ids):
         ids = torch.from_numpy(row.ids)[None]
         way = "next" if see_next else "previous"
         assert torch.equal(phi_from_ids(ids, special.image, attend=way)[0], torch.from_numpy(row.phi))
     # No label on an image, none on BOS, and every other label is the token itself.
-    learnt = row.labels != IGNORED
-    assert np.array_equal(row.labels[learnt], row.ids[learnt])
-    assert not set(row.ids[learnt].tolist()) & {special.image, special.bos}
+    in_loss = row.labels != IGNORED
+    assert np.array_equal(row.labels[in_loss], row.ids[in_loss])
+    assert not set(row.ids[in_loss].tolist()) & {special.image, special.bos}
 
 
-def test_windows_reach_every_place() -> None:
+def test_crops_reach_every_position() -> None:
     document = tokenize_document([Text("abcdefghij")], encode, SPECIAL)
     starts = {
         int(make_row(document, SPECIAL, max_tokens=4, max_images=1, draws=(draw, 0.5)).ids[0])
@@ -157,12 +157,12 @@ def test_windows_reach_every_place() -> None:
     assert starts == set(b"abcdefghi")
 
 
-def test_an_image_that_ends_a_window_is_not_shown() -> None:
+def test_an_image_that_ends_a_crop_is_not_shown() -> None:
     nodes: list[Node] = [Text("abcd"), Image((0,)), Text("efgh")]
-    row = row_of(nodes, max_tokens=6, window="start")
+    row = row_of(nodes, max_tokens=6, crop="start")
     assert row.ids.tolist() == [*b"abcd", 1001]
     assert row.images == []
-    following = row_of(nodes, max_tokens=6, window="start", next_image_probability=1.0)
+    following = row_of(nodes, max_tokens=6, crop="start", next_image_probability=1.0)
     assert following.phi.tolist() == [1] * 6  # here the text before it does see it
 
 
