@@ -224,6 +224,7 @@ def from_backbones(
     image_size: int | None = None,
     cross_attn_every_n_layers: int = 1,
     cross_attn_layers: list[int] | None = None,
+    connector: str = "perceiver",
     resampler: Mapping[str, Any] | None = None,
     cross_attention: Mapping[str, Any] | None = None,
     max_frames: int | None = None,
@@ -242,7 +243,8 @@ def from_backbones(
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
         cross_attn_layers: those layers by number instead.
-        resampler: options of `ResamplerConfig`.
+        connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
+        resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: where the LM's layers are, if they are not found.
@@ -263,6 +265,7 @@ def from_backbones(
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
+        connector=connector,
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),
         cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),

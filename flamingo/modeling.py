@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_toke
 from flamingo.language.loss import IGNORED, changes_logits, mean_nll, next_labels
 from flamingo.language.packing import counted_positions, packed_inputs
 from flamingo.layers.attention import laid_out
+from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.layers.resampler import PerceiverResampler
 from flamingo.vision.encoder import VisionEncoder, build_tower, repair_buffers
 from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
@@ -92,7 +92,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GatedCrossAttentionBlock", "PerceiverLayer"]  # noqa: RUF012
+    _no_split_modules = ["GatedCrossAttentionBlock"]  # noqa: RUF012  (those of the connector are its own)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -101,7 +101,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _state: CallState
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
-    resampler: PerceiverResampler
+    resampler: Connector
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
     policy: dict[str, str]
@@ -112,10 +112,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         if isinstance(module, GatedCrossAttentionBlock):
             init.constant_(module.attn_gate, module.gate_init)
             init.constant_(module.ff_gate, module.gate_init)
-        elif isinstance(module, PerceiverResampler):
-            init.normal_(module.latents, std=module.init_std)
-            if module.frame_embeddings is not None:
-                init.normal_(module.frame_embeddings, std=module.init_std)
+        elif isinstance(module, Connector):
+            module.initialize()
         elif isinstance(module, NewTokens):
             init.normal_(module.input_rows, std=0.02)
             if module.output_rows is not None:
@@ -292,8 +290,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
             # validation too, and give gradients (of zeros) for the same parameters, whether its batch has images or
             # not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
-        latents = self.resampler.latents
-        return latents.new_zeros(0, *latents.shape)
+        return self.resampler.empty()
 
     def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:
         """Return the images of this call: given, encoded now, remembered by the cache, or the last two together."""
@@ -328,13 +325,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 raise UserError("the language model was built by the caller and cannot be rebuilt; pass language=...")
             causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = causal_lm
-        self.resampler = PerceiverResampler(config.vision.width, **asdict(config.resampler))
+        self.resampler = connector_class(config.connector)(config.vision.width, **config.resampler_config)
         width = config.text_config.get_text_config(decoder=True).hidden_size
         self.cross_attn_blocks = nn.ModuleDict(
             {
-                str(i): GatedCrossAttentionBlock(
-                    width, config.resampler.width or config.vision.width, **asdict(config.cross_attention)
-                )
+                str(i): GatedCrossAttentionBlock(width, self.resampler.width, **config.cross_attention_config)
                 for i in config.cross_attn_layers or ()
             }
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +211,7 @@ CHECKS: dict[str, Check] = {
         compiled,
     )
 }
-"""Name -> check. `two_processes` is apart, in `flamingo.training.distributed.conformance`: it starts processes."""
+"""Name -> check. The check `two_processes` needs the trainer: `flamingo.training.distributed.conformance`."""
 
 
 def gradients(
@@ -251,18 +251,31 @@ def close(ours: Tensor, theirs: Tensor, what: str, *, least: float = 1.0) -> str
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a check said of an LM."""
+class CheckResult:
+    """Whether an LM passed a check, and by how much."""
 
     check: str
     passed: bool
     note: str
 
 
-def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[Outcome]:
-    """Yield the outcome of each check; whatever a check raises is an outcome too."""
+def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[CheckResult]:
+    """Yield the result of each check; an exception inside a check is a failure with its message."""
     for name in checks:
         try:
-            yield Outcome(name, True, CHECKS[name](make))
+            yield CheckResult(name, True, CHECKS[name](make))
         except Exception as error:
-            yield Outcome(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            yield CheckResult(name, False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+
+def print_table(checks: Sequence[str], results: Iterable[tuple[str, Iterable[CheckResult]]]) -> int:
+    """Print a row of check results for each LM as they come, then the failures; return how many there are."""
+    print("  ".join([f"{'language model':16}", *(f"{check:>9}" for check in checks)]))
+    failures = []
+    for language, row in results:
+        row = list(row)
+        cells = [f"{r.note if r.passed else 'FAILED':>{max(9, len(r.check))}}" for r in row]
+        print("  ".join([f"{language:16}", *cells]), flush=True)
+        failures += [f"{language}, {r.check}: {r.note}" for r in row if not r.passed]
+    print("\n".join(failures) or f"all passed: equal, or different by at most {TOLERANCE:g} of the largest value")
+    return len(failures)

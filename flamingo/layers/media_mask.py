@@ -91,19 +91,6 @@ def _behind_reset(
     return behind if seen is None else behind | ((seen < 0)[:, None] & (image == 0))
 
 
-def visibility(phi: Int[Tensor, "B T"], num_images: int, *, all_previous: bool = False) -> Bool[Tensor, "B T M"]:
-    """Return the mask of which token sees which of its row's first `num_images` images.
-
-    One token sees one image or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
-
-        phi        0 1 1 2        all_previous   0 1 1 2
-        image 1  . x x .                       . x x x
-        image 2  . . . x                       . . . x
-    """
-    index = torch.arange(1, num_images + 1, device=phi.device)
-    return index <= phi[..., None] if all_previous else phi[..., None] == index
-
-
 def slots_from_phi(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
     """Return the place in the flat stack of the image each token sees, -1 for none.
 

@@ -93,21 +93,6 @@ def encode(
     return resampler(encoder(frames[:, None])[:, 0], counts)
 
 
-def by_length(
-    work: Callable[[Tensor], Tensor], features: Float[Tensor, "N P D"], counts: Sequence[int]
-) -> Float[Tensor, "I L E"]:
-    """Return what `work`, (I, F, P, D) to (I, L, E), makes of each image; it runs once for each number of frames."""
-    first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
-    groups, order = [], []
-    for number in sorted(set(counts)):
-        which = [image for image, count in enumerate(counts) if count == number]
-        places = (first[which][:, None] + torch.arange(number)).to(features.device)
-        groups.append(work(features[places]))
-        order += which
-    back = torch.tensor(order).argsort().to(features.device)
-    return torch.cat(groups).index_select(0, back)
-
-
 def frames_of(
     frames: Shaped[Tensor, "N C S S"], counts: Sequence[int], images: Sequence[int]
 ) -> tuple[Shaped[Tensor, "M C S S"], list[int]]:

@@ -12,7 +12,8 @@ from PIL import Image as PILImage
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from data.toy.vocabulary import write_tokenizer
-from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.config import CrossAttentionConfig
+from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.config import (
     DataConfig,
     LanguageSource,

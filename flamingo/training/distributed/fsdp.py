@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from flamingo.errors import UserError
 from flamingo.language.hooks import find_decoder_layers
-from flamingo.layers.resampler import FeedForward
+from flamingo.layers.feed_forward import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 

@@ -169,8 +169,9 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         lm,
         vision_pretrained=vision.pretrained,
         tokenizer=language.tokenizer,
-        cross_attn_every_n_layers=model.cross_attn_every_n_layers,
-        resampler=asdict(model.resampler),
+        cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
+        connector=model.connector,
+        resampler=model.connector_config(),
         cross_attention=asdict(model.cross_attention),
         **options,
     )
@@ -231,9 +232,10 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
     return FlamingoConfig(
         vision_config=asdict(vision),
         text_config=dict(model.language.config),
-        resampler_config=asdict(model.resampler),
+        connector=model.connector,
+        resampler_config=model.connector_config(),
         cross_attention_config=asdict(model.cross_attention),
-        cross_attn_every_n_layers=model.cross_attn_every_n_layers,
+        cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
         image_token_id=vocab,
         eoc_token_id=vocab + 1,
     )

@@ -16,7 +16,7 @@ from flamingo.backbones import load_language
 from flamingo.errors import UserError
 from flamingo.language.embeddings import embedding_table, table_shape
 from flamingo.processor import FlamingoProcessor, ImageTransform
-from flamingo.training.checkpoints.trained_weights import fingerprint, manifest_of
+from flamingo.training.checkpoints.trained_weights import fingerprint, frozen_fingerprints
 from flamingo.training.config import ModelConfig, RunConfig
 from flamingo.training.distributed.fsdp import Processes, Strategy, compile_layers, shard, store
 from flamingo.training.distributed.units import fsdp_units
@@ -115,7 +115,7 @@ def flamingo_setup(
     policy = asdict(model.freeze)
     with_adapters = policy["language"] == "lora"
     flamingo.freeze({**policy, "language": "frozen"} if with_adapters else policy)
-    frozen = manifest_of(flamingo)["fingerprints"]  # of the LM as it was: adapters change its keys
+    frozen = frozen_fingerprints(flamingo)  # of the LM as it was: adapters change its keys
     path = flamingo.config.decoder_layers_path
     adapters = add_lora(flamingo.language_model, model, path) if with_adapters else None
 
