@@ -12,7 +12,7 @@ from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, training_ste
 from flamingo.inference.scoring import Trie
 
 
-def tower(size: Size) -> int:
+def encoder(size: Size) -> int:
     """The encoder at one image: patches, then layers of 12 width^2 weights over patches and class token."""
     w, tokens = size.vision_width, size.patches + 1
     return 2 * size.patches * w * 3 * size.patch**2 + size.vision_layers * (24 * w**2 * tokens + 4 * tokens**2 * w)
@@ -49,7 +49,7 @@ def head(size: Size, positions: int) -> int:
 
 def seeing(size: Size, images: int) -> int:
     """All that is done with images before the text."""
-    return images * (tower(size) + resampler(size) + keys_values(size))
+    return images * (encoder(size) + resampler(size) + keys_values(size))
 
 
 def decode_step(size: Size, shots: int) -> int:
@@ -79,7 +79,7 @@ def update(size: Size, rows: list[Row]) -> int:
     tokens = len(rows[0].ids)
     images = sum(len(row.images) for row in rows)
     labelled = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
-    total = images * (tower(size) + 3 * (resampler(size) + keys_values(size)))
+    total = images * (encoder(size) + 3 * (resampler(size) + keys_values(size)))
     total += 2 * (len(rows) * language(size, tokens) + head(size, labelled))
     return total + 3 * blocks(size, len(rows) * tokens)
 

@@ -21,7 +21,7 @@ class Ours:
     """
 
     def __init__(self, size: Size, variant: str = "fp32") -> None:
-        tower, lm = backbones(size)
+        encoder, lm = backbones(size)
         resampler = {"depth": size.depth, "latents": size.latents, "heads": size.heads, "head_dim": size.head_dim}
         config = FlamingoConfig(
             vision_config={"arch": vision_arch(size), "image_size": size.image_size},
@@ -31,7 +31,7 @@ class Ours:
             image_token_id=image_id(size),
             eoc_token_id=image_id(size) + 1,
         )
-        self.model = FlamingoForConditionalGeneration(config, vision_tower=tower, causal_lm=lm).eval()
+        self.model = FlamingoForConditionalGeneration(config, vision_module=encoder, causal_lm=lm).eval()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):

@@ -29,11 +29,11 @@ MOST_IMAGES = 5
 
 
 class TokensBeforeNorm(nn.Module):
-    """An open_clip tower that returns (nothing, patch tokens), as `output_tokens` did up to open_clip 2.22."""
+    """An open_clip encoder that returns (nothing, patch tokens), as `output_tokens` did up to open_clip 2.22."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.tower = tower
+        self.tower = encoder
 
     def forward(self, pixels: Tensor) -> tuple[None, Tensor]:
         return None, patch_tokens(self.tower, pixels)
@@ -49,9 +49,9 @@ class NeedsNoMask:
 class Vision(nn.Module):
     """What `Flamingo` takes for an open_clip model: it only reads `visual`."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.visual = TokensBeforeNorm(tower)
+        self.visual = TokensBeforeNorm(encoder)
 
 
 def build(size: Size) -> Any:
@@ -59,13 +59,13 @@ def build(size: Size) -> Any:
     flamingo = import_module("open_flamingo").Flamingo
     mixin = import_module("open_flamingo.src.flamingo_lm").FlamingoLMMixin
     extend = import_module("open_flamingo.src.utils").extend_instance
-    tower, lm = backbones(size)
+    encoder, lm = backbones(size)
     extend(lm, mixin)
     extend(lm, NeedsNoMask)
     lm.set_decoder_layers_attr_name("model.decoder.layers")  # type: ignore[operator]
     lm.resize_token_embeddings(size.vocab + 2, mean_resizing=False)
     media, end = image_id(size), image_id(size) + 1
-    model = flamingo(Vision(tower), lm, end, media, vis_dim=size.vision_width).eval()
+    model = flamingo(Vision(encoder), lm, end, media, vis_dim=size.vision_width).eval()
     shapes = _own_shapes(size)
     own = {name: seeded(name, shape) for name, shape in shapes.items()}
     rows = own.pop("new_tokens.input_rows")

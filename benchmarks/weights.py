@@ -38,7 +38,7 @@ def vision_arch(size: Size) -> dict[str, Any]:
 def backbones(size: Size) -> tuple[nn.Module, PreTrainedModel]:
     """The encoder and the LM."""
     torch.manual_seed(0)
-    tower = build_open_clip(vision_arch(size))
+    encoder = build_open_clip(vision_arch(size))
     config = OPTConfig(
         vocab_size=size.vocab,
         hidden_size=size.lm_width,
@@ -49,7 +49,7 @@ def backbones(size: Size) -> tuple[nn.Module, PreTrainedModel]:
         max_position_embeddings=2048,
         dropout=0.0,
     )
-    return tower.eval(), OPTForCausalLM(config).eval()
+    return encoder.eval(), OPTForCausalLM(config).eval()
 
 
 def peer_state(own: dict[str, Tensor]) -> dict[str, Tensor]:

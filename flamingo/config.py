@@ -58,7 +58,7 @@ class VisionConfig:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         if not self.width and self.arch:
             plain = self.arch.get("vision_cfg", {}).get("width") or self.arch.get("hidden_size")
-            self.width = int(plain or 0)  # timm towers do not say; `backbones.load_vision` runs them once
+            self.width = int(plain or 0)  # timm encoders do not say; `backbones.load_vision` runs them once
         choice("vision_config.kind", self.kind, VISION_KINDS)
         choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad", "pad_mean"))
 

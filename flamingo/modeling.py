@@ -47,7 +47,7 @@ from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.vision.encoder import VisionEncoder, build_tower, repair_buffers
+from flamingo.vision.encoder import VisionEncoder, build_encoder, repair_buffers
 from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
 PARTS = {
@@ -203,7 +203,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             raise UserError(
                 f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
             )
-        built = {"vision_tower": vision, "causal_lm": language}
+        built = {"vision_module": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
         loaded = super().from_pretrained(folder, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -308,18 +308,18 @@ class EncodesMedia(FlamingoPreTrainedModel):
 class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     """Text and images in, next tokens out.
 
-    Built from a config with random weights, or by `from_backbones` / `from_pretrained`. `vision_tower` and `causal_lm`
+    Built from a config with random weights, or by `from_backbones` / `from_pretrained`. `vision_module` and `causal_lm`
     are built modules to use instead of what the config describes.
     """
 
     def __init__(
-        self, config: FlamingoConfig, vision_tower: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
+        self, config: FlamingoConfig, vision_module: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
-        for built in (vision_tower, causal_lm):
+        for built in (vision_module, causal_lm):
             for module in built.modules() if built is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self.vision_encoder = VisionEncoder(vision_tower or build_tower(config.vision), config.vision)
+        self.vision_encoder = VisionEncoder(vision_module or build_encoder(config.vision), config.vision)
         if causal_lm is None:
             if config.language_kind == "module":
                 raise UserError("the language model was built by the caller and cannot be rebuilt; pass language=...")

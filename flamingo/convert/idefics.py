@@ -86,13 +86,13 @@ def from_idefics(
         )
     to = dtype_of(clean, dtype)
     with empty_weights(to):
-        tower = CLIPVisionModel(clip_config(source))
+        encoder = CLIPVisionModel(clip_config(source))
         lm = LlamaForCausalLM(llama_config(source))
     for name in [name for name in clean if name.startswith("vision_encoder.tower.")]:
-        if hasattr(tower, "vision_model"):  # transformers before 5.23
+        if hasattr(encoder, "vision_model"):  # transformers before 5.23
             clean[name.replace("tower.", "tower.vision_model.", 1)] = clean.pop(name)
     processor = _processor(load_tokenizer(tokenizer), source)
-    model = assemble(_flamingo_config(source, lm.config, processor), tower, lm, processor, to)
+    model = assemble(_flamingo_config(source, lm.config, processor), encoder, lm, processor, to)
     load_clean(model, clean, loaded=())
     return model, processor
 

@@ -90,7 +90,7 @@ def from_openflamingo(
     if dtype is None and isinstance(language, PreTrainedModel):
         dtype = embedding_table(language).weight.dtype
     to = dtype_of(clean, dtype)
-    tower, described = _vision(clean, vision, vision_pretrained, image_size, vision_options or {}, to)
+    encoder, described = _vision(clean, vision, vision_pretrained, image_size, vision_options or {}, to)
     described = replace(described, final_norm=final_norm)
     lm, lm_tokenizer, has_lm = _language(clean, language, tokenizer, to)
     layers = _layers(clean, lm, cross_attn_every_n_layers)
@@ -99,7 +99,7 @@ def from_openflamingo(
     _take_table(clean, lm, processor, has_lm=has_lm, any_rows=allow_changed_embeddings)
     parts = {"resampler_config": {**size, **heads}, "cross_attention_config": heads, "cross_attn_layers": layers}
     config = _config(described, lm, processor, parts)
-    model = assemble(config, tower, lm, processor, to)
+    model = assemble(config, encoder, lm, processor, to)
     _add_new_rows(clean, model)
     has_vision = any(name.startswith("vision_encoder.") for name in clean)
     held = {"vision_encoder.": has_vision, "language_model.": has_lm}
@@ -133,16 +133,16 @@ def _vision(
     held = [name for name in clean if name.startswith("vision_encoder.tower.")]
     if held and isinstance(vision, str) and _is_open_clip(vision):
         config = open_clip_config(vision, pretrained, image_size)
-        tower = build_open_clip(config.arch or {})
-        config = replace(config, width=token_width(tower, config.image_size))
+        encoder = build_open_clip(config.arch or {})
+        config = replace(config, width=token_width(encoder, config.image_size))
     else:
-        tower, config = load_vision(vision, pretrained=pretrained, image_size=image_size, **options)
-        if tower is vision and (held or next(tower.parameters()).dtype != dtype):
-            tower = copy.deepcopy(tower)  # the caller's
-    if held and any(key.startswith("vision_model.") for key in tower.state_dict()):
+        encoder, config = load_vision(vision, pretrained=pretrained, image_size=image_size, **options)
+        if encoder is vision and (held or next(encoder.parameters()).dtype != dtype):
+            encoder = copy.deepcopy(encoder)  # the caller's
+    if held and any(key.startswith("vision_model.") for key in encoder.state_dict()):
         for name in held:  # transformers before 5.23 keeps CLIP's encoder under this name
             clean[name.replace("tower.", "tower.vision_model.", 1)] = clean.pop(name)
-    return tower.to(dtype), config
+    return encoder.to(dtype), config
 
 
 def _is_open_clip(name: str) -> bool:

@@ -47,7 +47,7 @@ def backbones_of(
     parts = (config.get("text_config"), config.get("vision_config"))
     if kind not in ("otter", "flamingo") or not all(isinstance(part, Mapping) for part in parts):
         raise UserError(f"config.json is not Otter's: its model_type is {kind!r}")
-    tower: Any = vision
+    encoder: Any = vision
     size = None
     if vision is None:
         source = dict(config["vision_config"])
@@ -56,9 +56,9 @@ def backbones_of(
         clip = config_from(CLIPVisionConfig, _known(source, CLIPVisionConfig))
         size = clip.image_size
         with empty_weights(torch.float32):
-            tower = AutoModel.from_config(clip)
+            encoder = AutoModel.from_config(clip)
     return {
-        "vision": tower,
+        "vision": encoder,
         "image_size": size,
         "language": language or _language(dict(config["text_config"])),
         "extra_tokens": (ANSWER,) if kind == "otter" else (),

@@ -491,7 +491,11 @@ class TrainConfig:
             ("data.num_workers", self.data.num_workers, 0),
             ("optim.warmup_steps", self.optim.warmup_steps, 0),
             ("model.language.vocab_size", self.model.language.vocab_size, 260),
-            ("model.cross_attn_every_n_layers", 1 if (every := self.model.cross_attn_every_n_layers) is None else every, 1),
+            (
+                "model.cross_attn_every_n_layers",
+                1 if (every := self.model.cross_attn_every_n_layers) is None else every,
+                1,
+            ),
         ):
             if value < least:
                 yield f"{key}={value} is below its least value {least}"

@@ -50,17 +50,17 @@ def resized_positions(
 
 
 @torch.no_grad()
-def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None:
+def resize_encoder(encoder: Any, image_size: int, *, antialias: bool = True) -> None:
     """Make an encoder take images of `image_size` px, in place.
 
-    open_clip's towers, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
+    open_clip's encoders, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
     module. Convolutional encoders and those that interpolate in every forward pass (DINOv2) stay as they are.
     `antialias=False` is transformers' own `interpolate_pos_encoding`; timm and open_clip have no such thing.
 
     Raises:
         UserError: timm needs a multiple of the patch size; the positions are of a kind that is not known here.
     """
-    trunk = getattr(tower, "trunk", tower)
+    trunk = getattr(encoder, "trunk", encoder)
     if hasattr(trunk, "set_input_size"):  # timm, inside open_clip's adapter or bare
         patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))[0]
         if image_size % patch:
@@ -68,27 +68,27 @@ def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None
                 f"{type(trunk).__name__} of timm takes sides that are multiples of its patch, {patch} px; "
                 f"image_size={image_size} is none, {image_size // patch * patch} is"
             )
-        tower.set_input_size((image_size, image_size))
+        encoder.set_input_size((image_size, image_size))
         return
-    if isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):  # open_clip's own
-        grid = _grid(image_size, tower.patch_size)
-        old = tower.positional_embedding
-        tower.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
-        tower.image_size, tower.grid_size = (image_size, image_size), (grid, grid)
-    for module in tower.modules():
+    if isinstance(getattr(encoder, "positional_embedding", None), nn.Parameter):  # open_clip's own
+        grid = _grid(image_size, encoder.patch_size)
+        old = encoder.positional_embedding
+        encoder.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
+        encoder.image_size, encoder.grid_size = (image_size, image_size), (grid, grid)
+    for module in encoder.modules():
         if isinstance(getattr(module, "position_embedding", None), nn.Embedding):  # transformers' CLIP, SigLIP, ...
             _resize_embedding(module, image_size, antialias)
         elif _has_fixed_positions(module):  # its ViT, DeiT, ...
             _resize_parameter(module, image_size, antialias)
         else:
             continue
-        if hasattr(tower, "config"):
-            tower.config.image_size = image_size
+        if hasattr(encoder, "config"):
+            encoder.config.image_size = image_size
     try:
-        token_width(tower, image_size)
+        token_width(encoder, image_size)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(
-            f"{type(tower).__name__} does not take images of {image_size} px ({_first_line(error)}), and its "
+            f"{type(encoder).__name__} does not take images of {image_size} px ({_first_line(error)}), and its "
             "positions are not of a kind that is interpolated here; build it for that size"
         ) from error
 
@@ -138,18 +138,18 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
-    """Return the width D of a tower's tokens, from a run at this size.
+def checked_width(encoder: nn.Module, image_size: int, name: str) -> int:
+    """Return the width D of a encoder's tokens, from a run at this size.
 
     Raises:
-        UserError: the tower does not take images of this size.
+        UserError: the encoder does not take images of this size.
     """
     try:
-        return token_width(tower, image_size)
+        return token_width(encoder, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{name} does not take images of {image_size} px ({_first_line(error)}); "
-            f"flamingo.vision.resize.resize_tower(module, {image_size}) interpolates learned positions"
+            f"flamingo.vision.resize.resize_encoder(module, {image_size}) interpolates learned positions"
         ) from error
 
 
@@ -175,23 +175,23 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
     native = int(described.input_size[-1])
     vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": native}
     arch = {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}
-    tower: Any = build_open_clip(arch)
+    encoder: Any = build_open_clip(arch)
     if pretrained:
-        _load_timm_weights(tower.trunk, tagged, file)
+        _load_timm_weights(encoder.trunk, tagged, file)
     size = image_size or native
     if size != native:
-        resize_tower(tower, size)
+        resize_encoder(encoder, size)
         vision_cfg["image_size"] = size
     config = VisionConfig(
         kind="open_clip",
         name=name,
         arch=arch,
-        width=checked_width(tower.eval(), size, name),
+        width=checked_width(encoder.eval(), size, name),
         image_size=size,
         mean=tuple(described.mean),
         std=tuple(described.std),
     )
-    return tower, config
+    return encoder, config
 
 
 def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:

@@ -58,7 +58,7 @@ def test_images_decide_and_a_cache_changes_nothing(connector: str) -> None:
         after = model(**(dict(inputs) | {"pixel_values": 255 - inputs["pixel_values"]})).logits
     assert (before - after).abs().max() > 1e-2
     assert torch.allclose(before[2], after[2], atol=1e-6)  # the row without an image
-    assert model.score_candidates(inputs, ["a", "bc"]).shape == (3, 2)
+    assert model.score_candidates(inputs, [[40], [41, 42]]).shape == (3, 2)
 
 
 @pytest.mark.parametrize("connector", list(CONNECTORS))

@@ -34,7 +34,7 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.config import ModelConfig
 from flamingo.training.objectives.losses import ContrastiveObjective
-from flamingo.vision.encoder import build_open_clip, describe_tower
+from flamingo.vision.encoder import build_open_clip, describe_encoder
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
@@ -227,7 +227,7 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
     arch = open_clip_arch(model.vision.config)
     size = arch["vision_cfg"].get("image_size", 224)
     with torch.device("meta"):
-        vision = describe_tower(build_open_clip(arch), name="", image_size=size, kind="open_clip", arch=arch)
+        vision = describe_encoder(build_open_clip(arch), name="", image_size=size, kind="open_clip", arch=arch)
     vocab = int(model.language.config["vocab_size"])
     return FlamingoConfig(
         vision_config=asdict(vision),
