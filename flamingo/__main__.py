@@ -29,9 +29,9 @@ def doctor() -> int:
     missing = 0
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in NEEDED:
-        found = _version(name)
-        missing += found is None
-        print(f"  {name:16} {found or 'MISSING: pip install flamingo-vlm'}")
+        installed = _version(name)
+        missing += installed is None
+        print(f"  {name:16} {installed or 'MISSING: pip install flamingo-vlm'}")
     for name, use in OPTIONAL.items():
         print(f"  {name:16} {_version(name) or 'not installed'} ({use})")
     if missing:

@@ -1,6 +1,6 @@
 """Turning names, folders and built modules into an encoder and a language model.
 
-Notable: a name that would need the network is refused at once and in one sentence where there is none, instead of
+A name that would need the network is refused at once and in one sentence where there is none, instead of
 after a minute of silent retries; what is in the local cache is used.
 """
 
@@ -150,8 +150,8 @@ def _cached_open_clip(name: str, pretrained: str) -> str:
 
     repo = str(get_pretrained_cfg(name, pretrained).get("hf_hub", "")).strip("/")
     for file in (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"):
-        if repo.count("/") == 1 and isinstance(found := try_to_load_from_cache(repo, file), str):
-            return found
+        if repo.count("/") == 1 and isinstance(cached := try_to_load_from_cache(repo, file), str):
+            return cached
     raise UserError(
         f"the weights {pretrained!r} of open_clip's {name} are not in the local cache and the network is not "
         "reachable; give vision= a local folder, or vision_pretrained= a file"
@@ -247,7 +247,7 @@ def from_backbones(
         resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
-        decoder_layers_path: where the LM's layers are, if they are not found.
+        decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
         seed: of the new parts' weights.
 

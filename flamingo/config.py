@@ -1,6 +1,6 @@
 """Everything that decides the shape of a Flamingo, as data.
 
-Notable: the decoder layers that get a gated block are an explicit list (`cross_attn_layers`), because the families
+The decoder layers that get a gated block are an explicit list (`cross_attn_layers`), because the families
 disagree about the first one: OpenFlamingo's interval n means layers n-1, 2n-1, ..., IDEFICS' means 0, n, 2n, ... The
 interval is only a way to write the list. Modules never see these classes; they take plain arguments.
 """
@@ -116,9 +116,9 @@ class FlamingoConfig(PreTrainedConfig):
         eoc_token_id: id of `<|endofchunk|>`.
         new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
         language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
-        decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
-        media_reset_token_id: id of a token behind which no image is seen until the next `<image>` (IDEFICS: the end
-            of a sequence); None: an image stays in sight until the next one.
+        decoder_layers_path: attribute path of the LM's list of layers, if its length does not identify it.
+        media_reset_token_id: id of a token after which no image is seen until the next `<image>` (IDEFICS: the end
+            of a sequence); None: an image is seen until the next one.
         attend_all_previous: a token sees the images before its own as well; no released model does.
         kwargs: of any transformers config.
 

@@ -1,6 +1,6 @@
 """`FlamingoForConditionalGeneration`: frozen encoder, resampler, gated blocks inside a frozen causal LM.
 
-Alayrac et al. 2022. Notable: the images of a batch are one flat stack with a count per row, never padded; the LM is
+Alayrac et al. 2022. The images of a batch are one flat stack with a count per row, never padded; the LM is
 an untouched transformers model that is driven through hooks (`language.py`); the loss is computed over the labelled
 positions only and in chunks, so that training builds no (B, T, V) tensor (`loss.py`).
 
@@ -250,10 +250,10 @@ class EncodesMedia(FlamingoPreTrainedModel):
         frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
         if torch.is_grad_enabled() or not counts:
             return encode(self.vision_encoder, self.resampler, frames, counts)
-        kept, places = distinct(frames, counts)
+        kept, positions = distinct(frames, counts)
         frames, counts = frames_of(frames, counts, kept)
         latents = encode(self.vision_encoder, self.resampler, frames, counts)
-        return latents if len(kept) == len(places) else latents[torch.tensor(places, device=latents.device)]
+        return latents if len(kept) == len(positions) else latents[torch.tensor(positions, device=latents.device)]
 
     def media_cache(
         self,
@@ -457,15 +457,15 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
         targets = next_labels(labels)
-        places = (targets != IGNORED).nonzero()[:, 0]
-        targets = targets[places]
+        positions = (targets != IGNORED).nonzero()[:, 0]
+        targets = targets[positions]
         if lean:
-            call.keep = places
+            call.keep = positions
             call.targets = targets if self._head_is_last is not False else None
         out = self._run_language_model(input_ids, call, options)
-        if call.nll is not None and self._head_is_last is None and len(places):
+        if call.nll is not None and self._head_is_last is None and len(positions):
             # A few LMs change the logits behind their head (Gemma 2 caps them). What went through as losses was then
-            # changed as well, and the labelled positions are taken in one piece, now and from now on.
+            # changed as well, and the labelled positions are computed at once, from now on.
             self._head_is_last = bool(torch.equal(out.logits.flatten(), call.nll))
             if not self._head_is_last:
                 call.targets = None
@@ -473,7 +473,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if call.targets is not None:
             return mean_nll(out.logits.flatten(), number), out
         logits = out.logits.flatten(0, -2)
-        logits = logits if lean else logits[places]
+        logits = logits if lean else logits[positions]
         return mean_nll(F.cross_entropy(logits.float(), targets, reduction="none"), number), out
 
     def _output(

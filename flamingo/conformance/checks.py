@@ -1,6 +1,6 @@
-"""Checks that say whether a causal LM works inside a Flamingo: `python -m flamingo conformance gpt2 path/to/lm ...`.
+"""Checks of whether a causal LM works inside a Flamingo: `python -m flamingo conformance gpt2 path/to/lm ...`.
 
-Notable: every check is an equality between two ways of computing the same thing, so none needs a reference file, and
+Every check is an equality between two ways of computing the same thing, so none needs a reference file, and
 none passes on a model whose images do nothing (`images_matter`). A check takes a function that returns the LM,
 the same weights every time, because most checks need it twice: once inside a model and once alone. It returns a note
 (the largest difference it saw) and raises `ConformanceError` where the two ways disagree.
@@ -68,9 +68,9 @@ def images_matter(make: MakeLM) -> str:
     before = model(**inputs, use_cache=False).logits[0]
     inputs["pixel_values"][1] = 255 - inputs["pixel_values"][1]
     after = model(**inputs, use_cache=False).logits[0]
-    place = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0])
-    _same(before[:place], after[:place], "logits before an image that is exchanged")
-    changed = (before != after).any(-1)[place:]
+    position = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0])
+    _same(before[:position], after[:position], "logits before an image that is exchanged")
+    changed = (before != after).any(-1)[position:]
     if not bool(changed.all()):
         raise ConformanceError(f"exchanging an image changes {int(changed.sum())} of {len(changed)} tokens that see it")
     return "seen"
@@ -150,9 +150,9 @@ def untouched(make: MakeLM) -> str:
     with tempfile.TemporaryDirectory() as folder:
         lm.save_pretrained(folder)
         loaded: Any = type(plain).from_pretrained(folder, output_loading_info=True)
-    again, told = loaded
-    if told["missing_keys"] or told["unexpected_keys"]:
-        raise ConformanceError(f"saving the LM lost or added keys: {told}")
+    again, report = loaded
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ConformanceError(f"saving the LM lost or added keys: {report}")
     _same(again.eval()(input_ids=text).logits, wanted, "the LM after saving and loading, and before")
     return "exact"
 

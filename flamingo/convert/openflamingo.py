@@ -1,6 +1,6 @@
 """OpenFlamingo's and Otter's checkpoints to a model of this library.
 
-Notable:
+Traps:
 - The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and the whole table of the LM's
   embeddings, cut or grown to the tokenizer's length. That table becomes the LM's, so that the logits have the source's
   columns; the rows of the tags are then taken by the table of new tokens. The frozen backbones come from where
@@ -188,17 +188,19 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTraine
 
 def _layers(clean: Mapping[str, Tensor], lm: PreTrainedModel, every: int | None) -> list[int]:
     """Return the layers that have a block in the checkpoint; they must be those of the given interval."""
-    found, layers = block_layers(clean), num_decoder_layers(lm.config)
-    if not found:
+    block_positions, layers = block_layers(clean), num_decoder_layers(lm.config)
+    if not block_positions:
         raise UserError("the checkpoint has no gated blocks (gated_cross_attn_layer); is it a Flamingo's?")
-    if found[-1] >= layers:
-        raise UserError(f"the checkpoint has a block before layer {found[-1]}, but the LM has {layers}; is it another?")
-    if every is not None and found != (expected := every_n_layers(layers, every)):
+    if block_positions[-1] >= layers:
         raise UserError(
-            f"the checkpoint has blocks before layers {found}, but cross_attn_every_n_layers={every} over the LM's "
+            f"the checkpoint has a block before layer {block_positions[-1]}, but the LM has {layers}; is it another?"
+        )
+    if every is not None and block_positions != (expected := every_n_layers(layers, every)):
+        raise UserError(
+            f"the checkpoint has blocks before layers {block_positions}, but cross_attn_every_n_layers={every} over the LM's "
             f"{layers} layers means {expected}"
         )
-    return found
+    return block_positions
 
 
 def _resampler_shape(clean: Mapping[str, Tensor]) -> dict[str, Any]:

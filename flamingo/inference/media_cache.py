@@ -1,6 +1,6 @@
 """What one call remembers about its images.
 
-Notable: the cache holds every block's keys and values of the media, computed once per call whatever the number of new
+The cache holds every block's keys and values of the media, computed once per call whatever the number of new
 tokens and beams. It rides on `past_key_values`, so that a hand-written decoding loop keeps seeing the images too, and
 it belongs to the call, so two calls in two threads do not meet. Beams need no copies: they share their prompt's
 images in the flat stack.

@@ -89,8 +89,8 @@ def connector_class(name: str) -> type[Connector]:
     if name not in CONNECTORS:
         raise UserError(f"connector={name!r} must be one of {', '.join(CONNECTORS)}")
     module, _, attribute = CONNECTORS[name].rpartition(".")
-    found: Any = getattr(import_module(module), attribute)
-    return found
+    resolved: Any = getattr(import_module(module), attribute)
+    return resolved
 
 
 def by_length(
@@ -99,10 +99,10 @@ def by_length(
     """Return what `work`, (I, F, P, D) to (I, L, E), makes of each image; it runs once for each number of frames."""
     first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
     groups, order = [], []
-    for number in sorted(set(counts)):
-        which = [image for image, count in enumerate(counts) if count == number]
-        places = (first[which][:, None] + torch.arange(number)).to(features.device)
-        groups.append(work(features[places]))
+    for frames in sorted(set(counts)):
+        which = [image for image, count in enumerate(counts) if count == frames]
+        indices = (first[which][:, None] + torch.arange(frames)).to(features.device)
+        groups.append(work(features[indices]))
         order += which
     back = torch.tensor(order).argsort().to(features.device)
     return torch.cat(groups).index_select(0, back)

@@ -1,6 +1,6 @@
 """Gated cross-attention block: lets a frozen decoder layer look at an image, and starts as the identity.
 
-Alayrac et al. 2022, section 3.1.2 and figure 4. Notable: the block holds parameters only. What the tokens may see
+Alayrac et al. 2022, section 3.1.2 and figure 4. The block holds parameters only. What the tokens may see
 (`segments`), the media and the cache of their keys and values are arguments, so that recomputation in the backward
 pass, two threads and FSDP2 (which gathers parameters around this `forward` alone) are all right by construction.
 

@@ -1,6 +1,6 @@
 """Frozen vision encoders behind one call: pixels in, patch tokens out.
 
-Notable, each learned the hard way:
+Each of these was learned the hard way:
 - open_clip's `output_tokens` gives the tokens BEFORE the final norm up to 2.22 and AFTER it since 2.23. What Flamingo
   models were trained on are those before it, so `forward_intermediates(normalize_intermediates=False)` is asked, which
   is the same in every version and for every encoder.
@@ -142,8 +142,8 @@ def _final_norm_of(encoder: Any) -> nn.Module | None:
     if not isinstance(encoder, PreTrainedModel):
         return None
     inner = getattr(encoder, "vision_model", encoder)  # CLIP before transformers 5.23
-    found = (getattr(inner, name, None) for name in ("post_layernorm", "layernorm", "norm", "rms_norm"))
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    norms = (getattr(inner, name, None) for name in ("post_layernorm", "layernorm", "norm", "rms_norm"))
+    return next((module for module in norms if isinstance(module, nn.Module)), None)
 
 
 class _Inputs(threading.local):

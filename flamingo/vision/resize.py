@@ -1,9 +1,9 @@
 """Encoders at another resolution than they were trained at, and timm's encoders by name.
 
-Notable: learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
+Learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
 do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
 has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
-saved is an encoder of the new size. A side that is no multiple of the patch loses the rest at its right and bottom: at
+saved is an encoder of the new size. A side that is not a multiple of the patch loses the remainder at its right and bottom: at
 patch 14, 322 or 336 px make better use of an image than the paper's 320.
 
 Letters: G side of a grid of patches, R rows before it (class token), D width.
@@ -36,12 +36,12 @@ def resized_positions(
     """Return a table of R + G*G positions with its grid at `grid` x `grid`; the first `prefix` rows stay.
 
     Raises:
-        UserError: the rows behind the prefix are no square.
+        UserError: the rows after the prefix do not form a square.
     """
     first, old = table[:prefix], table[prefix:]
     side = math.isqrt(len(old))
     if side * side != len(old):
-        raise UserError(f"{len(old)} position embeddings are no square grid, so they cannot be interpolated")
+        raise UserError(f"{len(old)} position embeddings do not form a square grid, so they cannot be interpolated")
     if side == grid:
         return table
     image = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
@@ -115,7 +115,7 @@ def _resize_embedding(module: Any, image_size: int, antialias: bool) -> None:
 
 
 def _has_fixed_positions(module: Any) -> bool:
-    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is told to interpolate it."""
+    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is asked to interpolate it."""
     table = getattr(module, "position_embeddings", None)
     fixed = isinstance(table, nn.Parameter) and table.ndim == 3 and hasattr(module, "patch_embeddings")
     return fixed and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
@@ -206,6 +206,6 @@ def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None
         raise UserError(
             f"timm's weights {tagged} are not at hand: the network is not reachable; give vision_pretrained= a file"
         )
-    told = trunk.load_state_dict(weights, strict=False)
-    if wrong := [*told.missing_keys, *(key for key in told.unexpected_keys if not key.startswith("head"))]:
+    report = trunk.load_state_dict(weights, strict=False)
+    if wrong := [*report.missing_keys, *(key for key in report.unexpected_keys if not key.startswith("head"))]:
         raise UserError(f"{file or tagged} does not fit {tagged}: {len(wrong)} keys differ, the first is {wrong[0]}")

@@ -161,7 +161,7 @@ def test_idefics_that_cannot_be(release: tuple[Any, Path], tmp_path: Path, capsy
     refused("tie_word_embeddings=True cannot", tie_word_embeddings=True)
     refused("not one of IDEFICS", model_type="llama")
     refused(r"blocks before layers \[0, 4\], but cross_layer_interval=4 .* \[0\]", cross_layer_interval=4)
-    refused("no multiple of cross_layer_interval", cross_layer_interval=3)
+    refused("not a multiple of cross_layer_interval", cross_layer_interval=3)
     refused("the tokenizer has no <image> below id 261", tokenizer=tiny.tokenizer())
     refused(r"model\.gadget \(and 0 more keys\)", state | {"model.gadget": torch.zeros(1)})
     refused(r"lacks new_tokens\.output_rows", {n: t for n, t in state.items() if "additional_fc" not in n})
