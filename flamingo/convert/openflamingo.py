@@ -1,14 +1,14 @@
 """OpenFlamingo's and Otter's checkpoints to a model of this library.
 
 Traps:
-- The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and the whole table of the LM's
-  embeddings, cut or grown to the tokenizer's length. That table becomes the LM's, so that the logits have the source's
-  columns; the rows of the tags are then taken by the table of new tokens. The frozen backbones come from where
-  they always came from. Otter's releases hold everything.
-- OpenFlamingo never moves a row of the table but those of the new tokens, and never the head. So the other rows say
-  which LM the checkpoint was trained with, even between a base model and its instruction-tuned sibling.
-- The encoder's tokens are those before its final norm, and OpenAI's ViT-L/14 has QuickGELU: what open_clip gave until
-  2.22, and gives no longer.
+- The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and all of the LM's embedding rows,
+  cut or extended to the tokenizer's length. These rows become the LM's, so that the logits have the source's columns; the rows
+  of the tags are then replaced by those of the new tokens. The frozen backbones come from their own releases. Otter's
+  releases hold everything.
+- OpenFlamingo trains only the embedding rows of the new tokens, and never the head. So the other rows identify the LM
+  that the checkpoint was trained with, even a base model and its instruction-tuned sibling.
+- The encoder's tokens are those before its final norm, and OpenAI's ViT-L/14 has QuickGELU: open_clip's defaults up to
+  2.22, but not since.
 - OpenFlamingo adds `<|endofchunk|>` first, then `<image>`, then `<PAD>`; their ids follow from that order.
 """
 
@@ -197,8 +197,8 @@ def _layers(clean: Mapping[str, Tensor], lm: PreTrainedModel, every: int | None)
         )
     if every is not None and block_positions != (expected := every_n_layers(layers, every)):
         raise UserError(
-            f"the checkpoint has blocks before layers {block_positions}, but cross_attn_every_n_layers={every} over the LM's "
-            f"{layers} layers means {expected}"
+            f"the checkpoint has blocks before layers {block_positions}, but "
+            f"cross_attn_every_n_layers={every} over the LM's {layers} layers means {expected}"
         )
     return block_positions
 

@@ -150,7 +150,7 @@ def _totals(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[T
 
 
 def _read(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> dict[int, float]:
-    """Return for each (node, position, token) the node's log-probability: the token's, by the logits at that position."""
+    """Return each node's log-probability, for triples of node, position of its logits, and token."""
     nodes, positions, tokens = zip(*wanted, strict=True) if wanted else ((), (), ())
     logits = logits.float()
     where = torch.tensor(positions, dtype=torch.long, device=logits.device)

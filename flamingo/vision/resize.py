@@ -3,8 +3,8 @@
 Learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
 do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
 has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
-saved is an encoder of the new size. A side that is not a multiple of the patch loses the remainder at its right and bottom: at
-patch 14, 322 or 336 px make better use of an image than the paper's 320.
+saved is an encoder of the new size. A side that is not a multiple of the patch loses the remainder at the right and the
+bottom: at patch 14, 322 or 336 px make better use of an image than the paper's 320.
 
 Letters: G side of a grid of patches, R rows before it (class token), D width.
 """
