@@ -1,8 +1,8 @@
 """`FlamingoForConditionalGeneration`: frozen encoder, connector, gated blocks inside a frozen causal LM.
 
-Alayrac et al. 2022. The images of a batch are one flat stack with a count per row, never padded; the LM is
-an untouched transformers model that is driven through hooks (`language/hooks.py`); the loss is computed over the labelled
-positions only and in chunks, so that training builds no (B, T, V) tensor (`language/loss.py`).
+Alayrac et al. 2022. The images of a batch are one flat stack with a count per row, never padded; the LM is an untouched
+transformers model that is driven through hooks (`language/hooks.py`); the loss is computed in chunks and only over
+positions with a label, so that training builds no (B, T, V) tensor (`language/loss.py`).
 
 Letters: B batch, T text tokens, I images of all rows, F frames, C channels, S side in pixels, L latents, E media
 width, H heads, V vocabulary.
@@ -393,7 +393,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             past_key_values: the cache of earlier calls; it remembers their images too.
             use_cache: make and return such a cache; off by default in training and with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
-            sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`language/packing.py`); needs `phi`.
+            sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
             logits_to_keep: only the last so many positions' logits; 0 all.
             skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.

@@ -2,9 +2,9 @@
 
 Traps:
 - The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and all of the LM's embedding rows,
-  cut or extended to the tokenizer's length. These rows become the LM's, so that the logits have the source's columns; the rows
-  of the tags are then replaced by those of the new tokens. The frozen backbones come from their own releases. Otter's
-  releases hold everything.
+  cut or extended to the tokenizer's length. These rows become the LM's, so that the logits have the source's columns;
+  the rows of the tags are then replaced by those of the new tokens. The frozen backbones come from their own releases.
+  Otter's releases hold everything.
 - OpenFlamingo trains only the embedding rows of the new tokens, and never the head. So the other rows identify the LM
   that the checkpoint was trained with, even a base model and its instruction-tuned sibling.
 - The encoder's tokens are those before its final norm, and OpenAI's ViT-L/14 has QuickGELU: open_clip's defaults up to

@@ -152,4 +152,7 @@ def test_a_connector_draws_its_own_weights() -> None:
         nn.init.zeros_(perceiver.latents)
     perceiver.initialize()
     assert float(perceiver.latents.detach().std()) == pytest.approx(0.02, rel=0.1)
-    assert connector_class("mlp")(16).initialize() is None
+    again: Any = connector_class("mlp")(16)
+    before = again.up_proj.weight.clone()
+    again.initialize()  # which leaves to torch what torch draws
+    assert torch.equal(before, again.up_proj.weight)

@@ -106,7 +106,7 @@ def test_yaml_and_preset_are_one_released_model(name: str) -> None:
     assert (resampler.depth, resampler.heads, resampler.head_dim, resampler.latents) == (6, 8, 64, 64)
     assert (resampler.activation, resampler.ff_mult, resampler.max_frames) == ("gelu", 4.0, None)
     assert (block.heads, block.head_dim, block.ff_mult, block.norm, block.gate_init) == (8, 64, 4.0, "layernorm", 0.0)
-    assert config.vision.arch["quick_gelu"] is True
+    assert (config.vision.arch or {})["quick_gelu"] is True
     assert (config.vision.width, config.vision.image_size) == (1024, 224)
     assert not config.vision.final_norm
     assert not config.vision.class_token

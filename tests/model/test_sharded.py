@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.model import tiny
 
 def step(shard: bool, rows: list[int], recompute: bool, connector: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch; two processes average theirs."""
-    options = {} if connector == "perceiver" else {"connector": connector, "resampler": {}}
+    options: Any = {} if connector == "perceiver" else {"connector": connector, "resampler": {}}
     model, processor = tiny.flamingo("llama", **options)
     if recompute:
         model.activation_checkpointing_enable()
