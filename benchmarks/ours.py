@@ -31,7 +31,7 @@ class Ours:
             image_token_id=image_id(size),
             eoc_token_id=image_id(size) + 1,
         )
-        self.model = FlamingoForConditionalGeneration(config, vision_tower=encoder, causal_lm=lm).eval()
+        self.model = FlamingoForConditionalGeneration(config, vision_module=encoder, causal_lm=lm).eval()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):

@@ -13,7 +13,7 @@ from flamingo.convert.cli import add_arguments
 from flamingo.convert.cli import run as convert
 from flamingo.errors import UserError
 
-NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "numpy")
+NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "timm", "safetensors", "pillow", "numpy")
 OPTIONAL = {
     "xformers": "attention on CUDA",
     "webdataset": "training data",
@@ -29,9 +29,9 @@ def doctor() -> int:
     missing = 0
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in NEEDED:
-        found = _version(name)
-        missing += found is None
-        print(f"  {name:16} {found or 'MISSING: pip install flamingo-vlm'}")
+        installed = _version(name)
+        missing += installed is None
+        print(f"  {name:16} {installed or 'MISSING: pip install flamingo-vlm'}")
     for name, use in OPTIONAL.items():
         print(f"  {name:16} {_version(name) or 'not installed'} ({use})")
     if missing:
@@ -81,29 +81,17 @@ def conformance(options: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from flamingo.conformance.checks import CHECKS, TOLERANCE, conform
+    from flamingo.conformance.checks import CHECKS, conform, print_table
     from flamingo.conformance.tiny_models import FAMILIES, loaded_lm
-    from flamingo.training.distributed.conformance import two_processes
 
     logging.disable_progress_bar()
-    known = [*CHECKS, "two_processes"]
-    if unknown := [check for check in options.checks or () if check not in known]:
-        raise UserError(f"--checks {unknown[0]}: there is no such check; checks are {', '.join(known)}")
+    if unknown := [check for check in options.checks or () if check not in CHECKS]:
+        raise UserError(f"--checks {unknown[0]}: there is no such check; checks are {', '.join(CHECKS)}")
     makes = {name: partial(loaded_lm, name) for name in options.language or FAMILIES}
     for make in makes.values():
-        make()  # a name that cannot be had is said before anything is checked
-    wanted = [check for check in known if check in (options.checks or known)]
-    print("  ".join([f"{'language model':16}", *(f"{check:>9}" for check in wanted)]))
-    sharded = two_processes(makes) if "two_processes" in wanted else {}
-    failures = []
-    for name, make in makes.items():
-        outcomes = [*conform(make, [check for check in wanted if check in CHECKS])]
-        outcomes += [sharded[name]] if name in sharded else []
-        cells = [f"{o.note if o.passed else 'FAILED':>{max(9, len(o.check))}}" for o in outcomes]
-        print("  ".join([f"{name:16}", *cells]), flush=True)
-        failures += [f"{name}, {o.check}: {o.note}" for o in outcomes if not o.passed]
-    print("\n".join(failures) or f"all passed: equal, or different by at most {TOLERANCE:g} of the largest value")
-    return int(bool(failures))
+        make()  # refuse a name that cannot be loaded before anything is checked
+    wanted = [check for check in CHECKS if check in (options.checks or CHECKS)]
+    return int(print_table(wanted, ((name, conform(make, wanted)) for name, make in makes.items())) > 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Turning names, folders and built modules into an encoder and a language model.
 
-Notable: a name that would need the network is refused at once and in one sentence where there is none, instead of
+A name that would need the network is refused at once and in one sentence where there is none, instead of
 after a minute of silent retries; what is in the local cache is used.
 """
 
@@ -30,8 +30,8 @@ from flamingo.hub import from_hub, hub_reachable, read_safetensors
 from flamingo.language.embeddings import embedding_table
 from flamingo.language.hooks import place_beside
 from flamingo.processor import FlamingoProcessor
-from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_tower, vision_model_from_config
-from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_tower
+from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_encoder, vision_model_from_config
+from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_encoder
 from flamingo.vision.transform import ImageTransform
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -61,13 +61,13 @@ def load_vision(
         if image_size is None:
             raise UserError("a built vision module needs image_size=..., the side of its images in pixels")
         checked_width(vision, image_size, type(vision).__name__)
-        tower, config = vision, describe_tower(vision, name=type(vision).__name__, image_size=image_size, **options)
+        encoder, config = vision, describe_encoder(vision, name=type(vision).__name__, image_size=image_size, **options)
     else:
-        tower, config = _vision_by_name(vision, pretrained, image_size)
+        encoder, config = _vision_by_name(vision, pretrained, image_size)
     if options:
         config = replace(config, **options)
-        VisionEncoder(tower, config).check()
-    return tower, config
+        VisionEncoder(encoder, config).check()
+    return encoder, config
 
 
 def _vision_by_name(
@@ -95,19 +95,19 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
     if not (path / OPEN_CLIP_WEIGHTS).is_file():
         raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
     config = _open_clip_config(str(path), model_cfg, preprocess)
-    tower = build_open_clip(config.arch or {})
+    encoder = build_open_clip(config.arch or {})
     weights = read_safetensors(path / OPEN_CLIP_WEIGHTS)
     visual = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
     try:
-        tower.load_state_dict(visual)
+        encoder.load_state_dict(visual)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(f"{path / OPEN_CLIP_WEIGHTS} does not fit {OPEN_CLIP_CONFIG} beside it: {first}") from error
     if image_size not in (None, config.image_size):
-        resize_tower(tower, image_size)
+        resize_encoder(encoder, image_size)
         model_cfg["vision_cfg"]["image_size"] = image_size
         config = _open_clip_config(str(path), model_cfg, preprocess)
-    return tower.eval(), replace(config, width=checked_width(tower, config.image_size, config.name))
+    return encoder.eval(), replace(config, width=checked_width(encoder, config.image_size, config.name))
 
 
 def open_clip_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> VisionConfig:
@@ -133,12 +133,12 @@ def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | 
     config = open_clip_config(name, pretrained, image_size)
     arch = config.arch or {}
     if pretrained is None:
-        tower = build_open_clip(arch)
+        encoder = build_open_clip(arch)
     else:
         weights = pretrained if Path(pretrained).is_file() else _cached_open_clip(name, pretrained)
         options = {"force_quick_gelu": arch["quick_gelu"], "force_image_size": image_size}
-        tower = open_clip.create_model(name, pretrained=weights, **options).visual
-    return tower.eval(), replace(config, width=checked_width(tower, config.image_size, name))
+        encoder = open_clip.create_model(name, pretrained=weights, **options).visual
+    return encoder.eval(), replace(config, width=checked_width(encoder, config.image_size, name))
 
 
 def _cached_open_clip(name: str, pretrained: str) -> str:
@@ -150,8 +150,8 @@ def _cached_open_clip(name: str, pretrained: str) -> str:
 
     repo = str(get_pretrained_cfg(name, pretrained).get("hf_hub", "")).strip("/")
     for file in (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin"):
-        if repo.count("/") == 1 and isinstance(found := try_to_load_from_cache(repo, file), str):
-            return found
+        if repo.count("/") == 1 and isinstance(cached := try_to_load_from_cache(repo, file), str):
+            return cached
     raise UserError(
         f"the weights {pretrained!r} of open_clip's {name} are not in the local cache and the network is not "
         "reachable; give vision= a local folder, or vision_pretrained= a file"
@@ -177,13 +177,13 @@ def _vision_from_transformers(name: str, image_size: int | None) -> tuple[nn.Mod
     vision_config = getattr(config, "vision_config", config)
     with torch.device("meta"):  # to learn the class
         model_class = type(vision_model_from_config(vision_config))
-    tower = from_hub(model_class, name, "vision encoder", config=vision_config).eval()
+    encoder = from_hub(model_class, name, "vision encoder", config=vision_config).eval()
     size = int(getattr(vision_config, "image_size", None) or image_size or 224)
     if image_size not in (None, size):
-        resize_tower(tower, image_size)
+        resize_encoder(encoder, image_size)
         size = int(image_size)
-    checked_width(tower, size, name)
-    return tower, describe_tower(tower, name=name, image_size=size, **_image_statistics(name))
+    checked_width(encoder, size, name)
+    return encoder, describe_encoder(encoder, name=name, image_size=size, **_image_statistics(name))
 
 
 def _image_statistics(name: str) -> dict[str, Any]:
@@ -224,6 +224,7 @@ def from_backbones(
     image_size: int | None = None,
     cross_attn_every_n_layers: int = 1,
     cross_attn_layers: list[int] | None = None,
+    connector: str = "perceiver",
     resampler: Mapping[str, Any] | None = None,
     cross_attention: Mapping[str, Any] | None = None,
     max_frames: int | None = None,
@@ -242,17 +243,18 @@ def from_backbones(
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
         cross_attn_layers: those layers by number instead.
-        resampler: options of `ResamplerConfig`.
+        connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
+        resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
-        decoder_layers_path: where the LM's layers are, if they are not found.
+        decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
         seed: of the new parts' weights.
 
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    tower, described = load_vision(
+    encoder, described = load_vision(
         vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
     )
     lm, lm_tokenizer = load_language(language, tokenizer)
@@ -263,6 +265,7 @@ def from_backbones(
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
+        connector=connector,
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),
         cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),
@@ -272,13 +275,13 @@ def from_backbones(
         language_kind="transformers" if rebuildable else "module",
         decoder_layers_path=decoder_layers_path,
     )
-    return _assemble(model_class, config, tower, lm, processor, seed), processor
+    return _assemble(model_class, config, encoder, lm, processor, seed), processor
 
 
 def _assemble(
     model_class: Any,
     config: FlamingoConfig,
-    tower: nn.Module,
+    encoder: nn.Module,
     lm: PreTrainedModel,
     processor: FlamingoProcessor,
     seed: int,
@@ -286,7 +289,7 @@ def _assemble(
     """The model around both backbones, its new parts drawn from `seed` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config, vision_tower=tower, causal_lm=lm)
+        model = model_class(config, vision_module=encoder, causal_lm=lm)
     model.new_tokens.init_from(lm, seed=seed)
     if getattr(lm, "hf_device_map", None):
         for part in (model.vision_encoder, model.resampler, model.new_tokens):

@@ -1,6 +1,6 @@
 """Everything that decides the shape of a Flamingo, as data.
 
-Notable: the decoder layers that get a gated block are an explicit list (`cross_attn_layers`), because the families
+The decoder layers that get a gated block are an explicit list (`cross_attn_layers`), because the families
 disagree about the first one: OpenFlamingo's interval n means layers n-1, 2n-1, ..., IDEFICS' means 0, n, 2n, ... The
 interval is only a way to write the list. Modules never see these classes; they take plain arguments.
 """
@@ -8,22 +8,23 @@ interval is only a way to write the list. Modules never see these classes; they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 import flamingo.mosaic_gpt.configuration  # noqa: F401  (makes its model type known to transformers)
 from flamingo.errors import UserError
+from flamingo.layers.connector import connector_class
+from flamingo.layers.feed_forward import ACTIVATIONS, NORMS
+from flamingo.options import choice, from_dict, positive
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 VISION_KINDS = ("open_clip", "transformers", "module")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
-ACTIVATIONS = ("gelu", "relu", "silu", "squared_relu")
-NORMS = ("layernorm", "rmsnorm")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,41 +58,9 @@ class VisionConfig:
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         if not self.width and self.arch:
             plain = self.arch.get("vision_cfg", {}).get("width") or self.arch.get("hidden_size")
-            self.width = int(plain or 0)  # timm towers do not say; `backbones.load_vision` runs them once
-        _choice("vision_config.kind", self.kind, VISION_KINDS)
-        _choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad", "pad_mean"))
-
-
-@dataclass(kw_only=True, slots=True)
-class ResamplerConfig:
-    """The Perceiver Resampler (paper, section 3.1.1); the defaults are OpenFlamingo's."""
-
-    depth: int = 6
-    """Number of layers."""
-    heads: int = 8
-    """Attention heads."""
-    head_dim: int = 64
-    """Width of one head."""
-    latents: int = 64
-    """Tokens per image or clip that come out."""
-    width: int | None = None
-    """Width of the latents; None: the encoder's."""
-    init_std: float = 1.0
-    """Deviation of the initial latents and time embeddings. At small widths 1 drowns the image: see LOG.md."""
-    ff_mult: float = 4.0
-    """Width of the feed-forward as a multiple of the model width."""
-    activation: str = "gelu"
-    """Of the feed-forward."""
-    max_frames: int | None = None
-    """Learned time embeddings for this many frames; None: none, frames are then a bag of patches."""
-    qk_norm: str | None = None
-    """Norm of each head's queries and keys: "layernorm" (IDEFICS), "rmsnorm"; None: none."""
-
-    def __post_init__(self) -> None:
-        _choice("resampler_config.activation", self.activation, ACTIVATIONS)
-        _choice("resampler_config.qk_norm", self.qk_norm, (*NORMS, None))
-        for name in ("depth", "heads", "head_dim", "latents"):
-            _positive(f"resampler_config.{name}", getattr(self, name))
+            self.width = int(plain or 0)  # timm encoders do not say; `backbones.load_vision` runs them once
+        choice("vision_config.kind", self.kind, VISION_KINDS)
+        choice("vision_config.resize_mode", self.resize_mode, ("squash", "crop", "pad", "pad_mean"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,12 +93,12 @@ class CrossAttentionConfig:
     """True: a token that sees no image skips the feed-forward too, so a text-only row is the frozen LM's."""
 
     def __post_init__(self) -> None:
-        _choice("cross_attention_config.activation", self.activation, ACTIVATIONS)
-        _choice("cross_attention_config.gate", self.gate, ("scalar", "vector"))
-        _choice("cross_attention_config.norm", self.norm, NORMS)
-        _choice("cross_attention_config.qk_norm", self.qk_norm, (*NORMS, None))
+        choice("cross_attention_config.activation", self.activation, ACTIVATIONS)
+        choice("cross_attention_config.gate", self.gate, ("scalar", "vector"))
+        choice("cross_attention_config.norm", self.norm, NORMS)
+        choice("cross_attention_config.qk_norm", self.qk_norm, (*NORMS, None))
         for name in ("heads", "head_dim", "ff_width"):
-            _positive(f"cross_attention_config.{name}", getattr(self, name))
+            positive(f"cross_attention_config.{name}", getattr(self, name))
 
 
 class FlamingoConfig(PreTrainedConfig):
@@ -138,7 +107,8 @@ class FlamingoConfig(PreTrainedConfig):
     Args:
         vision_config: the fields of a `VisionConfig`.
         text_config: the language model's own transformers config.
-        resampler_config: the fields of a `ResamplerConfig`.
+        connector: what maps encoder tokens to latents, a name of `flamingo.layers.connector.CONNECTORS`.
+        resampler_config: the connector's options; for the perceiver the fields of a `ResamplerConfig`.
         cross_attention_config: the fields of a `CrossAttentionConfig`.
         cross_attn_layers: decoder layers with a gated block in front of them, counted from 0.
         cross_attn_every_n_layers: writes that list as OpenFlamingo does; not kept.
@@ -146,9 +116,9 @@ class FlamingoConfig(PreTrainedConfig):
         eoc_token_id: id of `<|endofchunk|>`.
         new_token_ids: ids whose rows are in the small trainable table and not in the LM's, in that table's order.
         language_kind: "transformers" if the LM is rebuilt from `text_config`; "module" if the caller built it.
-        decoder_layers_path: name of the LM's list of layers inside the LM, where it is not found by its length.
-        media_reset_token_id: id of a token behind which no image is seen until the next `<image>` (IDEFICS: the end
-            of a sequence); None: an image stays in sight until the next one.
+        decoder_layers_path: attribute path of the LM's list of layers, if its length does not identify it.
+        media_reset_token_id: id of a token after which no image is seen until the next `<image>` (IDEFICS: the end
+            of a sequence); None: an image is seen until the next one.
         attend_all_previous: a token sees the images before its own as well; no released model does.
         kwargs: of any transformers config.
 
@@ -164,7 +134,8 @@ class FlamingoConfig(PreTrainedConfig):
         *,
         vision_config: Mapping[str, Any] | VisionConfig | None = None,
         text_config: Mapping[str, Any] | PreTrainedConfig | None = None,
-        resampler_config: Mapping[str, Any] | ResamplerConfig | None = None,
+        connector: str = "perceiver",
+        resampler_config: Mapping[str, Any] | None = None,
         cross_attention_config: Mapping[str, Any] | CrossAttentionConfig | None = None,
         cross_attn_layers: list[int] | None = None,
         cross_attn_every_n_layers: int = 1,
@@ -178,7 +149,8 @@ class FlamingoConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
-        self.resampler_config = asdict(from_dict(ResamplerConfig, resampler_config, "resampler_config"))
+        self.connector = connector
+        self.resampler_config = asdict(connector_options(connector, resampler_config))
         options = from_dict(CrossAttentionConfig, cross_attention_config, "cross_attention_config")
         self.cross_attention_config = asdict(options)
         if not isinstance(text_config, PreTrainedConfig):
@@ -195,7 +167,7 @@ class FlamingoConfig(PreTrainedConfig):
         self.new_token_ids = sorted({image_token_id, eoc_token_id}) if new_token_ids is None else list(new_token_ids)
         if len(set(self.new_token_ids)) != len(self.new_token_ids):
             raise UserError(f"new_token_ids has an id twice: {self.new_token_ids}")
-        _choice("language_kind", language_kind, ("transformers", "module"))
+        choice("language_kind", language_kind, ("transformers", "module"))
         self.language_kind = language_kind
         self.decoder_layers_path = decoder_layers_path
         self.media_reset_token_id = media_reset_token_id
@@ -216,14 +188,23 @@ class FlamingoConfig(PreTrainedConfig):
         return VisionConfig(**self.vision_config)
 
     @property
-    def resampler(self) -> ResamplerConfig:
-        """The resampler, typed."""
-        return ResamplerConfig(**self.resampler_config)
+    def resampler(self) -> Any:
+        """The connector's options, typed: a `ResamplerConfig` for the perceiver."""
+        return connector_options(self.connector, self.resampler_config)
 
     @property
     def cross_attention(self) -> CrossAttentionConfig:
         """The gated blocks, typed."""
         return CrossAttentionConfig(**self.cross_attention_config)
+
+
+def connector_options(connector: str, options: Mapping[str, Any] | None) -> Any:
+    """Return a connector's options as its dataclass.
+
+    Raises:
+        UserError: an unknown connector or option, a bad value.
+    """
+    return from_dict(connector_class(connector).Options, options, "resampler_config")
 
 
 def every_n_layers(num_layers: int, every: int) -> list[int]:
@@ -250,34 +231,6 @@ def num_decoder_layers(text_config: PreTrainedConfig) -> int:
     if not isinstance(number := getattr(own, "num_hidden_layers", None), int):
         raise UserError(f"{type(own).__name__} does not say how many layers the LM has; set num_hidden_layers in it")
     return number
-
-
-T = TypeVar("T")
-
-
-def from_dict(cls: type[T], options: Mapping[str, Any] | T | None, where: str) -> T:
-    """Build a dataclass from a mapping; an unknown key is named together with the known ones.
-
-    Raises:
-        UserError: an unknown key.
-    """
-    if isinstance(options, cls):
-        return options
-    values: dict[str, Any] = dict(options or {})  # type: ignore[arg-type]
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if unknown := [key for key in values if key not in known]:
-        raise UserError(f"{where}.{unknown[0]} is not an option; known are {', '.join(known)}")
-    return cls(**values)
-
-
-def _choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
-
-
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{name}={value} must be at least 1")
 
 
 # A tokenizer that lies beside a saved model is loaded by way of the folder's config.

@@ -43,7 +43,7 @@ def read_safetensors(file: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a file.
 
     Raises:
-        UserError: it is cut off or is no safetensors file.
+        UserError: it is truncated or not a safetensors file.
     """
     try:
         return load_file(file)

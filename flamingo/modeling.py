@@ -1,8 +1,8 @@
-"""`FlamingoForConditionalGeneration`: frozen encoder, resampler, gated blocks inside a frozen causal LM.
+"""`FlamingoForConditionalGeneration`: frozen encoder, connector, gated blocks inside a frozen causal LM.
 
-Alayrac et al. 2022. Notable: the images of a batch are one flat stack with a count per row, never padded; the LM is
-an untouched transformers model that is driven through hooks (`language.py`); the loss is computed over the labelled
-positions only and in chunks, so that training builds no (B, T, V) tensor (`loss.py`).
+Alayrac et al. 2022. The images of a batch are one flat stack with a count per row, never padded; the LM is an untouched
+transformers model that is driven through hooks (`language/hooks.py`); the loss is computed in chunks and only over
+positions with a label, so that training builds no (B, T, V) tensor (`language/loss.py`).
 
 Letters: B batch, T text tokens, I images of all rows, F frames, C channels, S side in pixels, L latents, E media
 width, H heads, V vocabulary.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_toke
 from flamingo.language.loss import changes_logits, mean_nll, next_labels
 from flamingo.language.packing import counted_positions, packed_inputs
 from flamingo.layers.attention import laid_out
+from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.layers.resampler import PerceiverResampler
-from flamingo.vision.encoder import VisionEncoder, build_tower, repair_buffers
+from flamingo.vision.encoder import VisionEncoder, build_encoder, repair_buffers
 from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
 PARTS = {
@@ -93,7 +93,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GatedCrossAttentionBlock", "PerceiverLayer"]  # noqa: RUF012
+    _no_split_modules = ["GatedCrossAttentionBlock"]  # noqa: RUF012  (those of the connector are its own)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -102,7 +102,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _state: CallState
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
-    resampler: PerceiverResampler
+    resampler: Connector
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
     policy: dict[str, str]
@@ -113,10 +113,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         if isinstance(module, GatedCrossAttentionBlock):
             init.constant_(module.attn_gate, module.gate_init)
             init.constant_(module.ff_gate, module.gate_init)
-        elif isinstance(module, PerceiverResampler):
-            init.normal_(module.latents, std=module.init_std)
-            if module.frame_embeddings is not None:
-                init.normal_(module.frame_embeddings, std=module.init_std)
+        elif isinstance(module, Connector):
+            module.initialize()
         elif isinstance(module, NewTokens):
             init.normal_(module.input_rows, std=0.02)
             if module.output_rows is not None:
@@ -206,7 +204,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             raise UserError(
                 f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
             )
-        built = {"vision_tower": vision, "causal_lm": language}
+        built = {"vision_module": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
         loaded = super().from_pretrained(folder, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -253,10 +251,10 @@ class EncodesMedia(FlamingoPreTrainedModel):
         frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
         if torch.is_grad_enabled() or not counts:
             return encode(self.vision_encoder, self.resampler, frames, counts)
-        kept, places = distinct(frames, counts)
+        kept, positions = distinct(frames, counts)
         frames, counts = frames_of(frames, counts, kept)
         latents = encode(self.vision_encoder, self.resampler, frames, counts)
-        return latents if len(kept) == len(places) else latents[torch.tensor(places, device=latents.device)]
+        return latents if len(kept) == len(positions) else latents[torch.tensor(positions, device=latents.device)]
 
     def media_cache(
         self,
@@ -293,8 +291,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
             # validation too, and give gradients (of zeros) for the same parameters, whether its batch has images or
             # not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
-        latents = self.resampler.latents
-        return latents.new_zeros(0, *latents.shape)
+        return self.resampler.empty()
 
     def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:
         """Return the images of this call: given, encoded now, remembered by the cache, or the last two together."""
@@ -312,30 +309,28 @@ class EncodesMedia(FlamingoPreTrainedModel):
 class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     """Text and images in, next tokens out.
 
-    Built from a config with random weights, or by `from_backbones` / `from_pretrained`. `vision_tower` and `causal_lm`
+    Built from a config with random weights, or by `from_backbones` / `from_pretrained`. `vision_module` and `causal_lm`
     are built modules to use instead of what the config describes.
     """
 
     def __init__(
-        self, config: FlamingoConfig, vision_tower: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
+        self, config: FlamingoConfig, vision_module: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
-        for built in (vision_tower, causal_lm):
+        for built in (vision_module, causal_lm):
             for module in built.modules() if built is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self.vision_encoder = VisionEncoder(vision_tower or build_tower(config.vision), config.vision)
+        self.vision_encoder = VisionEncoder(vision_module or build_encoder(config.vision), config.vision)
         if causal_lm is None:
             if config.language_kind == "module":
                 raise UserError("the language model was built by the caller and cannot be rebuilt; pass language=...")
             causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = causal_lm
-        self.resampler = PerceiverResampler(config.vision.width, **asdict(config.resampler))
+        self.resampler = connector_class(config.connector)(config.vision.width, **config.resampler_config)
         width = config.text_config.get_text_config(decoder=True).hidden_size
         self.cross_attn_blocks = nn.ModuleDict(
             {
-                str(i): GatedCrossAttentionBlock(
-                    width, config.resampler.width or config.vision.width, **asdict(config.cross_attention)
-                )
+                str(i): GatedCrossAttentionBlock(width, self.resampler.width, **config.cross_attention_config)
                 for i in config.cross_attn_layers or ()
             }
         )
@@ -463,15 +458,15 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
         targets = next_labels(labels)
-        places = (targets != IGNORED).nonzero()[:, 0]
-        targets = targets[places]
+        positions = (targets != IGNORED).nonzero()[:, 0]
+        targets = targets[positions]
         if lean:
-            call.keep = places
+            call.keep = positions
             call.targets = targets if self._head_is_last is not False else None
         out = self._run_language_model(input_ids, call, options)
-        if call.nll is not None and self._head_is_last is None and len(places):
+        if call.nll is not None and self._head_is_last is None and len(positions):
             # A few LMs change the logits behind their head (Gemma 2 caps them). What went through as losses was then
-            # changed as well, and the labelled positions are taken in one piece, now and from now on.
+            # changed as well, and the labelled positions are computed at once, from now on.
             self._head_is_last = bool(torch.equal(out.logits.flatten(), call.nll))
             if not self._head_is_last:
                 call.targets = None
@@ -479,7 +474,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if call.targets is not None:
             return mean_nll(out.logits.flatten(), number), out
         logits = out.logits.flatten(0, -2)
-        logits = logits if lean else logits[places]
+        logits = logits if lean else logits[positions]
         return mean_nll(F.cross_entropy(logits.float(), targets, reduction="none"), number), out
 
     def _output(

@@ -1,6 +1,6 @@
 """Prompts of text and images to tensors, and tokens back to text.
 
-Notable: text is tokenised piece by piece and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
+Text is tokenised part by part and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
 tokens of a sentence do not depend on what stands beside it, and training documents and prompts agree. In chat-style
 lists and in `encode_text` such a tag inside a user's text is plain text; in a prompt given as one string it is the tag.
 
@@ -27,7 +27,7 @@ from flamingo.vision.transform import ImageInput, ImageTransform, to_rgb
 IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
 PROCESSOR_FILE = "processor_config.json"
 
-Row = list[str | int]
+PromptParts = list[str | int]
 """A row before tokenisation: texts, and ids of special tokens."""
 
 
@@ -71,7 +71,7 @@ class FlamingoProcessor:
         self._tags = re.compile(f"({'|'.join(map(re.escape, self._tag_ids))})")
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a piece of plain text: nothing is added, and a tag inside it is not special."""
+        """Return the ids of plain text: nothing is added, and a tag inside it is not special."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def __call__(
@@ -110,7 +110,7 @@ class FlamingoProcessor:
                 raise UserError(f"row {index} has images both in its chat-style list and in images=")
             rows.append(row)
             images_by_row.append(inline or own)
-            tags = sum(piece == self.image_token_id for piece in row)
+            tags = sum(part == self.image_token_id for part in row)
             if tags != len(images_by_row[-1]):
                 raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(images_by_row[-1])} images")
         data = self.pad([self._ids(row) for row in rows], padding_side)
@@ -130,9 +130,9 @@ class FlamingoProcessor:
         input_ids = torch.full((len(ids), length), self.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for out, seen, row in zip(input_ids, mask, ids, strict=True):
-            place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
-            out[place] = torch.tensor(row, dtype=torch.long)
-            seen[place] = 1
+            span = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            out[span] = torch.tensor(row, dtype=torch.long)
+            seen[span] = 1
         return {"input_ids": input_ids, "attention_mask": mask}
 
     def prompt(
@@ -188,11 +188,11 @@ class FlamingoProcessor:
         transform = ImageTransform(**document.pop("image_transform"))
         return cls(tokenizer, transform, **document)
 
-    def _parse(self, item: Any, index: int) -> tuple[Row, list[Any]]:
-        """Return a row's pieces, and the images that a chat-style list carries."""
+    def _parse(self, item: Any, index: int) -> tuple[PromptParts, list[Any]]:
+        """Return a row's parts, and the images that a chat-style list carries."""
         if isinstance(item, str):
-            return [self._tag_ids.get(piece, piece) for piece in self._tags.split(item) if piece], []
-        row: Row = []
+            return [self._tag_ids.get(part, part) for part in self._tags.split(item) if part], []
+        row: PromptParts = []
         images = []
         for node in _nodes(item):
             kind = node.get("type")
@@ -206,21 +206,21 @@ class FlamingoProcessor:
                 raise UserError(f"row {index} has a part of type {kind!r}; known are text, image and video")
         return row, images
 
-    def _ids(self, row: Row) -> list[int]:
+    def _ids(self, row: PromptParts) -> list[int]:
         ids = [] if self.bos_token_id is None else [self.bos_token_id]
-        for piece in row if self.around_image is None else self._surrounded(row, self._tag_ids[self.around_image]):
-            ids += [piece] if isinstance(piece, int) else self.encode_text(piece)
+        for part in row if self.around_image is None else self._surrounded(row, self._tag_ids[self.around_image]):
+            ids += [part] if isinstance(part, int) else self.encode_text(part)
         return ids
 
-    def _surrounded(self, row: Row, around: int) -> Row:
+    def _surrounded(self, row: PromptParts, around: int) -> PromptParts:
         """Return the row with the id `around` on both sides of each image, where it is not there already."""
-        out: Row = []
-        for piece in row:
-            if piece == self.image_token_id and out[-1:] != [around]:
+        out: PromptParts = []
+        for part in row:
+            if part == self.image_token_id and out[-1:] != [around]:
                 out.append(around)
-            if piece == around and out[-1:] == [around]:
+            if part == around and out[-1:] == [around]:
                 continue
-            out += [piece, around] if piece == self.image_token_id else [piece]
+            out += [part, around] if part == self.image_token_id else [part]
         return out
 
     def _pixels(self, images: list[list[Any]]) -> dict[str, Tensor]:
@@ -240,8 +240,8 @@ class FlamingoProcessor:
         if not frames:
             raise UserError(f"{where} is a clip without frames")
         if self.max_frames is not None and len(frames) > self.max_frames:
-            places = torch.linspace(0, len(frames) - 1, self.max_frames).round().long().tolist()
-            frames = [frames[i] for i in places]
+            sampled = torch.linspace(0, len(frames) - 1, self.max_frames).round().long().tolist()
+            frames = [frames[i] for i in sampled]
         return torch.stack([self.image_transform(to_rgb(frame, where)) for frame in frames])
 
 

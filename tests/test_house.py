@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -158,8 +159,11 @@ def test_nothing_important_is_ignored_by_git() -> None:
 
 
 def test_only_the_library_is_packaged() -> None:
-    code = "import setuptools; print(*setuptools.find_packages(include=['flamingo*']), sep='\\n')"
-    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    packages = listed.stdout.split()
+    """And of the library not the trainer, which it does not import either (tests/model/test_wheel.py)."""
+    rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    code = f"import setuptools; print(*setuptools.find_packages(**{rules!r}), sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    packages = found.stdout.split()
     assert "flamingo.layers" in packages
+    assert not [package for package in packages if package.startswith("flamingo.training")]
     assert all(package.split(".")[0] == "flamingo" for package in packages)

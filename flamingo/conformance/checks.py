@@ -1,6 +1,6 @@
-"""Checks that say whether a causal LM works inside a Flamingo: `python -m flamingo conformance gpt2 path/to/lm ...`.
+"""Checks of whether a causal LM works inside a Flamingo: `python -m flamingo conformance gpt2 path/to/lm ...`.
 
-Notable: every check is an equality between two ways of computing the same thing, so none needs a reference file, and
+Every check is an equality between two ways of computing the same thing, so none needs a reference file, and
 none passes on a model whose images do nothing (`images_matter`). A check takes a function that returns the LM,
 the same weights every time, because most checks need it twice: once inside a model and once alone. It returns a note
 (the largest difference it saw) and raises `ConformanceError` where the two ways disagree.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,9 @@ def images_matter(make: MakeLM) -> str:
     before = model(**inputs, use_cache=False).logits[0]
     inputs["pixel_values"][1] = 255 - inputs["pixel_values"][1]
     after = model(**inputs, use_cache=False).logits[0]
-    place = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0])
-    _same(before[:place], after[:place], "logits before an image that is exchanged")
-    changed = (before != after).any(-1)[place:]
+    position = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[1, 0])
+    _same(before[:position], after[:position], "logits before an image that is exchanged")
+    changed = (before != after).any(-1)[position:]
     if not bool(changed.all()):
         raise ConformanceError(f"exchanging an image changes {int(changed.sum())} of {len(changed)} tokens that see it")
     return "seen"
@@ -152,9 +152,9 @@ def untouched(make: MakeLM) -> str:
     with tempfile.TemporaryDirectory() as folder:
         lm.save_pretrained(folder)
         loaded: Any = type(plain).from_pretrained(folder, output_loading_info=True)
-    again, told = loaded
-    if told["missing_keys"] or told["unexpected_keys"]:
-        raise ConformanceError(f"saving the LM lost or added keys: {told}")
+    again, report = loaded
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ConformanceError(f"saving the LM lost or added keys: {report}")
     _same(again.eval()(input_ids=text).logits, wanted, "the LM after saving and loading, and before")
     return "exact"
 
@@ -213,7 +213,7 @@ CHECKS: dict[str, Check] = {
         compiled,
     )
 }
-"""Name -> check. `two_processes` is apart, in `flamingo.training.distributed.conformance`: it starts processes."""
+"""Name -> check. The check `two_processes` needs the trainer: `flamingo.training.distributed.conformance`."""
 
 
 def gradients(
@@ -253,18 +253,31 @@ def close(ours: Tensor, theirs: Tensor, what: str, *, least: float = 1.0) -> str
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a check said of an LM."""
+class CheckResult:
+    """Whether an LM passed a check, and by how much."""
 
     check: str
     passed: bool
     note: str
 
 
-def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[Outcome]:
-    """Yield the outcome of each check; whatever a check raises is an outcome too."""
+def conform(make: MakeLM, checks: Iterable[str] = tuple(CHECKS)) -> Iterator[CheckResult]:
+    """Yield the result of each check; an exception inside a check is a failure with its message."""
     for name in checks:
         try:
-            yield Outcome(name, True, CHECKS[name](make))
+            yield CheckResult(name, True, CHECKS[name](make))
         except Exception as error:
-            yield Outcome(name, False, f"{type(error).__name__}: {first_line(error)}")
+            yield CheckResult(name, False, f"{type(error).__name__}: {first_line(error)}")
+
+
+def print_table(checks: Sequence[str], results: Iterable[tuple[str, Iterable[CheckResult]]]) -> int:
+    """Print a row of check results for each LM as they come, then the failures; return how many there are."""
+    print("  ".join([f"{'language model':16}", *(f"{check:>9}" for check in checks)]))
+    failures = []
+    for language, row in results:
+        row = list(row)
+        cells = [f"{r.note if r.passed else 'FAILED':>{max(9, len(r.check))}}" for r in row]
+        print("  ".join([f"{language:16}", *cells]), flush=True)
+        failures += [f"{language}, {r.check}: {r.note}" for r in row if not r.passed]
+    print("\n".join(failures) or f"all passed: equal, or different by at most {TOLERANCE:g} of the largest value")
+    return len(failures)

@@ -1,6 +1,6 @@
 """What the checks run on: tiny random LMs of every verified family, a model around one, a batch.
 
-Notable: nothing is downloaded, and the same name gives the same weights every time. Sliding and local windows are set
+Nothing is downloaded, and the same name gives the same weights every time. Sliding and local windows are set
 shorter than the texts of the batch, so that they act.
 """
 

@@ -29,13 +29,13 @@ def empty_weights(dtype: torch.dtype) -> Iterator[None]:
 
 
 def assemble(
-    config: FlamingoConfig, tower: nn.Module, lm: PreTrainedModel, processor: FlamingoProcessor, dtype: torch.dtype
+    config: FlamingoConfig, encoder: nn.Module, lm: PreTrainedModel, processor: FlamingoProcessor, dtype: torch.dtype
 ) -> FlamingoForConditionalGeneration:
     """Return the model around both backbones, in eval mode; its new parts are yet to be loaded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = FlamingoForConditionalGeneration(config, vision_tower=tower, causal_lm=lm)
+        model = FlamingoForConditionalGeneration(config, vision_module=encoder, causal_lm=lm)
     finally:
         torch.set_default_dtype(before)
     for name in ("mean", "std"):  # of the images; bfloat16 would shift the colours

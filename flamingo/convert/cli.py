@@ -77,7 +77,7 @@ def check_out(out: Path) -> None:
     """Refuse a folder that cannot be written, before anything is read.
 
     Raises:
-        UserError: it holds a model or other files, is no folder, or lies where one may not write.
+        UserError: it holds a model or other files, is not a folder, or is not writable.
     """
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; give another --out or remove it")
@@ -85,7 +85,7 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; give another --out")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {out} cannot be made: {above} is not a folder that may be written to")
+        raise UserError(f"--out {out} cannot be made: {above} is not a writable folder")
 
 
 def write_whole(out: Path, *writers: Callable[[Path], Any]) -> None:

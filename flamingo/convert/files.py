@@ -1,6 +1,6 @@
 """Reading a released checkpoint: one file of torch or safetensors, or a folder with an index of shards.
 
-Notable: torch files are read with `weights_only`, so a checkpoint cannot run code, and mapped into memory, so a weight
+Torch files are read with `weights_only`, so a checkpoint cannot run code, and mapped into memory, so a weight
 that is left out costs nothing. A folder's index is believed in full: every key it promises must be in the shard that it
 names, and no shard may hold another.
 """
@@ -64,12 +64,12 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:  # no JSON, or not even UTF-8
         raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is a JSON {type(found).__name__}, not an object")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is a JSON {type(content).__name__}, not an object")
+    return content
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -97,24 +97,24 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        # Files of before 2020 are no zip archives and cannot be mapped.
+        # Files from before 2020 are not zip archives and cannot be mapped.
         with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
             warnings.simplefilter("ignore")
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        reason = "it is no file of torch's"
+        reason = "it is not a torch file"
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds {named[1]} beside tensors, which might run code and is not loaded"
         raise UserError(f"the checkpoint {file} cannot be read: {reason}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"the checkpoint {file} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
-    if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
-        if other := sorted(map(str, set(found) - {"model_state_dict", *_NOT_WEIGHTS})):
+    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
+        if other := sorted(map(str, set(content) - {"model_state_dict", *_NOT_WEIGHTS})):
             raise UserError(f"the checkpoint {file} has {other[0]!r} beside model_state_dict, which is not known")
-        found = found["model_state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        content = content["model_state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"the checkpoint {file} is not a dictionary of tensors")
-    return found
+    return content
 
 
 def config_from(kind: Callable[..., Any], values: Mapping[str, Any]) -> Any:

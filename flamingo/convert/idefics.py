@@ -1,6 +1,6 @@
 """IDEFICS' checkpoints to a model of this library.
 
-Notable, against OpenFlamingo: blocks stand before layers 0, n, 2n, ...; the resampler gets the encoder's class token
+Different from OpenFlamingo: blocks stand before layers 0, n, 2n, ...; the resampler gets the encoder's class token
 too; RMSNorm, SwiGLU and, in the releases, norms of queries and keys; nothing is seen behind the end of a sequence. The
 LM is a LLaMA and the encoder a CLIP under other class names. Its "decoupled" embeddings are what this library has
 anyway: the frozen table of the LM and a small one of new tokens.
@@ -79,20 +79,20 @@ def from_idefics(
             raise UserError(f"IDEFICS' {name} is {own}, not {value}")
     clean = renumber_blocks(clean, source.cross_layer_interval)
     layers = list(range(0, source.num_hidden_layers, source.cross_layer_interval))
-    if (found := block_layers(clean)) != layers:
+    if (block_positions := block_layers(clean)) != layers:
         raise UserError(
-            f"the checkpoint has blocks before layers {found}, but cross_layer_interval="
+            f"the checkpoint has blocks before layers {block_positions}, but cross_layer_interval="
             f"{source.cross_layer_interval} over {source.num_hidden_layers} layers means {layers}"
         )
     to = dtype_of(clean, dtype)
     with empty_weights(to):
-        tower = CLIPVisionModel(clip_config(source))
+        encoder = CLIPVisionModel(clip_config(source))
         lm = LlamaForCausalLM(llama_config(source))
     for name in [name for name in clean if name.startswith("vision_encoder.tower.")]:
-        if hasattr(tower, "vision_model"):  # transformers before 5.23
+        if hasattr(encoder, "vision_model"):  # transformers before 5.23
             clean[name.replace("tower.", "tower.vision_model.", 1)] = clean.pop(name)
     processor = _processor(load_tokenizer(tokenizer), source)
-    model = assemble(_flamingo_config(source, lm.config, processor), tower, lm, processor, to)
+    model = assemble(_flamingo_config(source, lm.config, processor), encoder, lm, processor, to)
     load_clean(model, clean, loaded=())
     return model, processor
 
@@ -208,7 +208,7 @@ def _check(source: Any) -> None:
         raise UserError(f"IDEFICS without additional_vocab_size has no row for {IMAGE_TOKEN}")
     if source.num_hidden_layers % source.cross_layer_interval:
         raise UserError(
-            f"num_hidden_layers={source.num_hidden_layers} is no multiple of cross_layer_interval="
+            f"num_hidden_layers={source.num_hidden_layers} is not a multiple of cross_layer_interval="
             f"{source.cross_layer_interval}"
         )
 

@@ -1,6 +1,6 @@
 """Released names of weights to ours, as tables and one pure function.
 
-Notable: every key of a checkpoint is renamed, split, or left out for a reason that stands in the table; a key that no
+Every key of a checkpoint is renamed, split, or left out for a reason that stands in the table; a key that no
 line knows stops the conversion with its name. Two source keys may name one weight (a tied head, OpenFlamingo's second
 list of its blocks): they must then hold the same values.
 
@@ -120,8 +120,8 @@ def translate(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
     origin: dict[str, str] = {}
     unknown = []
     for key, value in _with_full_names(state).items():
-        found = ((match, target) for pattern, target in compiled if (match := pattern.fullmatch(key)))
-        if (first := next(found, None)) is None:
+        matches = ((match, target) for pattern, target in compiled if (match := pattern.fullmatch(key)))
+        if (first := next(matches, None)) is None:
             unknown.append(key)
             continue
         match, target = first

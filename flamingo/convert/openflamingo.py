@@ -1,14 +1,14 @@
 """OpenFlamingo's and Otter's checkpoints to a model of this library.
 
-Notable:
-- The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and the whole table of the LM's
-  embeddings, cut or grown to the tokenizer's length. That table becomes the LM's, so that the logits have the source's
-  columns; the rows of the tags are then taken by the table of new tokens. The frozen backbones come from where
-  they always came from. Otter's releases hold everything.
-- OpenFlamingo never moves a row of the table but those of the new tokens, and never the head. So the other rows say
-  which LM the checkpoint was trained with, even between a base model and its instruction-tuned sibling.
-- The encoder's tokens are those before its final norm, and OpenAI's ViT-L/14 has QuickGELU: what open_clip gave until
-  2.22, and gives no longer.
+Traps:
+- The releases of OpenFlamingo hold what was trained: resampler, gated blocks, and all of the LM's embedding rows,
+  cut or extended to the tokenizer's length. These rows become the LM's, so that the logits have the source's columns;
+  the rows of the tags are then replaced by those of the new tokens. The frozen backbones come from their own releases.
+  Otter's releases hold everything.
+- OpenFlamingo trains only the embedding rows of the new tokens, and never the head. So the other rows identify the LM
+  that the checkpoint was trained with, even a base model and its instruction-tuned sibling.
+- The encoder's tokens are those before its final norm, and OpenAI's ViT-L/14 has QuickGELU: open_clip's defaults up to
+  2.22, but not since.
 - OpenFlamingo adds `<|endofchunk|>` first, then `<image>`, then `<PAD>`; their ids follow from that order.
 """
 
@@ -90,7 +90,7 @@ def from_openflamingo(
     if dtype is None and isinstance(language, PreTrainedModel):
         dtype = embedding_table(language).weight.dtype
     to = dtype_of(clean, dtype)
-    tower, described = _vision(clean, vision, vision_pretrained, image_size, vision_options or {}, to)
+    encoder, described = _vision(clean, vision, vision_pretrained, image_size, vision_options or {}, to)
     described = replace(described, final_norm=final_norm)
     lm, lm_tokenizer, has_lm = _language(clean, language, tokenizer, to)
     layers = _layers(clean, lm, cross_attn_every_n_layers)
@@ -99,7 +99,7 @@ def from_openflamingo(
     _take_table(clean, lm, processor, has_lm=has_lm, any_rows=allow_changed_embeddings)
     parts = {"resampler_config": {**size, **heads}, "cross_attention_config": heads, "cross_attn_layers": layers}
     config = _config(described, lm, processor, parts)
-    model = assemble(config, tower, lm, processor, to)
+    model = assemble(config, encoder, lm, processor, to)
     _add_new_rows(clean, model)
     has_vision = any(name.startswith("vision_encoder.") for name in clean)
     held = {"vision_encoder.": has_vision, "language_model.": has_lm}
@@ -133,16 +133,16 @@ def _vision(
     held = [name for name in clean if name.startswith("vision_encoder.tower.")]
     if held and isinstance(vision, str) and _is_open_clip(vision):
         config = open_clip_config(vision, pretrained, image_size)
-        tower = build_open_clip(config.arch or {})
-        config = replace(config, width=token_width(tower, config.image_size))
+        encoder = build_open_clip(config.arch or {})
+        config = replace(config, width=token_width(encoder, config.image_size))
     else:
-        tower, config = load_vision(vision, pretrained=pretrained, image_size=image_size, **options)
-        if tower is vision and (held or next(tower.parameters()).dtype != dtype):
-            tower = copy.deepcopy(tower)  # the caller's
-    if held and any(key.startswith("vision_model.") for key in tower.state_dict()):
+        encoder, config = load_vision(vision, pretrained=pretrained, image_size=image_size, **options)
+        if encoder is vision and (held or next(encoder.parameters()).dtype != dtype):
+            encoder = copy.deepcopy(encoder)  # the caller's
+    if held and any(key.startswith("vision_model.") for key in encoder.state_dict()):
         for name in held:  # transformers before 5.23 keeps CLIP's encoder under this name
             clean[name.replace("tower.", "tower.vision_model.", 1)] = clean.pop(name)
-    return tower.to(dtype), config
+    return encoder.to(dtype), config
 
 
 def _is_open_clip(name: str) -> bool:
@@ -188,17 +188,19 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTraine
 
 def _layers(clean: Mapping[str, Tensor], lm: PreTrainedModel, every: int | None) -> list[int]:
     """Return the layers that have a block in the checkpoint; they must be those of the given interval."""
-    found, layers = block_layers(clean), num_decoder_layers(lm.config)
-    if not found:
+    block_positions, layers = block_layers(clean), num_decoder_layers(lm.config)
+    if not block_positions:
         raise UserError("the checkpoint has no gated blocks (gated_cross_attn_layer); is it a Flamingo's?")
-    if found[-1] >= layers:
-        raise UserError(f"the checkpoint has a block before layer {found[-1]}, but the LM has {layers}; is it another?")
-    if every is not None and found != (expected := every_n_layers(layers, every)):
+    if block_positions[-1] >= layers:
         raise UserError(
-            f"the checkpoint has blocks before layers {found}, but cross_attn_every_n_layers={every} over the LM's "
-            f"{layers} layers means {expected}"
+            f"the checkpoint has a block before layer {block_positions[-1]}, but the LM has {layers}; is it another?"
         )
-    return found
+    if every is not None and block_positions != (expected := every_n_layers(layers, every)):
+        raise UserError(
+            f"the checkpoint has blocks before layers {block_positions}, but "
+            f"cross_attn_every_n_layers={every} over the LM's {layers} layers means {expected}"
+        )
+    return block_positions
 
 
 def _resampler_shape(clean: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Otter's checkpoints: OpenFlamingo's model with other names, and everything in the file.
 
-Notable: the encoder is transformers' CLIP, whose last hidden state is what OpenFlamingo takes from open_clip; the
+The encoder is transformers' CLIP, whose last hidden state is what OpenFlamingo takes from open_clip; the
 resampler may have frame embeddings (OTTER-Video); the tokenizer has one more new token, `<answer>`; the language
 model's config is inside Otter's, partly in the words of code that would have to be downloaded, which is not run here.
 Otter's own decoding with a cache forgets the image after one token; that is not reproduced.
@@ -47,7 +47,7 @@ def backbones_of(
     parts = (config.get("text_config"), config.get("vision_config"))
     if kind not in ("otter", "flamingo") or not all(isinstance(part, Mapping) for part in parts):
         raise UserError(f"config.json is not Otter's: its model_type is {kind!r}")
-    tower: Any = vision
+    encoder: Any = vision
     size = None
     if vision is None:
         source = dict(config["vision_config"])
@@ -56,9 +56,9 @@ def backbones_of(
         clip = config_from(CLIPVisionConfig, _known(source, CLIPVisionConfig))
         size = clip.image_size
         with empty_weights(torch.float32):
-            tower = AutoModel.from_config(clip)
+            encoder = AutoModel.from_config(clip)
     return {
-        "vision": tower,
+        "vision": encoder,
         "image_size": size,
         "language": language or _language(dict(config["text_config"])),
         "extra_tokens": (ANSWER,) if kind == "otter" else (),
@@ -82,7 +82,7 @@ def _language(source: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _known(source: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """Return the values that this class of configs has a place for; the rest are how 2023's transformers generated."""
+    """Return the values that this config class has a field for; the rest are how 2023's transformers generated."""
     names = {*inspect.signature(kind).parameters, "rope_theta", "rope_scaling"} - {"attn_config", "kwargs"}
     names -= set(PreTrainedConfig.__annotations__) - {"pad_token_id", "bos_token_id", "eos_token_id"}
     return {name: value for name, value in source.items() if name in names and value is not None}

@@ -1,6 +1,6 @@
 """The released models' hyper-parameters, as data.
 
-Notable: nothing here is needed to read a checkpoint that brings its `config.json` (IDEFICS, Otter), and nothing here is
+Nothing here is needed to read a checkpoint that brings its `config.json` (IDEFICS, Otter), and nothing here is
 guessed for one that does not (OpenFlamingo): its weights are checked against these numbers. `parameters` are the
 published ones. Sources: OpenFlamingo's README and paper (table 1), IDEFICS' configs, Otter's configs.
 """

@@ -1,6 +1,6 @@
 """`generate()` and what it needs around transformers' own.
 
-Notable: every image is encoded and the prompt is run once, whatever the number of beams or of sequences to return;
+Every image is encoded and the prompt is run once, whatever the number of beams or of sequences to return;
 the copies begin with the prompt's last token.
 
 Letters: B batch, T text tokens, P tokens of the prompt.

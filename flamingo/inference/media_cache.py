@@ -1,6 +1,6 @@
 """What one call remembers about its images.
 
-Notable: the cache holds every block's keys and values of the media, computed once per call whatever the number of new
+The cache holds every block's keys and values of the media, computed once per call whatever the number of new
 tokens and beams. It rides on `past_key_values`, so that a hand-written decoding loop keeps seeing the images too, and
 it belongs to the call, so two calls in two threads do not meet. Beams need no copies: they share their prompt's
 images in the flat stack.
@@ -64,14 +64,20 @@ class MediaCache:
         """Return the cache with more images behind those of each row (a later turn of a conversation).
 
         Raises:
-            UserError: another number of rows than this cache has.
+            UserError: another number of rows than this cache has, or of latents an image.
         """
         if len(image_counts) != len(self.images):
             raise UserError(f"{len(image_counts)} rows continue a cache of {len(self.images)} rows")
         more = image_table(image_counts, start=len(self.features))
         images = torch.cat([self.images, more], dim=1)
         images = images.gather(1, (images < 0).long().argsort(dim=1, stable=True))
-        return MediaCache(torch.cat([self.features, features]), images, self.keys_values, self.seen)
+        if len(features) and len(self.features) and features.shape[1] != self.features.shape[1]:
+            raise UserError(
+                f"the new images have {features.shape[1]} latents each, those before them {self.features.shape[1]}; "
+                "this connector needs clips of one length"
+            )
+        stacks = [stack for stack in (self.features, features) if len(stack)] or [features]
+        return MediaCache(torch.cat(stacks), images, self.keys_values, self.seen)
 
     def branch(self, rows: Int[Tensor, "B"] | None = None) -> MediaCache:
         """Return a cache of some `rows` that shares the tensors; what is added to it, this one does not see."""

@@ -1,6 +1,6 @@
 """Ranking of given answers: the log-probability of each candidate behind its prompt.
 
-Notable: every prompt is run once. The candidates form a trie, so that what several of them begin with is run once, and
+Every prompt is run once. The candidates form a trie, so that what several of them begin with is run once, and
 the last token of a candidate is only read, never run: candidates of one token cost a look at one row of logits. The
 whole trie is one forward pass in which a token attends to the prompt and to its own ancestors, where the LM takes such
 a mask; elsewhere it goes level by level, one row for each node. A cache that the caller gave is not touched.
@@ -33,7 +33,7 @@ Candidates = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 
 
 @dataclass
-class Prompt:
+class PromptState:
     """The prompts of a call, padded left, and what running them gave."""
 
     ids: Tensor
@@ -95,14 +95,14 @@ def score_candidates(
     # Sorted, so that candidates which begin alike are run together.
     orders = [sorted(range(number), key=row.__getitem__) for row in options]
     for start in range(0, number, batch_size):
-        places = [order[start : start + batch_size] for order in orders]
-        tries = [Trie.of([row[i] for i in chosen]) for row, chosen in zip(options, places, strict=True)]
-        for row, (chosen, totals) in enumerate(zip(places, _totals(model, prompt, tries), strict=True)):
+        positions = [order[start : start + batch_size] for order in orders]
+        tries = [Trie.of([row[i] for i in chosen]) for row, chosen in zip(options, positions, strict=True)]
+        for row, (chosen, totals) in enumerate(zip(positions, _totals(model, prompt, tries), strict=True)):
             scores[row, chosen] = totals
     return scores
 
 
-def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> Prompt:
+def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> PromptState:
     """Read the caller's inputs; his cache and what it remembers of images are branched, not used."""
     ids, past = inputs["input_ids"], inputs.get("past_key_values")
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
@@ -117,7 +117,7 @@ def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> Prompt:
         mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.long, device=ids.device)
     if not before:
         ids, mask, phi = left_padded(ids, mask, phi)
-    return Prompt(ids, mask, phi, media, None if past is None else _branch(past))
+    return PromptState(ids, mask, phi, media, None if past is None else _branch(past))
 
 
 def _branch(cache: Cache) -> Cache:
@@ -133,27 +133,27 @@ def _branch(cache: Cache) -> Cache:
     return out
 
 
-def _totals(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[Tensor]:
+def _totals(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[Tensor]:
     """Return each row's scores of its trie's candidates."""
     assert prompt.logits is not None
     behind = _by_tree if takes_tree(model, prompt.past) else _by_levels
-    found = behind(model, prompt, tries) if any(trie.inner for trie in tries) else [{} for _ in tries]
+    by_node = behind(model, prompt, tries) if any(trie.inner for trie in tries) else [{} for _ in tries]
     out = []
     for row, trie in enumerate(tries):
         roots = [node for node, parent in enumerate(trie.parents) if parent < 0]
-        found[row] |= _read(prompt.logits[row : row + 1], [(node, 0, trie.tokens[node]) for node in roots])
+        by_node[row] |= _read(prompt.logits[row : row + 1], [(node, 0, trie.tokens[node]) for node in roots])
         totals: list[float] = []
         for node, parent in enumerate(trie.parents):
-            totals.append(found[row][node] + (totals[parent] if parent >= 0 else 0.0))
+            totals.append(by_node[row][node] + (totals[parent] if parent >= 0 else 0.0))
         out.append(prompt.logits.new_tensor([totals[end] for end in trie.ends]))
     return out
 
 
 def _read(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> dict[int, float]:
-    """Return for each (node, place, token) the node's log-probability: of the token, by the logits at the place."""
-    nodes, places, tokens = zip(*wanted, strict=True) if wanted else ((), (), ())
+    """Return each node's log-probability, for triples of node, position of its logits, and token."""
+    nodes, positions, tokens = zip(*wanted, strict=True) if wanted else ((), (), ())
     logits = logits.float()
-    where = torch.tensor(places, dtype=torch.long, device=logits.device)
+    where = torch.tensor(positions, dtype=torch.long, device=logits.device)
     values = logits[where, list(tokens)] - logits.logsumexp(-1)[where]
     return dict(zip(nodes, values.tolist(), strict=True))
 
@@ -177,17 +177,17 @@ def takes_tree(model: MediaModel, cache: Cache | None) -> bool:
     )
 
 
-def _by_tree(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[dict[int, float]]:
     """Run all inner nodes of a row as one sequence in which each attends to the prompt, its ancestors and itself."""
     rows, width = len(tries), max(len(trie.inner) for trie in tries)
     ids = torch.zeros(rows, width, dtype=torch.long)
     depths = torch.zeros_like(ids)
     related = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)
-    places = [{node: place for place, node in enumerate(trie.inner)} for trie in tries]
+    positions = [{node: position for position, node in enumerate(trie.inner)} for trie in tries]
     for row, trie in enumerate(tries):
-        for node, place in places[row].items():
-            ids[row, place], depths[row, place] = trie.tokens[node], trie.depths[node]
-            related[row, place, [places[row][other] for other in trie.path(node)]] = True
+        for node, position in positions[row].items():
+            ids[row, position], depths[row, position] = trie.tokens[node], trie.depths[node]
+            related[row, position, [positions[row][other] for other in trie.path(node)]] = True
     device, mask = prompt.ids.device, prompt.mask.bool()
     seen = torch.cat([mask[:, None].expand(-1, width, -1), related.to(device)], dim=-1)[:, None]
     config: Any = model.language_model.config.get_text_config(decoder=True)
@@ -205,19 +205,21 @@ def _by_tree(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dict[
         use_cache=True,
     )
     return [
-        _read(out.logits[row], [(n, places[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
+        _read(out.logits[row], [(n, positions[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
         for row, trie in enumerate(tries)
     ]
 
 
-def _by_levels(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[dict[int, float]]:
     """Run the inner nodes of one depth after the other, each as a row with a copy of its parent's cache."""
-    found: list[dict[int, float]] = [{} for _ in tries]
-    place = {(row, -1): row for row in range(len(tries))}
+    by_node: list[dict[int, float]] = [{} for _ in tries]
+    position = {(row, -1): row for row in range(len(tries))}
     cache, depth = prompt.past, 0
     while level := [(row, node) for row, trie in enumerate(tries) for node in trie.inner if trie.depths[node] == depth]:
         assert cache is not None
-        parents = torch.tensor([place[row, tries[row].parents[node]] for row, node in level], device=prompt.ids.device)
+        parents = torch.tensor(
+            [position[row, tries[row].parents[node]] for row, node in level], device=prompt.ids.device
+        )
         rows = torch.tensor([row for row, _ in level], device=prompt.ids.device)
         cache = _branch(cache)
         cache.reorder_cache(parents)  # type: ignore[arg-type]  # any index of rows
@@ -230,11 +232,11 @@ def _by_levels(model: MediaModel, prompt: Prompt, tries: list[Trie]) -> list[dic
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        place = {key: slot for slot, key in enumerate(level)}
+        position = {key: slot for slot, key in enumerate(level)}
         for slot, (row, node) in enumerate(level):
             children = [(n, 0, t) for n, (p, t) in enumerate(tries[row].edges()) if p == node]
-            found[row] |= _read(logits[slot : slot + 1], children)
-    return found
+            by_node[row] |= _read(logits[slot : slot + 1], children)
+    return by_node
 
 
 @torch.no_grad()

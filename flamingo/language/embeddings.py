@@ -1,6 +1,6 @@
 """An LM's two tables, the input embedding and the output layer: where they are, their shape, their rows.
 
-Notable: a quantised layer's weight is packed, or a method, so a shape is never read from it where the layer says it.
+A quantised layer's weight is packed, or a method, so a shape is never read from it where the layer says it.
 
 Letters: V rows, D width.
 """

@@ -1,8 +1,8 @@
 """The only file that knows where a causal LM keeps its layers and its embeddings.
 
-Notable: the blocks stand beside the LM, not in it. Forward pre-hooks on the decoder layers call them, so the LM keeps
+The blocks stand beside the LM, not in it. Forward pre-hooks on the decoder layers call them, so the LM keeps
 its class, its state dict and everything transformers can do with it. The rows of new tokens (`<image>`,
-`<|endofchunk|>`) are a small table of their own, put in place by hooks on the input embedding and on the head, so the
+`<|endofchunk|>`) are a small table of their own, inserted by hooks on the input embedding and on the head, so the
 frozen table needs no gradient and no optimizer state and is never resized.
 
 What the hooks need of the current call is in a `CallState`, one per thread: two threads may generate with one model.
@@ -45,11 +45,11 @@ class Call:
     is_new: Bool[Tensor, "B T n"] | None = None
     """Which token is which new token; None where no new token occurs."""
     keep: Int[Tensor, "N"] | None = None
-    """Places in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
+    """Positions in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
     targets: Int[Tensor, "N"] | None = None
-    """Tokens that are right at those places; the head then gives their losses (1, N, 1) and never all the logits."""
+    """The target tokens at those positions; the head then gives their losses (1, N, 1) and never all the logits."""
     kept: Float[Tensor, "N D"] | None = None
-    """Hidden states at those places, on their way from the head's input to the losses."""
+    """Hidden states at those positions, on their way from the head's input to the losses."""
     nll: Float[Tensor, "N"] | None = None
     """The losses as they left the head."""
 
@@ -91,12 +91,12 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
         if len(layers) != wanted:
             raise UserError(f"decoder_layers_path={path!r} has {len(layers)} modules, but the LM has {wanted} layers")
         return layers
-    found = [
+    candidates = [
         (not all(isinstance(layer, GradientCheckpointingLayer) for layer in module), name.count("."), module)
         for name, module in lm.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == wanted and "vision" not in name
     ]
-    if not found:
+    if not candidates:
         lists = [
             f"{name!r} ({len(module)})" for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)
         ]
@@ -105,7 +105,7 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
             f"its config's number of layers; its lists are {', '.join(lists) or 'none'}; name the right one with "
             "decoder_layers_path='...'"
         )
-    return min(found, key=lambda item: item[:2])[-1]
+    return min(candidates, key=lambda item: item[:2])[-1]
 
 
 class NewTokens(nn.Module):

@@ -1,6 +1,6 @@
 """Next-token loss over the labelled positions, some at a time.
 
-Notable: a vocabulary of 50,000 makes the logits the largest tensor of a training step, so there is never one of all
+A vocabulary of 50,000 makes the logits the largest tensor of a training step, so there is never one of all
 positions, nor of all labelled ones. Where the LM's head is frozen, each chunk's logits are made once: the gradient of
 its hidden states is computed at once, kept (it is D wide, not V) and only scaled in the backward pass. Where the head
 trains, the logits are made again in the backward pass.
@@ -30,7 +30,7 @@ Head = Callable[[Tensor, Tensor], Tensor]
 
 
 def next_labels(labels: Int[Tensor, "B T"]) -> Int[Tensor, "Z"]:
-    """Return for each place in the flattened (B*T) text the label of the token after it, -100 for none."""
+    """Return for each position in the flattened (B*T) text the label of the token after it, -100 for none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
@@ -63,18 +63,18 @@ def nll_in_chunks(
         out: Tensor = _OnePass.apply(head, chunk, targets, hidden, new_logits)
         return out
 
-    def piece(hidden: Tensor, new_logits: Tensor, targets: Tensor) -> Tensor:
+    def chunk_losses(hidden: Tensor, new_logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden, new_logits).float(), targets, reduction="none")
 
     # Splits and not slices: the backward pass of a slice makes a gradient of the whole tensor's size.
     parts = list(zip(hidden.split(chunk), new_logits.split(chunk), targets.split(chunk), strict=True))
     out_parts = []
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         # Not the last one: it is the first that the backward pass needs.
-        if learns and place + 1 < len(parts):
-            out_parts.append(checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False))
+        if learns and index + 1 < len(parts):
+            out_parts.append(checkpoint(chunk_losses, *part, use_reentrant=False, preserve_rng_state=False))
         else:
-            out_parts.append(piece(*part))
+            out_parts.append(chunk_losses(*part))
     return torch.cat(out_parts)
 
 
@@ -94,8 +94,8 @@ class _OnePass(torch.autograd.Function):
             nll[part] = -log_p.gather(1, targets[part, None])[:, 0]
             slope = log_p.exp_()
             slope.scatter_add_(1, targets[part, None], slope.new_full((len(slope), 1), -1.0))
-            found = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
-            for gradient, value in zip(gradients, found, strict=True):
+            slopes = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
+            for gradient, value in zip(gradients, slopes, strict=True):
                 gradient[part] = value
         ctx.save_for_backward(*gradients)
         return nll

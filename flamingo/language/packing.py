@@ -25,15 +25,15 @@ ATTENTIONS = ("sdpa", "eager")  # the others take no mask of ones own
 
 
 def packed_positions(sequence_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Return each token's place in its own sequence; padding (0) is one more sequence."""
-    place = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
+    """Return each token's position in its own sequence; padding (0) is one more sequence."""
+    position = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
     first = torch.ones_like(sequence_ids, dtype=torch.bool)
     first[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    return place - (place * first).cummax(dim=1).values
+    return position - (position * first).cummax(dim=1).values
 
 
 def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
-    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are no padding."""
+    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are not padding."""
     if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     return given

@@ -1,6 +1,6 @@
-"""The one place where attention is computed for the resampler and the gated blocks.
+"""Attention for the resampler and the gated blocks; nothing else in the library computes it.
 
-Notable: a text token attends to the L latents of its one image, so the work is block-diagonal and never a masked row
+A text token attends to the L latents of its one image, so the work is block-diagonal and never a masked row
 over all images. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
 xformers is not installed, the tokens are laid out as one padded table per image and torch's SDPA runs over it
 (xformers has no CPU operator). Both are tested, values and gradients, against a slow twin that follows the formula.
@@ -74,13 +74,13 @@ def attend_segments_slow(
 def images_seen(segments: Segments, num_images: int) -> Bool[Tensor, "N I"]:
     """Return the mask of which query sees which image of the flat stack."""
     lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.images.device)
-    place = torch.arange(num_images, device=segments.images.device)
+    index = torch.arange(num_images, device=segments.images.device)
     if segments.reach is None or segments.upto is None:
-        return segments.images.repeat_interleave(lengths)[:, None] == place
+        return segments.images.repeat_interleave(lengths)[:, None] == index
     upto = segments.upto.flatten()[segments.unpad]
     reach = segments.reach.repeat_interleave(lengths, dim=0)
     reach = reach.masked_fill(torch.arange(reach.shape[1], device=reach.device) >= upto[:, None], -1)
-    return (reach[..., None] == place).any(1)
+    return (reach[..., None] == index).any(1)
 
 
 def attention_weights(
@@ -91,19 +91,19 @@ def attention_weights(
     The slow way, which copies the keys for every query; for maps to look at.
     """
     lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
-    places = segments.images[:, None] if segments.reach is None else segments.reach
-    places = places.repeat_interleave(lengths, dim=0)
-    keys = k[places.clamp(min=0)]
+    indices = segments.images[:, None] if segments.reach is None else segments.reach
+    indices = indices.repeat_interleave(lengths, dim=0)
+    keys = k[indices.clamp(min=0)]
     scores = torch.einsum("nhk,nmlhk->nhml", q, keys) * q.shape[-1] ** -0.5
     if segments.upto is not None:
-        column = torch.arange(places.shape[1], device=q.device)
+        column = torch.arange(indices.shape[1], device=q.device)
         hidden = column >= segments.upto.flatten()[segments.unpad][:, None]
         scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
     return scores.flatten(2).softmax(-1)
 
 
 def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) -> tuple[Float[Tensor, "B H T W"], ...]:
-    """Return each block's weights (N, H, W) in their places in the text, zero for tokens that see nothing.
+    """Return each block's weights (N, H, W) at their positions in the text, zero for tokens that see nothing.
 
     Where no token of the call sees an image the blocks left no weights; then there is one head of zeros, `width` wide.
     """

@@ -1,6 +1,6 @@
 """Gated cross-attention block: lets a frozen decoder layer look at an image, and starts as the identity.
 
-Alayrac et al. 2022, section 3.1.2 and figure 4. Notable: the block holds parameters only. What the tokens may see
+Alayrac et al. 2022, section 3.1.2 and figure 4. The block holds parameters only. What the tokens may see
 (`segments`), the media and the cache of their keys and values are arguments, so that recomputation in the backward
 pass, two threads and FSDP2 (which gathers parameters around this `forward` alone) are all right by construction.
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.layers.attention import attend_segments
+from flamingo.layers.feed_forward import FeedForward, norm_layer
 from flamingo.layers.media_mask import Segments
-from flamingo.layers.resampler import FeedForward, norm_layer
 
 KeysValues = tuple[Tensor, Tensor]
 """A block's projected media, twice (I, L, H, K)."""
@@ -51,6 +51,11 @@ class CrossAttention(nn.Module):
         """Return the keys and values of the media, twice (I, L, H, K)."""
         keys, values = (proj(media).unflatten(-1, (self.heads, -1)) for proj in (self.k_proj, self.v_proj))
         return keys if self.k_norm is None else self.k_norm(keys), values
+
+    def attention_products(self, x: Tensor, keys_values: KeysValues, segments: Segments) -> int:
+        """Return the multiply-adds of queries with keys and of weights with values."""
+        images = 1 if segments.reach is None else segments.reach.shape[1]
+        return 2 * len(x) * images * keys_values[0].shape[1] * self.q_proj.out_features
 
     def forward(self, x: Float[Tensor, "N D"], keys_values: KeysValues, segments: Segments) -> Float[Tensor, "N D"]:
         """Return the update for the N tokens of `segments.tokens`, without gate and residual."""
@@ -114,7 +119,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         With a `cache`, `cache[key]` keeps the projected media; what it lacks of `media` is projected and appended.
         """
         keys_values = None if cache is None else cache.get(key)
-        if keys_values is None:
+        if keys_values is None or not len(keys_values[0]):  # no image until now: the number of latents was not known
             keys_values = self.attn.project(media)
         elif len(keys_values[0]) < len(media):
             new = self.attn.project(media[len(keys_values[0]) :])

@@ -1,6 +1,6 @@
 """Who sees what: which image each text token attends to, as pure functions of tensors.
 
-Notable: nothing else in the library decides this. A batch's images are one flat stack of all rows' images, so
+Nothing else in the library decides this. A batch's images are one flat stack of all rows' images, so
 there are two ways to name one: phi is 1-based within the row and 0 means none (the paper's symbol, section 3.1.3); a
 `slot` is 0-based in the flat stack and -1 means none.
 
@@ -84,30 +84,17 @@ def seen_after(
 def _behind_reset(
     is_image: Bool[Tensor, "B T"], is_reset: Bool[Tensor, "B T"], seen: Int[Tensor, "B"] | None
 ) -> Bool[Tensor, "B T"]:
-    """Say which tokens have a reset token between them and the last image; the reset token itself has not."""
-    place = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
-    image, reset = ((mask * place).cummax(dim=1).values for mask in (is_image, is_reset))
+    """Return which tokens have a reset token between them and the last image; the reset token itself does not."""
+    position = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
+    image, reset = ((mask * position).cummax(dim=1).values for mask in (is_image, is_reset))
     behind = torch.nn.functional.pad(reset, (1, -1)) > image
     return behind if seen is None else behind | ((seen < 0)[:, None] & (image == 0))
 
 
-def visibility(phi: Int[Tensor, "B T"], num_images: int, *, all_previous: bool = False) -> Bool[Tensor, "B T M"]:
-    """Return the mask of which token sees which of its row's first `num_images` images.
-
-    One token sees one image or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
-
-        phi        0 1 1 2        all_previous   0 1 1 2
-        image 1  . x x .                       . x x x
-        image 2  . . . x                       . . . x
-    """
-    index = torch.arange(1, num_images + 1, device=phi.device)
-    return index <= phi[..., None] if all_previous else phi[..., None] == index
-
-
 def slots_from_phi(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Int[Tensor, "B T"]:
-    """Return the place in the flat stack of the image each token sees, -1 for none.
+    """Return the index in the flat stack of the image each token sees, -1 for none.
 
-    `images` (R, M) lists every row's images as places in the stack, padded with -1. B is a multiple of R: with
+    `images` (R, M) lists every row's images as indices into the stack, padded with -1. B is a multiple of R: with
     beams each prompt's row is repeated, and its images are not.
 
         phi [0 1 1 2], images [3 4 -1]   ->   [-1 3 3 4]
@@ -122,7 +109,7 @@ def slots_from_phi(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Int[T
 
 
 def image_table(image_counts: Int[Tensor, "B"], start: int = 0) -> Int[Tensor, "B M"]:
-    """Return every row's images as places in the flat stack, padded with -1; the first one has place `start`.
+    """Return every row's images as indices into the flat stack, padded with -1; the first one has index `start`.
 
     counts [2 0 1]   ->   [[0 1] [-1 -1] [2 -1]]
     """
@@ -139,18 +126,18 @@ class Segments:
     With slots [-1 0 0 2] over a stack of three images: tokens [1 2 3], images [0 2], lengths [2 1], and the padded
     table of tokens [[0 1] [2 2]] over the N=3 tokens, from which `unpad` [0 1 2] reads them back.
 
-    Where one image has many more tokens than the mean, the groups are cut into pieces of about the mean, so that the
+    Where one image has many more tokens than the mean, the groups are cut into chunks of about the mean, so that the
     padded table stays small: slots [0 0 0 0 0 0 0 0 0 1] give images [0 0 1] and lengths [5 4 1].
     """
 
     tokens: Int[Tensor, "N"]
     """Places in the flattened (B*T) text of the tokens that see an image, one image's after the other's."""
     images: Int[Tensor, "A"]
-    """For each group the place of its image in the flat stack."""
+    """For each group the index of its image in the flat stack."""
     lengths: list[int]
     """How many tokens are in each group, (A,)."""
     pad: Int[Tensor, "A S"]
-    """Each group's tokens as indices into `tokens`; unused places repeat the last token and are never read."""
+    """Each group's tokens as indices into `tokens`; unused entries repeat the last token and are never read."""
     unpad: Int[Tensor, "N"]
     """Where each token is in the flattened `pad`."""
     sees: Bool[Tensor, "B T"]
@@ -175,7 +162,7 @@ def segments_from_slots(slots: Int[Tensor, "B T"], num_images: int) -> Segments:
     longest = int(counts.max()) if len(counts) else 0
     whole = len(counts) == num_images
     if longest > 1.5 * len(tokens) / max(len(counts), 1):
-        images, counts, longest = _in_pieces(images, counts, -(-len(tokens) // len(counts)))
+        images, counts, longest = _in_chunks(images, counts, -(-len(tokens) // len(counts)))
         whole = False
     return Segments(tokens, images, counts.tolist(), *_padded(counts, longest), sees, whole)
 
@@ -210,11 +197,11 @@ def _padded(counts: Int[Tensor, "A"], longest: int) -> tuple[Int[Tensor, "A S"],
     return pad, unpad
 
 
-def _in_pieces(
+def _in_chunks(
     images: Int[Tensor, "A"], counts: Int[Tensor, "A"], size: int
 ) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"], int]:
-    """Cut groups of `counts` tokens into pieces of at most `size`."""
-    pieces = (counts + size - 1) // size
-    group = torch.arange(len(counts), device=counts.device).repeat_interleave(pieces)
-    nth = torch.arange(len(group), device=counts.device) - (pieces.cumsum(0) - pieces)[group]
+    """Cut groups of `counts` tokens into chunks of at most `size`."""
+    chunks = (counts + size - 1) // size
+    group = torch.arange(len(counts), device=counts.device).repeat_interleave(chunks)
+    nth = torch.arange(len(group), device=counts.device) - (chunks.cumsum(0) - chunks)[group]
     return images[group], (counts[group] - nth * size).clamp(max=size), size

@@ -1,61 +1,58 @@
 """Perceiver Resampler: any number of patch tokens of an image or clip in, L latent tokens out.
 
 Alayrac et al. 2022, section 3.1.1 and figure 5; parameters laid out so that OpenFlamingo's and IDEFICS' weights map one
-to one. Notable: keys and values come from the patches AND the latents, concatenated, as in the paper.
+to one. Keys and values come from the patches AND the latents, concatenated, as in the paper.
 
 Letters: I images, F frames, P patches, V encoder's width, L latents, D width, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.errors import UserError
 from flamingo.layers.attention import attend
-from flamingo.vision.frames import by_length
+from flamingo.layers.connector import Connector
+from flamingo.layers.feed_forward import ACTIVATIONS, NORMS, FeedForward, norm_layer
+from flamingo.options import choice, positive
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return a feed-forward's nonlinearity by its name in the config."""
-    if name == "squared_relu":
-        return _squared_relu
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-    return functions[name]
+@dataclass(kw_only=True, slots=True)
+class ResamplerConfig:
+    """The Perceiver Resampler (paper, section 3.1.1); the defaults are OpenFlamingo's."""
 
+    depth: int = 6
+    """Number of layers."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one head."""
+    latents: int = 64
+    """Tokens per image or clip that come out."""
+    width: int | None = None
+    """Width of the latents; None: the encoder's."""
+    init_std: float = 1.0
+    """Deviation of the initial latents and time embeddings. At small widths 1 drowns the image: see LOG.md."""
+    ff_mult: float = 4.0
+    """Width of the feed-forward as a multiple of the model width."""
+    activation: str = "gelu"
+    """Of the feed-forward."""
+    max_frames: int | None = None
+    """Learned time embeddings for this many frames; None: none, frames are then a bag of patches."""
+    qk_norm: str | None = None
+    """Norm of each head's queries and keys: "layernorm" (IDEFICS), "rmsnorm"; None: none."""
 
-def _squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def norm_layer(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
-    """Return a norm over the last axis by its name in the config."""
-    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[kind](width, eps=eps)
-
-
-class FeedForward(nn.Module):
-    """Pre-norm feed-forward without biases: `down(act(up(norm(x))))`, or `down(act(gate(y)) * up(y))`, y = norm(x)."""
-
-    def __init__(
-        self, width: int, inner: int, *, act: str, norm: str = "layernorm", eps: float = 1e-5, gated: bool = False
-    ) -> None:
-        super().__init__()
-        self.norm = norm_layer(norm, width, eps)
-        self.gate_proj = nn.Linear(width, inner, bias=False) if gated else None
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.act = activation(act)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the update, without the residual."""
-        x = self.norm(x)
-        up = self.up_proj(x)
-        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
+    def __post_init__(self) -> None:
+        choice("resampler_config.activation", self.activation, ACTIVATIONS)
+        choice("resampler_config.qk_norm", self.qk_norm, (*NORMS, None))
+        for name in ("depth", "heads", "head_dim", "latents"):
+            positive(f"resampler_config.{name}", getattr(self, name))
 
 
 class PerceiverAttention(nn.Module):
@@ -73,6 +70,11 @@ class PerceiverAttention(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=False)
         self.q_norm = norm_layer(qk_norm, head_dim) if qk_norm else None
         self.k_norm = norm_layer(qk_norm, head_dim) if qk_norm else None
+
+    def attention_products(self, media: Tensor, latents: Tensor) -> int:
+        """Return the multiply-adds of queries with keys and of weights with values."""
+        keys = media.shape[1] + latents.shape[1]
+        return 2 * latents.shape[0] * latents.shape[1] * keys * self.q_proj.out_features
 
     def forward(self, media: Float[Tensor, "I P D"], latents: Float[Tensor, "I L D"]) -> Float[Tensor, "I L D"]:
         """Return the update of the latents, without the residual."""
@@ -103,7 +105,7 @@ class PerceiverLayer(GradientCheckpointingLayer):
         return latents + self.mlp(latents)
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(Connector):
     """(I, F, P, V) patch features of images (F=1) or clips to (I, L, D) latents.
 
     D is the encoder's width V, as in OpenFlamingo and IDEFICS, unless `width` gives another: then a linear map brings
@@ -112,6 +114,9 @@ class PerceiverResampler(nn.Module):
     Raises:
         UserError: a clip has more frames than the module has time embeddings.
     """
+
+    Options = ResamplerConfig
+    _no_split_modules = ("PerceiverLayer",)
 
     def __init__(
         self,
@@ -131,7 +136,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.init_std = init_std
         self.in_proj = None if width is None else nn.Linear(vision_width, width, bias=False)
-        width = vision_width if width is None else width
+        self.width = width = vision_width if width is None else width
         self.latents = nn.Parameter(torch.randn(latents, width) * init_std)
         self.frame_embeddings = nn.Parameter(torch.randn(max_frames, width) * init_std) if max_frames else None
         self.layers = nn.ModuleList(
@@ -140,19 +145,19 @@ class PerceiverResampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(
-        self, features: Float[Tensor, "*frames P V"], counts: Sequence[int] | None = None
-    ) -> Float[Tensor, "I L D"]:
-        """Return the latents of each image or clip, in this module's dtype whatever the encoder's.
+    def num_latents(self, frames: int, patches: int) -> int:
+        """Return L, the same for every image and clip."""
+        return len(self.latents)
 
-        `features` is (I, F, P, V), or, with the number of frames of each, (N, P, V) of all frames.
-        """
-        return self._latents(features) if counts is None else by_length(self._latents, features, counts)
+    def initialize(self) -> None:
+        """Draw the latents and time embeddings anew."""
+        init.normal_(self.latents, std=self.init_std)
+        if self.frame_embeddings is not None:
+            init.normal_(self.frame_embeddings, std=self.init_std)
 
-    def _latents(self, features: Float[Tensor, "I F P V"]) -> Float[Tensor, "I L D"]:
+    def connect(self, features: Float[Tensor, "I F P V"]) -> Float[Tensor, "I L D"]:
+        """Return the latents of images or clips of F frames each."""
         frames = features.shape[1]
-        if not torch.is_autocast_enabled(features.device.type):
-            features = features.to(self.latents.dtype)
         if self.in_proj is not None:
             features = self.in_proj(features)
         if self.frame_embeddings is not None:

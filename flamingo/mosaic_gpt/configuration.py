@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from flamingo.errors import UserError
 
 RELEASED = {"alibi": True, "no_bias": True, "prefix_lm": False, "attn_uses_sequence_id": False, "logit_scale": None}
-"""Switches of the sources that every released checkpoint has in the same place; no other is implemented."""
+"""Switches of the sources that every released checkpoint has set the same way; no other value is implemented."""
 
 
 class MosaicGPTConfig(PreTrainedConfig):

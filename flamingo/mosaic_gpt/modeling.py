@@ -1,6 +1,6 @@
 """MosaicGPT, the language model of OpenFlamingo's 3B releases (`mpt-1b-redpajama-200b` and its `-dolly`).
 
-Notable: transformers' `MptForCausalLM` is the later MPT and has no LayerNorm on queries and keys, so it gives other
+Transformers' `MptForCausalLM` is the later MPT and has no LayerNorm on queries and keys, so it gives other
 numbers from these weights; the hub has this family as remote code only, which no longer runs. Parameter names are the
 released ones, so a released folder loads as it is: importing this file registers the model type `mosaic_gpt`.
 
@@ -33,7 +33,7 @@ from flamingo.mosaic_gpt.configuration import MosaicGPTConfig
 def alibi_slopes(heads: int, bias_max: float | int = 8) -> Float[Tensor, "H"]:
     """Return what a key loses per token of distance: 2 ** -(bias_max * h / H) for h = 1 ... H.
 
-    For any number of heads, unlike the later MPT's, which interleaves two sets where H is no power of two.
+    For any number of heads, unlike the later MPT's, which interleaves two sets where H is not a power of two.
     """
     return 2.0 ** -(torch.arange(1, heads + 1, dtype=torch.float64) * (bias_max / heads))
 
@@ -51,7 +51,7 @@ def alibi_bias(
 ) -> Float[Tensor, "A H T K"]:
     """Return what is added to the scores: ALiBi, and the dtype's least number where a key must not be seen.
 
-    `queries` and `keys` are their places in the row. `attention_mask` is (B, up to K), 0 for padding, or what
+    `queries` and `keys` are their positions in the row. `attention_mask` is (B, up to K), 0 for padding, or what
     transformers prepares for a static cache: (B, 1, T, K), boolean (true: may be seen) or additive. A is B, or 1 where
     no mask is given.
     """
@@ -219,7 +219,7 @@ class MosaicGPTModel(MosaicGPTPreTrainedModel):
         )
 
     def _bias(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Return the bias of every layer; keys are counted with the places a static cache has not filled."""
+        """Return the bias of every layer; the unfilled entries of a static cache count as keys."""
         past, (length, offset) = 0, (x.shape[1], 0)
         if cache is not None:
             past = cache.get_seq_length()

@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 
-from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.config import CrossAttentionConfig, connector_options
+from flamingo.convert.presets import preset
+from flamingo.errors import UserError
+from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.objective_table import OBJECTIVES
 
 SCHEDULES = ("constant", "cosine")
@@ -102,16 +105,47 @@ class LoraOptions:
 class ModelConfig:
     """Backbones, what joins them, and what trains."""
 
+    preset: str | None = None
+    """A released model of `flamingo.convert.presets`: its backbones and blocks, unless the keys below name others."""
     init: str | None = None
     """A folder that `save_pretrained`, `python -m flamingo convert` or a run has written: start from its weights."""
     vision: VisionSource = field(default_factory=VisionSource)
     language: LanguageSource = field(default_factory=LanguageSource)
-    cross_attn_every_n_layers: int = 1
-    """A gated block before every n-th decoder layer, at OpenFlamingo's positions n-1, 2n-1, ..."""
+    cross_attn_every_n_layers: int | None = None
+    """A gated block before every n-th decoder layer, at OpenFlamingo's positions n-1, 2n-1, ...; none: the preset's,
+    else 1."""
+    connector: str = "perceiver"
+    """What maps encoder tokens to latents: `perceiver`, `mlp`, or a name of `flamingo.layers.connector.CONNECTORS`."""
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    """Options of the connector `perceiver`."""
+    connector_options: dict[str, Any] = field(default_factory=dict)
+    """Options of any other connector."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     freeze: FreezePolicy = field(default_factory=FreezePolicy)
     lora: LoraOptions = field(default_factory=LoraOptions)
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            chosen = preset(self.preset, "openflamingo")
+            if not (self.vision.name or self.vision.config):
+                self.vision.name, self.vision.pretrained = chosen.vision, chosen.vision_pretrained
+            if not (self.language.name or self.language.config):
+                self.language.name = chosen.language
+            if self.language.config is None and self.language.name == chosen.language:
+                self.language.config = dict(chosen.text_config)  # the shape, for a plan without the network
+            if self.cross_attn_every_n_layers is None:
+                self.cross_attn_every_n_layers = chosen.cross_attn_every_n_layers
+
+    def connector_config(self) -> dict[str, Any]:
+        """Return the options of the connector that the run has."""
+        return asdict(self.resampler) if self.connector == "perceiver" else dict(self.connector_options)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the connector or its options."""
+        try:
+            connector_options(self.connector, self.connector_config())
+        except UserError as error:
+            yield f"model.{error}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -457,7 +491,11 @@ class TrainConfig:
             ("data.num_workers", self.data.num_workers, 0),
             ("optim.warmup_steps", self.optim.warmup_steps, 0),
             ("model.language.vocab_size", self.model.language.vocab_size, 260),
-            ("model.cross_attn_every_n_layers", self.model.cross_attn_every_n_layers, 1),
+            (
+                "model.cross_attn_every_n_layers",
+                1 if (every := self.model.cross_attn_every_n_layers) is None else every,
+                1,
+            ),
         ):
             if value < least:
                 yield f"{key}={value} is below its least value {least}"
@@ -505,7 +543,7 @@ class TrainConfig:
         yield from self.run.sharding.problems(self.run.parallel, self.run.precision, world_size)
         adapts = self.model.freeze.language == "lora"
         yield from self.model.lora.problems(self.objective if adapts else "", self.model.language.name)
-        yield from self.plan_for.problems()
+        yield from (*self.model.problems(), *self.plan_for.problems())
         if self.run.activation_checkpointing and self.objective == "contrastive":
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
 

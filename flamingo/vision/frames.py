@@ -1,7 +1,7 @@
 """Images and clips of any number of frames, from pixels to latents.
 
-Notable: a batch may mix images with clips of different lengths. Then the frames are one flat stack with a count for
-each image; no frame is ever padded. The encoder runs over the flat frames, the resampler's layers once for each
+A batch may mix images with clips of different lengths. Then the frames are one flat stack with a count for
+each image; no frame is ever padded. The encoder runs over the flat frames, the connector once for each
 number of frames that occurs. Outside of training an image that occurs several times (one demonstration in many rows)
 is encoded once.
 
@@ -58,7 +58,7 @@ def flat_frames(
 
 
 def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the first image of each kind, and for each image its place among those.
+    """Return the first image of each kind, and for each image its index among those.
 
     Images a b a of one frame each: [0 1] and [0 1 0].
     """
@@ -66,16 +66,16 @@ def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[
     marks = [hashlib.blake2b(frame.view(torch.uint8).numpy().tobytes(), digest_size=16).digest() for frame in host]
     first: dict[tuple[bytes, ...], int] = {}
     kept: list[int] = []
-    places = []
+    positions = []
     start = 0
     for image, count in enumerate(counts):
         key = tuple(marks[start : start + count])
         if key not in first:
             first[key] = len(kept)
             kept.append(image)
-        places.append(first[key])
+        positions.append(first[key])
         start += count
-    return kept, places
+    return kept, positions
 
 
 def encode(
@@ -91,21 +91,6 @@ def encode(
     if len(set(counts)) <= 1:
         return resampler(encoder(frames.unflatten(0, (len(counts), -1))))
     return resampler(encoder(frames[:, None])[:, 0], counts)
-
-
-def by_length(
-    work: Callable[[Tensor], Tensor], features: Float[Tensor, "N P D"], counts: Sequence[int]
-) -> Float[Tensor, "I L E"]:
-    """Return what `work`, (I, F, P, D) to (I, L, E), makes of each image; it runs once for each number of frames."""
-    first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
-    groups, order = [], []
-    for number in sorted(set(counts)):
-        which = [image for image, count in enumerate(counts) if count == number]
-        places = (first[which][:, None] + torch.arange(number)).to(features.device)
-        groups.append(work(features[places]))
-        order += which
-    back = torch.tensor(order).argsort().to(features.device)
-    return torch.cat(groups).index_select(0, back)
 
 
 def frames_of(

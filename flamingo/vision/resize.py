@@ -1,10 +1,10 @@
 """Encoders at another resolution than they were trained at, and timm's encoders by name.
 
-Notable: learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
+Learned positions are interpolated bicubically with antialiasing, as open_clip's `force_image_size` and timm
 do, whatever the library, so that the same weights give the same tokens. transformers' own `interpolate_pos_encoding`
 has no antialiasing (and another cubic), which `antialias=False` reproduces. It is done once, to the weights, so what is
-saved is an encoder of the new size. A side that is no multiple of the patch loses the rest at its right and bottom: at
-patch 14, 322 or 336 px make better use of an image than the paper's 320.
+saved is an encoder of the new size. A side that is not a multiple of the patch loses the remainder at the right and the
+bottom: at patch 14, 322 or 336 px make better use of an image than the paper's 320.
 
 Letters: G side of a grid of patches, R rows before it (class token), D width.
 """
@@ -36,12 +36,12 @@ def resized_positions(
     """Return a table of R + G*G positions with its grid at `grid` x `grid`; the first `prefix` rows stay.
 
     Raises:
-        UserError: the rows behind the prefix are no square.
+        UserError: the rows after the prefix do not form a square.
     """
     first, old = table[:prefix], table[prefix:]
     side = math.isqrt(len(old))
     if side * side != len(old):
-        raise UserError(f"{len(old)} position embeddings are no square grid, so they cannot be interpolated")
+        raise UserError(f"{len(old)} position embeddings do not form a square grid, so they cannot be interpolated")
     if side == grid:
         return table
     image = old.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
@@ -50,17 +50,17 @@ def resized_positions(
 
 
 @torch.no_grad()
-def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None:
+def resize_encoder(encoder: Any, image_size: int, *, antialias: bool = True) -> None:
     """Make an encoder take images of `image_size` px, in place.
 
-    open_clip's towers, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
+    open_clip's encoders, timm's models, and transformers' ViT, DeiT, CLIP, SigLIP and the like, bare or inside another
     module. Convolutional encoders and those that interpolate in every forward pass (DINOv2) stay as they are.
     `antialias=False` is transformers' own `interpolate_pos_encoding`; timm and open_clip have no such thing.
 
     Raises:
         UserError: timm needs a multiple of the patch size; the positions are of a kind that is not known here.
     """
-    trunk = getattr(tower, "trunk", tower)
+    trunk = getattr(encoder, "trunk", encoder)
     if hasattr(trunk, "set_input_size"):  # timm, inside open_clip's adapter or bare
         patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))[0]
         if image_size % patch:
@@ -68,27 +68,27 @@ def resize_tower(tower: Any, image_size: int, *, antialias: bool = True) -> None
                 f"{type(trunk).__name__} of timm takes sides that are multiples of its patch, {patch} px; "
                 f"image_size={image_size} is none, {image_size // patch * patch} is"
             )
-        tower.set_input_size((image_size, image_size))
+        encoder.set_input_size((image_size, image_size))
         return
-    if isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):  # open_clip's own
-        grid = _grid(image_size, tower.patch_size)
-        old = tower.positional_embedding
-        tower.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
-        tower.image_size, tower.grid_size = (image_size, image_size), (grid, grid)
-    for module in tower.modules():
+    if isinstance(getattr(encoder, "positional_embedding", None), nn.Parameter):  # open_clip's own
+        grid = _grid(image_size, encoder.patch_size)
+        old = encoder.positional_embedding
+        encoder.positional_embedding = nn.Parameter(resized_positions(old, grid, prefix=1), old.requires_grad)
+        encoder.image_size, encoder.grid_size = (image_size, image_size), (grid, grid)
+    for module in encoder.modules():
         if isinstance(getattr(module, "position_embedding", None), nn.Embedding):  # transformers' CLIP, SigLIP, ...
             _resize_embedding(module, image_size, antialias)
         elif _has_fixed_positions(module):  # its ViT, DeiT, ...
             _resize_parameter(module, image_size, antialias)
         else:
             continue
-        if hasattr(tower, "config"):
-            tower.config.image_size = image_size
+        if hasattr(encoder, "config"):
+            encoder.config.image_size = image_size
     try:
-        token_width(tower, image_size)
+        token_width(encoder, image_size)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(
-            f"{type(tower).__name__} does not take images of {image_size} px ({first_line(error)}), and its "
+            f"{type(encoder).__name__} does not take images of {image_size} px ({first_line(error)}), and its "
             "positions are not of a kind that is interpolated here; build it for that size"
         ) from error
 
@@ -115,7 +115,7 @@ def _resize_embedding(module: Any, image_size: int, antialias: bool) -> None:
 
 
 def _has_fixed_positions(module: Any) -> bool:
-    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is told to interpolate it."""
+    """Say whether a module adds a table (1, N, D) as it is, unless `forward` is asked to interpolate it."""
     table = getattr(module, "position_embeddings", None)
     fixed = isinstance(table, nn.Parameter) and table.ndim == 3 and hasattr(module, "patch_embeddings")
     return fixed and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
@@ -133,18 +133,18 @@ def _resize_parameter(module: Any, image_size: int, antialias: bool) -> None:
             one.image_size = (image_size, image_size)
 
 
-def checked_width(tower: nn.Module, image_size: int, name: str) -> int:
-    """Return the width D of a tower's tokens, from a run at this size.
+def checked_width(encoder: nn.Module, image_size: int, name: str) -> int:
+    """Return the width D of an encoder's tokens, from a run at this size.
 
     Raises:
-        UserError: the tower does not take images of this size.
+        UserError: the encoder does not take images of this size.
     """
     try:
-        return token_width(tower, image_size)
+        return token_width(encoder, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{name} does not take images of {image_size} px ({first_line(error)}); "
-            f"flamingo.vision.resize.resize_tower(module, {image_size}) interpolates learned positions"
+            f"flamingo.vision.resize.resize_encoder(module, {image_size}) interpolates learned positions"
         ) from error
 
 
@@ -170,23 +170,23 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
     native = int(described.input_size[-1])
     vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": native}
     arch = {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}
-    tower: Any = build_open_clip(arch)
+    encoder: Any = build_open_clip(arch)
     if pretrained:
-        _load_timm_weights(tower.trunk, tagged, file)
+        _load_timm_weights(encoder.trunk, tagged, file)
     size = image_size or native
     if size != native:
-        resize_tower(tower, size)
+        resize_encoder(encoder, size)
         vision_cfg["image_size"] = size
     config = VisionConfig(
         kind="open_clip",
         name=name,
         arch=arch,
-        width=checked_width(tower.eval(), size, name),
+        width=checked_width(encoder.eval(), size, name),
         image_size=size,
         mean=tuple(described.mean),
         std=tuple(described.std),
     )
-    return tower, config
+    return encoder, config
 
 
 def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:
@@ -201,6 +201,6 @@ def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None
         raise UserError(
             f"timm's weights {tagged} are not at hand: the network is not reachable; give vision_pretrained= a file"
         )
-    told = trunk.load_state_dict(weights, strict=False)
-    if wrong := [*told.missing_keys, *(key for key in told.unexpected_keys if not key.startswith("head"))]:
+    report = trunk.load_state_dict(weights, strict=False)
+    if wrong := [*report.missing_keys, *(key for key in report.unexpected_keys if not key.startswith("head"))]:
         raise UserError(f"{file or tagged} does not fit {tagged}: {len(wrong)} keys differ, the first is {wrong[0]}")

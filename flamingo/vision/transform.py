@@ -1,6 +1,6 @@
 """Images of any kind to square uint8 tensors.
 
-Notable: uint8 all the way; an image is scaled with antialiasing on the uint8 tensor (within one grey level of
+Uint8 all the way; an image is scaled with antialiasing on the uint8 tensor (within one grey level of
 open_clip's PIL transform, at a third of its time), and the encoder normalises.
 
 Letters: C channels (3, RGB), h and w the image's own size, S side in pixels.

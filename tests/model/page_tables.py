@@ -11,12 +11,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flamingo import config
+from flamingo.config import CrossAttentionConfig
 from flamingo.conformance.checks import CHECKS
 from flamingo.conformance.tiny_models import FAMILIES
 from flamingo.convert.presets import PRESETS
+from flamingo.layers.connector import CONNECTORS, connector_class
 from flamingo.training.distributed.conformance import two_processes
-from tests.model.test_encoders import TOWERS
+from tests.model.test_encoders import OPEN_CLIP_ENCODERS
 from tests.model.test_transformers_encoders import ENCODERS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model.md"
@@ -53,7 +54,7 @@ def encoders() -> str:
     with_class_token = ("ViT", "CoCa", "EVA")
     body = [
         ("open_clip", name, "class token" if name in with_class_token else "-", sizes.get(name, ours))
-        for name in TOWERS
+        for name in OPEN_CLIP_ENCODERS
     ]
     prefixes = {0: "-", 1: "class token", 2: "class and distillation token", 5: "class token and 4 registers"}
     body += [
@@ -63,10 +64,10 @@ def encoders() -> str:
     return rows(("library", "encoder", "in front", "another size"), body)
 
 
-def fields_of(name: str) -> Iterable[tuple[str, str, str]]:
-    """(field, default, the sentence behind it) of a dataclass in flamingo/config.py."""
-    tree = ast.parse(inspect.getsource(config))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+def fields_of(options: type) -> Iterable[tuple[str, str, str]]:
+    """(field, default, the sentence behind it) of a dataclass of options."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(options) or options))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == options.__name__)
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
@@ -75,13 +76,14 @@ def fields_of(name: str) -> Iterable[tuple[str, str, str]]:
 
 
 def switches() -> str:
-    groups = {"resampler": "ResamplerConfig", "cross_attention": "CrossAttentionConfig"}
+    groups = {name: connector_class(name).Options for name in CONNECTORS}
+    groups["cross_attention"] = CrossAttentionConfig
     body = [
-        (f"`{group}` `{field}`", f"`{default}`", text.replace("|", "\\|"))
-        for group, name in groups.items()
-        for field, default, text in fields_of(name)
+        (f"`{group}`", f"`{field}`", f"`{default}`", text.replace("|", "\\|"))
+        for group, options in groups.items()
+        for field, default, text in fields_of(options)
     ]
-    return rows(("option", "default", "meaning"), body)
+    return rows(("of", "option", "default", "meaning"), body)
 
 
 def presets() -> str:

@@ -69,7 +69,7 @@ TEXT_CFG = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "lay
 
 
 class RawTokens(nn.Module):
-    """open_clip's tower as the releases were trained with it: (pooled, patch tokens before the final norm)."""
+    """open_clip's encoder as the releases were trained with it: (pooled, patch tokens before the final norm)."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def exact_norms(model: nn.Module) -> nn.Module:
 
 
 def plain_gelu(visual: Any) -> Any:
-    """The tower with the activation that open_clip 3 builds for a name without `quickgelu`."""
+    """The encoder with the activation that open_clip 3 builds for a name without `quickgelu`."""
     for module in visual.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "QuickGELU":

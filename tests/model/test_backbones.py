@@ -38,9 +38,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_open_clip_from_a_folder(folder: Path) -> None:
-    tower, config = load_vision(folder)
+    module, config = load_vision(folder)
     assert (config.kind, config.width, config.image_size, config.resize_mode) == ("open_clip", 32, 28, "squash")
-    encoder = VisionEncoder(tower, config)
+    encoder = VisionEncoder(module, config)
     pixels = torch.stack([tiny.picture(0), tiny.picture(1)])[:, None]
     tokens = encoder(pixels)
     assert tokens.shape == (2, 1, 4, 32)
@@ -69,12 +69,12 @@ def test_transformers_folders(tmp_path: Path) -> None:
     tiny.vision().save_pretrained(tmp_path / "vision")
     tiny.lm("llama").save_pretrained(tmp_path / "lm")
     tiny.tokenizer().save_pretrained(tmp_path / "lm")
-    tower, config = load_vision(tmp_path / "vision")
-    assert isinstance(tower, CLIPVisionModel)
+    encoder, config = load_vision(tmp_path / "vision")
+    assert isinstance(encoder, CLIPVisionModel)
     assert (config.kind, config.width, config.image_size) == ("transformers", 24, tiny.SIZE)
     pixels = torch.randn(2, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(patch_tokens(tower, pixels), tower(pixels).last_hidden_state[:, 1:])
+        torch.testing.assert_close(patch_tokens(encoder, pixels), encoder(pixels).last_hidden_state[:, 1:])
     lm, tokenizer = load_language(tmp_path / "lm")
     assert isinstance(lm, LlamaForCausalLM)
     assert len(tokenizer) == tiny.TOKENS

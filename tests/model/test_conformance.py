@@ -17,6 +17,7 @@ from flamingo import UserError
 from flamingo.conformance.checks import CHECKS, ConformanceError, conform
 from flamingo.conformance.tiny_models import FAMILIES, document, loaded_lm, subject, tiny_lm
 from flamingo.language.embeddings import embedding_scale
+from flamingo.training.distributed.conformance import main as sharded_conformance
 from flamingo.training.distributed.conformance import two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,16 @@ def test_two_processes_are_one() -> None:
 def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flamingo", "conformance", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_of_two_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    assert sharded_conformance(["gtp2"]) == 2
+    assert "families are gpt2, opt" in capfd.readouterr().err
+    assert sharded_conformance(["gpt2"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split() == ["language", "model", "two_processes"]
+    assert lines[1].split()[0] == "gpt2"
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_idefics_that_cannot_be(release: tuple[Any, Path], tmp_path: Path, capsy
     refused("tie_word_embeddings=True cannot", tie_word_embeddings=True)
     refused("not one of IDEFICS", model_type="llama")
     refused(r"blocks before layers \[0, 4\], but cross_layer_interval=4 .* \[0\]", cross_layer_interval=4)
-    refused("no multiple of cross_layer_interval", cross_layer_interval=3)
+    refused("not a multiple of cross_layer_interval", cross_layer_interval=3)
     refused("the tokenizer has no <image> below id 261", tokenizer=tiny.tokenizer())
     refused(r"model\.gadget \(and 0 more keys\)", state | {"model.gadget": torch.zeros(1)})
     refused(r"lacks new_tokens\.output_rows", {n: t for n, t in state.items() if "additional_fc" not in n})
@@ -186,7 +186,7 @@ def test_shards_and_index_must_agree(tmp_path: Path) -> None:
 
 
 def test_encoders_class_token_and_final_norm() -> None:
-    """The two switches on both libraries' towers."""
+    """The two switches on both libraries' encoders."""
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     visual, clip = peers.clip().visual, tiny.vision()
     with torch.no_grad():
@@ -197,5 +197,5 @@ def test_encoders_class_token_and_final_norm() -> None:
         torch.testing.assert_close(patch_tokens(clip, pixels, class_token=True), hidden)
         normed = clip.post_layernorm(hidden)[:, 1:]
         torch.testing.assert_close(patch_tokens(clip, pixels, final_norm=True), normed)
-        with pytest.raises(UserError, match="final_norm is for open_clip's towers and CLIP"):
+        with pytest.raises(UserError, match="final_norm is for open_clip's encoders and CLIP"):
             patch_tokens(torch.nn.Flatten(2), pixels, final_norm=True)

@@ -140,10 +140,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 MISTAKES: list[tuple[str, Spoil, str]] = [
     ("openflamingo", cut("checkpoint.pt"), "checkpoint.pt cannot be read"),
     ("openflamingo", cut("checkpoint.pt", 0), "checkpoint.pt cannot be read"),
-    ("openflamingo", code("checkpoint.pt"), "cannot be read: it is no file of torch's"),
+    ("openflamingo", code("checkpoint.pt"), "cannot be read: it is not a torch file"),
     ("openflamingo", code_in_zip("checkpoint.pt"), "cannot be read: it holds posix.system beside tensors"),
     ("openflamingo", text("checkpoint.pt", LFS), "is a pointer of git-lfs and not the weights"),
-    ("openflamingo", text("checkpoint.pt", "<!DOCTYPE html>"), "cannot be read: it is no file of torch's"),
+    ("openflamingo", text("checkpoint.pt", "<!DOCTYPE html>"), "cannot be read: it is not a torch file"),
     ("openflamingo", gone("lm/config.json"), "does not hold a usable language model"),
     ("openflamingo", gone("lm/*.safetensors"), "does not hold a usable language model"),
     ("openflamingo", cut("clip/*.safetensors"), "open_clip_model.safetensors cannot be read"),
@@ -219,7 +219,7 @@ def test_where_it_is_written(release: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(arguments) == 0  # an empty folder is as good as none
     assert not (release / "out.partial").exists()
     FlamingoForConditionalGeneration.from_pretrained(out)
-    with pytest.raises(UserError, match=r"is not a folder that may be written to"):
+    with pytest.raises(UserError, match=r"is not a writable folder"):
         check_out(release / "idefics" / "config.json" / "deep")
 
 

@@ -21,8 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_vision
 from flamingo.config import VisionConfig
-from flamingo.vision.encoder import build_tower, patch_tokens
-from flamingo.vision.resize import resize_tower, resized_positions
+from flamingo.vision.encoder import build_encoder, patch_tokens
+from flamingo.vision.resize import resize_encoder, resized_positions
 from tests.model import tiny
 
 SIZE, PATCH, WIDTH = 64, 16, 32
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "n
 
 @register_model
 def flamingo_tiny_eva02(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """As EVA02's CLIP towers are: rotary positions in a buffer that no checkpoint has."""
+    """As EVA02's CLIP encoders are: rotary positions in a buffer that no checkpoint has."""
     own = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4), "swiglu_mlp": True, "scale_mlp": True}
     return _create_eva("eva02_tiny_patch14_224", pretrained=pretrained, **{**SMALL, **own, **kwargs})
 
@@ -46,8 +46,8 @@ def flamingo_tiny_siglip(pretrained: bool = False, **kwargs: Any) -> VisionTrans
 
 VIT = {"image_size": SIZE, "layers": 2, "width": WIDTH, "head_width": 16, "patch_size": PATCH}
 TIMM = {"image_size": SIZE, "timm_proj": "linear", "timm_pool": ""}
-# name -> (config of the open_clip tower, tokens at 64 px, their width)
-TOWERS: dict[str, tuple[dict[str, Any], int, int]] = {
+# name -> (config of the open_clip encoder, tokens at 64 px, their width)
+OPEN_CLIP_ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "ViT": (VIT, 16, WIDTH),
     "CoCa": ({**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}, 16, WIDTH),
     "EVA": (
@@ -66,16 +66,16 @@ TOWERS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def arch(name: str, **options: Any) -> dict[str, Any]:
-    return {"embed_dim": 16, "vision_cfg": {**TOWERS[name][0], **options}, "quick_gelu": name == "ViT"}
+    return {"embed_dim": 16, "vision_cfg": {**OPEN_CLIP_ENCODERS[name][0], **options}, "quick_gelu": name == "ViT"}
 
 
-def open_clip_tower(name: str) -> Any:
+def open_clip_encoder(name: str) -> Any:
     torch.manual_seed(0)
     config = VisionConfig(kind="open_clip", arch=arch(name), image_size=SIZE, width=1)
-    return build_tower(config).eval()
+    return build_encoder(config).eval()
 
 
-def transformers_tower(name: str) -> Any:
+def transformers_encoder(name: str) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "image_size": SIZE, "patch_size": PATCH}
@@ -85,8 +85,8 @@ def transformers_tower(name: str) -> Any:
 
 
 def folder_of(name: str, path: Path) -> Path:
-    """The tower as open_clip lays a model out in a folder."""
-    visual = {f"visual.{key}": value.contiguous() for key, value in open_clip_tower(name).state_dict().items()}
+    """The encoder as open_clip lays a model out in a folder."""
+    visual = {f"visual.{key}": value.contiguous() for key, value in open_clip_encoder(name).state_dict().items()}
     save_file(visual, path / "open_clip_model.safetensors")
     (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": arch(name)}))
     return path
@@ -96,11 +96,11 @@ def pixels(size: int = SIZE) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", OPEN_CLIP_ENCODERS)
 @pytest.mark.parametrize("size", [SIZE, 96])
 def test_open_clip_in_a_flamingo(name: str, size: int, tmp_path: Path) -> None:
     """Right tokens at either size, and the same after saving and loading, rotary and other unsaved buffers included."""
-    _, tokens, width = TOWERS[name]
+    _, tokens, width = OPEN_CLIP_ENCODERS[name]
     (tmp_path / "encoder").mkdir()
     model, processor = FlamingoForConditionalGeneration.from_backbones(
         folder_of(name, tmp_path / "encoder"), tiny.lm("opt"), tokenizer=tiny.tokenizer(), image_size=size
@@ -124,7 +124,7 @@ def test_open_clip_in_a_flamingo(name: str, size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
 @pytest.mark.parametrize("size", [SIZE, 96])
 def test_transformers_in_a_flamingo(name: str, size: int, tmp_path: Path) -> None:
-    transformers_tower(name).save_pretrained(tmp_path / "encoder")
+    transformers_encoder(name).save_pretrained(tmp_path / "encoder")
     model, processor = FlamingoForConditionalGeneration.from_backbones(
         tmp_path / "encoder", tiny.lm("opt"), tokenizer=tiny.tokenizer(), image_size=size
     )
@@ -155,14 +155,14 @@ def test_positions_are_interpolated_as_open_clip_does(size: int, tmp_path: Path)
 
 
 def test_positions_of_transformers_are_those_of_open_clip() -> None:
-    clip, siglip = transformers_tower("CLIP"), transformers_tower("SigLIP")
-    for tower, prefix in ((clip, 1), (siglip, 0)):
-        before = copy.deepcopy(tower.embeddings.position_embedding.weight)
-        resize_tower(tower, 96)
-        after = tower.embeddings.position_embedding.weight
+    clip, siglip = transformers_encoder("CLIP"), transformers_encoder("SigLIP")
+    for encoder, prefix in ((clip, 1), (siglip, 0)):
+        before = copy.deepcopy(encoder.embeddings.position_embedding.weight)
+        resize_encoder(encoder, 96)
+        after = encoder.embeddings.position_embedding.weight
         torch.testing.assert_close(after, resized_positions(before, 6, prefix=prefix))
         assert torch.equal(after[:prefix], before[:prefix])
-        assert tower.config.image_size == 96
+        assert encoder.config.image_size == 96
     with torch.no_grad():
         assert patch_tokens(clip, pixels(96)).shape == (2, 36, WIDTH)
     # An image that changes slowly is kept: the middle of the grid, away from its edges, to which a ramp is linear.
@@ -174,15 +174,15 @@ def test_positions_of_transformers_are_those_of_open_clip() -> None:
 def test_timm_by_name_and_bare() -> None:
     """The paper's family: convolutions, so any size, and no final norm."""
     loaded: Any = load_vision("timm/test_nfnet", image_size=96)
-    tower, config = loaded
+    encoder, config = loaded
     assert (config.kind, config.image_size, config.width, config.mean) == ("open_clip", 96, 192, (0.5, 0.5, 0.5))
     bare: Any = timm.create_model("test_nfnet", num_classes=0)
-    again: Any = build_tower(config)
+    again: Any = build_encoder(config)
     for target in (bare, again.trunk):
-        target.load_state_dict(tower.trunk.state_dict())
+        target.load_state_dict(encoder.trunk.state_dict())
     with torch.no_grad():
         wanted = bare.eval().forward_intermediates(pixels(96), intermediates_only=True)[-1].flatten(2).transpose(1, 2)
-        for one in (tower, bare, again.eval()):
+        for one in (encoder, bare, again.eval()):
             torch.testing.assert_close(patch_tokens(one, pixels(96)), wanted)
     built, described = load_vision(bare, image_size=96)
     assert built is bare
@@ -194,9 +194,9 @@ def test_timm_weights_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source: Any = timm.create_model("test_nfnet")
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    tower, _ = load_vision("timm/test_nfnet", pretrained=str(tmp_path / "weights.safetensors"))
+    encoder, _ = load_vision("timm/test_nfnet", pretrained=str(tmp_path / "weights.safetensors"))
     with torch.no_grad():
-        torch.testing.assert_close(patch_tokens(tower, pixels()), patch_tokens(source.eval(), pixels()))
+        torch.testing.assert_close(patch_tokens(encoder, pixels()), patch_tokens(source.eval(), pixels()))
     save_file({"stem.conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises((UserError, RuntimeError), match=r"does not fit|size mismatch"):
         load_vision("timm/test_nfnet", pretrained=str(tmp_path / "other.safetensors"))
@@ -213,7 +213,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
         lambda: load_vision("timm/test_vit", image_size=100),
         "multiples of its patch, 16 px; image_size=100 is none, 96 is",
     ),
-    (lambda: load_vision(open_clip_tower("ViT"), image_size=96), "resize_tower.module, 96. interpolates"),
+    (lambda: load_vision(open_clip_encoder("ViT"), image_size=96), "resize_encoder.module, 96. interpolates"),
 ]
 
 
@@ -224,7 +224,7 @@ def test_mistakes_are_one_sentence(load: Callable[[], Any], sentence: str) -> No
 
 
 def test_a_built_module_can_be_resized_first() -> None:
-    tower = open_clip_tower("ViT")
-    resize_tower(tower, 96)
-    _, config = load_vision(tower, image_size=96)
+    encoder = open_clip_encoder("ViT")
+    resize_encoder(encoder, 96)
+    _, config = load_vision(encoder, image_size=96)
     assert (config.image_size, config.width) == (96, WIDTH)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo.errors import UserError
-from flamingo.layers.media_mask import image_table, phi_from_ids, segments_from_slots, slots_from_phi, visibility
+from flamingo.layers.media_mask import image_table, phi_from_ids, segments_from_slots, slots_from_phi
+from tests.model.tiny import visibility
 
 IMAGE = 9
 

@@ -23,8 +23,8 @@ from flamingo.layers.media_mask import (
     segments_from_slots,
     segments_of_rows,
     slots_from_phi,
-    visibility,
 )
+from tests.model.tiny import visibility
 
 IMAGE = 9
 L, H, K = 2, 2, 8

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_python_of_the_page_runs(folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         cwd=folder,
@@ -62,6 +62,7 @@ def test_python_of_the_page_runs(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout
     assert "['cross_attention', 'language', 'new_tokens', 'resampler']" in said
+    assert "latents of an image: 4\n" in said
     assert re.search(r"^constrained:  (cat|dog)$", said, re.MULTILINE)
     assert re.search(r"^likelier:  (cat|dog)$", said, re.MULTILINE)
     maps = r"^maps: \(2, 8, \d+, 16\) images seen by the last token of each row: \[2, 1\]$"

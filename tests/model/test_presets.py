@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,16 @@ from transformers import CONFIG_MAPPING, IdeficsConfig
 
 from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import open_clip_config
-from flamingo.config import VisionConfig
+from flamingo.config import VisionConfig, num_decoder_layers
 from flamingo.convert.idefics import clip_config, flamingo_options, llama_config
 from flamingo.convert.presets import PRESETS, Preset, preset
+from flamingo.training.compose import compose
+from flamingo.training.memory_plan.plan import complete, meta_model
+from flamingo.training.objectives.build import flamingo_shape
+from flamingo.training.objectives.flamingo import FlamingoObjective
+from tests.model import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shape(of: Preset) -> FlamingoConfig:
@@ -40,8 +49,6 @@ def shape(of: Preset) -> FlamingoConfig:
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_shape_is_the_published_one(name: str) -> None:
     released = PRESETS[name]
-    if released.text_config.get("model_type", "llama") not in CONFIG_MAPPING:
-        pytest.skip("MosaicGPT is not registered")
     config = shape(released)
     with torch.device("meta"):
         model = FlamingoForConditionalGeneration(config)
@@ -63,3 +70,73 @@ def test_unknown_preset() -> None:
     assert preset("idefics-80b").parameters == 80
     with pytest.raises(UserError, match="no preset 'openflamingo-7b'; known are openflamingo-3b"):
         preset("openflamingo-7b")
+
+
+# What was released: MODEL.md, c.1 and c.6; layers, width and heads from the language models' cards.
+RELEASED: dict[str, dict[str, Any]] = {
+    "openflamingo_3b": {"kind": "mosaic_gpt", "layers": 24, "width": 2048, "heads": 16, "every": 1},
+    "openflamingo_4b": {"kind": "gpt_neox", "layers": 32, "width": 2560, "heads": 32, "every": 2},
+    "openflamingo_9b": {"kind": "mpt", "layers": 32, "width": 4096, "heads": 32, "every": 4},
+}
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "hydra" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", list(RELEASED))
+def test_yaml_and_preset_are_one_released_model(name: str) -> None:
+    released = RELEASED[name]
+    config = flamingo_shape(complete(compose([f"experiment={name}"]).model))
+    wanted = shape(preset(name.replace("_", "-")))
+    assert config.text_config.to_dict() == wanted.text_config.to_dict()
+    assert config.resampler_config == wanted.resampler_config
+    assert config.cross_attention_config == wanted.cross_attention_config
+    assert config.cross_attn_layers == wanted.cross_attn_layers
+    assert config.vision.arch == wanted.vision.arch
+
+    text = config.text_config
+    assert text.model_type == released["kind"]
+    assert num_decoder_layers(text) == released["layers"]
+    assert (text.hidden_size, text.num_attention_heads) == (released["width"], released["heads"])
+    assert config.cross_attn_layers == list(range(released["every"] - 1, released["layers"], released["every"]))
+    if released["kind"] == "mosaic_gpt":
+        assert text.attn_qk_ln
+    if released["kind"] == "gpt_neox":
+        assert text.rope_parameters["partial_rotary_factor"] == 1.0
+        assert not text.use_parallel_residual
+    resampler, block = config.resampler, config.cross_attention
+    assert (resampler.depth, resampler.heads, resampler.head_dim, resampler.latents) == (6, 8, 64, 64)
+    assert (resampler.activation, resampler.ff_mult, resampler.max_frames) == ("gelu", 4.0, None)
+    assert (block.heads, block.head_dim, block.ff_mult, block.norm, block.gate_init) == (8, 64, 4.0, "layernorm", 0.0)
+    assert (config.vision.arch or {})["quick_gelu"] is True
+    assert (config.vision.width, config.vision.image_size) == (1024, 224)
+    assert not config.vision.final_norm
+    assert not config.vision.class_token
+
+
+def test_what_yaml_says_wins_over_the_preset() -> None:
+    model = compose(["experiment=openflamingo_9b", "model.language.name=folder", "model.vision.name=other"]).model
+    assert (model.language.name, model.language.config) == ("folder", None)
+    assert (model.vision.name, model.vision.pretrained) == ("other", None)
+    assert (
+        compose(["experiment=openflamingo_9b", "model.cross_attn_every_n_layers=8"]).model.cross_attn_every_n_layers
+        == 8
+    )
+    with pytest.raises(UserError, match="no preset 'flamingo-1b' of openflamingo; known are openflamingo-3b"):
+        compose(["model.preset=flamingo-1b"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, with the folders that an earlier experiment would have written."""
+    monkeypatch.setenv("DEMO", str(tmp_path))
+    tiny.tokenizer().save_pretrained(tmp_path / "data" / "toy" / "tokenizer")
+    vision = compose(["experiment=demo_vision"]).model.vision.config
+    language = complete(compose(["experiment=demo_language"]).model).language.config
+    for folder in ("vision", "language"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+    (tmp_path / "vision" / "model" / "open_clip_config.json").write_text(json.dumps({"model_cfg": vision}))
+    (tmp_path / "language" / "model" / "config.json").write_text(json.dumps(language))
+    flamingo_shape(complete(compose(["experiment=demo"]).model)).save_pretrained(tmp_path / "flamingo" / "model")
+    model, objective = meta_model(compose([f"experiment={name}"]))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    assert isinstance(model, FlamingoForConditionalGeneration) == isinstance(objective, FlamingoObjective)

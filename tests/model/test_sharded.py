@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from flamingo.training.distributed.fsdp import Processes, spawn
 from tests.model import tiny
 
 
-def step(shard: bool, rows: list[int], recompute: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def step(shard: bool, rows: list[int], recompute: bool, connector: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch; two processes average theirs."""
-    model, processor = tiny.flamingo("llama")
+    options: Any = {} if connector == "perceiver" else {"connector": connector, "resampler": {}}
+    model, processor = tiny.flamingo("llama", **options)
     if recompute:
         model.activation_checkpointing_enable()
     model.train()
@@ -38,19 +40,19 @@ def step(shard: bool, rows: list[int], recompute: bool) -> tuple[float, dict[str
     return float(loss.detach()), gradients
 
 
-def worker(processes: Processes, file: str, recompute: bool) -> None:
+def worker(processes: Processes, file: str, recompute: bool, connector: str) -> None:
     # One process has images, the other has a document of text alone.
-    _, gradients = step(True, [[0, 1], [2]][processes.rank], recompute)
+    _, gradients = step(True, [[0, 1], [2]][processes.rank], recompute, connector)
     if processes.is_main:
         torch.save(gradients, file)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_two_processes_are_one(recompute: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recompute", "connector"), [(False, "perceiver"), (True, "perceiver"), (False, "mlp")])
+def test_two_processes_are_one(recompute: bool, connector: str, tmp_path: Path) -> None:
     file = tmp_path / "gradients.pt"
-    spawn(worker, 2, str(file), recompute)
+    spawn(worker, 2, str(file), recompute, connector)
     sharded = torch.load(file)
-    parts = [step(False, rows, recompute)[1] for rows in ([0, 1], [2])]
+    parts = [step(False, rows, recompute, connector)[1] for rows in ([0, 1], [2])]
     for name, gradient in sharded.items():
         torch.testing.assert_close(gradient, (parts[0][name] + parts[1][name]) / 2, rtol=1e-4, atol=1e-5)

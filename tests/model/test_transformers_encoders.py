@@ -28,9 +28,9 @@ from transformers import (
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_vision
 from flamingo.vision.encoder import patch_tokens
-from flamingo.vision.resize import resize_tower
+from flamingo.vision.resize import resize_encoder
 from tests.model import tiny
-from tests.model.test_encoders import PATCH, SIZE, WIDTH, open_clip_tower, pixels
+from tests.model.test_encoders import PATCH, SIZE, WIDTH, open_clip_encoder, pixels
 
 SMALL: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -57,59 +57,59 @@ ENCODERS: dict[str, tuple[type[PreTrainedConfig], int, bool]] = {
 RESIZED = [name for name, (_, _, resized) in ENCODERS.items() if resized]
 
 
-def encoder(name: str) -> Any:
+def tiny_encoder(name: str) -> Any:
     """A tiny one whose norms are not the identity."""
     kind = ENCODERS[name][0]
     options = CONVOLUTIONS if name == "ConvNeXt" else dict(SMALL)
     if name == "DINOv3":
         options |= {"num_register_tokens": 4}
     torch.manual_seed(0)
-    tower = AutoModel.from_config(kind(**options))
+    encoder = AutoModel.from_config(kind(**options))
     with torch.no_grad():
-        for parameter in tower.parameters():
+        for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return tower.eval()
+    return encoder.eval()
 
 
 def flat(tokens: Tensor, prefix: int) -> Tensor:
     return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens[:, prefix:]
 
 
-def norm_of(tower: Any) -> Any:
-    return getattr(tower, "post_layernorm", None) or getattr(tower, "layernorm", None) or tower.norm
+def norm_of(encoder: Any) -> Any:
+    return getattr(encoder, "post_layernorm", None) or getattr(encoder, "layernorm", None) or encoder.norm
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_switch_decides_on_which_side_of_the_final_norm(name: str) -> None:
     """Whatever `last_hidden_state` is: transformers' own record of its layers is the reference."""
-    tower, prefix = encoder(name), ENCODERS[name][1]
+    encoder, prefix = tiny_encoder(name), ENCODERS[name][1]
     with torch.no_grad():
-        last = flat(tower(pixels(), output_hidden_states=True).hidden_states[-1], prefix)
-        torch.testing.assert_close(patch_tokens(tower, pixels()), last)
-        after = patch_tokens(tower, pixels(), final_norm=True)
+        last = flat(encoder(pixels(), output_hidden_states=True).hidden_states[-1], prefix)
+        torch.testing.assert_close(patch_tokens(encoder, pixels()), last)
+        after = patch_tokens(encoder, pixels(), final_norm=True)
         if name != "BEiT":  # pools its patches, and norms only what it has pooled
-            torch.testing.assert_close(after, norm_of(tower)(last))
+            torch.testing.assert_close(after, norm_of(encoder)(last))
             assert float((after - last).abs().max()) > 1e-2
         if prefix:
-            whole = patch_tokens(tower, pixels(), class_token=True)
+            whole = patch_tokens(encoder, pixels(), class_token=True)
             torch.testing.assert_close(whole[:, prefix:], last)
             assert whole.shape[1] == last.shape[1] + prefix
 
 
 def test_two_threads_ask_for_either_side() -> None:
-    tower = encoder("SigLIP")
-    wanted = {norm: patch_tokens(tower, pixels(), final_norm=norm) for norm in (True, False)}
+    encoder = tiny_encoder("SigLIP")
+    wanted = {norm: patch_tokens(encoder, pixels(), final_norm=norm) for norm in (True, False)}
     found: dict[bool, list[Tensor]] = {True: [], False: []}
     barrier = threading.Barrier(2)
 
     def met(*_: Any) -> None:
         barrier.wait(timeout=60)
 
-    tower.embeddings.register_forward_hook(met)
+    encoder.embeddings.register_forward_hook(met)
 
     def ask(norm: bool) -> None:
         for _ in range(5):
-            found[norm].append(patch_tokens(tower, pixels(), final_norm=norm))
+            found[norm].append(patch_tokens(encoder, pixels(), final_norm=norm))
 
     threads = [threading.Thread(target=ask, args=(norm,)) for norm in found]
     for thread in threads:
@@ -123,7 +123,7 @@ def test_two_threads_ask_for_either_side() -> None:
 
 def test_siglip_is_the_same_by_way_of_either_library() -> None:
     """open_clip builds it of timm's ViT, transformers by itself; the same weights give the same tokens."""
-    theirs = open_clip_tower("SigLIP")
+    theirs = open_clip_encoder("SigLIP")
     weights = theirs.trunk.state_dict()
     config = SiglipVisionConfig(
         **{**SMALL, "intermediate_size": 4 * WIDTH, "hidden_act": "gelu"}, vision_use_head=False
@@ -153,15 +153,15 @@ def test_siglip_is_the_same_by_way_of_either_library() -> None:
 @pytest.mark.parametrize("size", [96, 48, 70])
 @pytest.mark.parametrize("name", RESIZED)
 def test_without_antialiasing_positions_are_transformers_own(name: str, size: int) -> None:
-    theirs, prefix = encoder(name), ENCODERS[name][1]
+    theirs, prefix = tiny_encoder(name), ENCODERS[name][1]
     ours = copy.deepcopy(theirs)
-    resize_tower(ours, size, antialias=False)
+    resize_encoder(ours, size, antialias=False)
     with torch.no_grad():
         options: dict[str, Any] = {"output_hidden_states": True, "interpolate_pos_encoding": True}
         wanted = flat(theirs(pixels(size), **options).hidden_states[-1], prefix)
         torch.testing.assert_close(patch_tokens(ours, pixels(size)), wanted)
         smooth = copy.deepcopy(theirs)
-        resize_tower(smooth, size)
+        resize_encoder(smooth, size)
         off = float((patch_tokens(smooth, pixels(size)) - wanted).abs().max())
         assert (off > 1e-4) == (size != 70)  # which is 4 x 4 patches, as 64 is
     assert ours.config.image_size == size
@@ -170,7 +170,7 @@ def test_without_antialiasing_positions_are_transformers_own(name: str, size: in
 @pytest.mark.parametrize("name", ENCODERS)
 def test_another_size_in_a_flamingo(name: str, tmp_path: Path) -> None:
     """Right tokens, and the same after saving and loading; a width that no patch divides loses its rest."""
-    encoder(name).save_pretrained(tmp_path / "encoder")
+    tiny_encoder(name).save_pretrained(tmp_path / "encoder")
     model, processor = FlamingoForConditionalGeneration.from_backbones(
         tmp_path / "encoder", tiny.lm("opt"), tokenizer=tiny.tokenizer(), image_size=96
     )
@@ -196,21 +196,21 @@ class Own(nn.Module):
 
 def test_what_cannot_be_resized_says_so() -> None:
     with pytest.raises(UserError, match=r"Own does not take .* 96 px .* not of a kind that is interpolated here"):
-        resize_tower(Own(), 96)
+        resize_encoder(Own(), 96)
     with pytest.raises(UserError, match="image_size=8 is smaller than the encoder's patch, 16 px"):
-        resize_tower(encoder("ViT"), 8)
-    oblong = encoder("ViT")
+        resize_encoder(tiny_encoder("ViT"), 8)
+    oblong = tiny_encoder("ViT")
     oblong.embeddings.position_embeddings = nn.Parameter(torch.randn(1, 16, WIDTH))  # 3 x 5 patches
     with pytest.raises(UserError, match="ViTModel does not take images of 96 px"):
-        resize_tower(oblong, 96)
+        resize_encoder(oblong, 96)
 
 
 def test_options_of_an_encoder_that_is_named(tmp_path: Path) -> None:
-    encoder("ViT").save_pretrained(tmp_path)
-    tower, config = load_vision(tmp_path, class_token=True, final_norm=True, resize_mode="squash")
+    tiny_encoder("ViT").save_pretrained(tmp_path)
+    encoder, config = load_vision(tmp_path, class_token=True, final_norm=True, resize_mode="squash")
     assert (config.class_token, config.final_norm, config.resize_mode) == (True, True, "squash")
-    assert patch_tokens(tower, pixels(), class_token=True).shape[1] == 17
+    assert patch_tokens(encoder, pixels(), class_token=True).shape[1] == 17
     with pytest.raises(UserError, match=r"vision_options\.norm is not an option; known are mean, std, resize_mode"):
         load_vision(tmp_path, norm=True)
-    with pytest.raises(UserError, match="final_norm is for open_clip's towers and CLIP and its kin"):
+    with pytest.raises(UserError, match="final_norm is for open_clip's encoders and CLIP and its kin"):
         load_vision(Own(), image_size=SIZE, final_norm=True)

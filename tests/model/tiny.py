@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,3 +106,16 @@ def batch(processor: FlamingoProcessor, rows: list[int] | None = None, **options
 def labels_of(inputs: dict[str, torch.Tensor], image: int) -> torch.Tensor:
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     return labels.masked_fill(labels == image, -100)
+
+
+def visibility(phi: Int[Tensor, "B T"], num_images: int, *, all_previous: bool = False) -> Bool[Tensor, "B T M"]:
+    """Return the mask of which token sees which of its row's first `num_images` images.
+
+    One token sees one image or none; with `all_previous` (an option of OpenFlamingo's block) those before it too:
+
+        phi        0 1 1 2        all_previous   0 1 1 2
+        image 1  . x x .                       . x x x
+        image 2  . . . x                       . . . x
+    """
+    index = torch.arange(1, num_images + 1, device=phi.device)
+    return index <= phi[..., None] if all_previous else phi[..., None] == index

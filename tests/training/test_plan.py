@@ -138,6 +138,16 @@ def test_plan_of_one_process_is_what_is_measured(family: str, recompute: bool) -
 
 
 @pytest.mark.slow
+def test_plan_of_another_connector_is_what_is_measured() -> None:
+    config = run_of("llama")
+    config.model.connector, config.model.connector_options = "mlp", {"width": 128}
+    found = measured(config, Processes(0, 1, torch.device("cpu")))
+    assert planned(config, 1) == pytest.approx(found, rel=0.15)
+    assert planned(config, 1) != planned(run_of("llama"), 1)
+    assert planned(config, 2) < planned(config, 1)
+
+
+@pytest.mark.slow
 def test_plan_of_packed_rows_is_what_is_measured() -> None:
     datasets = [BatchShape(8, 128, 3), BatchShape(24, 48, 1, together=5)]
     found = measured(run_of("llama"), Processes(0, 1, torch.device("cpu")), datasets)

@@ -7,6 +7,7 @@ import torch
 
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.training.compose import compose
+from flamingo.training.memory_plan.plan import complete
 from flamingo.training.objectives.build import flamingo_shape
 
 # Billions of parameters as published: paper, table 5 (its 3B: gated blocks 1.2, resampler 0.19, LM 1.4; its 9B: 1.6 and
@@ -22,7 +23,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_shape_is_the_published_one(name: str) -> None:
-    config = flamingo_shape(compose([f"experiment={name}"]).model)
+    config = flamingo_shape(complete(compose([f"experiment={name}"]).model))
     with torch.device("meta"):
         model = FlamingoForConditionalGeneration(config)
     counted: dict[str, float] = {}
@@ -35,6 +36,6 @@ def test_shape_is_the_published_one(name: str) -> None:
 
 
 def test_openflamingo_9b_has_its_eight_blocks() -> None:
-    config = flamingo_shape(compose(["experiment=openflamingo_9b"]).model)
+    config = flamingo_shape(complete(compose(["experiment=openflamingo_9b"]).model))
     assert config.cross_attn_layers == [3, 7, 11, 15, 19, 23, 27, 31]
     assert (config.resampler.latents, config.resampler.depth, config.cross_attention.heads) == (64, 6, 8)

@@ -11,7 +11,8 @@ import torch
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
 from data.toy.vocabulary import write_tokenizer
-from flamingo.config import CrossAttentionConfig, ResamplerConfig
+from flamingo.config import CrossAttentionConfig
+from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.checkpoints.ema import Ema
 from flamingo.training.checkpoints.store import Checkpoints
 from flamingo.training.config import (

@@ -20,9 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flamingo.layers.cross_attention import CrossAttention
-from flamingo.layers.resampler import PerceiverAttention
-
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
@@ -119,14 +116,8 @@ def is_attention(module: nn.Module) -> bool:
 
 def attention_products(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> int:
     """Multiply-adds of queries with keys and of weights with values."""
-    if isinstance(module, CrossAttention):
-        x, (keys, _), segments = args
-        images = 1 if segments.reach is None else segments.reach.shape[1]
-        return 2 * len(x) * images * keys.shape[1] * module.q_proj.out_features
-    if isinstance(module, PerceiverAttention):
-        media, latents = args
-        keys = media.shape[1] + latents.shape[1]
-        return 2 * latents.shape[0] * latents.shape[1] * keys * module.q_proj.out_features
+    if (own := getattr(module, "attention_products", None)) is not None:
+        return int(own(*args, **kwargs))
     x = _tokens(args, kwargs)
     y = x
     if isinstance(module, nn.MultiheadAttention):

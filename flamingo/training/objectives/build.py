@@ -26,7 +26,7 @@ from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.config import ModelConfig
-from flamingo.vision.encoder import build_open_clip, describe_tower
+from flamingo.vision.encoder import build_open_clip, describe_encoder
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
@@ -103,8 +103,9 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         lm,
         vision_pretrained=vision.pretrained,
         tokenizer=language.tokenizer,
-        cross_attn_every_n_layers=model.cross_attn_every_n_layers,
-        resampler=asdict(model.resampler),
+        cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
+        connector=model.connector,
+        resampler=model.connector_config(),
         cross_attention=asdict(model.cross_attention),
         **options,
     )
@@ -160,14 +161,15 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
     arch = open_clip_arch(model.vision.config)
     size = arch["vision_cfg"].get("image_size", 224)
     with torch.device("meta"):
-        vision = describe_tower(build_open_clip(arch), name="", image_size=size, kind="open_clip", arch=arch)
+        vision = describe_encoder(build_open_clip(arch), name="", image_size=size, kind="open_clip", arch=arch)
     vocab = int(model.language.config["vocab_size"])
     return FlamingoConfig(
         vision_config=asdict(vision),
         text_config=dict(model.language.config),
-        resampler_config=asdict(model.resampler),
+        connector=model.connector,
+        resampler_config=model.connector_config(),
         cross_attention_config=asdict(model.cross_attention),
-        cross_attn_every_n_layers=model.cross_attn_every_n_layers,
+        cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
         image_token_id=vocab,
         eoc_token_id=vocab + 1,
     )

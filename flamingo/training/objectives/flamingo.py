@@ -16,7 +16,7 @@ from flamingo.labels import IGNORED
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.checkpoints.trained_weights import manifest_of
+from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
 from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
@@ -77,7 +77,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     """Build a Flamingo around its backbones, or load all of it from the folder `model.init`."""
     flamingo, processor = builders.load_flamingo(model.init) if model.init else builders.build_flamingo(model)
     _freeze(flamingo, model)
-    frozen = manifest_of(flamingo)["fingerprints"]  # before the adapters, which change the LM's keys
+    frozen = frozen_fingerprints(flamingo)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
