@@ -17,31 +17,25 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hydra
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches.collate import Collate, FlamingoCollate, LanguageCollate, PairCollate
-from data.dataset import DatasetSpec, document_texts, too_small
+from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
 from data.loading.loader import MixLoader
 from eval.in_training import Evaluations, Probe
-from flamingo.errors import UserError
+from flamingo.configs.validate import refuse
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.checkpoints.schedule import Checkpoints
-from flamingo.training.compose import CONFIGS, compose, nearest, typed
+from flamingo.training import compose
 from flamingo.training.config import TrainConfig, unavailable
 from flamingo.training.distributed import fsdp
-from flamingo.training.distributed.failures import Stall, exit_status, submitted, watched
-from flamingo.training.distributed.launch import join_launcher
+from flamingo.training.distributed.failures import Stall, exit_status, watched
 from flamingo.training.memory_plan import plan
 from flamingo.training.metrics.flops import Flops
 from flamingo.training.metrics.sinks import Reports
@@ -54,7 +48,6 @@ from flamingo.training.run_folder import same_backbones as check_backbones
 
 T = TypeVar("T")
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 # How each objective turns documents into tensors.
 COLLATES: dict[str, Callable[[Setup], Collate]] = {
@@ -78,8 +71,9 @@ def train(config: TrainConfig) -> Path:
         Stopped: a signal asked for it; the run is saved.
         Failed: one of several processes failed and has said why.
     """
-    world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
-    mixtures = checked(config, world_size)
+    world_size = processes_of(config)
+    mixtures, problems = checked(config)
+    refuse(problems)
     if config.plan:
         if int(os.environ.get("RANK", "0")) == 0:  # every process would say the same
             print(plan.plan(config, [plan.rows_of(spec) for spec in mixtures[0]], world_size), flush=True)
@@ -203,53 +197,26 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     return finish(setup.export, model, averages, processes, run_dir=run_dir, title=config.objective, replaced=replaced)
 
 
-def checked(config: TrainConfig, world_size: int) -> Mixtures:
-    """The datasets to train on and those held out for validation.
+def processes_of(config: TrainConfig) -> int:
+    """How many processes train, or would by the plan."""
+    return (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
 
-    Raises:
-        UserError: what is impossible or missing, all at once, before any weight loads.
-    """
-    wrong = config.problems(world_size)
-    specs = dataset_specs("data", config.data.datasets, wrong)
-    options = config.run.validation
-    held_out = dataset_specs("run.validation", options.datasets, wrong) if options.every else []
+
+def checked(config: TrainConfig) -> tuple[Mixtures, list[str]]:
+    """The datasets to train on and those held out for validation, and what is impossible or missing: all that can be
+    known before any weight loads."""
+    world_size, validation = processes_of(config), config.run.validation
+    problems = config.problems(world_size)
+    specs = dataset_specs("data", config.data.datasets, problems)
+    held_out = dataset_specs("run.validation", validation.datasets, problems) if validation.every else []
     if not config.plan:
-        wrong += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return specs, held_out
-
-
-def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[str]) -> list[DatasetSpec]:
-    """The typed descriptions of a mixture; what is no field or no value of one is added to `wrong` by name."""
-    known = [field.name for field in fields(DatasetSpec)]
-    specs = []
-    for name, values in datasets.items():
-        where = f"{group}.datasets.{name}"
-        wrong += [f"{where}.{key} is no field of a dataset{nearest(key, known)}" for key in values if key not in known]
-        given: dict[str, Any] = {"name": name, **{key: value for key, value in values.items() if key in known}}
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(DatasetSpec), OmegaConf.create(given))
-            specs.append(OmegaConf.to_object(merged))
-        except (OmegaConfBaseException, UserError) as error:
-            wrong.append(f"{where}: {str(error).strip().splitlines()[0]}")
-    return specs  # type: ignore[return-value]
-
-
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def sweep(composed: DictConfig) -> None:
-    """hydra's own entry, for `-m` (sweeps, launchers) and its `--help`, `--cfg job`."""
-    join_launcher()
-    submitted(lambda: train(typed(composed)))
+        problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
+    return (specs, held_out), problems
 
 
 def command() -> None:
-    """`key=value` arguments here and now; options of hydra, and launchers, through hydra."""
-    if any(argument.startswith(("-", "launch=")) for argument in sys.argv[1:]):
-        sweep()
-    else:
-        join_launcher()
-        train(compose(sys.argv[1:]))
+    """Train with the config that the arguments describe."""
+    compose.main(train, check=lambda config: checked(config)[1])
 
 
 def main() -> None:

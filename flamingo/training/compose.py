@@ -1,70 +1,85 @@
-"""hydra's and omegaconf's complaints in one line that names the key."""
+"""From the command line of train.py to a checked `TrainConfig`, here and now or in the jobs that hydra starts."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
+from flamingo.configs.compose import CONFIGS, from_yaml, parse, read, settle
+from flamingo.configs.validate import examine, refuse
 from flamingo.errors import UserError
-from flamingo.training.config import TrainConfig, flatten
+from flamingo.training.config import TrainConfig
+from flamingo.training.distributed.failures import submitted
+from flamingo.training.distributed.launch import join_launcher
 
-CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
+GROUPS = ("model", "data", "optim", "run", "experiment")
+"""Folders of `hydra/` that arguments choose files from; `launch` is hydra's own affair."""
+# What no file mentions has its default, also in references such as ${launch.processes}.
+ConfigStore.instance().store(name="train_defaults", node=TrainConfig().as_dict())
 
 
-def compose(arguments: list[str]) -> TrainConfig:
-    """`key=value` arguments to a typed config.
+def compose(
+    arguments: Sequence[str], check: Callable[[TrainConfig], Iterable[str]] = TrainConfig.problems
+) -> TrainConfig:
+    """Turn `key=value` arguments into a typed config.
 
-    hydra composes the groups (`experiment=...`); values are then set on the typed result, whose tables may grow.
+    Args:
+        arguments: as typed; `experiment=NAME` and other groups choose files, all else sets values on top of them.
+        check: what else can be wrong; it is asked here only if something is wrong already, so that all mistakes are
+            reported together. Otherwise the caller asks.
 
     Raises:
-        UserError: an unknown key or group, a value of the wrong type.
+        UserError: an unknown key or file, a value of the wrong type, or one that is not allowed; and what `check` adds.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
-        groups = [o for o in overrides if o.key_or_group.startswith("hydra.") or (CONFIGS / o.key_or_group).is_dir()]
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose("train", overrides=[str(override.input_line) for override in groups])
-        OmegaConf.set_struct(composed, False)  # the schema stays: only its own tables take new keys
-        for override in overrides:
-            if override not in groups:
-                key = override.key_or_group
-                merge = OmegaConf.select(composed, key) is not None  # omegaconf cannot merge onto nothing
-                OmegaConf.update(composed, key, override.value(), merge=merge)
-        return typed(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-
-
-def typed(composed: Any) -> TrainConfig:
-    """Return the composed YAML, an omegaconf `DictConfig`, as `TrainConfig`."""
-    if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
-        raise UserError(f"{extra[0]} is no key of the config")
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, TrainConfig)
+    line = read(arguments, GROUPS)
+    config, clauses = examine(TrainConfig, settle(from_yaml("train", line), line))
+    assert config is not None  # every field has a default
+    if clauses := [*line.problems, *clauses]:
+        clauses += check(config)
+    refuse(clauses)
     return config
 
 
-def explain(error: Exception) -> str:
-    """The message of an exception of hydra or omegaconf."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
-    if wrong_type:
-        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
-        return f"{unknown[1]} is no key of the config{nearest(unknown[1], list(flatten(TrainConfig().as_dict())))}"
-    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
+def main(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], Iterable[str]]) -> None:
+    """Call `train` with the config of this process's arguments; options (`-m`, `--help`, `--cfg job`) go to hydra.
+
+    Raises:
+        UserError: see `compose`.
+    """
+    arguments = sys.argv[1:]
+    if not any(argument.startswith(("-", "launch=")) for argument in arguments):
+        join_launcher()
+        train(compose(arguments, check))
+        return
+    parsed = {argument: override for argument in arguments if (override := parse(argument))}
+    # Mistakes are named here, not by a job that has waited in a queue. A sweep's values are checked by its jobs.
+    compose([text for text, override in parsed.items() if not override.is_sweep_override() and _is_ours(text)])
+    # hydra refuses keys that no file mentions, unless they begin with ++; our own classes check keys.
+    values = {text for text, override in parsed.items() if _is_ours(text) and override.key_or_group not in GROUPS}
+    sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
+    mistakes: list[UserError] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+    def job(_: DictConfig) -> None:
+        join_launcher()
+        given = HydraConfig.get().overrides
+        search = [text for text in given.hydra if text.startswith("hydra.searchpath=")]
+        try:
+            submitted(lambda: train(compose([*search, *filter(_is_ours, given.task)], check)))
+        except UserError as error:
+            if "SUBMITIT_EXECUTOR" in os.environ:  # in a process of its own, whose status must tell
+                raise
+            mistakes.append(error)
+
+    job()
+    refuse(str(error) for error in mistakes)
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """`: did you mean ...` when something alike exists."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
+def _is_ours(argument: str) -> bool:
+    return "=" in argument and not argument.startswith(("-", "launch="))

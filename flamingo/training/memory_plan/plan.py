@@ -189,7 +189,7 @@ def remedies(config: TrainConfig, memory: Memory) -> list[str]:
             (not sharding.cpu_offload, "run.sharding.cpu_offload=true"),
         ],
         "gradients": [
-            (run.micro_batches > 1 and not sharding.sync_every_piece, "run.sharding.sync_every_piece=true"),
+            (run.micro_batches > 1 and not sharding.sync_every_micro_batch, "run.sharding.sync_every_micro_batch=true"),
             (config.model.freeze.language == "train", "model.freeze.language=lora"),
         ],
         "optimizer": [

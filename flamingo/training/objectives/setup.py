@@ -161,7 +161,7 @@ def strategy_of(run: RunConfig, processes: int) -> Strategy | None:
         shard_size=(run.sharding.size or machine) if run.parallel == "hybrid" else 0,
         offload=run.sharding.cpu_offload,
         keep_gathered=run.sharding.keep_gathered,
-        sync_every_piece=run.sharding.sync_every_piece,
+        sync_every_piece=run.sharding.sync_every_micro_batch,
     )
 
 
