@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,10 +28,10 @@ from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
 from data.loading.loader import MixLoader
 from eval.in_training import Evaluations, Probe
 from flamingo.configs.validate import refuse
+from flamingo.training import compose
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Averages
 from flamingo.training.checkpoints.schedule import Checkpoints
-from flamingo.training import compose
 from flamingo.training.config import TrainConfig, unavailable
 from flamingo.training.distributed import fsdp
 from flamingo.training.distributed.failures import Stall, exit_status, watched

@@ -67,7 +67,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
             ranks.agree(f"task {name}", task.hash)
         grid = Grid(
             config.shots,
-            config.seeds,
+            config.seed,
             config.images,
             config.limit,
             config.batch_size,

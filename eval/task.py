@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from eval.hashing import content_hash as content_hash
 from eval.spec import SourceSpec as SourceSpec
 from eval.spec import TaskSpec as TaskSpec
 
@@ -195,12 +196,3 @@ class Task(Protocol):
     def baselines(self, query_ids: Sequence[str]) -> Baselines:
         """For these queries."""
         ...
-
-
-def content_hash(*parts: object) -> str:
-    """Hex SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.sha256()
-    for part in parts:
-        blob = repr(part).encode()
-        digest.update(f"{len(blob)}:".encode() + blob)
-    return digest.hexdigest()

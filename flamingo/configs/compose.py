@@ -15,7 +15,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from flamingo.errors import UserError
@@ -77,8 +77,11 @@ def _choose(line: CommandLine, override: Override, folders: Sequence[Path]) -> N
         line.choices.append(f"{group}=[{','.join(good)}]")
 
 
-def from_yaml(name: str, line: CommandLine) -> DictConfig:
+def from_yaml(name: str, line: CommandLine) -> Any:
     """Compose `hydra/<name>.yaml` and the chosen files; values of the command line are not in it yet.
+
+    Returns:
+        An omegaconf `DictConfig` (untyped: beartype cannot check one).
 
     Raises:
         UserError: hydra cannot compose them.
@@ -93,7 +96,7 @@ def from_yaml(name: str, line: CommandLine) -> DictConfig:
     return config
 
 
-def settle(config: DictConfig, line: CommandLine) -> dict[str, Any]:
+def settle(config: Any, line: CommandLine) -> dict[str, Any]:
     """Set the command line's values, resolve references and return plain nested tables without missing values.
 
     A reference that leads nowhere is added to the line's problems, and its key left out.

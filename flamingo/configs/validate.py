@@ -72,13 +72,13 @@ def examine(cls: type[T], table: Mapping[str, Any], at: str = "") -> tuple[T | N
         The object, in which defaults stand for wrong values (None: a missing value has no stand-in), and one clause for
         each mistake.
     """
-    table = deepcopy(dict(table))
+    table = values = deepcopy(dict(table))
     clauses: dict[str, str] = {}  # key -> clause; the first complaint about a key is kept
     unknown: list[str] = []
     value: T | None = None
     while True:
         try:
-            value = _adapter(cls).validate_python([table])[0]
+            value = _adapter(cls).validate_python([table])[0]  # type: ignore[arg-type]
             break
         except ValidationError as error:
             before = len(clauses)
@@ -88,14 +88,15 @@ def examine(cls: type[T], table: Mapping[str, Any], at: str = "") -> tuple[T | N
                 clauses.setdefault(key, clause)
                 if fault["type"] == "unexpected_keyword_argument":
                     unknown.append(key)
-                _take_out(table, path, missing=fault["type"] == "missing")
+                _take_out(values, path, missing=fault["type"] == "missing")
             if len(clauses) == before:  # nothing new comes to light
                 break
+    names: dict[str, Any] = asdict(value) if value is not None else cls.__dataclass_fields__  # type: ignore
+    known = list(flatten(names, f"{at}." if at else ""))
+    for key in unknown:
+        if close := _nearest(key, known):
+            clauses[key] += f": did you mean {close}?"
     if value is not None:
-        known = list(flatten(asdict(value), f"{at}." if at else ""))  # type: ignore[call-overload]
-        for key in unknown:
-            if close := _nearest(key, known):
-                clauses[key] += f": did you mean {close}?"
         for key, clause in (*_disguised(table, value, at), *_conflicts(value, at)):
             clauses.setdefault(key, clause)
     return value, list(clauses.values())
@@ -113,7 +114,7 @@ def self_checking(name_of: Callable[[Any], str]) -> Callable[[C], C]:
     def decorate(cls: C) -> C:
         build = cls.__init__  # type: ignore[misc]
 
-        def __init__(self: Any, **values: Any) -> None:
+        def refusing(self: Any, **values: Any) -> None:
             try:
                 build(self, **values)
                 clauses = list(self.conflicts())
@@ -122,7 +123,7 @@ def self_checking(name_of: Callable[[Any], str]) -> Callable[[C], C]:
             if clauses:
                 raise UserError(f"{name_of(values)}: {'; '.join(clauses)}")
 
-        cls.__init__ = __init__  # type: ignore[misc]
+        cls.__init__ = refusing  # type: ignore[misc]
         return cls
 
     return decorate
@@ -140,9 +141,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @lru_cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+def _adapter(cls: Any) -> Any:
     # pydantic takes a config for a list of dataclasses, not for a dataclass; those inside inherit it.
-    return TypeAdapter(list[cls], config=STRICT)  # type: ignore[valid-type]
+    return TypeAdapter(list[cls], config=STRICT)
 
 
 def _joined(at: str, path: tuple[int | str, ...]) -> str:

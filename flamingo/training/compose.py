@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
 from flamingo.configs.compose import CONFIGS, from_yaml, parse, read, settle
 from flamingo.configs.validate import examine, refuse
@@ -66,7 +66,7 @@ def main(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], 
     mistakes: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-    def job(_: DictConfig) -> None:
+    def job(_: Any) -> None:
         join_launcher()
         given = HydraConfig.get().overrides
         search = [text for text in given.hydra if text.startswith("hydra.searchpath=")]

@@ -351,7 +351,7 @@ class TrainConfig:
             yield "model.vision needs a name (weights) or a config (shape)"
         if objective == "contrastive":
             if not vision.config:
-                yield "model.vision.config is missing: objective contrastive trains an encoder of that shape from scratch"
+                yield "model.vision.config is missing: objective contrastive trains a new encoder of that shape"
             if not language.tokenizer:
                 yield "model.language.tokenizer is missing: objective contrastive does not train its own tokenizer"
             return
@@ -387,9 +387,9 @@ class TrainConfig:
             yield f"run.parallel=none with {world_size} processes would train {world_size} models: use auto"
         if precision == "bf16":
             yield "run.parallel=none cannot compute in bf16: use run.parallel=auto"
-        for name, given in (("frozen=replicate", sharding.frozen == "replicate"), ("cpu_offload", sharding.cpu_offload)):
-            if given:
-                yield f"{key}.{name} has no effect with run.parallel=none: use run.parallel=fsdp"
+        options = {"frozen=replicate": sharding.frozen == "replicate", "cpu_offload": sharding.cpu_offload}
+        for name in (name for name, given in options.items() if given):
+            yield f"{key}.{name} has no effect with run.parallel=none: use run.parallel=fsdp"
 
     def _evaluation_conflicts(self) -> Iterator[str]:
         validation, probe = self.run.validation, self.run.probe
@@ -420,7 +420,11 @@ FREE_TO_CHANGE = frozenset(
         "run.resume",
         "run.tensorboard",
         "run.parallel",
-        *(f"run.sharding.{name}" for name in ("size", "frozen", "cpu_offload", "keep_gathered", "sync_every_micro_batch")),
+        "run.sharding.size",
+        "run.sharding.frozen",
+        "run.sharding.cpu_offload",
+        "run.sharding.keep_gathered",
+        "run.sharding.sync_every_micro_batch",
         "run.compile",
         "run.device",
         "plan",

@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from eval.check_data import check, main
-from eval.compose import CONFIG, load_config
+from eval.compose import load_config
 from eval.inference.model import FlamingoResponder
 from eval.metrics.wordnet import wordnet
 from eval.reports.results import rows_of
 from eval.runner import Grid, run
 from eval.tasks.build import build_task
+from flamingo.configs.compose import CONFIGS
 from tests.eval.published import COUNT, WRITERS, dump
 from tests.eval.test_metrics_table import small_wordnet
 from tests.eval.worlds import Constant
 from tests.model import tiny
 
-OWN = {path.stem for path in (CONFIG / "task").glob("*.yaml")} - {"csv", "jsonl"}
+OWN = {path.stem for path in (CONFIGS / "task").glob("*.yaml")} - {"csv", "jsonl"}
 TEXT_ONLY = {"medqa", "medmcqa", "pubmedqa", "mmlu_medicine"}
 # Of one query each: its id, question node, gold answers, kind, number of candidates.
 EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
