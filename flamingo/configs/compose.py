@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -86,12 +87,16 @@ def from_yaml(name: str, line: CommandLine) -> Any:
     Raises:
         UserError: hydra cannot compose them.
     """
+    outer = GlobalHydra.instance().hydra  # in a job that hydra runs, its own; it allows one at a time
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose(name, overrides=line.choices)
     except (HydraException, OmegaConfBaseException) as error:
         first = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
         raise UserError("; ".join([*line.problems, f"{name}.yaml cannot be composed: {first}"])) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
     OmegaConf.set_struct(config, False)
     return config
 

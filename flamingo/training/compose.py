@@ -18,8 +18,8 @@ from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.failures import submitted
 from flamingo.training.distributed.launch import join_launcher
 
-GROUPS = ("model", "data", "optim", "run", "experiment")
-"""Folders of `hydra/` that arguments choose files from; `launch` is hydra's own affair."""
+GROUPS = ("model", "data", "optim", "run", "launch", "experiment")
+"""Folders of `hydra/` that arguments choose files from."""
 # What no file mentions has its default, also in references such as ${launch.processes}.
 ConfigStore.instance().store(name="train_defaults", node=TrainConfig().as_dict())
 
@@ -59,9 +59,10 @@ def main(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], 
         return
     parsed = {argument: override for argument in arguments if (override := parse(argument))}
     # Mistakes are named here, not by a job that has waited in a queue. A sweep's values are checked by its jobs.
-    compose([text for text, override in parsed.items() if not override.is_sweep_override() and _is_ours(text)])
+    sweeps = {text for text, override in parsed.items() if override.is_sweep_override()}
+    compose([text for text in arguments if _is_ours(text) and text not in sweeps])
     # hydra refuses keys that no file mentions, unless they begin with ++; our own classes check keys.
-    values = {text for text, override in parsed.items() if _is_ours(text) and override.key_or_group not in GROUPS}
+    values = {text for text, override in parsed.items() if _is_ours(text) and _is_value(override.key_or_group)}
     sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
     mistakes: list[UserError] = []
 
@@ -81,5 +82,9 @@ def main(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], 
     refuse(str(error) for error in mistakes)
 
 
+def _is_value(key: str) -> bool:
+    return key not in GROUPS and not key.startswith("hydra.")
+
+
 def _is_ours(argument: str) -> bool:
-    return "=" in argument and not argument.startswith(("-", "launch="))
+    return "=" in argument and not argument.startswith("-")

@@ -134,7 +134,7 @@ def test_prepare_says_what_is_missing_and_where_it_is_published(
     assert "1 of 6 images are missing, the first is" in capsys.readouterr().out
     for arguments, message in (
         (["vizwiz"], "give a task and a folder"),
-        (["nope", "--from", str(tmp_path)], "unknown task 'nope'"),
+        (["nope", "--from", str(tmp_path)], "task=nope is not one of coco, "),
         (["toy_vqa", "--from", str(tmp_path)], "no published files"),
         (["vizwiz", "--from", str(tmp_path / "gone")], "is no folder"),
     ):
