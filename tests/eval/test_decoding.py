@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def responder() -> FlamingoResponder:
     return FlamingoResponder(*tiny.flamingo("llama"))
 
 
-def colours(output: str = "generate") -> ExampleTask:
+def colours(output: Any = "generate") -> ExampleTask:
     spec = TaskSpec(queries=5, lead=" ", output=output, max_new_tokens=4)
     return ExampleTask("colours", spec, with_rationales(colour_examples(24)))
 

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def responder() -> FlamingoResponder:
     return FlamingoResponder(*tiny.flamingo("llama"))
 
 
-def colours(output: str) -> Task:
+def colours(output: Any) -> Task:
     spec = TaskSpec(queries=6, lead=" ", output=output, max_new_tokens=5)
     return ExampleTask("colours", spec, colour_examples(24))
 

@@ -180,11 +180,11 @@ def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["x"]}, "metrics has 'x'; the metrics are"),
-        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates; set task.t.output=rank"),
+        ({"metrics": ["x"]}, "x is not one of by_word, captions"),
+        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates: set output=rank"),
         ({"end_of_chunk": False}, "a demonstration needs an end"),
-        ({"zero_shot": "three"}, "use one of none, two_text"),
-        ({"support_size": 0}, "support_size is 0"),
+        ({"zero_shot": "three"}, "is not one of none, two_text"),
+        ({"support_size": 0}, "support_size=0 must be at least 1"),
     ],
 )
 def test_impossible_settings_name_their_key(change: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def examples(count: int) -> list[Example]:
     return found
 
 
-def prompts(responder: FlamingoResponder, output: str, shots: int = 2, demos: str = "fixed") -> list[Prompt]:
+def prompts(responder: FlamingoResponder, output: Any, shots: int = 2, demos: str = "fixed") -> list[Prompt]:
     spec = TaskSpec(queries=9, lead=" ", output=output, demos=demos, max_new_tokens=6)
     task = ExampleTask("colours", spec, examples(24))
     episodes = [task.episode(query, shots, 0) for query in task.query_ids()]

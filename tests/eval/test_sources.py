@@ -126,7 +126,7 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "x"}, "task.t.kind is 'x'"),
+        ({"kind": "x"}, "task.t.kind=x is not one of examples, binding"),
         ({"metric": "x"}, "exact_match"),
         ({"ways": 1}, "at least 2"),
         ({"queries": 0}, "1"),

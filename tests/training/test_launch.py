@@ -198,7 +198,7 @@ def test_submitit_queues_a_run_again_that_was_preempted(world: Path, tmp_path: P
 def test_launchers_are_chosen_like_any_group() -> None:
     chosen = compose(["launch=slurm", "nodes=4", "launch.gpus=4"])
     assert (chosen.nodes, chosen.launch.gpus, chosen.launch.processes) == (4, 4, 8)
-    with pytest.raises(UserError, match="launch.processes=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"launch\.processes=0 must be at least 1"):
         compose(["launch.processes=0"])
 
 
