@@ -76,7 +76,7 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_named_in_one_go() -> None:
-    arguments = ["experiment=nope", "run.stepz=3", "run.steps=many", "run.keep_last=true", "optim.schedule=linear"]
+    arguments = ["experiment=nope", "run.stepz=3", "run.steps=many", "run.log_every=true", "optim.schedule=linear"]
     arguments += ["run.ema=1", "~run.seed", "model.resampler.depth=0", "data.datasets.a.batch_size=0"]
     arguments += ["data.datasets.a.hue=1", "optim.lr=${nothing}", "run.micro_batches=2", "objective=contrastive"]
     with pytest.raises(UserError) as caught:
@@ -87,7 +87,7 @@ def test_all_mistakes_are_named_in_one_go() -> None:
         "optim.lr: Interpolation key 'nothing' not found",
         "unknown key run.stepz: did you mean run.steps?",
         "run.steps=many must be a whole number",
-        "run.keep_last=true must be a number",
+        "run.log_every=true must be a number",
         "optim.schedule=linear is not one of constant, cosine",
         "run.ema=1 must be below 1",
         "model.resampler.depth=0 must be at least 1",
