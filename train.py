@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import collate as collates
-from data.dataset import DatasetSpec, document_texts, too_small
+from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
 from data.loading.loader import MixLoader
 from eval.in_training import Evaluations, FewShotEvaluation
-from flamingo.errors import UserError
+from flamingo.configs.validate import refuse
 from flamingo.training import compose, optim, run_folder
 from flamingo.training.checkpoints import ema, store
 from flamingo.training.config import TrainConfig, unavailable
@@ -47,8 +47,9 @@ def train(config: TrainConfig) -> Path:
         Stopped: a signal asked for it; the run is saved.
         Failed: one of several processes failed and has printed why.
     """
-    world_size = (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
-    mixtures = check(config, world_size)
+    mixtures, problems = checked(config)
+    refuse(problems)
+    world_size = process_count(config)
     if config.plan:
         if int(os.environ.get("RANK", "0")) == 0:  # every process would print the same
             print(plan.plan(config, [plan.largest_batch_of(spec) for spec in mixtures[0]], world_size), flush=True)
@@ -211,29 +212,21 @@ def accumulate_gradients(
     return sums
 
 
-def check(config: TrainConfig, world_size: int) -> Mixtures:
-    """Return the datasets to train on and those held out for validation.
+def process_count(config: TrainConfig) -> int:
+    """Return how many processes train, or would in the plan."""
+    return (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
 
-    Raises:
-        UserError: everything impossible or missing, at once, before any weight loads.
-    """
-    wrong = config.problems(world_size)
-    specs = dataset_specs("data", config.data.datasets, wrong)
-    options = config.run.validation
-    held_out = dataset_specs("run.validation", options.datasets, wrong) if options.every else []
+
+def checked(config: TrainConfig) -> tuple[Mixtures, list[str]]:
+    """Return the datasets to train on and those held out, and everything that can be known to be wrong by now."""
+    world_size, validation = process_count(config), config.run.validation
+    problems = config.problems(world_size)
+    specs = dataset_specs("data", config.data.datasets, problems)
+    held_out = dataset_specs("run.validation", validation.datasets, problems) if validation.every else []
     if not config.plan:
-        wrong += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return specs, held_out
-
-
-def dataset_specs(group: str, datasets: dict[str, dict[str, Any]], wrong: list[str]) -> list[DatasetSpec]:
-    """Return the typed description of each dataset; mistakes are added to `wrong` with their key."""
-    tables = ((f"{group}.datasets.{name}", {"name": name, **values}) for name, values in datasets.items())
-    specs = (compose.typed_dataset(DatasetSpec, values, path, wrong) for path, values in tables)
-    return [spec for spec in specs if spec is not None]
+        problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
+    return (specs, held_out), problems
 
 
 if __name__ == "__main__":
-    compose.main(train)
+    compose.main(train, check=lambda config: checked(config)[1])

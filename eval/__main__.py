@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from eval.compose import CONFIG, load_config
+from flamingo.configs.compose import CONFIGS
+from flamingo.errors import UserError
 
 FINISHED = ("report", "compare", "check", "export")
 """Commands of eval.reports.commands on what earlier runs wrote."""
@@ -32,9 +33,9 @@ settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE change
 
 
 def usage() -> str:
-    """Return the help text, with the settings as the YAML file explains them."""
-    settings = (CONFIG / "eval.yaml").read_text()
-    tasks = ", ".join(sorted(path.stem for path in (CONFIG / "task").glob("*.yaml")))
+    """Help with the settings and their meaning as the YAML files tell them."""
+    settings = (CONFIGS / "eval.yaml").read_text()
+    tasks = ", ".join(sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml")))
     return f"{HELP}\n{settings}\ntasks: {tasks}"
 
 
@@ -51,9 +52,9 @@ def main(arguments: Sequence[str]) -> int:
         from eval.reports.commands import main as finished
 
         return finished(arguments)
-    from flamingo.errors import UserError
-
     try:
+        from eval.compose import load_config
+
         config = load_config(arguments)
         from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 

@@ -3,92 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from flamingo.errors import UserError, first_line
+from omegaconf import DictConfig, OmegaConf
 
-CONFIG = Path(__file__).resolve().parents[1] / "hydra"
-
-
-def load_config(arguments: Sequence[str]) -> Any:
-    """The checked `EvalConfig` of a command line. Raises UserError in one sentence."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException
-
-    from eval.config import EvalConfig
-
-    names = sorted(path.stem for path in (CONFIG / "task").glob("*.yaml"))
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-        # Only the choice of tasks is hydra's: `model` and `data` are names of the trainer's groups too, and settings
-        # checked against the classes may be given whether or not a YAML mentions them.
-        chosen = [str(override.input_line) for override in overrides if override.key_or_group == "task"]
-        with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            composed = compose("eval", overrides=chosen)
-        OmegaConf.set_struct(composed, None)  # so that a task's `fields` may grow; the classes refuse unknown keys
-        typed = OmegaConf.merge(OmegaConf.structured(EvalConfig), composed)
-        _apply_protocol(typed, overrides)
-        for override in overrides:
-            if override.key_or_group != "task":
-                key, value = _setting(override, list(typed.task))
-                for end in (place for place, letter in enumerate(key) if letter == "."):
-                    if OmegaConf.select(typed, key[:end]) is None:  # a table that nothing was set in, as `support`
-                        typed = OmegaConf.merge(typed, OmegaConf.from_dotlist([f"{key[:end]}={{}}"]))
-                OmegaConf.update(typed, key, value, force_add=False)
-        config: Any = OmegaConf.to_object(typed)
-    except UserError:
-        raise
-    except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or first_line(error)
-        raise UserError(f"{key} is missing; add {key}=VALUE") from None
-    except (ConfigKeyError, ConfigTypeError) as error:
-        raise UserError(
-            f"unknown key {error.full_key!r} in the config; `python -m eval --help` lists the keys"
-        ) from None
-    except OmegaConfBaseException as error:
-        text = first_line(error)
-        if " not in '" in text:  # in a class: `Key 'x' not in 'EvalConfig'`
-            text = "is no setting; `python -m eval --help` lists them"
-        raise UserError(f"{error.full_key}: {text}") from None
-    except (HydraException, ValueError) as error:
-        raise UserError(_hydra_sentence(error, names)) from None
-    config.check()
-    return config
+from eval.config import EvalConfig
+from eval.protocols import settings_of
+from flamingo.configs.compose import CommandLine, from_yaml, read, settle
+from flamingo.configs.validate import examine, refuse
+from flamingo.errors import UserError
 
 
-def _apply_protocol(typed: Any, overrides: Sequence[Any]) -> None:
+def load_config(arguments: Sequence[str]) -> EvalConfig:
+    """Return the checked config of a command line.
+
+    Only the choice of tasks selects files: `model` and `data`, which are groups of the trainer too, are values here.
+
+    Raises:
+        UserError: everything that is wrong with the arguments or with the values they lead to.
+    """
+    line = read(arguments, groups=("task",))
+    config = from_yaml("eval", line)
+    _leave_out_other_tasks(config, line)
+    _apply_protocol(config, line)
+    checked, clauses = examine(EvalConfig, settle(config, line))
+    refuse([*line.problems, *clauses])
+    assert checked is not None  # there would be a clause
+    return checked
+
+
+def _leave_out_other_tasks(config: DictConfig, line: CommandLine) -> None:
+    """Note settings of tasks that are not chosen: setting them would make tasks of them."""
+    for key in [key for key in line.values if key.startswith("task.") and key.split(".")[1] not in config.task]:
+        line.problems.append(f"{key} is a setting of a task that is not chosen: the tasks are {', '.join(config.task)}")
+        del line.values[key]
+
+
+def _apply_protocol(config: DictConfig, line: CommandLine) -> None:
     """Put the protocol's settings over those of the tasks' files; the command line comes after them."""
-    from omegaconf import OmegaConf
 
-    from eval.protocols import settings_of
+    def given(key: str) -> Any:
+        value = line.values.get(key)
+        return OmegaConf.select(config, key) if value is None else value
 
-    said = {str(override.key_or_group): override.value() for override in overrides}
-    protocol, bugs = str(said.get("protocol", typed.protocol)), said.get("bug_compatible", False) is True
-    for name, task in typed.task.items():
-        form = str(said.get(f"task.{name}.form", task.form))
-        typed.task[name] = OmegaConf.merge(task, settings_of(protocol, name, form, bugs))
-
-
-def _setting(override: Any, tasks: list[str]) -> tuple[str, Any]:
-    """(key, value) of one `key=value`; a single value stands for a list of one. `tasks` are those chosen."""
-    key = str(override.key_or_group)
-    if override.is_delete() or override.is_sweep_override():
-        raise UserError(f"{override.input_line}: write key=value, and lists in brackets, for example shots=[0,4]")
-    if key.startswith("task.") and key.split(".")[1] not in tasks:
-        raise UserError(f"{key} is of a task that is not chosen; chosen are {', '.join(tasks)}")
-    value = override.value()
-    return key, [value] if key in ("shots", "images", "strategy") and not isinstance(value, list) else value
-
-
-def _hydra_sentence(error: Exception, names: list[str]) -> str:
-    """One sentence for hydra's own complaints, which run over several lines."""
-    text = first_line(error)
-    if "Could not override '" in text:
-        return f"unknown key {text.split(chr(39))[1]!r}; `python -m eval --help` lists the keys"
-    if "'task/" in text:
-        return f"unknown task {text.split('task/')[1].split(chr(39))[0]!r}; the tasks are {', '.join(names)}"
-    return f"the command line cannot be read: {text}"
+    protocol, bugs = str(given("protocol")), given("bug_compatible") is True
+    for name, task in config.task.items():
+        form = str(given(f"task.{name}.form") or "")
+        try:
+            config.task[name] = OmegaConf.merge(task or {}, settings_of(protocol, str(name), form, bugs))
+        except UserError as error:
+            if str(error) not in line.problems:  # an unknown protocol is the same mistake for each task
+                line.problems.append(str(error))

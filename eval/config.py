@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from eval.demonstrations.ablations import ABLATIONS
+from eval.demonstrations.samplers import parse_sampler
 from eval.prompting.strategies import STRATEGIES, PromptingSettings
-from eval.task import TaskSpec
+from eval.spec import TaskSpec
+from flamingo.configs.validate import AboveZero, AsList, AtLeast0, AtLeast1, one_of
 from flamingo.errors import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu") and not name.startswith("cuda"):
+        raise ValueError("is not one of auto, cpu, cuda, cuda:N")
+    if name.startswith("cuda") and not _gpu_available():
+        raise ValueError("needs a GPU, and torch sees none here: use device=cpu")
+    return name
+
+
+NotEmpty = Field(min_length=1)
+Ablation = Annotated[str, one_of(ABLATIONS)]
+Strategy = Annotated[str, one_of(STRATEGIES)]
 
 
 @dataclass(kw_only=True)
@@ -24,84 +40,61 @@ class EvalConfig:
     """Folder for the results; files of an earlier run in it are replaced."""
     data: str
     """Root of the prepared data, which tasks refer to."""
-    task: dict[str, TaskSpec] = field(default_factory=dict)
+    task: Annotated[dict[str, TaskSpec], NotEmpty] = field(default_factory=dict)
     """The chosen tasks by name, from `hydra/task/`."""
     protocol: str = "modern"
     """How tasks with a `form` are put: modern, flamingo, openflamingo or idefics; see hydra/protocol."""
     bug_compatible: bool = False
     """Whether the protocol's published mistakes are made again, to meet old figures."""
-    shots: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8])
+    shots: Annotated[list[AtLeast0], AsList, NotEmpty] = field(default_factory=lambda: [0, 1, 2, 4, 8])
     """Numbers of demonstrations (of examples a class, for binding)."""
-    seed: Any = 0
+    seed: Annotated[list[AtLeast0], AsList, NotEmpty] = field(default_factory=lambda: [0])
     """Seed of the demonstrations, or a list: the queries are then asked once a seed and scored together."""
-    images: list[str] = field(default_factory=lambda: ["real"])
+    images: Annotated[list[Ablation], AsList, NotEmpty] = field(default_factory=lambda: ["real"])
     """real, and as controls shuffled, blank, text_only."""
-    strategy: list[str] = field(default_factory=lambda: ["plain"])
+    strategy: Annotated[list[Strategy], AsList, NotEmpty] = field(default_factory=lambda: ["plain"])
     """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/prompting/strategies.py."""
-    samples: int = 11
+    samples: AtLeast1 = 11
     """Self-consistency: answers sampled for each query."""
-    temperature: float = 0.7
+    temperature: AboveZero = 0.7
     """Self-consistency: of the sampling."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Self-consistency: only the most probable tokens that together hold this share are sampled."""
-    rationale_tokens: int = 128
+    rationale_tokens: AtLeast1 = 128
     """Chains of thought: longest rationale, in tokens."""
     rationales: str | None = None
     """two_stage: samples.jsonl of a run, by another model perhaps, whose rationales are taken, joined by query id."""
-    orders: int = 4
+    orders: AtLeast1 = 4
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
     """Which demonstrations all tasks show, instead of what each says; see eval/demonstrations/samplers.py."""
-    limit: int | None = None
+    limit: AtLeast1 | None = None
     """Queries of each task at most, the first ones; null asks all."""
-    batch_size: int = 32
+    batch_size: AtLeast1 = 32
     """Prompts in a batch. Results do not depend on it."""
     cache: str | None = "runs/cache"
     """Folder of encoded images, shared by all runs; null keeps them for the run alone."""
-    cache_gb: float = 20.0
+    cache_gb: AboveZero = 20.0
     """The most that folder may hold, in GB; what was not used for longest goes."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """float32, bfloat16 or float16."""
-    gallery: int = 8
+    gallery: AtLeast0 = 8
     """Samples shown for each task and number of shots."""
     progress: bool = True
     """Show progress bars."""
 
-    @property
-    def seeds(self) -> list[int]:
-        """`seed` as a list."""
-        return list(self.seed) if isinstance(self.seed, list) else [self.seed]
-
-    def check(self) -> None:
-        """Raise UserError for values that no run can have, naming the key."""
-        if not self.task:
-            raise UserError("task is empty; give at least one, for example task=[toy_caption]")
-        if not self.shots or any(k < 0 for k in self.shots) or len(set(self.shots)) < len(self.shots):
-            raise UserError(f"shots={self.shots}; give different numbers of 0 or more, for example shots=[0,4]")
-        if not self.seeds or not all(type(seed) is int and seed >= 0 for seed in self.seeds):
-            raise UserError(f"seed={self.seed}; give a whole number of 0 or more, or a list of such")
-        unknown = [name for name in self.images if name not in ABLATIONS]
-        if unknown or not self.images:
-            raise UserError(f"images={self.images}; each is one of {', '.join(ABLATIONS)}")
-        unknown = [name for name in self.strategy if name not in STRATEGIES]
-        if unknown or not self.strategy:
-            raise UserError(f"strategy={self.strategy}; each is one of {', '.join(STRATEGIES)}")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1 or not self.cache_gb > 0:
-            raise UserError("temperature and cache_gb must be above 0, and top_p above 0 and at most 1")
-        counts = {"samples": self.samples, "rationale_tokens": self.rationale_tokens, "orders": self.orders}
-        for key, value in {**counts, "limit": self.limit, "batch_size": self.batch_size}.items():
-            if value is not None and value < 1:
-                raise UserError(f"{key}={value}; it must be at least 1")
-        if self.gallery < 0:
-            raise UserError(f"gallery={self.gallery}; it must be 0 or more")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype}; use one of {', '.join(DTYPES)}")
-        if self.device.startswith("cuda") and not _gpu_available():
-            raise UserError(f"device={self.device}, and torch sees no GPU here; use device=cpu")
-        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
-            raise UserError(f"device={self.device}; use auto, cpu, cuda or cuda:N")
+    def conflicts(self) -> Iterator[str]:
+        """Yield a clause for each combination of values that cannot be."""
+        if len(set(self.shots)) < len(self.shots):
+            yield f"shots={self.shots} has a number twice: give different ones, for example shots=[0,4]"
+        samplers = {"": self.demos or "random"} | {f"task.{name}.": spec.demos for name, spec in self.task.items()}
+        for path, sampler in samplers.items():
+            try:
+                parse_sampler(sampler)
+            except UserError as error:
+                yield f"{path}{error}"
 
     @property
     def settings(self) -> PromptingSettings:
@@ -120,6 +113,6 @@ class EvalConfig:
 
 
 def _gpu_available() -> bool:
-    import torch  # only here, so that a mistake in the config is told at once
+    import torch  # only here, so that mistakes in the config are reported without waiting for it
 
     return torch.cuda.is_available()

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from eval.config import EvalConfig
+from eval.hashing import content_hash
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import FlamingoResponder
@@ -24,7 +25,7 @@ from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
 from eval.reports.results import results_of, write_report
 from eval.runner import Grid, run
 from eval.samples import Cell, Sample
-from eval.task import TaskSpec, content_hash
+from eval.spec import TaskSpec
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError, first_line
@@ -68,7 +69,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
             ranks.agree(f"task {name}", task.hash)
         grid = Grid(
             config.shots,
-            config.seeds,
+            config.seed,
             config.images,
             config.limit,
             config.batch_size,

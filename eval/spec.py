@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from eval.metrics.table import METRICS, NEEDS_RANKING
+from eval.metrics.text import SCORE_NAMES
+from flamingo.configs.validate import AtLeast1, one_of
+
+Score = Annotated[str, one_of(SCORE_NAMES)]
 
 
 @dataclass(kw_only=True)
@@ -37,7 +47,7 @@ class SourceSpec:
 class TaskSpec:
     """One YAML under `hydra/task/`. Every field is checked before a model is loaded."""
 
-    kind: str = "examples"
+    kind: Literal["examples", "binding"] = "examples"
     """examples: demonstrations are other items with their answers; binding: new names for classes of images."""
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
@@ -48,9 +58,9 @@ class TaskSpec:
     """Files that the task needs below `root`, and where each is published; for `python -m eval prepare`."""
     expected: int | None = None
     """Queries in the published split, which `prepare` compares with."""
-    support_size: int | None = None
+    support_size: AtLeast1 | None = None
     """Items of `support` used, chosen by their ids alone; null uses all."""
-    queries: int | None = 200
+    queries: AtLeast1 | None = 200
     """Queries asked at most (items of `source`; episodes for binding); null asks all."""
     form: str = ""
     """Which of a protocol's prompts the task takes: caption, vqa, choice and so on; see hydra/protocol."""
@@ -62,17 +72,17 @@ class TaskSpec:
     """Text behind every demonstration."""
     end_of_chunk: bool = True
     """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
-    options: str = "lines"
+    options: Literal["lines", "inline"] = "lines"
     """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
-    answer_as: str = "text"
+    answer_as: Literal["text", "letter"] = "text"
     """Multiple choice: whether the answer is the option's text or its letter."""
-    demo_answer: str = "first"
+    demo_answer: Literal["first", "majority"] = "first"
     """Which of several annotators' answers a demonstration shows: first or majority."""
-    zero_shot: str = "none"
+    zero_shot: Literal["none", "two_text", "two_text_fixed", "two_text_first_image"] = "none"
     """At 0 shots: none, or two_text, which shows two demonstrations without their images (they are no shots), drawn
     for each query; with two_text_fixed they are the same for all. two_text_first_image is a historic fault: the query
     is then shown with a demonstration's image."""
-    num_beams: int = 1
+    num_beams: AtLeast1 = 1
     """Beams of a generated answer."""
     length_penalty: float = 1.0
     """Exponent of the length that beam search divides by."""
@@ -80,7 +90,7 @@ class TaskSpec:
     """A generated answer ends where one of these strings begins."""
     remove: str = ""
     """Characters taken out of a generated answer."""
-    metrics: list[str] = field(default_factory=list)
+    metrics: list[Annotated[str, one_of(METRICS)]] = field(default_factory=list)
     """Metrics of the whole set, names of eval.metrics.table.METRICS, beside the mean of `metric`."""
     question: str = "{question}"
     """The question's text node; `{question}` is the item's own question, `{options}` its choices, and what else a
@@ -89,9 +99,9 @@ class TaskSpec:
     """Fixed start of the answer's text node, part of the query's prompt too; a space where answers begin with one."""
     tail: str = ""
     """Fixed end of the answer's text node, shown in demonstrations and ignored in answers."""
-    output: str = "generate"
+    output: Literal["generate", "rank"] = "generate"
     """generate: greedy decoding; rank: the most probable of the candidates."""
-    ranking: str = "sum"
+    ranking: Literal["sum", "mean"] = "sum"
     """What candidates are ranked by: sum, the log-probability of the whole answer, or mean, its share of one token
     (as OpenFlamingo does), which favours long answers."""
     rank_end: bool = True
@@ -101,23 +111,31 @@ class TaskSpec:
     candidates_from: str = ""
     """Instead: a JSON file with a list of answers (or an object whose keys they are), or support:N, the answers that
     occur at least N times in all of the support's file, which is how vocabularies of video questions are made."""
-    metric: str = "exact_match"
+    metric: Score = "exact_match"
     """Score of one answer: a name of eval.metrics.text.SCORE_NAMES."""
-    open_metric: str = ""
+    open_metric: Annotated[str, one_of(("", *SCORE_NAMES))] = ""
     """Score of an answer that is generated although the task ranks: of an open question among closed ones."""
-    stem: str = ""
+    stem: Literal["", "okvqa"] = ""
     """okvqa: generated answers are stemmed word by word as the annotation files stem theirs (raw_answer to answer)."""
     demos: str = "random"
     """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a number or file behind
     a colon.
     """
-    max_new_tokens: int = 32
+    max_new_tokens: AtLeast1 = 32
     """Longest generated answer, in tokens."""
-    ways: int = 2
+    ways: Annotated[int, Field(ge=2)] = 2
     """Binding: classes in an episode. Shots are examples of each."""
-    min_images: int = 9
+    min_images: AtLeast1 = 9
     """Binding: classes with fewer different images are left out; one more than the most shots."""
     names: list[str] = field(default_factory=list)
     """Binding: names to give; empty reads them from `names_source`."""
     names_source: SourceSpec | None = None
     """Binding: pages whose meta lists `names`."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a clause for each combination of values that cannot be."""
+        if self.output != "rank":
+            for name in sorted(NEEDS_RANKING.intersection(self.metrics)):
+                yield f"metrics has {name}, which compares candidates: set output=rank"
+        if not self.end_of_chunk and not self.separator:
+            yield "separator is empty and end_of_chunk is false: a demonstration needs an end"

@@ -24,9 +24,6 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from eval.spec import SourceSpec as SourceSpec
-from eval.spec import TaskSpec as TaskSpec
-
 GREY = (128, 128, 128)
 
 
@@ -260,15 +257,6 @@ def parse_answer(raw: str) -> str:
     """Return the first non-empty line of a completion, white space collapsed; "" if there is none."""
     lines = [" ".join(line.split()) for line in raw.splitlines()]
     return next((line for line in lines if line), "")
-
-
-def content_hash(*parts: object) -> str:
-    """Return the SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.sha256()
-    for part in parts:
-        blob = repr(part).encode()
-        digest.update(f"{len(blob)}:".encode() + blob)
-    return digest.hexdigest()
 
 
 def generator(*purpose: str | int) -> np.random.Generator:

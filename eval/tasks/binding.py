@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from eval.task import Baselines, Episode, Example, Task, TaskSpec, Turn, content_hash, generator, hash_order
+from eval.hashing import content_hash
+from eval.spec import TaskSpec
+from eval.task import Baselines, Episode, Example, Task, Turn, generator, hash_order
 from flamingo.errors import UserError
 
 

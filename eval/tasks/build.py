@@ -4,66 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 from eval.demonstrations.samplers import parse_sampler
 from eval.metrics.stems import Stems
-from eval.metrics.table import METRICS, NEEDS_RANKING, check_metric
-from eval.metrics.text import SCORE_NAMES
+from eval.metrics.table import check_metric
 from eval.metrics.wordnet import wordnet_if_there
-from eval.task import Example, Task, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import Example, Task
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
 from eval.tasks.formats.files import place, read_json
 from eval.tasks.formats.questions import stem_pairs
 from eval.tasks.sources import chosen_support, read_examples, read_names
+from flamingo.configs.validate import examine, refuse
 from flamingo.errors import UserError
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "kind": ("examples", "binding"),
-    "output": ("generate", "rank"),
-    "metric": SCORE_NAMES,
-    "options": ("lines", "inline"),
-    "answer_as": ("text", "letter"),
-    "demo_answer": ("first", "majority"),
-    "zero_shot": ("none", "two_text", "two_text_fixed", "two_text_first_image"),
-    "ranking": ("sum", "mean"),
-    "open_metric": ("", *SCORE_NAMES),
-    "stem": ("", "okvqa"),
-}
-POSITIVE = ("queries", "max_new_tokens", "min_images", "support_size", "num_beams")
 
 
 def check_spec(name: str, spec: TaskSpec) -> None:
-    """Raise UserError for a value that no task can have, naming its key."""
-    assert {f.name for f in fields(spec)} >= {*CHOICES, *POSITIVE}
-    for key, allowed in CHOICES.items():
-        if getattr(spec, key) not in allowed:
-            raise UserError(f"task.{name}.{key} is {getattr(spec, key)!r}; use one of {', '.join(allowed)}")
+    """Raise UserError for everything that no task can have, and for metrics whose programs are missing here."""
+    _, clauses = examine(TaskSpec, asdict(spec), f"task.{name}")
     try:
         parse_sampler(spec.demos)
     except UserError as error:
-        raise UserError(f"task.{name}.{error}") from None
-    for key in POSITIVE:
-        if getattr(spec, key) is not None and getattr(spec, key) < 1:
-            raise UserError(f"task.{name}.{key} is {getattr(spec, key)}; it must be at least 1")
-    unknown = sorted(set(spec.metrics) - METRICS.keys())
-    if unknown:
-        raise UserError(f"task.{name}.metrics has {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+        clauses.append(f"task.{name}.{error}")
+    refuse(clauses)
     for metric in spec.metrics:
         check_metric(metric)
-    ranked = sorted(NEEDS_RANKING.intersection(spec.metrics))
-    if ranked and spec.output != "rank":
-        raise UserError(
-            f"task.{name}.metrics has {ranked[0]}, which needs ranked candidates; set task.{name}.output=rank"
-        )
-    if not spec.end_of_chunk and not spec.separator:
-        raise UserError(
-            f"task.{name}.separator is empty and end_of_chunk is false; set one to mark the end of a demonstration"
-        )
-    if spec.ways < 2:
-        raise UserError(f"task.{name}.ways is {spec.ways}; a choice needs at least 2")
 
 
 def build_task(name: str, spec: TaskSpec) -> Task:

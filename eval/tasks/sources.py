@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data.shards.writer import Document, Text, read_documents, read_manifest
-from eval.task import EncodedImage, Example, SourceSpec, StoredImage, TaskSpec, Turn, hash_order
+from eval.spec import SourceSpec, TaskSpec
+from eval.task import EncodedImage, Example, StoredImage, Turn, hash_order
 from eval.tasks.formats import FORMATS as DATA_SETS
 from eval.tasks.formats.choices import letters, written_options
 from eval.tasks.formats.files import Item, place

@@ -1,113 +1,97 @@
-"""The command line of `train.py`: hydra composes the config, and its mistakes become one line that names the key."""
+"""From the command line of train.py to a checked `TrainConfig`, here and now or in the jobs that hydra starts."""
 
 from __future__ import annotations
 
-import difflib
-import re
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.hydra_config import HydraConfig
 from transformers.utils.logging import disable_progress_bar
 
+from flamingo.configs.compose import CONFIGS, from_yaml, parse, read, settle
+from flamingo.configs.validate import examine, refuse
 from flamingo.errors import UserError
-from flamingo.training.config import TrainConfig, flatten
+from flamingo.training.config import TrainConfig
 from flamingo.training.distributed import fsdp, interruptions
 from flamingo.training.distributed.launch import join_launcher
 
-CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
-T = TypeVar("T")
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+GROUPS = ("model", "data", "optim", "run", "launch", "experiment")
+"""Folders of `hydra/` that arguments choose files from."""
+# What no file mentions has its default, also in references such as ${launch.processes}.
+ConfigStore.instance().store(name="train_defaults", node=TrainConfig().as_dict())
 
 
-def main(train: Callable[[TrainConfig], Any]) -> None:
-    """Run the command line and exit; a mistake of the user's is one line and status 2.
+def compose(
+    arguments: Sequence[str], check: Callable[[TrainConfig], Iterable[str]] = TrainConfig.problems
+) -> TrainConfig:
+    """Turn `key=value` arguments into a typed config.
 
-    Plain `key=value` arguments run at once; options of hydra (`-m`, `--help`, `--cfg job`) and launchers go through it.
-    """
-
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-    def through_hydra(composed: DictConfig) -> None:
-        join_launcher()
-        interruptions.run_submitted(lambda: train(typed(composed)))
-
-    def command() -> None:
-        if any(argument.startswith(("-", "launch=")) for argument in sys.argv[1:]):
-            through_hydra()
-        else:
-            join_launcher()
-            train(compose(sys.argv[1:]))
-
-    disable_progress_bar()  # transformers', one for every file it reads or writes
-    fsdp.exit_process(interruptions.exit_status(command))
-
-
-def compose(arguments: list[str]) -> TrainConfig:
-    """`key=value` arguments to a typed config.
-
-    hydra composes the groups (`experiment=...`); values are then set on the typed result, whose tables may grow.
+    Args:
+        arguments: as typed; `experiment=NAME` and other groups choose files, all else sets values on top of them.
+        check: what else can be wrong; it is asked here only if something is wrong already, so that all mistakes are
+            reported together. Otherwise the caller asks.
 
     Raises:
-        UserError: an unknown key or group, a value of the wrong type.
+        UserError: an unknown key or file, a value of the wrong type, or one that is not allowed; and what `check` adds.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
-        groups = [o for o in overrides if o.key_or_group.startswith("hydra.") or (CONFIGS / o.key_or_group).is_dir()]
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose("train", overrides=[str(override.input_line) for override in groups])
-        OmegaConf.set_struct(composed, False)  # the schema stays: only its own tables take new keys
-        for override in overrides:
-            if override not in groups:
-                key = override.key_or_group
-                merge = OmegaConf.select(composed, key) is not None  # omegaconf cannot merge onto nothing
-                OmegaConf.update(composed, key, override.value(), merge=merge)
-        return typed(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-
-
-def typed(composed: Any) -> TrainConfig:
-    """Return the composed YAML, an omegaconf `DictConfig`, as `TrainConfig`."""
-    if extra := [str(key) for key in composed if key not in {field.name for field in fields(TrainConfig)}]:
-        raise UserError(f"{extra[0]} is not a key of the config")
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, TrainConfig)
+    line = read(arguments, GROUPS)
+    config, clauses = examine(TrainConfig, settle(from_yaml("train", line), line))
+    assert config is not None  # every field has a default
+    if clauses := [*line.problems, *clauses]:
+        clauses += check(config)
+    refuse(clauses)
     return config
 
 
-def typed_dataset(schema: type[T], values: dict[str, Any], path: str, wrong: list[str]) -> T | None:
-    """Return the table at `path` as a dataclass; unknown fields and impossible values are added to `wrong`."""
-    known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
-    wrong += [f"{path}.{key} is not a field of a dataset{nearest(key, known)}" for key in values if key not in known]
-    given = {key: value for key, value in values.items() if key in known}
-    try:
-        made: T = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(given)))  # type: ignore[assignment]
-        return made
-    except (OmegaConfBaseException, UserError) as error:
-        wrong.append(f"{path}: {str(error).strip().splitlines()[0]}")
-        return None
+def main(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], Iterable[str]]) -> None:
+    """Run the command line and exit; a user's mistake is one line and status 2."""
+    disable_progress_bar()  # transformers', one for every file it reads or writes
+    fsdp.exit_process(interruptions.exit_status(lambda: run_command_line(train, check)))
 
 
-def explain(error: Exception) -> str:
-    """The message of an exception of hydra or omegaconf."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    wrong_type = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+) full_key: (\S+)", text)
-    if wrong_type:
-        return f"{wrong_type[3]}={wrong_type[1]} is not of type {wrong_type[2]}"
-    if unknown := re.search(r"Key '[^']+' not in '\w+' full_key: (\S+)", text):
-        return f"{unknown[1]} is not a key of the config{nearest(unknown[1], list(flatten(TrainConfig().as_dict())))}"
-    return re.split(r" full_key:| Config search path:| See https:", " ".join(str(error).split()))[0]
+def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[TrainConfig], Iterable[str]]) -> None:
+    """Call `train` with the config of this process's arguments; options (`-m`, `--help`, `--cfg job`) go to hydra.
+
+    Raises:
+        UserError: see `compose`.
+    """
+    arguments = sys.argv[1:]
+    if not any(argument.startswith(("-", "launch=")) for argument in arguments):
+        join_launcher()
+        train(compose(arguments, check))
+        return
+    parsed = {argument: override for argument in arguments if (override := parse(argument))}
+    # Mistakes are named here, not by a job that has waited in a queue. A sweep's values are checked by its jobs.
+    sweeps = {text for text, override in parsed.items() if override.is_sweep_override()}
+    compose([text for text in arguments if _is_ours(text) and text not in sweeps])
+    # hydra refuses keys that no file mentions, unless they begin with ++; our own classes check keys.
+    values = {text for text, override in parsed.items() if _is_ours(text) and _is_value(override.key_or_group)}
+    sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
+    mistakes: list[UserError] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+    def job(_: Any) -> None:
+        join_launcher()
+        given = HydraConfig.get().overrides
+        search = [text for text in given.hydra if text.startswith("hydra.searchpath=")]
+        try:
+            interruptions.run_submitted(lambda: train(compose([*search, *filter(_is_ours, given.task)], check)))
+        except UserError as error:
+            if "SUBMITIT_EXECUTOR" in os.environ:  # in a process of its own, whose status must tell
+                raise
+            mistakes.append(error)
+
+    job()
+    refuse(str(error) for error in mistakes)
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """`: did you mean ...` when something alike exists."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
+def _is_value(key: str) -> bool:
+    return key not in GROUPS and not key.startswith("hydra.")
+
+
+def _is_ours(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")

@@ -95,8 +95,8 @@ def test_where_all_have_a_single_image_one_is_taken_all_the_same(tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"colour": 1.5}, "colour=1.5 must be at least 0 and below 1"),
-        ({"single_image_share": 2.0}, "single_image_share=2.0 must be from 0 to 1"),
+        ({"colour": 1.5}, "colour=1.5 must be below 1"),
+        ({"single_image_share": 2.0}, "single_image_share=2.0 must be at most 1"),
         ({"single_image_share": 0.5, "kind": "pairs"}, "a pair has a single image"),
     ],
 )

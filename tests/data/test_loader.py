@@ -261,12 +261,13 @@ def test_rare_bad_samples_never_stop_a_run() -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"kind": "video"}, "kind='video' must be one of interleaved, pairs, text"),
-        ({"labels": "all"}, "labels='all'"),
-        ({"crop": "end"}, "crop='end'"),
+        ({"kind": "video"}, "kind=video is not one of interleaved, pairs, text"),
+        ({"labels": "all"}, "labels=all is not one of text, openflamingo"),
+        ({"window": "end"}, "window=end is not one of random, start"),
         ({"max_tokens": 1}, "max_tokens=1"),
         ({"lanes": 3}, "lanes=3 must divide batch_size=4"),
-        ({"next_image_probability": 1.5}, "next_image_probability=1.5 must be between 0 and 1"),
+        ({"next_image_probability": 1.5}, "next_image_probability=1.5 must be at most 1"),
+        ({"shards": []}, "shards is empty"),
     ],
 )
 def test_values_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from data.batches.collate import FlamingoCollate, clip_frames
 from data.batches.tokenize import quick_encoder
-from data.dataset import DatasetSpec
+from data.dataset import DatasetSpec, dataset_specs
 from data.loading.loader import MixLoader
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
@@ -24,7 +24,6 @@ from flamingo.training.compose import compose
 from flamingo.vision.transform import ImageTransform
 from tests.data.helpers import SIDE, byte_processor
 from tests.fixtures import byte_tokenizer, encoded, png
-from train import dataset_specs
 
 PROCESSOR = byte_processor()
 

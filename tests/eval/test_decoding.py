@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from eval.prompting.prompts import Completion, Decoding, Request
 from eval.prompting.strategies import STRATEGIES, PromptingSettings
 from eval.runner import run_cell
 from eval.samples import Cell
-from eval.task import TaskSpec
+from eval.spec import TaskSpec
 from eval.tasks.examples import ExampleTask
 from tests.eval.test_strategies import with_rationales
 from tests.eval.worlds import colour_examples
@@ -24,7 +26,7 @@ def responder() -> FlamingoResponder:
     return FlamingoResponder(*tiny.flamingo("llama"))
 
 
-def colours(output: str = "generate") -> ExampleTask:
+def colours(output: Any = "generate") -> ExampleTask:
     spec = TaskSpec(queries=5, lead=" ", output=output, max_new_tokens=4)
     return ExampleTask("colours", spec, with_rationales(colour_examples(24)))
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from eval.demonstrations.samplers import draw
-from eval.task import SourceSpec, TaskSpec, generator, hash_order
+from eval.spec import SourceSpec, TaskSpec
+from eval.task import generator, hash_order
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError

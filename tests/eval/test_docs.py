@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import yaml
 
-from eval import compose as command
 from eval.__main__ import main
-from eval.compose import CONFIG, load_config
+from eval.compose import load_config
 from eval.demonstrations.samplers import SAMPLERS
 from eval.prompting.strategies import STRATEGIES
 from eval.protocols import names, settings_of
 from eval.reports.commands import COMMANDS
+from flamingo.configs import compose
+from flamingo.configs.compose import CONFIGS
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS
 from tests.fixtures import png
 from tests.model import tiny
 
-PAGE = (CONFIG.parent / "docs" / "evaluation.md").read_text()
+PAGE = (CONFIGS.parent / "docs" / "evaluation.md").read_text()
 
 
 def protocols_of(task: str, form: str) -> str:
@@ -41,7 +42,7 @@ def protocols_of(task: str, form: str) -> str:
 
 def table() -> list[str]:
     lines = []
-    for path in sorted((CONFIG / "task").glob("*.yaml")):
+    for path in sorted((CONFIGS / "task").glob("*.yaml")):
         task: dict[str, Any] = yaml.safe_load(path.read_text())[path.stem]
         if "published" in task:
             what = path.read_text().splitlines()[1].removeprefix("# ")
@@ -63,9 +64,9 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_of_the_page_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = shutil.copytree(CONFIG, tmp_path / "hydra")
+    folder = shutil.copytree(CONFIGS, tmp_path / "hydra")
     (folder / "task" / "birds.yaml").write_text(five_lines())
-    monkeypatch.setattr(command, "CONFIG", folder)
+    monkeypatch.setattr(compose, "CONFIGS", folder)
     found = commands()
     assert len(found) >= 8
     for words in found:
@@ -83,9 +84,9 @@ def five_lines() -> str:
 
 
 def test_the_task_in_five_lines_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = shutil.copytree(CONFIG, tmp_path / "hydra")
+    folder = shutil.copytree(CONFIGS, tmp_path / "hydra")
     (folder / "task" / "birds.yaml").write_text(five_lines().replace("queries: 100", "queries: 8"))
-    monkeypatch.setattr(command, "CONFIG", folder)
+    monkeypatch.setattr(compose, "CONFIGS", folder)
     with (tmp_path / "birds.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["image", "question", "answer"])
         writer.writeheader()

@@ -15,7 +15,8 @@ from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.response_log import ResponseLog
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, Request
 from eval.runner import Grid, run
-from eval.task import EncodedImage, Task, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import EncodedImage, Task
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Looker, colour_examples

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.runner import run_cell
 from eval.samples import Cell
-from eval.task import EncodedImage, Task, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import EncodedImage, Task
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import colour_examples, write_pool, write_scenes
@@ -28,7 +30,7 @@ def responder() -> FlamingoResponder:
     return FlamingoResponder(*tiny.flamingo("llama"))
 
 
-def colours(output: str) -> Task:
+def colours(output: Any) -> Task:
     spec = TaskSpec(queries=6, lead=" ", output=output, max_new_tokens=5)
     return ExampleTask("colours", spec, colour_examples(24))
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from eval.check_data import check
 from eval.compose import load_config
-from eval.task import SourceSpec, StoredImage, TaskSpec
+from eval.spec import SourceSpec, TaskSpec
+from eval.task import StoredImage
 from eval.tasks.build import build_task
 from eval.tasks.examples import definition_of
 from eval.tasks.formats.video import frames_of, spread
@@ -180,11 +181,11 @@ def test_settings_that_came_later_leave_older_tasks_their_hash() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["x"]}, "metrics has 'x'; the metrics are"),
-        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which needs ranked candidates; set task.t.output=rank"),
-        ({"end_of_chunk": False}, "set one to mark the end of a demonstration"),
-        ({"zero_shot": "three"}, "use one of none, two_text"),
-        ({"support_size": 0}, "support_size is 0"),
+        ({"metrics": ["x"]}, "x is not one of by_word, captions"),
+        ({"metrics": ["roc_auc"]}, "metrics has roc_auc, which compares candidates: set output=rank"),
+        ({"end_of_chunk": False}, "a demonstration needs an end"),
+        ({"zero_shot": "three"}, "is not one of none, two_text"),
+        ({"support_size": 0}, "support_size=0 must be at least 1"),
     ],
 )
 def test_impossible_settings_name_their_key(change: dict, message: str) -> None:

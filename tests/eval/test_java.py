@@ -11,7 +11,7 @@ import pytest
 from eval.metrics.java import METEOR, PARSER, SPICE, meteor, program
 from eval.metrics.ptb import caption_words
 from eval.metrics.table import measure
-from eval.task import TaskSpec
+from eval.spec import TaskSpec
 from eval.tasks.build import check_spec
 from flamingo.errors import UserError
 from tests.eval.test_metrics_table import Answer

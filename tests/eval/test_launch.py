@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.compose import CONFIG
 from eval.reports.results import VOLATILE
 from eval.reports.saved_run import problems, read_run
+from flamingo.configs.compose import CONFIGS
 from tests.eval.worlds import write_pool, write_scenes
 from tests.model import tiny
 
@@ -46,7 +46,7 @@ def launch(arguments: list[str], *torchrun: str) -> subprocess.Popen[str]:
     start = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     command = [sys.executable, *start, "-m", "eval", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=CONFIG.parent, env=dict(os.environ), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=CONFIGS.parent, env=dict(os.environ), stdout=pipe, stderr=pipe, text=True)
 
 
 def finished(process: subprocess.Popen[str]) -> str:

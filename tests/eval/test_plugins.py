@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.compose import CONFIG
 from eval.inference.model import FlamingoResponder
 from eval.plugins.harness_prompts import HarnessPromptBuilder, HarnessSupport, shown
+from flamingo.configs.compose import CONFIGS
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS
 from tests.fixtures import png
@@ -213,7 +213,7 @@ def harness(module: str, folder: Path, arguments: str) -> subprocess.CompletedPr
     command += ["--include_path", str(folder / "tasks"), "--output_path", str(folder / "out"), "--log_samples"]
     command += ["--model_args", arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    return subprocess.run(command, cwd=CONFIG.parent, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow

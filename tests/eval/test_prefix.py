@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from eval.inference.engine import SHARED_FROM, Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.prompting.prompts import SHORTEST_START, Completion, Decoding, EncodedPrompt, Request, Response
-from eval.task import Example, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import Example
 from eval.tasks.examples import ExampleTask
 from tests.eval.worlds import colour_examples
 from tests.model import tiny
@@ -26,7 +28,7 @@ def examples(count: int) -> list[Example]:
     return found
 
 
-def prompts(responder: FlamingoResponder, output: str, shots: int = 2, demos: str = "fixed") -> list[EncodedPrompt]:
+def prompts(responder: FlamingoResponder, output: Any, shots: int = 2, demos: str = "fixed") -> list[EncodedPrompt]:
     spec = TaskSpec(queries=9, lead=" ", output=output, demos=demos, max_new_tokens=6)
     task = ExampleTask("colours", spec, examples(24))
     episodes = [task.episode(query, shots, 0) for query in task.query_ids()]

@@ -10,7 +10,8 @@ from data.batches.tokenize import SpecialTokens, tokenize_document
 from data.shards.document import Image, Node, Text
 from eval.demonstrations.ablations import ABLATIONS
 from eval.prompting.prompts import PromptBuilder
-from eval.task import Episode, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import Episode
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import EOC, IMAGE, Letters, colour_examples

@@ -17,7 +17,8 @@ from eval.metrics.wordnet import WordNet
 from eval.prompting.prompts import EncodedPrompt, PromptBuilder
 from eval.runner import Grid, run
 from eval.samples import Sample
-from eval.task import Example, Task, TaskSpec, Turn
+from eval.spec import TaskSpec
+from eval.task import Example, Task, Turn
 from eval.tasks.build import build_task
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError

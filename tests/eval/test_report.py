@@ -17,7 +17,8 @@ from eval.reports.plots import curve_png
 from eval.reports.results import results_of, sample_line, table, write_report
 from eval.runner import Grid, run
 from eval.samples import Sample
-from eval.task import EncodedImage, SourceSpec, Task, TaskSpec
+from eval.spec import SourceSpec, TaskSpec
+from eval.task import EncodedImage, Task
 from eval.tasks.build import build_task
 from tests.eval.worlds import Looker, write_pool, write_scenes
 from tests.fixtures import png

@@ -19,7 +19,8 @@ from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of
 from eval.runner import Grid, run
-from eval.task import EncodedImage, Example, TaskSpec, Turn
+from eval.spec import TaskSpec
+from eval.task import EncodedImage, Example, Turn
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Looker, colour_examples

@@ -10,7 +10,8 @@ from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of
 from eval.runner import Grid, run, run_cell
 from eval.samples import Cell, Sample
-from eval.task import Task, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import Task
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError

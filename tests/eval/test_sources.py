@@ -9,7 +9,7 @@ import pytest
 
 from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
-from eval.task import SourceSpec, TaskSpec
+from eval.spec import SourceSpec, TaskSpec
 from eval.tasks.build import build_task, check_shots
 from eval.tasks.sources import document_turns, read_examples
 from flamingo.errors import UserError
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_shards_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "x"}, "task.t.kind is 'x'"),
+        ({"kind": "x"}, "task.t.kind=x is not one of examples, binding"),
         ({"metric": "x"}, "exact_match"),
         ({"ways": 1}, "at least 2"),
         ({"queries": 0}, "1"),

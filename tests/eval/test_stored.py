@@ -18,7 +18,8 @@ from eval.reports.results import results_of, write_report
 from eval.reports.saved_run import problems, read_run
 from eval.reports.submissions import read_ids, submission
 from eval.runner import Grid, run
-from eval.task import Task, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import Task
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import Constant, Looker, colour_examples

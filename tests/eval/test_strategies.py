@@ -18,7 +18,8 @@ from eval.prompting.strategies import STRATEGIES, PromptingSettings, Query, diff
 from eval.reports.results import sample_line
 from eval.runner import Grid, run, run_cell
 from eval.samples import Cell, Sample
-from eval.task import EncodedImage, Example, TaskSpec
+from eval.spec import TaskSpec
+from eval.task import EncodedImage, Example
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Constant, Letters, Looker, colour_examples

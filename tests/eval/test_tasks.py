@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from eval.check_data import check, main
-from eval.compose import CONFIG, load_config
+from eval.compose import load_config
 from eval.inference.model import FlamingoResponder
 from eval.metrics.wordnet import wordnet
 from eval.reports.results import rows_of
 from eval.runner import Grid, run
 from eval.tasks.build import build_task
+from flamingo.configs.compose import CONFIGS
 from tests.eval.published import COUNT, WRITERS, dump
 from tests.eval.test_metrics_table import small_wordnet
 from tests.eval.worlds import Constant
 from tests.model import tiny
 
-OWN = {path.stem for path in (CONFIG / "task").glob("*.yaml")} - {"csv", "jsonl"}
+OWN = {path.stem for path in (CONFIGS / "task").glob("*.yaml")} - {"csv", "jsonl"}
 TEXT_ONLY = {"medqa", "medmcqa", "pubmedqa", "mmlu_medicine"}
 # Of one query each: its id, question node, gold answers, kind, number of candidates.
 EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
@@ -133,7 +134,7 @@ def test_prepare_says_what_is_missing_and_where_it_is_published(
     assert "1 of 6 images are missing, the first is" in capsys.readouterr().out
     for arguments, message in (
         (["vizwiz"], "give a task and a folder"),
-        (["nope", "--from", str(tmp_path)], "unknown task 'nope'"),
+        (["nope", "--from", str(tmp_path)], "task=nope is not one of coco, "),
         (["toy_vqa", "--from", str(tmp_path)], "no published files"),
         (["vizwiz", "--from", str(tmp_path / "gone")], "is not a folder"),
     ):

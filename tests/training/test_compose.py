@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from data.dataset import dataset_specs
+from flamingo.configs.validate import refuse
 from flamingo.errors import UserError
 from flamingo.training.compose import compose
-from train import dataset_specs
+from train import checked
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "hydra" / "experiment").glob("*.yaml"))
@@ -18,18 +20,15 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "hydra" / "experiment").glob(
 
 def check(arguments: list[str]) -> None:
     """What train.py does with its arguments before anything is loaded."""
-    config = compose(arguments)
-    wrong = config.problems()
-    dataset_specs("data", config.data.datasets, wrong)
-    raise UserError("; ".join(wrong))
+    refuse(checked(compose(arguments, check=lambda config: checked(config)[1]))[1])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_valid(name: str) -> None:
     config = compose([f"experiment={name}"])
-    wrong = config.problems()
-    assert len(dataset_specs("data", config.data.datasets, wrong)) == len(config.data.datasets)
-    assert wrong == []
+    problems = config.problems()
+    assert len(dataset_specs("data", config.data.datasets, problems)) == len(config.data.datasets)
+    assert problems == []
 
 
 @pytest.mark.parametrize("group", ["model", "data", "optim", "run"])
@@ -41,14 +40,17 @@ def test_every_group_file_composes(group: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run.stepz=3"], "run.stepz is not a key of the config: did you mean run.steps?"),
-        (["run.steps=many"], "run.steps=many is not of type"),
-        (["experiment=nope"], "experiment/nope"),
-        (["experiment=demo", "data.datasets.binding.batchsize=3"], "data.datasets.binding.batchsize"),
-        (["run.steps"], "run.steps"),
-        (["+foo=3"], "foo is not a key of the config"),
+        (["run.stepz=3"], "unknown key run.stepz: did you mean run.steps?"),
+        (["run.steps=many"], "run.steps=many must be a whole number"),
+        (["experiment=nope"], "experiment=nope is not one of demo, "),
+        (
+            ["experiment=demo", "data.datasets.binding.batchsize=3"],
+            "unknown key data.datasets.binding.batchsize: did you mean data.datasets.binding.batch_size?",
+        ),
+        (["run.steps"], "'run.steps' cannot be read: write key=value"),
+        (["+foo=3"], "unknown key foo"),
         (["model.freeze.vision=half"], "model.freeze.vision=half is not one of frozen, train"),
-        (["optim=sgd"], "optim/sgd"),
+        (["optim=sgd"], "optim=sgd is not one of adamw, demo, finetune"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: list[str], expected: str) -> None:
@@ -71,3 +73,27 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: optim.schedule=linear is not one of constant, cosine; dataset ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_all_mistakes_are_named_in_one_go() -> None:
+    arguments = ["experiment=nope", "run.stepz=3", "run.steps=many", "run.log_every=true", "optim.schedule=linear"]
+    arguments += ["run.ema=1", "~run.seed", "model.resampler.depth=0", "data.datasets.a.batch_size=0"]
+    arguments += ["data.datasets.a.hue=1", "optim.lr=${nothing}", "run.micro_batches=2", "objective=contrastive"]
+    with pytest.raises(UserError) as caught:
+        check(arguments)
+    for expected in (
+        "experiment=nope is not one of demo, ",
+        "~run.seed: write key=value",
+        "optim.lr: Interpolation key 'nothing' not found",
+        "unknown key run.stepz: did you mean run.steps?",
+        "run.steps=many must be a whole number",
+        "run.log_every=true must be a number",
+        "optim.schedule=linear is not one of constant, cosine",
+        "run.ema=1 must be below 1",
+        "model.resampler.depth=0 must be at least 1",
+        "data.datasets.a.batch_size=0 must be at least 1",
+        "data.datasets.a.shards is missing: add data.datasets.a.shards=VALUE",
+        "unknown key data.datasets.a.hue",
+        "run.micro_batches must be 1 for objective contrastive",
+    ):
+        assert expected in str(caught.value)

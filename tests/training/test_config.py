@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from flamingo.training.config import (
-    FreezePolicy,
-    ModelConfig,
     RunConfig,
     Sharding,
     TrainConfig,
@@ -22,17 +20,15 @@ from flamingo.training.config import (
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    config = TrainConfig(
-        objective="flamenco",
-        model=ModelConfig(freeze=FreezePolicy(language="half")),
-        run=RunConfig(steps=0, keep_last=1),
-    )
+    config = TrainConfig(run=RunConfig(steps=0, keep_last=1))
+    config.objective = "flamenco"
+    config.model.freeze.language = "half"  # type: ignore[assignment]
     text = "; ".join(config.problems())
     for expected in (
         "objective=flamenco is not one of contrastive, language, flamingo",
         "model.freeze.language=half is not one of frozen, train",
-        "run.steps=0 is below its least value 1",
-        "run.keep_last=1 is below its least value 2",
+        "run.steps=0 must be at least 1",
+        "run.keep_last=1 must be at least 2",
         "data.datasets is empty",
     ):
         assert expected in text
@@ -41,7 +37,7 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_batch_must_divide_over_processes_and_pieces() -> None:
     config = TrainConfig(objective="language", run=RunConfig(micro_batches=2))
     config.model.language.config = {"model_type": "gpt2"}
-    config.data.datasets = {"pages": {"batch_size": 6}}
+    config.data.datasets = {"documents": {"batch_size": 6}}
     assert config.problems(world_size=1) == []
     (problem,) = config.problems(world_size=2)
     assert "data.datasets.documents.batch_size=6 is not divisible" in problem
@@ -67,7 +63,7 @@ def test_flatten_and_differences() -> None:
 
 def test_every_impossible_combination_is_named_with_its_remedy() -> None:
     config = TrainConfig(objective="flamingo", run=RunConfig(parallel="none", precision="bf16"))
-    config.data.datasets = {"pages": {"batch_size": 8}}
+    config.data.datasets = {"documents": {"batch_size": 8}}
     config.model.init = "folder"
     config.model.vision.config = {"embed_dim": 8}
     config.model.freeze.language = "lora"
@@ -76,14 +72,14 @@ def test_every_impossible_combination_is_named_with_its_remedy() -> None:
     config.run.sharding = Sharding(size=3, frozen="replicate", frozen_precision="fp32", cpu_offload=True)
     text = "; ".join(config.problems(world_size=4))
     for expected in (
-        "model.init and model.vision both say where weights come from: leave one of them out",
-        "model.lora.rank=0 is below its least value 1",
+        "model.init and model.vision both say where weights come from: remove one of them",
+        "model.lora.rank=0 must be at least 1",
         "model.lora.targets is empty",
         "run.sharding.size=3 is for run.parallel=hybrid, not none",
         "run.sharding.frozen_precision=fp32 with run.sharding.frozen=replicate cannot compute in bf16: set it to auto",
         "run.parallel=none with 4 processes would train 4 models: use auto",
         "run.parallel=none cannot compute in bf16: use run.parallel=auto",
-        "run.sharding.cpu_offload has no meaning with run.parallel=none: use run.parallel=fsdp",
+        "run.sharding.cpu_offload has no effect with run.parallel=none: use run.parallel=fsdp",
     ):
         assert expected in text
     config.run = RunConfig(parallel="hybrid", sharding=Sharding(size=3, frozen_precision="bf16"))
@@ -93,7 +89,7 @@ def test_every_impossible_combination_is_named_with_its_remedy() -> None:
     config.objective = "language"
     text = "; ".join(config.problems())
     assert "model.init is for objective flamingo, not language" in text
-    assert "model.freeze.language=lora adapts a language model that exists: give model.language.name" in text
+    assert "model.freeze.language=lora adapts an existing language model: set model.language.name" in text
     config.model.language.name = "folder"
     assert "model.freeze" not in "; ".join(config.problems())
     config.objective = "contrastive"
@@ -107,7 +103,7 @@ def test_a_contrastive_run_needs_a_shape_and_a_tokenizer() -> None:
     config.model.vision.name = "ViT-B-32"
     text = "; ".join(config.problems())
     assert "model.vision.config is missing" in text
-    assert "model.language.tokenizer is missing: a contrastive run does not make its own" in text
+    assert "model.language.tokenizer is missing: objective contrastive does not train its own" in text
 
 
 def test_what_the_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +114,7 @@ def test_what_the_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     text = "; ".join(unavailable(config))
     if importlib.util.find_spec("wandb") is None:
         assert "run.wandb=mine needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null" in text
-    assert f"model.init={tmp_path} holds no model (config.json is missing)" in text
+    assert f"model.init={tmp_path} is not a model folder (config.json is missing)" in text
     if not torch.cuda.is_available():
         assert "run.compile=true needs a C++ compiler" in text
         config.run.device = "cuda"

@@ -147,7 +147,7 @@ def test_everything_wrong_is_said_at_once_before_anything_loads(world: Path, tmp
     for expected in (
         "data.datasets.pages.batch_size=8 is not divisible by processes x run.micro_batches = 1 x 3",
         "run.parallel=none cannot compute in bf16",
-        "data.datasets.pairs.hue is not a field of a dataset",
+        "unknown key data.datasets.pairs.hue",
         "nowhere.tar does not exist",
     ):
         assert expected in str(caught.value)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flamingo.errors import UserError
 from flamingo.training.compose import compose
 from flamingo.training.distributed.launch import first_host, join_launcher, restarted
 from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
@@ -197,7 +198,8 @@ def test_submitit_queues_a_run_again_that_was_preempted(world: Path, tmp_path: P
 def test_launchers_are_chosen_like_any_group() -> None:
     chosen = compose(["launch=slurm", "nodes=4", "launch.gpus=4"])
     assert (chosen.nodes, chosen.launch.gpus, chosen.launch.processes) == (4, 4, 8)
-    assert "launch.processes=0 is below its least value 1" in compose(["launch.processes=0"]).problems()
+    with pytest.raises(UserError, match=r"launch\.processes=0 must be at least 1"):
+        compose(["launch.processes=0"])
 
 
 @pytest.mark.slow

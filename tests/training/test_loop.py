@@ -122,7 +122,7 @@ def test_few_shot_evaluations_leave_no_trace(world: Path, tmp_path: Path) -> Non
     ]
     settings = evaluated(world, tmp_path / "wrong", tmp_path / "data")
     settings.run.evaluation.tasks = ["toy_vqb"]
-    with pytest.raises(UserError, match="unknown task 'toy_vqb'"):
+    with pytest.raises(UserError, match="task=toy_vqb is not one of coco, "):
         train(settings)
 
 

@@ -227,7 +227,7 @@ def test_under_torchrun_a_plan_is_said_once_and_a_mistake_at_least_once(tmp_path
     assert not (tmp_path / "run").exists()
     assert begin([*command, "run.steps=0"], tmp_path / "wrong").wait(250) == 1
     # By whichever process came first: torchrun ends the others.
-    assert "error: run.steps=0 is below its least value 1" in (tmp_path / "wrong").read_text()
+    assert "error: run.steps=0 must be at least 1" in (tmp_path / "wrong").read_text()
 
 
 def test_ledger_counts_storages_once_and_forgets_what_is_freed() -> None:

@@ -70,7 +70,7 @@ def write_world(root: Path) -> Path:
     return root
 
 
-def config(world: Path, run_dir: Path, objective: str, **run: Any) -> TrainConfig:
+def config(world: Path, run_dir: Path, objective: Any, **run: Any) -> TrainConfig:
     """A run of a few updates on the world."""
     datasets: dict[str, dict[str, dict[str, Any]]] = {
         "contrastive": {"pairs": {"shards": [str(world / "pairs")], "batch_size": 8, "kind": "pairs"}},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from eval.task import SourceSpec
+from eval.spec import SourceSpec
 from eval.tasks.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
 from eval.tasks.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
 from eval.tasks.formats.files import Item

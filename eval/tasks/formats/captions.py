@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval.task import SourceSpec
+from eval.spec import SourceSpec
 from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, read_json, rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.task import SourceSpec
+from eval.spec import SourceSpec
 from eval.tasks.formats.files import (
     Item,
     clip_of,

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import EncodedImage, SourceSpec, StoredImage
+from eval.spec import SourceSpec
+from eval.task import EncodedImage, StoredImage
 from flamingo.errors import UserError
 
 Item = dict[str, Any]

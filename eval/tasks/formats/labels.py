@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval.metrics.ranking import ANNOTATIONS
-from eval.task import SourceSpec
+from eval.spec import SourceSpec
 from eval.tasks.formats.files import Item, clip_of, image_of, item, need, read_csv, read_jsonl, stored
 from flamingo.errors import UserError
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import SourceSpec, StoredImage
+from eval.spec import SourceSpec
+from eval.task import StoredImage
 from eval.tasks.formats.choices import choice_item, letters
 from eval.tasks.formats.files import Item, item, need
 from eval.tasks.formats.interleaved import MARK, without_first_mark

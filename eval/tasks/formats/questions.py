@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.task import SourceSpec
+from eval.spec import SourceSpec
 from eval.tasks.formats.files import (
     Item,
     check_annotators,

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.task import EncodedImage, SourceSpec, StoredImage
+from eval.spec import SourceSpec
+from eval.task import EncodedImage, StoredImage
 from eval.tasks.formats.files import Item, read_csv, read_jsonl
 from flamingo.errors import UserError
 

@@ -1,0 +1,14 @@
+"""A hash of values, by which tasks, models and answers are recognised."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def content_hash(*parts: object) -> str:
+    """Hex SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        blob = repr(part).encode()
+        digest.update(f"{len(blob)}:".encode() + blob)
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""Compose the YAML files of `hydra/` and `key=value` arguments into one plain table.
+
+This is the one place where hydra reads a command line. Choices of a group (`experiment=demo`) select files; every other
+argument sets a value on top of them, whether or not a file mentions the key: the typed classes refuse unknown keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from flamingo.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
+
+
+@dataclass
+class CommandLine:
+    """`key=value` arguments, read: which files they choose, which values they set, what is wrong with them."""
+
+    choices: list[str] = field(default_factory=list)
+    """Arguments that hydra composes with: choices of a group, and hydra's own settings."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value, in the order given."""
+    problems: list[str] = field(default_factory=list)
+
+
+def parse(argument: str) -> Override | None:
+    """Return one argument as hydra reads it; None: it is not `key=value` in hydra's grammar."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def read(arguments: Sequence[str], groups: Collection[str]) -> CommandLine:
+    """Read a command line. `groups` are the keys that choose files; other folders of `hydra/` are not asked."""
+    line = CommandLine()
+    parsed = [(argument, parse(argument)) for argument in arguments]
+    folders = [CONFIGS]
+    for _, override in parsed:
+        if override is not None and override.key_or_group == "hydra.searchpath":
+            folders += [Path(str(path).removeprefix("file://")) for path in override.value()]  # type: ignore[union-attr]
+    for argument, override in parsed:
+        if override is None:
+            line.problems.append(f"{argument!r} cannot be read: write key=value, with quotes around special characters")
+        elif override.is_delete() or override.is_sweep_override():
+            line.problems.append(f"{argument}: write key=value, with lists in brackets, for example shots=[0,4]")
+        elif override.key_or_group.startswith("hydra."):
+            line.choices.append(argument)
+        elif override.key_or_group in groups:
+            _choose(line, override, folders)
+        else:
+            line.values[override.key_or_group] = override.value()
+    return line
+
+
+def _choose(line: CommandLine, override: Override, folders: Sequence[Path]) -> None:
+    """Note the files that a group's argument names; a name without a file is a problem and is left out."""
+    group, value = override.key_or_group, override.value()
+    known = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    names = value if isinstance(value, list) else [value]
+    bad = [name for name in names if name is not None and str(name) not in known]
+    line.problems += [f"{group}={name} is not one of {', '.join(known)}" for name in bad]
+    if not bad:
+        line.choices.append(str(override.input_line))
+    elif isinstance(value, list) and (good := [str(name) for name in names if name not in bad]):
+        line.choices.append(f"{group}=[{','.join(good)}]")
+
+
+def from_yaml(name: str, line: CommandLine) -> Any:
+    """Compose `hydra/<name>.yaml` and the chosen files; values of the command line are not in it yet.
+
+    Returns:
+        An omegaconf `DictConfig` (untyped: beartype cannot check one).
+
+    Raises:
+        UserError: hydra cannot compose them.
+    """
+    outer = GlobalHydra.instance().hydra  # in a job that hydra runs, its own; it allows one at a time
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = hydra.compose(name, overrides=line.choices)
+    except (HydraException, OmegaConfBaseException) as error:
+        first = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        raise UserError("; ".join([*line.problems, f"{name}.yaml cannot be composed: {first}"])) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+    OmegaConf.set_struct(config, False)
+    return config
+
+
+def settle(config: Any, line: CommandLine) -> dict[str, Any]:
+    """Set the command line's values, resolve references and return plain nested tables without missing values.
+
+    A reference that leads nowhere is added to the line's problems, and its key left out.
+    """
+    for key, value in line.values.items():
+        OmegaConf.update(config, key, value, merge=True, force_add=True)
+    while True:
+        try:
+            table: Any = OmegaConf.to_container(config, resolve=True)
+            return _present(table)
+        except InterpolationResolutionError as error:
+            key = str(error.full_key)
+            line.problems.append(f"{key}: {str(error).splitlines()[0]}")
+            OmegaConf.update(config, key, "???")
+
+
+def _present(value: Any) -> Any:
+    """Leave out what the YAML marks as missing (`???`)."""
+    if isinstance(value, dict):
+        return {str(key): _present(inner) for key, inner in value.items() if not _is_missing(inner)}
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, str) and value == "???"
