@@ -32,7 +32,7 @@ from flamingo.training.checkpoints import ema, store
 from flamingo.training.config import TrainConfig, unavailable
 from flamingo.training.distributed import fsdp, interruptions
 from flamingo.training.memory_plan import plan
-from flamingo.training.metrics import flops, sinks, throughput
+from flamingo.training.metrics import sinks, throughput
 from flamingo.training.objectives import protocol
 
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
@@ -116,7 +116,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         cleanup.callback(closing.close)
 
     # Loop.
-    rates = throughput.Throughput(processes, flops.Flops(model))
+    rates = throughput.Throughput(processes, throughput.Flops(model))
     weights = {spec.name: spec.weight for spec in specs}
     batches = iter(loader)
     while step < options.steps:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import arithmetic
 from benchmarks.sizes import Size
 from benchmarks.work import row
-from flamingo.training.metrics.flops import Flops
+from flamingo.training.metrics.throughput import Flops
 
 BATCHES, IMAGES, TOKENS = (1, 2, 4), (1, 5, 32), (256, 1024, 2048)
 

@@ -27,8 +27,7 @@ from flamingo.config import (
 )
 from flamingo.errors import UserError
 from flamingo.hub import from_hub, hub_reachable, read_safetensors
-from flamingo.language.embeddings import embedding_table
-from flamingo.language.hooks import place_beside
+from flamingo.language.hooks import embedding_table, place_beside
 from flamingo.processor import FlamingoProcessor
 from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_encoder, vision_model_from_config
 from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_encoder
@@ -254,9 +253,8 @@ def from_backbones(
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    encoder, described = load_vision(
-        vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
-    )
+    options = dict(vision_options or {})
+    encoder, described = load_vision(vision, pretrained=vision_pretrained, image_size=image_size, **options)
     lm, lm_tokenizer = load_language(language, tokenizer)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
     transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)

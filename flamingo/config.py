@@ -16,8 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 import flamingo.mosaic_gpt.configuration  # noqa: F401  (makes its model type known to transformers)
 from flamingo.errors import UserError
+from flamingo.layers.attention import ACTIVATIONS, NORMS
 from flamingo.layers.connector import connector_class
-from flamingo.layers.feed_forward import ACTIVATIONS, NORMS
 from flamingo.options import choice, from_dict, positive
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

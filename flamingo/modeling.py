@@ -43,13 +43,20 @@ from flamingo.inference.media_cache import ImageInputs, MediaCache
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
 from flamingo.language.loss import changes_logits, mean_nll, next_labels
-from flamingo.language.packing import counted_positions, packed_inputs
+from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
-from flamingo.vision.encoder import VisionEncoder, build_encoder, repair_buffers
-from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
+from flamingo.vision.encoder import (
+    VisionEncoder,
+    build_encoder,
+    distinct,
+    encode,
+    flat_frames,
+    frames_of,
+    repair_buffers,
+)
 
 PARTS = {
     "vision_encoder": "vision",
@@ -540,3 +547,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
 
 AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
+
+
+def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
+    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are not padding."""
+    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return given

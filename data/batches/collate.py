@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.batches.frames import Transform, clip_frames, empty, image_bytes, jittered, load_image, stacked
+from data.batches.decode import Transform, clip_frames, empty, image_bytes, jittered, load_image, stacked
 from data.batches.packing import groups, join
 from data.batches.tokenize import (
     IGNORED,

@@ -23,8 +23,7 @@ from torch import Tensor
 from flamingo.conformance.tiny_models import MakeLM, document, subject
 from flamingo.errors import first_line
 from flamingo.labels import IGNORED
-from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape
-from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.hooks import embedding_scale, embedding_table, find_decoder_layers, output_head, table_shape
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 Check = Callable[[MakeLM], str]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.language.embeddings import embedding_table, output_head, table_shape
+from flamingo.language.hooks import embedding_table, output_head, table_shape
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 MakeLM = Callable[[], PreTrainedModel]

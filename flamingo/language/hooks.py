@@ -28,7 +28,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import flamingo.mosaic_gpt.modeling  # noqa: F401  (makes its model type known to transformers)
 from flamingo.config import num_decoder_layers
 from flamingo.errors import UserError
-from flamingo.language.embeddings import embedding_scale, embedding_table, output_head, table_shape, table_values
 from flamingo.language.loss import chunk_of, nll_in_chunks
 from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import Segments
@@ -298,3 +297,41 @@ class _HeadHook:
         if not beyond:
             return output
         return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)
+
+
+def embedding_table(lm: PreTrainedModel) -> Any:
+    """Return the LM's input embedding."""
+    return lm.get_input_embeddings()
+
+
+def output_head(lm: PreTrainedModel) -> Any:
+    """Return the LM's output layer (D to V); a model that has none is a UserError."""
+    head = lm.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(lm).__name__} has no output embedding; give a causal LM (AutoModelForCausalLM)")
+    return head
+
+
+def table_shape(module: Any) -> tuple[int, int]:
+    """Return rows and width of an embedding or an output layer, also of a quantised one, whose weight is packed."""
+    for rows, width in (("num_embeddings", "embedding_dim"), ("out_features", "in_features")):
+        if hasattr(module, rows) and hasattr(module, width):
+            return int(getattr(module, rows)), int(getattr(module, width))
+    return int(module.weight.shape[0]), int(module.weight.shape[1])
+
+
+def table_values(module: Any) -> Float[Tensor, "V D"] | None:
+    """Return the rows of an embedding or an output layer in float32; None where they are packed."""
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_quantized or not weight.is_floating_point():
+        return None
+    return weight.detach().float() if tuple(weight.shape) == table_shape(module) else None
+
+
+def embedding_scale(table: Any) -> Tensor | None:
+    """Return what an input embedding multiplies its rows with, as the Gemma family's does; None: nothing.
+
+    The output side uses the same rows without it, so the rows of new tokens are stored unscaled as well.
+    """
+    scale = getattr(table, "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale)

@@ -32,13 +32,6 @@ def packed_positions(sequence_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return position - (position * first).cummax(dim=1).values
 
 
-def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
-    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are not padding."""
-    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return given
-
-
 def packed_mask(model: MediaModel, sequence_ids: Int[Tensor, "B T"]) -> Shaped[Tensor, "B 1 T T"]:
     """Return who may see whom, as the LM's attention takes it: earlier tokens of the own sequence, and oneself.
 

@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flamingo.layers.attention import attend_segments
-from flamingo.layers.feed_forward import FeedForward, norm_layer
+from flamingo.layers.attention import FeedForward, attend_segments, norm_layer
 from flamingo.layers.media_mask import Segments
 
 KeysValues = tuple[Tensor, Tensor]

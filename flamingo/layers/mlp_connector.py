@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flamingo.layers.attention import ACTIVATIONS, activation_function
 from flamingo.layers.connector import Connector
-from flamingo.layers.feed_forward import ACTIVATIONS, activation_function
 from flamingo.options import choice, positive
 
 

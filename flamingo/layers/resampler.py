@@ -17,9 +17,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flamingo.errors import UserError
-from flamingo.layers.attention import attend
+from flamingo.layers.attention import ACTIVATIONS, NORMS, FeedForward, attend, norm_layer
 from flamingo.layers.connector import Connector
-from flamingo.layers.feed_forward import ACTIVATIONS, NORMS, FeedForward, norm_layer
 from flamingo.options import choice, positive
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.batches.collate import FlamingoCollate
-from data.batches.frames import jittered
+from data.batches.decode import jittered
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.writer import ShardWriter

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from flamingo import UserError
 from flamingo.conformance.checks import CHECKS, ConformanceError, conform
 from flamingo.conformance.tiny_models import FAMILIES, document, loaded_lm, subject, tiny_lm
-from flamingo.language.embeddings import embedding_scale
+from flamingo.language.hooks import embedding_scale
 from flamingo.training.distributed.conformance import main as sharded_conformance
 from flamingo.training.distributed.conformance import two_processes
 

@@ -12,8 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedConfig
 
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.conformance.tiny_models import tiny_lm
-from flamingo.language.embeddings import table_shape, table_values
-from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.hooks import find_decoder_layers, table_shape, table_values
 from tests.model import tiny
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo import FlamingoForConditionalGeneration, UserError
-from flamingo.vision.frames import distinct, flat_frames
+from flamingo.vision.encoder import distinct, flat_frames
 from tests.model import tiny
 
 text_rows = torch.tensor([[1, 40, 41, 42, 43], [1, 50, 51, 52, 53]])

@@ -17,7 +17,7 @@ from flamingo.layers.cross_attention import CrossAttention
 from flamingo.layers.media_mask import segments_from_slots, slots_from_phi
 from flamingo.layers.resampler import PerceiverAttention
 from flamingo.training.distributed.fsdp import Processes, compile_layers, spawn
-from flamingo.training.metrics.flops import Flops, is_attention, peak_tflops
+from flamingo.training.metrics.throughput import Flops, is_attention, peak_tflops
 from flamingo.training.objectives.contrastive import ContrastiveObjective
 from flamingo.training.objectives.flamingo import FlamingoObjective
 from tests.training.world import CLIP

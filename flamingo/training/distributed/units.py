@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from flamingo.language.embeddings import embedding_table, output_head
-from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.hooks import embedding_table, find_decoder_layers, output_head
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.distributed.fsdp import FsdpUnit
 

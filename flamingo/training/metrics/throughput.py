@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flamingo.training.distributed.fsdp import Processes, full_tensor
-from flamingo.training.metrics.flops import Flops, peak_tflops
 
 
 def describe_model(
@@ -126,3 +128,176 @@ class Throughput:
             values["mfu"] = values["model_tflops_per_s"] / (peak * self._processes.size)
         self.restart()
         return values
+
+
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "L4": 121.0,
+    "V100": 125.0,
+}
+"""Dense bf16 (V100: fp16) by a word of the device's name, from NVIDIA's data sheets; the H100's is the SXM model's."""
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d, Conv1D)
+Inputs = tuple[Any, ...]
+
+
+class Flops:
+    """Counts the matrix products of every forward and backward of a model from now on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Hooks on layers with weights and on attention, wherever in the model they are.
+
+        What `compile_layers` has compiled is counted from outside, by the shape of its input: a hook inside would cut
+        the compiled code to pieces.
+        """
+        self._count = 0
+        self._hooks: list[Any] = []
+        inside: set[nn.Module] = set()
+        for module in model.modules():
+            if module in inside:
+                continue
+            add: Any = None
+            if hasattr(module.forward, "_torchdynamo_orig_callable"):
+                inside |= set(module.modules())
+                add = self._add_compiled
+            elif isinstance(module, LAYERS):
+                add = self._add_layer
+            elif is_attention(module):
+                add = self._add_attention
+            if add is not None:
+                self._hooks.append(module.register_forward_hook(add, with_kwargs=True))
+
+    def _add_layer(self, module: nn.Module, args: Inputs, kwargs: Mapping[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor) and not _again():
+            self._count += 2 * layer_products(module, output) * _passes(module, _learns(args))
+
+    def _add_attention(self, module: nn.Module, args: Inputs, kwargs: Mapping[str, Any], output: Any) -> None:
+        if _again():
+            return
+        learns = _learns(chain(args, kwargs.values()))
+        self._count += 2 * attention_products(module, args, kwargs) * (3 if _flows(module, learns) else 1)
+        for rows, weight in packed_projections(module, args, kwargs):
+            self._count += 2 * rows * weight.numel() * (1 + torch.is_grad_enabled() * (learns + weight.requires_grad))
+
+    def _add_compiled(self, module: nn.Module, args: Inputs, kwargs: Mapping[str, Any], output: Any) -> None:
+        """A decoder layer or a feed-forward, each of whose parts sees every token of the input once."""
+        if _again():
+            return
+        x = _tokens(args, kwargs)
+        learns = _flows(module, x.requires_grad)
+        rows = x.numel() // x.shape[-1]
+        for part in module.modules():
+            if isinstance(part, nn.Linear | Conv1D):
+                self._count += 2 * rows * _matrix(part) * _passes(part, learns)
+            elif is_attention(part):
+                self._count += 2 * attention_products(part, (x,), {}) * (3 if learns else 1)
+
+    def take(self) -> int:
+        """FLOPs of this process since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+    def close(self) -> None:
+        """Counts no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def layer_products(module: nn.Module, output: Tensor) -> int:
+    """Multiply-adds of a layer with weights. The LM's head may give losses, one number a position, for its logits."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return output.numel() * prod(module.weight.shape[1:])
+    return output.shape[:-1].numel() * _matrix(module)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is attention and not a wrapper around one: every library calls its class so."""
+
+    def named(module: nn.Module) -> bool:
+        return type(module).__name__.endswith("Attention")
+
+    return named(module) and not any(named(part) for part in module.modules() if part is not module)
+
+
+def attention_products(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> int:
+    """Multiply-adds of queries with keys and of weights with values."""
+    if (own := getattr(module, "attention_products", None)) is not None:
+        return int(own(*args, **kwargs))
+    x = _tokens(args, kwargs)
+    y = x
+    if isinstance(module, nn.MultiheadAttention):
+        y = args[1] if len(args) > 1 else kwargs["key"]
+        if not module.batch_first:
+            x, y = (value.transpose(0, 1) for value in (x, y))
+    return 2 * x.shape[:-1].numel() * y.shape[-2] * _width(module, x)
+
+
+def packed_projections(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
+    """(rows, weight) of projections that attention of torch or open_clip does by itself, without calling a layer."""
+    packed = getattr(module, "in_proj_weight", None)
+    if packed is None:
+        return
+    x = _tokens(args, kwargs)
+    rows = x.numel() // x.shape[-1]
+    if not isinstance(module, nn.MultiheadAttention):
+        yield rows, packed
+        return
+    y = args[1] if len(args) > 1 else kwargs["key"]
+    others = y.numel() // y.shape[-1]
+    for place, weight in enumerate(packed.chunk(3)):
+        yield others if place else rows, weight
+    yield rows, module.out_proj.weight
+
+
+def _matrix(module: Any) -> int:
+    """Entries of a layer's weight, of which 4-bit layers have fewer numbers."""
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
+
+
+def _width(module: Any, x: Tensor) -> int:
+    """Heads times their width, as the libraries call them; where they say nothing, the width of the input."""
+    owners = (module, getattr(module, "config", None))
+    names = ("num_heads", "num_attention_heads", "n_heads")
+    heads = next((n for owner in owners for name in names if isinstance(n := getattr(owner, name, None), int)), 0)
+    head = next((n for name in ("head_dim", "head_size") if isinstance(n := getattr(module, name, None), int)), 0)
+    return heads * head or x.shape[-1]
+
+
+def _tokens(args: Inputs, kwargs: Mapping[str, Any]) -> Tensor:
+    """The input (B, T, D): the first, or the one that transformers and torch give by name."""
+    tensor: Tensor = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["query"]
+    return tensor
+
+
+def _again() -> bool:
+    """Whether this is inside a backward: activation checkpointing does it again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _learns(values: Any) -> bool:
+    """Whether a gradient goes to one of the inputs."""
+    flat = chain.from_iterable(value if isinstance(value, tuple | list) else (value,) for value in values)
+    return any(isinstance(value, Tensor) and value.requires_grad for value in flat)
+
+
+def _flows(module: nn.Module, learns: bool) -> bool:
+    """Whether a gradient goes through a module, or to something inside it."""
+    return torch.is_grad_enabled() and (learns or any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def _passes(module: Any, learns: bool) -> int:
+    """Forward, and backward to the input and to the weight."""
+    return 1 + torch.is_grad_enabled() * (learns + module.weight.requires_grad)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What one device can do at most, or None where that is not known: a share of a guess would be no figure."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in PEAK_TFLOPS.items() if word in name.replace("-", " ").split()), None)

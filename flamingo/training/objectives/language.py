@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flamingo.backbones import load_language
 from flamingo.errors import UserError
 from flamingo.labels import IGNORED
-from flamingo.language.embeddings import embedding_table, table_shape
-from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.hooks import embedding_table, find_decoder_layers, table_shape
 from flamingo.language.loss import next_labels
 from flamingo.training.checkpoints.trained_weights import fingerprint
 from flamingo.training.config import ModelConfig
