@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import av
 import pytest
 import transformers
 from PIL import Image
@@ -79,17 +80,26 @@ def _module(name: str, **contents: Any) -> ModuleType:
     return module
 
 
-_pictures: list[tempfile.TemporaryDirectory[str]] = []
+_files: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def _local(url: str) -> str:
-    """Return an image of ours in place of one on the network; anything else keeps its address."""
-    if not url.endswith((".jpg", ".jpeg", ".png")):
+    """Return an image or a clip of ours in place of one on the network; anything else keeps its address."""
+    if not url.endswith((".jpg", ".jpeg", ".png", ".mp4")):
         return url
-    if not _pictures:
-        _pictures.append(tempfile.TemporaryDirectory())
-    file = Path(_pictures[0].name) / Path(url).name
-    Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(file)
+    if not _files:
+        _files.append(tempfile.TemporaryDirectory())
+    file = Path(_files[0].name) / Path(url).name
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    if file.suffix != ".mp4":
+        image.save(file)
+        return str(file)
+    with av.open(str(file), "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=25)
+        stream.width, stream.height = image.size
+        for turned in range(11):  # frames; their tests count on so many
+            clip.mux(stream.encode(av.VideoFrame.from_image(image.rotate(8 * turned))))
+        clip.mux(stream.encode())
     return str(file)
 
 
