@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -196,6 +197,23 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: non-reentrant recomputation does not need it, and it would walk back through frozen layers."""
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> None:
+        """Set the attention of LM and encoder, or of one of them ({"vision_config": ...}), as transformers does it."""
+        own = self.config.vision_config
+        before = own._attn_implementation
+        if own.encoder_config is not None:
+            # Set first: transformers would look for a model that holds this config, not the encoder's inside it, and
+            # warn of undefined behaviour.
+            wanted = attn_implementation
+            for key in ("vision_config", ""):
+                wanted = wanted.get(key, before) if isinstance(wanted, dict) else wanted
+            own._attn_implementation_internal = wanted
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **options)
+        except BaseException:
+            own._attn_implementation_internal = before
+            raise
 
     def part_of(self, name: str) -> str:
         """Return the part ("vision", "language", "resampler", ...) that a parameter's name belongs to."""
@@ -460,6 +478,9 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if self._lm_takes_logits_to_keep and not lean:
             kwargs["logits_to_keep"] = logits_to_keep
         cached = (not self.training and labels is None) if use_cache is None else use_cache
+        for name in ("output_hidden_states", "output_attentions"):  # the LM looks in its own config only
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         call = self._call(input_ids, phi, media, kwargs, output_cross_attentions)
         loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
@@ -583,4 +604,5 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 
-AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)

@@ -25,7 +25,7 @@ VOCABULARY = 99
 SKIPPED: dict[str, str] = {
     "test_can_init_all_missing_weights": (
         "the new parts are drawn by their constructors, in an order that seeded runs rely on, so that weights drawn "
-        "later cannot be equal; tests/model/test_common_uses.py checks that they are drawn and how"
+        "later cannot be equal; tests/model/test_loading_uses.py checks that they are drawn and how"
     ),
     "test_model_base_model_prefix": (
         "the gated blocks stand between the layers of an LM that keeps its own head, so no base model without a head "
