@@ -480,9 +480,6 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if self._lm_takes_logits_to_keep and not lean:
             kwargs["logits_to_keep"] = logits_to_keep
         cached = (not self.training and labels is None) if use_cache is None else use_cache
-        for name in ("output_hidden_states", "output_attentions"):  # the LM looks in its own config only
-            if getattr(self.config, name):
-                kwargs.setdefault(name, True)
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         call = self._call(input_ids, phi, media, kwargs, output_cross_attentions)
         loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
@@ -507,6 +504,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
         assert call.is_new is not None
+        # The LM looks in its own config only.
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                options.setdefault(name, True)
         with self._state.running(call):
             return self.language_model(input_ids=input_ids.masked_fill(call.is_new.any(-1), 0), **options)
 
