@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -123,6 +124,8 @@ class FlamingoModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterM
     def setUp(self) -> None:
         if reason := SKIPPED.get(self._testMethodName):
             self.skipTest(reason)
+        if self._testMethodName in PENDING:  # what fails within a part fails the whole, or xfail would not see it
+            self.subTest = lambda *args, **options: nullcontext()
         self.model_tester = FlamingoModelTester(self)
         if "eager_matches_sdpa" in self._testMethodName:
             self.model_tester.batch_size = 7  # smaller batches get rows of random tokens, which have no images
