@@ -1,6 +1,7 @@
 # make demo    set up, then train, evaluate and show a small Flamingo on this machine (10 minutes on 2 cores)
 # make learn   the same for longer (35 to 45 minutes): names made up for one document are bound to characters never seen in training
 # make test    set up, then run all tests; make test-fast leaves out the slow ones
+# make peer-tests  fetch transformers' own tests into .cache/, for tests/peer; `make test` does it too
 # make bench   the same work here and in open_flamingo 2.0.1: time, memory, multiply-adds (BENCH_ARGS='decode_step --size tiny')
 VENV   ?= .venv
 PYTHON ?= python3
@@ -22,7 +23,7 @@ TASKS       ?= $($(WHICH)_TASKS)
 # The experiments of the demo read and write below this folder.
 export DEMO = $(OUT)
 
-.PHONY: help setup test test-fast check bench demo learn clean
+.PHONY: help setup test test-fast peer-tests check bench demo learn clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -37,8 +38,12 @@ $(VENV)/.installed: pyproject.toml requirements-peers.txt
 	@touch $@
 
 # The quick tests on two processes; the slow ones start processes of their own.
-test: test-fast
+test: peer-tests test-fast
 	$(PY) -m pytest -m slow
+
+# Never fails without a network: the tests that need them then skip and say why.
+peer-tests: setup
+	@$(PY) -m tests.peer.suite
 
 test-fast: setup
 	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile

@@ -7,8 +7,9 @@ interval is only a way to write the list. Modules never see these classes; they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
@@ -101,11 +102,110 @@ class CrossAttentionConfig:
             positive(f"cross_attention_config.{name}", getattr(self, name))
 
 
+class FlamingoVisionConfig(PreTrainedConfig):
+    """A `VisionConfig` as other libraries know one: a config inside the model's config, with its own attributes.
+
+    An encoder of transformers has its own config inside this one, the very object that the encoder holds, so that
+    what is set for the whole tree (`attn_implementation`, ...) reaches it.
+
+    Args:
+        encoder_config: the encoder's transformers config, or its dictionary, or one of a dual encoder (CLIP, SigLIP).
+            It is what `arch` says for the kind "transformers", which it implies.
+        options: the fields of a `VisionConfig`, and those of any transformers config.
+
+    Raises:
+        UserError: an unknown key, a bad value.
+    """
+
+    model_type = "flamingo_vision"
+    base_config_key = "vision_config"
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "width"}
+
+    def __init__(self, *, encoder_config: Mapping[str, Any] | PreTrainedConfig | None = None, **options: Any) -> None:
+        # People and libraries hang attributes on a config, and those are saved with it: only what is written by hand, a
+        # dictionary without `model_type`, may hold nothing unknown.
+        saved = options.pop("model_type", None) is not None
+        own = {field.name: options.pop(field.name) for field in fields(VisionConfig) if field.name in options}
+        own["width"] = options.pop("hidden_size", None) or own.get("width", 0)
+        if not saved and (unknown := options.keys() - _COMMON_KEYS):
+            known = ", ".join(field.name for field in fields(VisionConfig))
+            raise UserError(f"vision_config.{min(unknown)} is not an option; known are {known}")
+        if encoder_config is None and own.get("kind") == "transformers":
+            encoder_config = own.get("arch")
+        if encoder_config is not None:
+            encoder_config = _vision_half(encoder_config)
+            own |= {"kind": "transformers", "arch": None, "name": own.get("name") or encoder_config.model_type}
+            own["width"] = own["width"] or getattr(encoder_config, "hidden_size", 0)
+            size = getattr(encoder_config, "image_size", None)
+            own |= {"image_size": size} if isinstance(size, int) and "image_size" not in own else {}
+        for name, value in asdict(VisionConfig(**own)).items():
+            setattr(self, name, value)
+        self.encoder_config = encoder_config
+        with _implementations_kept(encoder_config):
+            super().__init__(**options)
+
+    @property
+    def typed(self) -> VisionConfig:
+        """The fields alone, with the encoder's config as a plain dictionary in `arch`."""
+        values = {field.name: getattr(self, field.name) for field in fields(VisionConfig)}
+        if self.encoder_config is not None:
+            values["arch"] = self.encoder_config.to_dict()
+            values["arch"].pop("transformers_version", None)
+        return VisionConfig(**values)
+
+
+_COMMON_KEYS = {
+    *(field.name for field in fields(PreTrainedConfig)),
+    *("attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "num_labels"),
+    *("_attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal"),
+    *("name_or_path", "_name_or_path", "_output_attentions", "quantization_config"),
+}
+"""What a config of any model takes."""
+
+
+def _vision_half(config: Mapping[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """Return an encoder's config as an object; of a dual encoder's the image half."""
+    if not isinstance(config, PreTrainedConfig):
+        own = dict(config)
+        if "model_type" not in own:
+            raise UserError("vision_config.arch has no model_type, the name of the encoder's family in transformers")
+        config = AutoConfig.for_model(own.pop("model_type"), **own)
+    return getattr(config, "vision_config", config)
+
+
+@contextmanager
+def _implementations_kept(*configs: PreTrainedConfig | None) -> Iterator[None]:
+    """Keep what these configs say of their attention where it would be set to None.
+
+    The base class sets the whole tree, to None if there is nothing to set; but a backbone may be built already.
+    """
+    kept = [(c, name, value) for c in configs for name in _IMPLEMENTATIONS if (value := getattr(c, name, None))]
+    yield
+    for config, name, value in kept:
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
+def _vision_config(given: Mapping[str, Any] | VisionConfig | PreTrainedConfig | None) -> FlamingoVisionConfig:
+    """Return the sub-config that a typed config, its fields, or an encoder's own config stands for."""
+    if isinstance(given, FlamingoVisionConfig):
+        return given
+    if isinstance(given, VisionConfig):
+        return FlamingoVisionConfig(**asdict(given))
+    if isinstance(given, PreTrainedConfig):
+        return FlamingoVisionConfig(encoder_config=given)
+    options = dict(given or {})
+    if options.get("model_type", FlamingoVisionConfig.model_type) != FlamingoVisionConfig.model_type:
+        return FlamingoVisionConfig(encoder_config=options)
+    return FlamingoVisionConfig(**options)
+
+
 class FlamingoConfig(PreTrainedConfig):
     """Configuration of `FlamingoForConditionalGeneration`.
 
     Args:
-        vision_config: the fields of a `VisionConfig`.
+        vision_config: the fields of a `VisionConfig`, or the config of a vision model of transformers.
         text_config: the language model's own transformers config.
         connector: what maps encoder tokens to latents, a name of `flamingo.layers.connector.CONNECTORS`.
         resampler_config: the connector's options; for the perceiver the fields of a `ResamplerConfig`.
@@ -127,12 +227,12 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "flamingo"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": FlamingoVisionConfig}
 
     def __init__(
         self,
         *,
-        vision_config: Mapping[str, Any] | VisionConfig | None = None,
+        vision_config: Mapping[str, Any] | VisionConfig | PreTrainedConfig | None = None,
         text_config: Mapping[str, Any] | PreTrainedConfig | None = None,
         connector: str = "perceiver",
         resampler_config: Mapping[str, Any] | None = None,
@@ -148,7 +248,7 @@ class FlamingoConfig(PreTrainedConfig):
         attend_all_previous: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.vision_config = asdict(from_dict(VisionConfig, vision_config, "vision_config"))
+        self.vision_config = _vision_config(vision_config)
         self.connector = connector
         self.resampler_config = asdict(connector_options(connector, resampler_config))
         options = from_dict(CrossAttentionConfig, cross_attention_config, "cross_attention_config")
@@ -174,18 +274,13 @@ class FlamingoConfig(PreTrainedConfig):
         self.attend_all_previous = attend_all_previous
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
-        # The base class sets the attention implementation of the whole tree, to None if there is none to set: the LM
-        # may be built already and keeps its own.
-        kept = {name: getattr(text_config, name, None) for name in _IMPLEMENTATIONS}
-        super().__init__(**kwargs)
-        for name, value in kept.items():
-            if value is not None and getattr(text_config, name, None) is None:
-                setattr(text_config, name, value)
+        with _implementations_kept(text_config, self.vision_config, self.vision_config.encoder_config):
+            super().__init__(**kwargs)
 
     @property
     def vision(self) -> VisionConfig:
         """The encoder, typed."""
-        return VisionConfig(**self.vision_config)
+        return self.vision_config.typed
 
     @property
     def resampler(self) -> Any:

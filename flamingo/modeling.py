@@ -11,6 +11,7 @@ width, H heads, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -33,6 +35,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
@@ -87,6 +90,7 @@ class FlamingoOutput(CausalLMOutputWithPast):
 
     loss: Tensor | None = None  # transformers before 5.23 declares these two as float32
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None  # type: ignore[assignment]  # None at layers that were not asked for
     media_features: Tensor | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
     phi: Tensor | None = None
@@ -120,8 +124,16 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         if isinstance(module, GatedCrossAttentionBlock):
             init.constant_(module.attn_gate, module.gate_init)
             init.constant_(module.ff_gate, module.gate_init)
-        elif isinstance(module, Connector):
+        elif isinstance(module, (Connector, VisionEncoder)):
             module.initialize()
+        elif isinstance(module, nn.Linear):  # as torch's constructors, which draw these unless on the meta device
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+            init.ones_(module.weight)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                init.zeros_(bias)
         elif isinstance(module, NewTokens):
             init.normal_(module.input_rows, std=0.02)
             if module.output_rows is not None:
@@ -190,6 +202,23 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def enable_input_require_grads(self) -> None:
         """Do nothing: non-reentrant recomputation does not need it, and it would walk back through frozen layers."""
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> None:
+        """Set the attention of LM and encoder, or of one of them ({"vision_config": ...}), as transformers does it."""
+        own = self.config.vision_config
+        before = own._attn_implementation
+        if own.encoder_config is not None:
+            # Set first: transformers would look for a model that holds this config, not the encoder's inside it, and
+            # warn of undefined behaviour.
+            wanted = attn_implementation
+            for key in ("vision_config", ""):
+                wanted = wanted.get(key, before) if isinstance(wanted, dict) else wanted
+            own._attn_implementation_internal = wanted
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **options)
+        except BaseException:
+            own._attn_implementation_internal = before
+            raise
+
     def part_of(self, name: str) -> str:
         """Return the part ("vision", "language", "resampler", ...) that a parameter's name belongs to."""
         return PARTS[name.split(".", 1)[0]]
@@ -200,26 +229,44 @@ class FlamingoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, folder: str | Path, *args: Any, vision: nn.Module | None = None, language: Any = None, **options: Any
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        vision: nn.Module | None = None,
+        language: Any = None,
+        **options: Any,
     ) -> Any:
         """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none.
+
+        Takes every option of transformers' own; `None` instead of a folder goes with `config=` and `state_dict=`.
 
         Raises:
             UserError: the folder holds no `config.json`, or a name needs a network that is not there.
         """
-        if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not hub_reachable()):
-            raise UserError(
-                f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
-            )
+        name = pretrained_model_name_or_path
+        if name is None:
+            if options.get("config") is None or options.get("state_dict") is None:
+                raise UserError("from_pretrained(None) needs config=... and state_dict=...; or give a folder or a name")
+        elif not (folder := Path(name)).exists():
+            options.setdefault("local_files_only", not hub_reachable())  # else every try takes a minute
+        elif not (folder / (options.get("subfolder") or "") / "config.json").is_file() and "config" not in options:
+            raise UserError(f"{folder / (options.get('subfolder') or '')} holds no model: config.json is missing")
         built = {"vision_module": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
-        loaded = super().from_pretrained(folder, *args, **options)
+        try:
+            loaded = super().from_pretrained(name, *args, **options)
+        except OSError as error:
+            if not options.get("local_files_only"):
+                raise
+            raise UserError(
+                f"{name} is neither a folder nor in the local cache, and the hub is not reachable or not meant"
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze(model.policy)  # loading makes some parameters anew, and those would train
         return loaded
 
     def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, *, built_modules: bool = False, **options: Any
+        self, save_directory: str | Path, *args: Any, built_modules: bool = False, **options: Any
     ) -> None:
         """Write the config and all weights.
 
@@ -233,7 +280,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 f"the {' and '.join(names)} module was built by you and cannot be rebuilt from a config; save with "
                 f"built_modules=True and give {', '.join(f'{name}=...' for name in names)} to from_pretrained"
             )
-        super().save_pretrained(folder, **options)
+        super().save_pretrained(save_directory, *args, **options)
 
 
 class EncodesMedia(FlamingoPreTrainedModel):
@@ -324,10 +371,15 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self, config: FlamingoConfig, vision_module: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
+        self.policy = dict(PAPER_POLICY)  # asked for as soon as the config turns recomputation on
         for built in (vision_module, causal_lm):
             for module in built.modules() if built is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        self.vision_encoder = VisionEncoder(vision_module or build_encoder(config.vision), config.vision)
+        if vision_module is None:
+            vision_module = build_encoder(config.vision, config.vision_config.encoder_config)
+        elif isinstance(vision_module, PreTrainedModel):
+            config.vision_config.encoder_config = vision_module.config  # one object, whoever built it
+        self.vision_encoder = VisionEncoder(vision_module, config.vision)
         if causal_lm is None:
             if config.language_kind == "module":
                 raise UserError("the language model was built by the caller and cannot be rebuilt; pass language=...")
@@ -355,6 +407,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             self._state,
             decoder_layers_path=config.decoder_layers_path,
         )
+        for module in self.modules():  # what constructors drew stays as it is; on the meta device they drew nothing
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not getattr(
+                module.weight, "is_meta", True
+            ):
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
         self.generation_config = generation.default_generation_config(causal_lm, config)
         self.freeze()
@@ -366,6 +423,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
         return from_backbones(cls, vision, language, **options)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
@@ -447,6 +505,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
         assert call.is_new is not None
+        # The LM looks in its own config only.
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                options.setdefault(name, True)
         with self._state.running(call):
             return self.language_model(input_ids=input_ids.masked_fill(call.is_new.any(-1), 0), **options)
 
@@ -546,7 +608,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 
-AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
 
 
 def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from flamingo.config import VisionConfig
 from flamingo.errors import UserError
@@ -50,8 +51,9 @@ class VisionEncoder(nn.Module):
         self.image_size = config.image_size
         self.class_token, self.final_norm = config.class_token, config.final_norm
         self.frozen = True
-        self.register_buffer("mean", torch.tensor(config.mean))
-        self.register_buffer("std", torch.tensor(config.std))
+        self.statistics = {"mean": config.mean, "std": config.std}
+        for name, values in self.statistics.items():
+            self.register_buffer(name, torch.tensor(values))
 
     def forward(self, pixel_values: Shaped[Tensor, "I F C S S"]) -> Float[Tensor, "I F P D"]:
         """Return the patch tokens of every frame; without gradients where the encoder is frozen."""
@@ -66,6 +68,11 @@ class VisionEncoder(nn.Module):
                 self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm
             )
         return tokens.unflatten(0, (images, frames))
+
+    def initialize(self) -> None:
+        """Set mean and deviation as the config has them, for a file that lacks them."""
+        for name, values in self.statistics.items():
+            init.copy_(getattr(self, name), torch.tensor(values))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -171,8 +178,10 @@ def token_width(encoder: nn.Module, image_size: int, channels: int = 3) -> int:
     return int(tokens.shape[-1])
 
 
-def build_encoder(config: VisionConfig) -> nn.Module:
+def build_encoder(config: VisionConfig, encoder_config: PreTrainedConfig | None = None) -> nn.Module:
     """Return the encoder that a config describes, with random weights.
+
+    `encoder_config`, where it is given, is the object that a model of transformers shall hold: `arch` says the same.
 
     Raises:
         UserError: the encoder was built by the caller, who then has to pass it again.
@@ -180,6 +189,8 @@ def build_encoder(config: VisionConfig) -> nn.Module:
     if config.kind == "open_clip":
         return build_open_clip(config.arch or {})
     if config.kind == "transformers":
+        if encoder_config is not None:
+            return vision_model_from_config(encoder_config)
         options = dict(config.arch or {})
         return vision_model_from_config(AutoConfig.for_model(options.pop("model_type"), **options))
     raise UserError(

@@ -112,7 +112,7 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
     if vision.resize_mode:  # of the processor, and of the model's config, which is what a saved folder remembers
         flamingo, processor = built
         processor.image_transform = replace(processor.image_transform, mode=vision.resize_mode)
-        flamingo.config.vision_config["resize_mode"] = vision.resize_mode
+        flamingo.config.vision_config.resize_mode = vision.resize_mode
     return built
 
 
