@@ -15,10 +15,9 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 import flamingo.mosaic_gpt.configuration  # noqa: F401  (makes its model type known to transformers)
+from flamingo.constants import OPENAI_MEAN as OPENAI_MEAN
+from flamingo.constants import OPENAI_STD as OPENAI_STD
 from flamingo.errors import UserError
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 VISION_KINDS = ("open_clip", "transformers", "module")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,6 +15,7 @@ from urllib.parse import urlparse
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from flamingo.errors import UserError
 
@@ -37,6 +39,40 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
                 "reachable; give a folder or a built module"
             ) from error
         raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def loaded(load: Callable[..., Any], name: str | Path, what: str, file: str, options: dict[str, Any]) -> Any:
+    """Return `load(name, **options)` of a folder that has `file`, of the local cache, or of the hub.
+
+    `options` are transformers' (`subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, ...).
+
+    Raises:
+        UserError: there is no `what`, or its name needs a network that is not there.
+    """
+    folder = Path(name) / (options.get("subfolder") or "")
+    local = Path(name).exists()
+    if local and not (folder / file).is_file():
+        raise UserError(f"{folder} holds no Flamingo {what}: {file} is missing")
+    if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))):
+        raise UserError(f"{folder} holds no Flamingo {what}: there is no such folder, and it is not a name on the hub")
+    online = not local and not options.get("local_files_only") and hub_reachable()
+    if not local and not online:
+        options = {**options, "local_files_only": True}
+        if cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **_where(options)) is None:
+            raise UserError(
+                f"the name {name} holds no Flamingo {what} ({file} is missing): it is neither a local folder nor in the "
+                "local cache, and the hub is not reachable or not meant"
+            )
+    try:
+        return load(name, **options)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    return {**given, "_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, Row, SpecialTokens, make_row, tokenize_document
+from data.batches.tokenize import IGNORED, Row, SpecialTokens, begin_of, make_row, tokenize_document
 from data.dataset import LABEL_POLICIES, WINDOWS
 from data.shards.document import Document
 from data.tools.show import STYLE, figure
@@ -81,7 +81,7 @@ class Saved:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(f"the tokenizer of {folder} has no end-of-text token; set its eos_token")
-        self.special = SpecialTokens(self.image, self.eoc, eos, eos, self.tokenizer.bos_token_id)
+        self.special = SpecialTokens(self.image, self.eoc, eos, eos, begin_of(self.tokenizer))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

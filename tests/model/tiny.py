@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -27,12 +27,14 @@ FAMILIES = ["gpt2", "opt", "llama", "gpt_neox"]
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges, made without the network."""
+    """A byte-level tokenizer without merges, made without the network; with `bos` it puts `<s>` in front, as Llama's."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 1)])
     names = {"eos_token": "</s>", "unk_token": "<unk>", **({"bos_token": "<s>"} if bos else {})}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
