@@ -9,9 +9,11 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,7 +43,7 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
         raise UserError(f"the {what} {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def loaded(load: Callable[..., Any], name: str | Path, what: str, file: str, options: dict[str, Any]) -> Any:
+def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: dict[str, Any]) -> Any:
     """Return `load(name, **options)` of a folder that has `file`, of the local cache, or of the hub.
 
     `options` are transformers' (`subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, ...).
@@ -49,6 +51,8 @@ def loaded(load: Callable[..., Any], name: str | Path, what: str, file: str, opt
     Raises:
         UserError: there is no `what`, or its name needs a network that is not there.
     """
+    if name is None:  # transformers: everything comes from the options
+        return load(name, **options)
     folder = Path(name) / (options.get("subfolder") or "")
     local = Path(name).exists()
     if local and not (folder / file).is_file():
@@ -73,6 +77,30 @@ def _where(options: dict[str, Any]) -> dict[str, Any]:
     names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
     given = {name: options[name] for name in names if options.get(name) is not None}
     return {**given, "_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
+
+
+class PushesFolder:
+    """`push_to_hub` of what `save_pretrained` writes, model card included.
+
+    transformers' own puts an empty card over it.
+    """
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what `save_pretrained` writes; a card that the repository has already is kept.
+
+        `options`: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, and what
+        `save_pretrained` takes.
+        """
+        commit = {name: options.pop(name, None) for name in ("commit_message", "commit_description", "create_pr")}
+        revision = options.pop("revision", None)
+        api = HfApi(token=options.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)  # type: ignore[attr-defined]
+            kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit
+            )
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
@@ -34,9 +35,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flamingo import hub
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.hub import hub_reachable
 from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
 from flamingo.inference.media_cache import ImageInputs, MediaCache
@@ -47,6 +48,7 @@ from flamingo.layers.attention import laid_out
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.layers.resampler import PerceiverResampler
+from flamingo.model_card import write_card
 from flamingo.vision.encoder import VisionEncoder, build_tower, repair_buffers
 from flamingo.vision.frames import distinct, encode, flat_frames, frames_of
 
@@ -84,7 +86,7 @@ class FlamingoOutput(CausalLMOutputWithPast):
     phi: Tensor | None = None
 
 
-class FlamingoPreTrainedModel(PreTrainedModel):
+class FlamingoPreTrainedModel(hub.PushesFolder, PreTrainedModel):
     """Parts, freezing, saving and loading of `FlamingoForConditionalGeneration`."""
 
     config: FlamingoConfig
@@ -201,16 +203,13 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         Raises:
             UserError: the folder holds no `config.json`, or a name needs a network that is not there.
         """
-        if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or not hub_reachable()):
-            raise UserError(
-                f"{folder} holds no model (config.json is missing), and the hub is not reachable or not meant"
-            )
         built = {"vision_tower": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
-        loaded = super().from_pretrained(folder, *args, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        load = super().from_pretrained
+        found = hub.loaded(lambda name, **rest: load(name, *args, **rest), folder, "model", "config.json", options)
+        model = found[0] if isinstance(found, tuple) else found
         model.freeze(model.policy)  # loading makes some parameters anew, and those would train
-        return loaded
+        return found
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | Path, *, built_modules: bool = False, **options: Any
@@ -228,6 +227,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 f"built_modules=True and give {', '.join(f'{name}=...' for name in names)} to from_pretrained"
             )
         super().save_pretrained(folder, **options)
+        write_card(Path(folder), self)
 
 
 class EncodesMedia(FlamingoPreTrainedModel):
@@ -543,4 +543,5 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 
+AutoModel.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)  # there is none without a head
 AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)

@@ -27,7 +27,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.hub import loaded
+from flamingo.hub import PushesFolder, loaded
 from flamingo.processing import chat
 from flamingo.processing.begin import start_ids
 from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
@@ -60,7 +60,7 @@ class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: FlamingoVideosKwargs
 
 
-class FlamingoProcessor(ProcessorMixin):
+class FlamingoProcessor(PushesFolder, ProcessorMixin):
     """Tokenizer, image processor and video processor of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
@@ -527,7 +527,10 @@ class FlamingoProcessor(ProcessorMixin):
 def _overlaps(spans: list[list[tuple[int, int]]], wanted: list[list[tuple[int, int]]]) -> Tensor:
     """Return which tokens (B, T) have a character in one of their row's spans."""
     return torch.tensor(
-        [[int(any(a < end and b > begin for begin, end in found)) for a, b in row] for row, found in zip(spans, wanted)]
+        [
+            [int(any(a < end and b > begin for begin, end in found)) for a, b in row]
+            for row, found in zip(spans, wanted, strict=True)
+        ]
     )
 
 

@@ -27,7 +27,7 @@ FAMILIES = ["gpt2", "opt", "llama", "gpt_neox"]
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges, made without the network; with `bos` it puts `<s>` in front, as Llama's."""
+    """A byte-level tokenizer without merges, made without the network; with `bos` it puts `<s>` in front (Llama)."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
