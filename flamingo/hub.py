@@ -64,8 +64,8 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
         options = {**options, "local_files_only": True}
         if cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **_where(options)) is None:
             raise UserError(
-                f"the name {name} holds no Flamingo {what} ({file} is missing): it is neither a local folder nor in the "
-                "local cache, and the hub is not reachable or not meant"
+                f"the name {name} holds no Flamingo {what} ({file} is missing): it is neither a local folder nor in "
+                "the local cache, and the hub is not reachable or not meant"
             )
     try:
         return load(name, **options)

@@ -19,8 +19,8 @@ tags:
 
 # {title}
 
-A Flamingo-style visual language model: a vision encoder, a Perceiver Resampler, and gated cross-attention blocks between
-the layers of a causal language model.
+A Flamingo-style visual language model: a vision encoder, a Perceiver Resampler, and gated cross-attention blocks
+between the layers of a causal language model.
 
 ## Shape
 

@@ -25,7 +25,8 @@ PLAIN_TEMPLATE = (
 )
 OTTER_TEMPLATE = (
     "{% for message in messages %}"
-    "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}"
+    "{% set content = message['content'] %}"
+    "{% set parts = [{'type': 'text', 'text': content}] if content is string else content %}"
     "{% set texts = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') | trim %}"
     "{% if message['role'] == 'assistant' %} {{ texts }}<|endofchunk|>"
     "{% elif message['role'] == 'user' %}"

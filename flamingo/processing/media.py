@@ -72,8 +72,8 @@ def row_media(
     written = {"image": sum(tag != VIDEO_TAG for tag in tags), "video": sum(tag == VIDEO_TAG for tag in tags)}
     if counts != written:
         raise UserError(
-            f"{where} has {written['image']} <image> tags and {written['video']} {VIDEO_TAG} tags but {counts['image']} "
-            f"images and {counts['video']} clips"
+            f"{where} has {written['image']} <image> tags and {written['video']} {VIDEO_TAG} tags but "
+            f"{counts['image']} images and {counts['video']} clips"
         )
     left = {"image": iter(images), "video": iter(videos)}
     kinds = ["video" if tag == VIDEO_TAG else "image" for tag in tags]

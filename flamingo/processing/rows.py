@@ -165,8 +165,8 @@ class PromptTokenizer:
             kept = body[len(body) - room :] if left else body[:room]
             if kept.count(self.image_id) != body.count(self.image_id):
                 raise UserError(
-                    f"{where} has {len(ids)} tokens, and cutting it to max_length={limit} would cut an image's tag from "
-                    "its image; give a larger max_length or fewer images"
+                    f"{where} has {len(ids)} tokens, and cutting it to max_length={limit} would cut an image's tag "
+                    "from its image; give a larger max_length or fewer images"
                 )
             body = kept
         return Row(head + body, row.tags[lost:]), lost

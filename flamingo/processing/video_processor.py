@@ -34,7 +34,7 @@ class FlamingoVideosKwargs(VideosKwargs, total=False):
 
 
 class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
-    """Clips to `pixel_values` (V, F, C, S, S), uint8; of different lengths: their frames (N, C, S, S) and `frame_counts`.
+    """Clips to `pixel_values` (V, F, C, S, S), uint8; if lengths differ, all frames (N, C, S, S) and `frame_counts`.
 
     Of a clip longer than `max_frames` frames at equal distances are kept; `num_frames` and `fps` (of files, frames a
     second) take fewer. Other options as of `PixelOptions`.
@@ -140,7 +140,7 @@ def clips_of(videos: Any) -> list[Any]:
 
 
 def stacked(clips: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return `pixel_values` (V, F, C, S, S), or the frames (N, C, S, S) with `frame_counts` (V,) where lengths differ."""
+    """Return `pixel_values` (V, F, C, S, S); if lengths differ, the frames (N, C, S, S) and `frame_counts` (V,)."""
     if len({len(clip) for clip in clips}) == 1:
         return {"pixel_values": torch.stack(list(clips))}
     return {"pixel_values": torch.cat(list(clips)), "frame_counts": torch.tensor([len(clip) for clip in clips])}
