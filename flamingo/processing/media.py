@@ -8,6 +8,7 @@ from typing import Any
 from flamingo.errors import UserError
 from flamingo.processing.chat import is_chat
 from flamingo.processing.rows import VIDEO_TAG
+from flamingo.processing.video_processor import is_frame
 
 Medium = tuple[str, Any]
 """("image" or "video", what it holds)."""
@@ -39,6 +40,8 @@ def by_row(media: Any, tags: Sequence[int], name: str) -> list[list[Any]]:
         stack = getattr(media, "ndim", 0) > (3 if name == "images" else 4)
         media = list(media) if stack else [media]  # an array of several
     listed = list(media)
+    if name == "videos" and rows == 1 and listed and all(map(is_frame, listed)):
+        return [[listed]]  # one clip
     if rows == 1 and not (len(listed) == 1 and (listed[0] is None or isinstance(listed[0], list | tuple))):
         return [listed]
     if all(item is not None and not isinstance(item, list | tuple) for item in listed) and sum(tags) == len(listed):

@@ -124,19 +124,26 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
         return frames
 
 
+def is_frame(item: Any) -> bool:
+    """Say whether something in a list of videos is a frame of one clip, and not a clip."""
+    if isinstance(item, str | Path):
+        return Path(item).suffix.lower() in IMAGE_FILES
+    return not isinstance(item, bytes | bytearray | list | tuple) and getattr(item, "ndim", 0) != 4
+
+
 def clips_of(videos: Any) -> list[Any]:
     """Return a list of clips of what people give: one clip, or a list of clips or of (lists of) rows of clips."""
     if not isinstance(videos, list | tuple) or not videos:
         return [videos]
     first = videos[0]
-    if isinstance(first, str | Path) and Path(first).suffix.lower() in IMAGE_FILES:
+    if is_frame(first):
         return [list(videos)]
     if isinstance(first, str | Path | bytes) or getattr(first, "ndim", 0) == 4:
         return list(videos)
     if isinstance(first, list | tuple):
         deeper = first and (isinstance(first[0], list | tuple) or getattr(first[0], "ndim", 0) == 4)
         return [clip for row in videos for clip in row] if deeper else list(videos)
-    return [list(videos)]
+    return list(videos)
 
 
 def stacked(clips: Sequence[Tensor]) -> dict[str, Tensor]:
