@@ -79,28 +79,20 @@ def _where(options: dict[str, Any]) -> dict[str, Any]:
     return {**given, "_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
 
 
-class PushesFolder:
-    """`push_to_hub` of what `save_pretrained` writes, model card included.
+def push_folder(saved: Any, repo_id: str, **options: Any) -> Any:
+    """Upload what `saved.save_pretrained` writes, model card included; a card that the repository has already is kept.
 
-    transformers' own puts an empty card over it.
+    transformers' own `push_to_hub` puts an empty card over it. `options`: `commit_message`, `commit_description`,
+    `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
     """
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload what `save_pretrained` writes; a card that the repository has already is kept.
-
-        `options`: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, and what
-        `save_pretrained` takes.
-        """
-        commit = {name: options.pop(name, None) for name in ("commit_message", "commit_description", "create_pr")}
-        revision = options.pop("revision", None)
-        api = HfApi(token=options.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)  # type: ignore[attr-defined]
-            kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit
-            )
+    commit = {name: options.pop(name, None) for name in ("commit_message", "commit_description", "create_pr")}
+    revision = options.pop("revision", None)
+    api = HfApi(token=options.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        saved.save_pretrained(folder, **options)
+        kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit)
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:

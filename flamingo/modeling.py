@@ -86,7 +86,7 @@ class FlamingoOutput(CausalLMOutputWithPast):
     phi: Tensor | None = None
 
 
-class FlamingoPreTrainedModel(hub.PushesFolder, PreTrainedModel):
+class FlamingoPreTrainedModel(PreTrainedModel):
     """Parts, freezing, saving and loading of `FlamingoForConditionalGeneration`."""
 
     config: FlamingoConfig
@@ -107,6 +107,7 @@ class FlamingoPreTrainedModel(hub.PushesFolder, PreTrainedModel):
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
     policy: dict[str, str]
+    push_to_hub = hub.push_folder
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -27,7 +27,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.hub import PushesFolder, loaded
+from flamingo.hub import loaded, push_folder
 from flamingo.processing import chat
 from flamingo.processing.begin import start_ids
 from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
@@ -60,7 +60,7 @@ class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: FlamingoVideosKwargs
 
 
-class FlamingoProcessor(PushesFolder, ProcessorMixin):
+class FlamingoProcessor(ProcessorMixin):
     """Tokenizer, image processor and video processor of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
@@ -72,6 +72,7 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
     """
 
     valid_processor_kwargs = FlamingoProcessorKwargs
+    push_to_hub = push_folder
 
     def __init__(
         self,
@@ -94,6 +95,9 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
         super().__init__(tokenizer, image_processor, video_processor, chat_template=chat_template)
         tokenizer.padding_side = "left"
         added = list(new_tokens) or [IMAGE_TOKEN, EOC_TOKEN]
+        known = tokenizer.added_tokens_encoder
+        if not new_tokens and tokenizer.pad_token == PAD_TOKEN and known.get(PAD_TOKEN, -1) > known.get(IMAGE_TOKEN, 0):
+            added.append(PAD_TOKEN)  # a saved tokenizer, to which it was added behind the others
         if tokenizer.pad_token is None:
             tokenizer.pad_token = PAD_TOKEN
             added.append(PAD_TOKEN)
@@ -192,30 +196,19 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
                 "processor.image_processor and processor.video_processor"
             )
         text_options = options["text_kwargs"]
-        prompts, start = self._prompts, [] if text_options.get("add_special_tokens") is False else self.start_ids
-        wants_spans = bool(text_options.get("return_offsets_mapping"))
-        parsed = []
-        for index, item in enumerate(texts):
-            pieces, carried = self._parse(prompts, item, f"row {index}", bool(text_options.get("split_special_tokens")))
-            row = prompts.row(pieces, start, spans=wants_spans)
-            if not row.ids:
-                if self.tokenizer.bos_token_id is None:
-                    raise UserError(f"row {index} is empty, and the tokenizer has no token to begin with; give text")
-                row.ids = [self.tokenizer.bos_token_id]  # as transformers' generate begins where there is no prompt
-            parsed.append((row, carried))
-        rows, inline = [row for row, _ in parsed], [media for _, media in parsed]
+        rows, inline = self._rows(texts, text_options)
         tags = [len(row.tags) for row in rows]
         given_images, given_videos = by_row(images, tags, "images"), by_row(videos, tags, "videos")
         media = [
             row_media(f"row {i}", rows[i].tags, inline[i], given_images[i], given_videos[i]) for i in range(len(rows))
         ]
-        self._truncate(rows, media, len(start), text_options)
+        self._truncate(rows, media, text_options)
         data = self._padded([row.ids for row in rows], text_options)
         data |= self._pixels(media, options)
         data["image_counts"] = torch.tensor([len(row) for row in media])
         if text_options.get("return_mm_token_type_ids"):
             data["mm_token_type_ids"] = (data["input_ids"] == self.image_token_id).long()
-        if wants_spans:
+        if text_options.get("return_offsets_mapping"):
             out = as_asked(data, None)
             out["offset_mapping"] = self._spans(rows, data["attention_mask"])
             return out
@@ -240,6 +233,24 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
             if name not in followed and value:
                 raise UserError(f"{name}={value!r} cannot be followed: the processor makes the rows of a Flamingo only")
         return options
+
+    def _rows(self, texts: list[Any], options: dict[str, Any]) -> tuple[list[Row], list[list[tuple[str, Any]]]]:
+        """Return each row's tokens, and the images and clips that it carries itself."""
+        prompts, start = self._prompts, self._start(options)
+        rows, inline = [], []
+        for index, item in enumerate(texts):
+            pieces, carried = self._parse(prompts, item, f"row {index}", bool(options.get("split_special_tokens")))
+            row = prompts.row(pieces, start, spans=bool(options.get("return_offsets_mapping")))
+            if not row.ids:
+                if self.tokenizer.bos_token_id is None:
+                    raise UserError(f"row {index} is empty, and the tokenizer has no token to begin with; give text")
+                row.ids = [self.tokenizer.bos_token_id]  # as transformers' generate begins where there is no prompt
+            rows.append(row)
+            inline.append(carried)
+        return rows, inline
+
+    def _start(self, options: dict[str, Any]) -> list[int]:
+        return [] if options.get("add_special_tokens") is False else self.start_ids
 
     def _parse(
         self, prompts: PromptTokenizer, item: Any, where: str, plain: bool
@@ -266,11 +277,12 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
                 media.append((part["type"], source))
         return pieces, media
 
-    def _truncate(self, rows: list[Row], media: list[list[Any]], start: int, options: dict[str, Any]) -> None:
+    def _truncate(self, rows: list[Row], media: list[list[Any]], options: dict[str, Any]) -> None:
         """Cut the rows in place, and take the images of what is gone."""
         if options.get("truncation") in (None, False, "do_not_truncate"):
             return
         limit = options.get("max_length") or self.tokenizer.model_max_length
+        start = len(self._start(options))
         for index, row in enumerate(rows):
             if len(row.ids) > limit:
                 if options.get("return_offsets_mapping"):
@@ -374,54 +386,40 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
         control tokens in it stand between marks that the processor takes away. `{"type": "text", "text": ...,
         "special_tokens": True}` is trusted. A template that knows no images gets `<image>` inside the text.
 
-        Args:
-            conversation: messages `{"role": ..., "content": text or parts}`, or a list of such lists.
-            chat_template: a template or the name of one; by default the processor's.
-            tools: go to the template.
-            documents: go to the template.
-            add_generation_prompt: end with the beginning of the model's turn.
-            continue_final_message: leave the last message open, so that the model goes on with it.
-            return_assistant_tokens_mask: also return `assistant_masks` (B, T), for templates with `{% generation %}`.
-            tokenize: return ids instead of text.
-            return_tensors: "pt" or "np".
-            return_dict: with `tokenize`, all that a call of the processor returns.
-            processor_kwargs: options of the processor's call; `images` for parts that carry none.
-            kwargs: further variables of the template, or options of the processor's call.
+        `processor_kwargs` are options of the processor's call, `images` for parts that carry none among them; `kwargs`
+        are variables of the template, or such options as well. `return_assistant_tokens_mask` adds `assistant_masks`
+        (B, T), for templates with `{% generation %}`.
 
         Raises:
             UserError: no template, or one that cannot write these messages.
         """
-        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if add_generation_prompt and continue_final_message:
             raise UserError("add_generation_prompt and continue_final_message exclude each other; give one of them")
-        if return_assistant_tokens_mask and (continue_final_message or not (tokenize and return_dict)):
-            raise UserError(
-                "return_assistant_tokens_mask needs tokenize=True and return_dict=True, and a closed message"
-            )
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("load_audio_from_video", "sanitize_control_tokens")}
-        nested = (FlamingoTextKwargs, FlamingoImagesKwargs, FlamingoVideosKwargs)
-        for_call = {k: v for k, v in kwargs.items() if any(k in kind.__annotations__ for kind in nested)}
-        template_options = {k: v for k, v in kwargs.items() if k not in for_call}
-        template_options |= {"tools": tools, "documents": documents}
-        flags |= {"chat_template": chat_template, "template_options": template_options}
-        flags["return_assistant_tokens_mask"] = return_assistant_tokens_mask
+        masked = return_assistant_tokens_mask
+        if masked and (continue_final_message or not (tokenize and return_dict)):
+            raise UserError("return_assistant_tokens_mask needs tokenize=True, return_dict=True and a closed message")
+        for_call, variables = _sorted_options(kwargs)
+        flags = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "return_assistant_tokens_mask": masked,
+            "chat_template": chat_template,
+            "template_options": {**variables, "tools": tools, "documents": documents},
+        }
         one = not (
             isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
         )
-        chats = [self._messages(chat_) for chat_ in ([conversation] if one else conversation)]
+        chats = [self._messages(messages) for messages in ([conversation] if one else conversation)]
         rendered = [self._rendered(messages, f"row {i}", **flags) for i, messages in enumerate(chats)]
         prompts = [prompt for prompt, _ in rendered]
         if not tokenize:
             return prompts[0] if one else prompts
-        options = {**(processor_kwargs or {}), **for_call}
+        options = {**(processor_kwargs or {}), **for_call, **({"return_offsets_mapping": True} if masked else {})}
         if return_tensors != "auto":
             options["return_tensors"] = return_tensors
-        if return_assistant_tokens_mask:
-            options["return_offsets_mapping"] = True
         out = self._of_prompts(prompts, chats, options, one)
-        if return_assistant_tokens_mask:
-            spans = out.pop("offset_mapping")
-            out["assistant_masks"] = _overlaps(spans, [found for _, found in rendered])
+        if masked:
+            out["assistant_masks"] = _overlaps(out.pop("offset_mapping"), [found for _, found in rendered])
         return out if return_dict else out["input_ids"]
 
     def _of_prompts(self, prompts: list[str], chats: list[Any], options: dict[str, Any], one: bool) -> BatchFeature:
@@ -522,6 +520,14 @@ class FlamingoProcessor(PushesFolder, ProcessorMixin):
         if not kwargs.pop("return_unused_kwargs", False):
             return processor
         return processor, {name: value for name, value in kwargs.items() if name not in settings}
+
+
+def _sorted_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which options are of the processor's call, and which are variables of a chat template."""
+    ours = (FlamingoTextKwargs, FlamingoImagesKwargs, FlamingoVideosKwargs)
+    given = {k: v for k, v in given.items() if k not in ("load_audio_from_video", "sanitize_control_tokens")}
+    for_call = {k: v for k, v in given.items() if any(k in kind.__annotations__ for kind in ours)}
+    return for_call, {k: v for k, v in given.items() if k not in for_call}
 
 
 def _overlaps(spans: list[list[tuple[int, int]]], wanted: list[list[tuple[int, int]]]) -> Tensor:

@@ -8,7 +8,7 @@ transformers is not imported yet, that is done as soon as its tables are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -107,9 +107,7 @@ class _Preparing(Loader):
 class _Finder(MetaPathFinder):
     """Finds the modules with the tables."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the module's own spec with a loader that prepares it, None for every other module."""
         if fullname not in TABLES:
             return None

@@ -27,10 +27,9 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 
 class FlamingoVideosKwargs(VideosKwargs, total=False):
-    """Options of a call. `resize_mode` as of `ImageTransform`; `max_frames`: the most frames that are kept."""
+    """Options of a call. `resize_mode` as of `ImageTransform`."""
 
     resize_mode: str
-    max_frames: int
 
 
 class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
