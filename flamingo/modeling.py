@@ -107,7 +107,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
     policy: dict[str, str]
-    push_to_hub = hub.push_folder
+    push_to_hub = hub.push_folder  # type: ignore[assignment]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -38,6 +38,16 @@ from flamingo.vision.transform import ImageInput, ImageTransform
 
 IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
 PROCESSOR_FILE = "processor_config.json"
+FINDER_FILE = "flamingo_for_auto_processor.py"
+"""Beside a saved processor. Without it AutoProcessor gives who forgot `import flamingo` the bare tokenizer, silently;
+with it, it asks for `trust_remote_code`, and the file brings our class or says what to install."""
+FINDER = '''"""AutoProcessor finds the processor of this folder after `import flamingo` (pip install flamingo-vlm)."""
+
+try:
+    from flamingo import FlamingoProcessor
+except ImportError as error:
+    raise ImportError("this folder is a Flamingo: pip install flamingo-vlm, then import flamingo") from error
+'''
 HONOURED = {
     "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
     "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
@@ -55,9 +65,9 @@ class FlamingoTextKwargs(TextKwargs, total=False):
 class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
-    text_kwargs: FlamingoTextKwargs
-    images_kwargs: FlamingoImagesKwargs
-    videos_kwargs: FlamingoVideosKwargs
+    text_kwargs: FlamingoTextKwargs  # type: ignore[misc]
+    images_kwargs: FlamingoImagesKwargs  # type: ignore[misc]
+    videos_kwargs: FlamingoVideosKwargs  # type: ignore[misc]
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -71,7 +81,7 @@ class FlamingoProcessor(ProcessorMixin):
     `chat_template` is the tokenizer's own where none is given. `tokenizer.padding_side` becomes "left".
     """
 
-    valid_processor_kwargs = FlamingoProcessorKwargs
+    valid_processor_kwargs = FlamingoProcessorKwargs  # type: ignore[assignment]
     push_to_hub = push_folder
 
     def __init__(
@@ -86,6 +96,8 @@ class FlamingoProcessor(ProcessorMixin):
     ) -> None:
         if isinstance(image_processor, ImageTransform):
             image_processor = FlamingoImageProcessor.of_transform(image_processor)
+        if not isinstance(image_processor, FlamingoImageProcessor):
+            raise TypeError(f"image_processor is a {type(image_processor).__name__}, not a FlamingoImageProcessor")
         if video_processor is None:
             video_processor = FlamingoVideoProcessor.of_transform(image_processor.transform)
         if max_frames is not None:
@@ -111,6 +123,7 @@ class FlamingoProcessor(ProcessorMixin):
         self.pad_token_id: int = tokenizer.pad_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.around_image = around_image
+        self.auto_map = {"AutoProcessor": f"{FINDER_FILE.removesuffix('.py')}.FlamingoProcessor"}
 
     @property
     def start_ids(self) -> list[int]:
@@ -461,11 +474,11 @@ class FlamingoProcessor(ProcessorMixin):
         images = [image for image, _ in chunks if image is not None]
         return images, self.eoc_token.join(("" if p is None else self.image_token) + text for p, text in chunks)
 
-    def batch_decode(self, ids: Any, **options: Any) -> list[str]:  # type: ignore[override]
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """Return the text of each row of ids, without special tokens unless `skip_special_tokens=False`."""
-        return self.tokenizer.batch_decode(ids, **{"skip_special_tokens": True, **options})  # type: ignore[no-any-return]
+        return self.tokenizer.batch_decode(ids, **{"skip_special_tokens": True, **options})
 
-    def decode(self, ids: Any, **options: Any) -> Any:  # type: ignore[override]
+    def decode(self, ids: Any, **options: Any) -> Any:
         """Return the text of one row of ids, without special tokens unless `skip_special_tokens=False`."""
         return self.tokenizer.decode(ids, **{"skip_special_tokens": True, **options})
 
@@ -496,6 +509,18 @@ class FlamingoProcessor(ProcessorMixin):
     ) -> list[str]:
         """Return the text of each generated row, prompts included, as transformers' pipeline asks for it."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
+        """Write tokenizer, chat template and `processor_config.json`, as transformers' processors do."""
+        if push_to_hub:
+            raise UserError("save_pretrained does not push; call push_to_hub(repo_id)")
+        files = [str(file) for file in super().save_pretrained(str(save_directory), **options)]
+        (Path(save_directory) / FINDER_FILE).write_text(FINDER)
+        return files
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
+        """Do nothing: the class is registered, and a saved folder holds no copy of this package's code."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # type: ignore[override]

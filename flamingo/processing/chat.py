@@ -119,10 +119,11 @@ class ChatRenderer:
         wanted = media_of(messages, where)[1]
         texts = [part["text"].strip() for message in plain for part in parts_of(message.get("content"), where)
                  if part["type"] == "text"]  # fmt: skip
-        best, problem = None, "it leaves an image out"
+        best: tuple[str, list[tuple[int, int]]] | None = None
+        problem = "it leaves an image out"
         for form in (_as_parts, self._as_text, self._as_text_part):
             try:
-                prompts, spans = render_jinja_template(
+                rendered: Any = render_jinja_template(  # typed as a text there
                     conversations=[[form(message) for message in plain]],
                     chat_template=self.template,
                     **{**self.options, **flags},
@@ -130,6 +131,7 @@ class ChatRenderer:
             except Exception as error:  # templates raise anything
                 problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 continue
+            prompts, spans = rendered
             prompt = prompts[0]
             tags = sum(prompt.count(tag) - prompt.count(f"{PLAIN_BEGIN}{tag}") for tag in (self.image_tag, VIDEO_TAG))
             if tags != wanted or (_AS_CODE.search(prompt) and not any(_AS_CODE.search(text) for text in texts)):

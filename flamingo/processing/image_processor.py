@@ -64,6 +64,9 @@ class PixelOptions:
     do_normalize: bool | None
     rescale_factor: float
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+
     def take_options(self, options: dict[str, Any]) -> None:
         """Set what `options` say, with the defaults for what they do not, and take it out of them."""
         self.size = _square(options.pop("size", None) or 224)
@@ -81,14 +84,9 @@ class PixelOptions:
     @classmethod
     def of_transform(cls, transform: ImageTransform, **options: Any) -> Any:
         """Return the processor that does what an `ImageTransform` does."""
-        return cls(
-            size=transform.size,
-            image_mean=transform.mean,
-            image_std=transform.std,
-            resize_mode=transform.mode,
-            resample=transform.interpolation,
-            **options,
-        )
+        options |= {"size": transform.size, "image_mean": transform.mean, "image_std": transform.std}
+        options |= {"resize_mode": transform.mode, "resample": transform.interpolation}
+        return cls(**options)
 
     @property
     def transform(self) -> ImageTransform:

@@ -112,7 +112,7 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
                     file.write(content)
                     file.flush()
                     content = Path(file.name)
-                frames, _ = load_video(str(content), backend="pyav", sample_indices_fn=sample)
+                frames, _ = load_video(str(content), backend="pyav", sample_indices_fn=sample)  # type: ignore[arg-type]
         except ImportError as error:
             raise UserError(f"{where} is a video file, which needs PyAV: pip install av, or give its frames") from error
         except Exception as error:  # PyAV's errors have no common class that is here without PyAV

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,18 @@ def test_auto_classes_and_pipeline_take_the_folder(saved: Path) -> None:
                  pipeline("image-text-to-text", model=model, processor=processor)):  # fmt: skip
         assert pipe(text="<image>a", images=[picture()], max_new_tokens=2)[0]["generated_text"].startswith("<image>a")
         assert pipe(text=chat, max_new_tokens=2)[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_who_forgot_the_import_is_told_and_gets_no_bare_tokenizer(saved: Path) -> None:
+    load = "from transformers import AutoProcessor; print(type(AutoProcessor.from_pretrained(sys.argv[1]{})).__name__)"
+    found = [
+        subprocess.run([sys.executable, "-c", f"import sys; {load.format(more)}", str(saved)], stdin=subprocess.DEVNULL,
+                       capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        for more in ("", ", trust_remote_code=True")
+    ]  # fmt: skip
+    assert "trust_remote_code=True" in found[0].stderr
+    assert found[0].returncode
+    assert found[1].stdout.endswith("FlamingoProcessor\n"), found[1].stderr
 
 
 @pytest.mark.parametrize("options", [{}, {"revision": "v1"}, {"subfolder": "inner"}])
