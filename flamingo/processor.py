@@ -11,7 +11,7 @@ Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in
 # No `from __future__ import annotations`: transformers reads the types of the options while it runs.
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,9 +173,7 @@ class FlamingoProcessor(ProcessorMixin):
         """Return the ids of a piece of plain text: nothing is added, and a tag inside it is not special."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def __call__(
-        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Unpack[FlamingoProcessorKwargs]
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Return `input_ids`, `attention_mask` (B, T), `pixel_values` (I, F, C, S, S) uint8 and `image_counts` (B,).
 
         Where the images and clips have different numbers of frames, `pixel_values` is the stack of all their frames

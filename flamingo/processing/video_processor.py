@@ -77,6 +77,11 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
         frames = list(item) if isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else [item]
         if not frames:
             raise UserError(f"{where} is a clip without frames")
+        if self.do_sample_frames and self.num_frames is None and isinstance(item, list | tuple):
+            raise UserError(
+                f"{where}: Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or give "
+                "num_frames"
+            )
         if self._sampling and self.fps is not None:
             raise UserError(f"{where} is a list of frames, whose rate is not known; give num_frames instead of fps")
         return [frames[i] for i in self._positions(len(frames), None)]
@@ -91,7 +96,7 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
         if self._sampling and self.num_frames is not None:
             count = min(count, self.num_frames)
         elif self._sampling and self.fps is not None and rate:
-            count = min(count, max(1, round(total * self.fps / rate)))
+            count = min(count, max(1, int(total / rate * self.fps)))
         if self.max_frames is not None:
             count = min(count, self.max_frames)
         if count == total:

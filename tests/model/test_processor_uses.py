@@ -222,8 +222,9 @@ def test_auto_classes_and_pipeline_take_the_folder(saved: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(saved)
     assert isinstance(model, FlamingoForConditionalGeneration)
     chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
-    for pipe in (pipeline("image-text-to-text", model=str(saved)),
-                 pipeline("image-text-to-text", model=model, processor=processor)):  # fmt: skip
+    from_folder: Any = pipeline("image-text-to-text", model=str(saved))
+    from_objects: Any = pipeline("image-text-to-text", model=model, processor=processor)
+    for pipe in (from_folder, from_objects):
         assert pipe(text="<image>a", images=[picture()], max_new_tokens=2)[0]["generated_text"].startswith("<image>a")
         assert pipe(text=chat, max_new_tokens=2)[0]["generated_text"][-1]["role"] == "assistant"
 
