@@ -79,8 +79,8 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
             raise UserError(f"{where} is a clip without frames")
         if self.do_sample_frames and self.num_frames is None and isinstance(item, list | tuple):
             raise UserError(
-                f"{where}: Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or give "
-                "num_frames"
+                f"{where}: Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or "
+                "give num_frames"
             )
         if self._sampling and self.fps is not None:
             raise UserError(f"{where} is a list of frames, whose rate is not known; give num_frames instead of fps")
