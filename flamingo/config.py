@@ -16,13 +16,12 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 import flamingo.mosaic_gpt.configuration  # noqa: F401  (makes its model type known to transformers)
+from flamingo.constants import OPENAI_MEAN as OPENAI_MEAN
+from flamingo.constants import OPENAI_STD as OPENAI_STD
 from flamingo.errors import UserError
 from flamingo.layers.attention import ACTIVATIONS, NORMS
 from flamingo.layers.connector import connector_class
 from flamingo.options import choice, from_dict, positive
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 VISION_KINDS = ("open_clip", "transformers", "module")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")

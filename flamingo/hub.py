@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from flamingo.errors import UserError, first_line
 
@@ -37,6 +41,58 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
                 "reachable; give a folder or a built module"
             ) from error
         raise UserError(f"the {what} {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: dict[str, Any]) -> Any:
+    """Return `load(name, **options)` of a folder that has `file`, of the local cache, or of the hub.
+
+    `options` are transformers' (`subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`, ...).
+
+    Raises:
+        UserError: there is no `what`, or its name needs a network that is not there.
+    """
+    if name is None:  # transformers: everything comes from the options
+        return load(name, **options)
+    folder = Path(name) / (options.get("subfolder") or "")
+    local = Path(name).exists()
+    if local and not (folder / file).is_file() and options.get("config") is None:
+        raise UserError(f"{folder} holds no Flamingo {what}: {file} is missing")
+    if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))):
+        raise UserError(f"{folder} holds no Flamingo {what}: there is no such folder, and it is not a name on the hub")
+    online = not local and not options.get("local_files_only") and hub_reachable()
+    if not local and not online:
+        options = {**options, "local_files_only": True}
+        if cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **_where(options)) is None:
+            raise UserError(
+                f"the name {name} holds no Flamingo {what} ({file} is missing): it is neither a local folder nor in "
+                "the local cache, and the hub is not reachable or not meant"
+            )
+    try:
+        return load(name, **options)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {first_line(error)}") from error
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    return {**given, "_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
+
+
+def push_folder(saved: Any, repo_id: str, **options: Any) -> Any:
+    """Upload what `saved.save_pretrained` writes, model card included; a card that the repository has already is kept.
+
+    transformers' own `push_to_hub` puts an empty card over it. `options`: `commit_message`, `commit_description`,
+    `private`, `token`, `revision`, `create_pr`, and what `save_pretrained` takes.
+    """
+    commit = {name: options.pop(name, None) for name in ("commit_message", "commit_description", "create_pr")}
+    revision = options.pop("revision", None)
+    api = HfApi(token=options.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        saved.save_pretrained(folder, **options)
+        kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit)
 
 
 def read_safetensors(file: str | Path) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -37,9 +38,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from flamingo import hub
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.hub import hub_reachable
 from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
 from flamingo.inference.media_cache import ImageInputs, MediaCache
@@ -51,6 +52,7 @@ from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
+from flamingo.model_card import write_card
 from flamingo.vision.encoder import (
     VisionEncoder,
     build_encoder,
@@ -117,6 +119,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
     policy: dict[str, str]
+    push_to_hub = hub.push_folder  # type: ignore[assignment]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -243,24 +246,20 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         Raises:
             UserError: the folder holds no `config.json`, or a name needs a network that is not there.
         """
-        name = pretrained_model_name_or_path
-        if name is None:
-            if options.get("config") is None or options.get("state_dict") is None:
-                raise UserError("from_pretrained(None) needs config=... and state_dict=...; or give a folder or a name")
-        elif not (folder := Path(name)).exists():
-            options.setdefault("local_files_only", not hub_reachable())  # else every try takes a minute
-        elif not (folder / (options.get("subfolder") or "") / "config.json").is_file() and "config" not in options:
-            raise UserError(f"{folder / (options.get('subfolder') or '')} holds no model: config.json is missing")
+        if pretrained_model_name_or_path is None and (
+            options.get("config") is None or options.get("state_dict") is None
+        ):
+            raise UserError("from_pretrained(None) needs config=... and state_dict=...; or give a folder or a name")
         built = {"vision_module": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
-        try:
-            loaded = super().from_pretrained(name, *args, **options)
-        except OSError as error:
-            if not options.get("local_files_only"):
-                raise
-            raise UserError(
-                f"{name} is neither a folder nor in the local cache, and the hub is not reachable or not meant"
-            ) from error
+        load = super().from_pretrained
+        loaded = hub.loaded(
+            lambda name, **rest: load(name, *args, **rest),
+            pretrained_model_name_or_path,
+            "model",
+            "config.json",
+            options,
+        )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze(model.policy)  # loading makes some parameters anew, and those would train
         return loaded
@@ -281,6 +280,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 f"built_modules=True and give {', '.join(f'{name}=...' for name in names)} to from_pretrained"
             )
         super().save_pretrained(save_directory, *args, **options)
+        write_card(Path(save_directory), self)
 
 
 class EncodesMedia(FlamingoPreTrainedModel):
@@ -608,7 +608,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
 
 
-for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+# AutoModel too: there is no model without a head.
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
 
 

@@ -1,132 +1,331 @@
-"""Prompts of text and images to tensors, and tokens back to text.
+"""Prompts of text and images to tensors, and tokens back to text: a transformers processor.
 
-Text is tokenised part by part and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
-tokens of a sentence do not depend on what stands beside it, and training documents and prompts agree. In chat-style
-lists and in `encode_text` such a tag inside a user's text is plain text; in a prompt given as one string it is the tag.
+Notable: text is tokenised piece by piece and the ids of `<image>` and `<|endofchunk|>` are spliced in between, so the
+tokens of a sentence do not depend on what stands beside it, and training documents and prompts agree. A prompt given
+as one string is trusted: special tokens in it are special. What stands in chat-style lists and in `encode_text` is a
+user's: it cannot forge a tag or a turn (`processing/rows.py`). The result is tensors unless `return_tensors="np"`.
 
 Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in pixels.
 """
 
-from __future__ import annotations
-
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+# No `from __future__ import annotations`: transformers reads the types of the options while it runs.
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoVideoProcessor,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+)
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
-import flamingo.config  # noqa: F401  (makes the model type of a saved folder known to transformers)
+from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
-from flamingo.vision.transform import ImageInput, ImageTransform, to_rgb
+from flamingo.hub import loaded, push_folder
+from flamingo.processing import chat
+from flamingo.processing.begin import start_ids
+from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
+from flamingo.processing.media import by_row, looks_like_text, row_media
+from flamingo.processing.rows import PromptTokenizer, Row, Tag, Text, control_tokens
+from flamingo.processing.video_processor import FlamingoVideoProcessor, FlamingoVideosKwargs, stacked
+from flamingo.vision.transform import ImageInput, ImageTransform
 
 IMAGE_TOKEN, EOC_TOKEN, PAD_TOKEN = "<image>", "<|endofchunk|>", "<pad>"
 PROCESSOR_FILE = "processor_config.json"
+FINDER_FILE = "flamingo_for_auto_processor.py"
+"""Beside a saved processor. Without it AutoProcessor gives who forgot `import flamingo` the bare tokenizer, silently;
+with it, it asks for `trust_remote_code`, and the file brings our class or says what to install."""
+FINDER = '''"""AutoProcessor finds the processor of this folder after `import flamingo` (pip install flamingo-vlm)."""
 
-PromptParts = list[str | int]
-"""A row before tokenisation: texts, and ids of special tokens."""
+try:
+    from flamingo import FlamingoProcessor
+except ImportError as error:
+    raise ImportError("this folder is a Flamingo: pip install flamingo-vlm, then import flamingo") from error
+'''
+HONOURED = {
+    "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
+    "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
+    "verbose", "return_mm_token_type_ids",
+}  # fmt: skip
+"""Options of text that are followed; others of transformers' are refused where they ask for something."""
 
 
-class FlamingoProcessor:
-    """Tokenizer and image transform of one model.
+class FlamingoTextKwargs(TextKwargs, total=False):
+    """Options of text in a call. `split_special_tokens`: the text is a user's, and nothing in it is a special token."""
+
+    split_special_tokens: bool
+
+
+class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call."""
+
+    text_kwargs: FlamingoTextKwargs  # type: ignore[misc]
+    images_kwargs: FlamingoImagesKwargs  # type: ignore[misc]
+    videos_kwargs: FlamingoVideosKwargs  # type: ignore[misc]
+
+
+class FlamingoProcessor(ProcessorMixin):
+    """Tokenizer, image processor and video processor of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
-    `new_tokens` says which ones were added when a saved tokenizer has them already; the first two are the tag of a
+    `new_tokens` says which ones were added when a saved tokenizer has them already; the first two are the tag of an
     image and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
-    in front of and behind every image, once between two of them (IDEFICS).
+    in front of and behind every image, once between two of them (IDEFICS). `image_processor` may be an
+    `ImageTransform`; `video_processor` then does the same with the frames of clips, of which it keeps `max_frames`.
+    `chat_template` is the tokenizer's own where none is given. `tokenizer.padding_side` becomes "left".
     """
+
+    valid_processor_kwargs = FlamingoProcessorKwargs  # type: ignore[assignment]
+    push_to_hub = push_folder
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_transform: ImageTransform,
-        *,
+        image_processor: FlamingoImageProcessor | ImageTransform,
+        video_processor: FlamingoVideoProcessor | None = None,
+        chat_template: str | dict[str, str] | None = None,
         max_frames: int | None = None,
         new_tokens: Sequence[str] = (),
         around_image: str | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.image_transform = image_transform
-        self.max_frames = max_frames
+        if isinstance(image_processor, ImageTransform):
+            image_processor = FlamingoImageProcessor.of_transform(image_processor)
+        if not isinstance(image_processor, FlamingoImageProcessor):
+            raise TypeError(f"image_processor is a {type(image_processor).__name__}, not a FlamingoImageProcessor")
+        if video_processor is None:
+            video_processor = FlamingoVideoProcessor.of_transform(image_processor.transform)
+        if max_frames is not None:
+            video_processor.max_frames = max_frames
+        if chat_template is None:
+            chat_template = tokenizer.chat_template
+        super().__init__(tokenizer, image_processor, video_processor, chat_template=chat_template)
+        tokenizer.padding_side = "left"
         added = list(new_tokens) or [IMAGE_TOKEN, EOC_TOKEN]
+        known = tokenizer.added_tokens_encoder
+        if not new_tokens and tokenizer.pad_token == PAD_TOKEN and known.get(PAD_TOKEN, -1) > known.get(IMAGE_TOKEN, 0):
+            added.append(PAD_TOKEN)  # a saved tokenizer, to which it was added behind the others
         if tokenizer.pad_token is None:
             tokenizer.pad_token = PAD_TOKEN
             added.append(PAD_TOKEN)
         self.new_tokens = added
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in added], special_tokens=True)
         self.new_token_ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]  # type: ignore[arg-type]
+        self.image_token, self.eoc_token = added[:2]
+        self.video_token = "<video>"
         self.image_token_id, self.eoc_token_id = self.new_token_ids[:2]
+        self.video_token_id = self.image_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.eoc_token = added[1]
         self.around_image = around_image
-        self._tag_ids = {added[0]: self.image_token_id, self.eoc_token: self.eoc_token_id}
-        if around_image is not None:
-            self._tag_ids[around_image] = int(tokenizer.convert_tokens_to_ids(around_image))  # type: ignore[arg-type]
-        self._tags = re.compile(f"({'|'.join(map(re.escape, self._tag_ids))})")
+        self.auto_map = {"AutoProcessor": f"{FINDER_FILE.removesuffix('.py')}.FlamingoProcessor"}
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What each row begins with: what the LM's own tokenizer puts in front of a text, often nothing."""
+        return start_ids(self.tokenizer)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that each row begins with; None where the LM's tokenizer adds none, even if it has one."""
+        return next(iter(self.start_ids), None)
+
+    @property
+    def image_transform(self) -> ImageTransform:
+        """What makes an image square, for training and evaluation as well."""
+        transform: ImageTransform = self.image_processor.transform
+        return transform
+
+    @image_transform.setter
+    def image_transform(self, transform: ImageTransform) -> None:
+        self.image_processor = FlamingoImageProcessor.of_transform(transform)
+        self.video_processor = FlamingoVideoProcessor.of_transform(transform, max_frames=self.max_frames)
+
+    @property
+    def max_frames(self) -> int | None:
+        """The most frames that are kept of a clip."""
+        frames: int | None = self.video_processor.max_frames
+        return frames
+
+    @max_frames.setter
+    def max_frames(self, frames: int | None) -> None:
+        self.video_processor.max_frames = frames
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names of what a call may return; `frame_counts` only where clips differ in length."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts"]
+
+    @property
+    def _prompts(self) -> PromptTokenizer:
+        ids = dict(zip(self.new_tokens[:2], self.new_token_ids, strict=False))
+        around = None
+        if self.around_image is not None:
+            around = ids[self.around_image] = int(self.tokenizer.convert_tokens_to_ids(self.around_image))
+        return PromptTokenizer(self.tokenizer, ids, self.image_token_id, self.eoc_token_id, around)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text: nothing is added, and a tag inside it is not special."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def __call__(
-        self,
-        images: Sequence[Any] | None = None,
-        text: str | Sequence[Any] | None = None,
-        *,
-        padding_side: str = "left",
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Return `input_ids`, `attention_mask` (B, T), `pixel_values` (I, F, C, S, S) uint8 and `image_counts` (B,).
 
         Where the images and clips have different numbers of frames, `pixel_values` is the stack of all their frames
         (N, C, S, S), and `frame_counts` (I,) says how many each has.
 
         Args:
-            images: for each row its images (PIL, path, bytes, array or uint8 (3, h, w) tensor); a list of frames is
-                a clip. For a single row the list of its images is enough.
-            text: for each row a string with `<image>` tags, or a chat-style list of `{"type": "image" | "video" |
-                "text", ...}` (or of messages with such a `content`), which may carry its images itself.
-            padding_side: "left" to generate, "right" to train.
+            images: for each row its images (PIL, path, URL, bytes, array or uint8 (3, h, w) tensor); a list of frames
+                is a clip. For a single row the list of its images, or one image, is enough; a flat list is dealt out
+                to the rows' tags in order.
+            text: for each row a string with `<image>` tags; or a list of parts `{"type": "image" | "video" | "text",
+                ...}`, which may carry its images itself (`image`, `path`, `url`, `base64`); or messages with roles,
+                which go through the chat template, so that the model answers next or goes on with its last message.
+            videos: like `images`: clips as files, URLs, arrays (F, h, w, 3) or lists of frames. Where a row has both,
+                `<video>` in its text stands for the next clip and `<image>` for the next image.
+            kwargs: as for other processors. `padding_side`: "left" (the tokenizer's, to generate) or "right" (to
+                train). `split_special_tokens=True`: the text is a user's, and nothing in it is a special token.
+                `truncation=True`: of a row longer than `max_length` whole examples go from the left, with their
+                images; then text is cut on the tokenizer's `truncation_side`, but never an image's tag.
 
         Raises:
-            UserError: a row's tags and images differ in number, or an image cannot be decoded; names the row.
+            UserError: a row's tags and images differ in number, an image cannot be decoded (names the row), or an
+                option that cannot be followed.
         """
-        single = isinstance(text, str) or (
-            isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping)
-        )
-        texts: list[Any] = [text] if single else list(text or [])
+        if looks_like_text(images, self.image_token) and not looks_like_text(text, self.image_token):
+            images, text = text, images
+        options = self._options(kwargs)
+        texts = [text] if isinstance(text, str) or chat.is_chat(text) else list([] if text is None else text)
         if not texts:
-            raise UserError("the processor needs text, one string or chat-style list a row")
-        given = _images_by_row(images, len(texts))
-        rows, images_by_row = [], []
-        for index, (item, own) in enumerate(zip(texts, given, strict=True)):
-            row, inline = self._parse(item, index)
-            if inline and own:
-                raise UserError(f"row {index} has images both in its chat-style list and in images=")
-            rows.append(row)
-            images_by_row.append(inline or own)
-            tags = sum(part == self.image_token_id for part in row)
-            if tags != len(images_by_row[-1]):
-                raise UserError(f"row {index} has {tags} {IMAGE_TOKEN} tags but {len(images_by_row[-1])} images")
-        data = self.pad([self._ids(row) for row in rows], padding_side)
-        data |= self._pixels(images_by_row)
-        data["image_counts"] = torch.tensor([len(row) for row in images_by_row])
-        return BatchFeature(data)
+            raise UserError(
+                "the processor needs text, one string or chat-style list a row; for pixels alone there are "
+                "processor.image_processor and processor.video_processor"
+            )
+        text_options = options["text_kwargs"]
+        rows, inline = self._rows(texts, text_options)
+        tags = [len(row.tags) for row in rows]
+        given_images, given_videos = by_row(images, tags, "images"), by_row(videos, tags, "videos")
+        media = [
+            row_media(f"row {i}", rows[i].tags, inline[i], given_images[i], given_videos[i]) for i in range(len(rows))
+        ]
+        self._truncate(rows, media, text_options)
+        data = self._padded([row.ids for row in rows], text_options)
+        data |= self._pixels(media, options)
+        data["image_counts"] = torch.tensor([len(row) for row in media])
+        if text_options.get("return_mm_token_type_ids"):
+            data["mm_token_type_ids"] = (data["input_ids"] == self.image_token_id).long()
+        if text_options.get("return_offsets_mapping"):
+            out = as_asked(data, None)
+            out["offset_mapping"] = self._spans(rows, data["attention_mask"])
+            return out
+        return as_asked(data, text_options.get("return_tensors"))
 
-    def pad(self, ids: Sequence[Sequence[int]], padding_side: str = "left") -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` (B, T) of rows of different lengths.
+    def _options(self, given: Any) -> dict[str, Any]:
+        """Return the options of a call by modality.
+
+        Raises:
+            UserError: an option that is unknown, or that asks for what cannot be had.
+        """
+        nested = ("text_kwargs", "images_kwargs", "videos_kwargs")
+        known = set().union(*(self.valid_processor_kwargs.__annotations__[name].__annotations__ for name in nested))
+        known |= {*nested, "common_kwargs", "return_mm_token_type_ids", "return_text_replacement_offsets"}
+        for name, value in given.items():
+            if name not in known and value is not None:
+                raise UserError(f"the processor has no option {name!r}")
+        given = {name: value for name, value in given.items() if name in known}
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given)
+        followed = {*HONOURED, "return_offsets_mapping"}
+        for name, value in options["text_kwargs"].items():
+            if name not in followed and value:
+                raise UserError(f"{name}={value!r} cannot be followed: the processor makes the rows of a Flamingo only")
+        return options
+
+    def _rows(self, texts: list[Any], options: dict[str, Any]) -> tuple[list[Row], list[list[tuple[str, Any]]]]:
+        """Return each row's tokens, and the images and clips that it carries itself."""
+        prompts, start = self._prompts, self._start(options)
+        rows, inline = [], []
+        for index, item in enumerate(texts):
+            pieces, carried = self._parse(prompts, item, f"row {index}", bool(options.get("split_special_tokens")))
+            row = prompts.row(pieces, start, spans=bool(options.get("return_offsets_mapping")))
+            if not row.ids:
+                if self.tokenizer.bos_token_id is None:
+                    raise UserError(f"row {index} is empty, and the tokenizer has no token to begin with; give text")
+                row.ids = [self.tokenizer.bos_token_id]  # as transformers' generate begins where there is no prompt
+            rows.append(row)
+            inline.append(carried)
+        return rows, inline
+
+    def _start(self, options: dict[str, Any]) -> list[int]:
+        return [] if options.get("add_special_tokens") is False else self.start_ids
+
+    def _parse(
+        self, prompts: PromptTokenizer, item: Any, where: str, plain: bool
+    ) -> tuple[list[Text | Tag], list[tuple[str, Any]]]:
+        """Return a row's texts and tags, and the images and clips that a chat-style list carries."""
+        if isinstance(item, str):
+            return prompts.pieces(item, plain=plain), []
+        if not isinstance(item, list | tuple):
+            raise UserError(f"{where} of the text is a {type(item).__name__}; give a string or a chat-style list")
+        if item and chat.is_message(item[0]):
+            goes_on = item[-1].get("role") == "assistant"
+            flags = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+            prompt, _ = self._rendered(self._messages(item), where, **flags)
+            return prompts.pieces(prompt), chat.media_of(item, where)[0]
+        pieces: list[Text | Tag] = []
+        media: list[tuple[str, Any]] = []
+        for part in chat.parts_of(item, where):
+            if part["type"] == "text":
+                pieces += prompts.pieces(part["text"], plain=not part.get("special_tokens"))
+                continue
+            end = self.eoc_token if pieces else ""
+            pieces += prompts.pieces(f"{end}{self.image_token if part['type'] == 'image' else self.video_token}")
+            if (source := chat.source_of(part)) is not None:
+                media.append((part["type"], source))
+        return pieces, media
+
+    def _truncate(self, rows: list[Row], media: list[list[Any]], options: dict[str, Any]) -> None:
+        """Cut the rows in place, and take the images of what is gone."""
+        if options.get("truncation") in (None, False, "do_not_truncate"):
+            return
+        limit = options.get("max_length") or self.tokenizer.model_max_length
+        start = len(self._start(options))
+        for index, row in enumerate(rows):
+            if len(row.ids) > limit:
+                if options.get("return_offsets_mapping"):
+                    raise UserError("a row is longer than max_length, and offsets of a truncated row are not kept")
+                rows[index], lost = self._prompts.truncated(row, limit, start, f"row {index}")
+                media[index] = media[index][lost:]
+
+    def _padded(self, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Tensor]:
+        padding = getattr(options.get("padding"), "value", options.get("padding"))
+        if padding in (False, "do_not_pad") and len({len(row) for row in ids}) > 1:
+            raise UserError("the rows differ in length, and tensors of them need padding; leave padding=True")
+        length = max(map(len, ids))
+        if padding == "max_length":
+            length = max(length, options.get("max_length") or length)
+        multiple = options.get("pad_to_multiple_of") or 1
+        data = self.pad(ids, options.get("padding_side"), length=-(-length // multiple) * multiple)
+        if options.get("return_attention_mask") is False:
+            del data["attention_mask"]
+        return data
+
+    def pad(
+        self, ids: Sequence[Sequence[int]], padding_side: str | None = None, length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` (B, T) of rows of different lengths, T at least `length`.
 
         Raises:
             UserError: a `padding_side` that is neither "left" nor "right".
         """
+        padding_side = padding_side or self.tokenizer.padding_side
         if padding_side not in ("left", "right"):
             raise UserError(f"padding_side={padding_side!r} must be 'left' or 'right'")
-        length = max(len(row) for row in ids)
+        length = max(length or 0, *(len(row) for row in ids))
         input_ids = torch.full((len(ids), length), self.pad_token_id)
         mask = torch.zeros_like(input_ids)
         for out, seen, row in zip(input_ids, mask, ids, strict=True):
@@ -134,6 +333,126 @@ class FlamingoProcessor:
             out[span] = torch.tensor(row, dtype=torch.long)
             seen[span] = 1
         return {"input_ids": input_ids, "attention_mask": mask}
+
+    def _pixels(self, media: list[list[tuple[str, Any]]], options: dict[str, Any]) -> dict[str, Tensor]:
+        images = self.image_processor.with_options(options["images_kwargs"])
+        videos = self.video_processor.with_options(options["videos_kwargs"])
+        clips = []
+        for index, row in enumerate(media):
+            for place, (kind, item) in enumerate(row):
+                where = f"image {place} of row {index}"
+                one = kind == "image" and not isinstance(item, list | tuple) and getattr(item, "ndim", 0) != 4
+                clips.append(images.frames([item], where) if one else videos.clip(item, where))
+        if not clips:
+            size = images.size["height"]
+            return {"pixel_values": torch.zeros(0, 1, 3, size, size, dtype=torch.uint8)}
+        return stacked(clips)
+
+    def _spans(self, rows: list[Row], mask: Tensor) -> list[list[tuple[int, int]]]:
+        """Return each token's characters, (0, 0) for padding."""
+        spans: list[list[tuple[int, int]]] = [[(0, 0)] * mask.shape[1] for _ in rows]
+        for out, row, seen in zip(spans, rows, mask, strict=True):
+            for place, span in zip(seen.nonzero()[:, 0].tolist(), row.spans, strict=True):
+                out[place] = span
+        return spans
+
+    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
+        template, options = flags.pop("chat_template", None), flags.pop("template_options", {})
+        if template is None and self.chat_template is None:
+            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
+        template = self._resolve_template(template)
+        tags = [*self.new_tokens, self.video_token, *([self.around_image] if self.around_image else [])]
+        pattern = control_tokens(self.tokenizer, tags, template)
+        options = {**self.tokenizer.special_tokens_map, **options}
+        renderer = chat.ChatRenderer(template, pattern, self.image_token, options)
+        return renderer.render(messages, where, **flags)
+
+    def _resolve_template(self, given: str | None) -> str:
+        """Return the template of a name, or the one that is given or kept."""
+        known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if given is not None:
+            return known.get(given) or given
+        if known.get("default") is None:
+            raise UserError(f"the processor has the chat templates {', '.join(known)}; name one: chat_template=...")
+        return str(known["default"])
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: Any = "auto",
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the prompt of messages (of a list of conversations: prompts); with `tokenize` ids, or all inputs.
+
+        As transformers' processors do it. What users wrote cannot forge a tag or a turn, in the returned text neither:
+        control tokens in it stand between marks that the processor takes away. `{"type": "text", "text": ...,
+        "special_tokens": True}` is trusted. A template that knows no images gets `<image>` inside the text.
+
+        `processor_kwargs` are options of the processor's call, `images` for parts that carry none among them; `kwargs`
+        are variables of the template, or such options as well. `return_assistant_tokens_mask` adds `assistant_masks`
+        (B, T), for templates with `{% generation %}`.
+
+        Raises:
+            UserError: no template, or one that cannot write these messages.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise UserError("add_generation_prompt and continue_final_message exclude each other; give one of them")
+        masked = return_assistant_tokens_mask
+        if masked and (continue_final_message or not (tokenize and return_dict)):
+            raise UserError("return_assistant_tokens_mask needs tokenize=True, return_dict=True and a closed message")
+        for_call, variables = _sorted_options(kwargs)
+        flags = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "return_assistant_tokens_mask": masked,
+            "chat_template": chat_template,
+            "template_options": {**variables, "tools": tools, "documents": documents},
+        }
+        one = not (
+            isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
+        )
+        chats = [self._messages(messages) for messages in ([conversation] if one else conversation)]
+        rendered = [self._rendered(messages, f"row {i}", **flags) for i, messages in enumerate(chats)]
+        prompts = [prompt for prompt, _ in rendered]
+        if not tokenize:
+            return prompts[0] if one else prompts
+        options = {**(processor_kwargs or {}), **for_call, **({"return_offsets_mapping": True} if masked else {})}
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        out = self._of_prompts(prompts, chats, options, one)
+        if masked:
+            out["assistant_masks"] = _overlaps(out.pop("offset_mapping"), [found for _, found in rendered])
+        return out if return_dict else out["input_ids"]
+
+    def _of_prompts(self, prompts: list[str], chats: list[Any], options: dict[str, Any], one: bool) -> BatchFeature:
+        """Return the inputs of rendered chats, with the images that their messages carry or that the options give."""
+        options = {k: v for k, v in options.items() if k != "return_text_replacement_offsets"}
+        images, videos = options.pop("images", None), options.pop("videos", None)
+        carried = [chat.media_of(messages, f"row {i}")[0] for i, messages in enumerate(chats)]
+        if images is None and any(kind == "image" for row in carried for kind, _ in row):
+            images = [[item for kind, item in row if kind == "image"] for row in carried]
+        elif images is not None and one:
+            images = [images] if not isinstance(images, list | tuple) else images
+        if videos is None and any(kind == "video" for row in carried for kind, _ in row):
+            videos = [[item for kind, item in row if kind == "video"] for row in carried]
+        return self(images=images, text=prompts, videos=videos, **options)
+
+    @staticmethod
+    def _messages(conversation: Any) -> list[dict[str, Any]]:
+        messages = getattr(conversation, "messages", conversation)
+        if not isinstance(messages, list | tuple) or not messages or not all(map(chat.is_message, messages)):
+            raise UserError("a conversation is a list of messages, each a dict with 'role' and 'content'")
+        # As transformers does it: some programs write None for what is not there.
+        return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
     def prompt(
         self, demos: Sequence[tuple[ImageInput | None, str]], query: tuple[ImageInput | None, str]
@@ -148,10 +467,10 @@ class FlamingoProcessor:
         """
         chunks = [*demos, query]
         for _, text in chunks:
-            if self._tags.search(text):
+            if self._prompts.pattern.search(text):
                 raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
         images = [image for image, _ in chunks if image is not None]
-        return images, self.eoc_token.join(("" if p is None else IMAGE_TOKEN) + text for p, text in chunks)
+        return images, self.eoc_token.join(("" if p is None else self.image_token) + text for p, text in chunks)
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """Return the text of each row of ids, without special tokens unless `skip_special_tokens=False`."""
@@ -161,105 +480,93 @@ class FlamingoProcessor:
         """Return the text of one row of ids, without special tokens unless `skip_special_tokens=False`."""
         return self.tokenizer.decode(ids, **{"skip_special_tokens": True, **options})
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer and `processor_config.json`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        document = {
-            "max_frames": self.max_frames,
-            "new_tokens": self.new_tokens,
-            "around_image": self.around_image,
-            "image_transform": asdict(self.image_transform),
-        }
-        (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(document, indent=2) + "\n")
+    def batch_decode_new(self, out: Any, inputs: Any, **options: Any) -> list[str]:
+        """Return the text that `generate` added to each row: `out` is what it gave for `inputs`.
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> FlamingoProcessor:
-        """Read what `save_pretrained` wrote.
+        `out` may hold several sequences a prompt; options as of `batch_decode`.
 
         Raises:
-            UserError: the folder holds no processor.
+            UserError: the rows of `out` do not begin with the prompts.
         """
-        file = Path(folder) / PROCESSOR_FILE
-        if not file.is_file():
-            raise UserError(f"{folder} holds no Flamingo processor: {PROCESSOR_FILE} is missing")
-        document = json.loads(file.read_text())
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        transform = ImageTransform(**document.pop("image_transform"))
-        return cls(tokenizer, transform, **document)
+        rows = getattr(out, "sequences", out)
+        prompts = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
+        mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+        mask = torch.ones_like(prompts) if mask is None else mask
+        length, copies = prompts.shape[1], len(rows) // max(len(prompts), 1)
+        begins = len(rows) == copies * len(prompts) and rows.shape[1] >= length
+        if begins:  # generate moves padding to the left
+            order = mask.bool().long().argsort(dim=1, stable=True)
+            moved, seen = (x.gather(1, order).repeat_interleave(copies, 0).to(rows.device) for x in (prompts, mask))
+            begins = bool(((rows[:, :length] == moved) | (seen == 0)).all())
+        if not begins:
+            raise UserError("these rows do not begin with these prompts; give what generate returned for these inputs")
+        return self.batch_decode(rows[:, length:], **options)
 
-    def _parse(self, item: Any, index: int) -> tuple[PromptParts, list[Any]]:
-        """Return a row's parts, and the images that a chat-style list carries."""
-        if isinstance(item, str):
-            return [self._tag_ids.get(part, part) for part in self._tags.split(item) if part], []
-        row: PromptParts = []
-        images = []
-        for node in _nodes(item):
-            kind = node.get("type")
-            if kind == "text":
-                row.append(str(node["text"]))
-            elif kind in ("image", "video"):
-                row += [self.eoc_token_id, self.image_token_id] if row else [self.image_token_id]
-                if (image := node.get(kind)) is not None:
-                    images.append(list(image) if kind == "video" else image)
-            else:
-                raise UserError(f"row {index} has a part of type {kind!r}; known are text, image and video")
-        return row, images
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the text of each generated row, prompts included, as transformers' pipeline asks for it."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def _ids(self, row: PromptParts) -> list[int]:
-        ids = [] if self.bos_token_id is None else [self.bos_token_id]
-        for part in row if self.around_image is None else self._surrounded(row, self._tag_ids[self.around_image]):
-            ids += [part] if isinstance(part, int) else self.encode_text(part)
-        return ids
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
+        """Write tokenizer, chat template and `processor_config.json`, as transformers' processors do."""
+        if push_to_hub:
+            raise UserError("save_pretrained does not push; call push_to_hub(repo_id)")
+        files = [str(file) for file in super().save_pretrained(str(save_directory), **options)]
+        (Path(save_directory) / FINDER_FILE).write_text(FINDER)
+        return files
 
-    def _surrounded(self, row: PromptParts, around: int) -> PromptParts:
-        """Return the row with the id `around` on both sides of each image, where it is not there already."""
-        out: PromptParts = []
-        for part in row:
-            if part == self.image_token_id and out[-1:] != [around]:
-                out.append(around)
-            if part == around and out[-1:] == [around]:
-                continue
-            out += [part, around] if part == self.image_token_id else [part]
-        return out
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
+        """Do nothing: the class is registered, and a saved folder holds no copy of this package's code."""
 
-    def _pixels(self, images: list[list[Any]]) -> dict[str, Tensor]:
-        clips = [
-            self._clip(item, f"image {j} of row {r}") for r, row in enumerate(images) for j, item in enumerate(row)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # type: ignore[override]
+        """Read what `save_pretrained` wrote: a folder, or a name on the hub with `revision`, `subfolder`, `token`, ...
+
+        Raises:
+            UserError: there is no processor, or a name needs a network that is not there.
+        """
+        return loaded(super().from_pretrained, pretrained_model_name_or_path, "processor", PROCESSOR_FILE, options)
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return a saved processor; unlike a new one it keeps its tokenizer's `padding_side`."""
+        options = {**processor_dict, **kwargs}
+        settings = {
+            n: options.pop(n) for n in ("chat_template", "max_frames", "new_tokens", "around_image") if n in options
+        }
+        parts = [kwargs.pop(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)]
+        side = parts[0].padding_side
+        processor = cls(*parts, **settings)
+        processor.tokenizer.padding_side = side
+        if not kwargs.pop("return_unused_kwargs", False):
+            return processor
+        return processor, {name: value for name, value in kwargs.items() if name not in settings}
+
+
+def _sorted_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which options are of the processor's call, and which are variables of a chat template."""
+    ours = (FlamingoTextKwargs, FlamingoImagesKwargs, FlamingoVideosKwargs)
+    given = {k: v for k, v in given.items() if k not in ("load_audio_from_video", "sanitize_control_tokens")}
+    for_call = {k: v for k, v in given.items() if any(k in kind.__annotations__ for kind in ours)}
+    return for_call, {k: v for k, v in given.items() if k not in for_call}
+
+
+def _overlaps(spans: list[list[tuple[int, int]]], wanted: list[list[tuple[int, int]]]) -> Tensor:
+    """Return which tokens (B, T) have a character in one of their row's spans."""
+    return torch.tensor(
+        [
+            [int(any(a < end and b > begin for begin, end in found)) for a, b in row]
+            for row, found in zip(spans, wanted, strict=True)
         ]
-        if not clips:
-            size = self.image_transform.size
-            return {"pixel_values": torch.zeros(0, 1, 3, size, size, dtype=torch.uint8)}
-        if len({len(clip) for clip in clips}) == 1:
-            return {"pixel_values": torch.stack(clips)}
-        return {"pixel_values": torch.cat(clips), "frame_counts": torch.tensor([len(clip) for clip in clips])}
-
-    def _clip(self, item: Any, where: str) -> Tensor:
-        """Return (F, C, S, S); of a clip longer than `max_frames`, frames at equal distances."""
-        frames = list(item) if isinstance(item, list | tuple) else [item]
-        if not frames:
-            raise UserError(f"{where} is a clip without frames")
-        if self.max_frames is not None and len(frames) > self.max_frames:
-            sampled = torch.linspace(0, len(frames) - 1, self.max_frames).round().long().tolist()
-            frames = [frames[i] for i in sampled]
-        return torch.stack([self.image_transform(to_rgb(frame, where)) for frame in frames])
+    )
 
 
-def _nodes(item: Any) -> list[Mapping[str, Any]]:
-    """Return the parts of a chat-style row; messages (`role`, `content`) are put one after the other."""
-    nodes: list[Mapping[str, Any]] = []
-    for node in item:
-        content: Any = node.get("content", [node])
-        nodes += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return nodes
-
-
-def _images_by_row(images: Sequence[Any] | None, rows: int) -> list[list[Any]]:
-    if images is None:
-        return [[] for _ in range(rows)]
-    listed = list(images)
-    if rows == 1 and not (len(listed) == 1 and isinstance(listed[0], list | tuple)):
-        return [listed]
-    if len(listed) != rows:
-        raise UserError(f"images has {len(listed)} lists for {rows} rows of text; give one list a row")
-    return [[] if row is None else list(row) if isinstance(row, list | tuple) else [row] for row in listed]
+AutoImageProcessor.register(
+    FlamingoConfig,
+    image_processor_classes={"torchvision": FlamingoImageProcessor, "pil": FlamingoImageProcessor},
+    exist_ok=True,
+)
+AutoVideoProcessor.register(FlamingoConfig, FlamingoVideoProcessor, exist_ok=True)
+AutoProcessor.register(FlamingoConfig, FlamingoProcessor, exist_ok=True)

@@ -25,6 +25,7 @@ from data.batches.tokenize import (
     CachedEncoder,
     SpecialTokens,
     TokenRow,
+    begin_of,
     crop_of,
     make_row,
     quick_encoder,
@@ -90,7 +91,7 @@ class FlamingoCollate:
             eoc=processor.eoc_token_id,
             eos=tokenizer.eos_token_id,
             pad=tokenizer.pad_token_id,
-            bos=tokenizer.bos_token_id,
+            bos=begin_of(tokenizer),
         )
         self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
@@ -192,7 +193,7 @@ class LanguageCollate:
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(NO_EOS)
-        self.eos, self.bos = int(tokenizer.eos_token_id), tokenizer.bos_token_id
+        self.eos, self.bos = int(tokenizer.eos_token_id), begin_of(tokenizer)
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.tokenizer = tokenizer
         self.encode = CachedEncoder(self._encode)

@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data.shards.document import Image, Node, Text
+from flamingo.errors import UserError
 from flamingo.labels import IGNORED
+from flamingo.processing.begin import start_ids
 
 # The tokenizers of transformers have mutable state and raise when two threads use one at once. A process forked
 # meanwhile gets a new lock: the thread that would release the old one does not exist there.
@@ -213,3 +215,15 @@ def _inside_chunks(ids: NDArray[np.int64], special: SpecialTokens) -> NDArray[np
         if token == special.eoc:
             open_chunk = False
     return inside
+
+
+def begin_of(tokenizer: Any) -> int | None:
+    """The token that begins a row: what the tokenizer itself puts in front of a text, which may be none.
+
+    Raises:
+        UserError: it puts several there.
+    """
+    begin = start_ids(tokenizer)
+    if len(begin) > 1:
+        raise UserError(f"the tokenizer begins a text with {len(begin)} tokens; rows can begin with one or none")
+    return begin[0] if begin else None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, make_row, tokenize_document
+from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, begin_of, make_row, tokenize_document
 from data.dataset import CROPS, LABEL_POLICIES
 from data.shards.document import Document
 from data.tools.show import TEMPLATES, figure
@@ -75,7 +75,7 @@ class SavedTokenizer:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(f"the tokenizer of {folder} has no end-of-text token; set its eos_token")
-        self.special = SpecialTokens(self.image, self.eoc, eos, eos, self.tokenizer.bos_token_id)
+        self.special = SpecialTokens(self.image, self.eoc, eos, eos, begin_of(self.tokenizer))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""

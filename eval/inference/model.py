@@ -53,7 +53,7 @@ class FlamingoResponder(Responder):
         self.model = (model if isinstance(model, FSDPModule) else model.to(torch.device(device))).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.device = torch.device(device)
-        self.start = () if processor.bos_token_id is None else (processor.bos_token_id,)
+        self.start = tuple(processor.start_ids)
         self.builder = PromptBuilder(processor, start=self.start, context=context_length(model))
         self.prefix = SharedPrefix(self.model) if share_prefix else None
         self._ends = {processor.eoc_token_id, processor.eos_token_id}

@@ -8,25 +8,32 @@ Letters: C channels (3, RGB), h and w the image's own size, S side in pixels.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv  # type: ignore[import-untyped]
 
-from flamingo.config import OPENAI_MEAN, OPENAI_STD
+from flamingo.constants import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
 
 MODES = ("squash", "crop", "pad", "pad_mean")
 ImageInput = Any
-"""PIL image, path, bytes of a file, (h, w, 3) uint8 array, (3, h, w) uint8 tensor; a list of them is a clip."""
+"""PIL image, path, URL, base64 text, bytes of a file, uint8 array or tensor of 1 to 3 (arrays: 4) channels in front or
+at the end; a list of them is a clip."""
+FETCH_SECONDS = 20.0
+"""How long an image's URL may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +98,19 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
     """Return any kind of image as a uint8 RGB tensor.
 
     Raises:
-        UserError: it cannot be decoded; `where` says which one.
+        UserError: it cannot be fetched or decoded; `where` says which one.
     """
     if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise UserError(f"{where} is a {image.dtype} tensor {tuple(image.shape)}; uint8 (3, h, w) is needed")
-        return image
+        return _tensor_to_rgb(image, where)
     try:
+        if isinstance(image, str):
+            image = read_source(image, where)
         if isinstance(image, bytes | bytearray):
             image = Image.open(io.BytesIO(image))
-        elif isinstance(image, str | Path):
+        elif isinstance(image, Path):
             image = Image.open(image)
         elif isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
+            image = _array_to_pil(image, where)
         if not isinstance(image, Image.Image):
             raise UserError(f"{where} is a {type(image).__name__}, not an image")
         return ImageTransform.to_rgb(image)
@@ -111,3 +118,54 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} cannot be decoded: {error}") from error
+
+
+def read_source(source: str, where: str = "the image") -> bytes | Path:
+    """Return what an URL, a `file:` or `data:` URL or base64 text holds; any other text is a path.
+
+    Raises:
+        UserError: the URL cannot be fetched.
+    """
+    if source.startswith(("http://", "https://")):
+        return _fetch(source, where)
+    if source.startswith("file://"):
+        return Path(unquote(urlparse(source).path))
+    if source.startswith("data:"):
+        return base64.b64decode(source.partition(",")[2])
+    # A path is as a rule shorter than any image in base64, and no path is longer than 4096 bytes.
+    if len(source) > 64 and (len(source) > 4096 or not Path(source).exists()):
+        try:
+            return base64.b64decode(source, validate=True)
+        except binascii.Error:
+            pass
+    return Path(source)
+
+
+def _fetch(url: str, where: str) -> bytes:
+    import httpx  # comes with huggingface_hub; only where an URL is given
+
+    try:
+        answer = httpx.get(url, timeout=FETCH_SECONDS, follow_redirects=True)
+        return answer.raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{where}: {url} cannot be fetched ({reason}); give a file, bytes or a PIL image") from error
+
+
+def _tensor_to_rgb(image: Tensor, where: str) -> UInt8[Tensor, "3 h w"]:
+    planes = image[None] if image.ndim == 2 else image
+    if planes.ndim == 3 and planes.shape[0] not in (1, 3) and planes.shape[2] in (1, 3):
+        planes = planes.permute(2, 0, 1)
+    if image.dtype != torch.uint8 or planes.ndim != 3 or planes.shape[0] not in (1, 3):
+        raise UserError(f"{where} is a {image.dtype} tensor {tuple(image.shape)}; uint8 (3, h, w) is needed")
+    return planes.expand(3, -1, -1) if planes.shape[0] == 1 else planes
+
+
+def _array_to_pil(image: NDArray[Any], where: str) -> Image.Image:
+    if image.ndim == 3 and image.shape[2] > 4 and image.shape[0] in (1, 3, 4):
+        image = np.moveaxis(image, 0, 2)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim == 3 and image.dtype != np.uint8:
+        raise UserError(f"{where} is a {image.dtype} array {image.shape}; uint8 (h, w, 3) from 0 to 255 is needed")
+    return Image.fromarray(np.ascontiguousarray(image))

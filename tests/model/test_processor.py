@@ -57,10 +57,10 @@ def test_chat_style_is_the_same_as_a_string(processor: FlamingoProcessor) -> Non
         {"type": "image", "image": second},
         {"type": "text", "text": "A"},
     ]
-    messages = [{"role": "user", "content": parts[:2]}, {"role": "user", "content": parts[2:]}]
-    for row in (parts, messages):
-        for batch in (processor(text=[row]), processor(text=row)):
-            assert all(torch.equal(batch[key], plain[key]) for key in plain)
+    for batch in (processor(text=[parts]), processor(text=parts)):
+        assert all(torch.equal(batch[key], plain[key]) for key in plain)
+    with pytest.raises(UserError, match="have roles, but neither"):
+        processor(text=[{"role": "user", "content": parts[:2]}, {"role": "user", "content": parts[2:]}])
     without = [{key: value for key, value in part.items() if key != "image"} for part in parts]
     assert torch.equal(processor(images=[[first, second]], text=[without])["pixel_values"], plain["pixel_values"])
     with pytest.raises(UserError, match="type 'sound'"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from tokenizers import processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -27,10 +28,15 @@ FAMILIES = ["gpt2", "opt", "llama", "gpt_neox"]
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes with the special tokens of a Llama before them."""
+    """A tokenizer of bytes with the special tokens of a Llama before them; with `bos` it puts `<s>` in front."""
     first = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     names = {role: token for role, token in first.items() if bos or role != "bos_token"}
-    return byte_tokenizer(list(first.values()), **names)
+    made = byte_tokenizer(list(first.values()), **names)
+    if bos:
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $0", special_tokens=[("<s>", 1)]
+        )
+    return made
 
 
 def lm_config(family: str, vocab: int = TOKENS, tied: bool | None = None) -> PreTrainedConfig:

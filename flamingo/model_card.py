@@ -1,0 +1,94 @@
+"""The model card that `save_pretrained` writes: what the library knows, and fields for people to fill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CARD = "README.md"
+_TEXT = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- flamingo
+# Fill in: the terms of the language model, of the encoder and of the training data all bind it.
+# license: ...
+# datasets: [...]
+---
+
+# {title}
+
+A Flamingo-style visual language model: a vision encoder, a Perceiver Resampler, and gated cross-attention blocks
+between the layers of a causal language model.
+
+## Shape
+
+| part | what | parameters |
+|---|---|---|
+| vision encoder | {vision}, {size} px | {vision_encoder:,} |
+| resampler | {latents} latents, {depth} layers, {frames} | {resampler:,} |
+| cross-attention | in front of {blocks} of {layers} layers | {cross_attn_blocks:,} |
+| language model | {language}, width {width} | {language_model:,} |
+| new tokens | {tokens} rows | {new_tokens:,} |
+| all | {trained:,} of them train | {total:,} |
+
+## How to load it
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import flamingo  # pip install flamingo-vlm; tells transformers what a Flamingo is
+
+model = AutoModelForImageTextToText.from_pretrained("THIS FOLDER OR NAME")
+processor = AutoProcessor.from_pretrained("THIS FOLDER OR NAME")
+inputs = processor(images=["image.jpg"], text="<image>A")
+print(processor.batch_decode_new(model.generate(**inputs, max_new_tokens=20, return_full_text=True), inputs))
+```
+
+## Intended use
+
+Prompts of images and text with a few examples in them, for research. It is not made for decisions about people; what it
+says of an image may be wrong. *Fill in: what it was made and tested for, and what it must not be used for.*
+
+## Training data
+
+*Fill in: data sets with their licences, how they were filtered, how many images and tokens were seen.*
+
+## Licence
+
+*Fill in: this model's licence, and those of the encoder and the language model, which bind it as well.*
+
+## Evaluation
+
+*Fill in: tasks, shots, decoding, scores and the command that gives them.*
+"""
+
+
+def write_card(folder: Path, model: Any) -> None:
+    """Write `README.md` beside a saved model, unless one is there."""
+    file = folder / CARD
+    if not folder.is_dir() or file.exists():
+        return
+    config, text = model.config, model.config.text_config.get_text_config(decoder=True)
+    parts = ("vision_encoder", "resampler", "cross_attn_blocks", "language_model", "new_tokens")
+    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts}
+    frames = config.resampler.max_frames
+    file.write_text(
+        _TEXT.format(
+            title=folder.resolve().name,
+            vision=config.vision.name or config.vision.kind,
+            size=config.vision.image_size,
+            latents=config.resampler.latents,
+            depth=config.resampler.depth,
+            frames="images" if frames is None else f"clips of up to {frames} frames",
+            blocks=len(config.cross_attn_layers),
+            layers=text.num_hidden_layers,
+            language=text.model_type,
+            width=text.hidden_size,
+            tokens=len(config.new_token_ids),
+            total=sum(sizes.values()),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            **sizes,
+        )
+    )
