@@ -118,6 +118,8 @@ def dataset_specs(group: str, datasets: Mapping[str, Mapping[str, Any]], problem
     for name, values in datasets.items():
         spec, clauses = examine(DatasetSpec, {"name": name, **values}, f"{group}.datasets.{name}")
         problems += clauses
+        if not values.get("shards"):
+            problems.append(f"{group}.datasets.{name}.shards is missing: name at least one tar, folder or pattern")
         if spec is not None:
             specs.append(spec)
     return specs

@@ -171,9 +171,9 @@ def test_verify_finds_every_planted_fault(tmp_path: Path) -> None:
         "image.tar, row 1 (key 'l'): image 0 is not an image",
         "json.tar, row 0 (key 'k'): bad text or JSON: JSON cannot be read",
         "few.tar, row 0 (key 'k'): its nodes name image 0 but it has 0 images",
-        "documents-000001.tar is in the folder's manifest and missing",
+        "documents-000001.tar is in the folder's manifest but missing",
         "extra/more.tar is not in the folder's manifest",
-        "extra/documents-000000.tar is in the folder's manifest and missing",
+        "extra/documents-000000.tar is in the folder's manifest but missing",
     ):
         assert sum(piece in fault for fault in faults) == 1, (piece, faults)
     assert len(faults) == 10

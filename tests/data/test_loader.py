@@ -263,11 +263,10 @@ def test_rare_bad_samples_never_stop_a_run() -> None:
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"kind": "video"}, "kind=video is not one of interleaved, pairs, text"),
         ({"labels": "all"}, "labels=all is not one of text, openflamingo"),
-        ({"window": "end"}, "window=end is not one of random, start"),
+        ({"crop": "end"}, "crop=end is not one of random, start"),
         ({"max_tokens": 1}, "max_tokens=1"),
         ({"lanes": 3}, "lanes=3 must divide batch_size=4"),
         ({"next_image_probability": 1.5}, "next_image_probability=1.5 must be at most 1"),
-        ({"shards": []}, "shards is empty"),
     ],
 )
 def test_values_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -178,7 +178,7 @@ def test_other_mistakes_of_a_writer(tmp_path: Path) -> None:
         write_all(tmp_path, [numbered_document(number, 1, "k") for number in range(2)])
     with pytest.raises(UserError, match="image 0 is not a PNG"), ShardWriter(tmp_path, "s") as writer:
         writer.write(Document("", [Image((0,))], [b"<html>"]))
-    with pytest.raises(UserError, match="no pair"), ShardWriter(tmp_path, "s", layout="pairs") as writer:
+    with pytest.raises(UserError, match="not a pair"), ShardWriter(tmp_path, "s", layout="pairs") as writer:
         writer.write(numbered_document(0, 2))
     with pytest.raises(UserError, match="has 4 rows"):
         read_document(write_documents(tmp_path / "w", count=4) / "documents-000000.tar", 4)
