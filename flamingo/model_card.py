@@ -19,7 +19,8 @@ tags:
 
 # {title}
 
-A Flamingo-style visual language model: a vision encoder, a Perceiver Resampler, and gated cross-attention blocks
+A Flamingo-style visual language model: a vision encoder, a connector that turns its output into
+latents, and gated cross-attention blocks
 between the layers of a causal language model.
 
 ## Shape
@@ -27,7 +28,7 @@ between the layers of a causal language model.
 | part | what | parameters |
 |---|---|---|
 | vision encoder | {vision}, {size} px | {vision_encoder:,} |
-| resampler | {latents} latents, {depth} layers, {frames} | {resampler:,} |
+| connector | {connector}: {options} | {resampler:,} |
 | cross-attention | in front of {blocks} of {layers} layers | {cross_attn_blocks:,} |
 | language model | {language}, width {width} | {language_model:,} |
 | new tokens | {tokens} rows | {new_tokens:,} |
@@ -73,15 +74,14 @@ def write_card(folder: Path, model: Any) -> None:
     config, text = model.config, model.config.text_config.get_text_config(decoder=True)
     parts = ("vision_encoder", "resampler", "cross_attn_blocks", "language_model", "new_tokens")
     sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts}
-    frames = config.resampler.max_frames
+    options = {name: value for name, value in config.resampler_config.items() if value is not None}
     file.write_text(
         _TEXT.format(
             title=folder.resolve().name,
             vision=config.vision.name or config.vision.kind,
             size=config.vision.image_size,
-            latents=config.resampler.latents,
-            depth=config.resampler.depth,
-            frames="images" if frames is None else f"clips of up to {frames} frames",
+            connector=config.connector,
+            options=", ".join(f"{name} {value}" for name, value in options.items()) or "defaults",
             blocks=len(config.cross_attn_layers),
             layers=text.num_hidden_layers,
             language=text.model_type,
