@@ -20,8 +20,7 @@ tags:
 # {title}
 
 A Flamingo-style visual language model: a vision encoder, a connector that turns its output into
-latents, and gated cross-attention blocks
-between the layers of a causal language model.
+latents, and gated cross-attention blocks between the layers of a causal language model.
 
 ## Shape
 
