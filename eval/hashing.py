@@ -6,7 +6,7 @@ import hashlib
 
 
 def content_hash(*parts: object) -> str:
-    """Hex SHA-256 of the parts' `repr`s, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
+    """Return the hex SHA-256 of the parts' `repr`s with their lengths, so that ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         blob = repr(part).encode()

@@ -67,15 +67,8 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     with Ranks.from_environment() as ranks:
         for name, task in tasks.items():
             ranks.agree(f"task {name}", task.hash)
-        grid = Grid(
-            config.shots,
-            config.seed,
-            config.images,
-            config.limit,
-            config.batch_size,
-            config.strategy,
-            config.settings,
-        )
+        axes = (config.shots, config.seed, config.images)
+        grid = Grid(*axes, config.limit, config.batch_size, config.strategy, config.settings)
         engine, model_key = build_engine(config, ranks)
         each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
         total = {cell: count * len(grid.query_ids(tasks[cell.task])) for cell, count in each.items()}
@@ -105,10 +98,8 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     responder = load_responder(config)
     model_hash = folder_hash(Path(config.model))
     ranks.agree(f"model {config.model}", model_hash)
-    store = None
-    if config.cache is not None:
-        limit = int(config.cache_gb * 1e9)
-        store = ImageStore(Path(config.cache), responder.image_key, limit)
+    limit = int(config.cache_gb * 1e9)
+    store = None if config.cache is None else ImageStore(Path(config.cache), responder.image_key, limit)
     code = code_hash("flamingo", "eval/inference/model.py")
     key = content_hash(model_hash, responder.image_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
@@ -119,13 +110,11 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
 
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
     """Write every file except the log of responses, which exists already."""
-    from eval.reports.plots import (
-        curve_png,  # matplotlib takes a second to import
-    )
+    from eval.reports.plots import curve_png  # matplotlib takes a second to import
 
     out = Path(config.out)
     write_report(out, results, samples)
-    write_atomically(out / "curve.png", curve_png(results))
+    write_atomically(out / "curve.png", curve_png({"": results}))
     if config.gallery:
         write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
         write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))

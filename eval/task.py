@@ -249,7 +249,7 @@ class Task(Protocol):
         return turn.blank()
 
     def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
-        """Called once before the first episode, for tasks that choose demonstrations by image similarity."""
+        """Prepare to choose demonstrations by image similarity; called once, before the first episode."""
         return None
 
 

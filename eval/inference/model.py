@@ -32,7 +32,7 @@ from flamingo.inference.media_cache import MediaCache
 from flamingo.layers.media_mask import seen_after
 
 FEATURE_FORMAT = 1
-"""Of stored features; raised when what is stored changes."""
+"""Version of stored features; raised when what is stored changes."""
 
 
 class FlamingoResponder(Responder):
@@ -291,7 +291,7 @@ def _shifted(cache: Cache, shifts: Tensor) -> DynamicCache:
 class GreedyOrSampled(LogitsProcessor):
     """A logits processor that chooses the next token: greedily, or by a sample that no other row can change.
 
-    torch's sampling draws one number after another from a global stream, so a sample depends on its batch. Here every
+    torch's sampling draws from one global stream, so a sample depends on its batch. Here every
     row has its own counter-based stream, and the token is argmax(log p + Gumbel noise), which is an exact draw from p.
     Since the choice is made here, its log-probability costs nothing to keep: `log_probs` has for each step every row's
     log-probability (B,) of the chosen token under the model, before temperature and top-p.

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from eval.demonstrations.samplers import draw
+from eval.inference.engine import Engine
 from eval.inference.model import FlamingoResponder, context_length
-from eval.prompting.prompts import EncodedPrompt
+from eval.prompting.prompts import Completion, EncodedPrompt, Request
 from eval.task import EncodedImage, Example, Turn, hash_order
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
@@ -76,7 +77,7 @@ class HarnessPromptBuilder:
         self.context = context_length(responder.model)
         end = responder.processor.eos_token_id
         self.first_token = self._start[0] if self._start else responder.processor.eoc_token_id if end is None else end
-        """What stands in front of a text of which every token is to be predicted."""
+        """Precedes a text of which every token is to be predicted."""
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -84,13 +85,13 @@ class HarnessPromptBuilder:
 
     @staticmethod
     def bare(before: Sequence[int], own: Sequence[int]) -> EncodedPrompt:
-        """Given ids behind given ids, without images."""
+        """Return a prompt of given ids that continue other ids, without images."""
         return EncodedPrompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
     def build(
         self, demos: Sequence[HarnessPrompt], query: HarnessPrompt, room: int, continuations: Sequence[str] = ()
     ) -> EncodedPrompt:
-        """Return the prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
+        """Return the prompt and, for `continuations`, their ids after what all of them share with the prompt's end.
 
         Where `room` more tokens would not fit, whole demonstrations are dropped from the far end.
         """
@@ -121,7 +122,7 @@ class HarnessPromptBuilder:
         return self.context is not None and tokens > self.context
 
     def _query(self, query: HarnessPrompt) -> tuple[list[int], str]:
-        """Return (ids up to the last image, the text behind it)."""
+        """Return (ids up to the last image, the text after it)."""
         texts = query.text.split(IMAGE_TOKEN)
         head = [self._encoder.image_token_id] * (len(query.images) - len(texts) + 1)
         for text in texts[:-1]:
@@ -175,6 +176,29 @@ def cut(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
+
+
+def batch_size_of(asked: int | str, most: int | None) -> int:
+    """Return the batch size of a harness's arguments; a word such as `auto` gives the largest one, by default 16."""
+    return int(asked) if str(asked).isdecimal() else most or 16
+
+
+def ask_texts(engine: Engine, asked: Sequence[Request], stops: Sequence[str | Sequence[str] | None]) -> list[str]:
+    """Return the text generated for each request, up to the first of its stop strings."""
+    texts = []
+    for response, until in zip(engine.ask(asked), stops, strict=True):
+        assert isinstance(response, Completion)
+        texts.append(cut(response.text, [until] if isinstance(until, str) else until or ()))
+    return texts
+
+
+def demonstration(task: Any, doc: Any, visual: Any) -> HarnessPrompt:
+    """Return an example of a harness's task as a demonstration; `visual` are its images, as in `shown`."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    target = target[0] if isinstance(target, list) else target
+    return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
 
 
 def stop(error: object) -> NoReturn:

@@ -115,7 +115,7 @@ class Request:
     decoding: Decoding | None = None
 
     def key(self, model: str) -> str:
-        """Return the hash of all that the response depends on; `model` stands for weights, code, precision, device."""
+        """Return the hash of all that the response depends on; `model` is that of weights, code, precision, device."""
         material = [
             model,
             self.prompt.ids,

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from eval.reports.saved_run import SavedRun
 
-# Okabe and Ito's colours, told apart by people with any colour vision.
+# Okabe and Ito's colours, distinct for any colour vision.
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
 MORE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKS = {"real": "o", "shuffled": "s", "blank": "^", "text_only": "D"}
@@ -28,19 +28,21 @@ Results = Mapping[str, Any]
 ResultsRow = Mapping[str, Any]
 
 
-def curve_png(results: Results, title: str = "") -> bytes:
-    """Return a PNG with one panel a task, at most three beside each other, of one run."""
-    return _curves({"": results}, title)
+def curve_png(named: Mapping[str, Results], title: str = "") -> bytes:
+    """Return a PNG of one or several runs by name, with one panel a task, at most three beside each other."""
+    tasks = _tasks(named)
+    series = list(dict.fromkeys(_series(name, row) for name, r in named.items() for row in r["rows"]))
+    figure, panels = _panels(len(tasks))
+    for task, panel in zip(tasks, panels, strict=False):
+        rows = {name: [row for row in results["rows"] if row["task"] == task] for name, results in named.items()}
+        _panel(panel, task, rows, series)
+        for results in named.values():
+            _reference(panel, results["tasks"].get(task, {}).get("definition", {}).get("reference"), rows)
+    return _png(figure, panels, title)
 
 
-def curves_png(runs: Sequence[SavedRun], title: str = "") -> bytes:
-    """Return the same of one or several runs."""
-    return _curves(_named(runs), title)
-
-
-def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
+def risk_png(named: Mapping[str, Results]) -> bytes | None:
     """Draw risk-coverage curves at the most shots, one panel per task; None if nothing has a confidence."""
-    named = _named(runs)
     tasks = _tasks(named)
     lines = {task: _risks(named, task) for task in tasks}
     tasks = [task for task in tasks if lines[task]]
@@ -55,20 +57,8 @@ def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
     return _png(figure, panels, "")
 
 
-def _curves(named: Mapping[str, Results], title: str) -> bytes:
-    tasks = _tasks(named)
-    series = list(dict.fromkeys(_series(name, row) for name, r in named.items() for row in r["rows"]))
-    figure, panels = _panels(len(tasks))
-    for task, panel in zip(tasks, panels, strict=False):
-        rows = {name: [row for row in results["rows"] if row["task"] == task] for name, results in named.items()}
-        _panel(panel, task, rows, series)
-        for results in named.values():
-            _reference(panel, results["tasks"].get(task, {}).get("definition", {}).get("reference"), rows)
-    return _png(figure, panels, title)
-
-
-def _named(runs: Sequence[SavedRun]) -> dict[str, Results]:
-    """Runs by the name a legend shows: none for one alone, the folder's where it is enough, else the path."""
+def named_results(runs: Sequence[SavedRun]) -> dict[str, Results]:
+    """Return results by the name in a legend: empty for a single run, else the folder's name, or its path if needed."""
     if len(runs) == 1:
         return {"": runs[0].results}
     names = [run.name for run in runs]
@@ -91,7 +81,7 @@ def _label(series: tuple[str, str, str]) -> str:
 
 
 def _colour(series: tuple[str, str, str], every: Sequence[tuple[str, str, str]]) -> str:
-    """Return the ablation's own where nothing else varies."""
+    """Return a line's colour: the ablation's own where nothing else varies."""
     if len({series_key[:2] for series_key in every}) == 1:
         return COLOURS.get(series[2], "#000000")
     return MORE[list(every).index(series) % len(MORE)]

@@ -1,6 +1,6 @@
 """Compose the YAML files of `hydra/` and `key=value` arguments into one plain table.
 
-This is the one place where hydra reads a command line. Choices of a group (`experiment=demo`) select files; every other
+Only here does hydra read a command line. Choices of a group (`experiment=demo`) select files; every other
 argument sets a value on top of them, whether or not a file mentions the key: the typed classes refuse unknown keys.
 """
 

@@ -1,7 +1,7 @@
 """IDEFICS' checkpoints to a model of this library.
 
-Different from OpenFlamingo: blocks stand before layers 0, n, 2n, ...; the resampler gets the encoder's class token
-too; RMSNorm, SwiGLU and, in the releases, norms of queries and keys; nothing is seen behind the end of a sequence. The
+Different from OpenFlamingo: blocks precede layers 0, n, 2n, ...; the resampler gets the encoder's class token
+too; RMSNorm, SwiGLU and, in the releases, norms of queries and keys; nothing is seen after the end of a sequence. The
 LM is a LLaMA and the encoder a CLIP under other class names. Its "decoupled" embeddings are what this library has
 anyway: the frozen table of the LM and a small one of new tokens.
 """
@@ -214,7 +214,7 @@ def _check(source: Any) -> None:
 
 
 def _processor(tokenizer: PreTrainedTokenizerBase, source: Any) -> FlamingoProcessor:
-    """Return the processor: images are squashed, `<image>` stands between two fake tokens, an utterance's end (in
+    """Return the processor: images are squashed, `<image>` is put between two fake tokens, an utterance's end (in
     the instructed models) or the end of a sequence is the end of a chunk.
     """
     tokenizer = copy.deepcopy(tokenizer)

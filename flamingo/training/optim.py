@@ -51,6 +51,7 @@ def parameter_groups(
         decay_factors: part of the model to a factor on `weight_decay`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # A few groups, not one a parameter: AdamW launches kernels for each group.
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
@@ -122,7 +123,7 @@ class NonfiniteUpdates:
         self.total = self.in_a_row = 0
 
     def skip(self, step: int, norm: float, losses: Mapping[str, float], keys: Mapping[str, list[list[str]]]) -> None:
-        """Count an update that is skipped, and write down what this process had in its batch.
+        """Count an update that is skipped, and write down the samples of this process's batch.
 
         Args:
             step: updates before this one.

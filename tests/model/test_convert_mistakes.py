@@ -195,7 +195,7 @@ def test_backbones_and_options_that_do_not_fit(release: Path, capsys: pytest.Cap
     says("is not one of", command("otter", release, "--dtype", "half precision"))
     says("cross_attn_every_n_layers=1", command("otter", release, "--every", "1"))
     says(
-        "there is no preset 'otter-7b' of otter; known are otter-llama7b",
+        "preset=otter-7b is unknown; the presets of otter are otter-llama7b",
         command("otter", release, "--preset", "otter-7b"),
     )
 

@@ -3,7 +3,7 @@
 Columns: image (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
 (several accepted ones separated by | or, in JSONL, a list; the first is the one shown), and if there are any question,
 kind, id, label, rationale, group, and choices (separated by |, or a list). `source.fields` gives columns other names.
-Further columns may stand in the task's question as `{column}`.
+The task's question may name further columns as `{column}`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Processes:
 
 
 def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
-    """Join the process group that torchrun describes, or stand alone.
+    """Join the process group that torchrun describes, or run alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -220,13 +220,14 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
         else OffloadPolicy(),
         "ignored_params": ignored,
     }
+    # FSDP2 gathers, casts and reduces a unit as one, so frozen and trained weights must not share a unit.
     placed = set(ignored)
     for unit in units:
         own = {p for module in unit.modules for p in module.parameters()} - placed
         if not own:
             continue
         if len({p.requires_grad for p in own}) == 2:
-            raise ValueError(f"a unit of {type(unit.modules[0]).__name__} mixes frozen and trained weights")
+            raise ValueError(f"an FSDP unit of {type(unit.modules[0]).__name__} mixes frozen and trained weights")
         placed |= own
         keep = unit.keep or strategy.keep_gathered
         modules: Any = unit.modules if len(unit.modules) > 1 else unit.modules[0]
@@ -236,6 +237,7 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
         if not unit.backward:
             head.set_unshard_in_backward(False)
     fully_shard(model, reshard_after_forward=False, **options)
+    # Ignored weights are not FSDP2's to move.
     for tensor in ignored:
         tensor.data = tensor.data.to(processes.device)
     if ignored:

@@ -1,4 +1,4 @@
-"""Counts the collectives that torch hands to its backend, and their bytes."""
+"""Count the collectives that torch hands to its backend, and their bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Traffic:
 
 
 class CountTraffic(TorchDispatchMode):
-    """Counts what is sent while it is active."""
+    """A dispatch mode that counts what is sent while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

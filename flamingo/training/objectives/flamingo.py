@@ -106,7 +106,7 @@ def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, Flamin
     init = model.init
     if init and not (Path(init) / "config.json").is_file():
         raise UserError(
-            f"model.init={init} holds no model: config.json is missing; give a folder that a run has written"
+            f"model.init={init} is not a model folder: config.json is missing; give one that a training run wrote"
         )
     described = FlamingoConfig.from_pretrained(init) if init else builders.flamingo_shape(model)
     with torch.device("meta"):
