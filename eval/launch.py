@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
@@ -17,7 +16,7 @@ from eval.config import EvalConfig
 from eval.hashing import content_hash
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
-from eval.inference.model import FlamingoResponder
+from eval.inference.model import check_model_folder, load_responder
 from eval.inference.provenance import code_hash, folder_hash, provenance
 from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
@@ -27,32 +26,7 @@ from eval.runner import Grid, run
 from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
 from eval.tasks.build import build_task, check_shots
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError, first_line
 from flamingo.files import write_atomically
-
-
-def check_model_folder(model: str) -> Path:
-    """Return the folder, if a model is in it; UserError otherwise."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={model} is not the folder of a saved model (config.json is missing); give the folder that "
-            "save_pretrained or train.py wrote"
-        )
-    return folder
-
-
-def load_responder(config: EvalConfig) -> FlamingoResponder:
-    """Return the model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
-    folder = check_model_folder(config.model)
-    logging.disable_progress_bar()  # only the evaluation has a progress bar
-    try:
-        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-        processor = FlamingoProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"model={config.model} cannot be loaded: {first_line(error)}") from None
-    return FlamingoResponder(model, processor, config.device_name())
 
 
 def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +35,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     Under torchrun every process does its share, and only the first one writes; the others return the same.
     """
     start = time.perf_counter()
-    check_model_folder(config.model)
+    check_model_folder("model", config.model)
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
     with Ranks.from_environment() as ranks:
@@ -95,7 +69,8 @@ def _spec(config: EvalConfig, spec: TaskSpec) -> TaskSpec:
 
 def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     """Return the model with its caches and its log, and the hash of its folder."""
-    responder = load_responder(config)
+    logging.disable_progress_bar()  # only the evaluation has a progress bar
+    responder = load_responder("model", config.model, config.device_name(), config.dtype)
     model_hash = folder_hash(Path(config.model))
     ranks.agree(f"model {config.model}", model_hash)
     limit = int(config.cache_gb * 1e9)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from eval.inference.provenance import code_hash, weights_hash
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
 from eval.task import EncodedImage, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 from flamingo.inference.generation import count_phi
 from flamingo.inference.media_cache import MediaCache
 from flamingo.layers.media_mask import seen_after
@@ -172,6 +173,26 @@ class FlamingoResponder(Responder):
         if len(features):
             batch["media_features"] = features
         return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def check_model_folder(key: str, folder: str) -> None:
+    """Raise UserError unless a model is in the folder that the setting `key` names."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"{key}={folder} is not the folder of a saved model (config.json is missing); give the folder that "
+            "save_pretrained or train.py wrote"
+        )
+
+
+def load_responder(key: str, folder: str, device: str, dtype: str) -> FlamingoResponder:
+    """Return the model in the folder that the setting `key` names. Raises UserError when it cannot be loaded."""
+    check_model_folder(key, folder)
+    try:
+        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        processor = FlamingoProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{key}={folder} cannot be loaded: {first_line(error)}") from None
+    return FlamingoResponder(model, processor, device)
 
 
 def context_length(model: FlamingoForConditionalGeneration) -> int | None:

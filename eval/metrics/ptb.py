@@ -11,7 +11,8 @@ are surprising:
 - "half-eaten", "a/b" and "3-year-old" are one word, "a&b" three, "AT&T" one.
 
 The tokenizer is a longest-match lexer: of all rules that match at a position the one that reaches farthest wins (what
-it looks ahead at counts), of equals the earlier one. `RULES` are in that order. Text that no rule knows is dropped. The equality with the Java program is tested where both are installed.
+it looks ahead at counts), of equals the earlier one. `RULES` are in that order. Text that no rule knows is dropped. The
+equality with the Java program is tested where both are installed.
 """
 
 from __future__ import annotations

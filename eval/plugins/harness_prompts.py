@@ -19,10 +19,9 @@ from PIL import Image
 
 from eval.demonstrations.samplers import draw
 from eval.inference.engine import Engine
-from eval.inference.model import FlamingoResponder, context_length
-from eval.prompting.prompts import Completion, EncodedPrompt, Request
+from eval.inference.model import FlamingoResponder, context_length, load_responder
+from eval.prompting.prompts import Completion, EncodedPrompt, Request, shared_start
 from eval.task import EncodedImage, Example, Turn, hash_order
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
 
@@ -99,7 +98,7 @@ class HarnessPromptBuilder:
         whole = [self._builder.encode(f"{last}{text}") for text in continuations] or [self._builder.encode(last)]
         # A boundary inside a token: what all continuations share of it belongs to the prompt, at most the text itself.
         own = self._builder.encode(last)
-        shared = next((n for n, ids in enumerate(zip(own, *whole, strict=False)) if len(set(ids)) > 1), len(own))
+        shared = shared_start([own, *whole])
         shared = min(shared, *(len(ids) - 1 for ids in whole)) if continuations else shared
         candidates = tuple(ids[shared:] for ids in whole) if continuations else ()
         asked = [*head, *own[:shared]]
@@ -162,13 +161,9 @@ def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
 
     lm_eval's own command line gives None where its `--device` is left out, or cuda:0 on a machine without one.
     """
-    if not (Path(pretrained) / "config.json").is_file():
-        raise UserError(f"pretrained={pretrained} is not a folder that save_pretrained or train.py wrote")
-    model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
     if not torch.cuda.is_available():
         device = "cpu" if device is None or device.startswith("cuda") else device
-    device = device or "cuda"
-    return FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
+    return load_responder("pretrained", pretrained, device or "cuda", dtype)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

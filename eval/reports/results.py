@@ -106,10 +106,7 @@ def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[s
 
 
 def results_of(
-    samples: Sequence[Sample],
-    tasks: Mapping[str, Task],
-    grid: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    samples: Sequence[Sample], tasks: Mapping[str, Task], grid: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of `results.json`.
 

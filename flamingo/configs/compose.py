@@ -121,9 +121,5 @@ def settle(config: Any, line: CommandLine) -> dict[str, Any]:
 def _present(value: Any) -> Any:
     """Leave out what the YAML marks as missing (`???`)."""
     if isinstance(value, dict):
-        return {str(key): _present(inner) for key, inner in value.items() if not _is_missing(inner)}
+        return {str(key): _present(inner) for key, inner in value.items() if inner != "???"}
     return value
-
-
-def _is_missing(value: Any) -> bool:
-    return isinstance(value, str) and value == "???"

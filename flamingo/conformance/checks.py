@@ -200,17 +200,7 @@ def compiled(make: MakeLM) -> str:
 
 CHECKS: dict[str, Check] = {
     check.__name__: check
-    for check in (
-        closed_gates,
-        images_matter,
-        cached,
-        generation,
-        batched,
-        recomputed,
-        untouched,
-        saved,
-        compiled,
-    )
+    for check in (closed_gates, images_matter, cached, generation, batched, recomputed, untouched, saved, compiled)
 }
 """Name -> check. The check `two_processes` needs the trainer: `flamingo.training.distributed.conformance`."""
 

@@ -61,10 +61,7 @@ OPENFLAMINGO: tuple[Rule, ...] = (
     (_MLP + r"3\.weight", r"resampler.layers.\1.mlp.down_proj.weight"),
     (_ATTN + r"(norm_media|norm_latents)\.(weight|bias)", r"resampler.layers.\1.attn.\2.\3"),
     (_ATTN + r"to_q\.weight", r"resampler.layers.\1.attn.q_proj.weight"),
-    (
-        _ATTN + r"to_kv\.weight",
-        (r"resampler.layers.\1.attn.k_proj.weight", r"resampler.layers.\1.attn.v_proj.weight"),
-    ),
+    (_ATTN + r"to_kv\.weight", (r"resampler.layers.\1.attn.k_proj.weight", r"resampler.layers.\1.attn.v_proj.weight")),
     (_ATTN + r"to_out\.weight", r"resampler.layers.\1.attn.o_proj.weight"),
     *_block_rules(BLOCK),
     *_block_rules(ALIAS),

@@ -36,10 +36,7 @@ def attend(
 
 
 def attend_segments(
-    q: Float[Tensor, "N H K"],
-    k: Float[Tensor, "I L H K"],
-    v: Float[Tensor, "I L H K"],
-    segments: Segments,
+    q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], v: Float[Tensor, "I L H K"], segments: Segments
 ) -> Float[Tensor, "N H K"]:
     """Return attention of every query to the L keys of each image it sees; query n is token `segments.tokens[n]`."""
     if not segments.lengths:

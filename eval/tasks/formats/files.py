@@ -112,13 +112,14 @@ def check_annotators(count: int, source: SourceSpec, path: Path, question: objec
         )
 
 
-def _read_file(file: Path) -> tuple[bytes, ...]:
-    return (file.read_bytes(),)
+def read_files(*files: Path) -> tuple[bytes, ...]:
+    """Return the content of the files: an image, or the frames of a clip."""
+    return tuple(file.read_bytes() for file in files)
 
 
 def stored(file: Path) -> StoredImage:
     """Return the image in a file, read when it is needed."""
-    return StoredImage(partial(_read_file, file), file)
+    return StoredImage(partial(read_files, file), file)
 
 
 def image_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredImage:

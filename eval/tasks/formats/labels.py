@@ -24,7 +24,7 @@ def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Read a folder with a folder per class (n01440764/...), and as annotations a file of `WNID name, other names` lines.
+    """Read a folder with a folder per class (n01440764/...), and as annotations lines `WNID name, other names`.
 
     Two classes have the same name twice in ImageNet-1k ("crane", "maillot"): their second names distinguish them.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
-from eval.tasks.formats.files import Item, read_csv, read_jsonl
+from eval.tasks.formats.files import Item, read_csv, read_files, read_jsonl
 from flamingo.errors import UserError
 
 FIELDS = ("question", "answer", "kind", "label", "rationale")
@@ -80,8 +80,4 @@ def _image(path: Path, index: int, cell: str | Sequence[str] | None) -> EncodedI
     for file in files:
         if not file.is_file():
             raise UserError(f"{path}: row {index + 1} names the image {file}, which does not exist")
-    return StoredImage(partial(_read, tuple(files))) if files else None
-
-
-def _read(files: tuple[Path, ...]) -> tuple[bytes, ...]:
-    return tuple(file.read_bytes() for file in files)
+    return StoredImage(partial(read_files, *files)) if files else None

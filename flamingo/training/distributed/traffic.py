@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Traffic:
         if func.namespace != "c10d":
             return
         name = str(func._schema.name).removeprefix("c10d::")
-        for part, kind in _KINDS.items():
+        for part, kind in KINDS.items():
             if part in name:
                 self.calls[kind] += 1
                 tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]

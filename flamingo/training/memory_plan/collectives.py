@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.labels import IGNORED
 from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard, spawn
-from flamingo.training.distributed.traffic import _KINDS, CountTraffic
+from flamingo.training.distributed.traffic import KINDS, CountTraffic
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw, parameter_groups
@@ -105,7 +105,7 @@ def measure_all(family: str, processes: int, micro_batches: int) -> dict[str, di
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """Return the measurements as a Markdown table; kB are 1,000 bytes."""
-    kinds = list(_KINDS.values())
+    kinds = list(KINDS.values())
     head = ["strategy", *(f"{kind} (kB)" for kind in kinds), "trained kB", "frozen kB", "gradients kB", "AdamW kB"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for name, row in measured.items():

@@ -47,9 +47,7 @@ def mean_terms(
 
 
 def mean_losses(
-    weights: Mapping[str, float],
-    sums: Mapping[tuple[str, str], float],
-    divisors: Mapping[tuple[str, str], float],
+    weights: Mapping[str, float], sums: Mapping[tuple[str, str], float], divisors: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
     """Return the means of all processes' loss terms, and `loss`, their weighted sum, which an update minimises."""
     means = mean_terms("loss", sums, divisors)
