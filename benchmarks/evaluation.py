@@ -116,6 +116,7 @@ def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
             encoded += [cache.encoded, len(cache.images)]
         fixed = []
         for share in (True, False):
+            # Images are encoded before the clock starts: only the text is compared.
             own = RawResponder(library.model, work.size, share)
             cache = FeatureCache(own, store=ImageStore(Path(folder), "benchmark", 1 << 40))
             asked = requests(work, shots, names, queries, fixed=True)

@@ -38,6 +38,7 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
     from eval.tasks.build import check_spec
     from eval.tasks.sources import chosen_support, read_examples
 
+    # The data can be read without a model, but the config requires one.
     spec = load_config(["model=none", f"task={name}"]).task[name]
     if not spec.published:
         raise UserError(f"task {name} has no published files; `prepare` checks tasks of published data sets")

@@ -39,6 +39,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
     with Ranks.from_environment() as ranks:
+        # Every process plans the same batches, so different data would lose queries or ask them twice.
         for name, task in tasks.items():
             ranks.agree(f"task {name}", task.hash)
         axes = (config.shots, config.seed, config.images)
@@ -96,7 +97,7 @@ def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sam
 
 
 class progress_bar:  # noqa: N801
-    """A bar on stderr with the cell in work and the time left; a context manager giving the runner's callback."""
+    """A bar on stderr with the current cell and the time left; a context manager that gives the runner's callback."""
 
     def __init__(self, total: dict[Cell, int], shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

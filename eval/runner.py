@@ -122,6 +122,7 @@ def step_together(runs: Sequence[Steps], engine: Engine, on_batch: Callable[[int
 def _sample(task: Task, cell: Cell, episode: Episode, outcome: PromptingOutcome) -> Sample:
     """Make the sample of `episode`; the outcome's own episode may hold a rationale or another order."""
     prompt, asked = outcome.prompt, outcome.episode
+    # Prompts that are too long lose the farthest demonstrations, which come first.
     dropped = len(asked.demos) - prompt.shots_kept
     shown = [turn.answer for turn in asked.demos[dropped:]]
     return Sample(

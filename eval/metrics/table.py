@@ -159,7 +159,7 @@ def _mwap(answers: Answers) -> dict[str, MetricValue]:
     actions = answers[0].candidates
     pairs = [(action.split(" ", 1)[0], action.split(" ", 1)[-1]) for action in actions]
     matrix = np.array([answer.log_probs for answer in answers])
-    facts = tuple(zip(*((answer.golds[0], answer.kind, answer.cluster) for answer in answers), strict=True))
+    facts = ([a.golds[0] for a in answers], [a.kind for a in answers], [a.cluster for a in answers])
     score = mwap(matrix, *facts, pairs)
     return {"mwap": _statistic(score[0], lambda weights: mwap(matrix, *facts, pairs, weights), answers, 300)}
 

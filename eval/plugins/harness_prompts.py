@@ -67,7 +67,7 @@ def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
 
 
 class HarnessPromptBuilder:
-    """Builds prompts for one model."""
+    """A builder of one model's prompts."""
 
     def __init__(self, responder: FlamingoResponder) -> None:
         self._builder = responder.builder

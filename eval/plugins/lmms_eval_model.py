@@ -166,12 +166,12 @@ class Command(FlamingoLMMs):
             return [GenerationResult(pair) for pair in super().loglikelihood(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generate; a UserError ends the command as one sentence."""
+        """Return continuations; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until(requests)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Generate; a UserError ends the command as one sentence."""
+        """Refuse; the UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until_multi_round(requests)
 

@@ -102,6 +102,7 @@ def _panel(
         colour, main = _colour(series, every), series[2] == "real"
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         y = [100 * row["score"] for row in line]
+        # A percentile interval need not contain the mean, and matplotlib refuses negative error bars.
         below = [max(0.0, value - bottom) for value, bottom in zip(y, low, strict=True)]
         above = [max(0.0, top - value) for value, top in zip(y, high, strict=True)]
         panel.errorbar(

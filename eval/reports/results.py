@@ -33,6 +33,7 @@ def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[s
     first = samples[0].cell
     scores = [sample.score for sample in samples]
     clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
+    # Two intervals: over any choice of demonstrations (seeds and images), and for those that were drawn (images).
     interval, these = mean_interval(scores, clusters, seeds), mean_interval(scores, clusters)
     demos = sorted((s.cell.seed, s.query_id, s.demo_ids) for s in samples)
     refused: Counter[str] = Counter()

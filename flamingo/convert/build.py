@@ -70,6 +70,7 @@ def load_clean(
                 f"{name} has shape {tuple(value.shape)} in the checkpoint but {tuple(own[name].shape)} in this model; "
                 "do the backbones and hyper-parameters match?"
             )
+    # Tied weights are one parameter under two names: copying both would let the last one win unnoticed.
     first: dict[int, str] = {}
     for name in clean:
         twin = first.setdefault(id(own[name]), name)
@@ -78,7 +79,7 @@ def load_clean(
     needed = [name for name, value in own.items() if isinstance(value, nn.Parameter) and not name.startswith(loaded)]
     missing = [name for name in needed if id(own[name]) not in first]
     if missing:
-        raise UserError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more)")
+        raise UserError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more); is it complete?")
     with torch.no_grad():
         for name, value in clean.items():
             own[name].copy_(value)

@@ -113,6 +113,7 @@ def _inferred(clean: Mapping[str, Tensor], clip: Any, llama: Any) -> IdeficsConf
         "resampler_n_latents": len(clean["resampler.latents"]),
         "qk_layer_norms_perceiver": norm is not None,
     }
+    # What IDEFICS' config calls by the names of transformers' CLIP and LLaMA.
     same = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
     vision = {name: getattr(clip, name) for name in (*same, "hidden_act", "layer_norm_eps")}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")

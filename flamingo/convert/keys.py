@@ -127,6 +127,7 @@ def translate(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
         names = (target,) if isinstance(target, str) else target
         for name, part in zip(names, value.chunk(len(names)) if len(names) > 1 else (value,), strict=True):
             name = match.expand(name)
+            # IDEFICS stores a vector of gates as (1, 1, width).
             part = part.reshape(-1) if name.endswith("_gate") else part
             if name in clean and not _same(clean[name], part):
                 raise UserError(f"the checkpoint's {key} and {origin[name]} are one weight, but their values differ")

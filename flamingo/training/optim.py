@@ -112,7 +112,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, o
 
 
 class NonfiniteUpdates:
-    """Skips updates whose loss or gradient is not finite, counts them, and stops the run at too many in a row.
+    """A count of updates skipped because loss or gradient is not finite; too many in a row stop the run.
 
     All processes call it with the same facts, so that all of them do the same.
     """

@@ -31,11 +31,27 @@ def answered(
     log_probs: tuple[float, ...] = (),
 ) -> Sample:
     """What a metric reads of a sample; the rest is of no account."""
-    cell = Cell("task", 0, 0, "real")
-    rest = {"ended": True, "parse_failed": False, "copied": False, "copied_last": False}
-    counts = {"shots_kept": 0, "demos_dropped": 0, "excluded": 0}
-    own = (query_id, (), (), answer, answer, golds, 0.0, kind, cluster, candidates, log_probs)
-    return Sample(cell, *own, **rest, **counts)  # type: ignore[arg-type]
+    return Sample(
+        cell=Cell("task", 0, 0, "real"),
+        query_id=query_id,
+        demo_ids=(),
+        turns=(),
+        raw=answer,
+        answer=answer,
+        golds=golds,
+        score=0.0,
+        kind=kind,
+        cluster=cluster,
+        candidates=candidates,
+        log_probs=log_probs,
+        ended=True,
+        parse_failed=False,
+        copied=False,
+        copied_last=False,
+        shots_kept=0,
+        demos_dropped=0,
+        excluded=0,
+    )
 
 
 def test_contractions_are_the_published_table_gaps_included() -> None:

@@ -97,7 +97,7 @@ def _medical(path: Path, source: SourceSpec, field: str) -> Iterator[Item]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads lists, dicts, strings and numbers; anything that would need an import is refused."""
+    """An unpickler of lists, dicts, strings and numbers, which refuses anything that would need an import."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

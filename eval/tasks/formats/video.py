@@ -35,6 +35,7 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            # Decoded twice: which frames to take depends on the times of all, and all frames may not fit into memory.
             inside = [
                 frame.time
                 for frame in container.decode(stream)

@@ -35,7 +35,7 @@ PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the highest moment of a step, by part, and what travels in that step."""
+    """Bytes of one process at the peak of a step, by part, and the traffic of that step."""
 
     parts: dict[str, int]
     offloaded: int

@@ -106,6 +106,7 @@ def remedies(config: TrainConfig, memory: Memory) -> list[str]:
     """Return settings that would shrink the largest parts, largest first; three at most."""
     run, sharding = config.run, config.run.sharding
     frozen = [part for part, value in asdict(config.model.freeze).items() if value == "frozen"]
+    # Part to its remedies: whether each applies to this run, and what to set.
     offers: dict[str, list[tuple[bool, str]]] = {
         "activations": [
             (not run.activation_checkpointing, "run.activation_checkpointing=true"),

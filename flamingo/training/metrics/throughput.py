@@ -145,7 +145,7 @@ Inputs = tuple[Any, ...]
 
 
 class Flops:
-    """Counts the matrix products of every forward and backward of a model from now on."""
+    """A counter of the matrix products of every forward and backward of a model from now on."""
 
     def __init__(self, model: nn.Module) -> None:
         """Hooks on layers with weights and on attention, wherever in the model they are.
