@@ -50,7 +50,9 @@ def image_of(value: Any) -> EncodedImage:
         buffer = io.BytesIO()
         value.convert("RGB").save(buffer, format="PNG", compress_level=1)
         return EncodedImage((buffer.getvalue(),))
-    raise UserError(f"the harness gives a {type(value).__name__} where an image is expected; PIL, bytes or a path are")
+    raise UserError(
+        f"the harness gives a {type(value).__name__} where an image is expected; it must be PIL, bytes or a path"
+    )
 
 
 def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:

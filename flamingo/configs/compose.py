@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
 
@@ -93,8 +93,8 @@ def from_yaml(name: str, line: CommandLine) -> Any:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose(name, overrides=line.choices)
     except (HydraException, OmegaConfBaseException) as error:
-        first = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise UserError("; ".join([*line.problems, f"{name}.yaml cannot be composed: {first}"])) from error
+        reason = f"{name}.yaml cannot be composed: {first_line(error)}"
+        raise UserError("; ".join([*line.problems, reason])) from error
     finally:
         GlobalHydra.instance().hydra = outer
     OmegaConf.set_struct(config, False)
@@ -114,7 +114,7 @@ def settle(config: Any, line: CommandLine) -> dict[str, Any]:
             return _present(table)
         except InterpolationResolutionError as error:
             key = str(error.full_key)
-            line.problems.append(f"{key}: {str(error).splitlines()[0]}")
+            line.problems.append(f"{key}: {first_line(error)}")
             OmegaConf.update(config, key, "???")
 
 

@@ -140,20 +140,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LrFactors:
-    """Factor on `optim.lr` for each part."""
-
-    vision: float = 1.0
-    language: float = 1.0
-    resampler: float = 1.0
-    cross_attention: float = 1.0
-    new_tokens: float = 1.0
-    gates: float = 1.0
-    """The gates of the blocks, instead of `cross_attention`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DecayFactors:
+class PartFactors:
     """Factor on `optim.weight_decay` for each part."""
 
     vision: float = 1.0
@@ -161,6 +148,14 @@ class DecayFactors:
     resampler: float = 1.0
     cross_attention: float = 1.0
     new_tokens: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class LrFactors(PartFactors):
+    """Factor on `optim.lr` for each part."""
+
+    gates: float = 1.0
+    """The gates of the blocks, instead of `cross_attention`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,7 +175,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.0
     """Where the cosine ends, as a share of `lr`."""
     lr_factors: LrFactors = field(default_factory=LrFactors)
-    weight_decay_factors: DecayFactors = field(default_factory=DecayFactors)
+    weight_decay_factors: PartFactors = field(default_factory=PartFactors)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -479,7 +474,7 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.device=cuda, but torch sees no GPU here: set run.device=cpu or install a CUDA build"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if uses_gpu and local > torch.cuda.device_count():
-        yield f"{local} processes on this machine share {torch.cuda.device_count()} GPUs: start one process for each"
+        yield f"{local} processes on this machine share {torch.cuda.device_count()} GPUs: start one process per GPU"
     if uses_gpu and run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "run.precision=bf16, but this GPU does not compute in bf16: set run.precision=fp32"
     if run.compile and not uses_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -29,7 +29,7 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     `fields: {answer: raw_answer}` takes OK-VQA's answers as they were given; its `answer` is stemmed.
     """
     if not source.annotations:
-        raise UserError(f"{path} has questions alone; give source.annotations, the file with their answers")
+        raise UserError(f"{path} has only questions; give source.annotations, the file with their answers")
     answers_at = Path(source.annotations)
     key = source.fields.get("answer", "answer")
     annotations = {
