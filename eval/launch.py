@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from eval.config import EvalConfig
-from eval.hashing import content_hash
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import check_model_folder, load_responder
@@ -25,6 +25,7 @@ from eval.reports.results import results_of, write_report
 from eval.runner import Grid, run
 from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
+from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo.files import write_atomically
 
@@ -96,21 +97,15 @@ def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sam
         write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
 
 
-class progress_bar:  # noqa: N801
-    """A bar on stderr with the current cell and the time left; a context manager that gives the runner's callback."""
+@contextmanager
+def progress_bar(total: dict[Cell, int], shown: bool) -> Iterator[Callable[[Cell, int], None]]:
+    """Show a bar on stderr with the current cell and the time left; give the runner's callback."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        bar = progress.add_task("evaluating", total=sum(total.values()))
 
-    def __init__(self, total: dict[Cell, int], shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._id = self._progress.add_task("evaluating", total=sum(total.values()))
+        def advance(cell: Cell, done: int) -> None:
+            what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.images}"
+            progress.update(bar, advance=done, description=what)
 
-    def __enter__(self) -> Callable[[Cell, int], None]:
-        self._progress.start()
-        return self._advance
-
-    def _advance(self, cell: Cell, done: int) -> None:
-        what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.images}"
-        self._progress.update(self._id, advance=done, description=what)
-
-    def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
+        yield advance

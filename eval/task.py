@@ -259,6 +259,15 @@ def parse_answer(raw: str) -> str:
     return next((line for line in lines if line), "")
 
 
+def content_hash(*parts: object) -> str:
+    """Return the hex SHA-256 of the parts' `repr`s with their lengths, so that ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        blob = repr(part).encode()
+        digest.update(f"{len(blob)}:".encode() + blob)
+    return digest.hexdigest()
+
+
 def generator(*purpose: str | int) -> np.random.Generator:
     """Return the random generator of one purpose: equal parts give equal numbers, any difference another stream."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in purpose).encode()).digest()

@@ -21,11 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from eval.hashing import content_hash
 from eval.inference.protocol import Responder
 from eval.inference.provenance import code_hash, weights_hash
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
-from eval.task import EncodedImage, generator
+from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError, first_line
 from flamingo.inference.generation import count_phi

@@ -61,8 +61,8 @@ def named_results(runs: Sequence[SavedRun]) -> dict[str, Results]:
     """Return results by the name in a legend: empty for a single run, else the folder's name, or its path if needed."""
     if len(runs) == 1:
         return {"": runs[0].results}
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else str(run.folder): run.results for run in runs}
+    names = [run.folder.name for run in runs]
+    return {n if names.count(n) == 1 else str(run.folder): run.results for n, run in zip(names, runs, strict=True)}
 
 
 def _tasks(named: Mapping[str, Results]) -> list[str]:

@@ -15,12 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.hashing import content_hash
 from eval.metrics.interval import mean_interval
 from eval.metrics.selective import selective
 from eval.metrics.table import measure
 from eval.samples import Cell, Sample
-from eval.task import Baselines, Task
+from eval.task import Baselines, Task, content_hash
 from flamingo.files import write_atomically
 
 RESULTS_FORMAT = 2

@@ -24,11 +24,6 @@ class SavedRun:
     results: dict[str, Any]
     samples: list[Sample]
 
-    @property
-    def name(self) -> str:
-        """The name in plots."""
-        return self.folder.name
-
 
 def read_run(folder: str | Path) -> SavedRun:
     """Read the results and samples of a folder.

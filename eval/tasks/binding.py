@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from eval.hashing import content_hash
 from eval.spec import TaskSpec
-from eval.task import Baselines, Episode, Example, Task, Turn, generator, hash_order
+from eval.task import Baselines, Episode, Example, Task, Turn, content_hash, generator, hash_order
 from flamingo.errors import UserError
 
 

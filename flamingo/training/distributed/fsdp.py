@@ -134,12 +134,11 @@ def _work(rank: int, size: int, store: str, work: Callable[..., None], arguments
 
 @dataclass(frozen=True)
 class ShardingStrategy:
-    """How the weights lie on the processes, and in which precision."""
+    """How the weights lie on the processes, and in which precision: `flamingo.training.config.Sharding`, resolved."""
 
     precision: str = "fp32"
     """`bf16`: compute in bf16; what trains stays fp32 and is cast to be gathered, gradients are summed in fp32."""
     frozen: str = "shard"
-    """`replicate`: every process holds all frozen weights; only what trains is sharded."""
     frozen_dtype: torch.dtype = torch.float32
     """How frozen weights are stored; bf16 needs precision bf16."""
     shard_size: int = 0
@@ -148,9 +147,7 @@ class ShardingStrategy:
     offload: bool = False
     """Sharded weights, gradients and optimizer state live in the CPU's memory and visit the device unit by unit."""
     keep_gathered: bool = False
-    """A gathered unit stays so until the update: fewest collectives, most memory."""
     sync_every_micro_batch: bool = False
-    """Gradients are reduced after every micro-batch, not summed in full on each process: less memory."""
 
 
 @dataclass(frozen=True)
