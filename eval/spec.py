@@ -51,7 +51,8 @@ class TaskSpec:
     """examples: demonstrations are other items with their answers; binding: new names for classes of images."""
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
-    """Where demonstrations come from; null splits `source`: the first `queries` in hash order ask, the rest show."""
+    """Where demonstrations come from; null splits `source`: the first `queries` in hash order are asked, the rest
+    are demonstrations."""
     root: str = ""
     """Folder that the relative paths of `source` and `support` start from."""
     published: dict[str, str] = field(default_factory=dict)
@@ -105,7 +106,7 @@ class TaskSpec:
     """What candidates are ranked by: sum, the log-probability of the whole answer, or mean, its share of one token
     (as OpenFlamingo does), which favours long answers."""
     rank_end: bool = True
-    """Whether a candidate is scored with its end; without it "tiger" has no chance against "tiger shark", or every."""
+    """Whether a candidate is scored with its end; without it "tiger" never has a lower sum than "tiger shark"."""
     candidates: list[str] = field(default_factory=list)
     """Closed answers for rank; empty takes every answer of the support set of the query's kind."""
     candidates_from: str = ""

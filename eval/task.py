@@ -180,7 +180,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What is reached without looking, to be read beside every score; None where undefined."""
+    """Scores that need no image, which every score is compared with; None where undefined."""
 
     chance: float | None
     constant: float | None  # the best constant answer, chosen on the support set

@@ -35,7 +35,7 @@ class Interval:
     method: str
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> Interval:
+def wilson(successes: float, n: int) -> Interval:
     """Return Wilson's score interval of a proportion (Wilson 1927), `n` independent trials.
 
     Raises:
@@ -43,7 +43,7 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
     """
     if n <= 0:
         raise ValueError(f"an interval needs at least one sample, got n={n}")
-    p = successes / n
+    p, z = successes / n, Z95
     centre = p + z * z / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

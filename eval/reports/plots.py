@@ -28,7 +28,7 @@ Results = Mapping[str, Any]
 ResultsRow = Mapping[str, Any]
 
 
-def curve_png(named: Mapping[str, Results], title: str = "") -> bytes:
+def curve_png(named: Mapping[str, Results]) -> bytes:
     """Return a PNG of one or several runs by name, with one panel a task, at most three beside each other."""
     tasks = _tasks(named)
     series = list(dict.fromkeys(_series(name, row) for name, r in named.items() for row in r["rows"]))
@@ -38,7 +38,7 @@ def curve_png(named: Mapping[str, Results], title: str = "") -> bytes:
         _panel(panel, task, rows, series)
         for results in named.values():
             _reference(panel, results["tasks"].get(task, {}).get("definition", {}).get("reference"), rows)
-    return _png(figure, panels, title)
+    return _png(figure, panels)
 
 
 def risk_png(named: Mapping[str, Results]) -> bytes | None:
@@ -54,7 +54,7 @@ def risk_png(named: Mapping[str, Results]) -> bytes | None:
             coverage = [100 * (point + 1) / len(risk) for point in range(len(risk))]
             panel.plot(coverage, [100 * r for r in risk], color=MORE[index % len(MORE)], label=label, linewidth=1.6)
         _axes(panel, task, "answered, the surest first, %", "wrong, %")
-    return _png(figure, panels, "")
+    return _png(figure, panels)
 
 
 def named_results(runs: Sequence[SavedRun]) -> dict[str, Results]:
@@ -171,7 +171,7 @@ def _axes(panel: Axes, title: str, below: str, beside: str) -> None:
     panel.grid(axis="y", linewidth=0.4, alpha=0.5)
 
 
-def _png(figure: Figure, panels: Sequence[Axes], title: str) -> bytes:
+def _png(figure: Figure, panels: Sequence[Axes]) -> bytes:
     handles: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -179,8 +179,6 @@ def _png(figure: Figure, panels: Sequence[Axes], title: str) -> bytes:
     columns = min(3, round(figure.get_figwidth() / 3.6))  # a label is as wide as a panel, or it is cut off
     legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     legend.set_frame_on(False)
-    if title:
-        figure.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

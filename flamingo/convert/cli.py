@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
     count = sum(p.numel() for p in model.parameters()) / 1e9
     print(
         f"{len(state)} tensors read, {count:.3g} billion parameters of {model.dtype} written to {options.out}; gated "
-        f"blocks before layers {', '.join(map(str, model.config.cross_attn_layers))}",
-        file=sys.stdout,
+        f"blocks before layers {', '.join(map(str, model.config.cross_attn_layers))}"
     )
     return 0
 

@@ -71,10 +71,11 @@ def from_idefics(
         config = _inferred(clean, getattr(vision, "config", vision), getattr(language, "config", language))
     source: Any = config if isinstance(config, IdeficsConfig) else config_from(IdeficsConfig, _plain(config))
     _check(source)
-    given = {"cross_layer_interval": cross_attn_every_n_layers, "vision_config.image_size": image_size}
-    for (name, value), own in zip(
-        given.items(), (source.cross_layer_interval, source.vision_config.image_size), strict=True
-    ):
+    checked = (
+        ("cross_layer_interval", cross_attn_every_n_layers, source.cross_layer_interval),
+        ("vision_config.image_size", image_size, source.vision_config.image_size),
+    )
+    for name, value, own in checked:
         if value not in (None, own):
             raise UserError(f"IDEFICS' {name} is {own}, not {value}")
     clean = renumber_blocks(clean, source.cross_layer_interval)
