@@ -31,15 +31,15 @@ _TWICE_CONTRACTED = (
 )
 
 
-def _lacking_one(word: str) -> list[str]:
+def _without_one_apostrophe(word: str) -> list[str]:
     """Return `word` without one of its apostrophes, each in turn."""
     return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
 
 
 # The published table, whose gaps count: "im", "ive" and "lets" are not in it (its keys for the first two are written
 # with a capital, which a lower-cased word never equals), and "somebody'd" is in it the wrong way round.
-_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _lacking_one(word)}
-_CONTRACTIONS |= {short: word for word in _TWICE_CONTRACTED.split() for short in _lacking_one(word)}
+_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _without_one_apostrophe(word)}
+_CONTRACTIONS |= {short: word for word in _TWICE_CONTRACTED.split() for short in _without_one_apostrophe(word)}
 _CONTRACTIONS["somebody'd"] = "somebodyd"
 
 

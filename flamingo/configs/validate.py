@@ -172,10 +172,11 @@ def _describe(fault: Any, path: tuple[int | str, ...], at: str) -> tuple[str, st
         return key, f"unknown key {key}", path
     if kind == "missing":
         return key, f"{key} is missing: add {key}=VALUE", path
-    if kind == "value_error" and (own := re.match(r"\w+_config\.(\w+)(.*)", str(context["error"]))):
-        # The library's own classes check themselves and name the field as their caller in Python knows it.
-        key = _joined(key, (own[1],))
-        return key, key + own[2], (*path, own[1])
+    own = re.match(r"(\w+_config\.)?(\w+)(.*)", str(context["error"])) if kind == "value_error" else None
+    if own and (own[1] or (isinstance(fault["input"], dict) and own[2] in fault["input"])):
+        # A class that checks itself names its field; the library's own name it as their caller in Python knows it.
+        key = _joined(key, (own[2],))
+        return key, key + own[3], (*path, own[2])
     given = f"{key}={_shown(fault['input'])}"
     if kind == "value_error":
         return key, f"{given} {context['error']}", path

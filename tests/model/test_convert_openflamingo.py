@@ -142,7 +142,7 @@ def test_every_key_is_accounted_for(state: dict[str, Tensor]) -> None:
         UserError, match=r"has unknown keys: perceiver\.gadget \(and 0 more\); is it a model of another family\?"
     ):
         convert(state | {"perceiver.gadget": some})
-    with pytest.raises(UserError, match=r"language_model\.gpt_neox\.gadget .* which this model does not"):
+    with pytest.raises(UserError, match=r"language_model\.gpt_neox\.gadget .* which this model lacks"):
         convert(state | {"lang_encoder.gpt_neox.gadget": some})
     with pytest.raises(UserError, match="LoRA weights; merge them"):
         convert(state | {"lang_encoder.gpt_neox.layers.0.lora_A.weight": some})
@@ -177,7 +177,7 @@ def test_backbones_that_do_not_belong_to_it(state: dict[str, Tensor]) -> None:
     convert(state, language=sibling, allow_changed_embeddings=True)
     longer = tiny.tokenizer()
     longer.add_tokens(["one", "two"])
-    with pytest.raises(UserError, match=r"table has 262 rows, but the tokenizer 264 tokens"):
+    with pytest.raises(UserError, match=r"embedding has 262 rows, but the tokenizer has 264 tokens"):
         convert(state, tokenizer=longer)
 
 

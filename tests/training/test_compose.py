@@ -92,7 +92,7 @@ def test_all_mistakes_are_named_in_one_go() -> None:
         "run.ema=1 must be below 1",
         "model.resampler.depth=0 must be at least 1",
         "data.datasets.a.batch_size=0 must be at least 1",
-        "data.datasets.a.shards is missing: add data.datasets.a.shards=VALUE",
+        "data.datasets.a.shards is missing: name at least one tar, folder or pattern",
         "unknown key data.datasets.a.hue",
         "run.micro_batches must be 1 for objective contrastive",
     ):
