@@ -102,6 +102,7 @@ def main() -> None:
                 if library == "peer" and options.without_peer:
                     continue
                 print(f"{name} {own} {library} {variant} ...", file=sys.stderr, flush=True)
+                # In a process of its own, because peak memory is that of a whole process.
                 figures = measure(what, own, library, variant, options)
                 results.append({"name": name, "what": what, **own, "library": library, "variant": variant, **figures})
     out = options.out or ROOT / "runs" / "bench" / f"{options.size}.json"

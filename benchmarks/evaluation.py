@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sizes import Size
+from benchmarks.table import largest_difference, print_table, verdict
 from benchmarks.work import IGNORED, SHOT_TOKENS, Row, class_names, image_id
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache, ImageStore
@@ -115,6 +116,7 @@ def ours(library: Any, work: Work, shots: int, names: list[list[int]] | None, qu
             encoded += [cache.encoded, len(cache.images)]
         fixed = []
         for share in (True, False):
+            # Images are encoded before the clock starts: only the text is compared.
             own = RawResponder(library.model, work.size, share)
             cache = FeatureCache(own, store=ImageStore(Path(folder), "benchmark", 1 << 40))
             asked = requests(work, shots, names, queries, fixed=True)
@@ -187,21 +189,13 @@ def print_evaluation(document: dict[str, Any]) -> None:
         seconds, share, wanted, apart = result["seconds"][0], "1", "", ""
         if others and result["library"] == "ours":
             ratio = seconds / others[0]["seconds"][0]
-            limit = EVAL_AT_MOST[result["what"]]
             share = f"{ratio:.3f}"
-            wanted = f"{limit:.3f}: {'yes' if ratio <= limit else 'NO'}" if document["size"] == "small" else ""
-            apart = _difference(result["values"], others[0]["values"])
+            wanted = verdict(ratio, EVAL_AT_MOST[result["what"]] if document["size"] == "small" else None)
+            apart = largest_difference(result, others[0])
         again = f"{result['again_s']:.2f} s, {result['again_encoded']} encoded" if "again_s" in result else ""
         fixed = f"{result['fixed_s']:.2f} s, whole {result['fixed_whole_s']:.2f} s" if "fixed_s" in result else ""
         work = f"{result['what'].removeprefix('eval_')}, {result['shots']} shots"
         seen = f"{result['encoded']} / {result['distinct']}"
         lines.append([work, result["library"], f"{seconds:.2f}", share, wanted, seen, again, fixed, apart])
     print()
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
-
-
-def _difference(values: list[Any], others: list[Any]) -> str:
-    if all(isinstance(value, int) for value in values):
-        return f"{sum(a == b for a, b in zip(values, others, strict=False))} of {len(others)} tokens the same"
-    return f"{max(abs(a - b) for a, b in zip(values, others, strict=True)):.1e}"
+    print_table(lines)

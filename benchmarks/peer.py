@@ -110,38 +110,24 @@ class Peer:
         return out
 
     def generate(self, row: Row, new_tokens: int, beams: int, stamp: Any) -> list[int]:
+        options = {"min_new_tokens": new_tokens, "logits_processor": LogitsProcessorList([stamp])}
+        return self._generate([row], new_tokens, num_beams=beams, **options)[0]
+
+    def _generate(self, rows: list[Row], new_tokens: int, **options: Any) -> list[list[int]]:
+        """Return the new tokens of a batch of prompts of equal length."""
+        ids = torch.stack([row.ids for row in rows])
+        options |= {"do_sample": False, "pad_token_id": 1, "suppress_tokens": [image_id(self.size)]}
         with torch.no_grad():
             out = self.model.generate(
-                self._vision_x([row]),
-                row.ids[None],
-                attention_mask=torch.ones(1, len(row.ids), dtype=torch.long),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                num_beams=beams,
-                do_sample=False,
-                pad_token_id=1,
-                suppress_tokens=[image_id(self.size)],
-                logits_processor=LogitsProcessorList([stamp]),
+                self._vision_x(rows), ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options
             )
-        return out[0, len(row.ids) :].tolist()
+        return out[:, ids.shape[1] :].tolist()
 
     def answers(self, rows: list[Row], new_tokens: int) -> list[int]:
         """Return greedy answers to a batch of prompts of equal length, as its evaluation generates them."""
-        ids = torch.stack([row.ids for row in rows])
-        with torch.no_grad():
-            out = self.model.generate(
-                self._vision_x(rows),
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                num_beams=1,
-                do_sample=False,
-                pad_token_id=1,
-                suppress_tokens=[image_id(self.size)],
-            )
         ends = (image_id(self.size) + 1, 2)
         answers: list[int] = []
-        for new in out[:, ids.shape[1] :].tolist():
+        for new in self._generate(rows, new_tokens, num_beams=1):
             end = next((index for index, token in enumerate(new) if token in ends), len(new))
             answers += new[:end]
         return answers

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import arithmetic
 from benchmarks.sizes import Size
+from benchmarks.table import print_table
 from benchmarks.work import row
 from flamingo.training.metrics.throughput import Flops
 
@@ -63,5 +64,4 @@ def print_steps(document: dict[str, Any]) -> None:
         return
     head = ["batch", "images", "tokens", "ms", "tokens/s", "G multiply-adds", "peak GiB", "of it by the steps"]
     print()
-    for line in [head, ["---:"] * len(head), *map(cells, results)]:
-        print("| " + " | ".join(line) + " |")
+    print_table([head, ["---:"] * len(head), *map(cells, results)])

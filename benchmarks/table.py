@@ -21,10 +21,11 @@ Result = dict[str, Any]
 
 
 def largest_difference(result: Result, reference: Result) -> str:
-    """Compare what both computed: the largest difference of logits, scores or losses; whether tokens are the same."""
+    """Compare what both computed: the largest difference of logits, scores or losses; how many tokens are the same."""
     a, b = result["values"], reference["values"]
     if all(isinstance(x, int) for x in a):
-        return "same tokens" if a == b else "other tokens"
+        same = sum(x == y for x, y in zip(a, b, strict=False))
+        return "same tokens" if a == b else f"{same} of {len(b)} tokens the same"
     return f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}"
 
 
@@ -77,5 +78,10 @@ def print_tables(document: dict[str, Any]) -> None:
         reference = next((r for r in same if (r["library"], r["variant"]) == ("peer", "fp32")), None)
         lines.append(row(result, reference, judge))
         lines += memory(result, reference, judge)
-    for line in lines if titled else ():
+    print_table(lines if titled else [])
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Print lines of cells as Markdown."""
+    for line in lines:
         print("| " + " | ".join(line) + " |")

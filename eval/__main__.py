@@ -26,14 +26,14 @@ python -m eval compare FIRST SECOND [out=FILE.json]        paired differences wi
 python -m eval check FOLDER ...                            complete, and do the results follow from the samples?
 python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
-python -m eval prepare TASK --from FOLDER     which of a data set's files are missing, and where are they published?
+python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
 
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
 
 
 def usage() -> str:
-    """Help with the settings and their meaning as the YAML files tell them."""
+    """Return the help text: commands, then the settings and their meaning from the YAML files."""
     settings = (CONFIGS / "eval.yaml").read_text()
     tasks = ", ".join(sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml")))
     return f"{HELP}\n{settings}\ntasks: {tasks}"
@@ -69,9 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     print(table(results))
     images, responses = results["images"], results["responses"]
     if responses["from_log"]:
-        print(
-            f"\n{responses['from_log']} answers were in {config.out}/responses.jsonl, {responses['asked']} were asked"
-        )
+        print(f"\n{responses['from_log']} answers came from {config.out}/responses.jsonl, {responses['asked']} are new")
     print(
         f"\n{images['shown']} images shown, {images['distinct']} distinct, {images['encoded']} encoded, "
         f"{results['wall_s']:.0f} s; look at {config.out}/gallery.html and {config.out}/curve.png"

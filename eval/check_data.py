@@ -29,15 +29,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(name: str, folder: Path) -> tuple[list[str], bool]:
-    """Return (what there is to say, whether the task can be run from `folder`).
+    """Return (lines to print, whether the task can be run from `folder`).
 
     Raises:
         UserError: there is no such task or folder, or the task has no published files.
     """
     from eval.compose import load_config
     from eval.tasks.build import check_spec
-    from eval.tasks.sources import read_examples, read_support
+    from eval.tasks.sources import chosen_support, read_examples
 
+    # The data can be read without a model, but the config requires one.
     spec = load_config(["model=none", f"task={name}"]).task[name]
     if not spec.published:
         raise UserError(f"task {name} has no published files; `prepare` checks tasks of published data sets")
@@ -51,10 +52,11 @@ def check(name: str, folder: Path) -> tuple[list[str], bool]:
         return [*lines, *(f"  {file}  published by {spec.published[file]}" for file in missing)], False
     try:
         queries = len(read_examples(name, spec, spec.source))
-        support = None if spec.support is None else len(read_support(name, spec, spec.support))
+        shown = None if spec.support is None else read_examples(name, spec, spec.support)
     except UserError as error:
         return [str(error)], False
-    lines = [f"{name}: {queries} queries" + (f", {support} to show as demonstrations" if support is not None else "")]
+    support = "" if shown is None else f", {len(chosen_support(name, spec, shown))} to show as demonstrations"
+    lines = [f"{name}: {queries} queries{support}"]
     if spec.expected is not None and queries != spec.expected:
-        lines.append(f"  the published split has {spec.expected}; a score over another number is another score")
+        lines.append(f"  the published split has {spec.expected}: scores over different queries are not comparable")
     return [*lines, f"  run it with task={name} task.{name}.root={folder}"], True

@@ -43,13 +43,13 @@ class EvalConfig:
     task: Annotated[dict[str, TaskSpec], NotEmpty] = field(default_factory=dict)
     """The chosen tasks by name, from `hydra/task/`."""
     protocol: str = "modern"
-    """How tasks with a `form` are put: modern, flamingo, openflamingo or idefics; see hydra/protocol."""
+    """Prompts of tasks with a `form`: modern, flamingo, openflamingo or idefics; see hydra/protocol."""
     bug_compatible: bool = False
-    """Whether the protocol's published mistakes are made again, to meet old figures."""
+    """Whether to repeat the protocol's published mistakes, to reproduce old figures."""
     shots: Annotated[list[AtLeast0], AsList, NotEmpty] = field(default_factory=lambda: [0, 1, 2, 4, 8])
-    """Numbers of demonstrations (of examples a class, for binding)."""
+    """Numbers of demonstrations (for binding: of examples per class)."""
     seed: Annotated[list[AtLeast0], AsList, NotEmpty] = field(default_factory=lambda: [0])
-    """Seed of the demonstrations, or a list: the queries are then asked once a seed and scored together."""
+    """Seed of the demonstrations, or a list: the queries are then asked once per seed and scored together."""
     images: Annotated[list[Ablation], AsList, NotEmpty] = field(default_factory=lambda: ["real"])
     """real, and as controls shuffled, blank, text_only."""
     strategy: Annotated[list[Strategy], AsList, NotEmpty] = field(default_factory=lambda: ["plain"])
@@ -57,25 +57,25 @@ class EvalConfig:
     samples: AtLeast1 = 11
     """Self-consistency: answers sampled for each query."""
     temperature: AboveZero = 0.7
-    """Self-consistency: of the sampling."""
+    """Self-consistency: temperature of the sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Self-consistency: only the most probable tokens that together hold this share are sampled."""
+    """Self-consistency: sample only among the most probable tokens that together hold this share."""
     rationale_tokens: AtLeast1 = 128
     """Chains of thought: longest rationale, in tokens."""
     rationales: str | None = None
-    """two_stage: samples.jsonl of a run, by another model perhaps, whose rationales are taken, joined by query id."""
+    """two_stage: samples.jsonl of a run, perhaps of another model, whose rationales are used, joined by query id."""
     orders: AtLeast1 = 4
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
-    """Which demonstrations all tasks show, instead of what each says; see eval/demonstrations/samplers.py."""
+    """Sampler of demonstrations for all tasks, instead of each task's own; see eval/demonstrations/samplers.py."""
     limit: AtLeast1 | None = None
-    """Queries of each task at most, the first ones; null asks all."""
+    """At most this many queries of each task, the first ones; null asks all."""
     batch_size: AtLeast1 = 32
     """Prompts in a batch. Results do not depend on it."""
     cache: str | None = "runs/cache"
-    """Folder of encoded images, shared by all runs; null keeps them for the run alone."""
+    """Folder of encoded images, shared by all runs; null keeps them in memory for this run alone."""
     cache_gb: AboveZero = 20.0
-    """The most that folder may hold, in GB; what was not used for longest goes."""
+    """Limit of that folder in GB; the least recently used images are removed."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -86,9 +86,9 @@ class EvalConfig:
     """Show progress bars."""
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a clause for each combination of values that cannot be."""
+        """Yield a clause for each impossible combination of values."""
         if len(set(self.shots)) < len(self.shots):
-            yield f"shots={self.shots} has a number twice: give different ones, for example shots=[0,4]"
+            yield f"shots={self.shots} has duplicates: give different values, for example shots=[0,4]"
         samplers = {"": self.demos or "random"} | {f"task.{name}.": spec.demos for name, spec in self.task.items()}
         for path, sampler in samplers.items():
             try:
@@ -104,7 +104,7 @@ class EvalConfig:
         )
 
     def device_name(self) -> str:
-        """`device` with auto resolved."""
+        """Return `device` with auto resolved."""
         device = self.device
         if device == "auto":
             device = "cuda" if _gpu_available() else "cpu"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data.loading.loader import MixLoader
-from eval.hashing import content_hash
 from eval.inference.engine import Ranks
 from eval.inference.model import FlamingoResponder
 from eval.runner import Grid, run
 from eval.samples import Sample
+from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.training.config import EvaluationOptions, RunConfig

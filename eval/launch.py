@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from eval.config import EvalConfig
-from eval.hashing import content_hash
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
-from eval.inference.model import FlamingoResponder
+from eval.inference.model import check_model_folder, load_responder
 from eval.inference.provenance import code_hash, folder_hash, provenance
 from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
@@ -26,33 +25,9 @@ from eval.reports.results import results_of, write_report
 from eval.runner import Grid, run
 from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
+from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError, first_line
 from flamingo.files import write_atomically
-
-
-def check_model_folder(model: str) -> Path:
-    """Return the folder, if a model is in it; UserError otherwise."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={model} is not the folder of a saved model (config.json is missing); give the folder that "
-            "save_pretrained or train.py wrote"
-        )
-    return folder
-
-
-def load_responder(config: EvalConfig) -> FlamingoResponder:
-    """Return the model of `config.model` as a `FlamingoResponder`. Raises UserError when it cannot be loaded."""
-    folder = check_model_folder(config.model)
-    logging.disable_progress_bar()  # only the evaluation has a progress bar
-    try:
-        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-        processor = FlamingoProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"model={config.model} cannot be loaded: {first_line(error)}") from None
-    return FlamingoResponder(model, processor, config.device_name())
 
 
 def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
@@ -61,21 +36,15 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     Under torchrun every process does its share, and only the first one writes; the others return the same.
     """
     start = time.perf_counter()
-    check_model_folder(config.model)
+    check_model_folder("model", config.model)
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
     with Ranks.from_environment() as ranks:
+        # Every process plans the same batches, so different data would lose queries or ask them twice.
         for name, task in tasks.items():
             ranks.agree(f"task {name}", task.hash)
-        grid = Grid(
-            config.shots,
-            config.seed,
-            config.images,
-            config.limit,
-            config.batch_size,
-            config.strategy,
-            config.settings,
-        )
+        axes = (config.shots, config.seed, config.images)
+        grid = Grid(*axes, config.limit, config.batch_size, config.strategy, config.settings)
         engine, model_key = build_engine(config, ranks)
         each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
         total = {cell: count * len(grid.query_ids(tasks[cell.task])) for cell, count in each.items()}
@@ -102,13 +71,12 @@ def _spec(config: EvalConfig, spec: TaskSpec) -> TaskSpec:
 
 def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     """Return the model with its caches and its log, and the hash of its folder."""
-    responder = load_responder(config)
+    logging.disable_progress_bar()  # only the evaluation has a progress bar
+    responder = load_responder("model", config.model, config.device_name(), config.dtype)
     model_hash = folder_hash(Path(config.model))
     ranks.agree(f"model {config.model}", model_hash)
-    store = None
-    if config.cache is not None:
-        limit = int(config.cache_gb * 1e9)
-        store = ImageStore(Path(config.cache), responder.image_key, limit)
+    limit = int(config.cache_gb * 1e9)
+    store = None if config.cache is None else ImageStore(Path(config.cache), responder.image_key, limit)
     code = code_hash("flamingo", "eval/inference/model.py")
     key = content_hash(model_hash, responder.image_key, config.dtype, code)
     log = ResponseLog(Path(config.out), ranks.rank)
@@ -119,33 +87,25 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
 
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
     """Write every file except the log of responses, which exists already."""
-    from eval.reports.plots import (
-        curve_png,  # matplotlib takes a second to import
-    )
+    from eval.reports.plots import curve_png  # matplotlib takes a second to import
 
     out = Path(config.out)
     write_report(out, results, samples)
-    write_atomically(out / "curve.png", curve_png(results))
+    write_atomically(out / "curve.png", curve_png({"": results}))
     if config.gallery:
         write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
         write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
 
 
-class progress_bar:  # noqa: N801
-    """A bar on stderr with the cell in work and the time left; a context manager giving the runner's callback."""
+@contextmanager
+def progress_bar(total: dict[Cell, int], shown: bool) -> Iterator[Callable[[Cell, int], None]]:
+    """Show a bar on stderr with the current cell and the time left; give the runner's callback."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        bar = progress.add_task("evaluating", total=sum(total.values()))
 
-    def __init__(self, total: dict[Cell, int], shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._id = self._progress.add_task("evaluating", total=sum(total.values()))
+        def advance(cell: Cell, done: int) -> None:
+            what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.images}"
+            progress.update(bar, advance=done, description=what)
 
-    def __enter__(self) -> Callable[[Cell, int], None]:
-        self._progress.start()
-        return self._advance
-
-    def _advance(self, cell: Cell, done: int) -> None:
-        what = f"{cell.task}, {cell.strategy}, {cell.shots} shots, {cell.images}"
-        self._progress.update(self._id, advance=done, description=what)
-
-    def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
+        yield advance

@@ -1,8 +1,8 @@
 """Protocols: the prompts, demonstrations, 0-shot rule, decoding and post-processing that a table was made with.
 
-A protocol is a file under `hydra/protocol/`: settings by a task's `form`, then by its name. It stands between a task's
-own YAML and the command line, which has the last word. What a published evaluation got wrong is not repeated; where old
-figures must be met, `bug_compatible=true` brings it back, from a part of the same file.
+A protocol is a file under `hydra/protocol/`: settings by a task's `form`, then by its name. It overrides a task's
+own YAML, and the command line overrides it. Mistakes of a published evaluation are not repeated; to reproduce
+old figures, `bug_compatible=true` brings them back, from a part of the same file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ DEFAULT = "modern"
 
 
 def names() -> list[str]:
-    """The protocols there are."""
+    """Return the names of all protocols."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def settings_of(protocol: str, task: str, form: str, bug_compatible: bool = False) -> dict[str, Any]:
-    """What the protocol sets for a task; {} for a task without a form under the default protocol.
+    """Return what the protocol sets for a task; {} for a task without a form under the default protocol.
 
     Raises:
-        UserError: there is no such protocol, or it says nothing about tasks of this form.
+        UserError: there is no such protocol, or it has no prompt for tasks of this form.
     """
     if protocol not in names():
         raise UserError(f"protocol={protocol}; use one of {', '.join(names())}")
@@ -39,13 +39,13 @@ def settings_of(protocol: str, task: str, form: str, bug_compatible: bool = Fals
             return {}
         raise UserError(f"task {task} has no form, so protocol={protocol} has no prompt for it; set task.{task}.form")
     layers = [content, content.get("bug_compatible", {})] if bug_compatible else [content]
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for layer in layers:
-        found |= layer.get("forms", {}).get(form, {}) | layer.get("tasks", {}).get(task, {})
-    if not found:
+        settings |= layer.get("forms", {}).get(form, {}) | layer.get("tasks", {}).get(task, {})
+    if not settings:
         forms = sorted({*content["forms"], *content.get("tasks", {})})
         raise UserError(
-            f"protocol={protocol} has no prompt for task {task} (form {form}), it has some for {', '.join(forms)}; use "
+            f"protocol={protocol} has no prompt for task {task} (form {form}), only for {', '.join(forms)}; use "
             f"protocol={DEFAULT}"
         )
-    return found
+    return settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from eval.demonstrations.ablations import ABLATIONS, NEEDS_DEMOS
@@ -83,20 +84,16 @@ def check_context(tasks: Mapping[str, Task], grid: Grid, responder: Responder) -
 def run_cell(
     task: Task,
     cell: Cell,
-    responder: Responder,
-    cache: FeatureCache,
+    engine: Engine,
     query_ids: Sequence[str],
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda done: None,
-    engine: Engine | None = None,
     settings: PromptingSettings | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """Return the samples of one cell, in the order of `query_ids`; `on_batch` is called as in `Engine.ask`."""
-    engine = engine or Engine(responder, cache, batch_size)
     ablate, strategy = ABLATIONS[cell.images], STRATEGIES[cell.strategy]
     episodes = [ablate(task.episode(query_id, cell.shots, cell.seed), cell.seed) for query_id in query_ids]
-    settings = settings or PromptingSettings()
-    runs = [strategy(Query(task, episode, responder.builder, settings, cell.seed)) for episode in episodes]
+    settings, builder = settings or PromptingSettings(), engine.responder.builder
+    runs = [strategy(Query(task, episode, builder, settings, cell.seed)) for episode in episodes]
     outcomes = step_together(runs, engine, on_batch)
     return [_sample(task, cell, episode, outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
 
@@ -125,6 +122,7 @@ def step_together(runs: Sequence[Steps], engine: Engine, on_batch: Callable[[int
 def _sample(task: Task, cell: Cell, episode: Episode, outcome: PromptingOutcome) -> Sample:
     """Make the sample of `episode`; the outcome's own episode may hold a rationale or another order."""
     prompt, asked = outcome.prompt, outcome.episode
+    # Prompts that are too long lose the farthest demonstrations, which come first.
     dropped = len(asked.demos) - prompt.shots_kept
     shown = [turn.answer for turn in asked.demos[dropped:]]
     return Sample(
@@ -170,10 +168,5 @@ def run(
     samples: list[Sample] = []
     for cell in grid.cells(tasks):
         task = tasks[cell.task]
-
-        def tell(done: int, cell: Cell = cell) -> None:
-            on_batch(cell, done)
-
-        ids = grid.query_ids(task)
-        samples += run_cell(task, cell, responder, engine.cache, ids, grid.batch_size, tell, engine, grid.settings)
+        samples += run_cell(task, cell, engine, grid.query_ids(task), grid.settings, partial(on_batch, cell))
     return samples, engine.cache

@@ -19,9 +19,9 @@ Score = Annotated[str, one_of(SCORE_NAMES)]
 class SourceSpec:
     """Where a task's items come from."""
 
-    format: str = "pages"
-    """pages: shards of `python -m data prepare`; csv and jsonl: a table of one's own with columns image, answer and
-    optionally question, id, kind, choices; the others are data sets' own files, see eval/formats."""
+    format: str = "documents"
+    """documents: shards of `python -m data prepare`; csv and jsonl: your own table with columns image, answer and
+    optionally question, id, kind, choices; the others are data sets' own files, see eval/tasks/formats."""
     path: str = ""
     """Folder of shards, or the file."""
     annotations: str = ""
@@ -33,12 +33,12 @@ class SourceSpec:
     only: dict[str, str] = field(default_factory=dict)
     """Items are taken only if these fields have these values, for example {q_lang: en}."""
     annotators: int | None = None
-    """How many answers every question must have; another number stops the run."""
+    """How many answers every question must have; any other count stops the run."""
     frames: int = 8
     """Frames taken from a video, evenly spread."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Which fact of a page's `meta` (or which column) is the question, answer, kind or label; what is not named here
-    is the page's own text."""
+    """Which key of a document's `meta` (or which column) is the question, answer, kind or label; what is not named
+    here is the document's own text."""
     max_items: int | None = 4096
     """Items read at most, in file order; null reads all."""
 
@@ -51,7 +51,8 @@ class TaskSpec:
     """examples: demonstrations are other items with their answers; binding: new names for classes of images."""
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
-    """Where demonstrations come from; null splits `source`: the first `queries` in hash order ask, the rest show."""
+    """Where demonstrations come from; null splits `source`: the first `queries` in hash order are asked, the rest
+    are demonstrations."""
     root: str = ""
     """Folder that the relative paths of `source` and `support` start from."""
     published: dict[str, str] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class TaskSpec:
     before: str = ""
     """Text ahead of every image."""
     separator: str = ""
-    """Text behind every demonstration."""
+    """Text after every demonstration."""
     end_of_chunk: bool = True
     """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
     options: Literal["lines", "inline"] = "lines"
@@ -79,7 +80,7 @@ class TaskSpec:
     demo_answer: Literal["first", "majority"] = "first"
     """Which of several annotators' answers a demonstration shows: first or majority."""
     zero_shot: Literal["none", "two_text", "two_text_fixed", "two_text_first_image"] = "none"
-    """At 0 shots: none, or two_text, which shows two demonstrations without their images (they are no shots), drawn
+    """At 0 shots: none, or two_text, which shows two demonstrations without their images (not counted as shots), drawn
     for each query; with two_text_fixed they are the same for all. two_text_first_image is a historic fault: the query
     is then shown with a demonstration's image."""
     num_beams: AtLeast1 = 1
@@ -105,7 +106,7 @@ class TaskSpec:
     """What candidates are ranked by: sum, the log-probability of the whole answer, or mean, its share of one token
     (as OpenFlamingo does), which favours long answers."""
     rank_end: bool = True
-    """Whether a candidate is scored with its end; without it "tiger" has no chance against "tiger shark", or every."""
+    """Whether a candidate is scored with its end; without it "tiger" never has a lower sum than "tiger shark"."""
     candidates: list[str] = field(default_factory=list)
     """Closed answers for rank; empty takes every answer of the support set of the query's kind."""
     candidates_from: str = ""
@@ -118,9 +119,8 @@ class TaskSpec:
     stem: Literal["", "okvqa"] = ""
     """okvqa: generated answers are stemmed word by word as the annotation files stem theirs (raw_answer to answer)."""
     demos: str = "random"
-    """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a number or file behind
-    a colon.
-    """
+    """Which demonstrations a query gets: a name of eval.demonstrations.samplers.SAMPLERS, with a value or file after
+    a colon."""
     max_new_tokens: AtLeast1 = 32
     """Longest generated answer, in tokens."""
     ways: Annotated[int, Field(ge=2)] = 2
@@ -130,10 +130,10 @@ class TaskSpec:
     names: list[str] = field(default_factory=list)
     """Binding: names to give; empty reads them from `names_source`."""
     names_source: SourceSpec | None = None
-    """Binding: pages whose meta lists `names`."""
+    """Binding: documents whose meta lists `names`."""
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a clause for each combination of values that cannot be."""
+        """Yield a clause for each impossible combination of values."""
         if self.output != "rank":
             for name in sorted(NEEDS_RANKING.intersection(self.metrics)):
                 yield f"metrics has {name}, which compares candidates: set output=rank"

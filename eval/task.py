@@ -180,7 +180,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What is reached without looking, to be read beside every score; None where undefined."""
+    """Scores that need no image, which every score is compared with; None where undefined."""
 
     chance: float | None
     constant: float | None  # the best constant answer, chosen on the support set
@@ -249,7 +249,7 @@ class Task(Protocol):
         return turn.blank()
 
     def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
-        """Called once before the first episode, for tasks that choose demonstrations by image similarity."""
+        """Prepare to choose demonstrations by image similarity; called once, before the first episode."""
         return None
 
 
@@ -257,6 +257,15 @@ def parse_answer(raw: str) -> str:
     """Return the first non-empty line of a completion, white space collapsed; "" if there is none."""
     lines = [" ".join(line.split()) for line in raw.splitlines()]
     return next((line for line in lines if line), "")
+
+
+def content_hash(*parts: object) -> str:
+    """Return the hex SHA-256 of the parts' `repr`s with their lengths, so that ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        blob = repr(part).encode()
+        digest.update(f"{len(blob)}:".encode() + blob)
+    return digest.hexdigest()
 
 
 def generator(*purpose: str | int) -> np.random.Generator:

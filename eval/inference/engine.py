@@ -118,7 +118,7 @@ class _KeyedRequest:
 class Engine:
     """A responder with its feature cache and its log of responses.
 
-    `model_key` stands for weights, code, precision and device in the keys of the log.
+    `model_key` represents weights, code, precision and device in the keys of the log.
     """
 
     def __init__(

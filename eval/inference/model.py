@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +21,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from eval.hashing import content_hash
 from eval.inference.protocol import Responder
 from eval.inference.provenance import code_hash, weights_hash
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
-from eval.task import EncodedImage, generator
+from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 from flamingo.inference.generation import count_phi
 from flamingo.inference.media_cache import MediaCache
 from flamingo.layers.media_mask import seen_after
 
 FEATURE_FORMAT = 1
-"""Of stored features; raised when what is stored changes."""
+"""Version of stored features; raised when what is stored changes."""
 
 
 class FlamingoResponder(Responder):
@@ -174,6 +174,26 @@ class FlamingoResponder(Responder):
         return {name: value.to(self.device) for name, value in batch.items()}
 
 
+def check_model_folder(key: str, folder: str) -> None:
+    """Raise UserError unless a model is in the folder that the setting `key` names."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"{key}={folder} is not the folder of a saved model (config.json is missing); give the folder that "
+            "save_pretrained or train.py wrote"
+        )
+
+
+def load_responder(key: str, folder: str, device: str, dtype: str) -> FlamingoResponder:
+    """Return the model in the folder that the setting `key` names. Raises UserError when it cannot be loaded."""
+    check_model_folder(key, folder)
+    try:
+        model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        processor = FlamingoProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{key}={folder} cannot be loaded: {first_line(error)}") from None
+    return FlamingoResponder(model, processor, device)
+
+
 def context_length(model: FlamingoForConditionalGeneration) -> int | None:
     """Return the longest row, in tokens, that the language model has positions for; None if it names no limit."""
     config = model.language_model.config
@@ -291,7 +311,7 @@ def _shifted(cache: Cache, shifts: Tensor) -> DynamicCache:
 class GreedyOrSampled(LogitsProcessor):
     """A logits processor that chooses the next token: greedily, or by a sample that no other row can change.
 
-    torch's sampling draws one number after another from a global stream, so a sample depends on its batch. Here every
+    torch's sampling draws from one global stream, so a sample depends on its batch. Here every
     row has its own counter-based stream, and the token is argmax(log p + Gumbel noise), which is an exact draw from p.
     Since the choice is made here, its log-probability costs nothing to keep: `log_probs` has for each step every row's
     log-probability (B,) of the chosen token under the model, before temperature and top-p.

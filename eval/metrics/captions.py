@@ -4,7 +4,7 @@ All take captions that `eval.metrics.ptb.caption_words` has made into words. In 
 weight of an n-gram falls with the number of *images* whose references have it, so a caption's score depends on which
 other images are scored. `Cider` therefore keeps the set it was built on: scores under the example frequencies of a
 whole test set estimate that set's figure from any part of it, and a bootstrap costs nothing. A figure for a part under
-its own frequencies is another number and must not stand beside that of the whole.
+its own frequencies is not comparable with that of the whole.
 
 Letters: n the length of an n-gram, R references.
 """
@@ -85,8 +85,8 @@ class Cider:
 
 
 def bleu_counts(caption: str, references: Sequence[str]) -> np.ndarray:
-    """Return (10,) what corpus BLEU sums over images: 4 x matches, 4 x n-grams said, words said, words of the reference
-    nearest in length (the shorter of two equally near)."""
+    """Return (10,) what corpus BLEU sums over images: 4 x matches, 4 x n-grams of the caption, its words, and the words
+    of the reference nearest in length (the shorter of two equally near)."""
     words = caption_words(caption).split()
     lists = [caption_words(reference).split() for reference in references]
     most: Counter[NGram] = Counter()
@@ -123,7 +123,7 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
 
 
 def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return length of the longest common subsequence; (a b c d) and (b x d) share 2."""
+    """Return the length of the longest common subsequence; (a b c d) and (b x d) share 2."""
     row = [0] * (len(second) + 1)
     for word in first:
         diagonal = 0

@@ -35,7 +35,7 @@ class Interval:
     method: str
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> Interval:
+def wilson(successes: float, n: int) -> Interval:
     """Return Wilson's score interval of a proportion (Wilson 1927), `n` independent trials.
 
     Raises:
@@ -43,7 +43,7 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
     """
     if n <= 0:
         raise ValueError(f"an interval needs at least one sample, got n={n}")
-    p = successes / n
+    p, z = successes / n, Z95
     centre = p + z * z / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
@@ -51,7 +51,7 @@ def wilson(successes: float, n: int, z: float = Z95) -> Interval:
 
 
 def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resamples: int = RESAMPLES) -> Interval:
-    """Return percentile bootstrap of the mean of `scores`, whole clusters drawn with replacement.
+    """Return the percentile bootstrap of the mean of `scores`, whole clusters drawn with replacement.
 
     The clusters are sorted first and the generator is keyed by a constant, so the order of the samples has no
     influence.
@@ -61,20 +61,15 @@ def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resample
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(inverse, weights=np.asarray(scores, dtype=np.float64))
     counts = np.bincount(inverse).astype(np.float64)
-    rng = np.random.Generator(np.random.Philox(key=len(names)))
-    means = np.empty(resamples)
-    block = max(1, 2_000_000 // len(names))  # bounds the memory of the index table
-    for start in range(0, resamples, block):
-        draw = rng.integers(0, len(names), size=(min(block, resamples - start), len(names)))
-        means[start : start + len(draw)] = sums[draw].sum(axis=1) / counts[draw].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = [sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn, _ in _draws(len(names), 1, resamples)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Interval(float(low), float(high), "bootstrap")
 
 
 def two_level_bootstrap(
     scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int], resamples: int = RESAMPLES
 ) -> Interval:
-    """Return percentile bootstrap of the mean, seeds and clusters drawn with replacement. One seed: clusters alone."""
+    """Return the percentile bootstrap of the mean; seeds (if several) and clusters are drawn with replacement."""
     if len(set(seeds)) < 2:
         return cluster_bootstrap(scores, clusters, resamples)
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
@@ -83,20 +78,19 @@ def two_level_bootstrap(
     flat_index = seed * len(names) + inverse
     sums = np.bincount(flat_index, weights=np.asarray(scores, dtype=np.float64), minlength=size).reshape(len(kinds), -1)
     counts = np.bincount(flat_index, minlength=size).astype(np.float64).reshape(len(kinds), -1)
-    means = np.empty(resamples)
-    start = 0
+    means = []
     for drawn_clusters, drawn_seeds in _draws(len(names), len(kinds), resamples):
-        totals, numbers = (table[:, drawn_clusters].sum(2) for table in (sums, counts))  # (S, r)
-        total, count = ((drawn_seeds.T * values).sum(0) for values in (totals, numbers))
+        by_seed = (values[:, drawn_clusters].sum(2) for values in (sums, counts))  # (S, r) each
+        total, count = ((drawn_seeds.T * values).sum(0) for values in by_seed)
+        # A resample may have drawn no sample at all, where not every seed asked every query.
         with np.errstate(invalid="ignore", divide="ignore"):
-            means[start : start + len(total)] = total / count
-        start += len(total)
-    low, high = np.nanquantile(means, [0.025, 0.975])
+            means.append(total / count)
+    low, high = np.nanquantile(np.concatenate(means), [0.025, 0.975])
     return Interval(float(low), float(high), "two-level bootstrap")
 
 
 def _draws(clusters: int, seeds: int, resamples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of (r, C) drawn clusters and of how often each seed is drawn, (r, S), ones where there is but one seed."""
+    """Yield blocks of drawn clusters (r, C), and of how often each seed is drawn (r, S): ones for a single seed."""
     rng = np.random.Generator(np.random.Philox(key=clusters))
     choose = np.random.Generator(np.random.Philox(key=[clusters, seeds]))
     block = max(1, 2_000_000 // (clusters * seeds))  # bounds the memory of the index table
@@ -109,9 +103,9 @@ def _draws(clusters: int, seeds: int, resamples: int) -> Iterator[tuple[np.ndarr
 def sample_weights(
     clusters: Sequence[str], seeds: Sequence[int] | None = None, resamples: int = RESAMPLES
 ) -> Iterator[np.ndarray]:
-    """Blocks (r, N) of how often each sample is in a resample of whole clusters, and of seeds where there are several.
+    """Yield blocks (r, N) of how often each sample is in a resample of whole clusters, and of seeds if several.
 
-    The same for any order of the samples.
+    They are the same for any order of the samples.
     """
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     kinds, seed = np.unique(np.asarray(seeds or [0] * len(clusters)), return_inverse=True)
@@ -126,7 +120,7 @@ def statistic_interval(
     resamples: int = RESAMPLES,
     seeds: Sequence[int] | None = None,
 ) -> Interval:
-    """Return percentile bootstrap of a statistic that is not a mean: it takes (r, N) weights and gives (r,) values.
+    """Return the percentile bootstrap of a statistic that is not a mean: it takes (r, N) weights and gives (r,) values.
 
     Resamples for which it has no value (nan: an AUC without negatives) are left out.
     """
@@ -136,8 +130,8 @@ def statistic_interval(
 
 
 def mean_interval(scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int] | None = None) -> Interval:
-    """Wilson's interval where it is valid (0/1 scores, every cluster once), else a bootstrap: of two levels where
-    `seeds` are given and there are several."""
+    """Return Wilson's interval if it is valid (0/1 scores, every cluster once), else a bootstrap, two-level if there
+    are several `seeds`."""
     if seeds is not None and len(set(seeds)) > 1:
         return two_level_bootstrap(scores, clusters, seeds)
     independent = len(set(clusters)) == len(clusters)

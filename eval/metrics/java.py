@@ -74,7 +74,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
 
 
 def _ask(process: subprocess.Popen[str], *parts: str) -> str:
-    """Say a line of METEOR's protocol and return its answer. Raises OSError when the program has ended."""
+    """Send a line of METEOR's protocol and return its answer. Raises OSError when the program has ended."""
     assert process.stdin is not None
     process.stdin.write(" ||| ".join(part.replace("|||", "").replace("  ", " ") for part in parts) + "\n")
     process.stdin.flush()

@@ -1,4 +1,4 @@
-"""Scores of medical question answering: those of the published scorer, and the same with its faults mended.
+"""Scores of medical question answering: those of the published scorer, and the same with its faults corrected.
 
 The published scorer (LLaVA-Med 1.0) is what the tables of VQA-RAD, SLAKE and PathVQA were made with. It has two faults:
 
@@ -7,8 +7,8 @@ The published scorer (LLaVA-Med 1.0) is what the tables of VQA-RAD, SLAKE and Pa
 - A closed answer is right if it contains "yes" or "no" anywhere ("no" in "normal") and contains the gold string; a
   gold that is neither ("left") can hardly be right, and the constant "yes no" is nearly always right.
 
-So the mended versions stand beside them: recall and F1 over bags of words with each hit counted once, exact match, and
-closed accuracy by whole words, where an answer that says both yes and no is wrong.
+So corrected versions are reported as well: recall and F1 over bags of words with each hit counted once, exact match,
+and closed accuracy by whole words, where an answer with both yes and no is wrong.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def closed(answer: str, gold: str) -> float:
 
 
 def medical_exact(answer: str, gold: str) -> float:
-    """Return whether the words are the same ones."""
+    """Return whether the words are the same."""
     return float(bool(medical_words(answer)) and medical_words(answer) == medical_words(gold))
 
 

@@ -7,12 +7,12 @@ are surprising:
 - Lower-casing comes after tokenising, and the list of marks has "-LRB-": so the token "-lrb-" of a "(" stays, as do
   "-lsb-" and "-lcb-". Only single marks are removed: "??" and "!!" are words.
 - "can't" is "ca n't", "cannot" is "can not", "gonna" is "gon na", "dog's" is "dog 's"; "o'clock" is one word.
-- Abbreviations keep their dot ("mr.", "p.m."), some only in front of a number ("no. 5"), some only in one letter case.
+- Abbreviations keep their dot ("mr.", "p.m."), some only before a number ("no. 5"), some only in one letter case.
 - "half-eaten", "a/b" and "3-year-old" are one word, "a&b" three, "AT&T" one.
 
-The tokenizer is a longest-match lexer: of all rules that match at a place the one reaching farthest wins (what it looks
-ahead at counts), the earlier one where two reach equally far. `RULES` are in that order. Text that no rule knows is
-dropped. The equality with the Java program is tested where both are installed.
+The tokenizer is a longest-match lexer: of all rules that match at a position the one that reaches farthest wins (what
+it looks ahead at counts), of equals the earlier one. `RULES` are in that order. Text that no rule knows is dropped. The
+equality with the Java program is tested where both are installed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 _CURRENCY = {"¢": "cents", "£": "#", "¤": "$", "€": "$", "\x80": "$", "₠": "$"}
 _FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _PASSED_OVER = re.compile(r"[ \t\r\n\f\v\u00a0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # a word on which only _SPECIAL has anything to say
+_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # a word that only _SPECIAL may split
 _SPECIAL = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 NBSP = "\u00a0"
-"""Stands for the space inside a token such as a telephone number."""
+"""Replaces the space inside a token such as a telephone number."""
 
 
 @dataclass(frozen=True)
 class LexerRule:
-    """`pattern` matches the token and, behind group 1, what must follow; `make` spells the token."""
+    """`pattern` matches the token and, after group 1, what must follow; `make` spells the token."""
 
     pattern: re.Pattern[str]
     make: Callable[[str], str] = str

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """(R,) areas under the ROC curve of (N,) scores under (R, N) weights; ties count one half; nan without a class.
+    """Return (R,) areas under the ROC curve of (N,) scores and (R, N) weights; ties count half; nan without a class.
 
     It is the share of (positive, negative) pairs that the scores put right, so no curve is needed.
     """
@@ -27,7 +27,7 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R,) sums over thresholds of (step in recall) x precision, no interpolation; equal scores are one threshold."""
+    """Return (R,) sums over thresholds of (step in recall) x precision; equal scores are a single threshold."""
     order = np.argsort(-scores, kind="stable")
     lasts = np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]
     hits = np.cumsum(weights[:, order] * positive[order], axis=1)[:, lasts]
@@ -49,7 +49,7 @@ def mwap(
     pairs: Sequence[tuple[str, str]],
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(R,) mean over actions of the weighted average precision (Miech et al. 2020, as their `compute_score` has it).
+    """Return (R,) mean over actions of the weighted average precision (Miech et al. 2020, their `compute_score`).
 
     `matrix` (N, C) scores every segment for every action, `pairs` are the C (verb, noun), `actions` the "verb noun" a
     segment was annotated for. For an action count: its positives; as negatives its own annotated ones, and the

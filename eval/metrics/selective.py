@@ -1,4 +1,4 @@
-"""Selective prediction: what a model scores where it may decline to answer, by how sure it was.
+"""Selective prediction: the score of a model that may decline to answer, by its confidence.
 
 Samples of equal confidence cannot be ordered (a vote of eleven has eleven levels), so a curve is the expectation over
 all orders among them; nothing here depends on the order of the samples. Risk is 1 - score, so scores between 0 and 1
@@ -15,16 +15,16 @@ import numpy as np
 COVERAGES = (1.0, 0.9, 0.8, 0.55, 0.5)  # 0.55 is the deferral of 0.45 that medical question answering reports
 BINS = 15
 POINTS = 20
-"""Of the curve that is kept."""
+"""Points of the curve that the results keep."""
 
 
 @dataclass(frozen=True)
 class Selective:
     """`risk` at `POINTS` equal steps of coverage up to 1.
 
-    `aurc` is the area under that curve (the mean risk over all coverages), `e_aurc` how much of it the order of the
-    confidences is to blame for; `ece` the expected calibration error over 15 bins of equal mass; `brier` the mean
-    squared difference of confidence and score.
+    `aurc` is the area under that curve (the mean risk over all coverages), `e_aurc` the part of it that is due to the
+    order of the confidences; `ece` the expected calibration error over 15 bins of equal mass; `brier` the mean squared
+    difference of confidence and score.
     """
 
     risk: tuple[float, ...]

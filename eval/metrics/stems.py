@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from eval.hashing import content_hash
 from eval.metrics.wordnet import WordNet
+from eval.task import content_hash
 
 Pair = tuple[str, str]
 """An answer as given, and stemmed."""

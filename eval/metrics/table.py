@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,51 +22,8 @@ from eval.metrics.medical import closed, is_closed, medical_exact, open_scores, 
 from eval.metrics.ranking import mwap, roc_auc, winoground
 from eval.metrics.vqa import vqa_accuracy
 from eval.metrics.wups import BY_EQUALITY, wups_score
+from eval.samples import Sample
 from flamingo.errors import UserError
-
-
-class Answered(Protocol):
-    """What a metric needs of a sample."""
-
-    @property
-    def query_id(self) -> str:
-        """Which query; several answers may share it, of several seeds."""
-        ...
-
-    @property
-    def answer(self) -> str:
-        """What was said, parsed."""
-        ...
-
-    @property
-    def golds(self) -> tuple[str, ...]:
-        """The accepted answers."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """The query's kind."""
-        ...
-
-    @property
-    def cluster(self) -> str:
-        """What ties scores together: the image."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of its demonstrations."""
-        ...
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """The closed answers, if it was ranked."""
-        ...
-
-    @property
-    def log_probs(self) -> tuple[float, ...]:
-        """Of each candidate."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +37,7 @@ class MetricValue:
     method: str
 
 
-Answers = Sequence[Answered]
+Answers = Sequence[Sample]
 Metric = Callable[[Answers], dict[str, MetricValue]]
 
 
@@ -105,7 +62,7 @@ def _statistic(
 
 
 def _captions(answers: Answers) -> dict[str, MetricValue]:
-    """CIDEr-D under the frequencies of the very images scored, which is the reference scorer's figure."""
+    """Measure BLEU, ROUGE-L and CIDEr-D, with the frequencies of the scored images, as the reference scorer does."""
     references = list({answer.query_id: answer.golds for answer in answers}.values())
     cider = Cider(references)
     each = [cider.score(answer.answer, answer.golds) for answer in answers]
@@ -131,7 +88,7 @@ def _vqa(answers: Answers) -> dict[str, MetricValue]:
 
 
 def _auc(answers: Answers) -> dict[str, MetricValue]:
-    """Of the margin of the last candidate, which is the positive class, over the first."""
+    """Measure the AUC of the margin of the last candidate, which is the positive class, over the first."""
     if any(len(answer.log_probs) != 2 for answer in answers):
         raise UserError("the metric roc_auc needs two ranked candidates, the positive one last")
     margins = np.array([answer.log_probs[1] - answer.log_probs[0] for answer in answers])
@@ -152,18 +109,15 @@ def _medical(answers: Answers) -> dict[str, MetricValue]:
         values["open_f1_published"] = _mean([scores[2] for scores in published], open_answers)
         values["open_recall"] = _mean([scores[0] for scores in mended], open_answers)
         values["open_f1"] = _mean([scores[2] for scores in mended], open_answers)
-        values["open_exact"] = _mean(
-            [medical_exact(answer.answer, answer.golds[0]) for answer in open_answers], open_answers
-        )
+        exact = [medical_exact(answer.answer, answer.golds[0]) for answer in open_answers]
+        values["open_exact"] = _mean(exact, open_answers)
     if closed_answers:
-        values["closed_published"] = _mean(
-            [published_closed(answer.answer, answer.golds[0]) for answer in closed_answers], closed_answers
-        )
+        by_substring = [published_closed(answer.answer, answer.golds[0]) for answer in closed_answers]
+        values["closed_published"] = _mean(by_substring, closed_answers)
         values["closed"] = _mean([closed(answer.answer, answer.golds[0]) for answer in closed_answers], closed_answers)
         for constant in ("yes", "no"):
-            values[f"closed_if_always_{constant}"] = _mean(
-                [closed(constant, answer.golds[0]) for answer in closed_answers], closed_answers
-            )
+            always = [closed(constant, answer.golds[0]) for answer in closed_answers]
+            values[f"closed_if_always_{constant}"] = _mean(always, closed_answers)
     return values
 
 
@@ -176,7 +130,7 @@ def _wups(answers: Answers) -> dict[str, MetricValue]:
 
 
 def _winoground(answers: Answers) -> dict[str, MetricValue]:
-    """Queries `ITEM.0`, `ITEM.1` are its images, `ITEM.none` the captions without one, where that was asked."""
+    """Measure items of two queries, `ITEM.0` and `ITEM.1`, one per image; `ITEM.none` shows no image."""
     asked: dict[str, list[tuple[float, ...]]] = {}
     for answer in answers:
         asked.setdefault(answer.query_id, []).append(answer.log_probs)
@@ -201,15 +155,11 @@ def _winoground_values(name: str, scores: np.ndarray, items: list[str]) -> dict[
 
 
 def _mwap(answers: Answers) -> dict[str, MetricValue]:
-    """Kind is what was annotated, the gold the action it was annotated for, candidates all actions."""
+    """Measure RareAct: kind is the annotation, the gold the action it was made for, the candidates are all actions."""
     actions = answers[0].candidates
     pairs = [(action.split(" ", 1)[0], action.split(" ", 1)[-1]) for action in actions]
     matrix = np.array([answer.log_probs for answer in answers])
-    facts = (
-        [answer.golds[0] for answer in answers],
-        [answer.kind for answer in answers],
-        [answer.cluster for answer in answers],
-    )
+    facts = ([a.golds[0] for a in answers], [a.kind for a in answers], [a.cluster for a in answers])
     score = mwap(matrix, *facts, pairs)
     return {"mwap": _statistic(score[0], lambda weights: mwap(matrix, *facts, pairs, weights), answers, 300)}
 
@@ -228,7 +178,7 @@ def _spice(answers: Answers) -> dict[str, MetricValue]:
 
 
 def _by_word(answers: Answers) -> dict[str, MetricValue]:
-    """Accuracy over the answers whose kind has a word: ScienceQA's columns overlap (a question has TXT and IMG)."""
+    """Measure accuracy for each word of the kinds: ScienceQA's columns overlap (a question may have TXT and IMG)."""
     values = {}
     for word in sorted({word for answer in answers for word in answer.kind.split()}):
         part = [answer for answer in answers if word in answer.kind.split()]
@@ -254,7 +204,7 @@ METRICS: dict[str, Metric] = {
 
 
 def check_metric(name: str) -> None:
-    """Raise UserError if what a metric needs is not on this machine: told now, not when the answers are there."""
+    """Raise UserError if this machine lacks what a metric needs: before the model runs, not after."""
     if name in PROGRAMS:
         program(name, PROGRAMS[name])
 

@@ -73,7 +73,7 @@ def scorer(name: str, golds: Sequence[Sequence[str]]) -> Score:
     """Return the score of that name for a task whose queries have these gold answers.
 
     Raises:
-        UserError: what the score needs is not on this machine; told now and not when the answers are there.
+        UserError: what the score needs is not on this machine; raised before the model runs, not after.
     """
     if name == "wups":
         wordnet()

@@ -2,7 +2,7 @@
 
 The rule and its normalisation are those of Antol et al. 2015 as published with the data set, historic quirks included,
 because published figures have them: a comma between digits decides how *every* punctuation mark is treated, and the
-expression meant to keep the dot of a decimal number has its look-behind misspelt, so that any dot not followed by a
+expression meant to keep the dot of a decimal has its look-behind misspelt, so that any dot not followed by a
 digit goes. Each is marked below. Answers are normalised only where the annotators disagree.
 """
 
@@ -31,20 +31,20 @@ _TWICE_CONTRACTED = (
 )
 
 
-def _lacking_one(word: str) -> list[str]:
+def _without_one_apostrophe(word: str) -> list[str]:
     """Return `word` without one of its apostrophes, each in turn."""
     return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
 
 
 # The published table, whose gaps count: "im", "ive" and "lets" are not in it (its keys for the first two are written
 # with a capital, which a lower-cased word never equals), and "somebody'd" is in it the wrong way round.
-_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _lacking_one(word)}
-_CONTRACTIONS |= {short: word for word in _TWICE_CONTRACTED.split() for short in _lacking_one(word)}
+_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _without_one_apostrophe(word)}
+_CONTRACTIONS |= {short: word for word in _TWICE_CONTRACTED.split() for short in _without_one_apostrophe(word)}
 _CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
 def normalise(answer: str) -> str:
-    """`answer` without punctuation, articles and capitals, small numbers as digits, as the published scorer does."""
+    """Return `answer` without punctuation, articles and capitals, small numbers as digits, as published."""
     text = answer
     digit_comma = _DIGIT_COMMA.search(answer) is not None
     for mark in _PUNCTUATION:
@@ -72,7 +72,7 @@ def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
 
 
 def vqa_accuracy_by_value(answer: str, golds: Sequence[str]) -> float:
-    """Return a historic fault, for comparison with old figures: "the others" are those who said something else.
+    """Return the score with a historic fault, to compare old figures: "the others" are those who answered otherwise.
 
     On annotations without ids a published harness compared annotators by value, so all who agree vanish at once; with
     it VizWiz scores are up to 27 points too low.

@@ -53,7 +53,7 @@ class WordNet:
     def _read_index(path: Path) -> dict[str, list[int]]:
         offsets = {}
         for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.startswith(" "):  # the licence stands on lines that begin with blanks
+            if not line.startswith(" "):  # the licence is on lines that begin with blanks
                 parts = line.split()
                 offsets[parts[0]] = [int(offset) for offset in parts[len(parts) - int(parts[2]) :]]
         return offsets
@@ -107,7 +107,7 @@ class WordNet:
         return (max if longest else min)(above, default=0)
 
     def _distances(self, key: Key, imagined: bool) -> dict[Key, int]:
-        """Steps to every hypernym, itself included; the imagined root lies beyond the farthest."""
+        """Return the steps to every hypernym, itself included; the imagined root lies beyond the farthest."""
         distances: dict[Key, int] = {}
         queue = deque([(key, 0)])
         while queue:
@@ -161,7 +161,7 @@ def wordnet() -> WordNet:
 
 
 def wordnet_if_there() -> WordNet | None:
-    """Return the same, or None."""
+    """Return the WordNet of this machine, or None."""
     try:
         return wordnet()
     except UserError:

@@ -8,6 +8,7 @@ are scored by equality.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -35,13 +36,9 @@ def wups(answer: Sequence[str], gold: Sequence[str], similarity: Similarity, thr
 
 
 def _one_way(words: Sequence[str], others: Sequence[str], similarity: Similarity, threshold: float) -> float:
-    product, any_found = 1.0, False
-    for word in words:
-        best = max((_damped(word, other, similarity, threshold) for other in others), default=0.0)
-        if best > 0:
-            product *= best
-            any_found = True
-    return product if any_found else 0.0
+    best = [max((_damped(word, other, similarity, threshold) for other in others), default=0.0) for word in words]
+    similar = [value for value in best if value > 0]  # as published: a word without any similarity is skipped
+    return math.prod(similar) if similar else 0.0
 
 
 def _damped(word: str, other: str, similarity: Similarity, threshold: float) -> float:
@@ -59,7 +56,7 @@ def lemmatised(text: str, net: WordNet) -> list[str]:
 
 
 def wups_score(answer: str, golds: Sequence[str], threshold: float = 0.0, equality: bool = False) -> float:
-    """Return the best over the gold answers. With `equality` the lemmas must be the same ones."""
+    """Return the best over the gold answers. With `equality` the lemmas must be the same."""
     net = wordnet()
     words = lemmatised(answer, net)
     truths = [lemmatised(gold, net) for gold in golds]

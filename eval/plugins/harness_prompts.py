@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from eval.demonstrations.samplers import draw
-from eval.inference.model import FlamingoResponder, context_length
-from eval.prompting.prompts import EncodedPrompt
+from eval.inference.engine import Engine
+from eval.inference.model import FlamingoResponder, context_length, load_responder
+from eval.prompting.prompts import Completion, EncodedPrompt, Request, shared_start
 from eval.task import EncodedImage, Example, Turn, hash_order
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
 
@@ -50,7 +50,9 @@ def image_of(value: Any) -> EncodedImage:
         buffer = io.BytesIO()
         value.convert("RGB").save(buffer, format="PNG", compress_level=1)
         return EncodedImage((buffer.getvalue(),))
-    raise UserError(f"the harness gives a {type(value).__name__} where an image is expected; PIL, bytes or a path are")
+    raise UserError(
+        f"the harness gives a {type(value).__name__} where an image is expected; it must be PIL, bytes or a path"
+    )
 
 
 def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
@@ -67,7 +69,7 @@ def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
 
 
 class HarnessPromptBuilder:
-    """Builds prompts for one model."""
+    """A builder of one model's prompts."""
 
     def __init__(self, responder: FlamingoResponder) -> None:
         self._builder = responder.builder
@@ -76,7 +78,7 @@ class HarnessPromptBuilder:
         self.context = context_length(responder.model)
         end = responder.processor.eos_token_id
         self.first_token = self._start[0] if self._start else responder.processor.eoc_token_id if end is None else end
-        """What stands in front of a text of which every token is to be predicted."""
+        """Precedes a text of which every token is to be predicted."""
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -84,13 +86,13 @@ class HarnessPromptBuilder:
 
     @staticmethod
     def bare(before: Sequence[int], own: Sequence[int]) -> EncodedPrompt:
-        """Given ids behind given ids, without images."""
+        """Return a prompt of given ids that continue other ids, without images."""
         return EncodedPrompt(tuple(before), (), (tuple(own),), ((None, ""),), 0)
 
     def build(
         self, demos: Sequence[HarnessPrompt], query: HarnessPrompt, room: int, continuations: Sequence[str] = ()
     ) -> EncodedPrompt:
-        """Return the prompt and, for `continuations`, their ids behind what all of them share with the prompt's end.
+        """Return the prompt and, for `continuations`, their ids after what all of them share with the prompt's end.
 
         Where `room` more tokens would not fit, whole demonstrations are dropped from the far end.
         """
@@ -98,7 +100,7 @@ class HarnessPromptBuilder:
         whole = [self._builder.encode(f"{last}{text}") for text in continuations] or [self._builder.encode(last)]
         # A boundary inside a token: what all continuations share of it belongs to the prompt, at most the text itself.
         own = self._builder.encode(last)
-        shared = next((n for n, ids in enumerate(zip(own, *whole, strict=False)) if len(set(ids)) > 1), len(own))
+        shared = shared_start([own, *whole])
         shared = min(shared, *(len(ids) - 1 for ids in whole)) if continuations else shared
         candidates = tuple(ids[shared:] for ids in whole) if continuations else ()
         asked = [*head, *own[:shared]]
@@ -121,7 +123,7 @@ class HarnessPromptBuilder:
         return self.context is not None and tokens > self.context
 
     def _query(self, query: HarnessPrompt) -> tuple[list[int], str]:
-        """Return (ids up to the last image, the text behind it)."""
+        """Return (ids up to the last image, the text after it)."""
         texts = query.text.split(IMAGE_TOKEN)
         head = [self._encoder.image_token_id] * (len(query.images) - len(texts) + 1)
         for text in texts[:-1]:
@@ -161,13 +163,9 @@ def load(pretrained: str, device: str | None, dtype: str) -> FlamingoResponder:
 
     lm_eval's own command line gives None where its `--device` is left out, or cuda:0 on a machine without one.
     """
-    if not (Path(pretrained) / "config.json").is_file():
-        raise UserError(f"pretrained={pretrained} is not a folder that save_pretrained or train.py wrote")
-    model = FlamingoForConditionalGeneration.from_pretrained(pretrained, dtype=getattr(torch, dtype))
     if not torch.cuda.is_available():
         device = "cpu" if device is None or device.startswith("cuda") else device
-    device = device or "cuda"
-    return FlamingoResponder(model, FlamingoProcessor.from_pretrained(pretrained), device)
+    return load_responder("pretrained", pretrained, device or "cuda", dtype)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -175,6 +173,29 @@ def cut(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
+
+
+def batch_size_of(asked: int | str, most: int | None) -> int:
+    """Return the batch size of a harness's arguments; a word such as `auto` gives the largest one, by default 16."""
+    return int(asked) if str(asked).isdecimal() else most or 16
+
+
+def ask_texts(engine: Engine, asked: Sequence[Request], stops: Sequence[str | Sequence[str] | None]) -> list[str]:
+    """Return the text generated for each request, up to the first of its stop strings."""
+    texts = []
+    for response, until in zip(engine.ask(asked), stops, strict=True):
+        assert isinstance(response, Completion)
+        texts.append(cut(response.text, [until] if isinstance(until, str) else until or ()))
+    return texts
+
+
+def demonstration(task: Any, doc: Any, visual: Any) -> HarnessPrompt:
+    """Return an example of a harness's task as a demonstration; `visual` are its images, as in `shown`."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    target = target[0] if isinstance(target, list) else target
+    return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
 
 
 def stop(error: object) -> NoReturn:

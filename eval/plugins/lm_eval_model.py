@@ -5,7 +5,7 @@
 
 These are lm_eval's own arguments. Its few-shot examples (`--num_fewshot`) come without images; with `shots=N` in
 model_args the demonstrations are drawn here, from the task's own few-shot split and with their images. Candidates of
-one question are ranked together behind one run of their prompt.
+one question are ranked together after one run of their prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
+from eval.plugins.harness_prompts import (
+    HarnessPrompt,
+    HarnessPromptBuilder,
+    HarnessSupport,
+    ask_texts,
+    batch_size_of,
+    demonstration,
+    load,
+    shown,
+    stop,
+)
 from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 MOST_NEW_TOKENS = 256
-"""lm_eval's own default where a task names no number."""
+"""lm_eval's own default for tasks that set no limit."""
 
 
 @register_model("flamingo")
@@ -58,8 +68,7 @@ class FlamingoLM(LM):
         super().__init__()
         if responder is None:
             responder = load(pretrained, device, dtype)
-        size = max_batch_size or 16 if isinstance(batch_size, str) and not batch_size.isdecimal() else int(batch_size)
-        self._engine = Engine(responder, FeatureCache(responder), size)
+        self._engine = Engine(responder, FeatureCache(responder), batch_size_of(batch_size, max_batch_size))
         self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
         self._tasks: dict[str, Any] = dict(tasks or {})
@@ -73,8 +82,8 @@ class FlamingoLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return (log-probability, greedy or not) of each continuation.
 
-        Whether it is what greedy decoding says is found out where a question has one continuation (as in LAMBADA);
-        with several it is not asked for by any metric, and False.
+        Greedy decoding is compared only for questions with one continuation (as in LAMBADA); with several, no metric
+        asks for it and the value is False.
         """
         groups: dict[tuple[str | None, int | None, str], list[int]] = {}
         for index, request in enumerate(requests):
@@ -100,7 +109,7 @@ class FlamingoLM(LM):
         return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of whole texts, each token predicted once; longer ones than the context in windows that do not overlap."""
+        """Return the log-probabilities of whole texts; one beyond the context is cut into parts without overlap."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         asked: list[Request] = []
@@ -131,14 +140,8 @@ class FlamingoLM(LM):
             draw = int(request.repeats or 0) if temperature else 0
             how = Decoding(tokens, temperature=temperature, top_p=float(options.get("top_p", 1.0)), draw=draw)
             asked.append(Request(prompt, how))
-            until = options.get("until") or []
-            stops.append([until] if isinstance(until, str) else list(until))
-        responses = self._engine.ask(asked)
-        return [
-            cut(response.text, stop)
-            for response, stop in zip(responses, stops, strict=True)
-            if isinstance(response, Completion)
-        ]
+            stops.append(options.get("until"))
+        return ask_texts(self._engine, asked, stops)
 
     def _demos_and_query(self, request: Instance) -> tuple[list[HarnessPrompt], HarnessPrompt]:
         extra: Any = request.args[2] if len(request.args) > 2 else None
@@ -154,7 +157,12 @@ class FlamingoLM(LM):
             examples = list(task.fewshot_docs())
             if not examples:
                 raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
-            self._supports[name] = HarnessSupport(name, examples, lambda doc: _demonstration(task, doc), self._seed)
+
+            def show(doc: Any) -> HarnessPrompt:
+                visual = task.doc_to_image(doc) if task.config.doc_to_image is not None else None
+                return demonstration(task, doc, visual)
+
+            self._supports[name] = HarnessSupport(name, examples, show, self._seed)
         return self._supports[name]
 
     def _task(self, name: str) -> Any:
@@ -166,17 +174,8 @@ class FlamingoLM(LM):
         return self._tasks[name]
 
 
-def _demonstration(task: Any, doc: Any) -> HarnessPrompt:
-    target = task.doc_to_target(doc)
-    if task.config.doc_to_choice is not None and isinstance(target, int):
-        target = task.doc_to_choice(doc)[target]
-    target = target[0] if isinstance(target, list) else target
-    visual = task.doc_to_image(doc) if task.config.doc_to_image is not None else None
-    return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
-
-
 def main() -> None:
-    """lm_eval's own command, with this model in its registry."""
+    """Run lm_eval's own command, with this model in its registry."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -10,15 +10,25 @@ without one from the task's few-shot, training or validation split, whichever it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import HarnessPrompt, HarnessPromptBuilder, HarnessSupport, cut, load, shown, stop
-from eval.prompting.prompts import Completion, Decoding, Request
+from eval.plugins.harness_prompts import (
+    HarnessPrompt,
+    HarnessPromptBuilder,
+    HarnessSupport,
+    ask_texts,
+    batch_size_of,
+    demonstration,
+    load,
+    shown,
+    stop,
+)
+from eval.prompting.prompts import Decoding, Request
 from flamingo.errors import UserError
 
 try:
@@ -33,7 +43,7 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
 MOST_NEW_TOKENS = 256
-"""lmms_eval's own default where a task names no number."""
+"""lmms_eval's own default for tasks that set no limit."""
 
 
 class FlamingoLMMs(lmms):
@@ -59,8 +69,7 @@ class FlamingoLMMs(lmms):
             keys = "pretrained, device, dtype, batch_size, shots, seed, support_split"
             raise UserError(f"model_args has an unknown key {min(unknown)!r}; the keys are {keys}")
         responder = responder or load(pretrained, device, dtype)
-        size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 16
-        self._engine = Engine(responder, FeatureCache(responder), size)
+        self._engine = Engine(responder, FeatureCache(responder), batch_size_of(batch_size, max_batch_size))
         self._support_split = support_split
         self._prompts = HarnessPromptBuilder(responder)
         self._shots, self._seed = int(shots), int(seed)
@@ -102,17 +111,11 @@ class FlamingoLMMs(lmms):
             demos, query = self._demos_and_query(context, visual, task, split, index)
             prompt = self._prompts.build(demos, query, tokens)
             asked.append(Request(prompt, Decoding(tokens, temperature=temperature)))
-            until: Sequence[str] | str = options.get("until") or []
-            stops.append([until] if isinstance(until, str) else list(until))
-        responses = self._engine.ask(asked)
-        return [
-            cut(response.text, stop)
-            for response, stop in zip(responses, stops, strict=True)
-            if isinstance(response, Completion)
-        ]
+            stops.append(options.get("until"))
+        return ask_texts(self._engine, asked, stops)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not done: such a task's later rounds are made by its own code from the earlier answers."""
+        """Refuse: later rounds of such a task are made by its own code from the earlier answers."""
         raise UserError("tasks of several rounds are not supported; choose one that asks once")
 
     def _demos_and_query(
@@ -127,7 +130,7 @@ class FlamingoLMMs(lmms):
         return self._supports[task].demos(query, f"{split} {index}", self._shots), query
 
     def _support(self, name: str, task: Any, asked: str) -> HarnessSupport:
-        """lmms-eval's own `fewshot_docs` would fall back on the questions that are asked."""
+        """Return the split to draw from; lmms-eval's `fewshot_docs` would fall back on the questions asked."""
         config = task.config
         named = [config.fewshot_split, config.training_split, config.validation_split]
         split = self._support_split or next((split for split in named if split and split != asked), None)
@@ -137,17 +140,11 @@ class FlamingoLMMs(lmms):
             raise UserError(
                 f"shots={self._shots}: {wrong}; give support_split=NAME in model_args; its data has: {others}"
             )
-        examples = task.dataset[split]
 
         def show(example: Any) -> HarnessPrompt:
-            target = task.doc_to_target(example)
-            if task.config.doc_to_choice is not None and isinstance(target, int):
-                target = task.doc_to_choice(example)[target]
-            target = target[0] if isinstance(target, list) else target
-            delimiter = task.config.target_delimiter
-            return shown(task.doc_to_text(example), task.doc_to_visual(example), f"{delimiter}{target}")
+            return demonstration(task, example, task.doc_to_visual(example))
 
-        return HarnessSupport(name, examples, show, self._seed)
+        return HarnessSupport(name, task.dataset[split], show, self._seed)
 
 
 class Command(FlamingoLMMs):
@@ -169,12 +166,12 @@ class Command(FlamingoLMMs):
             return [GenerationResult(pair) for pair in super().loglikelihood(requests)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generate; a UserError ends the command as one sentence."""
+        """Return continuations; a UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until(requests)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Generate; a UserError ends the command as one sentence."""
+        """Refuse; the UserError ends the command as one sentence."""
         with _one_sentence():
             return super().generate_until_multi_round(requests)
 
@@ -197,7 +194,7 @@ def register(class_name: str = "FlamingoLMMs") -> None:
 
 
 def main() -> None:
-    """lmms_eval's own command, with this model in its registry."""
+    """Run lmms_eval's own command, with this model in its registry."""
     from lmms_eval.__main__ import cli_evaluate
 
     register("Command")

@@ -115,7 +115,7 @@ class Request:
     decoding: Decoding | None = None
 
     def key(self, model: str) -> str:
-        """Return the hash of all that the response depends on; `model` stands for weights, code, precision, device."""
+        """Return the hash of all that the response depends on; `model` is that of weights, code, precision, device."""
         material = [
             model,
             self.prompt.ids,
@@ -197,7 +197,7 @@ class PromptBuilder:
             return self.encode(episode.query.lead.rstrip()), ()
         turn = episode.query
         whole = [self.encode(f"{turn.lead}{candidate}{turn.tail}") for candidate in episode.candidates]
-        shared = _shared_start(whole) if len(whole) > 1 else 0
+        shared = shared_start(whole) if len(whole) > 1 else 0
         if whole_candidates:
             shared = min(shared, len(self.encode(turn.lead.rstrip())))
         end = (self._end(episode.frame) or self.encode(episode.frame.separator)) if end_candidates else ()
@@ -216,7 +216,7 @@ def _framed(turns: list[tuple[EncodedImage | None, str]], frame: Frame) -> list[
     return [*([(None, head)] if head else []), *shown, turns[-1]]
 
 
-def _shared_start(rows: Sequence[Sequence[int]]) -> int:
+def shared_start(rows: Sequence[Sequence[int]]) -> int:
     """Return how many first elements all rows share; (1, 2, 3) and (1, 2) share 2."""
     columns = zip(*rows, strict=False)
     return next((index for index, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))

@@ -183,21 +183,17 @@ def plain(query: Query) -> Steps:
 
 
 def cot0(query: Query) -> Steps:
-    """Zero-shot chain of thought: a rationale, then the answer; the demonstrations show only answers."""
-    request = query.free(_reasoning(query.episode), query.settings.rationale_tokens)
-    (response,) = yield [request]
-    return (yield from _conclude(query, _reasoning(query.episode), [response]))
+    """Ask for a rationale, then the answer (zero-shot chain of thought); the demonstrations show only answers."""
+    return _reason(query, _reasoning(query.episode))
 
 
 def cot(query: Query) -> Steps:
-    """Few-shot chain of thought: the demonstrations show their rationales before the answers."""
-    episode = _with_rationales(query.episode)
-    (response,) = yield [query.free(episode, query.settings.rationale_tokens)]
-    return (yield from _conclude(query, episode, [response]))
+    """Ask the same way, but with demonstrations that show their rationales (few-shot chain of thought)."""
+    return _reason(query, _with_rationales(query.episode))
 
 
 def two_stage(query: Query) -> Steps:
-    """Multimodal chain of thought: first a rationale, then an answer to question and rationale."""
+    """Ask for a rationale, then for an answer to question and rationale (multimodal chain of thought)."""
     _need_rationales(query.episode)
     rationale = _stored(query) if query.settings.rationales else (yield from _first_stage(query))
     demos = tuple(_given(demo, demo.rationale) for demo in query.episode.demos)
@@ -227,7 +223,7 @@ def _stored(query: Query) -> str:
 
 
 def sc(query: Query) -> Steps:
-    """Self-consistency (Wang et al. 2023): the majority of several sampled answers."""
+    """Take the majority of several sampled answers (self-consistency, Wang et al. 2023)."""
     if query.episode.candidates:
         raise UserError("strategy=sc samples answers, but this task ranks them; use sc_cot0, sc_cot or output=generate")
     request = query.request(query.episode)
@@ -237,23 +233,25 @@ def sc(query: Query) -> Steps:
 
 
 def sc_cot0(query: Query) -> Steps:
-    """Self-consistency over sampled zero-shot chains of thought."""
-    episode = _reasoning(query.episode)
-    tokens = query.settings.rationale_tokens
-    responses = yield query.drawn(query.free(episode, tokens), tokens)
-    return (yield from _conclude(query, episode, responses))
+    """Take the majority over sampled zero-shot chains of thought."""
+    return _reason(query, _reasoning(query.episode), sampled=True)
 
 
 def sc_cot(query: Query) -> Steps:
-    """Self-consistency over sampled few-shot chains of thought."""
-    episode = _with_rationales(query.episode)
+    """Take the majority over sampled few-shot chains of thought."""
+    return _reason(query, _with_rationales(query.episode), sampled=True)
+
+
+def _reason(query: Query, episode: Episode, *, sampled: bool = False) -> Steps:
+    """Ask for one rationale or several sampled ones, then for the answer after each."""
     tokens = query.settings.rationale_tokens
-    responses = yield query.drawn(query.free(episode, tokens), tokens)
+    request = query.free(episode, tokens)
+    responses = yield query.drawn(request, tokens) if sampled else [request]
     return (yield from _conclude(query, episode, responses))
 
 
 def orders(query: Query) -> Steps:
-    """Ensemble over orders of the demonstrations: mean log-probabilities, or a vote among generated answers."""
+    """Show the demonstrations in several orders; average the log-probabilities, or vote among generated answers."""
     episodes = [_reordered(query.episode, order) for order in different_orders(query)]
     requests = [query.request(episode) for episode in episodes]
     responses = yield requests
@@ -265,7 +263,7 @@ def orders(query: Query) -> Steps:
 
 
 def calibrated(query: Query) -> Steps:
-    """Contextual calibration (Zhao et al. 2021): minus the scores after the same prompt with a content-free query."""
+    """Subtract the scores of the same prompt with a content-free query (contextual calibration, Zhao et al. 2021)."""
     if not query.episode.candidates:
         raise UserError("strategy=calibrated compares candidates, but this task generates; use output=rank")
     episodes = [query.episode, replace(query.episode, query=query.task.content_free(query.episode.query))]

@@ -27,8 +27,8 @@ def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], di
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Return `report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
-    from eval.reports.plots import curves_png, risk_png
+    """Run `report FOLDER [FOLDER ...] [out=FOLDER]`: tables, curves and risk-coverage of runs, as one page."""
+    from eval.reports.plots import curve_png, named_results, risk_png
     from eval.reports.report_page import report_html
 
     folders, settings = _split(arguments, ["out"])
@@ -36,7 +36,8 @@ def report(arguments: Sequence[str]) -> int:
         raise UserError("report needs a folder that `python -m eval` wrote")
     runs = [read_run(folder) for folder in folders]
     out = Path(settings.get("out", folders[0]))
-    curve, risk = curves_png(runs), risk_png(runs)
+    named = named_results(runs)
+    curve, risk = curve_png(named), risk_png(named)
     write_atomically(out / "curve.png", curve)
     if risk is not None:
         write_atomically(out / "risk.png", risk)
@@ -48,7 +49,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def compare_runs(arguments: Sequence[str]) -> int:
-    """Return `compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
+    """Run `compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
     folders, settings = _split(arguments, ["out"])
     if len(folders) != 2:
         raise UserError(f"compare needs two folders, got {len(folders)}")
@@ -65,7 +66,7 @@ def compare_runs(arguments: Sequence[str]) -> int:
 
 
 def check(arguments: Sequence[str]) -> int:
-    """`check FOLDER ...`: return 1 unless the results are complete and follow from the samples."""
+    """Run `check FOLDER ...`: return 1 unless the results are complete and follow from the samples."""
     folders, _ = _split(arguments, [])
     if not folders:
         raise UserError("check needs a folder that `python -m eval` wrote")
@@ -82,7 +83,7 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Return `export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
+    """Run `export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
     keys = ["format", "to", "task", "shots", "seed", "strategy", "ids", "pad"]
     folders, settings = _split(arguments, keys)
     if len(folders) != 1 or not {"format", "to"} <= settings.keys():

@@ -49,7 +49,7 @@ class Comparison:
 
 
 def compare(first: SavedRun, second: SavedRun) -> list[Comparison]:
-    """Return every setting that both runs have. If each has one strategy, and another one, these are what is compared.
+    """Return every setting that both runs have; if each has a single strategy and they differ, these are compared.
 
     Raises:
         UserError: no setting in common, or the queries or their gold answers are not the same.
@@ -84,6 +84,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
     for query_id, samples in ours.items():
         if samples[0].golds != theirs[query_id][0].golds:
             raise UserError(f"{where}: query {query_id} has different gold answers in the two runs: the data differ")
+    # A query counts once, however many seeds asked it.
     a, b = (np.array([np.mean([s.score for s in groups[q]]) for q in ours]) for groups in (ours, theirs))
     clusters = [samples[0].cluster for samples in ours.values()]
     difference = b - a

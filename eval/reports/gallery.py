@@ -1,7 +1,7 @@
 """Prompts and answers to look at: a self-contained HTML page, and one image of a few prompts.
 
 Images are in the prompt where the model saw them, enlarged without smoothing. Right and wrong answers are shown half
-and half if there are both, the first of each in the task's order, so nobody picks them.
+and half if there are both, the first of each in the task's order, so that nobody chooses them.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _shots(group: Sequence[Sample]) -> int:
     return group[0].cell.shots if group else -1
 
 
-def _lines(text: str, most: int = 3) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), 22, max_lines=most, placeholder=" …") or ["(nothing)"]
+def _lines(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 22, max_lines=3, placeholder=" …") or ["(nothing)"]
 
 
 def strip_png(samples: Sequence[Sample], images: Mapping[str, EncodedImage], side: int = 112) -> bytes:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from eval.reports.saved_run import SavedRun
 
-# Okabe and Ito's colours, told apart by people with any colour vision.
+# Okabe and Ito's colours, distinct for any colour vision.
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
 MORE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKS = {"real": "o", "shuffled": "s", "blank": "^", "text_only": "D"}
@@ -28,19 +28,21 @@ Results = Mapping[str, Any]
 ResultsRow = Mapping[str, Any]
 
 
-def curve_png(results: Results, title: str = "") -> bytes:
-    """Return a PNG with one panel a task, at most three beside each other, of one run."""
-    return _curves({"": results}, title)
+def curve_png(named: Mapping[str, Results]) -> bytes:
+    """Return a PNG of one or several runs by name, with one panel a task, at most three beside each other."""
+    tasks = _tasks(named)
+    series = list(dict.fromkeys(_series(name, row) for name, r in named.items() for row in r["rows"]))
+    figure, panels = _panels(len(tasks))
+    for task, panel in zip(tasks, panels, strict=False):
+        rows = {name: [row for row in results["rows"] if row["task"] == task] for name, results in named.items()}
+        _panel(panel, task, rows, series)
+        for results in named.values():
+            _reference(panel, results["tasks"].get(task, {}).get("definition", {}).get("reference"), rows)
+    return _png(figure, panels)
 
 
-def curves_png(runs: Sequence[SavedRun], title: str = "") -> bytes:
-    """Return the same of one or several runs."""
-    return _curves(_named(runs), title)
-
-
-def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
+def risk_png(named: Mapping[str, Results]) -> bytes | None:
     """Draw risk-coverage curves at the most shots, one panel per task; None if nothing has a confidence."""
-    named = _named(runs)
     tasks = _tasks(named)
     lines = {task: _risks(named, task) for task in tasks}
     tasks = [task for task in tasks if lines[task]]
@@ -52,27 +54,15 @@ def risk_png(runs: Sequence[SavedRun]) -> bytes | None:
             coverage = [100 * (point + 1) / len(risk) for point in range(len(risk))]
             panel.plot(coverage, [100 * r for r in risk], color=MORE[index % len(MORE)], label=label, linewidth=1.6)
         _axes(panel, task, "answered, the surest first, %", "wrong, %")
-    return _png(figure, panels, "")
+    return _png(figure, panels)
 
 
-def _curves(named: Mapping[str, Results], title: str) -> bytes:
-    tasks = _tasks(named)
-    series = list(dict.fromkeys(_series(name, row) for name, r in named.items() for row in r["rows"]))
-    figure, panels = _panels(len(tasks))
-    for task, panel in zip(tasks, panels, strict=False):
-        rows = {name: [row for row in results["rows"] if row["task"] == task] for name, results in named.items()}
-        _panel(panel, task, rows, series)
-        for results in named.values():
-            _reference(panel, results["tasks"].get(task, {}).get("definition", {}).get("reference"), rows)
-    return _png(figure, panels, title)
-
-
-def _named(runs: Sequence[SavedRun]) -> dict[str, Results]:
-    """Runs by the name a legend shows: none for one alone, the folder's where it is enough, else the path."""
+def named_results(runs: Sequence[SavedRun]) -> dict[str, Results]:
+    """Return results by the name in a legend: empty for a single run, else the folder's name, or its path if needed."""
     if len(runs) == 1:
         return {"": runs[0].results}
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else str(run.folder): run.results for run in runs}
+    names = [run.folder.name for run in runs]
+    return {n if names.count(n) == 1 else str(run.folder): run.results for n, run in zip(names, runs, strict=True)}
 
 
 def _tasks(named: Mapping[str, Results]) -> list[str]:
@@ -91,7 +81,7 @@ def _label(series: tuple[str, str, str]) -> str:
 
 
 def _colour(series: tuple[str, str, str], every: Sequence[tuple[str, str, str]]) -> str:
-    """Return the ablation's own where nothing else varies."""
+    """Return a line's colour: the ablation's own where nothing else varies."""
     if len({series_key[:2] for series_key in every}) == 1:
         return COLOURS.get(series[2], "#000000")
     return MORE[list(every).index(series) % len(MORE)]
@@ -112,6 +102,7 @@ def _panel(
         colour, main = _colour(series, every), series[2] == "real"
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         y = [100 * row["score"] for row in line]
+        # A percentile interval need not contain the mean, and matplotlib refuses negative error bars.
         below = [max(0.0, value - bottom) for value, bottom in zip(y, low, strict=True)]
         above = [max(0.0, top - value) for value, top in zip(y, high, strict=True)]
         panel.errorbar(
@@ -180,7 +171,7 @@ def _axes(panel: Axes, title: str, below: str, beside: str) -> None:
     panel.grid(axis="y", linewidth=0.4, alpha=0.5)
 
 
-def _png(figure: Figure, panels: Sequence[Axes], title: str) -> bytes:
+def _png(figure: Figure, panels: Sequence[Axes]) -> bytes:
     handles: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -188,8 +179,6 @@ def _png(figure: Figure, panels: Sequence[Axes], title: str) -> bytes:
     columns = min(3, round(figure.get_figwidth() / 3.6))  # a label is as wide as a panel, or it is cut off
     legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     legend.set_frame_on(False)
-    if title:
-        figure.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

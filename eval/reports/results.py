@@ -15,12 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.hashing import content_hash
 from eval.metrics.interval import mean_interval
 from eval.metrics.selective import selective
 from eval.metrics.table import measure
 from eval.samples import Cell, Sample
-from eval.task import Baselines, Task
+from eval.task import Baselines, Task, content_hash
 from flamingo.files import write_atomically
 
 RESULTS_FORMAT = 2
@@ -28,17 +27,12 @@ VOLATILE = ("command", "date", "wall_s", "images", "responses", "processes", "de
 """Keys of `results.json` in which two runs of the same evaluation may differ."""
 
 
-def summarise(samples: Sequence[Sample], task: Task) -> dict[str, Any]:
-    """Return a row of the results: the samples of one task, strategy, number of shots and ablation, all seeds."""
-    baselines = task.baselines(list(dict.fromkeys(sample.query_id for sample in samples)))
-    return summary(samples, baselines, task.metrics)
-
-
 def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a row from its samples, baselines and metrics' names, so that it can be recomputed from stored files."""
+    """Return a row: the samples of one task, strategy, number of shots and ablation, all seeds; `metrics` are names."""
     first = samples[0].cell
     scores = [sample.score for sample in samples]
     clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
+    # Two intervals: over any choice of demonstrations (seeds and images), and for those that were drawn (images).
     interval, these = mean_interval(scores, clusters, seeds), mean_interval(scores, clusters)
     demos = sorted((s.cell.seed, s.query_id, s.demo_ids) for s in samples)
     refused: Counter[str] = Counter()
@@ -104,14 +98,15 @@ def groups_of(samples: Sequence[Sample]) -> dict[tuple[str, str, int, str], list
 
 def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
     """Return all rows, in the order in which they were run."""
-    return [summarise(group, tasks[name]) for (name, _, _, _), group in groups_of(samples).items()]
+    rows = []
+    for (name, _, _, _), group in groups_of(samples).items():
+        query_ids = list(dict.fromkeys(sample.query_id for sample in group))
+        rows.append(summary(group, tasks[name].baselines(query_ids), tasks[name].metrics))
+    return rows
 
 
 def results_of(
-    samples: Sequence[Sample],
-    tasks: Mapping[str, Task],
-    grid: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    samples: Sequence[Sample], tasks: Mapping[str, Task], grid: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of `results.json`.
 

@@ -24,11 +24,6 @@ class SavedRun:
     results: dict[str, Any]
     samples: list[Sample]
 
-    @property
-    def name(self) -> str:
-        """The name in plots."""
-        return self.folder.name
-
 
 def read_run(folder: str | Path) -> SavedRun:
     """Read the results and samples of a folder.
@@ -91,6 +86,7 @@ def _missing(run: SavedRun) -> list[str]:
     twice = [key for key, count in seen.items() if count > 1]
     if twice:
         sentences.append(f"{len(twice)} samples occur more than once, the first is {twice[0][1]} of {twice[0][0].task}")
+    # A limit applies to the whole task, so every setting has asked the same queries.
     by_cell: dict[Any, set[str]] = {}
     for cell, query_id in seen:
         by_cell.setdefault(cell, set()).add(query_id)

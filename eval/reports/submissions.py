@@ -40,7 +40,10 @@ def submission(
     wanted = list(answers) if ids is None else list(ids)
     unknown = sorted(answers.keys() - set(wanted))
     if unknown:
-        raise UserError(f"{len(unknown)} answers have no question in the file of ids=, the first is {unknown[0]}")
+        raise UserError(
+            f"{len(unknown)} answers have no question in the file of ids=, first {unknown[0]}; give the question file "
+            "of the split that was evaluated"
+        )
     lacking = [name for name in wanted if name not in answers]
     if lacking and not pad:
         raise UserError(

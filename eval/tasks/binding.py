@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from eval.hashing import content_hash
 from eval.spec import TaskSpec
-from eval.task import Baselines, Episode, Example, Task, Turn, generator, hash_order
+from eval.task import Baselines, Episode, Example, Task, Turn, content_hash, generator, hash_order
 from flamingo.errors import UserError
 
 
@@ -68,7 +67,9 @@ class BindingTask(Task):
         """Return the query with `shots` examples of each class, in prompt order."""
         position, query = self._queries[query_id]
         rng = generator("episode", self.hash, seed, query_id)
-        classes = [query.label, *self._draw_classes(rng.permutation(len(self._classes)).tolist(), query.label)]
+        labels = list(self._classes)
+        others = [labels[i] for i in rng.permutation(len(labels)) if labels[i] != query.label]
+        classes = [query.label, *others[: self._ways - 1]]
         names = self._draw_names(rng.permutation(len(self._names)).tolist())
         label_names = dict(zip(classes, names, strict=True))
         drawn, excluded = zip(*(self._draw_images(label, query, shots, seed) for label in classes), strict=True)
@@ -79,7 +80,7 @@ class BindingTask(Task):
                 last = position % self._ways
                 order = [*(way for way in order if way != last), last]
             rounds.append([drawn[way][index] for way in order])
-        demos = [example for one_round in reversed(rounds) for example in one_round]
+        demos = [example for examples in reversed(rounds) for example in examples]
         # Rotated by another digit of the position, so that first and last are balanced independently.
         turn = position // self._ways % self._ways
         candidates = tuple(names[-turn:] + names[:-turn]) if turn else tuple(names)
@@ -97,10 +98,6 @@ class BindingTask(Task):
 
     def _turn(self, example: Example, name: str) -> Turn:
         return Turn(example.turn.image, self._spec.question, self._spec.lead, name, self._spec.tail)
-
-    def _draw_classes(self, order: Sequence[int], query_label: str) -> list[str]:
-        labels = list(self._classes)
-        return [labels[i] for i in order if labels[i] != query_label][: self._ways - 1]
 
     def _draw_names(self, order: Sequence[int]) -> list[str]:
         """Return the first names in `order` that differ in start and end, so that each is known by its first token."""

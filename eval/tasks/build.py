@@ -15,7 +15,7 @@ from eval.spec import TaskSpec
 from eval.task import Example, Task
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
-from eval.tasks.formats.files import place, read_json
+from eval.tasks.formats.files import below_root, read_json
 from eval.tasks.formats.questions import stem_pairs
 from eval.tasks.sources import chosen_support, read_examples, read_names
 from flamingo.configs.validate import examine, refuse
@@ -23,7 +23,7 @@ from flamingo.errors import UserError
 
 
 def check_spec(name: str, spec: TaskSpec) -> None:
-    """Raise UserError for everything that no task can have, and for metrics whose programs are missing here."""
+    """Raise UserError for impossible settings, and for metrics whose programs are missing here."""
     _, clauses = examine(TaskSpec, asdict(spec), f"task.{name}")
     try:
         parse_sampler(spec.demos)
@@ -71,11 +71,13 @@ def vocabulary_of(name: str, spec: TaskSpec, shown: Sequence[Example]) -> list[s
     if where.startswith("support:"):
         least = where.removeprefix("support:")
         if not least.isdecimal() or int(least) < 1:
-            raise UserError(f"task.{name}.candidates_from={where}: give a number of 1 or more, as in support:2")
+            raise UserError(f"task.{name}.candidates_from={where}: give a count of 1 or more, as in support:2")
         counts = Counter(gold for example in shown for gold in example.golds)
         frequent = sorted(answer for answer, count in counts.items() if count >= int(least) and answer)
         if not frequent:
-            raise UserError(f"task.{name}.candidates_from={where}: no answer in the support set occurs so often")
+            raise UserError(
+                f"task.{name}.candidates_from={where}: no answer in the support set is that frequent; lower it"
+            )
         return frequent
     listed = read_json(Path(spec.root) / where)
     if not isinstance(listed, list | dict) or not listed:
@@ -89,8 +91,8 @@ def stems_of(name: str, spec: TaskSpec) -> Stems | None:
     """Return the stems that `stem` asks for, from all annotation files of the task."""
     if not spec.stem:
         return None
-    sources = [place(source, spec.root) for source in (spec.source, spec.support) if source is not None]
+    sources = [below_root(source, spec.root) for source in (spec.source, spec.support) if source is not None]
     files = [Path(source.annotations) for source in sources if source.annotations]
     if not files:
-        raise UserError(f"task.{name}.stem={spec.stem} reads source.annotations, which is not set")
+        raise UserError(f"task.{name}.stem={spec.stem} needs source.annotations, which is not set")
     return Stems((pair for file in files for pair in stem_pairs(file)), wordnet_if_there())

@@ -12,11 +12,10 @@ from dataclasses import asdict, fields, replace
 
 from eval.demonstrations.retrieval import Retriever
 from eval.demonstrations.samplers import draw, parse_sampler, read_listed
-from eval.hashing import content_hash
 from eval.metrics.stems import Stems
 from eval.metrics.text import clean, scorer
 from eval.spec import TaskSpec
-from eval.task import Baselines, Embedder, Episode, Example, Frame, Task, Turn, hash_order
+from eval.task import Baselines, Embedder, Episode, Example, Frame, Task, Turn, content_hash, hash_order
 from flamingo.errors import UserError
 
 LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_from")

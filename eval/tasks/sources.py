@@ -18,7 +18,7 @@ from eval.spec import SourceSpec, TaskSpec
 from eval.task import EncodedImage, Example, StoredImage, Turn, hash_order
 from eval.tasks.formats import FORMATS as DATA_SETS
 from eval.tasks.formats.choices import letters, written_options
-from eval.tasks.formats.files import Item, place
+from eval.tasks.formats.files import Item, below_root
 from eval.tasks.formats.interleaved import interleaved
 from eval.tasks.formats.tables import FIELDS, read_csv_table, read_jsonl_table
 from flamingo.errors import UserError
@@ -36,7 +36,7 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
     unknown = sorted(set(source.fields) - set(known))
     if unknown:
         raise UserError(f"task {name}: source.fields has {unknown[0]!r}; the fields are {', '.join(known)}")
-    source = place(source, spec.root)
+    source = below_root(source, spec.root)
     path = Path(source.path)
     for key, file in (("path", source.path), ("annotations", source.annotations)):
         if (key == "path" and not file) or (file and not Path(file).exists()):
@@ -55,17 +55,12 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
 
 
 def _published(spec: TaskSpec, path: Path) -> str:
-    pages = [where for file, where in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
-    return f"{path.name} is published by {pages[0]}" if pages else ""
-
-
-def read_support(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example]:
-    """Return the examples that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
-    return chosen_support(name, spec, read_examples(name, spec, source))
+    links = [link for file, link in spec.published.items() if path.as_posix().endswith(file.rstrip("/"))]
+    return f"{path.name} is published by {links[0]}" if links else ""
 
 
 def chosen_support(name: str, spec: TaskSpec, examples: list[Example]) -> list[Example]:
-    """Return `support_size` of the examples, by their ids alone."""
+    """Return the examples that demonstrations are drawn from: all, or `support_size` of them by their ids alone."""
     order = hash_order([example.id for example in examples], "support", name)
     return examples if spec.support_size is None else [examples[index] for index in order[: spec.support_size]]
 
@@ -196,7 +191,7 @@ def _label(meta: Mapping[str, Any], answer: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Path, SourceSpec], Iterator[Item]]] = {
-    "pages": _from_documents,
+    "documents": _from_documents,
     "csv": read_csv_table,
     "jsonl": read_jsonl_table,
     **DATA_SETS,

@@ -1,6 +1,6 @@
 """Compose the YAML files of `hydra/` and `key=value` arguments into one plain table.
 
-This is the one place where hydra reads a command line. Choices of a group (`experiment=demo`) select files; every other
+Only here does hydra read a command line. Choices of a group (`experiment=demo`) select files; every other
 argument sets a value on top of them, whether or not a file mentions the key: the typed classes refuse unknown keys.
 """
 
@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
 
@@ -93,8 +93,8 @@ def from_yaml(name: str, line: CommandLine) -> Any:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose(name, overrides=line.choices)
     except (HydraException, OmegaConfBaseException) as error:
-        first = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise UserError("; ".join([*line.problems, f"{name}.yaml cannot be composed: {first}"])) from error
+        reason = f"{name}.yaml cannot be composed: {first_line(error)}"
+        raise UserError("; ".join([*line.problems, reason])) from error
     finally:
         GlobalHydra.instance().hydra = outer
     OmegaConf.set_struct(config, False)
@@ -114,16 +114,12 @@ def settle(config: Any, line: CommandLine) -> dict[str, Any]:
             return _present(table)
         except InterpolationResolutionError as error:
             key = str(error.full_key)
-            line.problems.append(f"{key}: {str(error).splitlines()[0]}")
+            line.problems.append(f"{key}: {first_line(error)}")
             OmegaConf.update(config, key, "???")
 
 
 def _present(value: Any) -> Any:
     """Leave out what the YAML marks as missing (`???`)."""
     if isinstance(value, dict):
-        return {str(key): _present(inner) for key, inner in value.items() if not _is_missing(inner)}
+        return {str(key): _present(inner) for key, inner in value.items() if inner != "???"}
     return value
-
-
-def _is_missing(value: Any) -> bool:
-    return isinstance(value, str) and value == "???"

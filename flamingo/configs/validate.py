@@ -2,7 +2,7 @@
 
 Types, `Literal` choices and `Field` bounds are pydantic's. What two fields forbid together, a class says in a method
 `conflicts()`, which yields clauses that begin with the name of one of its fields. Conflicts are looked for even where
-some values are wrong: those are taken out, their defaults stand in, and the rest is checked again.
+some values are wrong: those are taken out, their defaults replace them, and the rest is checked again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# A single value stands for a list of one.
+# A single value means a list of that value.
 AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 
 _BOUNDS = {
@@ -69,7 +69,7 @@ def examine(cls: type[T], table: Mapping[str, Any], at: str = "") -> tuple[T | N
         at: the path of `table` in the whole config, which every key in a clause begins with.
 
     Returns:
-        The object, in which defaults stand for wrong values (None: a missing value has no stand-in), and one clause for
+        The object, in which defaults replace wrong values (None: a missing value has no default), and one clause for
         each mistake.
     """
     table = values = deepcopy(dict(table))
@@ -130,7 +130,7 @@ def self_checking(name_of: Callable[[Any], str]) -> Callable[[C], C]:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    """Return a table with dotted keys: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict) and value:
@@ -172,10 +172,11 @@ def _describe(fault: Any, path: tuple[int | str, ...], at: str) -> tuple[str, st
         return key, f"unknown key {key}", path
     if kind == "missing":
         return key, f"{key} is missing: add {key}=VALUE", path
-    if kind == "value_error" and (own := re.match(r"\w+_config\.(\w+)(.*)", str(context["error"]))):
-        # The library's own classes check themselves and name the field as their caller in Python knows it.
-        key = _joined(key, (own[1],))
-        return key, key + own[2], (*path, own[1])
+    own = re.match(r"(\w+_config\.)?(\w+)(.*)", str(context["error"])) if kind == "value_error" else None
+    if own and (own[1] or (isinstance(fault["input"], dict) and own[2] in fault["input"])):
+        # A class that checks itself names its field; the library's own name it as their caller in Python knows it.
+        key = _joined(key, (own[2],))
+        return key, key + own[3], (*path, own[2])
     given = f"{key}={_shown(fault['input'])}"
     if kind == "value_error":
         return key, f"{given} {context['error']}", path
@@ -194,7 +195,7 @@ def _take_out(table: dict[str, Any], path: tuple[int | str, ...], *, missing: bo
     """Remove a wrong value, or the table that a value is missing in; a wrong list goes as a whole."""
     keys = [part for part in path if isinstance(part, str)]
     if missing and len(keys) == 1:
-        table[keys[0]] = "???"  # stands in for a text; of other types there is none
+        table[keys[0]] = "???"  # takes the place of a text; other types have no such value
         return
     for key in keys[:-2] if missing else keys[:-1]:
         table = table[key]

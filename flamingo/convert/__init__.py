@@ -25,8 +25,6 @@ _WHERE = {
     "read_checkpoint": "files",
 }
 
-__all__ = ["from_idefics", "from_openflamingo", "from_otter", "read_checkpoint"]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:

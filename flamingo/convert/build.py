@@ -51,7 +51,7 @@ def assemble(
 def load_clean(
     model: FlamingoForConditionalGeneration, clean: Mapping[str, Tensor], *, loaded: tuple[str, ...]
 ) -> None:
-    """Copy renamed weights into the model; what starts with one of `loaded` may be missing, it has its weights.
+    """Copy renamed weights into the model; what starts with one of `loaded` has its weights and may be missing.
 
     Raises:
         UserError: a weight that the model does not have, that it has in another shape, or that is missing; tied weights
@@ -61,15 +61,16 @@ def load_clean(
     own = {name: t for name, t in own.items() if name not in ("vision_encoder.mean", "vision_encoder.std")}
     if unknown := sorted(set(clean) - set(own)):
         raise UserError(
-            f"the checkpoint has {unknown[0]} (and {len(unknown) - 1} more), which this model does not; are its "
-            "backbones or hyper-parameters others?"
+            f"the checkpoint has {unknown[0]} (and {len(unknown) - 1} more), which this model lacks; do its backbones "
+            "and hyper-parameters match?"
         )
     for name, value in clean.items():
         if value.shape != own[name].shape:
             raise UserError(
                 f"{name} has shape {tuple(value.shape)} in the checkpoint but {tuple(own[name].shape)} in this model; "
-                "are the backbones or the hyper-parameters others?"
+                "do the backbones and hyper-parameters match?"
             )
+    # Tied weights are one parameter under two names: copying both would let the last one win unnoticed.
     first: dict[int, str] = {}
     for name in clean:
         twin = first.setdefault(id(own[name]), name)
@@ -78,7 +79,7 @@ def load_clean(
     needed = [name for name, value in own.items() if isinstance(value, nn.Parameter) and not name.startswith(loaded)]
     missing = [name for name in needed if id(own[name]) not in first]
     if missing:
-        raise UserError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more)")
+        raise UserError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more); is it complete?")
     with torch.no_grad():
         for name, value in clean.items():
             own[name].copy_(value)

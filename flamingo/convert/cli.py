@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, write, and say what was written."""
+    """Convert, write, and report what was written."""
     from transformers.utils import logging
 
     from flamingo.convert.files import read_checkpoint, read_config
@@ -67,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
     count = sum(p.numel() for p in model.parameters()) / 1e9
     print(
         f"{len(state)} tensors read, {count:.3g} billion parameters of {model.dtype} written to {options.out}; gated "
-        f"blocks before layers {', '.join(map(str, model.config.cross_attn_layers))}",
-        file=sys.stdout,
+        f"blocks before layers {', '.join(map(str, model.config.cross_attn_layers))}"
     )
     return 0
 
@@ -89,10 +87,10 @@ def check_out(out: Path) -> None:
 
 
 def write_whole(out: Path, *writers: Callable[[Path], Any]) -> None:
-    """Have everything written beside `out` and moved there at the end: what lies at `out` is whole or is not there.
+    """Write everything beside `out` and move it there at the end, so that `out` is complete or absent.
 
     Raises:
-        UserError: the disk is full, or is otherwise not to be written to.
+        UserError: the disk is full or cannot be written to.
     """
     try:
         write_folder(out, *writers)
@@ -109,7 +107,7 @@ def _openflamingo(
     language: str | None = options.language or (chosen.language if chosen else None)
     if vision is None or language is None:
         missing = "--vision" if vision is None else "--language"
-        raise UserError(f"the checkpoint does not say which backbones it is for; give --preset, or {missing}")
+        raise UserError(f"the checkpoint does not name its backbones; give --preset, or {missing}")
     pretrained = options.vision_pretrained or (chosen.vision_pretrained if chosen and not options.vision else None)
     return from_openflamingo(
         state,
@@ -130,7 +128,9 @@ def _otter(
         raise UserError(f"{options.checkpoint} has no config.json, which says what Otter's language model is")
     every = options.every or config.get("cross_attn_every_n_layers")
     if chosen and every != chosen.cross_attn_every_n_layers:
-        raise UserError(f"config.json has cross_attn_every_n_layers={every}, the preset another")
+        raise UserError(
+            f"config.json has cross_attn_every_n_layers={every}, but the preset has {chosen.cross_attn_every_n_layers}"
+        )
     given = _common(options) | backbones_of(config, vision=options.vision, language=options.language)
     given["tokenizer"] = given["tokenizer"] or _beside(options.checkpoint)
     return from_otter(state, vision_pretrained=options.vision_pretrained, cross_attn_every_n_layers=every, **given)
@@ -146,7 +146,7 @@ def _idefics(
     source = dict(chosen.config) if config is None and chosen else config or {}
     for name, value in (chosen.config if chosen else {}).items():
         if not isinstance(value, Mapping) and source.get(name, value) != value:
-            raise UserError(f"config.json has {name}={source[name]}, the preset {options.preset} {value}")
+            raise UserError(f"config.json has {name}={source[name]}, but the preset {options.preset} has {value}")
     tokenizer = options.tokenizer or _beside(options.checkpoint)
     return from_idefics(state, config=source, tokenizer=tokenizer, dtype=options.dtype)
 

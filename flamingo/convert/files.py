@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt")
@@ -48,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     for name in SINGLE:
         if (path / name).is_file():
             return _read_file(path / name)
-    raise UserError(f"{path} holds no checkpoint: none of {', '.join((*INDEXES, *SINGLE))} is there")
+    raise UserError(f"{path} holds no checkpoint: it has none of {', '.join((*INDEXES, *SINGLE))}")
 
 
 def read_config(path: str | Path) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = _read_file(index.parent / name)
         promised = {key for key, file in where.items() if file == name}
         if wrong := sorted(promised ^ set(shard)):
-            raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}")
+            raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}: download both again")
         tensors |= shard
     return tensors
 
@@ -104,13 +104,13 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = "it is not a torch file"
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds {named[1]} beside tensors, which might run code and is not loaded"
+            reason = f"it holds {named[1]} beside tensors, which could run code, so it is not loaded"
         raise UserError(f"the checkpoint {file} cannot be read: {reason}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"the checkpoint {file} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"the checkpoint {file} cannot be read: {first_line(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         if other := sorted(map(str, set(content) - {"model_state_dict", *_NOT_WEIGHTS})):
-            raise UserError(f"the checkpoint {file} has {other[0]!r} beside model_state_dict, which is not known")
+            raise UserError(f"the checkpoint {file} has {other[0]!r} beside model_state_dict; remove it")
         content = content["model_state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"the checkpoint {file} is not a dictionary of tensors")

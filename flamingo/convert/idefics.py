@@ -1,7 +1,7 @@
 """IDEFICS' checkpoints to a model of this library.
 
-Different from OpenFlamingo: blocks stand before layers 0, n, 2n, ...; the resampler gets the encoder's class token
-too; RMSNorm, SwiGLU and, in the releases, norms of queries and keys; nothing is seen behind the end of a sequence. The
+Different from OpenFlamingo: blocks precede layers 0, n, 2n, ...; the resampler gets the encoder's class token
+too; RMSNorm, SwiGLU and, in the releases, norms of queries and keys; nothing is seen after the end of a sequence. The
 LM is a LLaMA and the encoder a CLIP under other class names. Its "decoupled" embeddings are what this library has
 anyway: the frozen table of the LM and a small one of new tokens.
 """
@@ -71,10 +71,11 @@ def from_idefics(
         config = _inferred(clean, getattr(vision, "config", vision), getattr(language, "config", language))
     source: Any = config if isinstance(config, IdeficsConfig) else config_from(IdeficsConfig, _plain(config))
     _check(source)
-    given = {"cross_layer_interval": cross_attn_every_n_layers, "vision_config.image_size": image_size}
-    for (name, value), own in zip(
-        given.items(), (source.cross_layer_interval, source.vision_config.image_size), strict=True
-    ):
+    checked = (
+        ("cross_layer_interval", cross_attn_every_n_layers, source.cross_layer_interval),
+        ("vision_config.image_size", image_size, source.vision_config.image_size),
+    )
+    for name, value, own in checked:
         if value not in (None, own):
             raise UserError(f"IDEFICS' {name} is {own}, not {value}")
     clean = renumber_blocks(clean, source.cross_layer_interval)
@@ -113,6 +114,7 @@ def _inferred(clean: Mapping[str, Tensor], clip: Any, llama: Any) -> IdeficsConf
         "resampler_n_latents": len(clean["resampler.latents"]),
         "qk_layer_norms_perceiver": norm is not None,
     }
+    # What IDEFICS' config calls by the names of transformers' CLIP and LLaMA.
     same = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
     vision = {name: getattr(clip, name) for name in (*same, "hidden_act", "layer_norm_eps")}
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
@@ -214,7 +216,7 @@ def _check(source: Any) -> None:
 
 
 def _processor(tokenizer: PreTrainedTokenizerBase, source: Any) -> FlamingoProcessor:
-    """Return the processor: images are squashed, `<image>` stands between two fake tokens, an utterance's end (in
+    """Return the processor: images are squashed, `<image>` is put between two fake tokens, an utterance's end (in
     the instructed models) or the end of a sequence is the end of a chunk.
     """
     tokenizer = copy.deepcopy(tokenizer)

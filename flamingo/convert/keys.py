@@ -1,6 +1,6 @@
 """Released names of weights to ours, as tables and one pure function.
 
-Every key of a checkpoint is renamed, split, or left out for a reason that stands in the table; a key that no
+Every key of a checkpoint is renamed, split, or left out for a reason that the table gives; a key that no
 line knows stops the conversion with its name. Two source keys may name one weight (a tied head, OpenFlamingo's second
 list of its blocks): they must then hold the same values.
 
@@ -33,7 +33,7 @@ _CONSTANTS: tuple[Rule, ...] = (
 
 
 def _block_rules(prefix: str) -> tuple[Rule, ...]:
-    """Rules of one gated block in OpenFlamingo (`ff`) or Otter (`feed_forward`)."""
+    """Return the rules of one gated block in OpenFlamingo (`ff`) or Otter (`feed_forward`)."""
     mlp = prefix + r"(?:ff|feed_forward)\."
     return (
         (prefix + r"(attn_gate|ff_gate)", r"cross_attn_blocks.\1.\2"),
@@ -61,10 +61,7 @@ OPENFLAMINGO: tuple[Rule, ...] = (
     (_MLP + r"3\.weight", r"resampler.layers.\1.mlp.down_proj.weight"),
     (_ATTN + r"(norm_media|norm_latents)\.(weight|bias)", r"resampler.layers.\1.attn.\2.\3"),
     (_ATTN + r"to_q\.weight", r"resampler.layers.\1.attn.q_proj.weight"),
-    (
-        _ATTN + r"to_kv\.weight",
-        (r"resampler.layers.\1.attn.k_proj.weight", r"resampler.layers.\1.attn.v_proj.weight"),
-    ),
+    (_ATTN + r"to_kv\.weight", (r"resampler.layers.\1.attn.k_proj.weight", r"resampler.layers.\1.attn.v_proj.weight")),
     (_ATTN + r"to_out\.weight", r"resampler.layers.\1.attn.o_proj.weight"),
     *_block_rules(BLOCK),
     *_block_rules(ALIAS),
@@ -73,7 +70,7 @@ OPENFLAMINGO: tuple[Rule, ...] = (
     (r"lang_encoder\.(.+\.\d+)\.decoder_layer\.(.+)", r"language_model.\1.\2"),
     (r"lang_encoder\.(?!old_decoder_blocks)(.+)", r"language_model.\1"),
 )
-"""OpenFlamingo 1 and 2, Otter and Multimodal-GPT; a block's number is that of the decoder layer behind it."""
+"""OpenFlamingo 1 and 2, Otter and Multimodal-GPT; a block's index is that of the decoder layer after it."""
 
 _P, _X = r"model\.perceiver_resampler\.blocks\.(\d+)\.", r"model\.gated_cross_attn_layers\.(\d+)\."
 IDEFICS: tuple[Rule, ...] = (
@@ -101,11 +98,11 @@ IDEFICS: tuple[Rule, ...] = (
     (r"model\.((?:embed_tokens|layers|norm)\..+)", r"language_model.model.\1"),
     (r"lm_head\.weight", "language_model.lm_head.weight"),
 )
-"""IDEFICS; a block's number counts the blocks."""
+"""IDEFICS; a block's index counts the blocks."""
 
 _REFUSED = (
     ("lora_", "holds LoRA weights; merge them into the language model first (peft: merge_and_unload)"),
-    ("media_time_embs", "numbers the images by embeddings (max_num_media), which no released model does"),
+    ("media_time_embs", "has embeddings for the position of an image (max_num_media), which no released model uses"),
 )
 
 
@@ -130,14 +127,15 @@ def translate(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
         names = (target,) if isinstance(target, str) else target
         for name, part in zip(names, value.chunk(len(names)) if len(names) > 1 else (value,), strict=True):
             name = match.expand(name)
+            # IDEFICS stores a vector of gates as (1, 1, width).
             part = part.reshape(-1) if name.endswith("_gate") else part
             if name in clean and not _same(clean[name], part):
                 raise UserError(f"the checkpoint's {key} and {origin[name]} are one weight, but their values differ")
             clean[name], origin[name] = part, key
     if unknown:
         raise UserError(
-            f"the checkpoint has {unknown[0]} (and {len(unknown) - 1} more keys), which no known layout has; is it of "
-            "another family?"
+            f"the checkpoint has unknown keys: {unknown[0]} (and {len(unknown) - 1} more); is it a model of another "
+            "family?"
         )
     return clean
 
@@ -161,7 +159,7 @@ def _with_full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def block_layers(clean: Mapping[str, Tensor]) -> list[int]:
-    """Return the numbers of the gated blocks, in order."""
+    """Return the indices of the gated blocks, in order."""
     return sorted({int(name.split(".")[1]) for name in clean if name.startswith("cross_attn_blocks.")})
 
 

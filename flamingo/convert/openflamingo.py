@@ -155,7 +155,7 @@ def _language(
     clean: Mapping[str, Tensor], language: Any, tokenizer: Any, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """Return a language model to change, its tokenizer, and whether the checkpoint holds its weights."""
-    # What only OpenFlamingo's filter leaves behind of an LM: tables whose name has "embed", and a tied head.
+    # OpenFlamingo's filter alone leaves of an LM: tables whose name has "embed", and a tied head.
     has_lm = any(".layers." in n or ".blocks." in n or ".h." in n for n in clean if n.startswith("language_model."))
     if isinstance(language, PreTrainedModel):
         lm, lm_tokenizer = load_language(language, tokenizer)
@@ -190,10 +190,10 @@ def _layers(clean: Mapping[str, Tensor], lm: PreTrainedModel, every: int | None)
     """Return the layers that have a block in the checkpoint; they must be those of the given interval."""
     block_positions, layers = block_layers(clean), num_decoder_layers(lm.config)
     if not block_positions:
-        raise UserError("the checkpoint has no gated blocks (gated_cross_attn_layer); is it a Flamingo's?")
+        raise UserError("the checkpoint has no gated blocks (gated_cross_attn_layer); is it a Flamingo?")
     if block_positions[-1] >= layers:
         raise UserError(
-            f"the checkpoint has a block before layer {block_positions[-1]}, but the LM has {layers}; is it another?"
+            f"the checkpoint has a block before layer {block_positions[-1]}, but the LM has {layers}; give its own LM"
         )
     if every is not None and block_positions != (expected := every_n_layers(layers, every)):
         raise UserError(
@@ -260,12 +260,12 @@ def _take_table(
     own = embedding_table(lm).weight
     if width != own.shape[1]:
         raise UserError(
-            f"the checkpoint's table is {width} wide, but {type(lm).__name__}'s {own.shape[1]}: another language model"
+            f"the checkpoint's embeddings are {width} wide, but {type(lm).__name__}'s {own.shape[1]}; give its own LM"
         )
     if rows < tokens:
         raise UserError(
-            f"the checkpoint's table has {rows} rows, but the tokenizer {tokens} tokens with the new ones; is it "
-            "another model's tokenizer?"
+            f"the checkpoint's embedding has {rows} rows, but the tokenizer has {tokens} tokens with the new ones; is "
+            "it the right tokenizer?"
         )
     if not (has_lm or any_rows):
         _check_rows(clean[head], output_head(lm).weight, new_ids)

@@ -30,7 +30,7 @@ MPT_FIXED = {"qk_ln": False, "alibi": True, "prefix_lm": False, "logit_scale": N
 def from_otter(state_dict: Mapping[str, Tensor], **options: Any) -> Converted:
     """Return (model, processor) of an Otter checkpoint; options as of `from_openflamingo`.
 
-    `language` is as a rule the LM's config, since the checkpoint holds its weights.
+    `language` is usually the LM's config, since the checkpoint holds its weights.
     """
     return from_openflamingo(state_dict, **{"extra_tokens": (ANSWER,), **options})
 
@@ -41,7 +41,7 @@ def backbones_of(
     """Return what `from_otter` needs beside the weights, from the `config.json` of Otter or of its authors' Flamingo.
 
     Raises:
-        UserError: it is neither's, or a backbone is of a kind that is not known here.
+        UserError: it is neither's, or a backbone is of an unsupported kind.
     """
     kind = config.get("model_type")
     parts = (config.get("text_config"), config.get("vision_config"))
@@ -52,7 +52,7 @@ def backbones_of(
     if vision is None:
         source = dict(config["vision_config"])
         if source.get("model_type") != "clip_vision_model":
-            raise UserError(f"Otter's encoder is {source.get('model_type')!r}; only clip_vision_model is known")
+            raise UserError(f"Otter's encoder is {source.get('model_type')!r}; only clip_vision_model is supported")
         clip = config_from(CLIPVisionConfig, _known(source, CLIPVisionConfig))
         size = clip.image_size
         with empty_weights(torch.float32):
@@ -77,7 +77,7 @@ def _language(source: dict[str, Any]) -> PreTrainedConfig:
         own = _known(source, MptConfig) | {"attn_config": _known(attention, MptAttentionConfig)}
         return config_from(MptConfig, own)
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"Otter's language model is {kind!r}, which is not known here")
+        raise UserError(f"Otter's language model is {kind!r}, which is not supported")
     return config_from(CONFIG_MAPPING[kind], _known(source, CONFIG_MAPPING[kind]))
 
 

@@ -85,13 +85,8 @@ _IDEFICS_9B = {
         "qk_layer_norms_perceiver": True,
     },
 }
-_IDEFICS_80B = {
-    **_IDEFICS_9B,
-    "hidden_size": 8192,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
+_IDEFICS_80B = _IDEFICS_9B | {"hidden_size": 8192, "intermediate_size": 22016}
+_IDEFICS_80B |= {"num_hidden_layers": 80, "num_attention_heads": 64}
 _REDPAJAMA = "togethercomputer/RedPajama-INCITE-{}-3B-v1"
 
 
@@ -106,6 +101,31 @@ def _openflamingo(name: str, parameters: float, every: int, language: str, text_
     )
 
 
+def _otter(name: str, text_config: Mapping[str, Any]) -> Preset:
+    return Preset(
+        family="otter",
+        repository=f"luodian/OTTER-Image-{name}",
+        parameters=9.0,
+        cross_attn_every_n_layers=4,
+        vision="openai/clip-vit-large-patch14",
+        vision_pretrained=None,
+        extra_tokens=("<answer>",),
+        text_config=text_config,
+    )
+
+
+def _idefics(name: str, parameters: float, config: Mapping[str, Any]) -> Preset:
+    return Preset(
+        family="idefics",
+        repository=f"HuggingFaceM4/{name}",
+        parameters=parameters,
+        cross_attn_every_n_layers=4,
+        vision="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        vision_pretrained=None,
+        config=config,
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "openflamingo-3b": _openflamingo("3B-vitl-mpt1b", 3.0, 1, "anas-awadalla/mpt-1b-redpajama-200b", _MPT_1B),
     "openflamingo-3b-instruct": _openflamingo(
@@ -116,44 +136,10 @@ PRESETS: dict[str, Preset] = {
         "4B-vitl-rpj3b-langinstruct", 4.0, 2, _REDPAJAMA.format("Instruct"), _REDPAJAMA_3B
     ),
     "openflamingo-9b": _openflamingo("9B-vitl-mpt7b", 9.0, 4, "anas-awadalla/mpt-7b", _MPT_7B),
-    "otter-llama7b": Preset(
-        family="otter",
-        repository="luodian/OTTER-Image-LLaMA7B-LA-InContext",
-        parameters=9.0,
-        cross_attn_every_n_layers=4,
-        vision="openai/clip-vit-large-patch14",
-        vision_pretrained=None,
-        extra_tokens=("<answer>",),
-        text_config=_LLAMA_7B,
-    ),
-    "otter-mpt7b": Preset(
-        family="otter",
-        repository="luodian/OTTER-Image-MPT7B",
-        parameters=9.0,
-        cross_attn_every_n_layers=4,
-        vision="openai/clip-vit-large-patch14",
-        vision_pretrained=None,
-        extra_tokens=("<answer>",),
-        text_config=_MPT_7B,
-    ),
-    "idefics-9b": Preset(
-        family="idefics",
-        repository="HuggingFaceM4/idefics-9b",
-        parameters=9.0,
-        cross_attn_every_n_layers=4,
-        vision="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        vision_pretrained=None,
-        config=_IDEFICS_9B,
-    ),
-    "idefics-80b": Preset(
-        family="idefics",
-        repository="HuggingFaceM4/idefics-80b",
-        parameters=80.0,
-        cross_attn_every_n_layers=4,
-        vision="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        vision_pretrained=None,
-        config=_IDEFICS_80B,
-    ),
+    "otter-llama7b": _otter("LLaMA7B-LA-InContext", _LLAMA_7B),
+    "otter-mpt7b": _otter("MPT7B", _MPT_7B),
+    "idefics-9b": _idefics("idefics-9b", 9.0, _IDEFICS_9B),
+    "idefics-80b": _idefics("idefics-80b", 80.0, _IDEFICS_80B),
 }
 
 
@@ -165,5 +151,7 @@ def preset(name: str, family: str | None = None) -> Preset:
     """
     known = {key: value for key, value in PRESETS.items() if family in (None, value.family)}
     if name not in known:
-        raise UserError(f"there is no preset {name!r}{f' of {family}' if family else ''}; known are {', '.join(known)}")
+        raise UserError(
+            f"preset={name} is unknown; the presets{f' of {family}' if family else ''} are {', '.join(known)}"
+        )
     return known[name]

@@ -3,7 +3,8 @@
 A text token attends to the L latents of its one image, so the work is block-diagonal and never a masked row
 over all images. On CUDA that is xformers' memory-efficient kernel with a `BlockDiagonalMask`; elsewhere, and where
 xformers is not installed, the tokens are laid out as one padded table per image and torch's SDPA runs over it
-(xformers has no CPU operator). Both are tested, values and gradients, against a slow twin that follows the formula.
+(xformers has no CPU operator). Both are tested, values and gradients, against a slow twin in the
+tests that follows the formula.
 
 Where a token sees all previous images, which no released model does, SDPA runs over each row with a mask.
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flamingo.layers.media_mask import Segments
@@ -28,19 +29,16 @@ from flamingo.layers.media_mask import Segments
 def attend(
     q: Float[Tensor, "B S H K"], k: Float[Tensor, "B L H K"], v: Float[Tensor, "B L H K"]
 ) -> Float[Tensor, "B S H K"]:
-    """Softmax attention of every query to every key of its batch entry, scaled by K ** -0.5."""
+    """Return softmax attention of every query to every key of its batch entry, scaled by K ** -0.5."""
     if q.is_cuda and _xformers_takes(q):
         return _xformers().memory_efficient_attention(q, k, v)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def attend_segments(
-    q: Float[Tensor, "N H K"],
-    k: Float[Tensor, "I L H K"],
-    v: Float[Tensor, "I L H K"],
-    segments: Segments,
+    q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], v: Float[Tensor, "I L H K"], segments: Segments
 ) -> Float[Tensor, "N H K"]:
-    """Attention of every query to the L keys of each image it sees; query n belongs to `segments.tokens[n]`."""
+    """Return attention of every query to the L keys of each image it sees; query n is token `segments.tokens[n]`."""
     if not segments.lengths:
         return q * (k.sum() + v.sum())  # no rows; keeps keys and values in the graph, with gradients of zero
     if segments.maps is not None:
@@ -56,32 +54,6 @@ def attend_segments(
         return attend(q.unflatten(0, (-1, longest)), k, v).flatten(0, 1)
     padded = q.index_select(0, segments.pad.flatten()).unflatten(0, segments.pad.shape)
     return attend(padded, k, v).flatten(0, 1).index_select(0, segments.unpad)
-
-
-def attend_segments_slow(
-    q: Float[Tensor, "N H K"],
-    k: Float[Tensor, "I L H K"],
-    v: Float[Tensor, "I L H K"],
-    segments: Segments,
-) -> Float[Tensor, "N H K"]:
-    """The twin of `attend_segments` for tests: all keys of all images, and a mask."""
-    scores = torch.einsum("nhk,ilhk->nhil", q, k) * q.shape[-1] ** -0.5
-    hidden = ~images_seen(segments, len(k))
-    scores = scores.masked_fill(hidden[:, None, :, None], float("-inf"))
-    weights = scores.flatten(2).softmax(-1).unflatten(2, scores.shape[2:])
-    return torch.einsum("nhil,ilhk->nhk", weights, v)
-
-
-def images_seen(segments: Segments, num_images: int) -> Bool[Tensor, "N I"]:
-    """Return the mask of which query sees which image of the flat stack."""
-    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=segments.images.device)
-    index = torch.arange(num_images, device=segments.images.device)
-    if segments.reach is None or segments.upto is None:
-        return segments.images.repeat_interleave(lengths)[:, None] == index
-    upto = segments.upto.flatten()[segments.unpad]
-    reach = segments.reach.repeat_interleave(lengths, dim=0)
-    reach = reach.masked_fill(torch.arange(reach.shape[1], device=reach.device) >= upto[:, None], -1)
-    return (reach[..., None] == index).any(1)
 
 
 def attention_weights(
@@ -120,7 +92,7 @@ def laid_out(maps: list[Tensor], segments: Segments, blocks: int, width: int) ->
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Every row's queries over all keys of the row's images, with a mask of how many of them each sees."""
+    """Attend from each row's queries to all keys of the row's images, with a mask of how many images each sees."""
     assert segments.reach is not None
     assert segments.upto is not None
     reach = segments.reach.clamp(min=0)
@@ -144,7 +116,7 @@ def block_diagonal_bias(lengths: list[int], latents: int) -> Any:
 
 
 def _xformers_takes(q: Tensor) -> bool:
-    """xformers' kernels want heads in multiples of 8 and no float64; the rest goes to SDPA."""
+    """Return whether xformers can run this: heads of a multiple of 8 and no float64; the rest goes to SDPA."""
     fits = q.shape[-1] % 8 == 0 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return fits and xformers_error() is None
 

@@ -99,7 +99,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         )
         inner = int(width * ff_mult) if ff_width is None else ff_width
         self.mlp = FeedForward(width, inner, act=activation, norm=norm, eps=norm_eps, gated=gated_ff)
-        # A scalar gate is one number in one dimension: FSDP2 cannot shard a tensor of none.
+        # A scalar gate has one dimension: FSDP2 cannot shard a tensor without dimensions.
         size = 1 if gate == "scalar" else width
         self.attn_gate = nn.Parameter(torch.full((size,), gate_init))
         self.ff_gate = nn.Parameter(torch.full((size,), gate_init))

@@ -31,7 +31,7 @@ def phi_from_ids(
 
     An `<image>` token sees its own image. With `attend="previous"` (paper, section 3.1.3; the only way at
     inference) the tokens after it see it until the next one comes; with `attend="next"` (the paper's p_next placement,
-    in which the text stands before its image) they see the image that follows, and none after the last one:
+    in which the text precedes its image) they see the image that follows, and none after the last one:
 
         ids        a  <i>  b  c  <i>  d  e
         previous   0   1   1  1   2   2  2
@@ -39,7 +39,7 @@ def phi_from_ids(
 
     `seen` (B,) is the number of images in the part of the row that came before these ids (a continued cache).
 
-    Behind a `reset_token_id` (IDEFICS: the end of a sequence) no image is seen until the next one comes. The part
+    After a `reset_token_id` (IDEFICS: the end of a sequence) no image is seen until the next one comes. The part
     before may have ended so: `seen` is negative then (`seen_after`).
 
         ids        a  <i>  b  </s>  c  <i>  d
@@ -70,14 +70,14 @@ def seen_after(
 ) -> Int[Tensor, "B"]:
     """Return the number of images that each row has had, negative where a reset token hides them from what follows.
 
-    `before` is the same for the part in front of these tokens; with beams each of its R rows stands for B / R.
+    `before` is the same for the part in front of these tokens; with beams each of its R rows is repeated B / R times.
     """
     count = phi.amax(1)
     if reset_token_id is None:
         return count
     if before is not None:
         before = before.repeat_interleave(len(count) // max(len(before), 1))
-        count = torch.maximum(count, before.abs())  # all of these tokens may stand behind a reset
+        count = torch.maximum(count, before.abs())  # all of these tokens may follow a reset
     return torch.where((phi[:, -1] == 0) | (input_ids[:, -1] == reset_token_id), -count, count)
 
 
@@ -103,7 +103,7 @@ def slots_from_phi(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Int[T
     """
     if images.shape[0] != phi.shape[0]:
         images = images.repeat_interleave(phi.shape[0] // max(images.shape[0], 1), dim=0)
-    # Column 0 is "none", and so is the last one, where every number that is too high ends up.
+    # Column 0 is "none", and so is the last one, where every phi that is too high ends up.
     padded = torch.nn.functional.pad(images, (1, 1), value=-1)
     return padded.gather(1, phi.clamp(max=padded.shape[1] - 1))
 
@@ -131,7 +131,7 @@ class Segments:
     """
 
     tokens: Int[Tensor, "N"]
-    """Places in the flattened (B*T) text of the tokens that see an image, one image's after the other's."""
+    """Positions in the flattened (B*T) text of the tokens that see an image, grouped by image."""
     images: Int[Tensor, "A"]
     """For each group the index of its image in the flat stack."""
     lengths: list[int]
@@ -188,7 +188,7 @@ def segments_of_rows(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Seg
 
 
 def _padded(counts: Int[Tensor, "A"], longest: int) -> tuple[Int[Tensor, "A S"], Int[Tensor, "N"]]:
-    """Return `pad` and `unpad` of groups of `counts` tokens that stand one behind the other."""
+    """Return `pad` and `unpad` of consecutive groups of `counts` tokens."""
     first = counts.cumsum(0) - counts
     column = torch.arange(longest, device=counts.device)
     pad = first[:, None] + torch.minimum(column, (counts - 1)[:, None])

@@ -1,7 +1,7 @@
 """Perceiver Resampler: any number of patch tokens of an image or clip in, L latent tokens out.
 
-Alayrac et al. 2022, section 3.1.1 and figure 5; parameters laid out so that OpenFlamingo's and IDEFICS' weights map one
-to one. Keys and values come from the patches AND the latents, concatenated, as in the paper.
+Alayrac et al. 2022, section 3.1.1 and figure 5; the parameters correspond one to one to OpenFlamingo's and
+IDEFICS' weights. Keys and values come from the patches AND the latents, concatenated, as in the paper.
 
 Letters: I images, F frames, P patches, V encoder's width, L latents, D width, H heads.
 """

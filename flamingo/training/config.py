@@ -140,20 +140,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LrFactors:
-    """Factor on `optim.lr` for each part."""
-
-    vision: float = 1.0
-    language: float = 1.0
-    resampler: float = 1.0
-    cross_attention: float = 1.0
-    new_tokens: float = 1.0
-    gates: float = 1.0
-    """The gates of the blocks, instead of `cross_attention`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DecayFactors:
+class PartFactors:
     """Factor on `optim.weight_decay` for each part."""
 
     vision: float = 1.0
@@ -161,6 +148,14 @@ class DecayFactors:
     resampler: float = 1.0
     cross_attention: float = 1.0
     new_tokens: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class LrFactors(PartFactors):
+    """Factor on `optim.lr` for each part."""
+
+    gates: float = 1.0
+    """The gates of the blocks, instead of `cross_attention`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,7 +175,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.0
     """Where the cosine ends, as a share of `lr`."""
     lr_factors: LrFactors = field(default_factory=LrFactors)
-    weight_decay_factors: DecayFactors = field(default_factory=DecayFactors)
+    weight_decay_factors: PartFactors = field(default_factory=PartFactors)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,7 +196,7 @@ class Sharding:
     """Reduce gradients after every micro-batch instead of once per update: less memory, more traffic."""
 
     def frozen_dtype(self, precision: str) -> torch.dtype:
-        """How frozen weights are stored in a run that computes in `precision`."""
+        """Return how frozen weights are stored in a run that computes in `precision`."""
         chosen = precision if self.frozen_precision == "auto" else self.frozen_precision
         return torch.bfloat16 if chosen == "bf16" else torch.float32
 
@@ -217,7 +212,7 @@ class CheckpointOptions:
     background: bool = True
     """Write while training goes on; only the copy to the CPU's memory holds it up."""
     grace_seconds: AboveZero = 120.0
-    """After SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: the update in work and its checkpoint must be done within this many
+    """After SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: the current update and its checkpoint must be done within this many
     seconds, or the process ends with what was saved before."""
 
 
@@ -251,12 +246,12 @@ class EvaluationOptions:
 
 @dataclass(kw_only=True, slots=True)
 class WatchOptions:
-    """What is done about updates that are not finite and about a run that stands still."""
+    """What is done about updates that are not finite and about a run that makes no progress."""
 
     max_nonfinite: AtLeast0 = 0
     """Updates in a row that are left out because a loss or the gradient is not finite; one more stops the run."""
     stall_minutes: NotNegative = 10.0
-    """When no update ends for so long, every process prints where its threads are; 0: never."""
+    """If no update ends for this long, every process prints where its threads are; 0: never."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -440,35 +435,18 @@ class TrainConfig:
                 yield f"run.evaluation.every is set and run.evaluation.{name} is empty: give at least one"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, as written to `config.yaml`."""
+        """Return plain nested dicts, as written to `config.yaml`."""
         return asdict(self)
 
 
-# What may differ between a run and its continuation without changing what an update computes.
-FREE_TO_CHANGE = frozenset(
-    {
-        "run.dir",
-        "run.steps",
-        "run.log_every",
-        "run.checkpoint_every",
-        "run.keep_last",
-        "run.threads",
-        "run.resume",
-        "run.tensorboard",
-        "run.parallel",
-        "run.sharding.size",
-        "run.sharding.frozen",
-        "run.sharding.cpu_offload",
-        "run.sharding.keep_gathered",
-        "run.sharding.sync_every_micro_batch",
-        "run.compile",
-        "run.device",
-        "plan",
-        "plan_for.processes",
-        "plan_for.gib",
-        "data.num_workers",
-    }
+_FREE_TO_CHANGE = (
+    "run.dir run.steps run.log_every run.checkpoint_every run.keep_last run.threads run.resume run.tensorboard "
+    "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
+    "run.sharding.sync_every_micro_batch run.compile run.device plan plan_for.processes plan_for.gib "
+    "data.num_workers"
 )
+FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
+"""Keys that may differ between a run and its continuation without changing what an update computes."""
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -496,7 +474,7 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.device=cuda, but torch sees no GPU here: set run.device=cpu or install a CUDA build"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if uses_gpu and local > torch.cuda.device_count():
-        yield f"{local} processes on this machine share {torch.cuda.device_count()} GPUs: start one process for each"
+        yield f"{local} processes on this machine share {torch.cuda.device_count()} GPUs: start one process per GPU"
     if uses_gpu and run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "run.precision=bf16, but this GPU does not compute in bf16: set run.precision=fp32"
     if run.compile and not uses_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:

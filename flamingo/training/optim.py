@@ -51,6 +51,7 @@ def parameter_groups(
         decay_factors: part of the model to a factor on `weight_decay`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # A few groups, not one a parameter: AdamW launches kernels for each group.
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
@@ -111,7 +112,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, o
 
 
 class NonfiniteUpdates:
-    """Skips updates whose loss or gradient is not finite, counts them, and stops the run at too many in a row.
+    """A count of updates skipped because loss or gradient is not finite; too many in a row stop the run.
 
     All processes call it with the same facts, so that all of them do the same.
     """
@@ -122,7 +123,7 @@ class NonfiniteUpdates:
         self.total = self.in_a_row = 0
 
     def skip(self, step: int, norm: float, losses: Mapping[str, float], keys: Mapping[str, list[list[str]]]) -> None:
-        """Count an update that is skipped, and write down what this process had in its batch.
+        """Count an update that is skipped, and write down the samples of this process's batch.
 
         Args:
             step: updates before this one.

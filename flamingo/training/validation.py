@@ -1,4 +1,4 @@
-"""The loss of each dataset on documents held out, in the middle of training and without a trace in it."""
+"""The loss of each dataset on held-out documents, measured during training without affecting it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flamingo.training.objectives.protocol import Objective
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; afterwards the model trains, its weights sharded again."""
+    """Switch dropout and gradients off inside; afterwards the model trains, its weights sharded again."""
     model.eval()
     try:
         with torch.no_grad():
@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # without a backward nothing else lets go of what was gathered
+                module.reshard()  # without a backward nothing else frees what was gathered
 
 
 def validation_losses(

@@ -75,7 +75,7 @@ def test_no_strategy_depends_on_the_batch(responder: FlamingoResponder, strategy
     settings = PromptingSettings(samples=3, rationale_tokens=3, orders=2)
     cell = Cell("colours", 1, 0, "real", strategy)
     runs = [
-        run_cell(task, cell, responder, FeatureCache(responder), queries, size, settings=settings)
+        run_cell(task, cell, Engine(responder, FeatureCache(responder), size), queries, settings)
         for queries, size in ((task.query_ids(), 1), (list(task.query_ids())[::-1], 4))
     ]
     for one, other in zip(runs[0], runs[1][::-1], strict=True):

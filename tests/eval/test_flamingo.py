@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
+from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
 from eval.runner import run_cell
@@ -40,7 +41,8 @@ def colours(output: Any) -> Task:
 def test_batches_of_one_and_of_four_agree(responder: FlamingoResponder, output: str, shots: int) -> None:
     task = colours(output)
     cell = Cell("colours", shots, 0, "real")
-    runs = [run_cell(task, cell, responder, FeatureCache(responder), task.query_ids(), size) for size in (1, 4)]
+    engines = [Engine(responder, FeatureCache(responder), size) for size in (1, 4)]
+    runs = [run_cell(task, cell, engine, task.query_ids()) for engine in engines]
     for one, four in zip(*runs, strict=True):
         assert replace(one, log_probs=()) == replace(four, log_probs=())
         assert one.log_probs == pytest.approx(four.log_probs, abs=1e-4)

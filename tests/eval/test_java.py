@@ -14,7 +14,7 @@ from eval.metrics.table import measure
 from eval.spec import TaskSpec
 from eval.tasks.build import check_spec
 from flamingo.errors import UserError
-from tests.eval.test_metrics_table import Answer
+from tests.eval.test_metrics_table import answered
 
 SAID = ["a dog runs on the grass", "two men are cooking", "a red bus, parked!"]
 TRUE = [["A dog is running on grass.", "the dog plays"], ["Two people cook."], ["a bus that is red", "A parked bus"]]
@@ -92,7 +92,7 @@ def test_meteor_is_that_of_the_reference_scorer() -> None:
     score, ours = meteor(SAID, TRUE)
     assert score == pytest.approx(expected, abs=1e-6)
     assert ours == pytest.approx(each, abs=1e-6)
-    answers = [Answer(str(n), SAID[n], tuple(TRUE[n]), cluster=str(n)) for n in range(3)]
+    answers = [answered(str(n), SAID[n], tuple(TRUE[n]), cluster=str(n)) for n in range(3)]
     value = measure(["meteor"], answers)["meteor"]
     assert value["score"] == pytest.approx(expected, abs=1e-6)
     assert value["low"] <= value["score"] <= value["high"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,19 +17,41 @@ from eval.metrics.text import SCORE_NAMES, folded_match, ivqa_accuracy, scorer
 from eval.metrics.vqa import normalise, vqa_accuracy, vqa_accuracy_by_value
 from eval.metrics.wordnet import WordNet, wordnet
 from eval.metrics.wups import lemmatised, wups
+from eval.samples import Cell, Sample
 from flamingo.errors import UserError
 
 
-@dataclass(frozen=True)
-class Answer:
-    query_id: str
-    answer: str = ""
-    golds: tuple[str, ...] = ()
-    kind: str = ""
-    cluster: str = ""
-    candidates: tuple[str, ...] = ()
-    log_probs: tuple[float, ...] = ()
-    seed: int = 0
+def answered(
+    query_id: str,
+    answer: str = "",
+    golds: tuple[str, ...] = (),
+    kind: str = "",
+    cluster: str = "",
+    candidates: tuple[str, ...] = (),
+    log_probs: tuple[float, ...] = (),
+) -> Sample:
+    """What a metric reads of a sample; the rest is of no account."""
+    return Sample(
+        cell=Cell("task", 0, 0, "real"),
+        query_id=query_id,
+        demo_ids=(),
+        turns=(),
+        raw=answer,
+        answer=answer,
+        golds=golds,
+        score=0.0,
+        kind=kind,
+        cluster=cluster,
+        candidates=candidates,
+        log_probs=log_probs,
+        ended=True,
+        parse_failed=False,
+        copied=False,
+        copied_last=False,
+        shots_kept=0,
+        demos_dropped=0,
+        excluded=0,
+    )
 
 
 def test_contractions_are_the_published_table_gaps_included() -> None:
@@ -86,7 +107,7 @@ def test_mwap_equals_the_published_computation() -> None:
     names = [" ".join(pairs[i]) for i in own]
     assert mwap(matrix, names, annotated, videos, pairs)[0] == pytest.approx(np.mean(precisions), abs=1e-12)
     answers = [
-        Answer(f"{i}", "", (names[i],), annotated[i], videos[i], tuple(map(" ".join, pairs)), tuple(matrix[i]))
+        answered(f"{i}", "", (names[i],), annotated[i], videos[i], tuple(map(" ".join, pairs)), tuple(matrix[i]))
         for i in range(300)
     ]
     value = measure(["mwap"], answers)["mwap"]
@@ -104,12 +125,12 @@ def test_winoground_is_strict_and_not_mixed_up() -> None:
     text, image, group = winoground(np.array([[[5.0, 3.0], [4.5, 3.5]]]))
     assert (text[0], image[0], group[0]) == (True, False, False)
     answers = [
-        Answer("7.0", cluster="7", log_probs=(5.0, 4.5)),
-        Answer("7.1", cluster="7", log_probs=(3.0, 3.5)),
-        Answer("7.none", cluster="7", log_probs=(1.0, 0.0)),
-        Answer("8.0", cluster="8", log_probs=(1.0, 0.0)),
-        Answer("8.1", cluster="8", log_probs=(0.0, 1.0)),
-        Answer("8.none", cluster="8", log_probs=(0.0, 0.0)),
+        answered("7.0", cluster="7", log_probs=(5.0, 4.5)),
+        answered("7.1", cluster="7", log_probs=(3.0, 3.5)),
+        answered("7.none", cluster="7", log_probs=(1.0, 0.0)),
+        answered("8.0", cluster="8", log_probs=(1.0, 0.0)),
+        answered("8.1", cluster="8", log_probs=(0.0, 1.0)),
+        answered("8.none", cluster="8", log_probs=(0.0, 0.0)),
     ]
     found = measure(["winoground"], answers)
     assert (found["winoground_text"]["score"], found["winoground_image"]["score"]) == (1.0, 0.5)
@@ -129,9 +150,9 @@ def test_medical_scores_as_published_and_mended() -> None:
     assert (closed("No, it is not.", "no"), closed("it cannot", "no")) == (1.0, 0.0)
     assert token_f1("x", []) == published_open("", "a")[0] == 0.0
     answers = [
-        Answer("1", "yes", ("no",), "CLOSED "),
-        Answer("2", "no", ("no",), "closed", cluster="p"),
-        Answer("3", "the left lung", ("left lung",), "OPEN", cluster="p"),
+        answered("1", "yes", ("no",), "CLOSED "),
+        answered("2", "no", ("no",), "closed", cluster="p"),
+        answered("3", "the left lung", ("left lung",), "OPEN", cluster="p"),
     ]
     found = measure(["medical"], answers)
     assert (found["closed"]["score"], found["closed_if_always_no"]["score"], found["closed"]["n"]) == (0.5, 1.0, 2)
@@ -143,13 +164,13 @@ def test_auc_of_ranked_answers_has_the_positive_class_last() -> None:
     margins = rng.normal(size=60)
     truth = ["yes" if m + rng.normal() > 0 else "no" for m in margins]
     rows = enumerate(zip(margins, truth, strict=True))
-    answers = [Answer(f"{i}", "", (t,), "", f"{i}", ("no", "yes"), (0.0, float(m))) for i, (m, t) in rows]
+    answers = [answered(f"{i}", "", (t,), "", f"{i}", ("no", "yes"), (0.0, float(m))) for i, (m, t) in rows]
     value = measure(["roc_auc"], answers)["roc_auc"]
     assert value["score"] == pytest.approx(roc_auc_score([t == "yes" for t in truth], margins), abs=1e-12)
     assert value["low"] < value["score"] < value["high"]
     assert measure(["roc_auc"], answers[::-1])["roc_auc"] == value
     with pytest.raises(UserError, match="two ranked candidates"):
-        measure(["roc_auc"], [Answer("1")])
+        measure(["roc_auc"], [answered("1")])
 
 
 def test_the_interval_of_an_auc_covers_the_truth() -> None:
@@ -165,12 +186,12 @@ def test_the_interval_of_an_auc_covers_the_truth() -> None:
 
 def test_captions_and_vqa_are_measured_with_their_parts() -> None:
     golds = ("a man on a horse", "someone rides a brown horse")
-    answers = [Answer(f"{i}", "a man on a brown horse", golds, "", f"{i}") for i in range(3)]
-    answers.append(Answer("4", "a red bus", ("a bus in the street",), "", "4"))
+    answers = [answered(f"{i}", "a man on a brown horse", golds, "", f"{i}") for i in range(3)]
+    answers.append(answered("4", "a red bus", ("a bus in the street",), "", "4"))
     found = measure(["captions"], answers)
     assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= found.keys()
     assert found["bleu_1"]["low"] <= found["bleu_1"]["score"] <= found["bleu_1"]["high"]
-    vqa = [Answer("1", "2", ("two",) * 5 + ("2",) * 5, "number"), Answer("2", "red", ("blue",) * 10, "other")]
+    vqa = [answered("1", "2", ("two",) * 5 + ("2",) * 5, "number"), answered("2", "red", ("blue",) * 10, "other")]
     found = measure(["vqa"], vqa)
     assert (found["vqa_accuracy"]["score"], found["vqa_accuracy number"]["score"]) == (0.5, 1.0)
 

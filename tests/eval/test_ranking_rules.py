@@ -110,8 +110,8 @@ def test_candidates_come_from_a_file_or_from_what_the_support_says_often(tmp_pat
     listed = vocabulary(tmp_path, "vocab.json")
     assert listed.episode(listed.query_ids()[0], 0, 0).candidates == ("spoon", "whisk")
     for where, message in (
-        ("support:x", "give a number of 1 or more, as in support:2"),
-        ("support:99", "no answer in the support set occurs so often"),
+        ("support:x", "give a count of 1 or more, as in support:2"),
+        ("support:99", "no answer in the support set is that frequent; lower it"),
         ("gone.json", "gone.json does not exist"),
     ):
         with pytest.raises(UserError, match=message):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.reports.results import rows_of
 from eval.runner import Grid, run, run_cell
@@ -111,7 +112,7 @@ def test_cell_keeps_the_order_of_the_queries_and_tells_its_progress() -> None:
     done: list[int] = []
     queries = list(task.query_ids())[:10][::-1]
     cell = Cell("ranked", 2, 0, "real")
-    samples = run_cell(task, cell, looker, FeatureCache(looker), queries, 4, done.append)
+    samples = run_cell(task, cell, Engine(looker, FeatureCache(looker), 4), queries, on_batch=done.append)
     assert [sample.query_id for sample in samples] == queries
     assert done == [4, 4, 2]
     assert all(sample.answer in sample.candidates for sample in samples)

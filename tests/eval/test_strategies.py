@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.protocol import Responder
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
@@ -75,7 +76,7 @@ def samples_of(
 ) -> list[Sample]:
     cell = Cell("colours", shots, 0, "real", strategy)
     settings = PromptingSettings(**{"samples": 5, **own})  # type: ignore[arg-type]
-    return run_cell(of, cell, model, FeatureCache(model), of.query_ids(), 7, settings=settings)
+    return run_cell(of, cell, Engine(model, FeatureCache(model), 7), of.query_ids(), settings)
 
 
 @pytest.mark.parametrize("output", ["generate", "rank"])
@@ -113,7 +114,7 @@ def test_two_stages_are_joined_by_the_query_whatever_the_order() -> None:
     forward, backward = Script(says), Script(says)
     one = samples_of("two_stage", forward, of)
     cell = Cell("colours", 2, 0, "real", "two_stage")
-    two = run_cell(of, cell, backward, FeatureCache(backward), list(of.query_ids())[::-1], 5)
+    two = run_cell(of, cell, Engine(backward, FeatureCache(backward), 5), list(of.query_ids())[::-1])
     assert one == two[::-1]
     assert len({sample.rationale for sample in one}) > 6
     for sample in one:

@@ -148,7 +148,7 @@ def test_a_question_with_too_few_answers_stops_the_run(tmp_path: Path) -> None:
     dump(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
     lines, complete = check("textvqa", tmp_path)
     assert not complete
-    assert "question 77 has 9 answers and every question of this data set has 10" in lines[0]
+    assert "question 77 has 9 answers, but every question of this data set should have 10" in lines[0]
 
 
 @pytest.mark.parametrize("name", ["medqa", "hateful_memes", "vatex", "winoground"])

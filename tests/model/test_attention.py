@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo.layers.attention import attend, attend_segments, attend_segments_slow
+from flamingo.layers.attention import attend, attend_segments
 from flamingo.layers.media_mask import segments_from_slots
+from tests.model.slow_attention import attend_segments_slow
 
 
 @pytest.mark.parametrize(

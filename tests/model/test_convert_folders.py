@@ -163,11 +163,11 @@ def test_idefics_that_cannot_be(release: tuple[Any, Path], tmp_path: Path, capsy
     refused(r"blocks before layers \[0, 4\], but cross_layer_interval=4 .* \[0\]", cross_layer_interval=4)
     refused("not a multiple of cross_layer_interval", cross_layer_interval=3)
     refused("the tokenizer has no <image> below id 261", tokenizer=tiny.tokenizer())
-    refused(r"model\.gadget \(and 0 more keys\)", state | {"model.gadget": torch.zeros(1)})
+    refused(r"unknown keys: model\.gadget \(and 0 more\)", state | {"model.gadget": torch.zeros(1)})
     refused(r"lacks new_tokens\.output_rows", {n: t for n, t in state.items() if "additional_fc" not in n})
-    refused(r"attn\.k_norm\.weight .*which this model does not", qk_layer_norms=False)
+    refused(r"attn\.k_norm\.weight .*which this model lacks", qk_layer_norms=False)
     assert convert("idefics", folder, "--preset", "idefics-9b", "--out", str(tmp_path / "x")) == 2
-    assert "config.json has vocab_size=259, the preset idefics-9b 32000" in capsys.readouterr().err
+    assert "config.json has vocab_size=259, but the preset idefics-9b has 32000" in capsys.readouterr().err
 
 
 def test_shards_and_index_must_agree(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ MISTAKES: list[tuple[str, Spoil, str]] = [
     ("openflamingo", cut("clip/*.safetensors"), "open_clip_model.safetensors cannot be read"),
     ("otter", gone(BIN), "which pytorch_model.bin.index.json names, is missing"),
     ("otter", cut(BIN), "-of-00003.bin cannot be read"),
-    ("otter", left_over, "model.gadget (and 0 more keys)"),
+    ("otter", left_over, "unknown keys: model.gadget (and 0 more)"),
     ("otter", text("config.json", "{"), "config.json is not JSON"),
     ("otter", text("config.json", "[1]"), "config.json is a JSON list, not an object"),
     ("otter", changed("config.json", text_config="llama"), "config.json is not Otter's"),
@@ -158,7 +158,7 @@ MISTAKES: list[tuple[str, Spoil, str]] = [
     ("otter", gone("config.json"), "has no config.json, which says what Otter's language model is"),
     ("idefics", gone(SAFE), "which model.safetensors.index.json names, is missing"),
     ("idefics", cut(SAFE), ".safetensors cannot be read"),
-    ("idefics", left_over, "model.gadget (and 0 more keys)"),
+    ("idefics", left_over, "unknown keys: model.gadget (and 0 more)"),
     ("idefics", text("model.safetensors.index.json", "{"), "index.json is not JSON"),
     ("idefics", text("model.safetensors.index.json", "{}"), "has no weight_map of keys to files"),
     ("idefics", changed("model.safetensors.index.json", weight_map={"a": "../x"}), "names ../x, which is not"),
@@ -195,7 +195,7 @@ def test_backbones_and_options_that_do_not_fit(release: Path, capsys: pytest.Cap
     says("is not one of", command("otter", release, "--dtype", "half precision"))
     says("cross_attn_every_n_layers=1", command("otter", release, "--every", "1"))
     says(
-        "there is no preset 'otter-7b' of otter; known are otter-llama7b",
+        "preset=otter-7b is unknown; the presets of otter are otter-llama7b",
         command("otter", release, "--preset", "otter-7b"),
     )
 

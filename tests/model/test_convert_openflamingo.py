@@ -138,13 +138,15 @@ def state() -> dict[str, Tensor]:
 
 def test_every_key_is_accounted_for(state: dict[str, Tensor]) -> None:
     some = torch.zeros(2, 2)
-    with pytest.raises(UserError, match=r"has perceiver\.gadget \(and 0 more keys\), which no known layout has"):
+    with pytest.raises(
+        UserError, match=r"has unknown keys: perceiver\.gadget \(and 0 more\); is it a model of another family\?"
+    ):
         convert(state | {"perceiver.gadget": some})
-    with pytest.raises(UserError, match=r"language_model\.gpt_neox\.gadget .* which this model does not"):
+    with pytest.raises(UserError, match=r"language_model\.gpt_neox\.gadget .* which this model lacks"):
         convert(state | {"lang_encoder.gpt_neox.gadget": some})
     with pytest.raises(UserError, match="LoRA weights; merge them"):
         convert(state | {"lang_encoder.gpt_neox.layers.0.lora_A.weight": some})
-    with pytest.raises(UserError, match="numbers the images by embeddings"):
+    with pytest.raises(UserError, match="has embeddings for the position of an image"):
         convert(state | {"perceiver.media_time_embs": some})
     alias = "lang_encoder.gated_cross_attn_layers.1.attn.to_q.weight"
     with pytest.raises(UserError, match=r"are one weight, but their values differ"):
@@ -175,7 +177,7 @@ def test_backbones_that_do_not_belong_to_it(state: dict[str, Tensor]) -> None:
     convert(state, language=sibling, allow_changed_embeddings=True)
     longer = tiny.tokenizer()
     longer.add_tokens(["one", "two"])
-    with pytest.raises(UserError, match=r"table has 262 rows, but the tokenizer 264 tokens"):
+    with pytest.raises(UserError, match=r"embedding has 262 rows, but the tokenizer has 264 tokens"):
         convert(state, tokenizer=longer)
 
 
@@ -222,6 +224,6 @@ def test_files(state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureF
     assert main(options) == 2
     assert "give --preset, or --vision" in capsys.readouterr().err
     assert main([*options, "--preset", "idefics-9b"]) == 2
-    assert "there is no preset 'idefics-9b' of openflamingo" in capsys.readouterr().err
+    assert "preset=idefics-9b is unknown; the presets of openflamingo are" in capsys.readouterr().err
     assert main([*options, "--preset", "openflamingo-9b"]) == 2  # tests have no network
     assert "network is not reachable" in capsys.readouterr().err

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from flamingo.layers import attention
-from flamingo.layers.attention import attend, attend_segments, attend_segments_slow
+from flamingo.layers.attention import attend, attend_segments
 from flamingo.layers.media_mask import segments_from_slots
 from tests.model import tiny
+from tests.model.slow_attention import attend_segments_slow
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 SLOTS = [[-1, 0, 0, 0, 1, 1, 1, 1], [2, 2, 3, 3, 3, 3, 3, 3]]

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from flamingo.layers.attention import (
     attend_segments,
-    attend_segments_slow,
     attention_weights,
     block_diagonal_bias,
-    images_seen,
     laid_out,
 )
 from flamingo.layers.media_mask import (
@@ -24,6 +22,7 @@ from flamingo.layers.media_mask import (
     segments_of_rows,
     slots_from_phi,
 )
+from tests.model.slow_attention import attend_segments_slow, images_seen
 from tests.model.tiny import visibility
 
 IMAGE = 9

@@ -68,7 +68,7 @@ def test_openflamingos_encoder_has_quick_gelu() -> None:
 
 def test_unknown_preset() -> None:
     assert preset("idefics-80b").parameters == 80
-    with pytest.raises(UserError, match="no preset 'openflamingo-7b'; known are openflamingo-3b"):
+    with pytest.raises(UserError, match="preset=openflamingo-7b is unknown; the presets are openflamingo-3b"):
         preset("openflamingo-7b")
 
 
@@ -120,7 +120,7 @@ def test_what_yaml_says_wins_over_the_preset() -> None:
         compose(["experiment=openflamingo_9b", "model.cross_attn_every_n_layers=8"]).model.cross_attn_every_n_layers
         == 8
     )
-    with pytest.raises(UserError, match="no preset 'flamingo-1b' of openflamingo; known are openflamingo-3b"):
+    with pytest.raises(UserError, match=r"^model\.preset=flamingo-1b is unknown; the presets of openflamingo are"):
         compose(["model.preset=flamingo-1b"])
 
 

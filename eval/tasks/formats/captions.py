@@ -11,7 +11,7 @@ from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, ne
 
 
 def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`dataset_coco.json` or `dataset_flickr30k.json`: images with split, filename and sentences[].raw."""
+    """Read `dataset_coco.json` or `dataset_flickr30k.json`: images with split, filename and sentences[].raw."""
     for row in rows(path, read_json(path), "images"):
         if in_split(need(row, "split", path), source):
             name = str(need(row, "filename", path))
@@ -22,7 +22,7 @@ def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """COCO's form, NoCaps' too: images (id, file_name, for NoCaps domain) and annotations (image_id, caption)."""
+    """Read COCO's form, NoCaps' too: images (id, file_name, for NoCaps domain) and annotations (image_id, caption)."""
     content = read_json(path)
     captions: dict[int, list[str]] = {}
     for row in rows(path, content, "annotations"):
@@ -35,7 +35,7 @@ def coco_captions(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def textcaps(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`TextCaps_0.1_*.json`: one entry a caption under data; `reference_strs` are all of the image's."""
+    """Read `TextCaps_0.1_*.json`: one entry a caption under data; `reference_strs` are all of the image's."""
     images: dict[str, tuple[dict, list[str]]] = {}
     for row in rows(path, read_json(path), "data"):
         image_id = str(need(row, "image_id", path))
@@ -47,14 +47,14 @@ def textcaps(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def vatex(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`vatex_*.json`: videoID (of YouTube, with its seconds) and ten English captions in enCap."""
+    """Read `vatex_*.json`: videoID (of YouTube, with its seconds) and ten English captions in enCap."""
     for row in rows(path, read_json(path)):
         name = str(need(row, "videoID", path))
         yield item(name, clip_of(source, path, name, row), "", need(row, "enCap", path, name), group=name)
 
 
 def youcook2(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`youcookii_annotations_trainval.json`: under database each video's subset and its segments with a sentence."""
+    """Read `youcookii_annotations_trainval.json`: under database each video's subset and segments with a sentence."""
     for name, video in need(read_json(path), "database", path).items():
         if in_split(need(video, "subset", path, name), source):
             for part in need(video, "annotations", path, name):

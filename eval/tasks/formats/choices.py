@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def letters(choices: Sequence[str]) -> list[str]:
-    """A, B, ... for as many choices."""
+    """Return A, B, ... for as many choices."""
     return list(LETTERS[: len(choices)])
 
 
@@ -38,7 +39,7 @@ def written_options(choices: Sequence[str], style: str) -> str:
 
 
 def choice_item(path: Path, name: object, choices: Sequence[object], correct: Any, question: str, **more: Any) -> Item:
-    """Return an item whose answer is one of its choices, by number."""
+    """Return an item whose answer is one of its choices, `correct` being its index."""
     texts = [str(choice).strip() for choice in choices]
     if not isinstance(correct, int) or not 0 <= correct < len(texts) <= len(LETTERS):
         raise UserError(f"{path}: {name} has {len(texts)} choices and the answer {correct!r}; is this the right file?")
@@ -47,10 +48,10 @@ def choice_item(path: Path, name: object, choices: Sequence[object], correct: An
 
 
 def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`problems.json` with `pid_splits.json` as annotations; images at images/SPLIT/ID/image.png.
+    """Read `problems.json` with `pid_splits.json` as annotations; images at images/SPLIT/ID/image.png.
 
-    kind has the words by which results are told: NAT, SOC or LAN; TXT and IMG for a hint and an image, NO for neither;
-    G1-6 or G7-12. `{context}` is the hint. The rationale is lecture and solution.
+    kind has the words by which results are grouped: NAT, SOC or LAN; TXT and IMG for a hint and an image, NO for
+    neither; G1-6 or G7-12. `{context}` is the hint. The rationale is lecture and solution.
     """
     problems, splits = read_json(path), None
     if source.annotations:
@@ -78,7 +79,7 @@ def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def star(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`STAR_val.json`: question_id (Interaction_T1_13: the type first), video_id, start, end, choices[].choice."""
+    """Read `STAR_val.json`: question_id (Interaction_T1_13: the type first), video_id, start, end, choices[].choice."""
     for row in rows(path, read_json(path)):
         name, video = str(need(row, "question_id", path)), str(need(row, "video_id", path))
         choices = [need(choice, "choice", path, name) for choice in need(row, "choices", path, name)]
@@ -90,7 +91,7 @@ def star(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """NExT-QA's multiple choice: `val.csv` with video, question, answer (a number), qid, type, a0 to a4."""
+    """Read NExT-QA's multiple choice: `val.csv` with video, question, answer (a number), qid, type, a0 to a4."""
     keys = [f"a{index}" for index in range(5)]
     for row in read_csv(path, ["video", "question", "answer", "qid", "type", *keys]):
         clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
@@ -100,7 +101,7 @@ def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`phrases_no_exclude_test.jsonl` (four options): question, options {"A": ...}, answer_idx."""
+    """Read `phrases_no_exclude_test.jsonl` (four options): question, options {"A": ...}, answer_idx."""
     for index, row in enumerate(read_jsonl(path)):
         options = need(row, "options", path, f"line {index + 1}")
         names = sorted(options)
@@ -111,7 +112,7 @@ def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`dev.json`, one object a line: question, opa to opd, cop (counted from 1), subject_name, exp."""
+    """Read `dev.json`, one object a line: question, opa to opd, cop (counted from 1), subject_name, exp."""
     for index, row in enumerate(read_jsonl(path)):
         choices = [need(row, key, path, f"line {index + 1}") for key in ("opa", "opb", "opc", "opd")]
         answer = int(need(row, "cop", path, f"line {index + 1}")) - 1
@@ -120,8 +121,8 @@ def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`ori_pqal.json`, {id: {QUESTION, CONTEXTS, final_decision}}; annotations: `test_ground_truth.json`, whose ids are
-    the 500 of the test split. With `split: rest` those are left out instead. `{context}` is the abstract."""
+    """Read `ori_pqal.json`, {id: {QUESTION, CONTEXTS, final_decision}}; annotations: `test_ground_truth.json`, whose
+    ids are the 500 of the test split. With `split: rest` those are left out instead. `{context}` is the abstract."""
     chosen = set(read_json(Path(source.annotations))) if source.annotations else None
     for name, row in read_json(path).items():
         if chosen is None or (name in chosen) != (source.split == "rest"):
@@ -133,7 +134,7 @@ def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """A folder with SUBJECT_SPLIT.csv, no header: question, four choices, the letter. `only` may name the `subject`."""
+    """Read a folder with SUBJECT_SPLIT.csv, no header: question, 4 choices, letter. `only` may name the `subject`."""
     subjects = source.only.get("subject", "").split("+") if source.only else None
     for file in sorted(path.glob(f"*_{source.split or 'test'}.csv")):
         subject = file.stem.rsplit("_", 1)[0]
@@ -147,10 +148,8 @@ def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def _headless(path: Path, head: str) -> Iterator[dict[str, Any]]:
-    import csv
-
     lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     for row_number, row in enumerate(csv.DictReader([head, *lines]), 1):
         if None in row or None in row.values():
-            raise UserError(f"{path}: row {row_number} has not the six columns question, A, B, C, D, answer")
+            raise UserError(f"{path}: row {row_number} does not have the six columns question, A, B, C, D, answer")
         yield row

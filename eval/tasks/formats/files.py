@@ -15,8 +15,8 @@ from eval.task import EncodedImage, StoredImage
 from flamingo.errors import UserError
 
 Item = dict[str, Any]
-"""One question: id, image, question, answers (accepted ones), kind, label, text (the answer's node as a page has it,
-or None); optionally choices, rationale, group (what ties scores together) and values (for the question's `{...}`)."""
+"""One question: id, image, question, answers (accepted ones), kind, label, text (the answer's node in the document, or
+None); optionally choices, rationale, group (what ties scores together) and values (for the question's `{...}`)."""
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
@@ -24,13 +24,13 @@ VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 def item(
     name: object, image: EncodedImage | None, question: str, answers: Sequence[object], kind: object = "", **more: Any
 ) -> Item:
-    """Return an item of a data set. Answers may be numbers in some files; they are text here, without blanks around."""
+    """Return an item of a data set. Answers may be numbers in some files; here they are text, stripped."""
     texts = [str(answer).strip() for answer in answers]
     facts: Item = {"id": str(name), "image": image, "question": " ".join(question.split()), "answers": texts}
     return facts | {"kind": str(kind or ""), "label": "", "text": None} | more
 
 
-def place(source: SourceSpec, root: str) -> SourceSpec:
+def below_root(source: SourceSpec, root: str) -> SourceSpec:
     """Return the source with its relative paths below `root`."""
     if not root:
         return source
@@ -78,7 +78,7 @@ def read_csv(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, str]]
 
 
 def need(row: Mapping[str, Any], key: str, path: Path, what: object = "an entry") -> Any:
-    """`row[key]`. Raises UserError when it is not there."""
+    """Return `row[key]`. Raises UserError when it is not there."""
     if not isinstance(row, Mapping) or key not in row:
         has = ", ".join(map(str, list(row)[:8])) if isinstance(row, Mapping) else type(row).__name__
         raise UserError(f"{path}: {what} has no {key!r} (it has {has}); is this the published file?")
@@ -107,18 +107,19 @@ def check_annotators(count: int, source: SourceSpec, path: Path, question: objec
     """Raise UserError for an answer list of the wrong length."""
     if source.annotators is not None and count != source.annotators:
         raise UserError(
-            f"{path}: question {question} has {count} answers and every question of this data set has "
-            f"{source.annotators}; the file is not as published, or set source.annotators"
+            f"{path}: question {question} has {count} answers, but every question of this data set should have "
+            f"{source.annotators}; use the published file, or set source.annotators"
         )
 
 
-def _read_file(file: Path) -> tuple[bytes, ...]:
-    return (file.read_bytes(),)
+def read_files(*files: Path) -> tuple[bytes, ...]:
+    """Return the content of the files: an image, or the frames of a clip."""
+    return tuple(file.read_bytes() for file in files)
 
 
 def stored(file: Path) -> StoredImage:
     """Return the image in a file, read when it is needed."""
-    return StoredImage(partial(_read_file, file), file)
+    return StoredImage(partial(read_files, file), file)
 
 
 def image_of(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any]) -> StoredImage:
@@ -143,7 +144,7 @@ def _location(source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any
 def clip_of(
     source: SourceSpec, beside: Path, name: str, row: Mapping[str, Any], start: float = 0.0, end: float | None = None
 ) -> StoredImage:
-    """`source.frames` frames of a row's video from `start` to `end` seconds: a file, or a folder of images."""
+    """Return `source.frames` frames of a row's video, a file or a folder of images, from `start` to `end` seconds."""
     from eval.tasks.formats.video import frames_of
 
     where = Path(_location(source, beside, name, row))

@@ -13,7 +13,7 @@ Pieces = tuple[EncodedImage | None, str, tuple[tuple[EncodedImage, str], ...]]
 
 
 def interleaved(question: str, item: Item) -> Pieces:
-    """Return (first image, the text behind it, further images each with the text behind it).
+    """Return (first image, the text after it, further images each with the text after it).
 
     An item without a list of `images` has its one image at the head, and its text is left as it is.
     """
@@ -22,7 +22,7 @@ def interleaved(question: str, item: Item) -> Pieces:
 
 
 def _placed(question: str, images: Sequence[EncodedImage]) -> Pieces:
-    """Return the first image stands at the head, where text about it can see it; the others where they are named first.
+    """Put the first image at the head, where text about it can see it, and the others where they are first named.
 
     A mark that is not an image's position reads "image 2" ("the image" where there is one); images that are not
     named at all follow the first.
@@ -43,12 +43,12 @@ def _placed(question: str, images: Sequence[EncodedImage]) -> Pieces:
     texts[-1] += question[start:]
     order = [*((index, "") for index in unnamed), *zip(ordered, texts[1:], strict=True)]
     first, rest = texts[0], [(images[index - 1], text) for index, text in order]
-    if unnamed:  # these stand right behind the first, so its text goes behind the last of them
+    if unnamed:  # these directly follow the first, so its text comes after the last of them
         rest[len(unnamed) - 1] = rest[len(unnamed) - 1][0], first
         first = ""
     return images[0], first, tuple(rest)
 
 
 def without_first_mark(text: str) -> str:
-    """Return the text without a mark of the first image at its beginning or end, as that image stands ahead of it."""
+    """Return the text without a mark of the first image at its beginning or end, as that image precedes it."""
     return text.strip().removeprefix("<image 1>").removesuffix("<image 1>").strip()

@@ -14,7 +14,7 @@ IMAGES = {".jpeg", ".jpg", ".png", ".webp"}
 
 
 def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`dev_seen.jsonl`: id, img, label, text. `{text}` is what is written on the image."""
+    """Read `dev_seen.jsonl`: id, img, label, text. `{text}` is what is written on the image."""
     for line_number, row in enumerate(read_jsonl(path), 1):
         name = need(row, "id", path, f"line {line_number}")
         label = need(row, "label", path, f"line {line_number} (the unlabelled test file has none)")
@@ -24,9 +24,9 @@ def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """A folder with one folder a class (n01440764/...), and as annotations a file of `WNID name, other names` lines.
+    """Read a folder with a folder per class (n01440764/...), and as annotations lines `WNID name, other names`.
 
-    Two classes have the same name twice in ImageNet-1k ("crane", "maillot"): they are told apart by their second one.
+    Two classes have the same name twice in ImageNet-1k ("crane", "maillot"): their second names distinguish them.
     """
     if not source.annotations or not Path(source.annotations).is_file():
         raise UserError(
@@ -47,7 +47,7 @@ def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def winoground(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`examples.jsonl`: id, image_0, image_1, caption_0, caption_1. Three queries an item: each image and none.
+    """Read `examples.jsonl`: id, image_0, image_1, caption_0, caption_1. Three queries an item: each image and none.
 
     Each ranks both captions; the one without an image gives the captions' own probability.
     """
@@ -63,13 +63,13 @@ def winoground(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def rareact(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`rareact.csv`: every segment is scored for all actions; kind is its annotation, the answer its own action."""
+    """Read `rareact.csv`: each segment is scored for all actions; kind is its annotation, the answer its own action."""
     needed = ["id", "video_id", "start", "end", "verb", "noun", "annotation"]
     table = list(read_csv(path, needed))
     actions = list(dict.fromkeys(f"{row['verb']} {row['noun']}" for row in table))
     for row in table:
         clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))
         if row["annotation"] not in ANNOTATIONS:
-            raise UserError(f"{path}: row {row['id']} has the annotation {row['annotation']!r}, known are 0 to 4")
+            raise UserError(f"{path}: row {row['id']} has the annotation {row['annotation']!r}; annotations are 0 to 4")
         action, kind = f"{row['verb']} {row['noun']}", ANNOTATIONS[row["annotation"]]
         yield item(row["id"], clip, "", [action], kind, choices=actions, group=row["video_id"])

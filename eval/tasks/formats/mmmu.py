@@ -19,7 +19,7 @@ from flamingo.errors import UserError
 def mmmu(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Yield a folder with the hub's parquet files (SUBJECT/SPLIT-*.parquet); kind is split and subject.
 
-    The images stand where the text names them (`eval.tasks.formats.interleaved`). An open question has no choices and
+    The images come where the text names them (`eval.tasks.formats.interleaved`). An open question has no choices and
     is generated, whatever the task's `output`. `only: {question_type: multiple-choice}` (or open) takes one kind.
     """
     try:
@@ -53,7 +53,7 @@ def _item(file: Path, row: dict[str, Any]) -> Item:
 
 
 def _listed(text: str) -> list[str]:
-    """A string that looks like a list of strings, as the hub's files have them, as a list; another as its only one."""
+    """Parse a string that looks like a list of strings, as the hub's files have them; any other is the only entry."""
     try:
         listed = ast.literal_eval(text) if text.startswith("[") else text
     except (ValueError, SyntaxError):

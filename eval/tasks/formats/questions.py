@@ -24,12 +24,12 @@ from flamingo.errors import UserError
 
 
 def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """VQAv2 and OK-VQA: a file of questions and one of annotations (`answers[].answer`), joined by question_id.
+    """Read VQAv2 and OK-VQA: a file of questions and one of annotations (`answers[].answer`), joined by question_id.
 
     `fields: {answer: raw_answer}` takes OK-VQA's answers as they were given; its `answer` is stemmed.
     """
     if not source.annotations:
-        raise UserError(f"{path} has questions alone; give source.annotations, the file with their answers")
+        raise UserError(f"{path} has only questions; give source.annotations, the file with their answers")
     answers_at = Path(source.annotations)
     key = source.fields.get("answer", "answer")
     annotations = {
@@ -57,7 +57,7 @@ def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
+    """Read `TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
     for row in rows(path, read_json(path), "data"):
         question_id, image = need(row, "question_id", path), str(need(row, "image_id", path))
         answers = need(row, "answers", path, f"question {question_id}")
@@ -66,7 +66,7 @@ def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`val.json`: image, question, answers[].answer, answer_type. The question's blanks and line ends are trimmed."""
+    """Read `val.json`: image, question, answers[].answer, answer_type. The question's white space is collapsed."""
     for row in rows(path, read_json(path)):
         file_name = str(need(row, "image", path))
         answers = [need(answer, "answer", path, file_name) for answer in need(row, "answers", path, file_name)]
@@ -76,12 +76,12 @@ def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
+    """Read `testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
     return _medical(path, source, field="image_name")
 
 
 def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`test.json`: img_name, question, answer, q_lang, answer_type; `only: {q_lang: en}` takes the English ones."""
+    """Read `test.json`: img_name, question, answer, q_lang, answer_type; `only: {q_lang: en}` takes the English."""
     return _medical(path, source, field="img_name")
 
 
@@ -97,14 +97,14 @@ def _medical(path: Path, source: SourceSpec, field: str) -> Iterator[Item]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads lists, dicts, strings and numbers; anything that would need an import is refused."""
+    """An unpickler of lists, dicts, strings and numbers, which refuses anything that would need an import."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`test_qa.pkl`, a pickled list of image, question, answer; yes and no are the closed answers.
+    """Read `test_qa.pkl`, a pickled list of image, question, answer; yes and no are the closed answers.
 
     Unpickling may run code, so only plain values are read.
     """
@@ -122,7 +122,7 @@ def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """MSVD-QA and MSRVTT-QA: `test_qa.json`, a list of id, video_id, question, answer."""
+    """Read MSVD-QA and MSRVTT-QA: `test_qa.json`, a list of id, video_id, question, answer."""
     for row in rows(path, read_json(path)):
         video = str(need(row, "video_id", path))
         question = str(need(row, "question", path))
@@ -132,7 +132,7 @@ def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """`test.csv`: video_id, start, end, question, answer1 to answer5."""
+    """Read `test.csv`: video_id, start, end, question, answer1 to answer5."""
     keys = [f"answer{index}" for index in range(1, 6)]
     for index, row in enumerate(read_csv(path, ["video_id", "start", "end", "question", *keys])):
         answers = [row[key] for key in keys if row[key]]
@@ -142,7 +142,7 @@ def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def nextqa(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Open-ended NExT-QA: `test.csv`, and as annotations `add_reference_answer_test.json` ({video: {qid: answer}})."""
+    """Read open-ended NExT-QA: `test.csv`, as annotations `add_reference_answer_test.json` ({video: {qid: answer}})."""
     more = read_json(Path(source.annotations)) if source.annotations else {}
     for row in read_csv(path, ["video", "question", "answer", "qid", "type"]):
         answers = [row["answer"], *filter(None, [more.get(row["video"], {}).get(row["qid"])])]

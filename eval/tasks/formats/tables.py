@@ -3,7 +3,7 @@
 Columns: image (a path relative to the table; empty for a question about none; in JSONL also a list of frames), answer
 (several accepted ones separated by | or, in JSONL, a list; the first is the one shown), and if there are any question,
 kind, id, label, rationale, group, and choices (separated by |, or a list). `source.fields` gives columns other names.
-Further columns may stand in the task's question as `{column}`.
+The task's question may name further columns as `{column}`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
-from eval.tasks.formats.files import Item, read_csv, read_jsonl
+from eval.tasks.formats.files import Item, read_csv, read_files, read_jsonl
 from flamingo.errors import UserError
 
 FIELDS = ("question", "answer", "kind", "label", "rationale")
@@ -80,8 +80,4 @@ def _image(path: Path, index: int, cell: str | Sequence[str] | None) -> EncodedI
     for file in files:
         if not file.is_file():
             raise UserError(f"{path}: row {index + 1} names the image {file}, which does not exist")
-    return StoredImage(partial(_read, tuple(files))) if files else None
-
-
-def _read(files: tuple[Path, ...]) -> tuple[bytes, ...]:
-    return tuple(file.read_bytes() for file in files)
+    return StoredImage(partial(read_files, *files)) if files else None

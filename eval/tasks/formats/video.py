@@ -10,7 +10,7 @@ from flamingo.errors import UserError
 
 
 def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = None) -> tuple[bytes, ...]:
-    """`count` frames evenly spread over `start` to `end` seconds, each from the middle of its part.
+    """Return `count` frames evenly spread over `start` to `end` seconds, each from the middle of its part.
 
     A folder's images count as frames in the order of their names, `start` and `end` do not apply to it. Frames of a
     video are PNG, so nothing is lost twice; a video with fewer frames gives those it has.
@@ -35,6 +35,7 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            # Decoded twice: which frames to take depends on the times of all, and all frames may not fit into memory.
             inside = [
                 frame.time
                 for frame in container.decode(stream)
@@ -55,5 +56,5 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` indices out of `total`, in the middle of equal parts; (10, 2) gives 2, 7."""
+    """Return `count` indices out of `total`, in the middle of equal parts; (10, 2) gives 2, 7."""
     return list(range(total)) if total <= count else [(2 * index + 1) * total // (2 * count) for index in range(count)]

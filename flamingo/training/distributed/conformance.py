@@ -3,7 +3,7 @@
     python -m flamingo.training.distributed.conformance [FAMILY | FOLDER | NAME ...]
 
 One start of two processes serves any number of LMs, since starting takes longer than the check. One process
-has a batch with images and the other a row of text alone, which is where a sharded Flamingo waits for ever if its
+has a batch with images and the other a row of text alone, which is where a sharded Flamingo hangs if its
 processes call different modules.
 """
 
@@ -42,7 +42,9 @@ def _compare(make: MakeLM, file: Path) -> CheckResult:
     parts = [gradients(subject(make), rows)[1] for rows in _ROWS]
     try:
         if sorted(sharded) != sorted(parts[0]):
-            return CheckResult("two_processes", False, "other parameters have a gradient than in one process")
+            return CheckResult(
+                "two_processes", False, "the parameters that have a gradient differ from those of one process"
+            )
         notes = [
             close(gradient, (parts[0][name] + parts[1][name]) / 2, f"gradient of {name}", least=GRADIENT)
             for name, gradient in sharded.items()
@@ -53,7 +55,7 @@ def _compare(make: MakeLM, file: Path) -> CheckResult:
 
 
 def _work(processes: Processes, makes: dict[str, MakeLM], folder: str) -> None:
-    """One of the two processes: writes the whole gradients of each LM, or why there are none."""
+    """Write, in one of the two processes, the whole gradients of each LM, or why there are none."""
     for index, make in enumerate(makes.values()):
         try:
             model = subject(make)

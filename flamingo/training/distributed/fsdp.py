@@ -59,7 +59,7 @@ class Processes:
 
 
 def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
-    """Join the process group that torchrun describes, or stand alone.
+    """Join the process group that torchrun describes, or run alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -134,12 +134,11 @@ def _work(rank: int, size: int, store: str, work: Callable[..., None], arguments
 
 @dataclass(frozen=True)
 class ShardingStrategy:
-    """How the weights lie on the processes, and in which precision."""
+    """How the weights lie on the processes, and in which precision: `flamingo.training.config.Sharding`, resolved."""
 
     precision: str = "fp32"
     """`bf16`: compute in bf16; what trains stays fp32 and is cast to be gathered, gradients are summed in fp32."""
     frozen: str = "shard"
-    """`replicate`: every process holds all frozen weights; only what trains is sharded."""
     frozen_dtype: torch.dtype = torch.float32
     """How frozen weights are stored; bf16 needs precision bf16."""
     shard_size: int = 0
@@ -148,9 +147,7 @@ class ShardingStrategy:
     offload: bool = False
     """Sharded weights, gradients and optimizer state live in the CPU's memory and visit the device unit by unit."""
     keep_gathered: bool = False
-    """A gathered unit stays so until the update: fewest collectives, most memory."""
     sync_every_micro_batch: bool = False
-    """Gradients are reduced after every micro-batch, not summed in full on each process: less memory."""
 
 
 @dataclass(frozen=True)
@@ -220,13 +217,14 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
         else OffloadPolicy(),
         "ignored_params": ignored,
     }
+    # FSDP2 gathers, casts and reduces a unit as one, so frozen and trained weights must not share a unit.
     placed = set(ignored)
     for unit in units:
         own = {p for module in unit.modules for p in module.parameters()} - placed
         if not own:
             continue
         if len({p.requires_grad for p in own}) == 2:
-            raise ValueError(f"a unit of {type(unit.modules[0]).__name__} mixes frozen and trained weights")
+            raise ValueError(f"an FSDP unit of {type(unit.modules[0]).__name__} mixes frozen and trained weights")
         placed |= own
         keep = unit.keep or strategy.keep_gathered
         modules: Any = unit.modules if len(unit.modules) > 1 else unit.modules[0]
@@ -236,6 +234,7 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
         if not unit.backward:
             head.set_unshard_in_backward(False)
     fully_shard(model, reshard_after_forward=False, **options)
+    # Ignored weights are not FSDP2's to move.
     for tensor in ignored:
         tensor.data = tensor.data.to(processes.device)
     if ignored:

@@ -1,4 +1,4 @@
-"""How a run ends before its last update: it is asked to stop, a process fails, or nothing happens any more.
+"""How a run ends before its last update: it is asked to stop, a process fails, or it makes no progress.
 
 Asked to stop: SLURM sends SIGTERM, or the signal that the job asked for (SIGUSR1, submitit: SIGUSR2), some time before
 it takes the machine away; Ctrl-C is SIGINT. The handler only notes the signal. The loop adds the note of every process
@@ -65,7 +65,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopSignals:
-    """Notes signals until it is closed. A second Ctrl-C stops at once."""
+    """A record of signals until it is closed; a second Ctrl-C stops at once."""
 
     def __init__(self, grace_seconds: float) -> None:
         """Install the handlers; in a thread other than the main one nothing can be installed."""
@@ -75,7 +75,7 @@ class StopSignals:
         self._timer: threading.Timer | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+            self._before = {signum: signal.signal(signum, self._note) for signum in WATCHED}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -112,20 +112,20 @@ class StopSignals:
         """Restore the earlier handlers."""
         if self._timer is not None:
             self._timer.cancel()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
         self._before = {}
 
 
 class Failed(Exception):  # noqa: N818
-    """An error of one process of several, with who it was in front."""
+    """An error of one process of several; the message begins with which one."""
 
 
 class FailureWatch:
-    """Looks out for failures of other processes until it is closed."""
+    """A watch for failures of other processes, until it is closed."""
 
     def __init__(self, processes: Processes) -> None:
-        """A single process has nobody to look out for."""
+        """Start watching; a single process has nothing to watch."""
         self._me = f"process {processes.rank} of {processes.size} (host {socket.gethostname()}, pid {os.getpid()})"
         self._closed = threading.Event()
         self._store: Any = None
@@ -150,8 +150,8 @@ class FailureWatch:
                 os._exit(1)
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others why, unless one of them was first."""
-        self._closed.set()  # or this process would stop at its own words
+        """Report the reason to the other processes, unless one of them was first."""
+        self._closed.set()  # or this process would stop at its own report
         if self._store is None:
             return
         reason = " ".join(f"{self._me} failed: {type(error).__name__}: {error}".split())[:500]
@@ -221,18 +221,18 @@ def exit_status(work: Callable[[], Any]) -> int:
 
 
 class StallReporter:
-    """Prints where every thread of this process is, repeatedly, when no update ends for some minutes."""
+    """A timer that prints where every thread of this process is, repeatedly, when no update ends for some minutes."""
 
     def __init__(self, minutes: float) -> None:
         """0: never."""
         self._seconds = 60.0 * minutes
 
     def restart_clock(self) -> None:
-        """Wait for the whole time again: an update has ended, or something else that may take long."""
+        """Start waiting again: an update has ended, or something else that may take long."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__ or sys.stderr)
 
     @staticmethod
     def close() -> None:
-        """Print nothing any more."""
+        """Stop printing."""
         faulthandler.cancel_dump_traceback_later()

@@ -12,7 +12,7 @@ import re
 from collections.abc import MutableMapping
 
 PORTS = (20000, 60000)
-"""Port of the meeting point: drawn by the job's number, so that all tasks draw the same."""
+"""Port at which the processes meet: drawn by the job's id, so that all tasks draw the same."""
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:

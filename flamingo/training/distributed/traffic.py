@@ -1,4 +1,4 @@
-"""Counts the collectives that torch hands to its backend, and their bytes."""
+"""Count the collectives that torch hands to its backend, and their bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Traffic:
         if func.namespace != "c10d":
             return
         name = str(func._schema.name).removeprefix("c10d::")
-        for part, kind in _KINDS.items():
+        for part, kind in KINDS.items():
             if part in name:
                 self.calls[kind] += 1
                 tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
@@ -34,7 +34,7 @@ class Traffic:
 
 
 class CountTraffic(TorchDispatchMode):
-    """Counts what is sent while it is active."""
+    """A dispatch mode that counts what is sent while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

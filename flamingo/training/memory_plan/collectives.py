@@ -5,7 +5,7 @@
 
 Counted where torch hands collectives to its backend, in a real step of real processes. A collective's bytes are those
 of its larger side: an all-gather's output, a reduce-scatter's input, the tensor of an all-reduce; of n processes each
-receives (n - 1) / n of that, of an all-reduce twice as much. Beside them, the bytes that a process keeps: its part of
+receives (n - 1) / n of that, of an all-reduce twice as much. Also shown are the bytes that a process keeps: its part of
 the weights, of the gradients and of AdamW's two moments.
 """
 
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.labels import IGNORED
 from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard, spawn
-from flamingo.training.distributed.traffic import _KINDS, CountTraffic
+from flamingo.training.distributed.traffic import KINDS, CountTraffic
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw, parameter_groups
@@ -45,13 +45,13 @@ STRATEGIES = {
 
 
 def local_bytes(tensors: Any) -> int:
-    """Bytes of this process's part of the tensors."""
+    """Return the bytes of this process's part of the tensors."""
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def kept_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes that a process keeps between backward and update: trained and frozen weights, gradients, AdamW's state."""
+    """Return the bytes kept between backward and update: trained and frozen weights, gradients, AdamW's state."""
     parameters = list(model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     with torch.no_grad():
@@ -95,7 +95,7 @@ def _all(processes: Processes, family: str, micro_batches: int, file: str) -> No
 
 
 def measure_all(family: str, processes: int, micro_batches: int) -> dict[str, dict[str, Any]]:
-    """Every strategy's traffic and kept bytes, as the first of `processes` gloo processes sees them."""
+    """Return every strategy's traffic and kept bytes, as the first of `processes` gloo processes sees them."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "traffic.json")
         spawn(_all, processes, family, micro_batches, str(file))
@@ -104,8 +104,8 @@ def measure_all(family: str, processes: int, micro_batches: int) -> dict[str, di
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
-    """The measurements as a Markdown table; kB are 1,000 bytes."""
-    kinds = list(_KINDS.values())
+    """Return the measurements as a Markdown table; kB are 1,000 bytes."""
+    kinds = list(KINDS.values())
     head = ["strategy", *(f"{kind} (kB)" for kind in kinds), "trained kB", "frozen kB", "gradients kB", "AdamW kB"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for name, row in measured.items():
@@ -116,7 +116,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(prog="python -m flamingo.training.memory_plan.collectives", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--family", default="llama", choices=list(FAMILIES), help="of the tiny language model")

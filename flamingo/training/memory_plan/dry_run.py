@@ -35,7 +35,7 @@ PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the highest moment of a step, by part, and what travels in that step."""
+    """Bytes of one process at the peak of a step, by part, and the traffic of that step."""
 
     parts: dict[str, int]
     offloaded: int
@@ -69,21 +69,21 @@ class _RealIntegers(TorchDispatchMode):
 
 
 def _whole(func: Any, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator has to do with real integers only."""
+    """Return whether an operator involves real integers only."""
     dtype = kwargs.get("dtype")
     if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
         return False
     if tensors:
         return not any(t.is_floating_point() or isinstance(t, FakeTensor) or t.is_meta for t in tensors)
-    # Without a dtype these take that of their numbers; all other makers of tensors make floats.
-    numbers = args[:1] if func.overloadpacket is not torch.ops.aten.full else args[1:2]
-    of_numbers = func.overloadpacket in (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
-    return dtype is not None or (of_numbers and all(isinstance(number, int) for number in numbers))
+    # Without a dtype these take that of their values; all other factories of tensors make floats.
+    values = args[:1] if func.overloadpacket is not torch.ops.aten.full else args[1:2]
+    of_values = func.overloadpacket in (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
+    return dtype is not None or (of_values and all(isinstance(value, int) for value in values))
 
 
 @contextmanager
 def _pretended_group(size: int) -> Iterator[Processes]:
-    """A process group of `size` of which this process is the first and the others do not exist."""
+    """Pretend a process group of `size`, of which this process is the first and the others do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -97,7 +97,7 @@ def _pretended_group(size: int) -> Iterator[Processes]:
 
 @contextmanager
 def _chunks_of(kind: str) -> Iterator[None]:
-    """The loss takes as many positions at a time as it does on this kind of device."""
+    """Let the loss take as many positions at a time as it does on this kind of device."""
     kept = chunked_loss.CHUNK_BYTES["cpu"]
     chunked_loss.CHUNK_BYTES["cpu"] = chunked_loss.CHUNK_BYTES[kind]
     try:
@@ -115,7 +115,7 @@ def plan_step(
     processes: int = 1,
     device: str = "cpu",
 ) -> Memory:
-    """What the first process needs for one update from these micro-batches.
+    """Return what the first process needs for one update from these micro-batches.
 
     Args:
         model: on the meta device; parts frozen, adapters put in and recomputation switched on as they will be.
@@ -129,6 +129,7 @@ def plan_step(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _pretended_group(processes) as group, _chunks_of(device), fake, _RealIntegers(ledger, traffic):
         model.to_empty(device="cpu")
+        # Integers are real in a plan, so their buffers need values; zeros serve.
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_floating_point():

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 _STORAGE: Any = torch.UntypedStorage
 _FRAMES = 12
-"""How far up the stack FSDP2 is looked for."""
+"""How many frames up the stack FSDP2 is looked for."""
 
 
 class Ledger(TorchDispatchMode):
@@ -41,13 +41,13 @@ class Ledger(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
 
     def own(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Takes tensors that exist already into the ledger."""
+        """Take tensors that exist already into the ledger."""
         for tensor in tensors:
             self._add(local(tensor), label)
         self._note_peak()
 
     def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Says what tensors that the ledger has seen are for."""
+        """Change the label of tensors that the ledger has seen."""
         for tensor in tensors:
             key = local(tensor).untyped_storage()._cdata
             if key in self._entries:
@@ -55,11 +55,6 @@ class Ledger(TorchDispatchMode):
                 self.live[old] -= size
                 self.live[label] += size
                 self._entries[key] = label, size
-
-    def forget_peak(self) -> None:
-        """Starts looking for the peak anew."""
-        self.peak = 0
-        self._note_peak()
 
     def __enter__(self) -> Ledger:
         ledger, resize = self, self._resize
@@ -85,7 +80,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def see(self, out: Any) -> None:
-        """Takes what an operator has returned into the ledger."""
+        """Take what an operator has returned into the ledger."""
         label = ""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
@@ -122,7 +117,7 @@ class Ledger(TorchDispatchMode):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor."""
+    """Return this process's part of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

@@ -23,14 +23,14 @@ from flamingo.training.objectives.protocol import BatchShape, Objective, objecti
 
 GIB = 2**30
 RESERVED_GIB, LOST = 1.5, 0.05
-"""Memory of a GPU that no tensor gets (context, NCCL, kernels), and the share of the rest lost between blocks."""
+"""Memory of a GPU that no tensor gets (context, NCCL, kernels), and the share of the rest lost to fragmentation."""
 
 
 def complete(model: ModelConfig) -> ModelConfig:
-    """The same with the shapes of its backbones, read from the configs beside their weights where YAML has none.
+    """Return the config with the shapes of its backbones, read from the configs beside their weights if YAML has none.
 
     Raises:
-        UserError: a shape cannot be had without the weights.
+        UserError: a shape is unknown without the weights.
     """
     vision, language = model.vision, model.language
     if vision.config is None and vision.name is not None:
@@ -59,7 +59,7 @@ def meta_model(config: TrainConfig, processes: int = 1) -> tuple[nn.Module, Obje
 
 
 def memory_of(config: TrainConfig, datasets: list[BatchShape], processes: int) -> Memory:
-    """What a process of the run needs at the highest moment of an update.
+    """Return what a process of the run needs at the peak of an update.
 
     Raises:
         UserError: hybrid sharding over machines of unknown size, and what `meta_model` refuses.
@@ -72,15 +72,15 @@ def memory_of(config: TrainConfig, datasets: list[BatchShape], processes: int) -
         model.activation_checkpointing_enable()  # type: ignore[operator]
     batches = []
     for shape in datasets:
-        one = objective.largest_batch(model, max(1, shape.rows // (processes * run.micro_batches)), shape)
-        batches += [one] * min(run.micro_batches, 2)  # a third changes nothing
+        largest = objective.largest_batch(model, max(1, shape.rows // (processes * run.micro_batches)), shape)
+        batches += [largest] * min(run.micro_batches, 2)  # a third changes nothing
     device = "cuda" if run.device == "cuda" or config.plan_for.gib else "cpu"
     strategy = sharding_strategy(run, processes)
     return plan_step(model, objective, batches, strategy=strategy, processes=processes, device=device)
 
 
 def plan(config: TrainConfig, datasets: list[BatchShape], processes: int) -> str:
-    """The plan of a run in a few lines.
+    """Return the plan of a run in a few lines.
 
     Raises:
         UserError: it does not fit the device; says what to change.
@@ -88,21 +88,25 @@ def plan(config: TrainConfig, datasets: list[BatchShape], processes: int) -> str
     memory = memory_of(config, datasets, processes)
     text = _describe(memory, processes)
     if not (limit := config.plan_for.gib or _own_gpu(config)):
-        return f"{text}\nno limit is known: plan_for.gib=80 compares with a device of 80 GiB"
+        return f"{text}\nthe device's memory is unknown: plan_for.gib=80 compares with a device of 80 GiB"
     room = (limit - RESERVED_GIB) * (1 - LOST)
     need = memory.device / GIB
     if need > room:
+        advice = ", or ".join(remedies(config, memory)) or "a smaller model"
         raise UserError(
-            f"the run does not fit: a process needs {need:.1f} GiB, and of a device of {limit:g} GiB tensors get "
-            f"{room:.1f} ({_largest(memory)}): try {', or '.join(remedies(config, memory)) or 'a smaller model'}"
+            f"the run does not fit: a process needs {need:.1f} GiB ({_largest(memory)}), but tensors can use "
+            f"{room:.1f} GiB of a device of {limit:g} GiB: try {advice}"
         )
-    return f"{text}\nfits a device of {limit:g} GiB, of which tensors get {room:.1f}: {room - need:.1f} GiB are left"
+    return (
+        f"{text}\nfits a device of {limit:g} GiB, of which tensors can use {room:.1f}: {room - need:.1f} GiB are left"
+    )
 
 
 def remedies(config: TrainConfig, memory: Memory) -> list[str]:
-    """What would lower the largest parts, largest first."""
+    """Return settings that would shrink the largest parts, largest first; three at most."""
     run, sharding = config.run, config.run.sharding
     frozen = [part for part, value in asdict(config.model.freeze).items() if value == "frozen"]
+    # Part to its remedies: whether each applies to this run, and what to set.
     offers: dict[str, list[tuple[bool, str]]] = {
         "activations": [
             (not run.activation_checkpointing, "run.activation_checkpointing=true"),
@@ -132,17 +136,16 @@ def remedies(config: TrainConfig, memory: Memory) -> list[str]:
 
 
 def _describe(memory: Memory, processes: int) -> str:
-    lines = [f"memory of a process of {processes} at the highest moment of an update, in GiB:"]
+    lines = [f"memory of each of {processes} process(es) at the peak of an update, in GiB:"]
     lines += [f"  {part:<12} {size / GIB:10.3f}" for part, size in memory.parts.items()]
     lines.append(f"  {'on the device':<12} {memory.device / GIB:9.3f}")
     if memory.offloaded:
         lines.append(f"  {'on the CPU':<12} {memory.offloaded / GIB:10.3f}")
     sent = [
-        f"{number} {kind}s of {memory.traffic.bytes[kind] / GIB:.3f} GiB"
-        for kind, number in memory.traffic.calls.items()
+        f"{count} {kind}s of {memory.traffic.bytes[kind] / GIB:.3f} GiB" for kind, count in memory.traffic.calls.items()
     ]
     lines.append(
-        f"between processes: {', '.join(sent) or 'nothing'} (two micro-batches of a dataset at most are counted)"
+        f"between processes: {', '.join(sent) or 'nothing'} (at most two micro-batches of a dataset are counted)"
     )
     return "\n".join(lines)
 
@@ -159,7 +162,7 @@ def _own_gpu(config: TrainConfig) -> float:
 
 
 def largest_batch_of(spec: Any) -> BatchShape:
-    """What a dataset's description says about its largest batch."""
+    """Return the shape of a dataset's largest batch."""
     images = 0 if spec.kind == "text" else spec.max_images
     together = spec.pack // spec.max_tokens if spec.pack else 1
     return BatchShape(spec.batch_size, spec.max_tokens, images, spec.max_frames, together)

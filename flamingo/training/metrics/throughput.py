@@ -47,9 +47,7 @@ def mean_terms(
 
 
 def mean_losses(
-    weights: Mapping[str, float],
-    sums: Mapping[tuple[str, str], float],
-    divisors: Mapping[tuple[str, str], float],
+    weights: Mapping[str, float], sums: Mapping[tuple[str, str], float], divisors: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
     """Return the means of all processes' loss terms, and `loss`, their weighted sum, which an update minimises."""
     means = mean_terms("loss", sums, divisors)
@@ -147,13 +145,13 @@ Inputs = tuple[Any, ...]
 
 
 class Flops:
-    """Counts the matrix products of every forward and backward of a model from now on."""
+    """A counter of the matrix products of every forward and backward of a model from now on."""
 
     def __init__(self, model: nn.Module) -> None:
         """Hooks on layers with weights and on attention, wherever in the model they are.
 
-        What `compile_layers` has compiled is counted from outside, by the shape of its input: a hook inside would cut
-        the compiled code to pieces.
+        What `compile_layers` has compiled is counted from outside, by the shape of its input: a hook inside would break
+        the compiled graph.
         """
         self._count = 0
         self._hooks: list[Any] = []
@@ -185,7 +183,7 @@ class Flops:
             self._count += 2 * rows * weight.numel() * (1 + torch.is_grad_enabled() * (learns + weight.requires_grad))
 
     def _add_compiled(self, module: nn.Module, args: Inputs, kwargs: Mapping[str, Any], output: Any) -> None:
-        """A decoder layer or a feed-forward, each of whose parts sees every token of the input once."""
+        """Count a decoder layer or a feed-forward, each of whose parts sees every token of the input once."""
         if _again():
             return
         x = _tokens(args, kwargs)
@@ -198,25 +196,25 @@ class Flops:
                 self._count += 2 * attention_products(part, (x,), {}) * (3 if learns else 1)
 
     def take(self) -> int:
-        """FLOPs of this process since the last call."""
+        """Return the FLOPs of this process since the last call."""
         count, self._count = self._count, 0
         return count
 
     def close(self) -> None:
-        """Counts no more."""
+        """Stop counting."""
         for hook in self._hooks:
             hook.remove()
 
 
 def layer_products(module: nn.Module, output: Tensor) -> int:
-    """Multiply-adds of a layer with weights. The LM's head may give losses, one number a position, for its logits."""
+    """Return the multiply-adds of a layer with weights. The LM's head may give one loss a position for its logits."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         return output.numel() * prod(module.weight.shape[1:])
     return output.shape[:-1].numel() * _matrix(module)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is attention and not a wrapper around one: every library calls its class so."""
+    """Return whether a module is attention and not a wrapper around it, going by the name of its class."""
 
     def named(module: nn.Module) -> bool:
         return type(module).__name__.endswith("Attention")
@@ -225,7 +223,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def attention_products(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> int:
-    """Multiply-adds of queries with keys and of weights with values."""
+    """Return the multiply-adds of queries with keys and of weights with values."""
     if (own := getattr(module, "attention_products", None)) is not None:
         return int(own(*args, **kwargs))
     x = _tokens(args, kwargs)
@@ -238,7 +236,7 @@ def attention_products(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any
 
 
 def packed_projections(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
-    """(rows, weight) of projections that attention of torch or open_clip does by itself, without calling a layer."""
+    """Yield (rows, weight) of projections that attention of torch or open_clip computes without calling a layer."""
     packed = getattr(module, "in_proj_weight", None)
     if packed is None:
         return
@@ -249,18 +247,20 @@ def packed_projections(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any
         return
     y = args[1] if len(args) > 1 else kwargs["key"]
     others = y.numel() // y.shape[-1]
-    for place, weight in enumerate(packed.chunk(3)):
-        yield others if place else rows, weight
+    queries, keys, values = packed.chunk(3)
+    yield rows, queries
+    yield others, keys
+    yield others, values
     yield rows, module.out_proj.weight
 
 
 def _matrix(module: Any) -> int:
-    """Entries of a layer's weight, of which 4-bit layers have fewer numbers."""
+    """Return the entries of a layer's weight; 4-bit layers store fewer values."""
     return module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
 
 
 def _width(module: Any, x: Tensor) -> int:
-    """Heads times their width, as the libraries call them; where they say nothing, the width of the input."""
+    """Return heads times their width, by the names the libraries use; without such, the width of the input."""
     owners = (module, getattr(module, "config", None))
     names = ("num_heads", "num_attention_heads", "n_heads")
     heads = next((n for owner in owners for name in names if isinstance(n := getattr(owner, name, None), int)), 0)
@@ -269,34 +269,34 @@ def _width(module: Any, x: Tensor) -> int:
 
 
 def _tokens(args: Inputs, kwargs: Mapping[str, Any]) -> Tensor:
-    """The input (B, T, D): the first, or the one that transformers and torch give by name."""
+    """Return the input (B, T, D): the first, or the one that transformers and torch give by name."""
     tensor: Tensor = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["query"]
     return tensor
 
 
 def _again() -> bool:
-    """Whether this is inside a backward: activation checkpointing does it again."""
+    """Return whether this is inside a backward, where activation checkpointing repeats the forward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _learns(values: Any) -> bool:
-    """Whether a gradient goes to one of the inputs."""
+    """Return whether a gradient goes to one of the inputs."""
     flat = chain.from_iterable(value if isinstance(value, tuple | list) else (value,) for value in values)
     return any(isinstance(value, Tensor) and value.requires_grad for value in flat)
 
 
 def _flows(module: nn.Module, learns: bool) -> bool:
-    """Whether a gradient goes through a module, or to something inside it."""
+    """Return whether a gradient goes through a module, or to something inside it."""
     return torch.is_grad_enabled() and (learns or any(parameter.requires_grad for parameter in module.parameters()))
 
 
 def _passes(module: Any, learns: bool) -> int:
-    """Forward, and backward to the input and to the weight."""
+    """Return the number of passes: forward, and backward to the input and to the weight."""
     return 1 + torch.is_grad_enabled() * (learns + module.weight.requires_grad)
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What one device can do at most, or None where that is not known: a share of a guess would be no figure."""
+    """Return the peak of one device, or None where it is unknown: a share of a guess is not a measurement."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -69,11 +69,7 @@ def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     fields = {key: value for key, value in config.items() if key != "model_type"}
     if "model_type" not in config:
         raise UserError("model.language.config needs a model_type, such as llama or gpt2")
-    ids = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     try:
         described = AutoConfig.for_model(config["model_type"], **{"vocab_size": len(tokenizer), **ids, **fields})
         return AutoModelForCausalLM.from_config(described)
@@ -114,17 +110,6 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         processor.image_transform = replace(processor.image_transform, mode=vision.resize_mode)
         flamingo.config.vision_config.resize_mode = vision.resize_mode
     return built
-
-
-def load_flamingo(folder: str) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Load a whole Flamingo and its processor from a folder: converted, exported by a run, or saved by hand.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-    model: FlamingoForConditionalGeneration = FlamingoForConditionalGeneration.from_pretrained(folder)
-    processor: FlamingoProcessor = FlamingoProcessor.from_pretrained(folder)
-    return model, processor
 
 
 def save_flamingo(

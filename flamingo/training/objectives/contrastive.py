@@ -128,7 +128,7 @@ def build_clip(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
         model = open_clip.CLIP(**full)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"model.vision.config is not accepted by open_clip ({error}): compare its model configs"
+            f"model.vision.config is not accepted by open_clip ({error}): see open_clip's model configs"
         ) from error
     model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
     return model, full

@@ -16,6 +16,7 @@ from flamingo.labels import IGNORED
 from flamingo.language.hooks import find_decoder_layers
 from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.processor import FlamingoProcessor
 from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
 from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
@@ -75,7 +76,11 @@ class FlamingoObjective:
 
 def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]) -> Setup:
     """Build a Flamingo around its backbones, or load all of it from the folder `model.init`."""
-    flamingo, processor = builders.load_flamingo(model.init) if model.init else builders.build_flamingo(model)
+    if model.init:
+        flamingo = FlamingoForConditionalGeneration.from_pretrained(model.init)
+        processor = FlamingoProcessor.from_pretrained(model.init)
+    else:
+        flamingo, processor = builders.build_flamingo(model)
     _freeze(flamingo, model)
     frozen = frozen_fingerprints(flamingo)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)
@@ -106,7 +111,7 @@ def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, Flamin
     init = model.init
     if init and not (Path(init) / "config.json").is_file():
         raise UserError(
-            f"model.init={init} holds no model: config.json is missing; give a folder that a run has written"
+            f"model.init={init} is not a model folder: config.json is missing; give one that a training run wrote"
         )
     described = FlamingoConfig.from_pretrained(init) if init else builders.flamingo_shape(model)
     with torch.device("meta"):
