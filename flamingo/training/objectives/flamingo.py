@@ -77,7 +77,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     """Build a Flamingo around its backbones, or load all of it from the folder `model.init`."""
     flamingo, processor = builders.load_flamingo(model.init) if model.init else builders.build_flamingo(model)
     _freeze(flamingo, model)
-    frozen = frozen_fingerprints(flamingo)  # before the adapters, which change the LM's keys
+    frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
