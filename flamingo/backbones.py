@@ -197,17 +197,28 @@ def _image_statistics(name: str) -> dict[str, Any]:
 
 
 def load_language(
-    language: str | Path | nn.Module, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+    language: str | Path | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal LM with its weights, and its tokenizer. A built LM needs `tokenizer`, or it is a UserError."""
+    """Return a causal LM with its weights, and its tokenizer. A built LM needs `tokenizer`, or it is a UserError.
+
+    `quantization_config` is transformers', for an LM given by name.
+    """
     if isinstance(language, PreTrainedModel):
         if tokenizer is None:
             raise UserError("a built language model needs tokenizer=...")
+        if quantization_config is not None:
+            raise UserError(
+                "quantization_config= is for a language model given by name: load yours with it, by "
+                "AutoModelForCausalLM.from_pretrained"
+            )
         lm = language
     elif isinstance(language, nn.Module):
         raise UserError(f"language= is a {type(language).__name__}; a transformers causal LM is needed")
     else:
-        lm = from_hub(AutoModelForCausalLM, str(language), "language model")
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        lm = from_hub(AutoModelForCausalLM, str(language), "language model", **options)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return lm, tokenizer
     return lm, from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
@@ -229,6 +240,8 @@ def from_backbones(
     max_frames: int | None = None,
     decoder_layers_path: str | None = None,
     vision_options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantization_config: Any = None,
     seed: int = 0,
 ) -> tuple[Any, FlamingoProcessor]:
     """Return (model, processor) around an encoder and a causal LM; new parts start from `seed`, gates closed.
@@ -248,6 +261,9 @@ def from_backbones(
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
+        dtype: of both backbones, built ones included, such as `torch.bfloat16`; None: as they come. What joins them,
+            which trains, is in float32.
+        quantization_config: transformers', for the LM by name: 4 or 8 bits.
         seed: of the new parts' weights.
 
     Raises:
@@ -255,7 +271,9 @@ def from_backbones(
     """
     options = dict(vision_options or {})
     encoder, described = load_vision(vision, pretrained=vision_pretrained, image_size=image_size, **options)
-    lm, lm_tokenizer = load_language(language, tokenizer)
+    lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
+    if dtype is not None:
+        _cast((encoder, lm), dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
     transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)
     processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
@@ -274,6 +292,19 @@ def from_backbones(
         decoder_layers_path=decoder_layers_path,
     )
     return _assemble(model_class, config, encoder, lm, processor, seed), processor
+
+
+def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str) -> None:
+    """Store the weights in another precision, in place; packed ones stay packed, and buffers as they are."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise UserError(f"dtype={dtype!r} is not a floating-point precision: give torch.bfloat16, torch.float32, ...")
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.to(wanted)
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = wanted
 
 
 def _assemble(

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -75,9 +76,8 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
     sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
     if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed.values()):
         # What hydra writes of its own goes below the run folders.
-        folders = [
-            str(choice) for text in sweeps if parsed[text].key_or_group == "run.dir" for choice in _choices(text)
-        ]
+        places = [parsed[text] for text in sweeps if _key(text) == "run.dir"]
+        folders = [str(choice) for override in places for choice in override.sweep_iterator()]
         folder = os.path.commonpath(folders) if folders else common.run.dir
         sys.argv.append(f"hydra.sweep.dir={quoted(folder or '.')}")
     if "launch=" in " ".join(arguments):  # a submitted job begins in the folder of this command, with its environment
@@ -119,18 +119,13 @@ def job_folder(run_dir: str, swept: Sequence[str]) -> str:
     readable = re.sub(r"[^\w.,=+-]+", "_", name)
     if readable != name or len(readable) > 120:  # two different values must not share a folder
         readable = f"{readable[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return os.path.join(run_dir, readable)
+    return str(Path(run_dir) / readable)
 
 
 def quoted(value: str) -> str:
     """Return a text as a value of hydra's grammar."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
-
-
-def _choices(sweep: str) -> list[Any]:
-    override = parse(sweep)
-    return [] if override is None else [*override.sweep_iterator()]
 
 
 def _key(argument: str) -> str:

@@ -101,8 +101,8 @@ def continuation(config: TrainConfig, step: int) -> Iterator[str]:
         )
     if micro_batches != config.run.micro_batches:
         yield (
-            f"run.micro_batches {micro_batches} -> {config.run.micro_batches}: the same batches, their gradients summed "
-            "in another order, so figures agree to rounding; dropout and rows that are packed fall out differently"
+            f"run.micro_batches {micro_batches} -> {config.run.micro_batches}: the same batches, their gradients "
+            "summed in another order, so figures agree to rounding; dropout and packed rows fall out differently"
         )
 
 

@@ -76,6 +76,7 @@ class FlamingoObjective:
 def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]) -> Setup:
     """Build a Flamingo around its backbones, or load all of it from the folder `model.init`."""
     flamingo, processor = builders.load_flamingo(model.init) if model.init else builders.build_flamingo(model)
+    builders.refuse_quantized(flamingo.language_model)
     _freeze(flamingo, model)
     frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)

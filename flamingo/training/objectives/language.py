@@ -72,6 +72,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
+        builders.refuse_quantized(lm)
         rows, _ = table_shape(embedding_table(lm))
         if len(tokenizer) > rows:
             raise UserError(
