@@ -132,6 +132,11 @@ def hand_down(model: Any) -> None:
             if name in vars(model):
                 setattr(lm, name, vars(model).pop(name))
         lm.config.quantization_config = model.config.quantization_config
+        # Saving would undo what loading did to the keys; a quantiser writes packed weights as they are.
+        done = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            step for step in done if not any(hasattr(part, "hf_quantizer") for part in getattr(step, "operations", ()))
+        ]
     for name in _FLAGS[:2]:  # which peft looks for
         if getattr(lm, name, False):
             setattr(model, name, True)
