@@ -261,19 +261,18 @@ def from_backbones(
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
-        dtype: of both backbones, built ones included, such as `torch.bfloat16`; None: as they come. What joins them,
-            which trains, is in float32.
+        dtype: of both backbones, built ones included; None: as they come. What joins them, and trains, is in float32.
         quantization_config: transformers', for the LM by name: 4 or 8 bits.
         seed: of the new parts' weights.
 
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    options = dict(vision_options or {})
-    encoder, described = load_vision(vision, pretrained=vision_pretrained, image_size=image_size, **options)
+    encoder, described = load_vision(
+        vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
+    )
     lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
-    if dtype is not None:
-        _cast((encoder, lm), dtype)
+    _cast((encoder, lm), dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
     transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)
     processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
@@ -294,8 +293,10 @@ def from_backbones(
     return _assemble(model_class, config, encoder, lm, processor, seed), processor
 
 
-def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str) -> None:
+def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str | None) -> None:
     """Store the weights in another precision, in place; packed ones stay packed, and buffers as they are."""
+    if dtype is None:
+        return
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise UserError(f"dtype={dtype!r} is not a floating-point precision: give torch.bfloat16, torch.float32, ...")

@@ -252,7 +252,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             super().save_pretrained(folder, **options)
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:  # type: ignore[override]
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
         """Load the weights, each in its own precision."""
         storage.match_dtypes(model, state_dict, files, load_config)
         return PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, *args)

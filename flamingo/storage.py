@@ -144,7 +144,7 @@ def hand_down(model: Any) -> None:
     # frozen LM is in. From then on no gradient passes through them, and none is missed with an error.
     if fast := [module for module in lm.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]:
         for module in fast:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
         lm.state_dict()  # restores the layout of those that have been used
 
 

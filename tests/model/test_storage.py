@@ -45,7 +45,8 @@ def test_each_weight_keeps_its_precision(tmp_path: Path, shards: dict[str, str])
     model.save_pretrained(tmp_path, **shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is bool(shards)
     for load in (FlamingoForConditionalGeneration, AutoModelForImageTextToText):
-        for options in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"device_map": "cpu"}):
+        asked: list[dict[str, Any]] = [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"device_map": "cpu"}]
+        for options in asked:
             assert_same(model, load.from_pretrained(tmp_path, **options))
     again = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path / "twice")

@@ -224,7 +224,8 @@ def load(
             "use the config of that run, or another run.dir"
         )
     # A missing size is that of something else than a tensor, which weights are not.
-    others = [key for key, value in weights.items() if getattr(sizes[f"model.{key}"], "size", None) != value.shape]
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    others = [key for key, shape in shapes.items() if getattr(sizes[f"model.{key}"], "size", None) != shape]
     if others:
         raise UserError(
             f"checkpoint {path} and the model have {others[0]} in different shapes "
