@@ -36,6 +36,7 @@ from flamingo.vision.transform import ImageTransform
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # Of `VisionConfig`, what a caller may say of any encoder, and what of a built module.
 VISION_OPTIONS = ("mean", "std", "resize_mode", "class_token", "final_norm")
+_IDS = ("image_token_id", "eoc_token_id", "new_token_ids")  # of the processor, which the config has as well
 BUILT_OPTIONS = (*VISION_OPTIONS, "kind", "arch")
 
 
@@ -253,8 +254,7 @@ def from_backbones(
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
         image_size: side of the images in pixels, where it is not the encoder's own.
-        cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
-        cross_attn_layers: those layers by number instead.
+        cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` gives their numbers instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
         resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
@@ -268,15 +268,12 @@ def from_backbones(
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    encoder, described = load_vision(
-        vision, pretrained=vision_pretrained, image_size=image_size, **(vision_options or {})
-    )
+    named = {"pretrained": vision_pretrained, "image_size": image_size, **(vision_options or {})}
+    encoder, described = load_vision(vision, **named)
     lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
     _cast((encoder, lm), dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
-    transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)
-    processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
-    rebuildable = type(lm.config) in AutoModelForCausalLM._model_mapping
+    processor = _processor(lm_tokenizer, described, resampler.get("max_frames"))
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
@@ -284,13 +281,16 @@ def from_backbones(
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),
         cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),
-        image_token_id=processor.image_token_id,
-        eoc_token_id=processor.eoc_token_id,
-        new_token_ids=processor.new_token_ids,
-        language_kind="transformers" if rebuildable else "module",
+        **{name: getattr(processor, name) for name in _IDS},
+        language_kind="transformers" if type(lm.config) in AutoModelForCausalLM._model_mapping else "module",
         decoder_layers_path=decoder_layers_path,
     )
     return _assemble(model_class, config, encoder, lm, processor, seed), processor
+
+
+def _processor(tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, max_frames: int | None) -> FlamingoProcessor:
+    transform = ImageTransform(vision.image_size, vision.mean, vision.std, mode=vision.resize_mode)
+    return FlamingoProcessor(copy.deepcopy(tokenizer), transform, max_frames=max_frames)
 
 
 def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str | None) -> None:
