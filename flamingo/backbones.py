@@ -254,7 +254,7 @@ def from_backbones(
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
         image_size: side of the images in pixels, where it is not the encoder's own.
-        cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` gives their numbers instead.
+        cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
         resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
