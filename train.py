@@ -105,10 +105,14 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         loader.load_state_dict(extra["loader"])
         nonfinite.load_state_dict(extra.get("skipped", {}))
         step = int(extra["step"])
+        if processes.is_main:
+            for sentence in run_folder.continuation(config, step):
+                print(sentence, flush=True)
+        run_folder.describe_run(config, processes)
     model.train()
     if processes.is_main:
         print(throughput.describe_model(model, part_of, processes, checkpoint), flush=True)
-    reports = sinks.MetricSinks(run_dir, options, title=config.objective, start=step, is_main=processes.is_main)
+    reports = sinks.MetricSinks(run_dir, config, start=step, is_main=processes.is_main)
     evaluations = Evaluations(options, model, setup, processes, held_out=validation, few_shot=few_shot)
     checkpoints = store.Checkpoints(run_dir / "checkpoints", model, optimizer, processes, options, averages)
     stall = interruptions.StallReporter(options.watch.stall_minutes)

@@ -36,6 +36,7 @@ from flamingo.vision.transform import ImageTransform
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # Of `VisionConfig`, what a caller may say of any encoder, and what of a built module.
 VISION_OPTIONS = ("mean", "std", "resize_mode", "class_token", "final_norm")
+_IDS = ("image_token_id", "eoc_token_id", "new_token_ids")  # of the processor, which the config has as well
 BUILT_OPTIONS = (*VISION_OPTIONS, "kind", "arch")
 
 
@@ -197,17 +198,28 @@ def _image_statistics(name: str) -> dict[str, Any]:
 
 
 def load_language(
-    language: str | Path | nn.Module, tokenizer: PreTrainedTokenizerBase | str | Path | None = None
+    language: str | Path | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    quantization_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal LM with its weights, and its tokenizer. A built LM needs `tokenizer`, or it is a UserError."""
+    """Return a causal LM with its weights, and its tokenizer. A built LM needs `tokenizer`, or it is a UserError.
+
+    `quantization_config` is transformers', for an LM given by name.
+    """
     if isinstance(language, PreTrainedModel):
         if tokenizer is None:
             raise UserError("a built language model needs tokenizer=...")
+        if quantization_config is not None:
+            raise UserError(
+                "quantization_config= is for a language model given by name: load yours with it, by "
+                "AutoModelForCausalLM.from_pretrained"
+            )
         lm = language
     elif isinstance(language, nn.Module):
         raise UserError(f"language= is a {type(language).__name__}; a transformers causal LM is needed")
     else:
-        lm = from_hub(AutoModelForCausalLM, str(language), "language model")
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        lm = from_hub(AutoModelForCausalLM, str(language), "language model", **options)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return lm, tokenizer
     return lm, from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
@@ -229,6 +241,8 @@ def from_backbones(
     max_frames: int | None = None,
     decoder_layers_path: str | None = None,
     vision_options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantization_config: Any = None,
     seed: int = 0,
 ) -> tuple[Any, FlamingoProcessor]:
     """Return (model, processor) around an encoder and a causal LM; new parts start from `seed`, gates closed.
@@ -240,26 +254,26 @@ def from_backbones(
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
         image_size: side of the images in pixels, where it is not the encoder's own.
-        cross_attn_every_n_layers: a gated block before every n-th decoder layer: n-1, 2n-1, ...
-        cross_attn_layers: those layers by number instead.
+        cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
         resampler: the connector's options; of `ResamplerConfig` for the perceiver.
         cross_attention: options of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
+        dtype: of both backbones, built ones included; None: as they come. What joins them, and trains, is in float32.
+        quantization_config: transformers', for the LM by name: 4 or 8 bits.
         seed: of the new parts' weights.
 
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    options = dict(vision_options or {})
-    encoder, described = load_vision(vision, pretrained=vision_pretrained, image_size=image_size, **options)
-    lm, lm_tokenizer = load_language(language, tokenizer)
+    named = {"pretrained": vision_pretrained, "image_size": image_size, **(vision_options or {})}
+    encoder, described = load_vision(vision, **named)
+    lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
+    _cast((encoder, lm), dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
-    transform = ImageTransform(described.image_size, described.mean, described.std, mode=described.resize_mode)
-    processor = FlamingoProcessor(copy.deepcopy(lm_tokenizer), transform, max_frames=resampler.get("max_frames"))
-    rebuildable = type(lm.config) in AutoModelForCausalLM._model_mapping
+    processor = _processor(lm_tokenizer, described, resampler.get("max_frames"))
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
@@ -267,13 +281,31 @@ def from_backbones(
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),
         cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),
-        image_token_id=processor.image_token_id,
-        eoc_token_id=processor.eoc_token_id,
-        new_token_ids=processor.new_token_ids,
-        language_kind="transformers" if rebuildable else "module",
+        **{name: getattr(processor, name) for name in _IDS},
+        language_kind="transformers" if type(lm.config) in AutoModelForCausalLM._model_mapping else "module",
         decoder_layers_path=decoder_layers_path,
     )
     return _assemble(model_class, config, encoder, lm, processor, seed), processor
+
+
+def _processor(tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, max_frames: int | None) -> FlamingoProcessor:
+    transform = ImageTransform(vision.image_size, vision.mean, vision.std, mode=vision.resize_mode)
+    return FlamingoProcessor(copy.deepcopy(tokenizer), transform, max_frames=max_frames)
+
+
+def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str | None) -> None:
+    """Store the weights in another precision, in place; packed ones stay packed, and buffers as they are."""
+    if dtype is None:
+        return
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise UserError(f"dtype={dtype!r} is not a floating-point precision: give torch.bfloat16, torch.float32, ...")
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.to(wanted)
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = wanted
 
 
 def _assemble(

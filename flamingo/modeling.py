@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from flamingo import hub
+from flamingo import hub, storage
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.inference import generation, scoring
@@ -153,6 +153,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             if part not in PAPER_POLICY or value not in ("frozen", "train"):
                 known = ", ".join(PAPER_POLICY)
                 raise UserError(f"freezing policy {part}={value!r}: parts are {known}; values are 'frozen' and 'train'")
+        if (policy or {}).get("language") == "train" and storage.is_quantized(self.language_model):
+            raise UserError(
+                "freezing policy language='train': the language model is quantised, and packed weights have no "
+                "gradient; leave it frozen and add LoRA adapters (docs/finetune.md, QLoRA)"
+            )
         self.policy = {**PAPER_POLICY, **(policy or {})}
         for attribute, part in PARTS.items():
             getattr(self, attribute).requires_grad_(self.policy[part] == "train")
@@ -241,7 +246,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none.
 
-        Takes every option of transformers' own; `None` instead of a folder goes with `config=` and `state_dict=`.
+        Takes every option of transformers' own; `None` instead of a folder goes with `config=` and `state_dict=`. Weights
+        keep the precision they were saved in unless `dtype=` names one. `quantization_config=` quantises the LM only.
 
         Raises:
             UserError: the folder holds no `config.json`, or a name needs a network that is not there.
@@ -252,15 +258,23 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             raise UserError("from_pretrained(None) needs config=... and state_dict=...; or give a folder or a name")
         built = {"vision_module": vision, "causal_lm": language}
         options |= {name: module for name, module in built.items() if module is not None}
+        if options.get("quantization_config") is not None:
+            described = options.get("config") or FlamingoConfig.from_pretrained(
+                pretrained_model_name_or_path, **hub_options(options)
+            )
+            given = options["quantization_config"]
+            options["quantization_config"] = storage.language_only(given, cls, described.text_config)
         load = super().from_pretrained
-        loaded = hub.loaded(
-            lambda name, **rest: load(name, *args, **rest),
-            pretrained_model_name_or_path,
-            "model",
-            "config.json",
-            options,
-        )
+        with storage.own_dtypes(options.get("dtype", options.get("torch_dtype"))):
+            loaded = hub.loaded(
+                lambda name, **rest: load(name, *args, **rest),
+                pretrained_model_name_or_path,
+                "model",
+                "config.json",
+                options,
+            )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        storage.hand_down(model)
         model.freeze(model.policy)  # loading makes some parameters anew, and those would train
         return loaded
 
@@ -279,8 +293,20 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 f"the {' and '.join(names)} module was built by you and cannot be rebuilt from a config; save with "
                 f"built_modules=True and give {', '.join(f'{name}=...' for name in names)} to from_pretrained"
             )
-        super().save_pretrained(save_directory, *args, **options)
+        with storage.described(self):
+            super().save_pretrained(save_directory, *args, **options)
         write_card(Path(save_directory), self)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """Load the weights, each in its own precision."""
+        storage.match_dtypes(model, state_dict, files, load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, *args)
+
+    @classmethod
+    def parts_beside_language(cls) -> list[str]:
+        """Return the attributes that hold all parts but the LM."""
+        return [attribute for attribute in PARTS if attribute != storage.LANGUAGE]
 
 
 class EncodesMedia(FlamingoPreTrainedModel):
@@ -414,6 +440,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
         self.generation_config = generation.default_generation_config(causal_lm, config)
+        storage.hand_down(self)
         self.freeze()
 
     @classmethod
@@ -606,6 +633,14 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `from_pretrained`'s options that say where on the hub a file is."""
+    return {name: options[name] for name in HUB_OPTIONS if name in options}
 
 
 # AutoModel too: there is no model without a head.

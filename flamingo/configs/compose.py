@@ -53,7 +53,7 @@ def read(arguments: Sequence[str], groups: Collection[str]) -> CommandLine:
             folders += [Path(str(path).removeprefix("file://")) for path in override.value()]  # type: ignore[union-attr]
     for argument, override in parsed:
         if override is None:
-            line.problems.append(f"{argument!r} cannot be read: write key=value, with quotes around special characters")
+            line.problems.append(f"{argument!r} cannot be read: write key=value{_quoting(argument)}")
         elif override.is_delete() or override.is_sweep_override():
             line.problems.append(f"{argument}: write key=value, with lists in brackets, for example shots=[0,4]")
         elif override.key_or_group.startswith("hydra."):
@@ -63,6 +63,19 @@ def read(arguments: Sequence[str], groups: Collection[str]) -> CommandLine:
         else:
             line.values[override.key_or_group] = override.value()
     return line
+
+
+def _quoting(argument: str) -> str:
+    """Return how to quote a value that hydra's grammar does not take as it is, for an error message."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return ""
+    if "{" in value or "}" in value:
+        return (
+            ", where { } is a table, as in {a: 1}; a text with braces stands in quotes inside those of the shell: "
+            "'data.datasets.a.shards=[\"a-{000..010}.tar\"]'"
+        )
+    return f", with the value in quotes inside those of the shell, as in '{key}=\"...\"'"
 
 
 def _choose(line: CommandLine, override: Override, folders: Sequence[Path]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -67,10 +70,19 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
     parsed = {argument: override for argument in arguments if (override := parse(argument))}
     # Mistakes are named here, not by a job that has waited in a queue. A sweep's values are checked by its jobs.
     sweeps = {text for text, override in parsed.items() if override.is_sweep_override()}
-    compose([text for text in arguments if _is_ours(text) and text not in sweeps])
+    common = compose([text for text in arguments if _is_ours(text) and text not in sweeps])
     # hydra refuses keys that no file mentions, unless they begin with ++; our own classes check keys.
     values = {text for text, override in parsed.items() if _is_ours(text) and _is_value(override.key_or_group)}
     sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
+    if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed.values()):
+        # What hydra writes of its own goes below the run folders.
+        places = [parsed[text] for text in sweeps if _key(text) == "run.dir"]
+        folders = [str(choice) for override in places for choice in override.sweep_iterator()]
+        folder = os.path.commonpath(folders) if folders else common.run.dir
+        sys.argv.append(f"hydra.sweep.dir={quoted(folder or '.')}")
+    if "launch=" in " ".join(arguments):  # a submitted job begins in the folder of this command, with its environment
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    fixed = {override.key_or_group for text, override in parsed.items() if text not in sweeps}
     mistakes: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
@@ -78,8 +90,11 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
         join_launcher()
         given = HydraConfig.get().overrides
         search = [text for text in given.hydra if text.startswith("hydra.searchpath=")]
+        own = [*filter(_is_ours, given.task)]
         try:
-            interruptions.run_submitted(lambda: train(compose([*search, *filter(_is_ours, given.task)], check)))
+            config = compose([*search, *own], check)
+            config.run.dir = job_folder(config.run.dir, [text for text in own if _key(text) not in fixed])
+            interruptions.run_submitted(lambda: train(config))
         except UserError as error:
             if "SUBMITIT_EXECUTOR" in os.environ:  # in a process of its own, whose status must tell
                 raise
@@ -87,6 +102,35 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
 
     job()
     refuse(str(error) for error in mistakes)
+
+
+def job_folder(run_dir: str, swept: Sequence[str]) -> str:
+    """Return the run folder of one job of a sweep: a folder of its own below `run.dir`, named by what the sweep set.
+
+    A sweep over `run.dir` itself names the folders, and a job that no sweep set anything for has `run.dir`.
+
+    >>> job_folder("runs/x", ["++run.seed=1", "optim.lr=1e-4"]), job_folder("runs/b", ["run.dir=runs/b"])
+    ('runs/x/run.seed=1,optim.lr=1e-4', 'runs/b')
+    """
+    keys = [_key(text) for text in swept]
+    if not swept or "run.dir" in keys:
+        return run_dir
+    name = ",".join(text.lstrip("+") for text in swept)
+    readable = re.sub(r"[^\w.,=+-]+", "_", name)
+    if readable != name or len(readable) > 120:  # two different values must not share a folder
+        readable = f"{readable[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return str(Path(run_dir) / readable)
+
+
+def quoted(value: str) -> str:
+    """Return a text as a value of hydra's grammar."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _key(argument: str) -> str:
+    override = parse(argument)
+    return argument if override is None else override.key_or_group
 
 
 def _is_value(key: str) -> bool:

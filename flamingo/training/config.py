@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from transformers import AutoConfig
 
 from flamingo.config import CrossAttentionConfig, connector_options
 from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, NotNegative, examine, flatten, one_of
@@ -26,6 +28,8 @@ from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.objective_table import OBJECTIVES
 
 Freeze = Literal["frozen", "train"]
+DEFAULT_MAX_TOKENS = 256
+"""Most tokens of a row where a dataset does not say: the default of `data.dataset.DatasetSpec`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -344,6 +348,8 @@ class TrainConfig:
     def _conflicts(self, world_size: int) -> Iterator[str]:
         yield from self._data_conflicts(world_size)
         yield from self._model_conflicts()
+        yield from self._freeze_conflicts()
+        yield from self._length_conflicts()
         yield from self._lora_conflicts()
         yield from self._sharding_conflicts(world_size)
         yield from self._evaluation_conflicts()
@@ -390,6 +396,26 @@ class TrainConfig:
             yield "model.language needs a name (weights) or a config (shape)"
         if objective == "flamingo" and not (language.name or language.tokenizer):
             yield "model.language.tokenizer is missing: objective flamingo does not train its own tokenizer"
+
+    def _freeze_conflicts(self) -> Iterator[str]:
+        parts = asdict(self.model.freeze)
+        if self.objective == "flamingo" and set(parts.values()) == {"frozen"}:
+            yield f"model.freeze leaves nothing to train: set one of {', '.join(parts)} to train"
+
+    def _length_conflicts(self) -> Iterator[str]:
+        """Yield the datasets whose rows may be longer than the LM's positions, where its config is at hand."""
+        if self.objective == "contrastive" or (limit := _positions(self.model)) is None:
+            return
+        positions, are_learned = limit
+        for group, datasets in (("data", self.data.datasets), ("run.validation", self.run.validation.datasets)):
+            for name, dataset in datasets.items():
+                # Rotary positions have no last one, and few rows are as long as the default allows.
+                longest = dataset.get("max_tokens", DEFAULT_MAX_TOKENS if are_learned else 0)
+                if isinstance(longest, int) and longest > positions:
+                    yield (
+                        f"{group}.datasets.{name}.max_tokens={longest} is above the language model's {positions} "
+                        f"positions: set it to at most {positions}"
+                    )
 
     def _lora_conflicts(self) -> Iterator[str]:
         if self.model.freeze.language != "lora":
@@ -439,10 +465,27 @@ class TrainConfig:
         return asdict(self)
 
 
+def _positions(model: ModelConfig) -> tuple[int, bool] | None:
+    """Return how many positions the LM has and whether they are learned, from a config that is on this machine."""
+    described: Any = dict(model.language.config or {})
+    try:
+        if model.init or model.language.name:
+            source, options = str(model.init or model.language.name), {"local_files_only": True}
+            described = AutoConfig.from_pretrained(source, **options)
+        else:
+            described = AutoConfig.for_model(described.pop("model_type"), **described)
+        described = described.get_text_config(decoder=True)
+    except Exception:  # not here, or not readable: building the model says which, in a sentence
+        return None
+    positions = getattr(described, "max_position_embeddings", None)
+    are_learned = getattr(described, "rope_parameters", None) is None
+    return (positions, are_learned) if isinstance(positions, int) else None
+
+
 _FREE_TO_CHANGE = (
     "run.dir run.steps run.log_every run.checkpoint_every run.keep_last run.threads run.resume run.tensorboard "
     "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
-    "run.sharding.sync_every_micro_batch run.compile run.device plan plan_for.processes plan_for.gib "
+    "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches run.device plan plan_for.processes plan_for.gib "
     "data.num_workers"
 )
 FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
@@ -458,10 +501,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key} ({old.get(key)} -> {new.get(key)})"
         for key in sorted(old.keys() | new.keys())
-        if key not in FREE_TO_CHANGE and not key.startswith(FREE_TABLES) and old.get(key) != new.get(key)
+        if key not in FREE_TO_CHANGE
+        and not key.startswith(FREE_TABLES)
+        and not PLACES.fullmatch(key)
+        and old.get(key) != new.get(key)
     ]
 
 
+PLACES = re.compile(
+    r"model\.init|model\.vision\.(name|pretrained)|model\.language\.(name|tokenizer)"
+    r"|data\.datasets\..+\.(shards|cache|cache_gb)"
+)
+"""Keys that say where something lies. It may have moved: its content is compared with the checkpoint's."""
 FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.evaluation.", "run.wandb", "nodes", "launch.")
 """Beginnings of keys that may differ between a run and its continuation."""
 

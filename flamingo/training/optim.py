@@ -66,8 +66,19 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """Return AdamW of these groups as one kernel: the plain one's values to rounding, several times faster."""
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    """Return AdamW of these groups as one kernel: the plain one's values to rounding, several times faster.
+
+    Every parameter has its state from the start. AdamW makes it with the first gradient, so a weight that never gets
+    one (the last norm of an encoder whose tokens are taken before it) would be missing in checkpoints, which torch then
+    cannot read.
+    """
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+            optimizer.state[parameter] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+    return optimizer
 
 
 def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
@@ -97,15 +108,20 @@ def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_r
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, options: OptimConfig) -> float:
-    """Set the rate of every group for update `step` of `steps`; return the highest."""
-    scale = lr_scale(
+def scheduled_scale(step: int, steps: int, options: OptimConfig) -> float:
+    """Return `lr_scale` of update `step` (0-based) of `steps`, as a run's config describes the schedule."""
+    return lr_scale(
         step,
         steps=steps,
         warmup_steps=options.warmup_steps,
         schedule=options.schedule,
         final_ratio=options.final_lr_ratio,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, options: OptimConfig) -> float:
+    """Set the rate of every group for update `step` of `steps`; return the highest."""
+    scale = scheduled_scale(step, steps, options)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * scale
     return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from flamingo.configs.validate import flatten
 from flamingo.errors import UserError
 from flamingo.files import write_atomically, write_folder
 from flamingo.training.checkpoints import store
@@ -22,13 +23,16 @@ from flamingo.training.config import TrainConfig, differences
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
 from flamingo.training.metrics.loss_plot import draw_losses
+from flamingo.training.metrics.sinks import plain
 from flamingo.training.objectives.protocol import Setup
+from flamingo.training.optim import scheduled_scale
 
 
 def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
     """Make the run folder ready and return the checkpoint to resume, if any.
 
-    A folder that holds another run is refused rather than continued or overwritten. `config.yaml` is written once.
+    A folder that holds another run is refused rather than continued or overwritten. Where there is a checkpoint,
+    `config.yaml` stays as it is until the checkpoint fits (`describe_run`): places in it may have changed.
 
     Raises:
         UserError: the folder belongs to a run whose updates differ, or cannot be written.
@@ -49,8 +53,8 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
                     shutil.rmtree(stale, ignore_errors=True)
                 (run_dir / "metrics.jsonl").unlink(missing_ok=True)
             run_dir.mkdir(parents=True, exist_ok=True)
-            # Floats and tuples as YAML understands them, so that a later start compares equal.
-            write_atomically(described, yaml.safe_dump(_plain(config.as_dict()), sort_keys=False))
+            if store.newest(checkpoints) is None:
+                describe_run(config, processes)
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written ({error}): choose another folder") from error
     processes.wait()  # nobody looks for checkpoints before the folder is ready
@@ -58,6 +62,48 @@ def claim_folder(config: TrainConfig, processes: Processes) -> Path | None:
     if processes.size > 1:  # a shared file system may show them something else
         dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
+
+
+def describe_run(config: TrainConfig, processes: Processes) -> None:
+    """Write `config.yaml`, on the first process.
+
+    Raises:
+        UserError: the run folder cannot be written.
+    """
+    if not processes.is_main:
+        return
+    try:
+        write_atomically(Path(config.run.dir) / "config.yaml", as_yaml(config))
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir} cannot be written ({error}): choose another folder") from error
+
+
+def as_yaml(config: TrainConfig) -> str:
+    """Return the config with floats and tuples as YAML understands them, so that a later start compares equal."""
+    return yaml.safe_dump(plain(config.as_dict()), sort_keys=False)
+
+
+def continuation(config: TrainConfig, step: int) -> Iterator[str]:
+    """Yield a sentence for each change since the run's last start that shows in its figures.
+
+    Args:
+        config: of this start; that of the last one is still in `config.yaml`.
+        step: updates that the checkpoint has behind it.
+    """
+    file = Path(config.run.dir) / "config.yaml"
+    before = flatten(_described(file)) if file.exists() else {}
+    steps, micro_batches = (before.get(f"run.{key}", getattr(config.run, key)) for key in ("steps", "micro_batches"))
+    old, new = (scheduled_scale(step, number, config.optim) * config.optim.lr for number in (steps, config.run.steps))
+    if old != new:
+        yield (
+            f"run.steps {steps} -> {config.run.steps} changes the {config.optim.schedule} schedule: the learning rate "
+            f"of update {step + 1} is {new:.3g} where it was {old:.3g}"
+        )
+    if micro_batches != config.run.micro_batches:
+        yield (
+            f"run.micro_batches {micro_batches} -> {config.run.micro_batches}: the same batches, their gradients "
+            "summed in another order, so figures agree to rounding; dropout and packed rows fall out differently"
+        )
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -77,19 +123,13 @@ def check_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint
     Raises:
         UserError: naming the part.
     """
-    titles = {"vision": "vision encoder", "language": "language model"}
+    titles = {"vision": "vision encoder", "language": "language model", "config": "model config"}
     for part in sorted(saved.keys() | now.keys()):
         if saved.get(part) != now.get(part):
             raise UserError(
                 f"checkpoint {checkpoint} belongs to another {titles.get(part, part)} (fingerprint {saved.get(part)}, "
                 f"this one has {now.get(part)}): give the one it was trained with, or choose another run.dir"
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, Tensor], folder: Path) -> None:

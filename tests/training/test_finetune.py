@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -45,8 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    assert [kind for kind, _ in BLOCKS] == ["python", "bash", "bash", "python"]
+    assert [kind for kind, _ in BLOCKS] == ["python", "bash", "bash", "python", "python"]
     for kind, text in BLOCKS:
+        if "BitsAndBytesConfig" in text and importlib.util.find_spec("bitsandbytes") is None:
+            continue  # an extra; tests/model/test_storage.py says that it is missing
         command = [sys.executable, "-c", text]
         if kind == "bash":
             words = shlex.split(text)
@@ -56,6 +59,8 @@ def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
             command = [sys.executable, str(ROOT / "train.py"), *words[2:], *more]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
+        if "PeftModel" in text:
+            assert "loss after loading: " in done.stdout
         if "plan=true" in text:
             assert "fits a device of 24 GiB" in done.stdout
             assert not (folder / "runs").exists()

@@ -223,6 +223,14 @@ def load(
             f"checkpoint {path} and the model train different parameters ({len(odd)} differ, the first is {odd[0]}): "
             "use the config of that run, or another run.dir"
         )
+    # A missing size is that of something else than a tensor, which weights are not.
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    others = [key for key, shape in shapes.items() if getattr(sizes[f"model.{key}"], "size", None) != shape]
+    if others:
+        raise UserError(
+            f"checkpoint {path} and the model have {others[0]} in different shapes "
+            f"({len(others)} differ): use the backbones and the config of that run, or another run.dir"
+        )
     state: dict[str, Any] = {
         "model": weights,
         "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINED),

@@ -1,19 +1,26 @@
-"""Fingerprints of frozen weights: they are not in a checkpoint, so it has to say whose they were.
+"""Fingerprints of what is not in a checkpoint: frozen weights, shapes, the tokenizer.
 
-A checkpoint of trained tensors is useless, and silently so, beside another encoder or LM.
+A checkpoint of trained tensors is useless, and silently so, beside another encoder, LM or tokenizer. Folders may move,
+so these are compared by content and not by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.modeling import PARTS, FlamingoForConditionalGeneration
+
+# Of a config, what says nothing of the shape: where it came from, who wrote it, how it is stored and computed.
+_INCIDENTAL = re.compile(r"_?(name_or_path|commit_hash|attn_implementation\w*|experts_implementation\w*)")
+_INCIDENTAL_KEYS = {"name", "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
 
 
 def fingerprint(module: nn.Module, config: Mapping[str, Any] | None = None, *, tensors: int = 4) -> str:
@@ -34,7 +41,39 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any] | None = None, *, t
     return digest.hexdigest()[:16]
 
 
-def frozen_fingerprints(model: FlamingoForConditionalGeneration) -> dict[str, str]:
-    """Return the fingerprint of each backbone that is frozen, by the name of its part."""
-    parts = {"vision": model.vision_encoder.tower, "language": model.language_model}
-    return {part: fingerprint(module) for part, module in parts.items() if model.policy[part] == "frozen"}
+def frozen_fingerprints(
+    model: FlamingoForConditionalGeneration, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, str]:
+    """Return the fingerprint of each part that is frozen, by its name, of the config and of the tokenizer."""
+    modules = {part: getattr(model, attribute) for attribute, part in PARTS.items()}
+    modules["vision"] = model.vision_encoder.tower
+    frozen = {part: fingerprint(module) for part, module in modules.items() if model.policy[part] == "frozen"}
+    if tokenizer is not None:
+        frozen["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    return {**frozen, "config": config_fingerprint(model.config)}
+
+
+def config_fingerprint(config: PreTrainedConfig) -> str:
+    """Return a short hash of a model's config, without what says nothing of its shape."""
+    return _digest(_shape_of(config.to_dict()))
+
+
+def _shape_of(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {key: inner for key, inner in value.items() if key not in _INCIDENTAL_KEYS}
+        return {str(key): _shape_of(inner) for key, inner in kept.items() if not _INCIDENTAL.fullmatch(str(key))}
+    return [_shape_of(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a short hash of what a tokenizer does: its vocabulary and rules, and the ids of its special tokens."""
+    rules: Any = sorted(tokenizer.get_vocab().items())
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(backend.to_str())
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # of a call
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return _digest([rules, ids])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

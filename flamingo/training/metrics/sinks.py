@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import yaml
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +24,7 @@ from rich.progress import (
 
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
-from flamingo.training.config import RunConfig
+from flamingo.training.config import TrainConfig
 
 
 class Sink(Protocol):
@@ -67,11 +70,17 @@ def _step_of(line: str) -> int | None:
 class TensorBoard:
     """The same values for TensorBoard."""
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Continue the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`."""
+    def __init__(self, folder: Path, *, resume_step: int, config: Mapping[str, Any] | None = None) -> None:
+        """Continue the event files in `folder`, hiding what an interrupted run wrote beyond `resume_step`.
+
+        `config` is shown as text.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        if config:
+            text = yaml.safe_dump(plain(config), sort_keys=False)
+            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), resume_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add one scalar per value."""
@@ -86,15 +95,24 @@ class TensorBoard:
 class WandB:
     """Weights & Biases. A resumed run continues under its id; WANDB_MODE=offline writes below the run folder only."""
 
-    def __init__(self, project: str, run_dir: Path) -> None:
-        """Start or resume the run's own id, which is kept beside its figures."""
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any] | None = None) -> None:
+        """Start or resume the run's own id, which is kept beside its figures; `config` is the run's."""
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(name, str(run_dir.absolute() / "wandb"))  # else in the home folder
         import wandb
 
         file = run_dir / "wandb-id.txt"
         if not file.exists():
             file.write_text(uuid.uuid4().hex[:12])
         self._run: Any = wandb.init(
-            project=project, name=run_dir.name, id=file.read_text().strip(), resume="allow", dir=str(run_dir)
+            project=project,
+            name=run_name(run_dir),
+            id=file.read_text().strip(),
+            resume="allow",
+            dir=str(run_dir),
+            config=plain(config or {}),
+            # A continuation may have more steps; wandb refuses other values for a key it knows, unless allowed.
+            allow_val_change=True,
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -159,14 +177,31 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def start_wandb(project: str, run_dir: Path) -> WandB:
+def run_name(run_dir: Path) -> str:
+    """Return what a run is called elsewhere: its folder, for a job of a sweep with that of the sweep before it.
+
+    >>> run_name(Path("runs/mine")), run_name(Path("runs/mine/run.seed=1"))
+    ('mine', 'mine/run.seed=1')
+    """
+    run_dir = run_dir.absolute()
+    return "/".join(run_dir.parts[-2:]) if "=" in run_dir.name else run_dir.name
+
+
+def plain(value: Any) -> Any:
+    """Return nested tables and lists of plain values, as YAML and JSON have them."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def start_wandb(project: str, run_dir: Path, config: Mapping[str, Any] | None = None) -> WandB:
     """Connect to Weights & Biases now, not at the first figures.
 
     Raises:
         UserError: nobody is logged in, or its server does not answer or refuses.
     """
     try:
-        return WandB(project, run_dir)
+        return WandB(project, run_dir, config)
     except OSError:
         raise
     except Exception as error:
@@ -179,8 +214,10 @@ def start_wandb(project: str, run_dir: Path) -> WandB:
 class MetricSinks:
     """All sinks of the first process; on the others nothing happens."""
 
-    def __init__(self, run_dir: Path, options: RunConfig, *, title: str, start: int, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, config: TrainConfig, *, start: int, is_main: bool) -> None:
         """Drop figures beyond `start`, which an interrupted run has left.
+
+        Services are shown the whole config; the first process alone makes the sinks.
 
         Raises:
             UserError: the run folder cannot be written, or Weights & Biases does not start.
@@ -189,13 +226,16 @@ class MetricSinks:
         self._progress: ProgressLine | None = None
         if not is_main:
             return
+        options, described = config.run, config.as_dict()
         try:
             self._figures: JsonLines = JsonLines(run_dir / "metrics.jsonl", resume_step=start)
-            self._sinks += [TensorBoard(run_dir / "tensorboard", resume_step=start)] if options.tensorboard else []
-            self._sinks += [start_wandb(options.wandb, run_dir)] if options.wandb else []
+            if options.tensorboard:
+                self._sinks.append(TensorBoard(run_dir / "tensorboard", resume_step=start, config=described))
+            if options.wandb:
+                self._sinks.append(start_wandb(options.wandb, run_dir, described))
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error}): free space or choose another run.dir") from error
-        self._progress = ProgressLine(title, options.steps, start)
+        self._progress = ProgressLine(config.objective, options.steps, start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send one step's figures to all sinks; one that fails, other than the first, is reported once and dropped.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from flamingo.errors import UserError
 from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
+from flamingo.storage import is_quantized
 from flamingo.training.config import ModelConfig
 from flamingo.vision.encoder import build_open_clip, describe_encoder
 
@@ -77,6 +77,15 @@ def build_language(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
         raise UserError(f"model.language.config is not accepted by transformers: {error}") from error
 
 
+def refuse_quantized(lm: PreTrainedModel) -> None:
+    """Raise a UserError where the LM's weights are packed: they can neither be sharded nor take merged adapters."""
+    if is_quantized(lm):
+        raise UserError(
+            "the language model is quantised, which train.py does not train beside: give one that is not, with "
+            "model.freeze.language=lora and run.precision=bf16, or use the Trainer (docs/finetune.md, QLoRA)"
+        )
+
+
 def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Build a Flamingo around the backbones that the config names, or around random ones of the shapes it describes.
 
@@ -115,17 +124,9 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
 def save_flamingo(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    """Write a whole Flamingo of these weights; where they have several precisions, its config says fp32.
-
-    transformers loads all weights in the config's one precision, for which it takes that of the first weight: frozen
-    bf16 would round what has trained in fp32.
-    """
-    mixed = len({value.dtype for value in weights.values() if value.is_floating_point()}) > 1
+    """Write a whole Flamingo of these weights, each in its own precision."""
     model.save_pretrained(str(folder), state_dict=weights)  # which empties `weights`
     processor.save_pretrained(str(folder))
-    if mixed:
-        file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def open_clip_arch(config: dict[str, Any]) -> dict[str, Any]:

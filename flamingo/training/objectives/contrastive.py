@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flamingo.errors import UserError
 from flamingo.processor import ImageTransform
+from flamingo.training.checkpoints.trained_weights import tokenizer_fingerprint
 from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import layer_units
@@ -98,6 +99,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
             pairs, ImageTransform(size=size, mean=MEAN, std=STD, mode="squash")
         ),
         export=lambda weights, folder: export(weights, described, tokenizer, folder),
+        frozen={"tokenizer": tokenizer_fingerprint(tokenizer)},
     )
 
 

@@ -81,8 +81,9 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         processor = FlamingoProcessor.from_pretrained(model.init)
     else:
         flamingo, processor = builders.build_flamingo(model)
+    builders.refuse_quantized(flamingo.language_model)
     _freeze(flamingo, model)
-    frozen = frozen_fingerprints(flamingo)  # before the adapters, which change the LM's keys
+    frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:

@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import embedding_table, find_decoder_layers, table_shape
 from flamingo.language.loss import next_labels
-from flamingo.training.checkpoints.trained_weights import fingerprint
+from flamingo.training.checkpoints.trained_weights import config_fingerprint, fingerprint, tokenizer_fingerprint
 from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import layer_units
@@ -72,6 +72,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
+        builders.refuse_quantized(lm)
         rows, _ = table_shape(embedding_table(lm))
         if len(tokenizer) > rows:
             raise UserError(
@@ -89,9 +90,9 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     if not language.name:
         lm = builders.build_language(language.config or {}, tokenizer)
     adapters: Any = None
-    frozen: dict[str, str] = {}
+    frozen = {"tokenizer": tokenizer_fingerprint(tokenizer), "config": config_fingerprint(lm.config)}
     if model.freeze.language == "lora":
-        frozen = {"language": fingerprint(lm)}  # before the adapters, which change its keys
+        frozen["language"] = fingerprint(lm)  # before the adapters, which change its keys
         adapters = lora.add_adapters(lm.requires_grad_(False), **asdict(model.lora))
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
