@@ -246,8 +246,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load what `save_pretrained` wrote; `vision` and `language` are built modules where the config has none.
 
-        Takes every option of transformers' own; `None` instead of a folder goes with `config=` and `state_dict=`. Weights
-        keep the precision they were saved in unless `dtype=` names one. `quantization_config=` quantises the LM only.
+        Takes every option of transformers' own; `None` instead of a folder goes with `config=` and `state_dict=`.
+        Weights keep the precision they were saved in unless `dtype=` names one. `quantization_config=` quantises the
+        LM only.
 
         Raises:
             UserError: the folder holds no `config.json`, or a name needs a network that is not there.
@@ -260,7 +261,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         options |= {name: module for name, module in built.items() if module is not None}
         if options.get("quantization_config") is not None:
             described = options.get("config") or FlamingoConfig.from_pretrained(
-                pretrained_model_name_or_path, **hub_options(options)
+                str(pretrained_model_name_or_path), **hub_options(options)
             )
             given = options["quantization_config"]
             options["quantization_config"] = storage.language_only(given, cls, described.text_config)

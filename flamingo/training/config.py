@@ -485,7 +485,8 @@ def _positions(model: ModelConfig) -> tuple[int, bool] | None:
 _FREE_TO_CHANGE = (
     "run.dir run.steps run.log_every run.checkpoint_every run.keep_last run.threads run.resume run.tensorboard "
     "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
-    "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches run.device plan plan_for.processes plan_for.gib "
+    "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches "
+    "run.device plan plan_for.processes plan_for.gib "
     "data.num_workers"
 )
 FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
