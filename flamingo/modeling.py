@@ -10,8 +10,7 @@ width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
@@ -41,7 +41,21 @@ from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
 from flamingo.inference.media_cache import ImageInputs, MediaCache
 from flamingo.labels import IGNORED
-from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
+from flamingo.language.hooks import (
+    Call,
+    NewTokens,
+    Wiring,
+    check_new_ids,
+    check_ran,
+    new_tokens_for,
+    output_head,
+    recompute_in_call,
+    running,
+    table_shape,
+    unwrapped,
+    wire,
+)
+from flamingo.language.inputs import check_ids, checked_arguments, fitted_phi, ids_of_embeddings, takes
 from flamingo.language.loss import changes_logits, mean_nll, next_labels
 from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
@@ -56,6 +70,7 @@ from flamingo.vision.encoder import (
     flat_frames,
     frames_of,
     repair_buffers,
+    touched,
 )
 
 PARTS = {
@@ -106,13 +121,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    _state: CallState
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
     resampler: Connector
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
-    policy: dict[str, str]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -131,6 +144,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def freeze(self, policy: Mapping[str, str] | None = None) -> None:
         """Decide which parts train. Parts that `policy` does not name follow the paper's policy.
 
+        The policy is saved with the config and holds again after loading. Afterwards `requires_grad` is the truth:
+        what is unfrozen by hand, or has adapters in it, trains as well. That is not saved, only what was given here.
+
         Raises:
             UserError: an unknown part, or a value that is neither "frozen" nor "train".
         """
@@ -138,34 +154,42 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             if part not in PAPER_POLICY or value not in ("frozen", "train"):
                 known = ", ".join(PAPER_POLICY)
                 raise UserError(f"freezing policy {part}={value!r}: parts are {known}; values are 'frozen' and 'train'")
-        self.policy = {**PAPER_POLICY, **(policy or {})}
+        self.config.freezing_policy = {**PAPER_POLICY, **(policy or {})}
         for attribute, part in PARTS.items():
             getattr(self, attribute).requires_grad_(self.policy[part] == "train")
-        self.vision_encoder.frozen = self.policy["vision"] == "frozen"
         self.train(self.training)
 
+    @property
+    def policy(self) -> dict[str, str]:
+        """Which parts `freeze` was told to train, by their names."""
+        return {**PAPER_POLICY, **(self.config.freezing_policy or {})}
+
     def train(self, mode: bool = True) -> Any:
-        """Switch to training mode; frozen parts stay in eval mode."""
+        """Switch to training mode; parts in which no parameter trains now stay in eval mode."""
         super().train(mode)
-        for attribute, part in PARTS.items():
-            if self.policy[part] == "frozen":
+        for attribute in PARTS:
+            if not trains(getattr(self, attribute)):
                 getattr(self, attribute).eval()
-        if mode and self.policy["language"] == "frozen":
-            self._let_frozen_layers_recompute()
+        self._let_frozen_layers_recompute(mode and not self.language_model.training)
         return self
 
-    def _let_frozen_layers_recompute(self) -> None:
+    def _let_frozen_layers_recompute(self, frozen: bool) -> None:
         """Where recomputation is on, mark the frozen LM's layers as training: transformers recomputes no others.
 
         Only the layer object itself is marked, its modules stay in eval; a dropout rate that it applies by its own
-        `training` flag is set to zero, so its output is that of eval mode.
+        `training` flag is set to zero, so its output is that of eval mode, and set back when the LM trains.
         """
         for layer in self.language_model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            if not isinstance(layer, GradientCheckpointingLayer):
+                continue
+            own: Any = layer
+            for name, value in vars(layer).pop("_rates", {}).items():
+                setattr(own, name, value)
+            if frozen and layer.gradient_checkpointing:
                 layer.training = True
-                for name, value in vars(layer).items():
-                    if "drop" in name and isinstance(value, float):
-                        setattr(layer, name, 0.0)
+                own._rates = {name: x for name, x in vars(layer).items() if "drop" in name and isinstance(x, float)}
+                for name in own._rates:
+                    setattr(own, name, 0.0)
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name since transformers 5.23
         activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable  # type: ignore[assignment]
@@ -173,19 +197,15 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
-        """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not."""
-        super()._set_gradient_checkpointing(enable, partial(self._recompute, gradient_checkpointing_func), **options)
+        """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not.
+
+        Always without reentrance (`use_reentrant=True` is overruled): with it the adapters in layers whose input has
+        no gradient, those before the first gated block, would silently get none.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, partial(recompute_in_call, gradient_checkpointing_func), **options)
         self.train(self.training)
-
-    def _recompute(self, recompute: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
-        """Run a layer whose hooks know of this call again when they run again, as before transformers 5.23 they do."""
-        call = self._state.call
-
-        def again(*args: Any) -> Any:
-            with self._state.running(call):
-                return layer(*args)
-
-        return recompute(again, *args)
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: non-reentrant recomputation does not need it, and it would walk back through frozen layers."""
@@ -286,6 +306,10 @@ class EncodesMedia(FlamingoPreTrainedModel):
             raise UserError(f"image_counts has {len(image_counts)} entries for {rows} rows")
         if media_features is None:
             media_features = self._encode_some(pixel_values, frame_counts)
+        elif self.training and torch.is_grad_enabled():
+            # Encoder and resampler do not run; see `_encode_some`.
+            skipped: Iterable[nn.Parameter] = (*self.vision_encoder.parameters(), *self.resampler.parameters())
+            media_features = touched(media_features, (p for p in skipped if p.requires_grad))
         return MediaCache.of(media_features, image_counts.to(media_features.device))
 
     def _encode_some(self, pixel_values: Tensor | None, frame_counts: Tensor | None) -> Tensor:
@@ -294,9 +318,9 @@ class EncodesMedia(FlamingoPreTrainedModel):
         size, dtype = self.vision_encoder.image_size, torch.uint8
         sharded = hasattr(self, "set_requires_gradient_sync")  # a method that FSDP2 gives
         if sharded or (self.training and torch.is_grad_enabled()):
-            # One black image that nobody sees: in a sharded run every process must call the same modules, in
-            # validation too, and give gradients (of zeros) for the same parameters, whether its batch has images or
-            # not.
+            # One black image that nobody sees: in a run of several processes each must call the same modules (where
+            # they are sharded in validation too) and give gradients (of zeros) for the same parameters, whether its
+            # batch has images or not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
         return self.resampler.empty()
 
@@ -342,22 +366,106 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             }
         )
         self.new_tokens = new_tokens_for(causal_lm, list(config.new_token_ids or ()))
-        self._state = CallState()
-        lm_parameters = inspect.signature(causal_lm.forward).parameters
-        self.lm_takes_positions = "position_ids" in lm_parameters
-        self._lm_takes_logits_to_keep = "logits_to_keep" in lm_parameters
         # Whether the LM's logits are what its head gives; None: not known yet.
-        self._head_is_last = False if changes_logits(config.text_config.get_text_config(decoder=True)) else None
-        attach(
-            causal_lm,
-            self.cross_attn_blocks,
-            self.new_tokens,
-            self._state,
-            decoder_layers_path=config.decoder_layers_path,
-        )
+        self._head_is_last: bool | None = None
+        self._adopt(causal_lm)
+        self._wiring()
         self.post_init()
         self.generation_config = generation.default_generation_config(causal_lm, config)
-        self.freeze()
+        self.freeze(config.freezing_policy)
+
+    def __setstate__(self, state: Any) -> None:
+        """Restore a copy, whose tables then know their model."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._wiring()
+
+    def _wiring(self) -> Wiring:
+        """Return the modules that hang in the tree now, after a look at whether they fit together.
+
+        Raises:
+            UserError: a module that was replaced does not fit; says what was found and what is needed.
+        """
+        lm = self.language_model
+        wiring = wire(
+            self, lm, self.cross_attn_blocks, self.new_tokens, decoder_layers_path=self.config.decoder_layers_path
+        )
+        if lm.config is not self.config.text_config:
+            self._check_vocabulary(lm)
+            self._adopt(lm)
+        for key, block in self.cross_attn_blocks.items():
+            media_width = getattr(getattr(getattr(block, "attn", None), "k_proj", None), "in_features", None)
+            if media_width not in (None, self.resampler.width):
+                raise UserError(
+                    f"the resampler gives latents {self.resampler.width} wide, but the gated block of layer {key} "
+                    f"takes {media_width}; give a module of that width"
+                )
+        return wiring
+
+    def _check_vocabulary(self, lm: PreTrainedModel) -> None:
+        """Raise UserError where rows of another LM would be taken for those of the new tokens."""
+        before, after = (
+            self.config.text_config.get_text_config(decoder=True).vocab_size,
+            table_shape(output_head(lm))[0],
+        )
+        if taken := [token for token in self.new_tokens.ids if before <= token < after]:
+            raise UserError(
+                f"the language model put in has a vocabulary of {after} rows, the one before had {before}, so the new "
+                f"tokens' ids {taken} would hide words of it; build a model around it with from_backbones, or, if it "
+                "is the same one with rows added, put it in first and then call model.resize_token_embeddings"
+            )
+
+    def _adopt(self, lm: PreTrainedModel) -> None:
+        """Let the config follow the LM that hangs in the tree, which may not be the one that was built in."""
+        self.config.text_config = lm.config
+        self.config.tie_word_embeddings = bool(getattr(lm.config, "tie_word_embeddings", False))
+        self._head_is_last = False if changes_logits(lm.config.get_text_config(decoder=True)) else None
+
+    @property
+    def lm_takes_positions(self) -> bool:
+        """Whether the language model's `forward` has `position_ids`."""
+        return takes(self.language_model, "position_ids")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the LM's input embedding; called with ids it gives the new tokens' rows for theirs."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LM's input embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the LM's head, which has no rows for new tokens behind its own."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the LM's head."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the LM's table and head, as for any causal LM; give `len(tokenizer)`.
+
+        The new tokens keep their own (trained) rows: an id of theirs that then lies inside the table is still theirs.
+
+        Raises:
+            UserError: the table would end in front of a new token's id.
+        """
+        rows = table_shape(output_head(self.language_model))[0]
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        wanted = wanted if pad_to_multiple_of is None else -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        last = max(self.new_tokens.ids, default=-1)
+        if wanted < rows and wanted <= last:
+            raise UserError(
+                f"resize_token_embeddings({new_num_tokens}) would end the table of {rows} rows in front of the new "
+                f"token {last}; {last + 1} is the least, unless the model is built again from its backbones"
+            )
+        check_new_ids(list(self.new_tokens.ids), wanted, type(self.language_model).__name__)
+        table: nn.Embedding = self.language_model.resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        self.vocab_size = self.config.text_config.get_text_config(decoder=True).vocab_size
+        return table
 
     @classmethod
     def from_backbones(cls, vision: Any, language: Any, **options: Any) -> tuple[Any, Any]:
@@ -366,9 +474,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
         return from_backbones(cls, vision, language, **options)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | dict[str, Any] | None = None,
         pixel_values: Shaped[Tensor, "..."] | None = None,
         image_counts: Int[Tensor, "B"] | None = None,
@@ -382,9 +491,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         media_cache: MediaCache | None = None,
         sequence_ids: Int[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         output_cross_attentions: bool = False,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
         **kwargs: Any,
     ) -> FlamingoOutput:
         """Run the model.
@@ -403,32 +513,76 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
-            logits_to_keep: only the last so many positions' logits; 0 all.
+            logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
             skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
             output_cross_attentions: return every block's attention weights, computed the slow way.
-            kwargs: go to the language model.
+            inputs_embeds: in place of `input_ids`, or beside them, which then only say where the images are. Alone,
+                the new tokens are found by their rows, as `get_input_embeddings()` gives them; what `phi` is too
+                short for stands in front and sees no image (peft's prompt tuning).
+            kwargs: go to the language model; `return_dict=False` gives a tuple.
 
         Raises:
-            UserError: the images do not match the counts or the `<image>` tags (names the row).
+            UserError: the images do not match the counts or the `<image>` tags (names the row); an id without a row;
+                an argument that neither this model nor the language model has; a replaced module that does not fit.
         """
+        kwargs = checked_arguments(self.language_model, kwargs, type(self))
+        wiring = self._wiring()
+        ids = self._ids(input_ids, inputs_embeds, wiring)
         if sequence_ids is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
-        media = self.media_of(len(input_ids), media_cache, past_key_values, images)
+        media = self.media_of(len(ids), media_cache, past_key_values, images)
         if phi is None:
-            phi = checked_phi(self.config, input_ids, media, past_key_values)
+            phi = checked_phi(self.config, ids, media, past_key_values)
+        phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         if self.lm_takes_positions:
-            kwargs["position_ids"] = counted_positions(position_ids, attention_mask, input_ids.shape[1])
-        if self._lm_takes_logits_to_keep and not lean:
-            kwargs["logits_to_keep"] = logits_to_keep
+            kwargs["position_ids"] = counted_positions(position_ids, attention_mask, ids.shape[1])
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
-        call = self._call(input_ids, phi, media, kwargs, output_cross_attentions)
-        loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
+        # With labels the logits of all positions are needed, and those that are not kept fall away at the end.
+        keep = logits_to_keep if labels is None and takes(self.language_model, "logits_to_keep") else 0
+        kwargs |= {"logits_to_keep": keep} if takes(self.language_model, "logits_to_keep") and not lean else {}
+        kwargs |= {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {}
+        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
+        loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
+        if keep is not logits_to_keep and not lean:
+            last = isinstance(logits_to_keep, int)
+            out.logits = out.logits[:, slice(-logits_to_keep, None) if last else logits_to_keep]  # type: ignore[operator]
         return self._output(out, loss, phi, media, call.segments, lean)
 
-    def _call(self, input_ids: Tensor, phi: Tensor, media: MediaCache, options: dict[str, Any], maps: bool) -> Call:
+    def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wiring: Wiring) -> Int[Tensor, "B T"]:
+        """Return the ids of the text, -1 where only an embedding is given.
+
+        Raises:
+            UserError: neither is given, they differ in shape, an id has no row, or the LM takes no embeddings.
+        """
+        if input_ids is not None:
+            check_ids(input_ids, wiring, training=self.training)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise UserError("forward needs input_ids, as from the processor, or inputs_embeds")
+            return input_ids
+        if not takes(self.language_model, "inputs_embeds"):
+            raise UserError(f"{type(unwrapped(self.language_model)).__name__} takes no inputs_embeds; give input_ids")
+        if input_ids is None:
+            return ids_of_embeddings(inputs_embeds, wiring, self.config.media_reset_token_id)
+        if input_ids.shape != inputs_embeds.shape[:2]:
+            raise UserError(
+                f"input_ids are {tuple(input_ids.shape)}, but inputs_embeds {tuple(inputs_embeds.shape)}; both are of "
+                "the same tokens, or input_ids are left out"
+            )
+        return input_ids
+
+    def _call(
+        self,
+        input_ids: Tensor,
+        phi: Tensor,
+        media: MediaCache,
+        options: dict[str, Any],
+        maps: bool,
+        wiring: Wiring,
+    ) -> Call:
         """Return what the hooks need to know; makes the LM's cache that is asked for and missing."""
         if options["use_cache"]:
             if options["past_key_values"] is None:
@@ -442,13 +596,22 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if maps or media.maps is not None:
             segments = replace(segments, maps=[])
         keys_values = media.keys_values if options["use_cache"] else None
-        return Call(media.features, segments, keys_values, self.new_tokens.match(input_ids))
+        return Call(wiring, media.features, segments, keys_values, self.new_tokens.match(input_ids))
 
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
-        assert call.is_new is not None
-        with self._state.running(call):
-            return self.language_model(input_ids=input_ids.masked_fill(call.is_new.any(-1), 0), **options)
+        embedded = "inputs_embeds" not in options
+        if embedded:
+            options = {**options, "input_ids": input_ids.masked_fill(call.is_new.any(-1), 0)}
+        with running(call):
+            out = self.language_model(**options, return_dict=True)
+        check_ran(call, self.language_model, embedded=embedded)
+        if options.get("output_attentions") and (not out.attentions or out.attentions[0] is None):
+            raise UserError(
+                "output_attentions needs the language model's attention computed the slow way; call "
+                "model.language_model.set_attn_implementation('eager') first"
+            )
+        return out
 
     def _run_with_loss(
         self,
@@ -544,6 +707,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def trains(part: nn.Module) -> bool:
+    """Say whether a part has a parameter that trains."""
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
