@@ -401,7 +401,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 )
         return wiring
 
-    def _check_vocabulary(self, lm: PreTrainedModel) -> None:
+    def _check_vocabulary(self, lm: Any) -> None:
         """Raise UserError where rows of another LM would be taken for those of the new tokens."""
         before, after = (
             self.config.text_config.get_text_config(decoder=True).vocab_size,
@@ -414,7 +414,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 "is the same one with rows added, put it in first and then call model.resize_token_embeddings"
             )
 
-    def _adopt(self, lm: PreTrainedModel) -> None:
+    def _adopt(self, lm: Any) -> None:
         """Let the config follow the LM that hangs in the tree, which may not be the one that was built in."""
         self.config.text_config = lm.config
         self.config.tie_word_embeddings = bool(getattr(lm.config, "tie_word_embeddings", False))

@@ -121,7 +121,7 @@ def check_ran(call: Call, lm: nn.Module, *, embedded: bool) -> None:
         )
 
 
-def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
+def find_decoder_layers(lm: Any, path: str | None = None) -> nn.ModuleList:
     """Return the list of decoder layers: the shallowest `nn.ModuleList` with as many entries as the LM has layers.
 
     Of several such lists, one of layers that transformers can recompute (every decoder's are) comes first.
@@ -475,12 +475,12 @@ def _with_new(ids: tuple[int, ...], output: Tensor, logits: Tensor) -> Tensor:
     return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)
 
 
-def embedding_table(lm: PreTrainedModel) -> Any:
+def embedding_table(lm: Any) -> Any:
     """Return the LM's input embedding."""
     return lm.get_input_embeddings()
 
 
-def output_head(lm: PreTrainedModel) -> Any:
+def output_head(lm: Any) -> Any:
     """Return the LM's output layer (D to V); a model that has none is a UserError."""
     head = lm.get_output_embeddings()
     if head is None:
