@@ -40,8 +40,8 @@ from flamingo.layers.media_mask import Segments
 class Wiring:
     """The modules that a call runs, as they hung in the module tree when it began."""
 
-    layers: dict[nn.Module, str]
-    """Decoder layer -> key of the gated block in front of it."""
+    layers: dict[int, str]
+    """`id` of a decoder layer (torch.compile traces no look-up by module) -> key of the gated block before it."""
     blocks: nn.ModuleDict
     new_tokens: Any
     """A `NewTokens`, or what somebody wrapped around it."""
@@ -268,7 +268,7 @@ def wire(
             f"{type(lm).__name__} has {len(stack)} decoder layers, but there is a gated block for layer "
             f"{out_of_range[0]}; give a language model with at least {int(out_of_range[0]) + 1}"
         )
-    layers = {stack[int(key)]: key for key in blocks}
+    layers = {id(stack[int(key)]): key for key in blocks}
     if len(layers) < len(blocks):
         raise UserError(
             f"decoder layers of {type(lm).__name__} are one module several times, so its gated blocks cannot be told "
@@ -283,7 +283,7 @@ def wire(
         mapped=bool(getattr(lm, "hf_device_map", None)),
     )
     _check_fit(wiring, lm)
-    for layer in layers:
+    for layer in (stack[int(key)] for key in blocks):
         if _before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
     for module, before, after in (
@@ -369,7 +369,7 @@ def _segments_on(segments: Segments, device: torch.device) -> Segments:
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the gated block in front of a decoder layer."""
     call = _thread.call
-    key = None if call is None else call.wiring.layers.get(layer)
+    key = None if call is None else call.wiring.layers.get(id(layer))
     if call is None or key is None:
         return None
     # Every causal decoder of transformers passes the hidden states first; some by name.
