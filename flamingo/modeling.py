@@ -482,7 +482,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         pixel_values: Shaped[Tensor, "..."] | None = None,
         image_counts: Int[Tensor, "B"] | None = None,
         frame_counts: Int[Tensor, "I"] | None = None,
-        phi: Int[Tensor, "B T"] | None = None,
+        phi: Int[Tensor, "B P"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -494,7 +494,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         output_cross_attentions: bool = False,
-        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        inputs_embeds: Float[Tensor, "B Z D"] | None = None,
         **kwargs: Any,
     ) -> FlamingoOutput:
         """Run the model.

@@ -67,7 +67,7 @@ def fresh_tables(model: Any) -> None:
 
 
 def through_pickle(model: Any) -> None:
-    model.language_model = pickle.loads(pickle.dumps(model.language_model))  # noqa: S301
+    model.language_model = pickle.loads(pickle.dumps(model.language_model))
 
 
 def wrapped_layers(model: Any) -> None:

@@ -117,7 +117,9 @@ def test_the_table_gives_the_new_tokens_rows(vocab: int) -> None:
     inputs = tiny.batch(processor)
     rows = model.get_input_embeddings()(inputs["input_ids"])
     image = inputs["input_ids"] == model.config.image_token_id
-    assert torch.equal(rows[image][0], model.new_tokens.input_rows[model.new_tokens.ids.index(processor.image_token_id)])
+    assert torch.equal(
+        rows[image][0], model.new_tokens.input_rows[model.new_tokens.ids.index(processor.image_token_id)]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
