@@ -49,7 +49,7 @@ def test_resized_saved_loaded(family: str, tied: bool, mean_resizing: bool, tmp_
     assert logits(model, inputs).shape[-1] == size
     ours = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(ours, loaded.generate(**inputs, max_new_tokens=3, do_sample=False))
-    answers = [torch.tensor([size - 1]), torch.tensor([size - 2, 40])]
+    answers = [[size - 1], [size - 2, 40]]
     assert bool(model.score_candidates(inputs, answers).isfinite().all())
 
 
@@ -96,7 +96,7 @@ def test_ids_without_a_row() -> None:
 def test_tokens_added_before_building() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<box>"])
-    with pytest.raises(UserError, match="leave a gap behind the 259 rows.*on the LM before"):
+    with pytest.raises(UserError, match=r"leave a gap behind the 259 rows.*on the LM before"):
         tiny.flamingo("llama", tokenizer=tokenizer)
     model, processor = tiny.flamingo("llama", vocab=len(tokenizer), tokenizer=tokenizer)
     logits(model, tiny.batch(processor))
