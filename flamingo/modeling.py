@@ -516,14 +516,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
             skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
             output_cross_attentions: return every block's attention weights, computed the slow way.
-            inputs_embeds: in place of `input_ids`, or beside them, which then only say where the images are. Alone,
-                the new tokens are found by their rows, as `get_input_embeddings()` gives them; what `phi` is too
-                short for stands in front and sees no image (peft's prompt tuning).
+            inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
             kwargs: go to the language model; `return_dict=False` gives a tuple.
 
         Raises:
-            UserError: the images do not match the counts or the `<image>` tags (names the row); an id without a row;
-                an argument that neither this model nor the language model has; a replaced module that does not fit.
+            UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
         kwargs = checked_arguments(self.language_model, kwargs, type(self))
         wiring = self._wiring()
@@ -540,19 +537,20 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             kwargs["position_ids"] = counted_positions(position_ids, attention_mask, ids.shape[1])
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
+        kwargs |= {} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         # With labels the logits of all positions are needed, and those that are not kept fall away at the end.
-        keep = logits_to_keep if labels is None and takes(self.language_model, "logits_to_keep") else 0
-        kwargs |= {"logits_to_keep": keep} if takes(self.language_model, "logits_to_keep") and not lean else {}
-        kwargs |= {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {}
+        early = labels is None and takes(self.language_model, "logits_to_keep")
+        kwargs |= {"logits_to_keep": logits_to_keep} if early else {}
         call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
-        if keep is not logits_to_keep and not lean:
-            last = isinstance(logits_to_keep, int)
-            out.logits = out.logits[:, slice(-logits_to_keep, None) if last else logits_to_keep]  # type: ignore[operator]
+        out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
 
     def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wiring: Wiring) -> Int[Tensor, "B T"]:
         """Return the ids of the text, -1 where only an embedding is given.
+
+        Beside embeddings, ids only say where the images are. Without ids the new tokens are found by their rows, as
+        `get_input_embeddings()` gives them.
 
         Raises:
             UserError: neither is given, they differ in shape, an id has no row, or the LM takes no embeddings.
@@ -707,6 +705,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def last_of(logits: Float[Tensor, "B T V"], keep: int | Tensor) -> Float[Tensor, "B K V"]:
+    """Return the logits of the last `keep` positions, 0 all, or of those that a tensor names."""
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
 def trains(part: nn.Module) -> bool:
