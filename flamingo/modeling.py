@@ -502,10 +502,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Args:
             input_ids: tokens; each `<image>` stands for one image or clip.
             attention_mask: (B, past + T), 0 for padding.
-            pixel_values: all rows' images in order, (I, F, C, S, S), or their frames (N, C, S, S); None or empty
-                for none. Instead: `media_features` from `encode_media`, or `media_cache`, what `media_cache()` gave.
-            image_counts: images of each row; may be left out for one row.
-            frame_counts: frames of each image, where they differ.
+            pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
+            image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, where they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
             past_key_values: the cache of earlier calls; it remembers their images too.
@@ -514,7 +512,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
             logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
-            skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
+            skip_logits: with labels, no logits, the head over labelled positions only; the default in training.
             output_cross_attentions: return every block's attention weights, computed the slow way.
             inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
             kwargs: go to the language model; `return_dict=False` gives a tuple.
@@ -523,28 +521,41 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
         kwargs = checked_arguments(self.language_model, kwargs, type(self))
-        wiring = self._wiring()
-        ids = self._ids(input_ids, inputs_embeds, wiring)
+        ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
         if sequence_ids is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(ids), media_cache, past_key_values, images)
-        if phi is None:
-            phi = checked_phi(self.config, ids, media, past_key_values)
+        phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
         phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
-        if self.lm_takes_positions:
-            kwargs["position_ids"] = counted_positions(position_ids, attention_mask, ids.shape[1])
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
-        kwargs |= {} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        # With labels the logits of all positions are needed, and those that are not kept fall away at the end.
-        early = labels is None and takes(self.language_model, "logits_to_keep")
-        kwargs |= {"logits_to_keep": logits_to_keep} if early else {}
+        early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
         call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
+
+    def _add_options(
+        self,
+        options: dict[str, Any],
+        length: int,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        logits_to_keep: int | Tensor,
+        labels: Tensor | None,
+    ) -> bool:
+        """Add what this LM takes to its arguments; return whether it keeps only the wanted logits itself."""
+        if self.lm_takes_positions:
+            options["position_ids"] = counted_positions(position_ids, options["attention_mask"], length)
+        if inputs_embeds is not None:
+            options["inputs_embeds"] = inputs_embeds
+        # With labels the logits of all positions are needed, and those that are not kept fall away at the end.
+        early = labels is None and takes(self.language_model, "logits_to_keep")
+        if early:
+            options["logits_to_keep"] = logits_to_keep
+        return early
 
     def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wiring: Wiring) -> Int[Tensor, "B T"]:
         """Return the ids of the text, -1 where only an embedding is given.
