@@ -503,7 +503,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             input_ids: tokens; each `<image>` stands for one image or clip.
             attention_mask: (B, past + T), 0 for padding.
             pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
-            image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, where they differ.
+            image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
             past_key_values: the cache of earlier calls; it remembers their images too.
