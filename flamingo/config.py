@@ -219,6 +219,7 @@ class FlamingoConfig(PreTrainedConfig):
         media_reset_token_id: id of a token after which no image is seen until the next `<image>` (IDEFICS: the end
             of a sequence); None: an image is seen until the next one.
         attend_all_previous: a token sees the images before its own as well; no released model does.
+        freezing_policy: which parts train, as `model.freeze()` was told last; None: the paper's policy.
         kwargs: of any transformers config.
 
     Raises:
@@ -245,6 +246,7 @@ class FlamingoConfig(PreTrainedConfig):
         decoder_layers_path: str | None = None,
         media_reset_token_id: int | None = None,
         attend_all_previous: bool = False,
+        freezing_policy: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _vision_config(vision_config)
@@ -271,6 +273,7 @@ class FlamingoConfig(PreTrainedConfig):
         self.decoder_layers_path = decoder_layers_path
         self.media_reset_token_id = media_reset_token_id
         self.attend_all_previous = attend_all_previous
+        self.freezing_policy = None if freezing_policy is None else dict(freezing_policy)
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         with _implementations_kept(text_config, self.vision_config, self.vision_config.encoder_config):

@@ -10,9 +10,8 @@ width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,21 @@ from flamingo.inference import generation, scoring
 from flamingo.inference.generation import checked_phi, count_phi
 from flamingo.inference.media_cache import ImageInputs, MediaCache
 from flamingo.labels import IGNORED
-from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
+from flamingo.language.hooks import (
+    Call,
+    NewTokens,
+    Wiring,
+    check_new_ids,
+    check_ran,
+    new_tokens_for,
+    output_head,
+    recompute_in_call,
+    running,
+    table_shape,
+    unwrapped,
+    wire,
+)
+from flamingo.language.inputs import check_ids, checked_arguments, fitted_phi, ids_of_embeddings, takes
 from flamingo.language.loss import changes_logits, mean_nll, next_labels
 from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
@@ -61,6 +74,7 @@ from flamingo.vision.encoder import (
     flat_frames,
     frames_of,
     repair_buffers,
+    touched,
 )
 
 PARTS = {
@@ -112,13 +126,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    _state: CallState
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
     resampler: Connector
     cross_attn_blocks: nn.ModuleDict
     new_tokens: NewTokens
-    policy: dict[str, str]
     push_to_hub = hub.push_folder  # type: ignore[assignment]
 
     @torch.no_grad()
@@ -146,6 +158,9 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def freeze(self, policy: Mapping[str, str] | None = None) -> None:
         """Decide which parts train. Parts that `policy` does not name follow the paper's policy.
 
+        The policy is saved with the config and holds again after loading. Afterwards `requires_grad` is the truth:
+        what is unfrozen by hand, or has adapters in it, trains as well. That is not saved, only what was given here.
+
         Raises:
             UserError: an unknown part, or a value that is neither "frozen" nor "train".
         """
@@ -158,34 +173,42 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 "freezing policy language='train': the language model is quantised, and packed weights have no "
                 "gradient; leave it frozen and add LoRA adapters (docs/finetune.md, QLoRA)"
             )
-        self.policy = {**PAPER_POLICY, **(policy or {})}
+        self.config.freezing_policy = {**PAPER_POLICY, **(policy or {})}
         for attribute, part in PARTS.items():
             getattr(self, attribute).requires_grad_(self.policy[part] == "train")
-        self.vision_encoder.frozen = self.policy["vision"] == "frozen"
         self.train(self.training)
 
+    @property
+    def policy(self) -> dict[str, str]:
+        """Which parts `freeze` was told to train, by their names."""
+        return {**PAPER_POLICY, **(self.config.freezing_policy or {})}
+
     def train(self, mode: bool = True) -> Any:
-        """Switch to training mode; frozen parts stay in eval mode."""
+        """Switch to training mode; parts in which no parameter trains now stay in eval mode."""
         super().train(mode)
-        for attribute, part in PARTS.items():
-            if self.policy[part] == "frozen":
+        for attribute in PARTS:
+            if not trains(getattr(self, attribute)):
                 getattr(self, attribute).eval()
-        if mode and self.policy["language"] == "frozen":
-            self._let_frozen_layers_recompute()
+        self._let_frozen_layers_recompute(mode and not self.language_model.training)
         return self
 
-    def _let_frozen_layers_recompute(self) -> None:
+    def _let_frozen_layers_recompute(self, frozen: bool) -> None:
         """Where recomputation is on, mark the frozen LM's layers as training: transformers recomputes no others.
 
         Only the layer object itself is marked, its modules stay in eval; a dropout rate that it applies by its own
-        `training` flag is set to zero, so its output is that of eval mode.
+        `training` flag is set to zero, so its output is that of eval mode, and set back when the LM trains.
         """
         for layer in self.language_model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            if not isinstance(layer, GradientCheckpointingLayer):
+                continue
+            own: Any = layer
+            for name, value in vars(layer).pop("_rates", {}).items():
+                setattr(own, name, value)
+            if frozen and layer.gradient_checkpointing:
                 layer.training = True
-                for name, value in vars(layer).items():
-                    if "drop" in name and isinstance(value, float):
-                        setattr(layer, name, 0.0)
+                own._rates = {name: x for name, x in vars(layer).items() if "drop" in name and isinstance(x, float)}
+                for name in own._rates:
+                    setattr(own, name, 0.0)
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name since transformers 5.23
         activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable  # type: ignore[assignment]
@@ -193,19 +216,15 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
-        """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not."""
-        super()._set_gradient_checkpointing(enable, partial(self._recompute, gradient_checkpointing_func), **options)
+        """Have LM layers, blocks and resampler layers recompute their activations in the backward pass, or not.
+
+        Always without reentrance (`use_reentrant=True` is overruled): with it the adapters in layers whose input has
+        no gradient, those before the first gated block, would silently get none.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, partial(recompute_in_call, gradient_checkpointing_func), **options)
         self.train(self.training)
-
-    def _recompute(self, recompute: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
-        """Run a layer whose hooks know of this call again when they run again, as before transformers 5.23 they do."""
-        call = self._state.call
-
-        def again(*args: Any) -> Any:
-            with self._state.running(call):
-                return layer(*args)
-
-        return recompute(again, *args)
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: non-reentrant recomputation does not need it, and it would walk back through frozen layers."""
@@ -360,6 +379,10 @@ class EncodesMedia(FlamingoPreTrainedModel):
             raise UserError(f"image_counts has {len(image_counts)} entries for {rows} rows")
         if media_features is None:
             media_features = self._encode_some(pixel_values, frame_counts)
+        elif self.training and torch.is_grad_enabled():
+            # Encoder and resampler do not run; see `_encode_some`.
+            skipped: Iterable[nn.Parameter] = (*self.vision_encoder.parameters(), *self.resampler.parameters())
+            media_features = touched(media_features, (p for p in skipped if p.requires_grad))
         return MediaCache.of(media_features, image_counts.to(media_features.device))
 
     def _encode_some(self, pixel_values: Tensor | None, frame_counts: Tensor | None) -> Tensor:
@@ -368,9 +391,9 @@ class EncodesMedia(FlamingoPreTrainedModel):
         size, dtype = self.vision_encoder.image_size, torch.uint8
         sharded = hasattr(self, "set_requires_gradient_sync")  # a method that FSDP2 gives
         if sharded or (self.training and torch.is_grad_enabled()):
-            # One black image that nobody sees: in a sharded run every process must call the same modules, in
-            # validation too, and give gradients (of zeros) for the same parameters, whether its batch has images or
-            # not.
+            # One black image that nobody sees: in a run of several processes each must call the same modules (where
+            # they are sharded in validation too) and give gradients (of zeros) for the same parameters, whether its
+            # batch has images or not.
             return self.encode_media(torch.zeros(1, 1, 3, size, size, dtype=dtype, device=self.device))[:0].clone()
         return self.resampler.empty()
 
@@ -398,7 +421,6 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self, config: FlamingoConfig, vision_module: nn.Module | None = None, causal_lm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
-        self.policy = dict(PAPER_POLICY)  # asked for as soon as the config turns recomputation on
         for built in (vision_module, causal_lm):
             for module in built.modules() if built is not None else ():
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -421,19 +443,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             }
         )
         self.new_tokens = new_tokens_for(causal_lm, list(config.new_token_ids or ()))
-        self._state = CallState()
-        lm_parameters = inspect.signature(causal_lm.forward).parameters
-        self.lm_takes_positions = "position_ids" in lm_parameters
-        self._lm_takes_logits_to_keep = "logits_to_keep" in lm_parameters
         # Whether the LM's logits are what its head gives; None: not known yet.
-        self._head_is_last = False if changes_logits(config.text_config.get_text_config(decoder=True)) else None
-        attach(
-            causal_lm,
-            self.cross_attn_blocks,
-            self.new_tokens,
-            self._state,
-            decoder_layers_path=config.decoder_layers_path,
-        )
+        self._head_is_last: bool | None = None
+        self._adopt(causal_lm)
+        self._wiring()
         for module in self.modules():  # what constructors drew stays as it is; on the meta device they drew nothing
             if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not getattr(
                 module.weight, "is_meta", True
@@ -442,7 +455,100 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self.post_init()
         self.generation_config = generation.default_generation_config(causal_lm, config)
         storage.hand_down(self)
-        self.freeze()
+        self.freeze(config.freezing_policy)
+
+    def __setstate__(self, state: Any) -> None:
+        """Restore a copy, whose tables then know their model."""
+        super().__setstate__(state)
+        self._wiring()
+
+    def _wiring(self) -> Wiring:
+        """Return the modules that hang in the tree now, after a look at whether they fit together.
+
+        Raises:
+            UserError: a module that was replaced does not fit; says what was found and what is needed.
+        """
+        lm = self.language_model
+        wiring = wire(
+            self, lm, self.cross_attn_blocks, self.new_tokens, decoder_layers_path=self.config.decoder_layers_path
+        )
+        if lm.config is not self.config.text_config:
+            self._check_vocabulary(lm)
+            self._adopt(lm)
+        for key, block in self.cross_attn_blocks.items():
+            media_width = getattr(getattr(getattr(block, "attn", None), "k_proj", None), "in_features", None)
+            if media_width not in (None, self.resampler.width):
+                raise UserError(
+                    f"the resampler gives latents {self.resampler.width} wide, but the gated block of layer {key} "
+                    f"takes {media_width}; give a module of that width"
+                )
+        return wiring
+
+    def _check_vocabulary(self, lm: Any) -> None:
+        """Raise UserError where rows of another LM would be taken for those of the new tokens."""
+        before, after = (
+            self.config.text_config.get_text_config(decoder=True).vocab_size,
+            table_shape(output_head(lm))[0],
+        )
+        if taken := [token for token in self.new_tokens.ids if before <= token < after]:
+            raise UserError(
+                f"the language model put in has a vocabulary of {after} rows, the one before had {before}, so the new "
+                f"tokens' ids {taken} would hide words of it; build a model around it with from_backbones, or, if it "
+                "is the same one with rows added, put it in first and then call model.resize_token_embeddings"
+            )
+
+    def _adopt(self, lm: Any) -> None:
+        """Let the config follow the LM that hangs in the tree, which may not be the one that was built in."""
+        self.config.text_config = lm.config
+        self.config.tie_word_embeddings = bool(getattr(lm.config, "tie_word_embeddings", False))
+        self._head_is_last = False if changes_logits(lm.config.get_text_config(decoder=True)) else None
+
+    @property
+    def lm_takes_positions(self) -> bool:
+        """Whether the language model's `forward` has `position_ids`."""
+        return takes(self.language_model, "position_ids")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the LM's input embedding; called with ids it gives the new tokens' rows for theirs."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LM's input embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the LM's head, which has no rows for new tokens behind its own."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the LM's head."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the LM's table and head, as for any causal LM; give `len(tokenizer)`.
+
+        The new tokens keep their own (trained) rows: an id of theirs that then lies inside the table is still theirs.
+
+        Raises:
+            UserError: the table would end in front of a new token's id.
+        """
+        rows = table_shape(output_head(self.language_model))[0]
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        wanted = wanted if pad_to_multiple_of is None else -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        last = max(self.new_tokens.ids, default=-1)
+        if wanted < rows and wanted <= last:
+            raise UserError(
+                f"resize_token_embeddings({new_num_tokens}) would end the table of {rows} rows in front of the new "
+                f"token {last}; {last + 1} is the least, unless the model is built again from its backbones"
+            )
+        check_new_ids(list(self.new_tokens.ids), wanted, type(self.language_model).__name__)
+        table: nn.Embedding = self.language_model.resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        self.vocab_size = self.config.text_config.get_text_config(decoder=True).vocab_size
+        return table
 
     @classmethod
     def from_backbones(cls, vision: Any, language: Any, **options: Any) -> tuple[Any, Any]:
@@ -454,12 +560,12 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Shaped[Tensor, "..."] | dict[str, Any] | None = None,
         pixel_values: Shaped[Tensor, "..."] | None = None,
         image_counts: Int[Tensor, "B"] | None = None,
         frame_counts: Int[Tensor, "I"] | None = None,
-        phi: Int[Tensor, "B T"] | None = None,
+        phi: Int[Tensor, "B P"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -468,9 +574,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         media_cache: MediaCache | None = None,
         sequence_ids: Int[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         output_cross_attentions: bool = False,
+        inputs_embeds: Float[Tensor, "B Z D"] | None = None,
         **kwargs: Any,
     ) -> FlamingoOutput:
         """Run the model.
@@ -478,10 +585,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Args:
             input_ids: tokens; each `<image>` stands for one image or clip.
             attention_mask: (B, past + T), 0 for padding.
-            pixel_values: all rows' images in order, (I, F, C, S, S), or their frames (N, C, S, S); None or empty
-                for none. Instead: `media_features` from `encode_media`, or `media_cache`, what `media_cache()` gave.
-            image_counts: images of each row; may be left out for one row.
-            frame_counts: frames of each image, where they differ.
+            pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
+            image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
             past_key_values: the cache of earlier calls; it remembers their images too.
@@ -489,32 +594,87 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
-            logits_to_keep: only the last so many positions' logits; 0 all.
-            skip_logits: with labels, no logits, and the head over labelled positions only; the default in training.
+            logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
+            skip_logits: with labels, no logits, the head over labelled positions only; the default in training.
             output_cross_attentions: return every block's attention weights, computed the slow way.
-            kwargs: go to the language model.
+            inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
+            kwargs: go to the language model; `return_dict=False` gives a tuple.
 
         Raises:
-            UserError: the images do not match the counts or the `<image>` tags (names the row).
+            UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
+        kwargs = checked_arguments(self.language_model, kwargs, type(self))
+        ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
         if sequence_ids is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
-        media = self.media_of(len(input_ids), media_cache, past_key_values, images)
-        if phi is None:
-            phi = checked_phi(self.config, input_ids, media, past_key_values)
+        media = self.media_of(len(ids), media_cache, past_key_values, images)
+        phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
+        phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
-        if self.lm_takes_positions:
-            kwargs["position_ids"] = counted_positions(position_ids, attention_mask, input_ids.shape[1])
-        if self._lm_takes_logits_to_keep and not lean:
-            kwargs["logits_to_keep"] = logits_to_keep
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
-        call = self._call(input_ids, phi, media, kwargs, output_cross_attentions)
-        loss, out = self._run_with_loss(input_ids, call, kwargs, labels, num_items_in_batch, lean)
+        early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
+        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
+        loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
+        out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
 
-    def _call(self, input_ids: Tensor, phi: Tensor, media: MediaCache, options: dict[str, Any], maps: bool) -> Call:
+    def _add_options(
+        self,
+        options: dict[str, Any],
+        length: int,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        logits_to_keep: int | Tensor,
+        labels: Tensor | None,
+    ) -> bool:
+        """Add what this LM takes to its arguments; return whether it keeps only the wanted logits itself."""
+        if self.lm_takes_positions:
+            options["position_ids"] = counted_positions(position_ids, options["attention_mask"], length)
+        if inputs_embeds is not None:
+            options["inputs_embeds"] = inputs_embeds
+        # With labels the logits of all positions are needed, and those that are not kept fall away at the end.
+        early = labels is None and takes(self.language_model, "logits_to_keep")
+        if early:
+            options["logits_to_keep"] = logits_to_keep
+        return early
+
+    def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wiring: Wiring) -> Int[Tensor, "B T"]:
+        """Return the ids of the text, -1 where only an embedding is given.
+
+        Beside embeddings, ids only say where the images are. Without ids the new tokens are found by their rows, as
+        `get_input_embeddings()` gives them.
+
+        Raises:
+            UserError: neither is given, they differ in shape, an id has no row, or the LM takes no embeddings.
+        """
+        if input_ids is not None:
+            check_ids(input_ids, wiring, training=self.training)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise UserError("forward needs input_ids, as from the processor, or inputs_embeds")
+            return input_ids
+        if not takes(self.language_model, "inputs_embeds"):
+            raise UserError(f"{type(unwrapped(self.language_model)).__name__} takes no inputs_embeds; give input_ids")
+        if input_ids is None:
+            return ids_of_embeddings(inputs_embeds, wiring, self.config.media_reset_token_id)
+        if input_ids.shape != inputs_embeds.shape[:2]:
+            raise UserError(
+                f"input_ids are {tuple(input_ids.shape)}, but inputs_embeds {tuple(inputs_embeds.shape)}; both are of "
+                "the same tokens, or input_ids are left out"
+            )
+        return input_ids
+
+    def _call(
+        self,
+        input_ids: Tensor,
+        phi: Tensor,
+        media: MediaCache,
+        options: dict[str, Any],
+        maps: bool,
+        wiring: Wiring,
+    ) -> Call:
         """Return what the hooks need to know; makes the LM's cache that is asked for and missing."""
         if options["use_cache"]:
             if options["past_key_values"] is None:
@@ -528,17 +688,26 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if maps or media.maps is not None:
             segments = replace(segments, maps=[])
         keys_values = media.keys_values if options["use_cache"] else None
-        return Call(media.features, segments, keys_values, self.new_tokens.match(input_ids))
+        return Call(wiring, media.features, segments, keys_values, self.new_tokens.match(input_ids))
 
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
-        assert call.is_new is not None
+        embedded = "inputs_embeds" not in options
+        if embedded:
+            options = {**options, "input_ids": input_ids.masked_fill(call.is_new.any(-1), 0)}
         # The LM looks in its own config only.
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
                 options.setdefault(name, True)
-        with self._state.running(call):
-            return self.language_model(input_ids=input_ids.masked_fill(call.is_new.any(-1), 0), **options)
+        with running(call):
+            out = self.language_model(**options, return_dict=True)
+        check_ran(call, self.language_model, embedded=embedded)
+        if options.get("output_attentions") and (not out.attentions or out.attentions[0] is None):
+            raise UserError(
+                "output_attentions needs the language model's attention computed the slow way; call "
+                "model.language_model.set_attn_implementation('eager') first"
+            )
+        return out
 
     def _run_with_loss(
         self,
@@ -634,6 +803,16 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def last_of(logits: Float[Tensor, "B T V"], keep: int | Tensor) -> Float[Tensor, "B K V"]:
+    """Return the logits of the last `keep` positions, 0 all, or of those that a tensor names."""
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def trains(part: nn.Module) -> bool:
+    """Say whether a part has a parameter that trains."""
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -20,8 +20,11 @@ class MediaModel(Protocol):
 
     config: FlamingoConfig
     generation_config: GenerationConfig
-    lm_takes_positions: bool
-    """Whether the language model's `forward` has `position_ids`."""
+
+    @property
+    def lm_takes_positions(self) -> bool:
+        """Whether the language model's `forward` has `position_ids`."""
+        ...
 
     @property
     def language_model(self) -> Any:

@@ -3,9 +3,11 @@
 The blocks stand beside the LM, not in it. Forward pre-hooks on the decoder layers call them, so the LM keeps
 its class, its state dict and everything transformers can do with it. The rows of new tokens (`<image>`,
 `<|endofchunk|>`) are a small table of their own, inserted by hooks on the input embedding and on the head, so the
-frozen table needs no gradient and no optimizer state and is never resized.
+frozen table needs no gradient and no optimizer state and is never resized for them.
 
-What the hooks need of the current call is in a `CallState`, one per thread: two threads may generate with one model.
+The hooks are plain functions and hold nothing. What they do is decided by the call that runs in their thread: it
+carries the modules that hung in the module tree when it began (`Wiring`). So a replaced or wrapped layer, block, table
+or whole LM is what runs, a copy calls its own parts, two models may share one LM, and two threads may generate.
 
 Letters: B batch, T text tokens, D width, V rows of the LM's table, n new tokens, N labelled positions.
 """
@@ -13,9 +15,10 @@ Letters: B batch, T text tokens, D width, V rows of the LM's table, n new tokens
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,16 +36,32 @@ from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import Segments
 
 
+@dataclass(eq=False)
+class Wiring:
+    """The modules that a call runs, as they hung in the module tree when it began."""
+
+    layers: dict[int, str]
+    """`id` of a decoder layer (torch.compile traces no look-up by module) -> key of the gated block before it."""
+    blocks: nn.ModuleDict
+    new_tokens: Any
+    """A `NewTokens`, or what somebody wrapped around it."""
+    embedding: nn.Module
+    head: nn.Module
+    mapped: bool
+    """Whether the LM is spread over several devices."""
+
+
 @dataclass
 class Call:
     """What the hooks need to know about the forward pass that is running in this thread."""
 
+    wiring: Wiring
     media: Float[Tensor, "I L E"]
     """Latents of all images that the rows may see, those of earlier calls included."""
     segments: Segments
     cache: dict[str, KeysValues] | None
-    is_new: Bool[Tensor, "B T n"] | None = None
-    """Which token is which new token; None where no new token occurs."""
+    is_new: Bool[Tensor, "B T n"]
+    """Which token is which new token."""
     keep: Int[Tensor, "N"] | None = None
     """Positions in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
     targets: Int[Tensor, "N"] | None = None
@@ -51,27 +70,58 @@ class Call:
     """Hidden states at those positions, on their way from the head's input to the losses."""
     nll: Float[Tensor, "N"] | None = None
     """The losses as they left the head."""
+    ran: set[str] = field(default_factory=set)
+    """Keys of the blocks that ran, "embedding" and "head"."""
 
 
-class CallState(threading.local):
-    """The running call of each thread. A copy (deepcopy, pickle) starts without one."""
+class _Thread(threading.local):
+    """What runs in each thread."""
 
     call: Call | None = None
-
-    def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
-        return (CallState, ())
-
-    @contextmanager
-    def running(self, call: Call | None) -> Iterator[None]:
-        """Make `call` the one that this thread's hooks see."""
-        before, self.call = self.call, call
-        try:
-            yield
-        finally:
-            self.call = before
+    outside: tuple[nn.Module, Any, Tensor] | None = None
+    """Table, new tokens and which token is which, of a table that is being called outside of any call."""
 
 
-def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
+_thread = _Thread()
+
+
+@contextmanager
+def running(call: Call | None) -> Iterator[None]:
+    """Make `call` the one that this thread's hooks see."""
+    before, _thread.call = _thread.call, call
+    try:
+        yield
+    finally:
+        _thread.call = before
+
+
+def recompute_in_call(recompute: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    """Run a layer whose hooks know of this call again when they run again, as before transformers 5.23 they do."""
+    call = _thread.call
+
+    def again(*args: Any) -> Any:
+        with running(call):
+            return layer(*args)
+
+    return recompute(again, *args)
+
+
+def check_ran(call: Call, lm: nn.Module, *, embedded: bool) -> None:
+    """Raise UserError where the LM ran past a block, its table or its head: images or new tokens had no effect.
+
+    `embedded`: the LM was given ids. In training an LM may skip layers by design (layer dropout).
+    """
+    wiring = call.wiring
+    missed = [] if lm.training else [key for key in wiring.blocks if key not in call.ran]
+    if missed or "head" not in call.ran or (embedded and "embedding" not in call.ran):
+        what = f"the decoder layers {', '.join(missed)}" if missed else "its input embedding or its output head"
+        raise UserError(
+            f"{type(lm).__name__} ran, but not {what} that hang in its module tree, so images or new tokens had no "
+            "effect; put replaced modules where the language model calls them"
+        )
+
+
+def find_decoder_layers(lm: Any, path: str | None = None) -> nn.ModuleList:
     """Return the list of decoder layers: the shallowest `nn.ModuleList` with as many entries as the LM has layers.
 
     Of several such lists, one of layers that transformers can recompute (every decoder's are) comes first.
@@ -79,6 +129,7 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
     Raises:
         UserError: there is none; `path` (config: `decoder_layers_path`) names it instead.
     """
+    lm = unwrapped(lm)
     wanted = num_decoder_layers(lm.config)
     if path is not None:
         try:
@@ -90,8 +141,12 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
         if len(layers) != wanted:
             raise UserError(f"decoder_layers_path={path!r} has {len(layers)} modules, but the LM has {wanted} layers")
         return layers
+    # Looking through the whole tree takes milliseconds; where the list was found the last time takes none.
+    known = _layers_paths.get(lm)
+    if known is not None and isinstance(layers := _at(lm, known), nn.ModuleList) and len(layers) == wanted:
+        return layers
     candidates = [
-        (not all(isinstance(layer, GradientCheckpointingLayer) for layer in module), name.count("."), module)
+        (not all(isinstance(layer, GradientCheckpointingLayer) for layer in module), name.count("."), name, module)
         for name, module in lm.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == wanted and "vision" not in name
     ]
@@ -104,7 +159,31 @@ def find_decoder_layers(lm: PreTrainedModel, path: str | None = None) -> nn.Modu
             f"its config's number of layers; its lists are {', '.join(lists) or 'none'}; name the right one with "
             "decoder_layers_path='...'"
         )
+    _layers_paths[lm] = min(candidates, key=lambda item: item[:2])[2]
     return min(candidates, key=lambda item: item[:2])[-1]
+
+
+_layers_paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""LM -> where its decoder layers were found."""
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def unwrapped(module: Any) -> Any:
+    """Return what peft, torch.compile or DistributedDataParallel wrapped; anything else as it is."""
+    while not isinstance(module, PreTrainedModel):
+        inner = next((module._modules[name] for name in ("_orig_mod", "module") if name in module._modules), None)
+        if inner is None and hasattr(module, "get_base_model"):
+            inner = module.get_base_model()
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 class NewTokens(nn.Module):
@@ -158,32 +237,106 @@ def new_tokens_for(lm: PreTrainedModel, ids: list[int]) -> NewTokens:
     """Return a table for `ids` that fits the LM, tied where the LM is tied; ids with a gap are a UserError."""
     table, head = table_shape(embedding_table(lm)), table_shape(output_head(lm))
     tied = bool(getattr(lm.config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    beyond = sorted(i for i in ids if i >= head[0])
-    if beyond != list(range(head[0], head[0] + len(beyond))):
-        raise UserError(
-            f"new token ids {beyond} leave a gap behind the LM's {head[0]} rows; they must lie inside its table or "
-            "follow it directly"
-        )
+    check_new_ids(ids, head[0], type(lm).__name__)
     return NewTokens(ids, table[1], head[1], tied=tied and table[1] == head[1])
 
 
-def attach(
-    lm: PreTrainedModel,
+def wire(
+    owner: nn.Module,
+    lm: Any,
     blocks: nn.ModuleDict,
-    new_tokens: NewTokens,
-    state: CallState,
+    new_tokens: Any,
     *,
     decoder_layers_path: str | None = None,
-) -> None:
-    """Register the hooks. Outside of a running call they do nothing, so the LM alone is just itself."""
-    layers = find_decoder_layers(lm, decoder_layers_path)
-    for key in blocks:
-        hook = _BlockHook(blocks, key, state, mapped=bool(getattr(lm, "hf_device_map", None)))
-        layers[int(key)].register_forward_pre_hook(hook, with_kwargs=True)
-    embedding_table(lm).register_forward_hook(_EmbeddingHook(new_tokens, state))
-    head = output_head(lm)
-    head.register_forward_pre_hook(_KeepHook(state))
-    head.register_forward_hook(_HeadHook(new_tokens, state))
+) -> Wiring:
+    """Return what hangs in the tree now, with hooks on it. Outside of a running call the LM alone stays just itself.
+
+    The one exception: new tokens' ids given to the table itself (`model.get_input_embeddings()(ids)`, prompt tuning)
+    are looked up in the `new_tokens` of `owner`, the model.
+
+    Raises:
+        UserError: the LM has no such layers, table or head, or one of the modules does not fit.
+    """
+    if not hasattr(lm, "get_input_embeddings") or not hasattr(lm, "config"):
+        raise UserError(
+            f"model.language_model is a {type(lm).__name__}; a causal LM of transformers is needed there, which may be "
+            "wrapped by peft or torch.compile"
+        )
+    stack = find_decoder_layers(lm, decoder_layers_path)
+    if out_of_range := [key for key in blocks if int(key) >= len(stack)]:
+        raise UserError(
+            f"{type(lm).__name__} has {len(stack)} decoder layers, but there is a gated block for layer "
+            f"{out_of_range[0]}; give a language model with at least {int(out_of_range[0]) + 1}"
+        )
+    layers = {id(stack[int(key)]): key for key in blocks}
+    if len(layers) < len(blocks):
+        raise UserError(
+            f"decoder layers of {type(lm).__name__} are one module several times, so its gated blocks cannot be told "
+            "apart; choose cross_attn_layers that are modules of their own"
+        )
+    wiring = Wiring(
+        layers,
+        blocks,
+        new_tokens,
+        embedding_table(lm),
+        output_head(lm),
+        mapped=bool(getattr(lm, "hf_device_map", None)),
+    )
+    _check_fit(wiring, lm)
+    for layer in (stack[int(key)] for key in blocks):
+        if _before_layer not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+    for module, before, after in (
+        (wiring.embedding, _before_embedding, _after_embedding),
+        (wiring.head, _before_head, _after_head),
+    ):
+        if before not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(before)
+        if after not in module._forward_hooks.values():
+            # In front of FSDP2's, which may be there already and which takes the gathered weights away again.
+            module.register_forward_hook(after, prepend=True)
+    known = _owners.get(wiring.embedding)
+    if known is None or known() is not owner:
+        _owners[wiring.embedding] = weakref.ref(owner)
+    return wiring
+
+
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""Input embedding -> the model that it belongs to."""
+
+
+def _check_fit(wiring: Wiring, lm: Any) -> None:
+    """Raise UserError where tables, blocks and new tokens have widths or ids that do not go together."""
+    new_tokens, name = wiring.new_tokens, type(unwrapped(lm)).__name__
+    table, head = table_shape(wiring.embedding), table_shape(wiring.head)
+    rows = new_tokens.input_rows if new_tokens.output_rows is None else new_tokens.output_rows
+    sides = (("input embedding", table[1], new_tokens.input_rows), ("output head", head[1], rows))
+    for side, width, own in sides:
+        if width != own.shape[1]:
+            raise UserError(
+                f"the {side} of {name} is {width} wide, but the rows of the new tokens are {own.shape[1]} wide; "
+                "give a module of that width, or build a model around this one with from_backbones"
+            )
+    check_new_ids(list(new_tokens.ids), head[0], name)
+    hidden = lm.config.get_text_config(decoder=True).hidden_size
+    for key, block in wiring.blocks.items():
+        width = getattr(getattr(getattr(block, "attn", None), "q_proj", None), "in_features", hidden)
+        if width != hidden:
+            raise UserError(
+                f"{name} is {hidden} wide, but the gated block of layer {key} is {width} wide; give a module of that "
+                "width, or build a model around this one with from_backbones"
+            )
+
+
+def check_new_ids(ids: list[int], rows: int, name: str) -> None:
+    """Raise UserError unless the ids of new tokens lie inside a table of so many rows or follow it directly."""
+    beyond = sorted(i for i in ids if i >= rows)
+    if beyond != list(range(rows, rows + len(beyond))):
+        raise UserError(
+            f"new token ids {beyond} leave a gap behind the {rows} rows of {name}; they must lie inside its table or "
+            "follow it directly: call resize_token_embeddings(len(tokenizer)), on the LM before a model is built "
+            "around it or on the model"
+        )
 
 
 def place_beside(lm: PreTrainedModel, blocks: nn.ModuleDict, *, decoder_layers_path: str | None = None) -> None:
@@ -197,7 +350,13 @@ def _computes_in(block: Any) -> torch.dtype:
     """Return the precision that a block computes in: FSDP2's policy, where one casts what is stored in float32."""
     state = getattr(block, "_get_fsdp_state", None)
     policy = None if state is None else getattr(state(), "_mp_policy", None)
-    return getattr(policy, "param_dtype", None) or block.attn_gate.dtype
+    return getattr(policy, "param_dtype", None) or _gate(block).dtype
+
+
+def _gate(block: Any) -> Tensor:
+    """Return the parameter that says where and in which precision a block is: its gate, if it has one."""
+    gate = getattr(block, "attn_gate", None)
+    return gate if isinstance(gate, Tensor) else next(p for p in block.parameters() if p.is_floating_point())
 
 
 def _segments_on(segments: Segments, device: torch.device) -> Segments:
@@ -207,104 +366,121 @@ def _segments_on(segments: Segments, device: torch.device) -> Segments:
     return replace(segments, **moved)
 
 
-# The hooks are small objects and not closures, so that `copy.deepcopy(model)` copies what they point to as well: the
-# copy's layers call the copy's blocks.
-@dataclass(eq=False)
-class _BlockHook:
-    blocks: nn.ModuleDict
-    key: str
-    state: CallState
-    mapped: bool
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.state.call
-        if call is None:
-            return None
-        # Every causal decoder of transformers passes the hidden states first; some by name.
-        x = args[0] if args else kwargs["hidden_states"]
-        block: Any = self.blocks[self.key]
-        # A block may be in float32 between layers that are stored in bfloat16: it computes in its own. Under a device
-        # map x still is where the layer before was. (Elsewhere a gate's device says nothing: FSDP2 may offload it.)
-        where = block.attn_gate.device if self.mapped else x.device
-        media = call.media.to(where, _computes_in(block))
-        segments = _segments_on(call.segments, where) if self.mapped else call.segments
-        out = block(x.to(media), media, segments=segments, cache=call.cache, key=self.key).to(x.dtype)
-        return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
-
-
-@dataclass(eq=False)
-class _EmbeddingHook:
-    new_tokens: NewTokens
-    state: CallState
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = self.state.call
-        if call is None or call.is_new is None:
-            return None
-        return self.new_tokens(output, call.is_new, scale=embedding_scale(module))
-
-
-@dataclass(eq=False)
-class _KeepHook:
-    state: CallState
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        call = self.state.call
-        if call is None or call.keep is None:
-            return None
-        kept = args[0].flatten(0, 1).index_select(0, call.keep.to(args[0].device))
-        if call.targets is not None:
-            call.kept, kept = kept, kept[:0]
-        return (kept[None], *args[1:])
-
-
-@dataclass(eq=False)
-class _HeadHook:
-    new_tokens: NewTokens
-    state: CallState
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = self.state.call
-        if call is None:
-            return None
-        if call.targets is None or call.kept is None:
-            return self._with_new(output, self.new_tokens(args[0]))
-        # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
-        kept, call.kept = call.kept, None
-        frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        call.nll = nll_in_chunks(
-            partial(self._logits, module),
-            kept,
-            self.new_tokens(kept),
-            call.targets.to(kept.device),
-            chunk=chunk_of(output.shape[-1], kept.device),
-            frozen_head=frozen,
+def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the gated block in front of a decoder layer."""
+    call = _thread.call
+    key = None if call is None else call.wiring.layers.get(id(layer))
+    if call is None or key is None:
+        return None
+    # Every causal decoder of transformers passes the hidden states first; some by name.
+    x = args[0] if args else kwargs.get("hidden_states")
+    block: Any = call.wiring.blocks[key]
+    if not isinstance(x, Tensor) or x.shape[:2] != call.is_new.shape[:2]:
+        found = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(
+            f"decoder layer {key} ({type(layer).__name__}) was given {found} where hidden states of "
+            f"{tuple(call.is_new.shape[:2])} rows and tokens are needed; what changes the text inside the language "
+            "model (prompt tuning) goes around the whole model: get_peft_model(model, ...)"
         )
-        return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
-
-    def _logits(self, head: nn.Module, hidden: Tensor, new_logits: Tensor) -> Tensor:
-        return self._with_new(head.forward(hidden), new_logits)
-
-    def _with_new(self, output: Tensor, logits: Tensor) -> Tensor:
-        """Put the new tokens' logits in their columns, and behind the LM's."""
-        size = output.shape[-1]
-        order = sorted(range(len(self.new_tokens.ids)), key=self.new_tokens.ids.__getitem__)
-        inside = [j for j in order if self.new_tokens.ids[j] < size]
-        if inside:
-            columns = torch.tensor([self.new_tokens.ids[j] for j in inside], device=output.device)
-            output = output.index_copy(-1, columns, logits[..., inside].to(output.dtype))
-        beyond = order[len(inside) :]
-        if not beyond:
-            return output
-        return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)
+    call.ran.add(key)
+    # A block may be in float32 between layers that are stored in bfloat16: it computes in its own. Under a device
+    # map x still is where the layer before was. (Elsewhere a gate's device says nothing: FSDP2 may offload it.)
+    mapped = call.wiring.mapped
+    where = _gate(block).device if mapped else x.device
+    media = call.media.to(where, _computes_in(block))
+    segments = _segments_on(call.segments, where) if mapped else call.segments
+    out = block(x.to(media), media, segments=segments, cache=call.cache, key=key).to(x.dtype)
+    return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
 
 
-def embedding_table(lm: PreTrainedModel) -> Any:
+def _before_embedding(table: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Outside of a call: keep the ids of new tokens, which the LM's table may not have, from it."""
+    if _thread.call is not None:
+        return None
+    _thread.outside, reference = None, _owners.get(table)
+    owner: Any = None if reference is None else reference()
+    if owner is None or not args or not isinstance(args[0], Tensor):
+        return None
+    is_new = owner.new_tokens.match(args[0])
+    if not bool(is_new.any()):
+        return None
+    _thread.outside = (table, owner.new_tokens, is_new)
+    return (args[0].masked_fill(is_new.any(-1), 0), *args[1:])
+
+
+def _after_embedding(table: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Put the rows of the new tokens in."""
+    call, outside = _thread.call, _thread.outside
+    if call is not None and table is call.wiring.embedding:
+        call.ran.add("embedding")
+        new_tokens, is_new = call.wiring.new_tokens, call.is_new
+    elif call is None and outside is not None and table is outside[0]:
+        _thread.outside = None
+        _, new_tokens, is_new = outside
+    else:
+        return None
+    rows: Tensor = new_tokens(output, is_new, scale=embedding_scale(table))
+    return rows
+
+
+def _before_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let only those positions into the head whose logits are wanted."""
+    call = _thread.call
+    if call is None or head is not call.wiring.head or call.keep is None:
+        return None
+    kept = args[0].flatten(0, 1).index_select(0, call.keep.to(args[0].device))
+    if call.targets is not None:
+        call.kept, kept = kept, kept[:0]
+    return (kept[None], *args[1:])
+
+
+def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Add the logits of the new tokens, or make losses of the kept positions."""
+    call = _thread.call
+    if call is None or head is not call.wiring.head:
+        return None
+    call.ran.add("head")
+    new_tokens = call.wiring.new_tokens
+    if call.targets is None or call.kept is None:
+        return _with_new(new_tokens.ids, output, new_tokens(args[0]))
+    # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
+    kept, call.kept = call.kept, None
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    call.nll = nll_in_chunks(
+        partial(_logits, head, new_tokens.ids),
+        kept,
+        new_tokens(kept),
+        call.targets.to(kept.device),
+        chunk=chunk_of(output.shape[-1], kept.device),
+        frozen_head=frozen,
+    )
+    return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+
+
+def _logits(head: nn.Module, ids: tuple[int, ...], hidden: Tensor, new_logits: Tensor) -> Tensor:
+    return _with_new(ids, head.forward(hidden), new_logits)
+
+
+def _with_new(ids: tuple[int, ...], output: Tensor, logits: Tensor) -> Tensor:
+    """Put the new tokens' logits in their columns, and behind the LM's."""
+    size = output.shape[-1]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    inside = [j for j in order if ids[j] < size]
+    if inside:
+        columns = torch.tensor([ids[j] for j in inside], device=output.device)
+        output = output.index_copy(-1, columns, logits[..., inside].to(output.dtype))
+    beyond = order[len(inside) :]
+    if not beyond:
+        return output
+    return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)
+
+
+def embedding_table(lm: Any) -> Any:
     """Return the LM's input embedding."""
     return lm.get_input_embeddings()
 
 
-def output_head(lm: PreTrainedModel) -> Any:
+def output_head(lm: Any) -> Any:
     """Return the LM's output layer (D to V); a model that has none is a UserError."""
     head = lm.get_output_embeddings()
     if head is None:
@@ -314,14 +490,29 @@ def output_head(lm: PreTrainedModel) -> Any:
 
 def table_shape(module: Any) -> tuple[int, int]:
     """Return rows and width of an embedding or an output layer, also of a quantised one, whose weight is packed."""
+    module = innermost(module)
     for rows, width in (("num_embeddings", "embedding_dim"), ("out_features", "in_features")):
         if hasattr(module, rows) and hasattr(module, width):
             return int(getattr(module, rows)), int(getattr(module, width))
     return int(module.weight.shape[0]), int(module.weight.shape[1])
 
 
+def innermost(module: Any) -> Any:
+    """Return the layer that an adapter of peft or torch.compile stands around; anything else as it is."""
+    while isinstance(module, nn.Module):
+        inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+_WRAPPED = ("base_layer", "original_module", "_orig_mod", "module")
+
+
 def table_values(module: Any) -> Float[Tensor, "V D"] | None:
     """Return the rows of an embedding or an output layer in float32; None where they are packed."""
+    module = innermost(module)
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_quantized or not weight.is_floating_point():
         return None
@@ -333,5 +524,5 @@ def embedding_scale(table: Any) -> Tensor | None:
 
     The output side uses the same rows without it, so the rows of new tokens are stored unscaled as well.
     """
-    scale = getattr(table, "embed_scale", None)
+    scale = getattr(innermost(table), "embed_scale", None)
     return None if scale is None else torch.as_tensor(scale)

@@ -20,7 +20,7 @@ import hashlib
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,23 +50,23 @@ class VisionEncoder(nn.Module):
         self.tower = encoder
         self.image_size = config.image_size
         self.class_token, self.final_norm = config.class_token, config.final_norm
-        self.frozen = True
+        self._unread: tuple[tuple[int, ...], list[nn.Parameter]] = ((), [])
         self.statistics = {"mean": config.mean, "std": config.std}
         for name, values in self.statistics.items():
             self.register_buffer(name, torch.tensor(values))
 
     def forward(self, pixel_values: Shaped[Tensor, "I F C S S"]) -> Float[Tensor, "I F P D"]:
-        """Return the patch tokens of every frame; without gradients where the encoder is frozen."""
+        """Return the patch tokens of every frame, with gradients where a weight or the pixels ask for them."""
         images, frames = pixel_values.shape[:2]
         pixels = pixel_values.flatten(0, 1)
         dtype = next(self.tower.parameters()).dtype
         if pixels.dtype == torch.uint8:
             shape = (1, -1, 1, 1)
             pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = patch_tokens(
-                self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm
-            )
+        # Autograd records nothing where neither weights nor pixels ask for it: a frozen encoder leaves no graph.
+        tokens = patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
+        if self.training and torch.is_grad_enabled():
+            tokens = touched(tokens, self._unread_by(tokens))
         return tokens.unflatten(0, (images, frames))
 
     def initialize(self) -> None:
@@ -74,11 +74,44 @@ class VisionEncoder(nn.Module):
         for name, values in self.statistics.items():
             init.copy_(getattr(self, name), torch.tensor(values))
 
+    def _unread_by(self, tokens: Tensor) -> list[nn.Parameter]:
+        """Return the trained weights that the tokens do not depend on: of a final norm, of a pooling head.
+
+        They have to get a gradient (of zeros) all the same, or DistributedDataParallel would wait for it.
+        """
+        trained = [p for p in self.tower.parameters() if p.requires_grad]
+        key = tuple(map(id, trained))
+        if self._unread[0] != key:
+            read = leaves_of(tokens)
+            self._unread = key, [p for p in trained if id(p) not in read]
+        return self._unread[1]
+
     @torch.no_grad()
     def check(self) -> None:
         """Run a black image, so that an encoder without a class token or final norm is refused before it is used."""
         shape = (1, 1, 3, self.image_size, self.image_size)
         self(torch.zeros(shape, device=next(self.tower.parameters()).device))
+
+
+def touched(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return `x`, whose backward pass also gives a gradient of zeros to `parameters`."""
+    none = [p.flatten()[:0] for p in parameters if not hasattr(p, "full_tensor")]  # FSDP2 sees to its own
+    return x + sum(part.sum() for part in none).to(x) if none else x  # type: ignore[union-attr]
+
+
+def leaves_of(x: Tensor) -> set[int]:
+    """Return the ids of all parameters that a tensor's gradient would go to."""
+    leaves: set[int] = set()
+    waiting, seen = [x.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def patch_tokens(

@@ -93,8 +93,9 @@ def test_encoder_normalises_uint8_only_and_has_no_gradient() -> None:
     encoder = VisionEncoder(tiny.vision(), config)
     raw = tiny.picture(0)[None, None]
     torch.testing.assert_close(encoder(raw), encoder((raw.float() / 255 - 0.5) / 0.25))
+    encoder.requires_grad_(False)
     assert not encoder(raw).requires_grad
-    encoder.frozen = False
+    encoder.requires_grad_(True)
     assert encoder(raw).requires_grad
 
 

@@ -40,8 +40,8 @@ def _without_mixed(modules: Iterable[tuple[nn.Module, dict[str, bool]]]) -> Iter
 
 def _flamingo_modules(model: FlamingoForConditionalGeneration) -> Iterator[tuple[nn.Module, dict[str, bool]]]:
     lm = model.language_model
-    # The encoder runs without gradients, and a look-up does not need its embedding rows in backward.
-    yield model.vision_encoder, {"backward": not model.vision_encoder.frozen}
+    # No gradient passes a frozen encoder, and a look-up does not need its embedding rows in backward.
+    yield model.vision_encoder, {"backward": any(p.requires_grad for p in model.vision_encoder.parameters())}
     for small in (model.resampler, *model.cross_attn_blocks.values(), model.new_tokens):
         yield small, {"keep": True}
     for layer in find_decoder_layers(lm, model.config.decoder_layers_path):
