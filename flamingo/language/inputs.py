@@ -32,7 +32,8 @@ def _parameters(model_class: Any) -> Mapping[str, inspect.Parameter]:
 
 def takes(lm: nn.Module, name: str) -> bool:
     """Say whether an LM's `forward` names this argument."""
-    return name in _parameters(type(unwrapped(lm)))
+    lm_class: Any = type(unwrapped(lm))
+    return name in _parameters(lm_class)
 
 
 def checked_arguments(lm: nn.Module, given: Mapping[str, Any], own: type) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def checked_arguments(lm: nn.Module, given: Mapping[str, Any], own: type) -> dic
     Raises:
         UserError: neither of the two takes one of them.
     """
-    parameters = _parameters(type(unwrapped(lm)))
+    lm_class: Any = type(unwrapped(lm))
+    parameters = _parameters(lm_class)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     taken = {*parameters, *(_HANDED_ON if open_ended else ())}
     kept = {name: value for name, value in given.items() if name in taken}

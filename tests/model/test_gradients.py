@@ -60,7 +60,8 @@ def test_unfrozen_by_hand(recompute: bool) -> None:
     model, processor = tiny.flamingo("llama")
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": True})  # overruled
-    layers: Any = model.vision_encoder.tower.encoder.layers
+    encoder: Any = model.vision_encoder.tower
+    layers = encoder.encoder.layers
     layer = layers[1]
     layer.requires_grad_(True)
     model.train()
