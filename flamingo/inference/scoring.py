@@ -22,8 +22,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.errors import UserError
-from flamingo.inference.generation import count_phi, left_padded, token_phi
-from flamingo.inference.media_cache import ImageInputs, MediaCache, check_counts
+from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, check_counts
+from flamingo.inference.prompts import (
+    call_mask,
+    check_length,
+    check_rows,
+    count_phi,
+    inferred_mask,
+    left_padded,
+    token_phi,
+)
 from flamingo.inference.protocol import MediaModel
 
 BATCH = 64
@@ -80,6 +88,8 @@ def score_candidates(
     """
     prompt = _prompt(model, prompt_inputs)
     options = per_row_candidates(candidates, len(prompt.ids))
+    longest = max(len(option) for row in options for option in row)
+    check_length(model, prompt.mask.shape[1], prompt.mask, longest, "tokens of a candidate")
     out = model(
         input_ids=prompt.ids,
         attention_mask=prompt.mask,
@@ -108,26 +118,27 @@ def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> PromptState:
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
     images = ImageInputs(**{name: inputs.get(name) for name in ImageInputs._fields})
     media = model.media_of(len(ids), inputs.get("media_cache"), past, images).branch()
-    before = 0 if past is None else past.get_seq_length()
+    before = cached_length(past)
+    check_rows(ids, None)
     if phi is None:
         seen = media.seen if before else None
         phi = count_phi(model.config, ids, seen=seen)
         check_counts(phi, media, seen)
+    mask = inferred_mask(model, ids) if mask is None and not before else call_mask(model, ids, mask, media, past)
     if mask is None:
         mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.long, device=ids.device)
+    check_rows(ids, mask[:, before:])
     if not before:
         ids, mask, phi = left_padded(ids, mask, phi)
+    elif not bool(mask[:, -1].all()):
+        raise UserError("rows that are padded on the right cannot go on from a cache; pad them on the left")
     return PromptState(ids, mask, phi, media, None if past is None else _branch(past))
 
 
 def _branch(cache: Cache) -> Cache:
     """Return a cache that can be continued while the given one stays as it is."""
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        kept, cache_media = getattr(cache, "media", None), copy.copy(cache)
-        cache_media.media = None  # type: ignore[attr-defined]
-        out = copy.deepcopy(cache_media)
-        out.media = kept  # type: ignore[attr-defined]
-        return out
+        return copy.deepcopy(cache)
     out = copy.copy(cache)
     out.layers = [copy.copy(layer) for layer in cache.layers]  # these grow by making new tensors
     return out

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flamingo import FlamingoForConditionalGeneration, UserError
-from flamingo.inference.generation import left_padded
+from flamingo.inference.prompts import left_padded
 from tests.model import tiny
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
