@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.config import FlamingoConfig
@@ -80,16 +80,21 @@ def generate(
         UserError: a row without tokens; images and `<image>` tags that differ in number (names the row and both
             numbers); more tokens than the LM has positions; a way of decoding that cannot show images.
     """
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise UserError("generate has the prompt twice, as its first argument and as input_ids; give one")
     options = Options(model, kwargs)
     refuse_unsupported(options, output_cross_attentions)
     keep_unwanted(model, kwargs, options)
-    ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+    given = kwargs.pop("input_ids", None)
+    ids = given if inputs is None else inputs
     if kwargs.get("inputs_embeds") is not None:
         prompt = _embedded(model, ids, kwargs)
     else:
         prompt = _prompt(model, ids, kwargs, options)
     new, what = options.new_tokens(prompt.ids.shape[1] or prompt.width)
     check_length(model, prompt.width, prompt.mask, new, what)
+    if options.assisted() and len(prompt.ids) > 1:
+        raise UserError("assisted decoding takes one row at a time; call generate for each")
     media, copies = prompt.media, options.copies()
     if (assistant := options("assistant_model")) is not None:
         kwargs["assistant_model"] = draft_of(
@@ -106,7 +111,10 @@ def generate(
         media.maps = []
     elif copies > 1 and prompt.ids.shape[1] > 1 and options.can_share_prompt():
         kwargs["past_key_values"] = _prompt_cache(model, prompt, copies)
-    out = base_generate(input_ids=prompt.ids, attention_mask=prompt.mask, media_cache=media, **kwargs)
+    # Without a mask transformers would infer one of its own; a mask of ones it leaves out.
+    ones = prompt.ids.new_ones(len(prompt.ids), prompt.width)
+    mask = ones if prompt.mask is None else prompt.mask
+    out = base_generate(input_ids=prompt.ids, attention_mask=mask, media_cache=media, **kwargs)
     if not isinstance(out, Tensor) and output_cross_attentions:
         out.cross_attentions = tuple(media.maps or ())
     return _with_prompts(out, prompt)
@@ -134,6 +142,7 @@ class Options:
     def __init__(self, model: MediaModel, kwargs: dict[str, Any]) -> None:
         self.kwargs = kwargs
         self._configs = (kwargs.get("generation_config"), model.generation_config)
+        self.lm_config: Any = model.language_model.config.get_text_config(decoder=True)
 
     def __call__(self, name: str) -> Any:
         """Return the value of an option, None where nobody sets it."""
@@ -183,8 +192,7 @@ def refuse_unsupported(options: Options, maps: bool) -> None:
         asked, modes["num_beam_groups"] = "num_beam_groups", "group beam search"
     if asked is not None and options("custom_generate") is None:
         raise UserError(f"{asked}: {modes[asked]} does not know of images; use greedy decoding, samples or beams")
-    if options("cache_implementation") == "paged":
-        raise UserError("cache_implementation='paged' cannot show images; leave it out")
+    _refuse_caches(options)
     past = options("past_key_values")
     if options.assisted():
         if options("cache_implementation") not in (None, "dynamic"):
@@ -197,6 +205,16 @@ def refuse_unsupported(options: Options, maps: bool) -> None:
         raise UserError("output_cross_attentions has one entry a token; leave assistants and prefill_chunk_size out")
     if options("use_cache") is False and (cached_length(past) or options.assisted()):
         raise UserError("use_cache=False cannot go on from past_key_values and takes no assistant; leave it out")
+
+
+def _refuse_caches(options: Options) -> None:
+    kind, past = options("cache_implementation"), options("past_key_values")
+    if kind == "paged":
+        raise UserError("cache_implementation='paged' cannot show images; leave it out")
+    config = options.lm_config
+    fixed = isinstance(past, StaticCache) or (isinstance(kind, str) and kind not in ("dynamic", "offloaded", "quantized"))
+    if fixed and "local" in getattr(config, "attention_layers", ()):
+        raise UserError(f"transformers' {config.model_type} is wrong with a static cache; leave it out")
 
 
 def keep_unwanted(model: MediaModel, kwargs: dict[str, Any], options: Options) -> None:
@@ -259,6 +277,8 @@ def _continued(
     repeated = remembered is not None and copies > 1 and len(remembered.images) == copies * len(ids)
     if remembered is not None and repeated:
         remembered = remembered.moved(lambda rows: rows[::copies])
+    if remembered is not None and len(remembered.images) != len(ids):
+        raise UserError(f"{len(ids)} rows continue a cache of {len(remembered.images)} rows")
     whole = ids.shape[1] > before and (mask is None or mask.shape == ids.shape)
     seen = None if remembered is None or whole else remembered.seen
     tags = count_phi(model.config, ids, seen=seen)
@@ -318,8 +338,6 @@ def _media_behind(
     """Return the images of rows behind a cache: the new ones are added, unless they are all that whole rows name."""
     if given is not None or remembered is None:
         return model.media_of(rows, given, past, images)
-    if len(remembered.images) != rows:
-        raise UserError(f"{rows} rows continue a cache of {len(remembered.images)} rows")
     if images.pixel_values is None and images.media_features is None:
         return remembered
     new = model.media_of(rows, None, None, images)
@@ -364,7 +382,7 @@ def _prompt_cache(model: MediaModel, prompt: Prompt, copies: int) -> Cache | Non
     ids, mask = prompt.ids, prompt.mask
     phi = count_phi(model.config, ids) if prompt.phi is None else prompt.phi
     before = {"input_ids": ids[:, :-1], "attention_mask": None if mask is None else mask[:, :-1], "phi": phi[:, :-1]}
-    cache = model(**before, media_cache=prompt.media, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(**before, media_cache=prompt.media, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
     if not isinstance(cache, Cache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
     cache.batch_repeat_interleave(copies)

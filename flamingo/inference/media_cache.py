@@ -182,8 +182,10 @@ def remember(
     before = media.history[:, :past] if past and media.history is not None else now.new_zeros(len(now), past)
     if len(before) != len(now):
         before = before.repeat_interleave(len(now) // max(len(before), 1), dim=0)
-    fits = isinstance(mask, Tensor) and mask.shape == (len(now), past + now.shape[1])
-    attach_media(cache, replace(media, history=torch.cat([before, now], 1), mask=mask if fits else None, maps=None))
+    total = past + now.shape[1]
+    flat = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total
+    known = mask[:, :total] if flat else None
+    attach_media(cache, replace(media, history=torch.cat([before, now], 1), mask=known, maps=None))
 
 
 def cached_length(cache: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import StaticCache
 from transformers.utils import logging
 
 from flamingo.config import FlamingoConfig
@@ -110,6 +111,8 @@ def call_mask(model: MediaModel, input_ids: Tensor, mask: Any, media: MediaCache
         return torch.cat([media.mask, media.mask.new_ones(len(input_ids), new)], dim=1)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] == before + new:
         return mask
+    if mask.shape[1] > before + new and isinstance(past, StaticCache):
+        return mask  # some families give one of the cache's whole size
     if mask.shape[1] != new:
         raise UserError(
             f"attention_mask is {mask.shape[1]} wide, but there are {new} tokens" + f" and {before} in the cache" * (before > 0)

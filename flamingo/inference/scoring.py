@@ -97,6 +97,7 @@ def score_candidates(
         media_cache=prompt.media,
         past_key_values=prompt.past,
         use_cache=True,
+        return_dict=True,
         logits_to_keep=1,
     )
     prompt.past, prompt.logits = out.past_key_values, out.logits[:, -1].float()
@@ -214,6 +215,7 @@ def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[
         media_cache=prompt.media.branch(),
         past_key_values=_branch(prompt.past),
         use_cache=True,
+        return_dict=True,
     )
     return [
         _read(out.logits[row], [(n, positions[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
@@ -242,6 +244,7 @@ def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> lis
             media_cache=prompt.media.branch(rows),
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
         ).logits[:, -1]
         position = {key: slot for slot, key in enumerate(level)}
         for slot, (row, node) in enumerate(level):
@@ -266,6 +269,7 @@ def score_candidates_slow(
                 phi=token_phi(prompt.phi[row : row + 1], ids.shape[1]),
                 media_cache=prompt.media.branch(torch.tensor([row])),
                 use_cache=False,
+                return_dict=True,
             ).logits[0, -len(option) - 1 : -1]
             scores.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(option) :, None]).sum())
     return torch.stack(scores).view(len(prompt.ids), -1)
