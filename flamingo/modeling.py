@@ -40,7 +40,7 @@ from flamingo.hub import hub_reachable
 from flamingo.inference import generation, scoring
 from flamingo.inference.assistants import vocabulary
 from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, recall, remember
-from flamingo.inference.prompts import call_mask, check_positions, checked_phi
+from flamingo.inference.prompts import call_mask, checked_phi
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import Call, CallState, NewTokens, attach, new_tokens_for
 from flamingo.language.loss import changes_logits, mean_nll, next_labels
@@ -429,8 +429,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         media = self.media_of(len(input_ids), media_cache, past_key_values, images)
         if phi is None:
             phi = checked_phi(self.config, input_ids, media, past_key_values)
-        attention_mask = call_mask(self, input_ids, attention_mask, media, past_key_values)
-        check_positions(self, input_ids, attention_mask, past_key_values, position_ids)
+        attention_mask = call_mask(self, input_ids, attention_mask, media, past_key_values, position_ids)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         if self.lm_takes_positions:
             kwargs["position_ids"] = counted_positions(position_ids, attention_mask, input_ids.shape[1])
@@ -545,7 +544,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Let a search for candidates in the prompt know the new tokens too."""
-        candidates = super()._get_candidate_generator(*args, **kwargs)
+        candidates: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         if hasattr(candidates, "vocab_size"):
             candidates.vocab_size = vocabulary(self)
         return candidates

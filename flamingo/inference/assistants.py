@@ -19,15 +19,24 @@ from flamingo.errors import UserError
 from flamingo.inference.media_cache import ImageInputs, MediaCache
 from flamingo.inference.prompts import position_limit
 from flamingo.inference.protocol import MediaModel
-from flamingo.language.hooks import output_head, table_shape
 
 
 def vocabulary(model: MediaModel) -> int:
     """Return the number of logits that a model gives, those of the new tokens included."""
-    return max(table_shape(output_head(model.language_model))[0], *(i + 1 for i in model.config.new_token_ids or [-1]))
+    return max(
+        _rows(model.language_model.get_output_embeddings()), *(i + 1 for i in model.config.new_token_ids or [-1])
+    )
 
 
-def draft_of(model: MediaModel, assistant: Any, rows: int, images: ImageInputs, length: int, *, translated: bool) -> Any:
+def _rows(table: Any) -> int:
+    """Return the rows of an embedding or a head, also of a quantised one, whose weight is packed."""
+    sizes = (getattr(table, name, None) for name in ("num_embeddings", "out_features"))
+    return next((size for size in sizes if size is not None), len(table.weight))
+
+
+def draft_of(
+    model: MediaModel, assistant: Any, rows: int, images: ImageInputs, length: int, *, translated: bool
+) -> Any:
     """Return the assistant as this call needs it; `length` is the most tokens it has to run.
 
     With `translated` transformers itself writes the prompt in the tokens of the assistant.
@@ -82,9 +91,9 @@ class _TextDraft:
 
 def _forward_known(self: Any, input_ids: Tensor, *args: Any, **options: Any) -> Any:
     """Run a text LM on ids of which it lacks some (`<image>`, ...), and give them logits of minus infinity."""
-    rows = table_shape(self.get_input_embeddings())[0]
+    rows = _rows(self.get_input_embeddings())
     known = input_ids.masked_fill(input_ids >= rows, _filler(self))
-    out = super(_TextDraft, self).forward(known, *args, **options)  # type: ignore[misc]
+    out = super(_TextDraft, self).forward(known, *args, **options)
     if self.draft_width is not None:
         out.logits = pad(out.logits, (0, self.draft_width - out.logits.shape[-1]), value=-torch.inf)
     return out

@@ -80,36 +80,16 @@ def generate(
         UserError: a row without tokens; images and `<image>` tags that differ in number (names the row and both
             numbers); more tokens than the LM has positions; a way of decoding that cannot show images.
     """
-    if inputs is not None and kwargs.get("input_ids") is not None:
-        raise UserError("generate has the prompt twice, as its first argument and as input_ids; give one")
     options = Options(model, kwargs)
     refuse_unsupported(options, output_cross_attentions)
     keep_unwanted(model, kwargs, options)
-    given = kwargs.pop("input_ids", None)
-    ids = given if inputs is None else inputs
-    if kwargs.get("inputs_embeds") is not None:
-        prompt = _embedded(model, ids, kwargs)
-    else:
-        prompt = _prompt(model, ids, kwargs, options)
-    new, what = options.new_tokens(prompt.ids.shape[1] or prompt.width)
-    check_length(model, prompt.width, prompt.mask, new, what)
-    if options.assisted() and len(prompt.ids) > 1:
-        raise UserError("assisted decoding takes one row at a time; call generate for each")
-    media, copies = prompt.media, options.copies()
-    if (assistant := options("assistant_model")) is not None:
-        kwargs["assistant_model"] = draft_of(
-            model,
-            assistant,
-            len(prompt.ids),
-            prompt.images,
-            prompt.width + new,
-            translated=options("assistant_tokenizer") is not None,
-        )
+    prompt = _checked_prompt(model, inputs, kwargs, options)
+    media = prompt.media
     if prompt.phi is not None:
         kwargs["phi"] = prompt.phi
     if output_cross_attentions:
         media.maps = []
-    elif copies > 1 and prompt.ids.shape[1] > 1 and options.can_share_prompt():
+    elif (copies := options.copies()) > 1 and prompt.ids.shape[1] > 1 and options.can_share_prompt():
         kwargs["past_key_values"] = _prompt_cache(model, prompt, copies)
     # Without a mask transformers would infer one of its own; a mask of ones it leaves out.
     ones = prompt.ids.new_ones(len(prompt.ids), prompt.width)
@@ -212,7 +192,9 @@ def _refuse_caches(options: Options) -> None:
     if kind == "paged":
         raise UserError("cache_implementation='paged' cannot show images; leave it out")
     config = options.lm_config
-    fixed = isinstance(past, StaticCache) or (isinstance(kind, str) and kind not in ("dynamic", "offloaded", "quantized"))
+    fixed = isinstance(past, StaticCache) or (
+        isinstance(kind, str) and kind not in ("dynamic", "offloaded", "quantized")
+    )
     if fixed and "local" in getattr(config, "attention_layers", ()):
         raise UserError(f"transformers' {config.model_type} is wrong with a static cache; leave it out")
 
@@ -228,6 +210,26 @@ def keep_unwanted(model: MediaModel, kwargs: dict[str, Any], options: Options) -
     else:
         kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
         kwargs["generation_config"].suppress_tokens = every
+
+
+def _checked_prompt(model: MediaModel, inputs: Tensor | None, kwargs: dict[str, Any], options: Options) -> Prompt:
+    """Read the prompts and see that there is room behind them; an assistant becomes what this call needs of it."""
+    ids = kwargs.pop("input_ids", None)
+    if inputs is not None and ids is not None:
+        raise UserError("generate has the prompt twice, as its first argument and as input_ids; give one")
+    read = _prompt if kwargs.get("inputs_embeds") is None else _embedded
+    prompt = read(model, ids if inputs is None else inputs, kwargs, options)
+    new, what = options.new_tokens(prompt.ids.shape[1] or prompt.width)
+    check_length(model, prompt.width, prompt.mask, new, what)
+    rows, assistant = len(prompt.ids), options("assistant_model")
+    if options.assisted() and rows > 1:
+        raise UserError("assisted decoding takes one row at a time; call generate for each")
+    if assistant is not None:
+        translated = options("assistant_tokenizer") is not None
+        longest = prompt.width + new
+        draft = draft_of(model, assistant, rows, prompt.images, longest, translated=translated)
+        kwargs["assistant_model"] = draft
+    return prompt
 
 
 def _prompt(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any], options: Options) -> Prompt:
@@ -287,8 +289,8 @@ def _continued(
         if len(wrong := (named != remembered.seen.abs()).nonzero()[:, 0]):
             row = int(wrong[0])
             raise UserError(
-                f"row {row} of the cache has seen {int(remembered.seen[row].abs())} images in its {before} tokens, but so "
-                f"many of input_ids name {int(named[row])}; give whole rows, or the tokens that follow with an "
+                f"row {row} of the cache has seen {int(remembered.seen[row].abs())} images in its {before} tokens, but "
+                f"so many of input_ids name {int(named[row])}; give whole rows, or the tokens that follow with an "
                 "attention_mask of the whole rows"
             )
     mask = _whole_mask(model, ids, mask, before, whole, remembered)
@@ -299,7 +301,9 @@ def _continued(
         phi = torch.cat([phi.new_zeros(len(phi), before), phi], dim=1)
     if copies > 1 and not repeated:
         if not all(hasattr(layer, "batch_repeat_interleave") for layer in past.layers):
-            raise UserError(f"beams and several sequences cannot go on from a {type(past).__name__}; use a DynamicCache")
+            raise UserError(
+                f"beams and several sequences cannot go on from a {type(past).__name__}; use a DynamicCache"
+            )
         past.batch_repeat_interleave(copies)
     width = ids.shape[1] + (0 if whole else before)
     return Prompt(ids, mask, phi, media, images, width)
@@ -347,7 +351,7 @@ def _media_behind(
     return remembered.extended(new.features, counts)
 
 
-def _embedded(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any]) -> Prompt:
+def _embedded(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any], options: Options) -> Prompt:
     """Read prompts that come as embeddings; where the images stand, ids of the same width or phi say."""
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:  # type: ignore[attr-defined]
         raise UserError("generate takes input_ids, which say where the images are, and not inputs_embeds")
@@ -382,7 +386,9 @@ def _prompt_cache(model: MediaModel, prompt: Prompt, copies: int) -> Cache | Non
     ids, mask = prompt.ids, prompt.mask
     phi = count_phi(model.config, ids) if prompt.phi is None else prompt.phi
     before = {"input_ids": ids[:, :-1], "attention_mask": None if mask is None else mask[:, :-1], "phi": phi[:, :-1]}
-    cache = model(**before, media_cache=prompt.media, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
+    cache = model(
+        **before, media_cache=prompt.media, use_cache=True, logits_to_keep=1, return_dict=True
+    ).past_key_values
     if not isinstance(cache, Cache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
     cache.batch_repeat_interleave(copies)

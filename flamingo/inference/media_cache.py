@@ -5,8 +5,8 @@ tokens and beams. It rides on `past_key_values`, so that a hand-written decoding
 it belongs to the call, so two calls in two threads do not meet. Beams need no copies: they share their prompt's
 images in the flat stack.
 
-Whatever re-indexes the rows of such a cache re-indexes what it remembers (`RemembersImages`), and a cache that was cut to
-less text has seen only the images of that text (`recall`). Nothing in here is changed in place, so copies may share.
+Whatever re-indexes the rows of such a cache re-indexes what it remembers (`RemembersImages`), and a cache that was cut
+to less text has seen only the images of that text (`recall`). Nothing in here is changed in place, so copies may share.
 
 Letters: B batch, T text tokens, P tokens in the cache, R rows of the prompt, I images, M most images of a row,
 L latents, E width.
@@ -49,7 +49,7 @@ class MediaCache:
     keys_values: dict[str, KeysValues] = field(default_factory=dict)
     """Of each block, by its key."""
     history: Int[Tensor, "B P"] | None = None
-    """How many `<image>` tokens each row has had up to each token of the cache; the next call sees only ids that follow.
+    """How many `<image>` tokens each row has had up to each token of the cache: the next call sees only what follows.
 
     Negative where a reset token hides them (`media_mask.images_so_far`)."""
     mask: Int[Tensor, "B P"] | None = None
@@ -122,7 +122,7 @@ class RemembersImages(Cache):
     kind: type[Cache]
     """What the cache was."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows, and their images, in another order."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.media = self.media.moved(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
@@ -143,11 +143,11 @@ class RemembersImages(Cache):
 
 
 @lru_cache
-def _remembering(kind: type[Cache]) -> type[RemembersImages]:
+def _remembering(kind: Any) -> Any:
     return type(kind.__name__, (RemembersImages, kind), {"kind": kind, "__doc__": kind.__doc__})
 
 
-def _blank(kind: type[Cache]) -> RemembersImages:
+def _blank(kind: Any) -> Any:
     made = _remembering(kind)
     return made.__new__(made)
 
@@ -214,7 +214,8 @@ def recall(cache: Any) -> MediaCache | None:
     if media is None or media.history is None or not length:
         return None if not length else media
     rows, known = media.history.shape
-    held = next((len(k) for k in (getattr(x, "keys", None) for x in cache.layers) if _filled(k)), rows)
+    keys: list[Any] = [getattr(layer, "keys", None) for layer in cache.layers]
+    held = next((len(own) for own in keys if _filled(own)), rows)
     if held != rows:
         raise UserError(
             f"the cache has {held} rows, but remembers the images of {rows}; change its rows by reorder_cache, "
@@ -224,7 +225,8 @@ def recall(cache: Any) -> MediaCache | None:
         raise UserError(
             f"the cache holds {length} tokens, of which this model has run {known}; run all of them through the model"
         )
-    media = media.moved(lambda rows: rows)
+    if len(media.images) != rows:
+        media = media.moved(lambda rows: rows)
     if length == known:
         return media
     history = media.history[:, :length]  # type: ignore[index]

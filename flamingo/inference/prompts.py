@@ -94,14 +94,22 @@ def inferred_mask(model: MediaModel, input_ids: Int[Tensor, "B T"], *, trailing:
     return mask_from_padding(input_ids, own.pad_token_id, others, trailing=trailing)
 
 
-def call_mask(model: MediaModel, input_ids: Tensor, mask: Any, media: MediaCache, past: Any) -> Any:
+def call_mask(
+    model: MediaModel, input_ids: Tensor, mask: Any, media: MediaCache, past: Any, positions: Tensor | None = None
+) -> Any:
     """Return the mask of a forward pass over the cache's tokens and these: as given, else inferred.
 
     A mask of these tokens only stands behind the one that the cache remembers.
 
     Raises:
-        UserError: a mask (B, T) that fits neither.
+        UserError: a mask (B, T) that fits neither; more tokens than the LM has positions.
     """
+    mask = _call_mask(model, input_ids, mask, media, past)
+    check_positions(model, input_ids, mask, past, positions)
+    return mask
+
+
+def _call_mask(model: MediaModel, input_ids: Tensor, mask: Any, media: MediaCache, past: Any) -> Any:
     before, new = cached_length(past), input_ids.shape[1]
     if mask is None and not before:
         return inferred_mask(model, input_ids, trailing=False)
@@ -115,7 +123,8 @@ def call_mask(model: MediaModel, input_ids: Tensor, mask: Any, media: MediaCache
         return mask  # some families give one of the cache's whole size
     if mask.shape[1] != new:
         raise UserError(
-            f"attention_mask is {mask.shape[1]} wide, but there are {new} tokens" + f" and {before} in the cache" * (before > 0)
+            f"attention_mask is {mask.shape[1]} wide, but there are {new} tokens"
+            + f" and {before} in the cache" * (before > 0)
         )
     known = mask.new_ones(len(mask), before) if media.mask is None else media.mask.to(mask)
     return torch.cat([known, mask], dim=1)
@@ -142,7 +151,9 @@ def position_limit(lm: Any, beyond: int) -> int | None:
     return None
 
 
-def check_positions(model: MediaModel, input_ids: Tensor, mask: Any, past: Any, positions: Tensor | None = None) -> None:
+def check_positions(
+    model: MediaModel, input_ids: Tensor, mask: Any, past: Any, positions: Tensor | None = None
+) -> None:
     """Compare the tokens of a forward pass, and those in the cache, with the LM's positions.
 
     Raises:
@@ -172,7 +183,9 @@ def check_length(model: MediaModel, width: int, mask: Tensor | None, new: int, w
     if mask is not None and model.lm_takes_positions:
         width = int(mask.sum(1).max())
     if width > limit:
-        raise UserError(f"the prompt has {width} tokens, but the language model has {limit} positions; give a shorter one")
+        raise UserError(
+            f"the prompt has {width} tokens, but the language model has {limit} positions; give a shorter one"
+        )
     if width + new - 1 > limit:
         raise UserError(
             f"a prompt of {width} tokens and {what}={new} need {width + new - 1} positions, but the language model has "

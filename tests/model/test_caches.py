@@ -24,7 +24,7 @@ class OwnCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
-            layer.reorder_cache(beam_idx)
+            layer.reorder_cache(beam_idx)  # type: ignore[arg-type]
 
 
 def static(model: Any) -> Cache:
@@ -82,7 +82,11 @@ def test_images_move_with_their_rows(make: Any, move: Any, order: list[int]) -> 
     mask = inputs["attention_mask"]
     wanted = step(model, run(model, inputs, make(model)), mask)[order]
     cache = run(model, inputs, make(model))
-    if isinstance(cache, StaticCache) and not hasattr(cache.layers[0], "batch_repeat_interleave") and order != [2, 0, 1, 3]:
+    if (
+        isinstance(cache, StaticCache)
+        and not hasattr(cache.layers[0], "batch_repeat_interleave")
+        and order != [2, 0, 1, 3]
+    ):
         return  # transformers' own cannot
     move(cache)
     torch.testing.assert_close(step(model, cache, mask[order]), wanted, rtol=0, atol=1e-4)
@@ -123,7 +127,10 @@ def test_copies_part_ways(make: Any, clone: Any) -> None:
     assert isinstance(other, type(make(model)))
     other.reorder_cache(torch.tensor([1, 0, 2, 3]))
     again = clone(other)
-    more = {"pixel_values": torch.stack([tiny.picture(9)] * 4)[:, None], "image_counts": torch.ones(4, dtype=torch.long)}
+    more = {
+        "pixel_values": torch.stack([tiny.picture(9)] * 4)[:, None],
+        "image_counts": torch.ones(4, dtype=torch.long),
+    }
     tag = torch.full((4, 1), model.config.image_token_id)
     longer = torch.cat([mask, torch.ones_like(tag)], 1)
     with torch.no_grad():
@@ -142,9 +149,7 @@ def test_two_branches_with_different_new_images() -> None:
         second = processor(images=[tiny.picture(seed)], text="<image>cd")
         ids = second["input_ids"][:, 1:]
         with torch.no_grad():
-            found = model(
-                input_ids=ids, pixel_values=second["pixel_values"], past_key_values=shallow(cache)
-            ).logits
+            found = model(input_ids=ids, pixel_values=second["pixel_values"], past_key_values=shallow(cache)).logits
             whole = processor(images=[tiny.picture(0), tiny.picture(seed)], text="<image>ab<image>cd")
             wanted = model(**whole, use_cache=False).logits[:, -ids.shape[1] :]
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

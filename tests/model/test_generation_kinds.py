@@ -91,7 +91,12 @@ def test_ways_in_other_families(family: str) -> None:
 def test_beams_and_samples_in_every_way(name: str) -> None:
     model, processor = tiny.flamingo("llama")
     inputs = tiny.batch(processor)
-    for options in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"do_sample": True, "num_beams": 2}):
+    asked: list[dict[str, Any]] = [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+    ]
+    for options in asked:
         found = []
         for way in ({}, WAYS[name]):
             torch.manual_seed(0)
@@ -145,7 +150,9 @@ def test_padding_that_is_also_an_end() -> None:
         with pytest.raises(UserError, match="give attention_mask"):
             call()
     one = without_mask(tiny.batch(processor, [0]))
-    assert torch.equal(model.generate(**one, max_new_tokens=3), model.generate(**tiny.batch(processor, [0]), max_new_tokens=3))
+    assert torch.equal(
+        model.generate(**one, max_new_tokens=3), model.generate(**tiny.batch(processor, [0]), max_new_tokens=3)
+    )
 
 
 ASSISTED: dict[str, Any] = {
@@ -177,13 +184,15 @@ def test_assisted_is_greedy(make: Any, row: int) -> None:
     model, processor = tiny.flamingo("llama")
     inputs = tiny.batch(processor, [row])
     assistant = make(model)
-    kind, before = type(assistant), {name for name in vars(assistant)}
+    kind, before = type(assistant), set(vars(assistant))
     wanted = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     for options in ({}, {"max_length": wanted.shape[1], "max_new_tokens": None}):
-        found = model.generate(**inputs, **{"max_new_tokens": 10, **options}, do_sample=False, assistant_model=assistant)
+        found = model.generate(
+            **inputs, **{"max_new_tokens": 10, **options}, do_sample=False, assistant_model=assistant
+        )
         assert torch.equal(found, wanted)
     assert type(assistant) is kind
-    assert {name for name in vars(assistant)} == before
+    assert set(vars(assistant)) == before
 
 
 def test_a_flamingo_assistant_sees_the_images() -> None:
@@ -204,7 +213,9 @@ def test_a_flamingo_assistant_sees_the_images() -> None:
 
 def test_assisted_samples_and_text_looked_up() -> None:
     model, processor = tiny.flamingo("llama")
-    prompt = processor(images=[tiny.picture(0)] * 2, text="<image>ab ab ab<|endofchunk|><image>ab ab ab<|endofchunk|>ab")
+    prompt = processor(
+        images=[tiny.picture(0)] * 2, text="<image>ab ab ab<|endofchunk|><image>ab ab ab<|endofchunk|>ab"
+    )
     wanted = model.generate(**prompt, max_new_tokens=12)
     for size in (1, 3, 10):
         assert torch.equal(model.generate(**prompt, max_new_tokens=12, prompt_lookup_num_tokens=size), wanted)
@@ -299,7 +310,8 @@ def test_more_tokens_than_positions(family: str) -> None:
     assert fits.shape == (1, 129)
     assert torch.equal(fits, model.generate(**prompt(110), max_new_tokens=19, min_new_tokens=19, use_cache=False))
     for tokens, new in ((110, 20), (128, 2)):
-        for options in ({"max_new_tokens": new}, {"max_length": tokens + new}, {"max_new_tokens": new, "num_beams": 2}):
+        asked: list[Any] = [{"max_new_tokens": new}, {"max_length": tokens + new}]
+        for options in (*asked, {"max_new_tokens": new, "num_beams": 2}):
             with pytest.raises(UserError, match=f"{tokens} tokens and max_.*need {tokens + new - 1} positions.* 128"):
                 model.generate(**prompt(tokens), **options)
     with pytest.raises(UserError, match="at most 4"):
@@ -361,7 +373,9 @@ def test_strings_that_stop_and_lengths() -> None:
     assert model.generate(**batch, min_new_tokens=7, max_new_tokens=7).shape == (3, batch["input_ids"].shape[1] + 7)
 
 
-def greedy_loop(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any) -> Tensor:
+def greedy_loop(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+) -> Tensor:
     """A user's own loop, as transformers' documentation of `custom_generate` has it."""
     done = False
     while not done:
@@ -424,7 +438,9 @@ def test_a_conversation_goes_on_from_its_cache(family: str, new_images: str, mas
     wanted = slow(model, whole, 5)
     found = model.generate(input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=5, **more)
     assert torch.equal(new_of(found, whole)[:, : wanted.shape[1]], wanted[:, : found.shape[1] - ids.shape[1]])
-    beams = model.generate(input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=5, num_beams=3, **more)
+    beams = model.generate(
+        input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=5, num_beams=3, **more
+    )
     assert torch.equal(beams, model.generate(**whole, max_new_tokens=5, num_beams=3))
     past = out.past_key_values.get_seq_length()
     more["attention_mask"] = mask
@@ -445,12 +461,12 @@ def test_cuts_and_mistakes_of_a_conversation() -> None:
         model.generate(input_ids=swapped, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(UserError, match="1 rows continue a cache of 2 rows"):
         model.generate(input_ids=ids[:1], past_key_values=cache, max_new_tokens=2)
+    more: Any = {"pixel_values": torch.stack([tiny.picture(1)] * 2)[:, None], "image_counts": torch.tensor([1, 1])}
     with pytest.raises(UserError, match="row 0 has 2 <image> tags but 3 images"):
-        more = {"pixel_values": torch.stack([tiny.picture(1)] * 2)[:, None], "image_counts": torch.tensor([1, 1])}
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2, **more)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
     with pytest.raises(UserError, match="padded on the right"):
-        mask = torch.ones_like(ids)
-        mask[0, -1] = 0
         model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(UserError, match="use_cache=False"):
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2, use_cache=False)
