@@ -427,8 +427,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(input_ids), media_cache, past_key_values, images)
-        if phi is None:
-            phi = checked_phi(self.config, input_ids, media, past_key_values)
+        phi = checked_phi(self.config, input_ids, media, past_key_values) if phi is None else phi
         attention_mask = call_mask(self, input_ids, attention_mask, media, past_key_values, position_ids)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         if self.lm_takes_positions:
