@@ -159,8 +159,9 @@ def attach_media(cache: Any, media: MediaCache) -> None:
         UserError: it is of a class that cannot.
     """
     if not isinstance(cache, RemembersImages):
+        kind: Any = type(cache)
         try:
-            cache.__class__ = _remembering(type(cache))
+            cache.__class__ = _remembering(kind)
         except TypeError as error:
             raise UserError(
                 f"a {type(cache).__name__} cannot remember the images of its rows ({error}); use a DynamicCache"
