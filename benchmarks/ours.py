@@ -63,7 +63,7 @@ class Ours:
                 do_sample=False,
                 logits_processor=LogitsProcessorList([stamp]),
             )
-        return out[0].tolist()
+        return out[0, len(row.ids) :].tolist()
 
     def rank(self, row: Row, names: list[list[int]]) -> list[float]:
         """Return the log-probability of each name after the prompt."""

@@ -71,7 +71,7 @@ def generate(options: argparse.Namespace) -> int:
     inputs = processor(images=[options.image], text=[prompt]).to(options.device)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=options.max_new_tokens, num_beams=options.beams)
-    print(processor.batch_decode(out)[0].strip())
+    print(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])[0].strip())
     return 0
 
 

@@ -41,8 +41,9 @@ from flamingo import hub, storage
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.inference import generation, scoring
-from flamingo.inference.generation import checked_phi, count_phi
-from flamingo.inference.media_cache import ImageInputs, MediaCache
+from flamingo.inference.assistants import vocabulary
+from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, recall, remember
+from flamingo.inference.prompts import call_mask, checked_phi
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import (
     Call,
@@ -64,7 +65,7 @@ from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import Connector, connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
-from flamingo.layers.media_mask import Segments, seen_after, segments_from_slots, segments_of_rows, slots_from_phi
+from flamingo.layers.media_mask import Segments, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.model_card import write_card
 from flamingo.vision.encoder import (
     VisionEncoder,
@@ -398,15 +399,26 @@ class EncodesMedia(FlamingoPreTrainedModel):
         return self.resampler.empty()
 
     def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:
-        """Return the images of this call: given, encoded now, remembered by the cache, or the last two together."""
+        """Return the images of this call: given, encoded now, remembered by the cache, or the last two together.
+
+        Raises:
+            UserError: the cache holds tokens of which nobody knows what they have seen, or another number of rows.
+        """
+        remembered = recall(past)
         if given is not None:
-            return given
-        remembered: MediaCache | None = getattr(past, "media", None)
-        if remembered is not None and inputs.pixel_values is None and inputs.media_features is None:
+            return given if remembered is None else replace(given, history=remembered.history, mask=remembered.mask)
+        if remembered is None:
+            if cached_length(past) and all(value is None for value in inputs):
+                raise UserError(
+                    "past_key_values holds tokens, but not which images they saw; go on with a cache that this model "
+                    "returned, or give image_counts (zeros for rows without images)"
+                )
+            return self.media_cache(rows, **inputs._asdict())
+        if len(remembered.images) != rows:
+            raise UserError(f"{rows} rows continue a cache of {len(remembered.images)} rows")
+        if inputs.pixel_values is None and inputs.media_features is None:
             return remembered
         new = self.media_cache(rows, **inputs._asdict())
-        if remembered is None:
-            return new
         return remembered.extended(new.features, (new.images >= 0).sum(1))
 
 
@@ -611,6 +623,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         media = self.media_of(len(ids), media_cache, past_key_values, images)
         phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
         phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
+        attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
@@ -679,8 +692,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if options["use_cache"]:
             if options["past_key_values"] is None:
                 options["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
-            media.seen = seen_after(phi, input_ids, self.config.media_reset_token_id, media.seen)
-            options["past_key_values"].media = media
+            reset, mask = self.config.media_reset_token_id, options["attention_mask"]
+            remember(options["past_key_values"], media, phi, input_ids, mask, reset)
         if self.config.attend_all_previous:
             segments = segments_of_rows(phi, media.images)
         else:
@@ -784,13 +797,20 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
         )
         inputs["media_cache"] = media_cache
-        new = inputs["input_ids"].shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if phi is not None:
-            inputs["phi"] = generation.token_phi(phi, input_ids.shape[1])[:, -new:]
-        elif input_ids.shape[1] == past + new:
-            inputs["phi"] = count_phi(self.config, input_ids)[:, -new:]
+        new = next(x for x in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if x is not None).shape[1]
+        inputs["phi"] = generation.phi_of_step(self.config, input_ids, new, past_key_values, phi)
         return inputs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Let a search for candidates in the prompt know the new tokens too."""
+        candidates: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        if hasattr(candidates, "vocab_size"):
+            candidates.vocab_size = vocabulary(self)
+        return candidates
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what transformers' `generate_batch` needs: its paged cache knows no images."""
+        raise UserError("continuous batching (generate_batch) cannot show images; use generate with a batch")
 
     def compute_transition_scores(
         self, sequences: Tensor, scores: Any, beam_indices: Tensor | None = None, normalize_logits: bool = False

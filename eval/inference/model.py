@@ -27,9 +27,9 @@ from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBu
 from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError, first_line
-from flamingo.inference.generation import count_phi
-from flamingo.inference.media_cache import MediaCache
-from flamingo.layers.media_mask import seen_after
+from flamingo.inference.media_cache import MediaCache, attach_media
+from flamingo.inference.prompts import count_phi
+from flamingo.layers.media_mask import images_so_far
 
 FEATURE_FORMAT = 1
 """Version of stored features; raised when what is stored changes."""
@@ -119,20 +119,23 @@ class FlamingoResponder(Responder):
         """Decode greedily, by beam search or by sampling, until the end-of-chunk token or the end of text."""
         batch = self._inputs(prompts, features)
         if "past_key_values" in batch and decoding.num_beams > 1:
-            self._prepare_beams(batch, decoding.num_beams)
+            self._run_prompts(batch)
+        prompt = batch["input_ids"].shape[1]
         options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False}
         options |= self.generate_options
         if decoding.num_beams > 1:
             options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
             out = self.model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
-            rows, lengths = out.sequences.tolist(), [self._length(row) for row in out.sequences.tolist()]
+            rows = out.sequences[:, prompt:].tolist()
+            lengths = [self._length(row) for row in rows]
             # transformers divides a beam's sum by its length to the power of the penalty; undo that for the mean.
             sums = [s * n**decoding.length_penalty for s, n in zip(out.sequences_scores.tolist(), lengths, strict=True)]
             means: list[float | None] = [s / n if n else None for s, n in zip(sums, lengths, strict=True)]
         else:
             chooser = GreedyOrSampled(decoding, streams)
             processors = LogitsProcessorList([chooser])
-            rows = self.model.generate(**batch, **options, num_beams=1, logits_processor=processors).tolist()
+            out = self.model.generate(**batch, **options, num_beams=1, logits_processor=processors)
+            rows = out[:, prompt:].tolist()
             means = chooser.mean_log_probs([self._length(row) for row in rows])
         return [self._completion(row, mean) for row, mean in zip(rows, means, strict=True)]
 
@@ -155,15 +158,14 @@ class FlamingoResponder(Responder):
         rest = None if self.prefix is None else self.prefix.continued(prompts, features.to(self.device), batch)
         return batch if rest is None else rest
 
-    def _prepare_beams(self, batch: dict[str, Any], beams: int) -> None:
-        """Run the rows up to their last token, then repeat their cache for the beams, since transformers does not."""
+    def _run_prompts(self, batch: dict[str, Any]) -> None:
+        """Run the rows up to their last token, so that beams, which copy the cache, share that run."""
         past, width = batch["past_key_values"], batch["input_ids"].shape[1]
         columns = slice(past.get_seq_length(), width - 1)
         if columns.start < columns.stop:
             ids, phi = batch["input_ids"][:, columns], batch["phi"][:, columns]
             mask = batch["attention_mask"][:, : width - 1]
             self.model(ids, attention_mask=mask, phi=phi, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past.batch_repeat_interleave(beams)
 
     def _batch(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> dict[str, Tensor]:
         """Return left-padded model inputs, with `features` in place of pixels."""
@@ -251,9 +253,9 @@ class SharedPrefix:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         phi = count_phi(self._model.config, ids)
         media = _media_of_rows(start.media, prompts, features)
-        media.seen = seen_after(phi[:, :tokens], ids[:, :tokens], self._model.config.media_reset_token_id)
+        media.history = images_so_far(phi[:, :tokens], ids[:, :tokens], self._model.config.media_reset_token_id)
         cache = _shifted(start.cache, (mask == 0).sum(1))
-        cache.media = media  # type: ignore[attr-defined]
+        attach_media(cache, media)
         return {"input_ids": ids, "attention_mask": mask, "phi": phi, "past_key_values": cache}
 
     def _start(self, key: tuple[object, ...], prompt: EncodedPrompt, features: Tensor) -> _CachedStart | None:

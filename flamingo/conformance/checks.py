@@ -120,10 +120,12 @@ def batched(make: MakeLM) -> str:
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "num_beams": beams}
         ours = model.generate(**together, **options)
         for row in range(3):
-            theirs = model.generate(**document(model, [row]), **options)[0]
+            alone = document(model, [row])
+            theirs = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
             ended = [int(token) in model.generation_config.eos_token_id for token in theirs]
             length = ended.index(True) + 1 if True in ended else len(theirs)
-            _same(ours[row, :length], theirs[:length], f"row {row}, {beams} beams, in a batch and alone")
+            new = ours[row, together["input_ids"].shape[1] :]
+            _same(new[:length], theirs[:length], f"row {row}, {beams} beams, in a batch and alone")
     return max(notes, key=float)
 
 

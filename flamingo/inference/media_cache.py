@@ -5,21 +5,28 @@ tokens and beams. It rides on `past_key_values`, so that a hand-written decoding
 it belongs to the call, so two calls in two threads do not meet. Beams need no copies: they share their prompt's
 images in the flat stack.
 
-Letters: B batch, T text tokens, R rows of the prompt, I images, M most images of a row, L latents, E width.
+Whatever re-indexes the rows of such a cache re-indexes what it remembers (`RemembersImages`), and a cache that was cut
+to less text has seen only the images of that text (`recall`). Nothing in here is changed in place, so copies may share.
+
+Letters: B batch, T text tokens, P tokens in the cache, R rows of the prompt, I images, M most images of a row,
+L latents, E width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from flamingo.errors import UserError
 from flamingo.layers.cross_attention import KeysValues
-from flamingo.layers.media_mask import image_table
+from flamingo.layers.media_mask import image_table, images_so_far
 
 
 class ImageInputs(NamedTuple):
@@ -41,12 +48,23 @@ class MediaCache:
     """Places in the stack of each row's images, -1 for none."""
     keys_values: dict[str, KeysValues] = field(default_factory=dict)
     """Of each block, by its key."""
-    seen: Int[Tensor, "B"] | None = None
-    """How many `<image>` tokens each row has had so far; for the next call, which sees only the ids that follow.
+    history: Int[Tensor, "B P"] | None = None
+    """How many `<image>` tokens each row has had up to each token of the cache: the next call sees only what follows.
 
-    Negative where a reset token hides them (`media.seen_after`)."""
+    Negative where a reset token hides them (`media_mask.images_so_far`)."""
+    mask: Int[Tensor, "B P"] | None = None
+    """The attention mask of the tokens of the cache, if there was one, for a next call without."""
     maps: list[tuple[Tensor, ...]] | None = None
     """Where each forward pass of `generate` leaves its attention maps, if they are asked for."""
+
+    @property
+    def seen(self) -> Int[Tensor, "B"] | None:
+        """`history` at its last token."""
+        return None if self.history is None else self.history[:, -1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MediaCache:
+        """Share the tensors, which nobody changes."""
+        return self.branch()
 
     @classmethod
     def of(cls, features: Float[Tensor, "I L E"], image_counts: Int[Tensor, "R"]) -> MediaCache:
@@ -77,12 +95,149 @@ class MediaCache:
                 "this connector needs clips of one length"
             )
         stacks = [stack for stack in (self.features, features) if len(stack)] or [features]
-        return MediaCache(torch.cat(stacks), images, self.keys_values, self.seen)
+        more_features = torch.cat(stacks)
+        return replace(self, features=more_features, images=images, keys_values=dict(self.keys_values))
 
     def branch(self, rows: Int[Tensor, "B"] | None = None) -> MediaCache:
         """Return a cache of some `rows` that shares the tensors; what is added to it, this one does not see."""
         images = self.images if rows is None else self.images[rows]
         return replace(self, images=images, keys_values=dict(self.keys_values), maps=None)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> MediaCache:
+        """Return the cache with its rows as `move` puts them; rows of beams are made rows of their own first."""
+        if self.history is None:
+            return replace(self, images=move(self.images))
+        images = self.images.repeat_interleave(len(self.history) // max(len(self.images), 1), dim=0)
+        mask = None if self.mask is None else move(self.mask)
+        return replace(self, images=move(images), history=move(self.history), mask=mask)
+
+
+class RemembersImages(Cache):
+    """What a cache becomes when this model has used it: its images follow its rows.
+
+    A class of its own for each class of caches (`_remembering`), so that it stays whatever it was.
+    """
+
+    media: MediaCache
+    kind: type[Cache]
+    """What the cache was."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows, and their images, in another order."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.media = self.media.moved(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, and its images."""
+        super().batch_repeat_interleave(repeats)
+        self.media = self.media.moved(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and their images."""
+        super().batch_select_indices(indices)
+        self.media = self.media.moved(lambda rows: rows[indices])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and pickles find the class, which no module holds."""
+        return _blank, (self.kind,), dict(vars(self))
+
+
+@lru_cache
+def _remembering(kind: Any) -> Any:
+    return type(kind.__name__, (RemembersImages, kind), {"kind": kind, "__doc__": kind.__doc__})
+
+
+def _blank(kind: Any) -> Any:
+    made = _remembering(kind)
+    return made.__new__(made)
+
+
+def attach_media(cache: Any, media: MediaCache) -> None:
+    """Have a cache remember `media`, of whose `history` the last P entries belong to its P tokens.
+
+    Raises:
+        UserError: it is of a class that cannot.
+    """
+    if not isinstance(cache, RemembersImages):
+        kind: Any = type(cache)
+        try:
+            cache.__class__ = _remembering(kind)
+        except TypeError as error:
+            raise UserError(
+                f"a {type(cache).__name__} cannot remember the images of its rows ({error}); use a DynamicCache"
+            ) from None
+    cache.media = media
+
+
+def remember(
+    cache: Any,
+    media: MediaCache,
+    phi: Int[Tensor, "B T"],
+    input_ids: Int[Tensor, "B T"],
+    mask: Any,
+    reset_token_id: int | None = None,
+) -> None:
+    """Have a cache remember the images of a call, before the language model puts the call's T tokens into it."""
+    past = cached_length(cache)
+    now = images_so_far(phi, input_ids, reset_token_id, media.seen if past else None)
+    before = media.history[:, :past] if past and media.history is not None else now.new_zeros(len(now), past)
+    if len(before) != len(now):
+        before = before.repeat_interleave(len(now) // max(len(before), 1), dim=0)
+    total = past + now.shape[1]
+    flat = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total
+    known = mask[:, :total] if flat else None
+    attach_media(cache, replace(media, history=torch.cat([before, now], 1), mask=known, maps=None))
+
+
+def cached_length(cache: Any) -> int:
+    """Return the number of tokens in a cache, 0 for None.
+
+    Raises:
+        UserError: it is not a `Cache` of transformers.
+    """
+    if cache is None:
+        return 0
+    if not isinstance(cache, Cache):
+        raise UserError(
+            f"past_key_values is a {type(cache).__name__}; give a Cache, as DynamicCache(keys_and_values_of_each_layer)"
+        )
+    return int(cache.get_seq_length())
+
+
+def recall(cache: Any) -> MediaCache | None:
+    """Return what a cache remembers of its images, as far as its text still goes; None where it remembers nothing.
+
+    Raises:
+        UserError: its rows or its tokens are not those that this model has put there.
+    """
+    media: MediaCache | None = getattr(cache, "media", None)
+    length = cached_length(cache)
+    if media is None or media.history is None or not length:
+        return None if not length else media
+    rows, known = media.history.shape
+    keys: list[Any] = [getattr(layer, "keys", None) for layer in cache.layers]
+    held = next((len(own) for own in keys if _filled(own)), rows)
+    if held != rows:
+        raise UserError(
+            f"the cache has {held} rows, but remembers the images of {rows}; change its rows by reorder_cache, "
+            "batch_repeat_interleave or batch_select_indices of the cache, and not of its layers"
+        )
+    if length > known:
+        raise UserError(
+            f"the cache holds {length} tokens, of which this model has run {known}; run all of them through the model"
+        )
+    if len(media.images) != rows:
+        media = media.moved(lambda rows: rows)
+    if length == known:
+        return media
+    history = media.history[:, :length]  # type: ignore[index]
+    position = torch.arange(media.images.shape[1], device=media.images.device)
+    images = media.images.masked_fill(position >= history[:, -1:].abs(), -1)
+    return replace(media, images=images, history=history, mask=None if media.mask is None else media.mask[:, :length])
+
+
+def _filled(keys: Any) -> bool:
+    return isinstance(keys, Tensor) and keys.ndim == 4 and keys.numel() > 0
 
 
 def check_counts(phi: Int[Tensor, "B T"], media: MediaCache, seen: Int[Tensor, "B"] | None = None) -> None:

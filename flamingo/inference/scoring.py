@@ -22,8 +22,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.errors import UserError
-from flamingo.inference.generation import count_phi, left_padded, token_phi
-from flamingo.inference.media_cache import ImageInputs, MediaCache, check_counts
+from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, check_counts
+from flamingo.inference.prompts import (
+    call_mask,
+    check_length,
+    check_rows,
+    count_phi,
+    inferred_mask,
+    left_padded,
+    token_phi,
+)
 from flamingo.inference.protocol import MediaModel
 
 BATCH = 64
@@ -80,6 +88,8 @@ def score_candidates(
     """
     prompt = _prompt(model, prompt_inputs)
     options = per_row_candidates(candidates, len(prompt.ids))
+    longest = max(len(option) for row in options for option in row)
+    check_length(model, prompt.mask.shape[1], prompt.mask, longest, "tokens of a candidate")
     out = model(
         input_ids=prompt.ids,
         attention_mask=prompt.mask,
@@ -87,6 +97,7 @@ def score_candidates(
         media_cache=prompt.media,
         past_key_values=prompt.past,
         use_cache=True,
+        return_dict=True,
         logits_to_keep=1,
     )
     prompt.past, prompt.logits = out.past_key_values, out.logits[:, -1].float()
@@ -108,26 +119,27 @@ def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> PromptState:
     mask, phi = inputs.get("attention_mask"), inputs.get("phi")
     images = ImageInputs(**{name: inputs.get(name) for name in ImageInputs._fields})
     media = model.media_of(len(ids), inputs.get("media_cache"), past, images).branch()
-    before = 0 if past is None else past.get_seq_length()
+    before = cached_length(past)
+    check_rows(ids, None)
     if phi is None:
         seen = media.seen if before else None
         phi = count_phi(model.config, ids, seen=seen)
         check_counts(phi, media, seen)
+    mask = inferred_mask(model, ids) if mask is None and not before else call_mask(model, ids, mask, media, past)
     if mask is None:
         mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.long, device=ids.device)
+    check_rows(ids, mask[:, before:])
     if not before:
         ids, mask, phi = left_padded(ids, mask, phi)
+    elif not bool(mask[:, -1].all()):
+        raise UserError("rows that are padded on the right cannot go on from a cache; pad them on the left")
     return PromptState(ids, mask, phi, media, None if past is None else _branch(past))
 
 
 def _branch(cache: Cache) -> Cache:
     """Return a cache that can be continued while the given one stays as it is."""
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        kept, cache_media = getattr(cache, "media", None), copy.copy(cache)
-        cache_media.media = None  # type: ignore[attr-defined]
-        out = copy.deepcopy(cache_media)
-        out.media = kept  # type: ignore[attr-defined]
-        return out
+        return copy.deepcopy(cache)
     out = copy.copy(cache)
     out.layers = [copy.copy(layer) for layer in cache.layers]  # these grow by making new tensors
     return out
@@ -203,6 +215,7 @@ def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[
         media_cache=prompt.media.branch(),
         past_key_values=_branch(prompt.past),
         use_cache=True,
+        return_dict=True,
     )
     return [
         _read(out.logits[row], [(n, positions[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
@@ -231,6 +244,7 @@ def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> lis
             media_cache=prompt.media.branch(rows),
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
         ).logits[:, -1]
         position = {key: slot for slot, key in enumerate(level)}
         for slot, (row, node) in enumerate(level):
@@ -255,6 +269,7 @@ def score_candidates_slow(
                 phi=token_phi(prompt.phi[row : row + 1], ids.shape[1]),
                 media_cache=prompt.media.branch(torch.tensor([row])),
                 use_cache=False,
+                return_dict=True,
             ).logits[0, -len(option) - 1 : -1]
             scores.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(option) :, None]).sum())
     return torch.stack(scores).view(len(prompt.ids), -1)

@@ -40,7 +40,7 @@ def phi_from_ids(
     `seen` (B,) is the number of images in the part of the row that came before these ids (a continued cache).
 
     After a `reset_token_id` (IDEFICS: the end of a sequence) no image is seen until the next one comes. The part
-    before may have ended so: `seen` is negative then (`seen_after`).
+    before may have ended so: `seen` is negative then (`images_so_far`).
 
         ids        a  <i>  b  </s>  c  <i>  d
         previous   0   1   1   1    0   2   2
@@ -62,23 +62,27 @@ def phi_from_ids(
     return following.masked_fill(following > count[:, -1:], 0)
 
 
-def seen_after(
+def images_so_far(
     phi: Int[Tensor, "B T"],
     input_ids: Int[Tensor, "B T"],
     reset_token_id: int | None = None,
     before: Int[Tensor, "R"] | None = None,
-) -> Int[Tensor, "B"]:
-    """Return the number of images that each row has had, negative where a reset token hides them from what follows.
+) -> Int[Tensor, "B T"]:
+    """Return how many images each row has had up to each token, negative where a reset token hides them from the next.
 
-    `before` is the same for the part in front of these tokens; with beams each of its R rows is repeated B / R times.
+    `before` is the same for the token in front of these; with beams each of its R rows stands for B / R.
+
+        phi        0  1  1     1     0   2   2         before 3   phi      4  4
+        ids        a <i> b    </s>   c  <i>  d                    ids     <i> a
+        so far     0  1  1    -1    -1   2   2                    so far   4  4
     """
-    count = phi.amax(1)
-    if reset_token_id is None:
-        return count
+    count = phi.cummax(dim=1).values
     if before is not None:
         before = before.repeat_interleave(len(count) // max(len(before), 1))
-        count = torch.maximum(count, before.abs())  # all of these tokens may follow a reset
-    return torch.where((phi[:, -1] == 0) | (input_ids[:, -1] == reset_token_id), -count, count)
+        count = torch.maximum(count, before.abs()[:, None])  # all of these tokens may stand behind a reset
+    if reset_token_id is None:
+        return count
+    return torch.where((phi == 0) | (input_ids == reset_token_id), -count, count)
 
 
 def _behind_reset(

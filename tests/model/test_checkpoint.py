@@ -42,7 +42,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to_pil_image(tiny.picture(0, 40)).save(tmp_path / "a.png")
     options = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "5"]
     assert main(["generate", *options, "--prompt", "A"]) == 0
-    expected = model.generate(**processor(images=[[str(tmp_path / "a.png")]], text=["<image>A"]), max_new_tokens=5)
+    inputs = processor(images=[[str(tmp_path / "a.png")]], text=["<image>A"])
+    expected = model.generate(**inputs, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
     assert capsys.readouterr().out.strip() == processor.batch_decode(expected)[0].strip()
     assert main(["generate", *options, "--prompt", "<image> and <image>"]) == 2
     assert "error: row 0 has 2 <image> tags but 1 images" in capsys.readouterr().err

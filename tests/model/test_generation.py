@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flamingo import FlamingoForConditionalGeneration, UserError
-from flamingo.inference.generation import left_padded
+from flamingo.inference.prompts import left_padded
 from tests.model import tiny
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -16,6 +16,13 @@ ways = pytest.mark.parametrize(
     [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}],
     ids=["greedy", "beam", "two of three"],
 )
+
+
+def new_of(out: torch.Tensor, inputs: Any) -> torch.Tensor:
+    """What follows the prompts; the prompts must be those given."""
+    prompts = inputs["input_ids"]
+    assert torch.equal(out[:, : prompts.shape[1]], prompts.repeat_interleave(len(out) // len(prompts), 0))
+    return out[:, prompts.shape[1] :]
 
 
 def trimmed(ids: torch.Tensor, model: FlamingoForConditionalGeneration) -> list[int]:
@@ -35,9 +42,11 @@ def test_left_padded_batch_is_one_by_one(family: str, options: dict[str, Any]) -
     model, processor = tiny.flamingo(family)
     together = model.generate(**tiny.batch(processor), max_new_tokens=8, **options)
     each = options.get("num_return_sequences", 1)
+    together = new_of(together, tiny.batch(processor))
     assert together.shape == (3 * each, 8)
     for row in range(3):
-        alone = model.generate(**tiny.batch(processor, [row]), max_new_tokens=8, **options)
+        inputs = tiny.batch(processor, [row])
+        alone = new_of(model.generate(**inputs, max_new_tokens=8, **options), inputs)
         for ours, theirs in zip(together[row * each : (row + 1) * each], alone, strict=True):
             assert trimmed(ours, model) == trimmed(theirs, model)
 
@@ -66,7 +75,8 @@ def test_greedy_by_hand_and_beam_of_one() -> None:
             by_hand.append(int(logits.argmax()))
             ids = torch.cat([ids, torch.tensor([[by_hand[-1]]])], 1)
             mask = torch.ones_like(ids)
-    assert trimmed(model.generate(**inputs, max_new_tokens=6)[0], model) == trimmed(torch.tensor(by_hand), model)
+    new = new_of(model.generate(**inputs, max_new_tokens=6), inputs)[0]
+    assert trimmed(new, model) == trimmed(torch.tensor(by_hand), model)
     beam = model.generate(**inputs, max_new_tokens=6, num_beams=1)
     assert torch.equal(beam, model.generate(**inputs, max_new_tokens=6))
 
@@ -86,7 +96,8 @@ def test_sampling_follows_the_seed() -> None:
     def sample(seed: int) -> torch.Tensor:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return model.generate(**inputs, max_new_tokens=8, do_sample=True, num_return_sequences=2)
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=True, num_return_sequences=2)
+        return new_of(out, inputs)
 
     assert sample(0).shape == (6, 8)
     assert torch.equal(sample(0), sample(0))
@@ -108,17 +119,15 @@ def favour(model: FlamingoForConditionalGeneration, token: int) -> None:
         rows[index] = probe["x"][0, -1]
 
 
-def test_stops_at_end_of_chunk_and_returns_only_new_text() -> None:
+def test_stops_at_end_of_chunk_and_returns_prompt_and_continuation() -> None:
     model, processor = tiny.flamingo("llama", tied=False)
     favour(model, processor.eoc_token_id)
     inputs = processor(text=["()"[:2]])
     inputs["input_ids"] = torch.tensor([[1, 40, 41]])
     inputs["attention_mask"] = torch.ones(1, 3, dtype=torch.long)
     out = model.generate(**inputs, max_new_tokens=8)
-    assert out.tolist() == [[processor.eoc_token_id]]
-    assert processor.batch_decode(out) == [""]
-    full = model.generate(**inputs, max_new_tokens=8, return_full_text=True)
-    assert full.tolist() == [[1, 40, 41, processor.eoc_token_id]]
+    assert out.tolist() == [[1, 40, 41, processor.eoc_token_id]]
+    assert processor.batch_decode(out[:, 3:]) == [""]
     details = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
     assert details.sequences.tolist() == out.tolist()
     assert len(details.scores) == 1
@@ -173,7 +182,7 @@ def test_right_padded_prompts_are_padded_left_first() -> None:
     assert torch.equal(moved[0], left["input_ids"])
     assert torch.equal(moved[1], left["attention_mask"])
     ours = model.generate(**right, max_new_tokens=6)
-    assert torch.equal(ours, model.generate(**left, max_new_tokens=6))
+    assert torch.equal(new_of(ours, right), new_of(model.generate(**left, max_new_tokens=6), left))
 
 
 def test_explicit_phi_is_continued() -> None:

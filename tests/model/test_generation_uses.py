@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 
 from flamingo import FlamingoForConditionalGeneration
 from tests.model import tiny
-from tests.model.test_generation import favour
+from tests.model.test_generation import favour, new_of
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -48,7 +48,7 @@ def test_a_stream_is_what_is_returned(row: int) -> None:
     worker.start()
     pieces = list(streamer)
     worker.join()
-    assert "".join(pieces) == processor.batch_decode(expected)[0]
+    assert "".join(pieces) == processor.batch_decode(new_of(expected, inputs))[0]
     assert len(pieces) > 1
 
 
@@ -58,10 +58,10 @@ def test_constraints(beams: int) -> None:
     model, processor = tiny.flamingo()
     inputs = tiny.batch(processor)
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams}
-    free = model.generate(**inputs, **options)
+    free = new_of(model.generate(**inputs, **options), inputs)
     banned = sorted(set(free.flatten().tolist()))
     without = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([Bans(banned)]))
-    assert not set(without.flatten().tolist()) & set(banned)
+    assert not set(new_of(without, inputs).flatten().tolist()) & set(banned)
     lengths = []
 
     def allowed(_: int, ids: Tensor) -> list[int]:
@@ -70,7 +70,7 @@ def test_constraints(beams: int) -> None:
 
     prompt = inputs["input_ids"].shape[1]
     forced = model.generate(**inputs, **options, prefix_allowed_tokens_fn=allowed)
-    assert forced.tolist() == [[50 + (prompt + step) % 2 for step in range(6)]] * 3
+    assert forced[:, prompt:].tolist() == [[50 + (prompt + step) % 2 for step in range(6)]] * 3
     assert set(lengths) == set(range(prompt, prompt + 6))
 
 
@@ -105,9 +105,9 @@ def test_scores_are_the_forward_passes(family: str) -> None:
         output_scores=True,
         output_logits=True,
     )
-    assert out.sequences.shape == (3, 4)
+    assert new_of(out.sequences, inputs).shape == (3, 4)
     assert len(out.scores) == len(out.logits) == 4
-    ids = torch.cat([inputs["input_ids"].repeat(3, 1), out.sequences], dim=1)
+    ids = out.sequences
     with torch.no_grad():
         media = model.media_cache(1, pixel_values=inputs["pixel_values"], image_counts=inputs["image_counts"])
         logits = model(input_ids=ids, media_cache=media, use_cache=False).logits
@@ -115,21 +115,22 @@ def test_scores_are_the_forward_passes(family: str) -> None:
     for step, found in enumerate(out.logits):
         torch.testing.assert_close(found, logits[:, start + step], rtol=0, atol=5e-5)
     chosen = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)
-    by_hand = logits[:, start:-1].log_softmax(-1).gather(2, out.sequences[..., None])[..., 0]
+    by_hand = logits[:, start:-1].log_softmax(-1).gather(2, new_of(ids, inputs)[..., None])[..., 0]
     torch.testing.assert_close(chosen, by_hand, rtol=0, atol=1e-4)
 
 
 def test_beam_scores() -> None:
     model, processor = tiny.flamingo()
+    inputs = tiny.batch(processor)
     out = model.generate(
-        **tiny.batch(processor),
+        **inputs,
         max_new_tokens=5,
         num_beams=3,
         num_return_sequences=2,
         return_dict_in_generate=True,
         output_scores=True,
     )
-    assert out.sequences.shape == (6, 5)
+    assert new_of(out.sequences, inputs).shape == (6, 5)
     assert out.sequences_scores.shape == (6,)
     best, second = out.sequences_scores.view(3, 2).T
     assert bool((best >= second).all())
@@ -166,10 +167,10 @@ def test_stops_at_end_of_chunk_by_default(beams: int) -> None:
     model, processor = tiny.flamingo("llama", tied=False)
     favour(model, processor.eoc_token_id)
     out = model.generate(input_ids=torch.tensor([[1, 40, 41]]), max_new_tokens=8, num_beams=beams)
-    assert out[0, 0] == processor.eoc_token_id
-    assert processor.batch_decode(out) == [""]
+    assert out[0, 3] == processor.eoc_token_id
+    assert processor.batch_decode(out[:, 3:]) == [""]
     on = model.generate(input_ids=torch.tensor([[1, 40, 41]]), max_new_tokens=8, eos_token_id=5)
-    assert on.shape == (1, 8)
+    assert on.shape == (1, 11)
 
 
 @families
@@ -180,7 +181,9 @@ def test_a_text_only_prompt(family: str) -> None:
     alone = model.generate(**inputs, max_new_tokens=6)
     assert torch.equal(model.generate(input_ids=inputs["input_ids"], max_new_tokens=6), alone)
     assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=6), alone)
-    assert torch.equal(model.generate(**tiny.batch(processor), max_new_tokens=6)[2:], alone)
+    together = tiny.batch(processor)
+    in_a_batch = new_of(model.generate(**together, max_new_tokens=6), together)[2:]
+    assert torch.equal(in_a_batch, new_of(alone, inputs))
 
 
 def maps_of(model: FlamingoForConditionalGeneration, **inputs: Any) -> Any:
@@ -199,7 +202,7 @@ def test_maps_of_the_prompt_and_of_every_new_token(family: str) -> None:
     assert [step[0].shape for step in out.cross_attentions] == [(3, 2, n, 4) for n in (length, 1, 1, 1)]
     assert all(len(step) == 2 for step in out.cross_attentions)  # blocks
     with torch.no_grad():
-        ids = torch.cat([inputs["input_ids"], out.sequences[:, :-1]], dim=1)
+        ids = out.sequences[:, :-1]
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
         images = {name: inputs[name] for name in ("pixel_values", "image_counts")}
         whole = model(input_ids=ids, attention_mask=mask, **images, output_cross_attentions=True)

@@ -46,8 +46,8 @@ def test_an_lm_in_16_bits(family: str, dtype: torch.dtype) -> None:
     assert {p.dtype for _, p in model.trainable_parameters()} == {torch.float32}
     inputs = dict(tiny.batch(processor))
     assert distance(model, reference, inputs) < 0.05
-    assert model.generate(**inputs, max_new_tokens=3).shape == (3, 3)
-    assert model.generate(**inputs, max_new_tokens=3, num_beams=2).shape == (3, 3)
+    assert model.generate(**inputs, max_new_tokens=3)[:, inputs["input_ids"].shape[1] :].shape == (3, 3)
+    assert model.generate(**inputs, max_new_tokens=3, num_beams=2)[:, inputs["input_ids"].shape[1] :].shape == (3, 3)
     model.train()
     inputs = dict(tiny.batch(processor, padding_side="right"))
     model(**inputs, labels=tiny.labels_of(inputs, model.config.image_token_id)).loss.backward()
@@ -91,7 +91,7 @@ def test_a_quantised_lm(head_too: bool) -> None:
     with torch.no_grad():
         ours, theirs = (m(**inputs).logits[..., : tiny.TOKENS].softmax(-1) for m in (model, full))
     assert float((ours - theirs).abs().max()) < 0.05
-    assert model.generate(**inputs, max_new_tokens=3).shape == (3, 3)
+    assert model.generate(**inputs, max_new_tokens=3)[:, inputs["input_ids"].shape[1] :].shape == (3, 3)
     model.train()
     inputs = dict(tiny.batch(processor, padding_side="right"))
     model(**inputs, labels=tiny.labels_of(inputs, model.config.image_token_id)).loss.backward()

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_python_of_the_page_runs(folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 13
+    assert len(blocks) == 15
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         cwd=folder,

@@ -15,7 +15,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from flamingo.convert import from_idefics
 from flamingo.convert.keys import IDEFICS, renumber_blocks, translate
-from flamingo.layers.media_mask import phi_from_ids, seen_after
+from flamingo.layers.media_mask import images_so_far, phi_from_ids
 from tests.model import peers, tiny
 from tests.model.test_parity_openflamingo import padded, show
 
@@ -130,10 +130,10 @@ def test_the_part_before_may_have_ended() -> None:
     phi = phi_from_ids(ids, 9, reset_token_id=2)
     assert phi.tolist() == [[0, 1, 1, 1, 0, 2, 2], [0, 0, 1, 1, 0, 0, 0]]
     for cut in range(1, 7):
-        seen = seen_after(phi[:, :cut], ids[:, :cut], 2)
+        seen = images_so_far(phi[:, :cut], ids[:, :cut], 2)[:, -1]
         rest = phi_from_ids(ids[:, cut:], 9, seen=seen, reset_token_id=2)
         assert torch.equal(rest, phi[:, cut:])
-        assert torch.equal(seen_after(rest, ids[:, cut:], 2, seen), torch.tensor([2, -1]))
+        assert torch.equal(images_so_far(rest, ids[:, cut:], 2, seen)[:, -1], torch.tensor([2, -1]))
 
 
 def test_generation_continues_behind_the_end_of_a_sequence() -> None:
@@ -146,7 +146,7 @@ def test_generation_continues_behind_the_end_of_a_sequence() -> None:
         setattr(theirs.generation_config, name, None)
     ours.config.text_config.eos_token_id = None
     plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    mine = ours.generate(**batch, **plain, return_full_text=True)
+    mine = ours.generate(**batch, **plain)
     with torch.no_grad():
         assert torch.equal(mine, theirs.generate(**other, **plain))
         ids = batch["input_ids"][:1]
