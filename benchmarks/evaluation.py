@@ -61,6 +61,7 @@ class RawProcessor:
     """A stand-in for the processor, because the benchmark's text is token ids."""
 
     bos_token_id = None
+    start_ids: Sequence[int] = ()
 
     def __init__(self, size: Size) -> None:
         self.image_token_id, self.eoc_token_id = image_id(size), image_id(size) + 1

@@ -43,7 +43,7 @@ import flamingo  # pip install flamingo-vlm; tells transformers what a Flamingo 
 model = AutoModelForImageTextToText.from_pretrained("THIS FOLDER OR NAME")
 processor = AutoProcessor.from_pretrained("THIS FOLDER OR NAME")
 inputs = processor(images=["image.jpg"], text="<image>A")
-print(processor.batch_decode_new(model.generate(**inputs, max_new_tokens=20, return_full_text=True), inputs))
+print(processor.batch_decode_new(model.generate(**inputs, max_new_tokens=20), inputs))
 ```
 
 ## Intended use

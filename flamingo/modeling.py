@@ -601,8 +601,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
             labels: like `input_ids`, -100 where there is no loss; shifted here.
-            past_key_values: the cache of earlier calls; it remembers their images too.
-            use_cache: make and return such a cache; off by default in training and with labels.
+            past_key_values: the cache of earlier calls, with their images; `use_cache`: by default off with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.

@@ -23,6 +23,8 @@ UNKNOWN = -1
 """Stands for the id of a token of which only the embedding is given, and which is not a new token."""
 # What transformers hands on to a model whose `forward` ends in **kwargs, beyond the names in the signature.
 _HANDED_ON = {*TransformersKwargs.__annotations__, "cache_position"}
+_FROM_GENERATE = {"cache_position", "tokenizer", "assistant_tokenizer"}
+"""What `generate` passes to every model, whether it takes it or not."""
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def takes(lm: nn.Module, name: str) -> bool:
 def checked_arguments(lm: nn.Module, given: Mapping[str, Any], own: type) -> dict[str, Any]:
     """Return the keyword arguments for the LM among those that the model's `forward` (of class `own`) does not name.
 
-    `cache_position`, which transformers passes to every model, is left out for an LM that does not take it.
+    What `generate` passes to every model is left out for an LM that does not take it.
 
     Raises:
         UserError: neither of the two takes one of them.
@@ -51,7 +53,7 @@ def checked_arguments(lm: nn.Module, given: Mapping[str, Any], own: type) -> dic
     kept = {name: value for name, value in given.items() if name in taken}
     for name, value in given.items():
         # What is None asks for nothing.
-        if name not in taken and name != "cache_position" and value is not None:
+        if name not in taken and name not in _FROM_GENERATE and value is not None:
             close = difflib.get_close_matches(name, [*_parameters(own), *taken], n=1)
             meant = f"did you mean {close[0]}?" if close else "leave it out"
             raise UserError(

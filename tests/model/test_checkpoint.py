@@ -21,7 +21,7 @@ def test_frozen_backbones_are_told_apart() -> None:
     """By the values of their weights too, and what trains is not among them."""
     model, _ = tiny.flamingo("llama")
     before = frozen_fingerprints(model)
-    assert list(before) == ["vision", "language"]
+    assert list(before) == ["vision", "language", "config"]
     assert frozen_fingerprints(tiny.flamingo("llama")[0]) == before
     with torch.no_grad():
         model.language_model.lm_head.weight.add_(1.0)

@@ -344,12 +344,16 @@ def test_prompts_without_a_token() -> None:
     begun = model.generate(max_new_tokens=4)
     assert torch.equal(begun, model.generate(**processor(text=""), max_new_tokens=4))
     bare, plain = tiny.flamingo("llama", tokenizer=tiny.tokenizer(bos=False))
-    for inputs in ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, plain(text="")):
-        for call in (lambda given: bare.generate(**given), lambda given: bare.score_candidates(given, [[40]])):
-            with pytest.raises(UserError, match="row 0 has no tokens"):
-                call(inputs)
+    nothing = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+    for call in (lambda given: bare.generate(**given), lambda given: bare.score_candidates(given, [[40]])):
+        with pytest.raises(UserError, match="row 0 has no tokens"):
+            call(nothing)
+    padding = {"input_ids": torch.tensor([[40, 41], [3, 3]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])}
     with pytest.raises(UserError, match="row 1 has no tokens"):
-        bare.generate(**plain(text=["ab", ""]), max_new_tokens=2)
+        bare.generate(**padding, max_new_tokens=2)
+    for text in ("", ["ab", ""]):
+        with pytest.raises(UserError, match="is empty, and the tokenizer has no token to begin with"):
+            plain(text=text)
     bare.generation_config.bos_token_id = None
     with pytest.raises(UserError, match="needs input_ids"):
         bare.generate(max_new_tokens=2)

@@ -31,36 +31,6 @@ NEW = 5
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-ONLY_NEW = "generate() returns only what is new, without the prompt"
-PENDING = {
-    "test_greedy_generate": ONLY_NEW,
-    "test_greedy_generate_is_argmax_without_a_cache": ONLY_NEW,
-    "test_sample_generate": ONLY_NEW,
-    "test_sample_generate_several_sequences": ONLY_NEW,
-    "test_beam_search_generate": ONLY_NEW,
-    "test_assisted_decoding_matches_greedy_search": ONLY_NEW,
-    "test_assisted_decoding_sample": ONLY_NEW,
-    "test_generate_from_inputs_embeds_with_bos_only": ONLY_NEW,
-    "test_generate_continue_from_past_key_values": ONLY_NEW,
-    "test_logits_processors_and_stopping_criteria": ONLY_NEW,
-    "test_max_length_counts_the_prompt": ONLY_NEW,
-    "test_streamer_gets_the_prompt_and_what_is_new": ONLY_NEW,
-    "test_assisted_decoding_with_a_text_model": "what only a Flamingo takes is handed to the text model as well",
-    "test_generate_from_inputs_embeds": "neither taken nor refused by its name",
-    "test_prefill_chunking": "tags are counted in a chunk, images in the row",
-    "test_generate_without_attention_mask[llama-beams]": "only greedy search finds the padding itself",
-    "test_generate_without_attention_mask[gpt2-beams]": "only greedy search finds the padding itself",
-}
-"""Test, or one case of it -> what is not mended yet."""
-
-
-@pytest.fixture(autouse=True)
-def _pending(request: pytest.FixtureRequest) -> None:
-    name = request.node.name
-    if reason := PENDING.get(name) or PENDING.get(name.split("[")[0]):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def setup(request: pytest.FixtureRequest) -> Any:
     return tiny.flamingo(request.param)

@@ -187,8 +187,7 @@ def test_a_user_cannot_forge_a_turn_or_an_image_in_a_chat() -> None:
 def test_only_what_is_new_is_decoded() -> None:
     model, processor = tiny.flamingo("llama")
     inputs = tiny.batch(processor, padding_side="right")
-    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_full_text=True, num_beams=2,
-                         num_return_sequences=2)  # fmt: skip
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2, num_return_sequences=2)
     width = inputs["input_ids"].shape[1]
     assert processor.batch_decode_new(out, inputs) == processor.batch_decode(out[:, width:])
     with pytest.raises(UserError, match="do not begin with these prompts"):
