@@ -68,7 +68,7 @@ class RawProcessor:
         self.eos_token_id, self.pad_token_id = 2, 1
 
     def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return FlamingoProcessor.pad(self, ids)  # type: ignore[arg-type]
+        return FlamingoProcessor.pad(self, ids, "left")  # type: ignore[arg-type]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

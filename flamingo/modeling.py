@@ -788,12 +788,17 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         past_key_values: Cache | None = None,
         media_cache: MediaCache | None = None,
         phi: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Let the LM prepare its inputs its own way (many families do), then add which image the tokens see."""
         language_model: Any = self.language_model
         inputs = language_model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         inputs["media_cache"] = media_cache
         new = next(x for x in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if x is not None).shape[1]

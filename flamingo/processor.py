@@ -494,10 +494,9 @@ class FlamingoProcessor(ProcessorMixin):
         mask = torch.ones_like(prompts) if mask is None else mask
         length, copies = prompts.shape[1], len(rows) // max(len(prompts), 1)
         begins = len(rows) == copies * len(prompts) and rows.shape[1] >= length
-        if begins:  # generate moves padding to the left
-            order = mask.bool().long().argsort(dim=1, stable=True)
-            moved, seen = (x.gather(1, order).repeat_interleave(copies, 0).to(rows.device) for x in (prompts, mask))
-            begins = bool(((rows[:, :length] == moved) | (seen == 0)).all())
+        if begins:  # generate returns the prompts as they were padded
+            given, seen = (x.repeat_interleave(copies, 0).to(rows.device) for x in (prompts, mask))
+            begins = bool(((rows[:, :length] == given) | (seen == 0)).all())
         if not begins:
             raise UserError("these rows do not begin with these prompts; give what generate returned for these inputs")
         return self.batch_decode(rows[:, length:], **options)

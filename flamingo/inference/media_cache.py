@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -52,7 +52,7 @@ class MediaCache:
     """How many `<image>` tokens each row has had up to each token of the cache: the next call sees only what follows.
 
     Negative where a reset token hides them (`media_mask.images_so_far`)."""
-    mask: Int[Tensor, "B Q"] | None = None
+    mask: Shaped[Tensor, "B Q"] | None = None
     """The attention mask of the tokens of the cache, if there was one, for a next call without."""
     maps: list[tuple[Tensor, ...]] | None = None
     """Where each forward pass of `generate` leaves its attention maps, if they are asked for."""

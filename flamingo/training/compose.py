@@ -124,7 +124,8 @@ def job_folder(run_dir: str, swept: Sequence[str]) -> str:
 
 def quoted(value: str) -> str:
     """Return a text as a value of hydra's grammar."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash escapes only in front of a quote, the closing one included.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
     return f"'{escaped}'"
 
 

@@ -30,7 +30,7 @@ def test_frozen_backbones_are_told_apart() -> None:
     assert after["vision"] == before["vision"]
     assert frozen_fingerprints(tiny.flamingo("gpt_neox")[0])["language"] != before["language"]
     model.freeze({"language": "train"})
-    assert list(frozen_fingerprints(model)) == ["vision"]
+    assert list(frozen_fingerprints(model)) == ["vision", "config"]
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,9 +231,10 @@ def test_generate_from_inputs_embeds_with_bos_only(model: Any) -> None:
 
 
 def test_generate_without_input_ids(model: Any) -> None:
-    """Nothing at all is refused in a sentence that says what is missing."""
-    with pytest.raises(ValueError, match="input_ids"):
-        model.generate(**GREEDY)
+    """Nothing at all is the token that the LM begins with, as for any causal LM."""
+    out = model.generate(**GREEDY)
+    assert out.shape == (1, 1 + NEW)
+    assert int(out[0, 0]) == model.generation_config.bos_token_id
 
 
 def test_generate_continue_from_past_key_values(model: Any, row: Any) -> None:
