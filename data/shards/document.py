@@ -47,19 +47,6 @@ class Document:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def sniff(data: bytes) -> str | None:
-    """Return the file extension that matches an image's bytes, or None for an unknown format."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    return "bmp" if data[:2] == b"BM" else None
-
-
 def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
     """Return the JSON member of a document."""
     out: list[dict[str, Any]] = []

@@ -23,11 +23,12 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
+from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, to_utf8
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+from flamingo.vision.image_files import NAMES, sniff
 
 MANIFEST = "_dataset.json"
 MANIFEST_VERSION = 2  # also of what `prepare --part i/n` leaves for `merge`
@@ -73,7 +74,7 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a PNG, JPEG, WebP, GIF or BMP")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not {NAMES}")
     if layout == "interleaved":
         images = [
             (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.prepare.sources import pairs
-from data.shards.document import sniff
+from flamingo.vision.image_files import sniff
 from tests.data.sources import add_link, bad_images, flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 from tests.fixtures import encoded, png, random_image

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from data.shards.document import sniff
 from flamingo.errors import UserError
+from flamingo.vision.image_files import sniff
 
 
 def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = None) -> tuple[bytes, ...]:
