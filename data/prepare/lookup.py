@@ -134,13 +134,14 @@ def _stamp_of(path: Path) -> str:
 def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
     for label, tar in files:
         for sample in tar_samples(tar, label, Tally()):
-            suffix = sample.first_image()
+            images = sample.images()
             try:
                 url = json.loads(sample.read("json"))["url"]
-            except (KeyError, ValueError, TypeError):
+            except (KeyError, ValueError, TypeError, RecursionError):
                 continue
-            if suffix is not None and isinstance(url, str):
-                yield url, str(tar), *sample.members[suffix]
+            if images and isinstance(url, str):
+                member = sample.members[images[0]]
+                yield url, str(tar), member.offset, member.size
 
 
 def _map_entries(path: Path) -> Iterator[Entry]:

@@ -74,16 +74,19 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not {NAMES}")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a {NAMES}")
     if layout == "interleaved":
         images = [
             (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))
         ]
         return [("json", nodes_to_json(document.nodes, document.meta)), *images]
     texts = [node.text for node in document.nodes if isinstance(node, Text)]
-    if len(document.images) != 1 or len(texts) != 1 or document.nodes != [Image((0,)), document.nodes[-1]]:
-        raise UserError(f"document {document.key!r} is not a pair: a pair is one image followed by one text")
-    members = [(str(kinds[0]), document.images[0]), ("txt", to_utf8(texts[0]))]
+    count = len(document.images)
+    shown = [Image((number,)) for number in range(count)]
+    if not count or len(texts) != 1 or document.nodes != [*shown, document.nodes[-1]]:
+        raise UserError(f"document {document.key!r} is not a pair: a pair is an image (or several) and then one text")
+    names = [str(kinds[0])] if count == 1 else [f"{n:03d}.{kind}" for n, kind in enumerate(kinds)]
+    members = [*zip(names, document.images, strict=True), ("txt", to_utf8(texts[0]))]
     if document.meta:
         members.append(("json", to_utf8(json.dumps(document.meta, ensure_ascii=False, separators=(",", ":")))))
     return members

@@ -95,7 +95,7 @@ def read_image(data: bytes, use: Callable[[Image.Image], T]) -> T:
     """
     kind = sniff(data)
     if kind is None:
-        raise UnreadableFormat(f"not {NAMES}: begins with {data[:16]!r}")
+        raise UnreadableFormat(f"begins with {data[:16]!r}")
     if kind == "heic" and not _heic_can_be_read():
         raise UnreadableFormat("a HEIC image: install pillow-heif (pip install 'flamingo-vlm[heif]')")
     first: Exception | None = None

@@ -118,7 +118,7 @@ def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     for body, reason in (
         (b"", "empty"),
         (gzip.compress(b"x" * 600), "gzip-compressed"),
-        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "no tar"),
+        (b"version https://git-lfs.github.com/spec/v1\n" * 20, "not a tar"),
     ):
         path.write_bytes(body)
         with pytest.raises(UserError, match=reason):
