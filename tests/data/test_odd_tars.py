@@ -66,7 +66,7 @@ def test_pax_records_of_one_tar_do_not_reach_the_next(tmp_path: Path) -> None:
 def test_what_follows_the_end_and_is_no_tar_is_refused(tmp_path: Path, tail: bytes) -> None:
     whole = make_tar(tmp_path / "a.tar", pairs("a"))
     whole.write_bytes(whole.read_bytes() + tail)
-    with pytest.raises(UserError, match="truncated|damaged"):
+    with pytest.raises(UserError, match=r"truncated|damaged"):
         build_index(whole)
     assert command("prepare", "pairs", whole, "--out", tmp_path / "o", "--workers", "1")[0] == 2
 

@@ -140,7 +140,7 @@ def test_names_of_images_of_every_kind(tmp_path: Path) -> None:
     done = prepare(tmp_path / "out", "pairs", folder)
     assert len(done.documents) == 4
     assert sum(done.dropped.values()) == 3
-    files = [file for file in sorted(folder.iterdir())]
+    files = sorted(folder.iterdir())
     tar = make_tar(tmp_path / "a.tar", [(file.name, file.read_bytes()) for file in files])
     done = prepare(tmp_path / "out2", "pairs", tar)
     assert len(done.documents) == 4
