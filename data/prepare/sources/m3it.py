@@ -1,7 +1,8 @@
 """M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
 
 The raw files name their fields differently in each sub-task; `--field image_base64_str=img_str` says what a field is
-called in this file; a row with media in any other field is dropped and counted. Several images of a row stand one after another, or with --clips form one clip.
+called in this file. A row with media in any other field is dropped and counted. Several images of a row stand one after
+another, or with --clips form one clip.
 """
 
 from __future__ import annotations
@@ -74,12 +75,7 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
     encoded = [encoded] if isinstance(encoded, str | bytes) else encoded or []
     if not isinstance(encoded, list):
         raise Dropped(f"{names['image_base64_str']!r} is neither a string nor a list")
-    if not all(encoded):
-        # Some rows of several images hold null for those that were not found; a text that speaks of them is wrong.
-        if any(encoded):
-            raise Dropped("image is missing")
-        encoded = []
-    kept = [rule.check(from_base64(text)) for text in encoded]
+    kept = [rule.check(from_base64(text)) for text in encoded if text is not None]
     texts = {name: row.get(names[name]) for name in ("instruction", "inputs", "outputs")}
     for name, text in texts.items():
         if not isinstance(text, str | None):
