@@ -21,6 +21,7 @@ from data.prepare.images import ImageFolder
 from data.prepare.inputs import input_files
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
+from data.prepare.web.address import same_address
 from data.records import json_objects, table_rows
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
@@ -91,6 +92,10 @@ class Lookup:
             raise UserError(f"{path} became shorter while it was read; start again when it is complete")
         return data
 
+    def read_address(self, address: str) -> bytes:
+        """Return the image at an address of the web, as browsers compare them. Raises Dropped when there is none."""
+        return self.read(same_address(address))
+
     def close(self) -> None:
         """Close the base and all files."""
         self.base.close()
@@ -142,7 +147,7 @@ def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
                 continue
             if images and isinstance(url, str):
                 member = sample.members[images[0]]
-                yield url, str(tar), member.offset, member.size
+                yield same_address(url), str(tar), member.offset, member.size
 
 
 def _map_entries(path: Path) -> Iterator[Entry]:
@@ -151,8 +156,8 @@ def _map_entries(path: Path) -> Iterator[Entry]:
         if path.suffix == ".jsonl"
         else table_rows(path, ("url", "path"), "," if path.suffix == ".csv" else "\t")
     )
-    for number, row in enumerate(rows, 1):
+    for count, row in enumerate(rows, 1):
         url, name = row.get("url"), row.get("path")
         if not isinstance(url, str) or not isinstance(name, str):
-            raise UserError(f"map {path} cannot be used: row {number} has no 'url' and 'path'; give it these columns")
-        yield url, name, -1, -1
+            raise UserError(f"map {path} cannot be used: row {count} has no 'url' and 'path'; give it these columns")
+        yield same_address(url), name, -1, -1
