@@ -82,6 +82,7 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Both are counted from 1. Raises UserError for a line that is not an object.
     """
     raw = read_bytes(path)
+    values: Iterator[tuple[int, Any]]
     if is_array(raw):
         values, what = enumerate(read_json(path), 1), "item"
     else:

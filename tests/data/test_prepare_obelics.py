@@ -96,7 +96,7 @@ def test_images_by_their_address(tmp_path: Path, downloaded: Path, monkeypatch: 
         "an entry is neither an image nor a text, or both": 1,
         "'images' and 'texts' are not lists of the same length": 1,
     }
-    assert done.dropped_images == {"image is missing": 2}
+    assert done.dropped_images == {"image is missing": 2, "entry with neither image nor text": 1}
 
 
 def test_images_by_a_map(tmp_path: Path) -> None:
