@@ -115,7 +115,8 @@ def decoded(body: bytes, transfer: str, content: str) -> bytes:
 
 
 def _unchunked(body: bytes) -> bytes:
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while match := CHUNK.match(body, at):
         size = int(match[1], 16)
         if size == 0:
