@@ -136,4 +136,4 @@ def test_no_bytes_end_in_a_traceback(body: bytes) -> None:
             with contextlib.suppress(UserError):
                 found = read(file(Path(folder), body, name))
                 if name != "t.json":
-                    list(found)  # type: ignore[call-overload]
+                    list(found)
