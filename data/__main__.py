@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 from data.prepare import DRAWN, SOURCES
-from data.shards.index import build_index, index_path
+from data.shards.index import TarIndex, build_index, index_path
+from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
 
 MEASURES = {
@@ -92,6 +93,14 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if total else 0
 
 
+def _lacking(index: TarIndex) -> str:
+    """Return how many samples no dataset of pairs can use, since a tar made elsewhere may be named otherwise."""
+    images = int((index.images_per_row == 0).sum())
+    texts = int((~(index.rows_with(JSON) | index.rows_with(TEXT))).sum())
+    parts = [f"{images} without an image"] * bool(images) + [f"{texts} without text or JSON"] * bool(texts)
+    return f"; {', '.join(parts)}" if parts else ""
+
+
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
     from data.shard_store import write_catalogue
@@ -102,7 +111,7 @@ def index(args: argparse.Namespace) -> int:
             built = build_index(shard)
             built.save(index_path(shard))
             heads[shard.name] = built.head()
-            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members")
+            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
         if path.is_dir():
             if not heads:
                 raise UserError(f"folder {path} has no shards (*.tar) to index")

@@ -24,6 +24,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from flamingo.vision.image_files import read_image
+
 GREY = (128, 128, 128)
 
 
@@ -43,7 +45,7 @@ class EncodedImage:
 
     def blank(self) -> EncodedImage:
         """Return a grey image (or clip) of the same size and number of frames."""
-        return EncodedImage(tuple(_grey(Image.open(io.BytesIO(frame)).size) for frame in self.frames))
+        return EncodedImage(tuple(_grey(read_image(frame, lambda image: image.size)) for frame in self.frames))
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,6 @@ since 0.29.
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -20,16 +18,17 @@ from torch import Tensor
 
 from data.dataset import DatasetSpec
 from data.errors import ContentError
-from data.shards.document import Image, sniff
+from data.shards.document import Image
 from data.shards.reader import RawSample
 from data.shards.tar import LFS
+from flamingo.vision.image_files import UnreadableFormat, read_image, sniff
 
 MAX_PIXELS = 64_000_000
-FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}  # the only ones tried
 NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency"}  # may rotate or hide pixels
 
 
 def _to_rgb(image: PILImage.Image, spare: bool) -> Tensor:
+    image.load()  # some of the metadata may follow the pixels
     if image.mode == "RGB" and NOT_PLAIN.isdisjoint(image.info):
         if not spare:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -50,22 +49,27 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = 
     its size, but at least 2 times. Raises ContentError for what is not an image, is damaged, or has more than
     `max_pixels` pixels.
     """
-    kind = sniff(data)
-    if kind is None:
-        what = "a Git-LFS pointer: fetch the file itself with git lfs pull" if data.startswith(LFS) else repr(data[:16])
-        raise ContentError("not an image", f"begins with {what}" if what[0] == "b" else f"it is {what}")
+    if sniff(data) is None and data.startswith(LFS):
+        raise ContentError("not an image", "it is a Git-LFS pointer: fetch the file itself with git lfs pull")
+
+    def pixels(image: PILImage.Image) -> Tensor:
+        if image.width * image.height > max_pixels:
+            raise ContentError("too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
+        if at_least is not None and min(image.size) >= 4 * at_least:
+            image.draft("RGB", (2 * at_least, 2 * at_least))  # JPEG only, others ignore it
+        return _to_rgb(image, spare)
+
     try:
-        with PILImage.open(io.BytesIO(data), formats=(FORMATS[kind],)) as image:
-            if image.width * image.height > max_pixels:
-                raise ContentError("too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
-            if at_least is not None and min(image.size) >= 4 * at_least:
-                image.draft("RGB", (2 * at_least, 2 * at_least))  # JPEG only, others ignore it
-            return _to_rgb(image, spare)
-    except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError) as error:
+        return read_image(data, pixels)
+    except ContentError:
+        raise
+    except UnreadableFormat as error:
+        raise ContentError("not an image", str(error)) from None
+    except PILImage.DecompressionBombError as error:
         raise ContentError("too large", str(error)) from None
-    except (OSError, RuntimeError, ValueError, SyntaxError, struct.error, EOFError) as error:
+    except Exception as error:  # decoders raise exceptions of every kind
         detail = " ".join(str(error).split()) or type(error).__name__
-        raise ContentError("undecodable", f"{kind} of {len(data)} bytes: {detail[:200]}") from None
+        raise ContentError("undecodable", f"{sniff(data)} of {len(data)} bytes: {detail[:200]}") from None
 
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 from data.prepare.inputs import required
@@ -12,9 +13,10 @@ from data.prepare.units import Dropped
 def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) -> list[bytes]:
     """Return at most `most` frames at `fps` from the start of a video, as JPEGs of at most `side` x `side` pixels.
 
-    Frame k is the first one shown at k / fps seconds or later, so a video of s seconds gives about s * fps of them. A
-    rotation given by the container is applied. One thread, no hardware: the same video gives the same bytes. Raises
-    Dropped for what has no video or cannot be decoded.
+    Times are those at which frames are shown, whatever the rate: a frame is taken when it is the first one shown at
+    k / fps seconds or later, and at most one for each k, so a slide that stands for long counts once. A rotation given
+    by the container is applied. One thread, no hardware: the same video gives the same bytes. Raises Dropped for what
+    has no video or cannot be decoded.
     """
     av = required("av", "reading videos")
     frames: list[bytes] = []
@@ -26,13 +28,15 @@ def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) ->
             stream.thread_count = 1
             if stream.codec_context.width * stream.codec_context.height > max_pixels:
                 raise Dropped(f"video of more than {max_pixels} pixels")
-            start = None
+            start, due = None, 0
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise Dropped("video without times")
                 start = frame.time if start is None else start
-                if (frame.time - start) * fps >= len(frames) - 1e-6:
+                if (frame.time - start) * fps >= due - 1e-6:
                     frames.append(_jpeg(frame, side))
+                    # A slide may have been shown for long: what was due meanwhile is not made up for afterwards.
+                    due = max(due + 1, math.floor((frame.time - start) * fps + 1e-6) + 1)
                     if len(frames) == most:
                         break
     except (av.FFmpegError, ValueError, OSError):
@@ -43,10 +47,15 @@ def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) ->
     return frames
 
 
-def _jpeg(frame: Any, side: int) -> bytes:
+def upright(frame: Any) -> Any:
+    """Return a decoded frame as a PIL image, turned as its container says."""
     image = frame.to_image()
-    if rotation := getattr(frame, "rotation", 0):
-        image = image.rotate(rotation, expand=True)
+    rotation = getattr(frame, "rotation", 0)
+    return image.rotate(rotation, expand=True) if rotation else image
+
+
+def _jpeg(frame: Any, side: int) -> bytes:
+    image = upright(frame)
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)

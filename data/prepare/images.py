@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ from PIL import Image
 
 from data.prepare.inputs import LFS
 from data.prepare.units import Dropped
-from data.shards.document import sniff
 from flamingo.errors import UserError
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+from flamingo.vision.image_files import UnreadableFormat, read_image, sniff
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, min_side: int = 1, max_aspect: float = 20.0) -> None:
@@ -69,9 +66,10 @@ class ImageRule:
         if len(data) < self.min_bytes:
             raise Dropped(f"image of fewer than {self.min_bytes} bytes")
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            width, height = read_image(data, lambda image: image.size)
+        except UnreadableFormat as error:
+            raise Dropped(str(error)) from None
+        except Image.DecompressionBombError:
             raise Dropped(f"image of more than {self.max_pixels} pixels") from None
         except Exception:  # decoders raise all kinds of exceptions for foreign bytes
             raise Dropped("image cannot be decoded") from None
@@ -89,14 +87,16 @@ class ImageRule:
         return data
 
     def _look(self, data: bytes) -> None:
+        def extremes_of(image: Image.Image) -> Any:
+            if not self.decode:
+                image.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size; others ignore this
+            return image.convert("RGB").getextrema()
+
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if not self.decode:
-                    image.draft("L", (64, 64))  # a JPEG is decoded at an eighth of its size; others ignore this
-                extremes = image.convert("RGB").getextrema()
+            extremes = read_image(data, extremes_of)
         except Exception:
             raise Dropped("image cannot be decoded") from None
-        if not self.plain and all(low == high for low, high in extremes):  # type: ignore[misc]
+        if not self.plain and all(low == high for low, high in extremes):
             raise Dropped("image of a single colour")
 
 
@@ -117,12 +117,18 @@ class ImageFolder:
             raise UserError(f"image folder {root} does not exist; correct --images")
         self._real = str(self.root.resolve())
 
+    def _is_inside(self, name: str) -> bool:
+        """Return whether an absolute path, as open_clip's tables have them, is one below the folder as it was given."""
+        path = os.path.normpath(name)
+        return any(os.path.commonpath([path, root]) == root for root in (str(self.root.absolute()), self._real))
+
     def read(self, *names: str) -> bytes:
         """Return the bytes of the first of these files that exists. Raises Dropped."""
         for name in names:
             if not _can_be_a_name(name):
                 continue
-            if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):  # noqa: PTH117
+            inside = os.path.isabs(name) and self._is_inside(name)  # noqa: PTH117
+            if not inside and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):  # noqa: PTH117
                 raise Dropped("image's name leads out of its folder")
             path = self.root / name
             try:

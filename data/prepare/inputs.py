@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.units import InputUnit
+from data.records import is_array, one_line, parse_json
 from flamingo.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
@@ -84,8 +85,8 @@ def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
         for where, line in _lines(unit):
             if line.strip():
                 try:
-                    yield where, json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    yield where, parse_json(line)
+                except ValueError as error:
                     yield where, error
     except (zipfile.BadZipFile, EOFError, gzip.BadGzipFile, NotImplementedError) as error:
         raise UserError(f"{unit.path} is damaged or incomplete ({one_line(error)}); download it again") from None
@@ -218,7 +219,7 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
         file.seek(unit.begin)
         raw = file.read(unit.end - unit.begin)
     try:
-        values = json.loads(b"[" + raw + b"]")
+        values = parse_json(b"[" + raw + b"]")
     except ValueError as error:
         raise UserError(
             f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({one_line(error)})"
@@ -226,6 +227,21 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     label, _, first = unit.label.rpartition(" from item ")
     for number, value in enumerate(values, int(first)):
         yield f"{label} item {number}", value
+
+
+def record_units(path: Path, label: str, items: int) -> list[InputUnit]:
+    """Return units of a file of JSON lines, or of one that holds an array, whatever its name says."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    packed = label.endswith((".gz", ".zip"))
+    if not packed and (is_array(head) or (path.suffix == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{")):
+        return array_units(path, label, items)
+    return line_units([str(path)], (path.suffix,))
+
+
+def records(unit: InputUnit) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) of a unit of `record_units`; for a line that is not JSON, the value is the exception."""
+    return array_items(unit) if " from item " in unit.label else json_lines(unit)
 
 
 def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -241,7 +257,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
                 yield raw.decode("utf-8-sig" if at == len(raw) else "utf-8")
 
         try:
-            for row in csv.reader(lines(), delimiter=delimiter):
+            for row in csv.reader(lines(), delimiter=delimiter, strict=True):
                 yield at, row
                 if end is not None and at >= end:
                     return
@@ -271,11 +287,6 @@ def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Inpu
         size = sum((Path(root) / name).lstat().st_size for name in some)
         units.append(InputUnit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
     return units
-
-
-def one_line(error: BaseException) -> str:
-    """Return a library's error message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def required(module: str, purpose: str) -> Any:

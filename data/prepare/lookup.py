@@ -8,7 +8,6 @@ map's folder).
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
@@ -16,11 +15,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from data.prepare.images import ImageFolder
-from data.prepare.inputs import input_files, one_line
+from data.prepare.inputs import input_files
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
+from data.prepare.web.address import same_address
+from data.records import json_objects, table_rows
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
@@ -90,6 +92,10 @@ class Lookup:
             raise UserError(f"{path} became shorter while it was read; start again when it is complete")
         return data
 
+    def read_address(self, address: str) -> bytes:
+        """Return the image at an address of the web, as browsers compare them. Raises Dropped when there is none."""
+        return self.read(same_address(address))
+
     def close(self) -> None:
         """Close the base and all files."""
         self.base.close()
@@ -134,29 +140,24 @@ def _stamp_of(path: Path) -> str:
 def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
     for label, tar in files:
         for sample in tar_samples(tar, label, Tally()):
-            suffix = sample.first_image()
+            images = sample.images()
             try:
                 url = json.loads(sample.read("json"))["url"]
-            except (KeyError, ValueError, TypeError):
+            except (KeyError, ValueError, TypeError, RecursionError):
                 continue
-            if suffix is not None and isinstance(url, str):
-                yield url, str(tar), *sample.members[suffix]
+            if images and isinstance(url, str):
+                member = sample.members[images[0]]
+                yield same_address(url), str(tar), member.offset, member.size
 
 
 def _map_entries(path: Path) -> Iterator[Entry]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: Iterable[object] = (
-            (json.loads(line) for line in file)
-            if path.suffix == ".jsonl"
-            else csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
-        )
-        try:
-            for row in rows:
-                url, name = (row.get("url"), row.get("path")) if isinstance(row, dict) else (None, None)
-                if not isinstance(url, str) or not isinstance(name, str):
-                    raise ValueError("a row without 'url' and 'path'")
-                yield url, name, -1, -1
-        except (ValueError, csv.Error) as error:
-            raise UserError(
-                f"map {path} cannot be used ({one_line(error)}); give it the columns url and path"
-            ) from None
+    rows: Iterable[dict[str, Any]] = (
+        (row for _, row in json_objects(path))
+        if path.suffix == ".jsonl"
+        else table_rows(path, ("url", "path"), "," if path.suffix == ".csv" else "\t")
+    )
+    for count, row in enumerate(rows, 1):
+        url, name = row.get("url"), row.get("path")
+        if not isinstance(url, str) or not isinstance(name, str):
+            raise UserError(f"map {path} cannot be used: row {count} has no 'url' and 'path'; give it these columns")
+        yield same_address(url), name, -1, -1

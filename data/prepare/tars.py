@@ -1,4 +1,4 @@
-"""Reads samples of tars made elsewhere, grouped by webdataset's rule of names; bytes are read when asked for."""
+"""Reads samples of tars made elsewhere, grouped as in `data.shards.samples`; bytes are read when asked for."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.units import Dropped, Tally
-from data.shards.index import IMAGE_SUFFIX, KEY_AND_SUFFIX, SKIPPED
-from data.shards.tar import walk
+from data.shards.samples import IMAGE, SampleMember, samples_of
 
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """A sample: the offset and size of each suffix's bytes."""
+    """A sample: its members by their suffixes."""
 
     key: str
     where: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, SampleMember]
     descriptor: int
 
     def read(self, suffix: str) -> bytes:
         """Return the bytes of a member."""
-        offset, size = self.members[suffix]
-        return os.pread(self.descriptor, size, offset)
+        member = self.members[suffix]
+        return os.pread(self.descriptor, member.size, member.offset)
 
-    def first_image(self) -> str | None:
-        """Return the suffix of the sample's first image."""
-        return next((suffix for suffix in self.members if IMAGE_SUFFIX.match(suffix)), None)
+    def images(self) -> list[str]:
+        """Return the suffixes of the sample's images, in order."""
+        images = [member for member in self.members.values() if member.kind == IMAGE]
+        return [member.suffix for member in sorted(images, key=lambda member: member.number)]
 
 
 def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSample]:
@@ -38,25 +38,21 @@ def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSampl
     Every header is read before the first sample is yielded, so a truncated or damaged tar raises UserError at once.
     Names are only keys: nothing is extracted, links are not followed.
     """
-    groups: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    for member in walk(path):
-        match = KEY_AND_SUFFIX.match(member.name)
-        if match is None or SKIPPED.search(member.name):
-            continue
-        key, suffix = match[1], match[2].lower()
-        if not groups or groups[-1][0] != key:
-            groups.append((key, {}))
-        groups[-1][1].setdefault(suffix, (member.offset, member.size))
+    groups = list(samples_of(path, lambda name: tally.drop_document("file without a suffix", f"{label} {name}")))
     seen: set[str] = set()
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for key, members in groups:
             where = f"{label} key {key}"
             if key in seen:
-                tally.drop_document("key appears again later in its tar", where)
+                tally.drop_document("key appears again later in its tar (tar --sort=name)", where)
                 continue
             seen.add(key)
-            yield TarSample(key, where, members, descriptor)
+            parts: dict[str, SampleMember] = {}
+            for member in members:
+                if parts.setdefault(member.suffix, member) is not member:
+                    tally.drop_image(f"second .{member.suffix} of its sample", where)
+            yield TarSample(key, where, parts, descriptor)
     finally:
         os.close(descriptor)
 

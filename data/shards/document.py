@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.errors import ContentError
 from flamingo.errors import UserError
 
 VERSION = 1
@@ -45,19 +46,6 @@ class Document:
     nodes: list[Node]
     images: list[bytes]
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-def sniff(data: bytes) -> str | None:
-    """Return the file extension that matches an image's bytes, or None for an unknown format."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    return "bmp" if data[:2] == b"BM" else None
 
 
 def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
@@ -99,30 +87,61 @@ def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
     return nodes
 
 
-def nodes_of(json_bytes: bytes | None, text: bytes | None, images: int) -> tuple[list[Node], dict[str, Any]]:
-    """Return nodes and meta of a sample from its members: a document if the JSON has nodes, otherwise a pair.
+def facts_of(raw: bytes | None) -> dict[str, Any]:
+    """Return a sample's JSON object, empty where it has none. Raises ValueError when it is not one."""
+    if raw is None:
+        return {}
+    try:
+        body = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"JSON cannot be read ({error})") from None
+    if not isinstance(body, dict):
+        raise ValueError("JSON is not an object")
+    return body
 
-    Raises ValueError, with a readable message, for broken JSON. The caller checks with `check_images` that all images
-    are there: only it knows the shard and the row.
+
+def document_of(body: Mapping[str, Any]) -> tuple[list[Node], dict[str, Any]]:
+    """Return (nodes, meta) of a document's decoded JSON. Raises ValueError for a wrong format."""
+    meta = body.get("meta", {})
+    return parse_nodes(body), meta if isinstance(meta, dict) else {}
+
+
+def pair_of(text: bytes | None, facts: Mapping[str, Any], images: int) -> list[Node]:
+    """Return the nodes of a sample that is no document: its images, then its caption. Raises as `caption_of`."""
+    return [*(Image((number,)) for number in range(images)), Text(caption_of(text, facts))]
+
+
+def caption_of(text: bytes | None, facts: Mapping[str, Any], key: str = "caption") -> str:
+    """Return the caption of a pair: its text file, or where that is missing or blank `key` of its JSON's facts.
+
+    Byte-order marks and blanks around it are left out. `prepare` and training in place both ask here. Raises
+    ContentError when there is no caption, ValueError for bytes that are not text and values of other types.
     """
-    body: Any = {}
-    if json_bytes is not None:
+    caption = "" if text is None else decode_text(text).strip()
+    if not caption:
+        value = facts.get(key)
+        if not isinstance(value, str | None):
+            raise ValueError("caption is not text")
+        caption = (value or "").strip()
+    if not caption:
+        has = f"the JSON has {', '.join(map(str, list(facts)[:12]))}" if facts else "there is no JSON"
+        raise ContentError("no caption", f"{'blank' if text is not None else 'no'} .txt, and {has}")
+    if not caption.isascii():
         try:
-            body = json.loads(json_bytes)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"JSON cannot be read ({error})") from None
-        if not isinstance(body, dict):
-            raise ValueError("JSON is not an object")
-        if "nodes" in body:
-            meta = body.get("meta", {})
-            return parse_nodes(body), meta if isinstance(meta, dict) else {}
-    nodes: list[Node] = [Image((number,)) for number in range(images)]
-    if text is not None:
-        try:
-            nodes.append(Text(text.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text is not UTF-8 ({error})") from None
-    return nodes, body
+            caption.encode()
+        except UnicodeEncodeError:
+            raise ValueError("caption is not Unicode") from None
+    return caption
+
+
+def decode_text(raw: bytes) -> str:
+    """Decode UTF-8, or UTF-16 with its byte-order mark as Windows' editors write it. Raises ValueError."""
+    try:
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and len(raw) > 2:
+            return raw.decode("utf-16")
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
 
 
 def check_images(nodes: Iterable[Node], present: Collection[int], where: str) -> None:

@@ -1,10 +1,9 @@
 """The index of a tar: the offset of every member, from one walk over the headers, saved as `{shard}.tar.idx`.
 
 With the offsets known, any sample is one `pread` away, so training may use any order and resuming costs nothing.
-Columns are mapped, not read: the processes of a machine share them. Samples are grouped exactly as webdataset does (the
-key is the name up to the first dot of its last part), but what webdataset ignores is an error here: a truncated tar, a
-key that occurs again later in the tar, a suffix twice in one sample. The index holds its tar's size and a digest of
-both ends, so it cannot go stale unnoticed.
+Columns are mapped, not read: the processes of a machine share them. Samples are grouped as in `data.shards.samples`,
+and what webdataset ignores is an error here: a truncated tar, a key that occurs again later in the tar, a suffix twice
+in one sample. The index holds its tar's size and a digest of both ends, so it cannot go stale unnoticed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.samples import IMAGE, JSON, SORT, TEXT, samples_of
 from data.shards.tar import walk
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
 MAGIC = b"TARIDX01"
-VERSION = 2  # of indexes and catalogues
+VERSION = 3  # of indexes and catalogues
 ENDS = 1 << 16  # bytes of each end of the tar that go into the digest
-OTHER, JSON, TEXT, IMAGE = 0, 1, 2, 3  # kinds of members
 KINDS = ("interleaved", "pairs", "text")  # kinds of datasets
 HEAD_BYTES = 4096  # a header is far smaller
-KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule (base_plus_ext)
-SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's rule for members that are not samples
-IMAGE_SUFFIX = re.compile(r"^(?:(\d{1,5})\.)?(?:jpg|jpeg|png|webp|gif|bmp)$")
 
 
 @dataclass(slots=True)
@@ -78,7 +73,7 @@ class TarIndex:
         """Return the rows that a dataset of this kind (`KINDS`) can use, None when it is all of them."""
         texts = self.rows_with(JSON) | self.rows_with(TEXT)
         images = self.images_per_row > 0
-        usable = {"interleaved": texts | images, "pairs": texts & images, "text": texts}[kind]
+        usable = {"interleaved": texts | images, "pairs": images, "text": texts}[kind]
         return None if usable.all() else np.flatnonzero(usable)
 
     def head(self) -> IndexHead:
@@ -134,35 +129,24 @@ def tar_digest(path: str | Path) -> tuple[int, str]:
 
 def build_index(path: str | Path) -> TarIndex:
     """Walk a tar and group its members into samples. Raises UserError as `walk`, and for duplicate keys or suffixes."""
-    keys: list[str] = []
+    keys: dict[str, int] = {}
     first: list[int] = []
     rows: list[tuple[int, int, int, int]] = []
-    seen: set[str] = set()
-    suffixes: set[str] = set()
-    for member in walk(path):
-        match = None if SKIPPED.match(member.name) else KEY_AND_SUFFIX.match(member.name)
-        if match is None:
-            continue
-        key, suffix = match.group(1), match.group(2).lower()
-        if not keys or key != keys[-1]:
-            if key in seen:
-                raise UserError(f"shard {path}: key {key!r} appears twice (rows {keys.index(key)} and {len(keys)})")
-            seen.add(key)
-            suffixes = set()
-            keys.append(key)
-            first.append(len(rows))
-        if suffix in suffixes:
-            raise UserError(f"shard {path}: {member.name!r} appears twice in row {len(keys) - 1}")
-        suffixes.add(suffix)
-        rows.append((member.offset, member.size, *_kind_of(suffix)))
-    return _to_index(path, keys, first, rows)
-
-
-def _kind_of(suffix: str) -> tuple[int, int]:
-    """Return (kind, image number) of a member by its suffix."""
-    if match := IMAGE_SUFFIX.match(suffix):
-        return IMAGE, int(match.group(1) or 0)
-    return {"json": JSON, "txt": TEXT}.get(suffix, OTHER), 0
+    for row, (key, members) in enumerate(samples_of(path)):
+        if key in keys:
+            raise UserError(
+                f"shard {path}: key {key!r} appears twice (rows {keys[key]} and {row}); a key is the name up to its "
+                f"first dot, and the members of a sample stand together: {SORT}"
+            )
+        suffixes = [member.suffix for member in members]
+        if len(set(suffixes)) < len(suffixes):
+            twice = next(member for k, member in enumerate(members) if member.suffix in suffixes[:k])
+            name = next(member.name for member in walk(path) if member.offset == twice.offset)
+            raise UserError(f"shard {path}: {name!r} appears twice in row {row}")
+        keys[key] = row
+        first.append(len(rows))
+        rows += [(member.offset, member.size, member.kind, member.number) for member in members]
+    return _to_index(path, list(keys), first, rows)
 
 
 def _to_index(path: str | Path, keys: list[str], first: list[int], rows: list[tuple[int, int, int, int]]) -> TarIndex:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Document, Node, Text, check_images, nodes_of
-from data.shards.index import IMAGE, JSON, TEXT, TarIndex
+from data.shards.document import Document, Node, Text, check_images, document_of, facts_of, pair_of
+from data.shards.index import TarIndex
 from data.shards.mmc4 import Mmc4Rule, is_mmc4, mmc4_document
 from data.shards.retry import Retry
+from data.shards.samples import IMAGE, JSON, TEXT
 from data.shards.tar import LFS
 
 SLACK = 0.04  # bytes read needlessly, as a share of those needed, for the sake of fewer reads
@@ -129,12 +130,17 @@ class ShardReader:
         key = index.key(row)
         where = f"shard {index.path}, row {row} (key {key!r})"
         try:
-            nodes, meta = nodes_of(parts.get(JSON), parts.get(TEXT), len(positions))
-            if not nodes and is_mmc4(meta):
+            meta = facts_of(parts.get(JSON))
+            if "nodes" in meta:
+                nodes, meta = document_of(meta)
+            elif is_mmc4(meta):
                 nodes, inside = mmc4_document(meta, self.mmc4)
                 check_text(nodes)
                 numbers = range(len(inside))
                 return RawSample(key, where, nodes, {}, numbers, lambda number: inside[number].decode(), row=row)
+            else:
+                positions = dict(enumerate(positions[number] for number in sorted(positions)))
+                nodes = pair_of(parts.get(TEXT), meta, len(positions))
         except (ValueError, RecursionError) as error:
             pointer = parts.get(JSON, b"").startswith(LFS)
             raise ContentError("bad text or JSON", "it is a Git-LFS pointer" if pointer else str(error)) from None

@@ -1,13 +1,14 @@
 """Reads the headers of a tar through a memory map: POSIX ustar, PAX and GNU long names.
 
 About ten times faster than `tarfile`, and stricter: `tarfile` accepts a file that stops between two members, here the
-end mark is required.
+end mark is required. What follows an end mark is read as another tar (`cat a.tar b.tar`), or refused.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from flamingo.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 ZEROS = bytes(512)
+NOT_ZERO = re.compile(rb"[^\0]")
 LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -41,12 +43,17 @@ def _string(raw: bytes) -> str:
 
 
 def _pax(body: bytes) -> dict[str, str]:
-    """The records "length key=value\\n" of a PAX header."""
+    """Return the records "length key=value\\n" of a PAX header. Raises ValueError for anything else."""
     records = {}
     while body and body[0] != 0:
-        length = int(body[: body.index(b" ")])
-        key, _, value = body[body.index(b" ") + 1 : length - 1].partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        digits, space, _ = body[:20].partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        if not len(digits) + 3 <= length <= len(body) or body[length - 1 : length] != b"\n":
+            raise ValueError
+        key, equals, value = body[len(digits) + 1 : length - 1].partition(b"=")
+        if not equals:
+            raise ValueError
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         body = body[length:]
     return records
 
@@ -81,34 +88,48 @@ def _walk(view: mmap.mmap, path: str | Path) -> Iterator[Member]:
     while True:
         header = view[at : at + 512]
         if header == ZEROS:
-            return
+            if (at := _next_archive(view, at)) == end:
+                return
+            common, own = {}, {}
+            continue
         if len(header) < 512:
             raise UserError(f"shard {path} is truncated: it stops at byte {end} without the end mark of a tar")
+        kind_flag, start = header[156:157], at + 512
         try:
             if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 256:
                 raise ValueError
-            size, kind_flag = _number(header[124:136]), header[156:157]
+            records = common | own
+            size = _number(header[124:136])
+            if kind_flag not in b"xgLK" and "size" in records:
+                size = int(records["size"])
+            if size < 0:
+                raise ValueError
+            has_body = kind_flag in b"\0000SxgLK7" or kind_flag not in b"123456"
+            at = start + (-(-size // 512) * 512 if has_body else 0)
+            if has_body and start + size > end:
+                raise EOFError
+            if kind_flag == b"x":
+                own |= _pax(view[start : start + size])
+            elif kind_flag == b"g":
+                common |= _pax(view[start : start + size])
+        except EOFError:
+            raise UserError(f"shard {path} is truncated: byte {start + size} is needed, the file has {end}") from None
         except ValueError:
-            raise UserError(f"shard {path} is not a tar, or is damaged: no header at byte {at}") from None
-        records = common | own
-        if kind_flag not in b"xgLK" and "size" in records:
-            size = int(records["size"])
-        start = at + 512
-        has_body = kind_flag in b"\0000SxgLK7" or kind_flag not in b"123456"
-        at = start + (-(-size // 512) * 512 if has_body else 0)
-        if at > end and has_body and start + size > end:
-            raise UserError(f"shard {path} is truncated: byte {start + size} is needed, the file has {end}")
-        if kind_flag == b"x":
-            own |= _pax(view[start : start + size])
-        elif kind_flag == b"g":
-            common |= _pax(view[start : start + size])
-        elif kind_flag == b"L":
+            what = "a PAX header cannot be read" if kind_flag in b"xg" and kind_flag else "no header"
+            raise UserError(f"shard {path} is not a tar, or is damaged: {what} at byte {start - 512}") from None
+        if kind_flag == b"L":
             own["path"] = _string(view[start : start + size])
         elif kind_flag == b"S" or any(name.startswith("GNU.sparse") for name in records):
             raise UserError(f"shard {path} has sparse members, which are not supported; write it again without them")
-        elif kind_flag != b"K":
+        elif kind_flag not in b"xgK":
             name, prefix = _string(header[:100]), _string(header[345:500])
             name = records.get("path") or (f"{prefix}/{name}" if prefix else name)
             own = {}
             if kind_flag in b"07" or (kind_flag == b"\0" and not name.endswith("/")):
                 yield Member(name, start, size)
+
+
+def _next_archive(view: mmap.mmap, at: int) -> int:
+    """Return where the header of the next of several concatenated tars is, or the end of the file."""
+    more = NOT_ZERO.search(view, at)
+    return len(view) if more is None else more.start() // 512 * 512

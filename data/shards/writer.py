@@ -23,11 +23,12 @@ from types import TracebackType
 from typing import Any
 
 from data.errors import ContentError
-from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, sniff, to_utf8
+from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, to_utf8
 from data.shards.index import build_index, index_path, open_index
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+from flamingo.vision.image_files import NAMES, sniff
 
 MANIFEST = "_dataset.json"
 MANIFEST_VERSION = 2  # also of what `prepare --part i/n` leaves for `merge`
@@ -73,16 +74,19 @@ def _members(document: Document, layout: str) -> list[tuple[str, bytes]]:
     check_images(document.nodes, range(len(document.images)), f"document {document.key!r}")
     kinds = [sniff(image) for image in document.images]
     if None in kinds:
-        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a PNG, JPEG, WebP, GIF or BMP")
+        raise UserError(f"document {document.key!r}: image {kinds.index(None)} is not a {NAMES}")
     if layout == "interleaved":
         images = [
             (f"{n:03d}.{kind}", image) for n, (kind, image) in enumerate(zip(kinds, document.images, strict=True))
         ]
         return [("json", nodes_to_json(document.nodes, document.meta)), *images]
     texts = [node.text for node in document.nodes if isinstance(node, Text)]
-    if len(document.images) != 1 or len(texts) != 1 or document.nodes != [Image((0,)), document.nodes[-1]]:
-        raise UserError(f"document {document.key!r} is not a pair: a pair is one image followed by one text")
-    members = [(str(kinds[0]), document.images[0]), ("txt", to_utf8(texts[0]))]
+    count = len(document.images)
+    shown = [Image((number,)) for number in range(count)]
+    if not count or len(texts) != 1 or document.nodes != [*shown, document.nodes[-1]]:
+        raise UserError(f"document {document.key!r} is not a pair: a pair is an image (or several) and then one text")
+    names = [str(kinds[0])] if count == 1 else [f"{n:03d}.{kind}" for n, kind in enumerate(kinds)]
+    members = [*zip(names, document.images, strict=True), ("txt", to_utf8(texts[0]))]
     if document.meta:
         members.append(("json", to_utf8(json.dumps(document.meta, ensure_ascii=False, separators=(",", ":")))))
     return members

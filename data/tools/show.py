@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PILImage
-
-from data.shards.document import Document, Image, Text, sniff
+from data.shards.document import Document, Image, Text
 from data.tools.templates import render
+from flamingo.vision.image_files import read_image, sniff
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -18,9 +16,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def describe_image(data: bytes) -> str:
     """Describe an encoded image: its format, size in pixels (or that it cannot be decoded) and bytes."""
     try:
-        with PILImage.open(io.BytesIO(data)) as image:
-            size = f"{image.width} x {image.height}"
-    except (OSError, ValueError, SyntaxError):
+        size = read_image(data, lambda image: f"{image.width} x {image.height}")
+    except Exception:  # decoders raise exceptions of every kind
         size = "undecodable"
     return f"{sniff(data) or 'unknown'}, {size}, {len(data)} bytes"
 
@@ -55,6 +52,6 @@ def document_as_html(document: Document, where: str) -> str:
 
 def figure(data: bytes, caption: str) -> dict[str, str]:
     """Return an image for a template: its bytes as a data URI, and a caption with its format and size."""
-    kind = {"jpg": "jpeg", None: "octet-stream"}.get(sniff(data), sniff(data))
+    kind = {"jpg": "jpeg", "tif": "tiff", None: "octet-stream"}.get(sniff(data), sniff(data))
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"source": source, "caption": f"{caption}: {describe_image(data)}"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.batches.decode import decode
 from data.errors import ContentError
-from data.prepare.inputs import refuse_pointer
+from data.prepare.inputs import one_line, refuse_pointer
 from data.shards.document import Text
 from data.shards.index import TarIndex, build_index, index_path, load_index
 from data.shards.reader import ShardReader
@@ -95,12 +95,15 @@ def verify_shard(shard: Path) -> Iterator[str]:
 
 def _odd_members(shard: Path) -> Iterator[str]:
     """Yield links, and names that lead out of the folder: harmless here, but other programs may follow them."""
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            if member.issym() or member.islnk():
-                yield f"shard {shard} has a link, {member.name!r} to {member.linkname!r}; links are never followed"
-            elif member.name.startswith("/") or ".." in member.name.split("/"):
-                yield f"shard {shard} has a member whose name leads out of its folder, {member.name!r}"
+    try:
+        with tarfile.open(shard, ignore_zeros=True) as tar:
+            for member in tar:
+                if member.issym() or member.islnk():
+                    yield f"shard {shard} has a link, {member.name!r} to {member.linkname!r}; links are never followed"
+                elif member.name.startswith("/") or ".." in member.name.split("/"):
+                    yield f"shard {shard} has a member whose name leads out of its folder, {member.name!r}"
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        yield f"shard {shard} is read here, but not by Python's tarfile ({one_line(error)}); write it again"
 
 
 def _verify_row(reader: ShardReader, index: TarIndex, row: int) -> Iterator[str]:

@@ -12,7 +12,6 @@ name, a near duplicate of it, and, if neither has an image, the same question. I
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from PIL import Image
 from eval.demonstrations.retrieval import Retriever
 from eval.task import EncodedImage, Example, generator
 from flamingo.errors import UserError
+from flamingo.vision.image_files import read_image
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,16 @@ def fingerprint(image: EncodedImage) -> Fingerprint | None:
     return _KNOWN[image.sha256]
 
 
+def _small_rgb(image: Image.Image) -> Image.Image:
+    image.draft("RGB", (64, 64))  # decodes a JPEG at an eighth of its size if that is enough
+    return image.convert("RGB")
+
+
 def _fingerprint(encoded: EncodedImage) -> Fingerprint | None:
     try:
         frames = encoded.frames
-        image: Image.Image = Image.open(io.BytesIO(frames[len(frames) // 2]))
-        image.draft("RGB", (64, 64))  # decodes a JPEG at an eighth of its size if that is enough
-        image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        image = read_image(frames[len(frames) // 2], _small_rgb)
+    except Exception:  # decoders raise exceptions of every kind
         return None
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")

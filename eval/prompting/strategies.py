@@ -10,7 +10,6 @@ Closed answers are ranked, whatever the strategy. An answer that cannot be parse
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.records import json_objects
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder, Request, Response
 from eval.task import Episode, Task, Turn, generator, parse_answer
 from flamingo.errors import UserError
@@ -132,7 +132,7 @@ def read_rationales(path: str) -> dict[tuple[str, int], str]:
     """
     rationales: dict[tuple[str, int], str] = {}
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        lines = [line for _, line in json_objects(Path(path))]
         entries = [((line["query_id"], line["seed"]), line["rationale"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -15,15 +15,16 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data.shards.document import sniff
 from data.tools.templates import render
 from eval.reports.results import percent, setting
 from eval.samples import Sample
 from eval.task import EncodedImage
 from flamingo.processor import IMAGE_TOKEN
+from flamingo.vision.image_files import read_image, sniff
 
 TEMPLATE = Path(__file__).parent / "templates" / "gallery.html.j2"
 MOST_SIDE = 256  # in pixels; larger images are shown as thumbnails
+SHOWN_BY_BROWSERS = ("png", "jpg", "webp", "gif", "bmp", "avif")
 UNSURE = 0.5  # the filter "unsure" shows confidences below it
 FILTERS = {"all": "all", "wrong": "wrong", "unsure": f"confidence below {UNSURE:g}", "failed": "not parsed"}
 
@@ -117,9 +118,8 @@ def _sample(sample: Sample, images: Mapping[str, EncodedImage]) -> dict[str, Any
 def data_uri(data: bytes) -> str:
     """Return the image's own bytes, or a JPEG thumbnail of a large image, as a data URI."""
     kind = sniff(data)
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if kind is None or max(image.size) > MOST_SIDE:
-        image = image.convert("RGB")
+    if kind not in SHOWN_BY_BROWSERS or max(read_image(data, lambda image: image.size)) > MOST_SIDE:
+        image = read_image(data, lambda image: image.convert("RGB"))
         image.thumbnail((MOST_SIDE, MOST_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=85)
@@ -155,7 +155,7 @@ def strip_png(samples: Sequence[Sample], images: Mapping[str, EncodedImage], sid
         x, y = 8, 8 + row * line
         for sha256, text, is_query in figures_of(sample):
             if sha256 is not None:
-                frame = Image.open(io.BytesIO(images[sha256].frames[0])).convert("RGB")
+                frame = read_image(images[sha256].frames[0], lambda image: image.convert("RGB"))
                 sheet.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
             if is_query:
                 draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#0072B2", width=3)

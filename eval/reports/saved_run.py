@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.records import json_objects
 from eval.reports.results import groups_of, sample_of, samples_text, summary
 from eval.samples import Sample
 from eval.task import Baselines
@@ -42,9 +43,9 @@ def read_run(folder: str | Path) -> SavedRun:
     if not isinstance(results, dict) or "rows" not in results:
         raise UserError(f"{path / 'results.json'} does not contain the results of an evaluation")
     samples = []
-    for line_number, line in enumerate((path / "samples.jsonl").read_text().splitlines(), start=1):
+    for line_number, line in json_objects(path / "samples.jsonl"):
         try:
-            samples.append(sample_of(json.loads(line)))
+            samples.append(sample_of(line))
         except (ValueError, KeyError, TypeError) as error:
             where = f"{path / 'samples.jsonl'}: line {line_number}"
             raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data.records import read_json
 from eval.demonstrations.samplers import parse_sampler
 from eval.metrics.stems import Stems
 from eval.metrics.table import check_metric
@@ -15,7 +16,7 @@ from eval.spec import TaskSpec
 from eval.task import Example, Task
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
-from eval.tasks.formats.files import below_root, read_json
+from eval.tasks.formats.files import below_root
 from eval.tasks.formats.questions import stem_pairs
 from eval.tasks.sources import chosen_support, read_examples, read_names
 from flamingo.configs.validate import examine, refuse

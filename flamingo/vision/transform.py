@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,15 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv  # type: ignore[import-untyped]
 
 from flamingo.constants import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
+from flamingo.vision.image_files import read_image, upright
 
+LONGEST = 64  # long by short side beyond which "crop" cuts before it scales
 MODES = ("squash", "crop", "pad", "pad_mean")
 ImageInput = Any
 """PIL image, path, URL, base64 text, bytes of a file, uint8 array or tensor of 1 to 3 (arrays: 4) channels in front or
@@ -63,6 +64,8 @@ class ImageTransform:
         height, width = image.shape[-2:]
         if (height, width) == (self.size, self.size):
             return image
+        image = self._bounded(image)
+        height, width = image.shape[-2:]
         target = [self.size, self.size]
         if self.mode != "squash":
             side = min(height, width) if self.mode == "crop" else max(height, width)
@@ -79,13 +82,27 @@ class ImageTransform:
             out = tv.pad(out, [left, top, self.size - target[1] - left, self.size - target[0] - top], fill=fill)
         return out
 
+    def _bounded(self, image: UInt8[Tensor, "C h w"]) -> UInt8[Tensor, "C h2 w2"]:
+        """Return an image of which no line is so long that scaling it takes gigabytes; all but a few stay as they are.
+
+        Of a line of pixels, "crop" would first make the shorter side `size`: only the middle of it is ever shown.
+        """
+        height, width = image.shape[-2:]
+        longest = LONGEST * min(height, width)
+        if self.mode == "crop" and max(height, width) > longest:
+            image = tv.center_crop(image, [min(height, longest), min(width, longest)])
+            height, width = image.shape[-2:]
+        every = [-(-side // max(1 << 15, LONGEST * self.size)) for side in (height, width)]
+        return image if every == [1, 1] else image[:, :: every[0], :: every[1]]
+
     @staticmethod
     def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
         """Return a PIL image as uint8 RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            values = np.asarray(image).astype(np.float32)
-            scale = 255.0 if values.max(initial=0) <= 255 else 65535.0
+            values = np.nan_to_num(np.asarray(image).astype(np.float32))
+            most = values.max(initial=0)
+            scale = 1.0 if image.mode == "F" and most <= 1 else 255.0 if most <= 255 else 65535.0
             image = Image.fromarray((values * (255.0 / scale)).clip(0, 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -105,18 +122,18 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
     try:
         if isinstance(image, str):
             image = read_source(image, where)
+        if isinstance(image, Path):
+            image = image.read_bytes()
         if isinstance(image, bytes | bytearray):
-            image = Image.open(io.BytesIO(image))
-        elif isinstance(image, Path):
-            image = Image.open(image)
-        elif isinstance(image, np.ndarray):
+            return read_image(bytes(image), ImageTransform.to_rgb)
+        if isinstance(image, np.ndarray):
             image = _array_to_pil(image, where)
         if not isinstance(image, Image.Image):
             raise UserError(f"{where} is a {type(image).__name__}, not an image")
         return ImageTransform.to_rgb(image)
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise exceptions of every kind
         raise UserError(f"{where} cannot be decoded: {error}") from error
 
 

@@ -91,12 +91,12 @@ def test_images_by_their_address(tmp_path: Path, downloaded: Path, monkeypatch: 
     ]
     assert not any(END in str(flat(document)) for document in done.documents)
     assert done.dropped == {
-        "fewer than 1 images left": 3,  # "One.", what follows the last mark, and "Alone."
+        "fewer than 1 images left": 4,  # "One.", what follows the last mark, and "Alone."
         "no text": 1,
-        "an entry is neither an image nor a text, or both": 2,
+        "an entry is neither an image nor a text, or both": 1,
         "'images' and 'texts' are not lists of the same length": 1,
     }
-    assert done.dropped_images == {"image is missing": 2}
+    assert done.dropped_images == {"image is missing": 2, "entry with neither image nor text": 1}
 
 
 def test_images_by_a_map(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_images_by_a_map(tmp_path: Path) -> None:
         assert [flat(document) for document in done.documents] == [[jpeg(0), "One.\n\nTwo."]]
         assert done.dropped_images == {"image's name leads out of its folder": 1}
     (tmp_path / "files" / "map.tsv").write_text("link\tpath\nx\ty\n")
-    assert "give it the columns url and path" in refusal(
+    assert "has no column 'url'; its columns are link, path" in refusal(
         tmp_path / "o", "obelics", path, "--images", tmp_path / "files" / "map.tsv"
     )
 

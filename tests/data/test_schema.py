@@ -12,9 +12,10 @@ import pytest
 import webdataset
 from PIL import Image as PILImage
 
-from data.shards.document import Document, Image, Node, Text, sniff
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import MANIFEST, ShardWriter, read_document, read_documents, read_manifest
 from flamingo.errors import UserError
+from flamingo.vision.image_files import sniff
 from tests.data.helpers import numbered_document, write_documents
 from tests.data.test_index import make_tar
 from tests.fixtures import encoded, png, random_image
@@ -105,12 +106,12 @@ def test_pairs_of_img2dataset_are_documents(tmp_path: Path) -> None:
     jpeg = encoded(random_image("RGB", (20, 10)), "JPEG")
     facts = json.dumps({"caption": "a dog", "url": "u", "status": "success"}).encode()
     members = [("000000001.jpg", jpeg), ("000000001.txt", b"a dog"), ("000000001.json", facts)]
-    members += [("000000000.txt", b""), ("000000000.jpg", png(3))]  # completion order; a png called jpg
+    members += [("000000000.txt", b"a cat\n"), ("000000000.jpg", png(3))]  # completion order; a png called jpg
     first, second = read_documents(make_tar(tmp_path / "00000.tar", members))
     assert first.nodes == [Image((0,)), Text("a dog")]
     assert first.images == [jpeg]
     assert first.meta["url"] == "u"
-    assert (second.nodes, sniff(second.images[0])) == ([Image((0,)), Text("")], "png")
+    assert (second.nodes, sniff(second.images[0])) == ([Image((0,)), Text("a cat")], "png")
 
 
 def test_a_writer_that_fails_leaves_nothing_whole(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown version": (with_json({"v": 9, "nodes": []}), "format version 9"),
     "no text": (with_json({"v": 1, "nodes": [{"i": 0}]}), "row 0 (key 'k'): has no text"),
     "empty document": (with_json({"v": 1, "nodes": []}), "has no text and no images"),
-    "text that is not UTF-8": (lambda p: one(p, ("k.jpg", jpeg(0)), ("k.txt", b"\xff")), "text is not UTF-8"),
+    "text that is not UTF-8": (lambda p: one(p, ("k.jpg", jpeg(0)), ("k.txt", b"\xff")), "caption is not UTF-8"),
     "parts not joined": (part_only, "holds parts that are not joined; join them: python -m data merge"),
     "unfinished preparation": (unfinished, "holds an unfinished preparation"),
 }

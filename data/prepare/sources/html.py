@@ -17,8 +17,8 @@ from data.prepare.images import ImageFolder
 from data.prepare.inputs import folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.units import Dropped, InputUnit, Tally
+from data.prepare.web.charset import decode_html
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_document
-from data.prepare.web.dom import decode_html
 from data.shards.document import Document
 
 LAYOUT = "interleaved"
@@ -71,7 +71,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 def _fetcher(name: str, args: argparse.Namespace, folder: ImageFolder) -> Callable[[str], bytes]:
     def fetch(address: str) -> bytes:
         if args.images:
-            return open_lookup(lookup_of(args)).read(address)
+            return open_lookup(lookup_of(args)).read_address(address)
         parts = urlsplit(address)
         if parts.scheme or parts.netloc:
             raise Dropped("image is not in the folder; give --images")

@@ -3,7 +3,8 @@
     {"id": "1", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
 
-`image` may be absent (text only) or a list. A question with one image shows it first, wherever its `<image>` stands, as
+`image` (or `images`) may be absent (text only) or a list; an item with media under another name, such as `video`, is
+dropped and counted, never learnt as text. A question with one image shows it first, wherever its `<image>` stands, as
 LLaVA's own code does: a question must see what it asks about. LLaVA-Med's misspelt "conversatons" is read too.
 """
 
@@ -15,7 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
-from data.prepare.inputs import array_items, array_units, input_files, json_lines, line_units
+from data.prepare.inputs import input_files, record_units, records
+from data.prepare.media_fields import refuse_other_media
 from data.prepare.turns import add_turn_arguments, answer, has_text, question
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node
@@ -23,6 +25,8 @@ from data.shards.document import Document, Image, Node
 LAYOUT = "interleaved"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 IMAGE_TAG = "<image>"
+IMAGE_KEYS = ("image", "images")
+OTHER_TAGS = ("<video>", "<audio>", "<speech>")
 IN_A_UNIT = 10_000
 
 
@@ -39,9 +43,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     _folder(args.images)
     result: list[InputUnit] = []
     for label, path in input_files(args.inputs, (".json", ".jsonl")):
-        result += (
-            line_units([str(path)], (".jsonl",)) if path.suffix == ".jsonl" else array_units(path, label, IN_A_UNIT)
-        )
+        result += record_units(path, label, IN_A_UNIT)
     return result
 
 
@@ -53,8 +55,7 @@ def _folder(root: str) -> ImageFolder:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each conversation."""
     rule, folder = ImageRule.of(args), _folder(args.images)
-    items = json_lines(unit) if unit.path.endswith(".jsonl") else array_items(unit)
-    for where, item in items:
+    for where, item in records(unit):
         try:
             yield conversation(item, args, folder, rule)
         except Dropped as dropped:
@@ -66,10 +67,13 @@ def conversation(item: Any, args: argparse.Namespace, folder: ImageFolder, rule:
     if not isinstance(item, dict):
         raise Dropped("item is not a JSON object")
     turns = _turns(item.get("conversations", item.get("conversatons")))
-    names = item.get("image") or []
+    names = item.get("image") or item.get("images") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Dropped("'image' is neither a path nor a list of paths")
+    refuse_other_media(item, IMAGE_KEYS)
+    if tag := next((tag for tag in OTHER_TAGS if any(tag in text for _, text in turns)), None):
+        raise Dropped(f"{tag} without its media")
     if args.drop_text_only and not names:
         raise Dropped("no image")
     images = [rule.check(folder.read(name)) for name in names]

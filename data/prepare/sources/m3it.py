@@ -1,7 +1,8 @@
 """M3IT: rows of `instruction`, `inputs`, `image_base64_str` and `outputs`, as JSONL or converted to parquet.
 
 The raw files name their fields differently in each sub-task; `--field image_base64_str=img_str` says what a field is
-called in this file. Several images of a row stand one after another, or with --clips form one clip.
+called in this file. A row with media in any other field is dropped and counted. Several images of a row stand one after
+another, or with --clips form one clip.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.prepare.images import ImageRule, add_image_arguments, from_base64
-from data.prepare.inputs import input_files, json_lines, line_units
+from data.prepare.inputs import input_files, record_units, records
+from data.prepare.media_fields import refuse_other_media
 from data.prepare.sources.obelics import parquet_rows, parquet_units
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, InputUnit, Tally
@@ -19,6 +21,7 @@ from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
+IN_A_UNIT = 10_000
 FIELDS = ("instruction", "inputs", "image_base64_str", "outputs")
 
 
@@ -44,12 +47,12 @@ def fields(args: argparse.Namespace) -> dict[str, str]:
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of lines of JSONL or row groups of parquet."""
     names, result = fields(args), []
-    for _, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
+    for label, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
         file_args = argparse.Namespace(inputs=[str(path)])
         result += (
             parquet_units(file_args, (names["instruction"], names["outputs"]))
             if path.suffix == ".parquet"
-            else line_units([str(path)], (".jsonl", ".jsonl.gz"))
+            else record_units(path, label, IN_A_UNIT)
         )
     return result
 
@@ -57,7 +60,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each row."""
     rule, names = ImageRule.of(args), fields(args)
-    for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else json_lines(unit):
+    for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else records(unit):
         try:
             if not isinstance(row, dict):
                 raise Dropped("line is not a JSON object")
@@ -67,6 +70,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 
 def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespace, rule: ImageRule) -> Document:
+    refuse_other_media(row, (names["image_base64_str"],))
     encoded = row.get(names["image_base64_str"])
     encoded = [encoded] if isinstance(encoded, str | bytes) else encoded or []
     if not isinstance(encoded, list):

@@ -17,6 +17,7 @@ from typing import Any
 from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans, required
 from data.prepare.lookup import Entry, build_lookup, open_lookup
+from data.prepare.media_fields import refuse_other_media
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
@@ -124,6 +125,7 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
 
 def _append(document: Document, name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule) -> None:
     """Add an instruction, all of it or nothing. Raises Dropped."""
+    refuse_other_media(body, ("image_ids", "rel_ins_ids"))
     ids = body.get("image_ids") or []
     if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids):
         raise Dropped("'image_ids' is not a list of ids")

@@ -138,7 +138,10 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
     parts: list[Part] = []
     known = _of_images(row, len(images)) if args.where_image else []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if (image is None) == (text is None) or not isinstance(text, str | None):
+        if image is None and text is None:
+            tally.drop_image("entry with neither image nor text", f"{where} entry {number}")
+            continue
+        if (image is not None and text is not None) or not isinstance(text, str | None):
             raise Dropped("an entry is neither an image nor a text, or both")
         if text is not None:
             parts.append(text)
@@ -162,13 +165,18 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
         raise Dropped("image is neither a URL nor bytes")
     if not args.images:
         raise UserError("the parquet holds URLs, not images; give the downloaded images with --images")
-    return open_lookup(str(Path(args.work) / "images.sqlite")).read(image)
+    return open_lookup(str(Path(args.work) / "images.sqlite")).read_address(image)
+
+
+def _json(value: Any) -> Any:
+    """Return a column's value: some copies hold structs where OBELICS has JSON as text."""
+    return json.loads(value) if isinstance(value, str | bytes) else value
 
 
 def _general(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        value = json.loads(row.get("general_metadata") or "{}")
-    except (ValueError, TypeError):
+        value = _json(row.get("general_metadata") or {})
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -181,8 +189,8 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
 def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
-        value = json.loads(row.get("metadata") or "[]")
-    except (ValueError, TypeError):
+        value = _json(row.get("metadata") or [])
+    except (ValueError, RecursionError):
         value = []
     if not isinstance(value, list) or len(value) != number:
         return [{}] * number

@@ -11,21 +11,21 @@ the facts beside an image, for instance `--where 'similarity>=0.28' 'punsafe<0.5
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from data.errors import ContentError
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
-from data.prepare.tars import json_of, tar_samples
+from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, InputUnit, Tally
-from data.shards.document import Document, Image, Text
-from data.shards.index import IMAGE_SUFFIX
+from data.shards.document import Document, Image, Text, caption_of, facts_of
 from flamingo.errors import UserError
+from flamingo.vision.image_files import SUFFIXES
 
 LAYOUT = "pairs"
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -65,7 +65,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def _image_names(root: Path) -> Iterator[str]:
     for folder, _, files in os.walk(root):
         for name in files:
-            if IMAGE_SUFFIX.match(name.rpartition(".")[2].lower()):
+            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
@@ -80,59 +80,70 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
         samples = _from_tar(unit, args, tally)
     for where, read in samples:
         try:
-            caption, facts, read_image = read()
-            if len(caption.split()) < args.min_words:
-                raise Dropped("no caption" if not caption.strip() else f"caption of fewer than {args.min_words} words")
+            text, facts, read_images = read()
+            caption = _caption(text, facts, args)
             hold(facts, conditions)
-            image = rule.check(read_image())
+            images = [rule.check(data) for data in read_images()]
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
             continue
         meta = {name: value for name, value in facts.items() if name not in (args.caption_key, "exif", "nodes")}
-        yield Document("", [Image((0,)), Text(caption)], [image], meta)
+        yield Document("", [*(Image((n,)) for n in range(len(images))), Text(caption)], images, meta)
+
+
+def _caption(text: bytes | None, facts: dict[str, Any], args: argparse.Namespace) -> str:
+    try:
+        caption = caption_of(text, facts, args.caption_key)
+    except ContentError as error:
+        raise Dropped(error.reason) from None
+    except ValueError as error:
+        raise Dropped(str(error)) from None
+    if len(caption.split()) < args.min_words:
+        raise Dropped(f"caption of fewer than {args.min_words} words")
+    return caption
 
 
 def _from_tar(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[tuple[str, Any]]:
     for sample in tar_samples(unit.path, unit.label, tally):
 
-        def read(sample: Any = sample) -> tuple[str, dict[str, Any], Any]:
-            facts = {"key": sample.key} | json_of(sample, json.loads)
-            suffix = sample.first_image()
-            if suffix is None:
+        def read(sample: Any = sample) -> tuple[bytes | None, dict[str, Any], Any]:
+            suffixes = sample.images()
+            if not suffixes:
                 raise Dropped("no image")
-            caption = _text(sample.read("txt")) if "txt" in sample.members else facts.get(args.caption_key)
-            if caption is not None and not isinstance(caption, str):
-                raise Dropped("caption is not text")
-            return caption or "", facts, lambda: sample.read(suffix)
+            facts = _facts(sample.read("json") if "json" in sample.members else None)
+            text = sample.read("txt") if "txt" in sample.members else None
+            return text, {"key": sample.key} | facts, lambda: map(sample.read, suffixes)
 
         yield sample.where, read
+
+
+def _facts(raw: bytes | None) -> dict[str, Any]:
+    try:
+        return facts_of(raw)
+    except (ValueError, RecursionError) as error:
+        raise Dropped("JSON is not an object" if "object" in str(error) else "JSON cannot be read") from None
 
 
 def _from_folder(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     folder = _folder(unit.path)
     for name in unit.names:
 
-        def read(name: str = name) -> tuple[str, dict[str, Any], Any]:
-            stem, facts, caption = name.rpartition(".")[0], {}, None
-            try:
-                facts = json.loads(folder.read(f"{stem}.json"))
-            except Dropped:
-                pass
-            except ValueError:
-                raise Dropped("JSON cannot be read") from None
-            if not isinstance(facts, dict):
-                raise Dropped("JSON is not an object")
-            try:
-                caption = _text(folder.read(f"{stem}.txt"))
-            except Dropped as dropped:
-                if "missing" not in dropped.reason:
-                    raise
-                caption = facts.get(args.caption_key)
-            if caption is not None and not isinstance(caption, str):
-                raise Dropped("caption is not text")
-            return (caption or "").strip(), {"file": name} | facts, lambda: folder.read(name)
+        def read(name: str = name) -> tuple[bytes | None, dict[str, Any], Any]:
+            text, facts = (beside(folder, name, suffix) for suffix in ("txt", "json"))
+            return text, {"file": name} | _facts(facts), lambda: [folder.read(name)]
 
         yield name, read
+
+
+def beside(folder: ImageFolder, name: str, suffix: str) -> bytes | None:
+    """Return the bytes of the file of this name with another suffix, in whatever letters; None where there is none."""
+    stem = name.rpartition(".")[0]
+    try:
+        return folder.read(*(f"{stem}.{form}" for form in (suffix, suffix.upper(), suffix.capitalize())))
+    except Dropped as dropped:
+        if "missing" not in dropped.reason:
+            raise
+        return None
 
 
 def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -146,13 +157,13 @@ def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str
         if not row:
             continue  # an empty line
 
-        def read(row: list[str] = row) -> tuple[str, dict[str, Any], Any]:
+        def read(row: list[str] = row) -> tuple[bytes | None, dict[str, Any], Any]:
             if len(row) != len(header):
                 raise Dropped("row with another number of columns than the header")
             facts = dict(zip(header, row, strict=True))
             name = facts[image]
-            del facts[caption]
-            return row[header.index(caption)], facts, lambda: folder.read(name)
+            text = facts.pop(caption)
+            return text.encode("utf-8", "surrogatepass"), facts, lambda: [folder.read(name)]
 
         yield f"{label} row {number}", read
 
@@ -167,10 +178,3 @@ def _column(header: list[str], wanted: str | None, usual: tuple[str, ...], path:
 @lru_cache(maxsize=4)
 def _folder(root: str) -> ImageFolder:
     return ImageFolder(root)
-
-
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Dropped("caption is not UTF-8") from None

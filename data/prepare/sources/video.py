@@ -23,11 +23,10 @@ from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
-from data.shards.index import IMAGE_SUFFIX
+from data.shards.samples import IMAGE_SUFFIX, VIDEOS
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
-VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 IN_A_UNIT = 500
 
 

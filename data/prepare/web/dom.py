@@ -2,17 +2,18 @@
 
 What is not content (navigation, forms, scripts, hidden elements) is left out with everything in it. A paragraph ends
 where a block element begins or ends, and an image inside a sentence divides the sentence. The address of an image is
-the first usable one of src, data-src and the like, and srcset, made absolute.
+that of data-src and the like, where src is a placeholder that of the `<noscript>` beside it or srcset, else src.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from html import unescape
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 from data.prepare.inputs import required
+from data.prepare.web.address import joined
 
 _SKIPPED = """
     script style noscript template svg math head nav footer aside form button select option input textarea label
@@ -28,9 +29,19 @@ _ROLES = """
     navigation banner contentinfo complementary search menu menubar dialog alert
 """
 ROLES = frozenset(_ROLES.split())
-SOURCES = ("src", "data-src", "data-original", "data-lazy-src", "data-image", "data-src-fg", "data-echo")
+_LAZY = """
+    data-src data-original data-lazy-src data-lazy data-lazyload data-image data-src-fg data-echo data-original-src
+    data-actualsrc data-img-src data-hi-res-src data-full-src data-url data-href
+"""
+LAZY = tuple(_LAZY.split())
+LAZY_SETS = ("data-srcset", "data-lazy-srcset", "data-original-set")
+PLACEHOLDER = re.compile(
+    r"(?:^|[/_.-])(?:blank|placeholder|spacer|pixel|lazy|lazyload|loading|loader|transparent|trans|clear|dummy|empty|1x1|"
+    r"grey|gray|white)(?:[_.-]\w+)?\.(?:gif|png|svg|jpe?g|webp)(?:\?|$)",
+    re.IGNORECASE,
+)
+IMG = re.compile(r"""<img\s(?:[^>]*?\s)?src\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""", re.IGNORECASE)
 LINE = "\v"  # stands for a <br> until the paragraph ends; two in a row end it
-CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]{1,40})""", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +56,12 @@ class WebImage:
 WebPart = str | WebImage
 
 
-def decode_html(raw: bytes, charset: str | None = None) -> str:
-    """Decode a page: by byte-order mark, the given charset, the page's own `<meta>`, UTF-8, else as Windows-1252."""
-    for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
-        if raw.startswith(mark):
-            return raw[len(mark) :].decode(name, "replace")
-    declared = CHARSET.search(raw[:4096])
-    for encoding in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
-        try:
-            return raw.decode(encoding or "utf-8")
-        except (LookupError, ValueError):
-            continue
-    return raw.decode("cp1252", "replace")
-
-
 def read_dom(html: str, url: str = "") -> list[WebPart]:
     """Return the paragraphs and images of the page at `url`, in order."""
     html = html.encode("utf-8", "replace").decode()  # removes half surrogate pairs, which some charsets let through
     parser = required("selectolax.lexbor", "reading HTML").LexborHTMLParser(html)
     base = parser.css_first("base[href]")
-    where = _join(url, base.attributes.get("href") or "") if base is not None else url
+    where = joined(url, base.attributes.get("href") or "") if base is not None else url
     parts: list[WebPart] = []
     run: list[str] = []
 
@@ -89,7 +86,7 @@ def read_dom(html: str, url: str = "") -> list[WebPart]:
             continue
         if not node.is_element_node or tag in SKIPPED or _hidden(node.attributes):
             continue
-        if tag == "img":
+        if tag in ("img", "amp-img"):
             image = _image(node, where)
             if image is not None:
                 end_paragraph()
@@ -119,21 +116,44 @@ def _hidden(attributes: dict[str, str | None]) -> bool:
 
 
 def _image(node: Any, base: str) -> WebImage | None:
+    """Return the image that a browser shows in the end: a lazy one's own address comes before its placeholder's."""
     attributes = node.attributes
-    addresses = [attributes.get(name) for name in SOURCES]
-    addresses += [_widest(attributes.get(name)) for name in ("srcset", "data-srcset")]
-    parent = node.parent
-    if parent is not None and parent.tag == "picture":
-        addresses += [_widest(source.attributes.get("srcset")) for source in parent.css("source")]
+    shown = (attributes.get("src") or "").strip()
+    addresses = [attributes.get(name) for name in LAZY]
+    addresses += [_widest(attributes.get(name)) for name in LAZY_SETS]
+    if not shown or shown.startswith("data:") or PLACEHOLDER.search(shown):
+        addresses += [_without_scripts(node), _widest(attributes.get("srcset")), *_of_picture(node), shown]
+    else:
+        addresses += [shown, _widest(attributes.get("srcset")), *_of_picture(node)]
     sizes = (_pixels(attributes.get("width")), _pixels(attributes.get("height")))
     inline = None
     for address in addresses:
         address = (address or "").strip()
         if address.startswith("data:"):
             inline = inline or address  # most often a placeholder of one pixel: a last resort
-        elif address and (full := _join(base, address)):
+        elif address and (full := joined(base, address)):
             return WebImage(full, *sizes)
     return WebImage(inline, *sizes) if inline and inline.startswith("data:image/") else None
+
+
+def _of_picture(node: Any) -> list[str | None]:
+    parent = node.parent
+    if parent is None or parent.tag != "picture":
+        return []
+    sets = [source.attributes for source in parent.css("source")]
+    return [_widest(attributes.get(name)) for attributes in sets for name in ("srcset", *LAZY_SETS)]
+
+
+def _without_scripts(node: Any) -> str | None:
+    """Return the address in the `<noscript>` beside an image, which shows it to those who load none lazily."""
+    for step in ("next", "prev"):
+        beside = getattr(node, step)
+        while beside is not None and (beside.is_text_node and not (beside.text_content or "").strip()):
+            beside = getattr(beside, step)
+        if beside is not None and beside.tag == "noscript":
+            match = IMG.search(beside.html or "")
+            return unescape(match[1] or match[2] or match[3]) if match else None
+    return None
 
 
 def _widest(srcset: str | None) -> str | None:
@@ -153,13 +173,3 @@ def _widest(srcset: str | None) -> str | None:
 def _pixels(value: str | None) -> int:
     match = re.fullmatch(r"\s*(\d{1,6})(?:\.\d+)?\s*(?:px)?\s*", value or "")
     return int(match[1]) if match else 0
-
-
-def _join(base: str, address: str) -> str:
-    """Make an address absolute where there is a base; return "" for what is not an address."""
-    try:
-        full = urljoin(base, address)
-        scheme = urlsplit(full).scheme
-    except ValueError:
-        return ""
-    return full if scheme in ("http", "https", "") else ""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.records import read_json
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, read_json, rows
+from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, rows
 
 
 def karpathy(path: Path, source: SourceSpec) -> Iterator[Item]:

@@ -7,19 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.records import read_json, table_rows
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import (
-    Item,
-    clip_of,
-    image_of,
-    in_split,
-    item,
-    need,
-    read_csv,
-    read_json,
-    read_jsonl,
-    rows,
-)
+from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, read_jsonl, rows
 from flamingo.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -93,7 +83,7 @@ def star(path: Path, source: SourceSpec) -> Iterator[Item]:
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read NExT-QA's multiple choice: `val.csv` with video, question, answer (a number), qid, type, a0 to a4."""
     keys = [f"a{index}" for index in range(5)]
-    for row in read_csv(path, ["video", "question", "answer", "qid", "type", *keys]):
+    for row in table_rows(path, ["video", "question", "answer", "qid", "type", *keys]):
         clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
         kind, correct = ("TN" if row["type"] == "TP" else row["type"]), int(row["answer"])
         choices = [row[key] for key in keys]

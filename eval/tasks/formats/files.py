@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.records import json_objects
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
 from flamingo.errors import UserError
@@ -40,41 +39,9 @@ def below_root(source: SourceSpec, root: str) -> SourceSpec:
     return replace(source, path=path, annotations=annotations, images=images)
 
 
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError when it is missing or damaged."""
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one JSON object a line."""
-    for line_number, line in enumerate(_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {line_number} is not JSON: {error}") from None
-
-
-def read_csv(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV file with a header. Raises UserError if a column of `needed` is missing."""
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    names = reader.fieldnames or ()
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(names)}")
-    yield from reader
+    """Yield the objects of a file with one JSON object a line (or an array of them). Raises UserError."""
+    return (row for _, row in json_objects(path))
 
 
 def need(row: Mapping[str, Any], key: str, path: Path, what: object = "an entry") -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.records import table_rows
 from eval.metrics.ranking import ANNOTATIONS
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import Item, clip_of, image_of, item, need, read_csv, read_jsonl, stored
+from eval.tasks.formats.files import Item, clip_of, image_of, item, need, read_jsonl, stored
 from flamingo.errors import UserError
-
-IMAGES = {".jpeg", ".jpg", ".png", ".webp"}
+from flamingo.vision.image_files import SUFFIXES
 
 
 def hateful_memes(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -33,7 +33,7 @@ def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
             f"{source.annotations or 'source.annotations'} does not exist; give the file of class names, "
             "LOC_synset_mapping.txt of the Kaggle release"
         )
-    lines = Path(source.annotations).read_text(encoding="utf-8").splitlines()
+    lines = Path(source.annotations).read_text(encoding="utf-8").split("\n")
     synonyms = {line.split(" ", 1)[0]: line.split(" ", 1)[1].split(", ") for line in lines if " " in line}
     first = [names[0] for names in synonyms.values()]
     names = {key: n[0] if first.count(n[0]) == 1 or len(n) == 1 else f"{n[0]}, {n[1]}" for key, n in synonyms.items()}
@@ -41,7 +41,7 @@ def imagenet(path: Path, source: SourceSpec) -> Iterator[Item]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         if folder.name not in names:
             raise UserError(f"{path} has the folder {folder.name}, which {source.annotations} does not name")
-        for file in sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGES):
+        for file in sorted(entry for entry in folder.iterdir() if entry.suffix.lower()[1:] in SUFFIXES):
             name = f"{folder.name}/{file.name}"
             yield item(name, stored(file), "", [names[folder.name]], label=folder.name, choices=every, group=name)
 
@@ -65,7 +65,7 @@ def winoground(path: Path, source: SourceSpec) -> Iterator[Item]:
 def rareact(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `rareact.csv`: each segment is scored for all actions; kind is its annotation, the answer its own action."""
     needed = ["id", "video_id", "start", "end", "verb", "noun", "annotation"]
-    table = list(read_csv(path, needed))
+    table = list(table_rows(path, needed))
     actions = list(dict.fromkeys(f"{row['verb']} {row['noun']}" for row in table))
     for row in table:
         clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))

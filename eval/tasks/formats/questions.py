@@ -7,19 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.records import read_json, table_rows
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import (
-    Item,
-    check_annotators,
-    clip_of,
-    image_of,
-    item,
-    need,
-    read_csv,
-    read_json,
-    rows,
-    wanted,
-)
+from eval.tasks.formats.files import Item, check_annotators, clip_of, image_of, item, need, rows, wanted
 from flamingo.errors import UserError
 
 
@@ -134,7 +124,7 @@ def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
 def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `test.csv`: video_id, start, end, question, answer1 to answer5."""
     keys = [f"answer{index}" for index in range(1, 6)]
-    for index, row in enumerate(read_csv(path, ["video_id", "start", "end", "question", *keys])):
+    for index, row in enumerate(table_rows(path, ["video_id", "start", "end", "question", *keys])):
         answers = [row[key] for key in keys if row[key]]
         check_annotators(len(answers), source, path, index)
         clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))
@@ -144,7 +134,7 @@ def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
 def nextqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read open-ended NExT-QA: `test.csv`, as annotations `add_reference_answer_test.json` ({video: {qid: answer}})."""
     more = read_json(Path(source.annotations)) if source.annotations else {}
-    for row in read_csv(path, ["video", "question", "answer", "qid", "type"]):
+    for row in table_rows(path, ["video", "question", "answer", "qid", "type"]):
         answers = [row["answer"], *filter(None, [more.get(row["video"], {}).get(row["qid"])])]
         kind = "TN" if row["type"] == "TP" else row["type"]
         clip = clip_of(source, path, row["video"], row)

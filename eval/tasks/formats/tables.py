@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.records import table_rows
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
-from eval.tasks.formats.files import Item, read_csv, read_files, read_jsonl
+from eval.tasks.formats.files import Item, read_files, read_jsonl
 from flamingo.errors import UserError
 
 FIELDS = ("question", "answer", "kind", "label", "rationale")
@@ -23,7 +24,7 @@ FIELDS = ("question", "answer", "kind", "label", "rationale")
 
 def read_csv_table(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Yield the rows of a CSV file with a header."""
-    for index, row in enumerate(read_csv(path)):
+    for index, row in enumerate(table_rows(path)):
         if index == 0:
             _check_columns(path, row, {"image": "image", "answer": "answer"} | source.fields)
         yield _item(path, index, row, source)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from data.shards.document import sniff
+from data.prepare.clips import upright
 from flamingo.errors import UserError
+from flamingo.vision.image_files import sniff
 
 
 def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = None) -> tuple[bytes, ...]:
@@ -46,7 +47,7 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
             for frame in container.decode(stream):
                 if frame.time in chosen:
                     buffer = io.BytesIO()
-                    frame.to_image().save(buffer, format="PNG", compress_level=1)
+                    upright(frame).save(buffer, format="PNG", compress_level=1)
                     wanted.append(buffer.getvalue())
     except (av.error.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path} cannot be decoded as a video: {error}") from None
