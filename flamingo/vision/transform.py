@@ -123,7 +123,7 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
         if isinstance(image, str):
             image = read_source(image, where)
         if isinstance(image, Path):
-            image = image.read_bytes()
+            where, image = f"{where} ({image})", image.read_bytes()
         if isinstance(image, bytes | bytearray):
             return read_image(bytes(image), ImageTransform.to_rgb)
         if isinstance(image, np.ndarray):
