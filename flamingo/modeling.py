@@ -537,7 +537,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self.language_model.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: Any = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         """Resize the LM's table and head, as for any causal LM; give `len(tokenizer)`.
 
@@ -548,7 +548,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         """
         rows = table_shape(output_head(self.language_model))[0]
         wanted = rows if new_num_tokens is None else new_num_tokens
-        wanted = wanted if pad_to_multiple_of is None else -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if isinstance(pad_to_multiple_of, int):  # anything else the LM refuses itself
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         last = max(self.new_tokens.ids, default=-1)
         if wanted < rows and wanted <= last:
             raise UserError(

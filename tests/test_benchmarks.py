@@ -148,4 +148,4 @@ def test_both_evaluations_give_the_same_and_the_peer_encodes_again(capsys: pytes
     assert own_scores["values"] == pytest.approx(scores["values"], abs=2e-4)
     assert answers["encoded"] == TINY.eval_queries * 5 > 2 * answers["distinct"]
     evaluation.print_evaluation({"size": "tiny", "results": results})
-    assert "60 of 60 tokens the same" in capsys.readouterr().out
+    assert "same tokens" in capsys.readouterr().out

