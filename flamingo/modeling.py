@@ -715,11 +715,6 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         with running(call):
             out = self.language_model(**options, return_dict=True)
         check_ran(call, self.language_model, embedded=embedded)
-        if options.get("output_attentions") and (not out.attentions or out.attentions[0] is None):
-            raise UserError(
-                "output_attentions needs the language model's attention computed the slow way; call "
-                "model.language_model.set_attn_implementation('eager') first"
-            )
         return out
 
     def _run_with_loss(

@@ -50,4 +50,5 @@ class MLPConnector(Connector):
 
     def connect(self, features: Float[Tensor, "I F P V"]) -> Float[Tensor, "I L E"]:
         """Return the projected patches, frame after frame."""
-        return self.down_proj(self.act(self.up_proj(features.flatten(1, 2))))
+        latents: Tensor = self.down_proj(self.act(self.up_proj(features.flatten(1, 2))))
+        return latents.clone() if latents._is_view() else latents  # FSDP2 warns of a module that returns a view

@@ -233,4 +233,4 @@ def test_lm_eval_is_run_by_its_own_command_line(tmp_path: Path) -> None:
     assert len(samples.read_text().splitlines()) == 6
     wrong = harness("eval.plugins.lm_eval_model", tmp_path, "pretrained=/nowhere")
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is not the folder of a saved model")
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pretrained=/nowhere is not the folder of a saved")

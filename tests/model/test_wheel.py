@@ -39,7 +39,7 @@ def declared() -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-OPTIONAL = {"pillow_heif"}  # of the extra heif; without it such images are refused
+EXTRAS = {"pillow_heif"}  # of the extra heif; without it such images are refused
 
 
 def test_what_the_library_imports_is_declared() -> None:
@@ -54,7 +54,7 @@ def test_what_the_library_imports_is_declared() -> None:
             for name in names:
                 assert not name.startswith(("flamingo.training", "flamingo.configs")), file
                 top = name.split(".")[0]
-                if top not in {*sys.stdlib_module_names, "flamingo", *OPTIONAL}:
+                if top not in {*sys.stdlib_module_names, "flamingo", *EXTRAS}:
                     assert known & {canonicalize_name(owner) for owner in owners[top]}, f"{file} imports {name}"
 
 

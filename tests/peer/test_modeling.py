@@ -27,10 +27,6 @@ SKIPPED: dict[str, str] = {
         "the new parts are drawn by their constructors, in an order that seeded runs rely on, so that weights drawn "
         "later cannot be equal; tests/model/test_loading_uses.py checks that they are drawn and how"
     ),
-    "test_model_outputs_equivalence": (
-        "it asks SDPA for attentions, which it does not give: transformers returns None, ours says in a sentence to set "
-        "attn_implementation='eager'"
-    ),
     "test_model_base_model_prefix": (
         "the gated blocks stand between the layers of an LM that keeps its own head, so no base model without a head "
         "could be run alone"

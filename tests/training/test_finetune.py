@@ -56,6 +56,7 @@ def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
             assert words[:2] == ["python", "train.py"]
             # The document's 300 updates and rate are for a language model that knows its language.
             more = ["run.steps=40", "run.log_every=1", "optim.lr=3e-3", "run.tensorboard=false", "optim.warmup_steps=2"]
+            more.append("data.datasets.mine.max_tokens=128")  # all that the start's small language model has
             command = [sys.executable, str(ROOT / "train.py"), *words[2:], *more]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -138,7 +138,7 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
         "        if next(count) == 5: raise ZeroDivisionError('in the middle')\n"
         "        plain(self, *given)\n"
         "    metrics.Throughput.add = add\n"
-        "train.compose.main(train.train)\n"
+        "train.compose.main(train.train, check=lambda config: [])\n"
     )
     port = str(free_port())
     ranks = [

@@ -203,8 +203,10 @@ def test_plan_of_the_other_objectives_is_what_is_measured(objective: str, tmp_pa
     assert planned(config, 1) == pytest.approx(found, rel=0.15)
     configs = [other_run(tmp_path / "world", objective, precision=precision) for precision in ("fp32", "bf16")]
     spawn(_measure, 2, configs, str(tmp_path / "found"))
+    # torch 2.14's gathering with gradients, which open_clip's loss uses, keeps more than 2.15's.
+    tolerance = 0.15 if objective != "contrastive" or torch.__version__ >= "2.15" else 0.2
     for config, found in zip(configs, map(int, (tmp_path / "found").read_text().split()), strict=True):
-        assert planned(config, 2) == pytest.approx(found, rel=0.15), config.run.precision
+        assert planned(config, 2) == pytest.approx(found, rel=tolerance), config.run.precision
 
 
 def test_adapters_of_objective_language_are_planned(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_under_torchrun_a_plan_is_said_once_and_a_mistake_at_least_once(tmp_path
     settings.plan = True
     command = [*torchrun("--standalone", "--nproc-per-node=2"), *given(settings, tmp_path)]
     assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "log").read_text().count("memory of a process of 2") == 1
+    assert (tmp_path / "log").read_text().count("memory of each of 2 process(es)") == 1
     assert not (tmp_path / "run").exists()
     assert begin([*command, "run.steps=0"], tmp_path / "wrong").wait(250) == 1
     # By whichever process came first: torchrun ends the others.
