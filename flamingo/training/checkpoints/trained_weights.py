@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flamingo.modeling import PARTS, FlamingoForConditionalGeneration
+from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.pretrained import PARTS
 
 # Of a config, what says nothing of the shape: where it came from, who wrote it, how it is stored and computed.
 _INCIDENTAL = re.compile(r"_?(name_or_path|commit_hash|attn_implementation\w*|experts_implementation\w*)")
