@@ -49,7 +49,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: row 0 has 2 <image> tags but 1 images" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"nothing")
     assert main(["generate", *options]) == 2
-    assert "error: image 0 of row 0 cannot be decoded" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"error: image 0 of row 0 ({tmp_path / 'a.png'}) cannot be decoded: begins with b'nothing'" in error
     assert main(["generate", "--model", str(tmp_path / "none")]) == 2
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out

@@ -33,7 +33,7 @@ def joined(base: str, address: str) -> str:
 
 def same_address(address: str) -> str:
     """Return the form in which equal addresses are equal: escaped, without fragment and default port, host in ASCII."""
-    address = cleaned(address).partition("#")[0]
+    address = cleaned(cleaned(address).partition("#")[0])  # blanks before a fragment are at the end without it
     try:
         url = required("yarl", "comparing addresses").URL(address)
         return (
