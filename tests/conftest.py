@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 # Set before transformers is imported anywhere: a test that would download fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,3 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Commands that must print one line are judged by it: torch's own complaint about an installed torchao is none of ours.
 os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
+
+# The same examples everywhere, so that a change is judged by what it changed. To look for new ones:
+# HYPOTHESIS_PROFILE=explore pytest -n 2 (and pin what it finds with @example).
+settings.register_profile("default", derandomize=True, deadline=None, database=None)
+settings.register_profile("explore", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
