@@ -573,7 +573,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self, sequences: Tensor, scores: Any, beam_indices: Tensor | None = None, normalize_logits: bool = False
     ) -> Tensor:
         """Return the scores of the chosen tokens; see `flamingo.inference.generation.transition_scores`."""
-        return generation.transition_scores(sequences, scores, beam_indices, normalize_logits)
+        own: Any = self.generation_config
+        return generation.transition_scores(sequences, scores, beam_indices, normalize_logits, own)
 
     def score_candidates(
         self, prompt_inputs: Mapping[str, Any], candidates: scoring.Candidates, *, batch_size: int = scoring.BATCH

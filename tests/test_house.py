@@ -109,6 +109,23 @@ def test_every_folder_says_what_it_is() -> None:
     assert silent == []
 
 
+def test_what_a_folder_names_exists() -> None:
+    """Files by `name.py`, below the folder or the root, and `module.Name` of its own modules."""
+    missing = []
+    for name in sources():
+        if not name.startswith(("flamingo/", "data/", "eval/")) or not name.endswith("/__init__.py"):
+            continue
+        folder, text = ROOT / Path(name).parent, ast.get_docstring(sources()[name]) or ""
+        for file in re.findall(r"`([a-z_/]+\.py)`", text):
+            if not (folder / file).is_file() and not (ROOT / file).is_file():
+                missing.append(f"{name}: {file}")
+        for module, attribute in re.findall(r"`([a-z_]+)\.([A-Z]\w+)`", text):
+            file = folder / f"{module}.py"
+            if file.is_file() and not re.search(rf"^(class )?{attribute}\b", file.read_text(), re.MULTILINE):
+                missing.append(f"{name}: {module}.{attribute}")
+    assert missing == []
+
+
 def test_config_folder_holds_yaml_only_and_says_how_it_is_used() -> None:
     files = [path for path in (ROOT / "hydra").rglob("*") if path.is_file()]
     assert files

@@ -1,4 +1,4 @@
-"""Decodes the bytes of an image to a uint8 RGB tensor, by one rule for training and evaluation.
+"""Decodes the bytes of an image to a uint8 RGB tensor, by the rule of the whole library, large JPEGs at reduced size.
 
 The rule is `flamingo.vision.transform.ImageTransform.to_rgb`; a plain RGB image takes a shorter path to the same
 result. The size is checked in the header, before a decompression bomb can unfold, and a JPEG much larger than needed is

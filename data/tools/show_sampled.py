@@ -32,7 +32,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-images", type=int, default=5, help="(default 5)")
     parser.add_argument("--crop", choices=CROPS, default="random", help="(default random)")
     parser.add_argument("--labels", choices=LABEL_POLICIES, default="text", help="(default text)")
-    parser.add_argument("--next-image", type=float, default=0.5, metavar="P", help="chance to see the next image")
+    parser.add_argument(
+        "--next-image", type=float, default=0.0, metavar="P", help="chance to see the next image (default 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed cuts another crop")
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -412,11 +413,16 @@ def phi_of_step(
 
 
 def transition_scores(
-    sequences: Int[Tensor, "B T"], scores: Sequence[Tensor], beam_indices: Tensor | None, normalize_logits: bool
+    sequences: Int[Tensor, "B T"],
+    scores: Sequence[Tensor],
+    beam_indices: Tensor | None,
+    normalize_logits: bool,
+    own: GenerationConfig,
 ) -> Float[Tensor, "B S"]:
-    """Return the score with which each of the last S tokens was chosen, 0 behind the end of a beam.
+    """Return the score with which each of the last S tokens was chosen, 0 behind the end of a row or beam.
 
-    transformers' own counts the columns by the LM's vocabulary, which has no rows for the new tokens.
+    transformers' own counts the columns by the LM's vocabulary, which has no rows for the new tokens. `own`: the
+    model's generation config, whose padding stands behind the end of a row.
     """
     stacked = torch.stack(tuple(scores)).float()  # (S, beams, V)
     stacked = stacked.log_softmax(-1) if normalize_logits else stacked
@@ -425,4 +431,14 @@ def transition_scores(
     steps = int((beam_indices >= 0).sum(-1).max())
     beams, tokens = beam_indices[:, :steps], sequences[:, sequences.shape[1] - steps :]
     chosen = stacked[torch.arange(steps, device=stacked.device), beams.clamp(min=0), tokens]
-    return chosen.masked_fill(beams < 0, 0.0)
+    return chosen.masked_fill((beams < 0) | _padding_behind(tokens, own), 0.0)
+
+
+def _padding_behind(tokens: Int[Tensor, "B S"], own: GenerationConfig) -> Bool[Tensor, "B S"]:
+    """Return which generated tokens are padding; where padding is an end itself, the first one was chosen."""
+    padding = (tokens == own.pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
+    ends = torch.as_tensor(own.eos_token_id, device=tokens.device).reshape(-1)
+    if own.pad_token_id not in ends.tolist():
+        return padding
+    before = torch.isin(F.pad(tokens[:, :-1], (1, 0), value=-1), ends)
+    return padding & before

@@ -64,7 +64,7 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
         return as_asked(stacked(clips), options.get("return_tensors"))
 
     def clip(self, item: Any, where: str) -> Tensor:
-        """Return (F, C, S, S) of a file, an URL, a 4-D array, or a list of frames (files, arrays, PIL images).
+        """Return (F, C, S, S) of a file, a URL, a 4-D array, or a list of frames (files, arrays, PIL images).
 
         Raises:
             UserError: no frame, or one that cannot be decoded.

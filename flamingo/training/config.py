@@ -137,7 +137,7 @@ class DataConfig:
     """The mixture: every step takes one batch of each dataset and makes one update (paper, section 2.2)."""
 
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> fields of `data.loading.loader.DatasetSpec`."""
+    """Name -> fields of `data.dataset.DatasetSpec`."""
     num_workers: AtLeast0 = 0
     """Loader processes of each rank; 0 loads in the training process."""
     seed: int = 0
@@ -229,7 +229,7 @@ class ValidationOptions:
     batches: AtLeast1 = 8
     """Batches of each dataset, always the same ones."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> fields of `data.loading.loader.DatasetSpec`, as in `data.datasets`."""
+    """Name -> fields of `data.dataset.DatasetSpec`, as in `data.datasets`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -117,7 +117,7 @@ def leaves_of(x: Tensor) -> set[int]:
 def patch_tokens(
     encoder: Any, pixels: Float[Tensor, "N C S S"], *, class_token: bool = False, final_norm: bool = False
 ) -> Float[Tensor, "N P D"]:
-    """Return a encoder's patch tokens before its final norm, where it has one, or after it (`final_norm`).
+    """Return an encoder's patch tokens before its final norm, where it has one, or after it (`final_norm`).
 
     With `class_token`, its class and register tokens stand in front of them (P counts them then).
 
@@ -148,7 +148,7 @@ def patch_tokens(
 
 
 def _last_tokens(encoder: Any, pixels: Float[Tensor, "N C S S"], final_norm: bool) -> Float[Tensor, "N P D"]:
-    """Return all tokens of a encoder that only has a `forward`, before or after its final norm.
+    """Return all tokens of an encoder that only has a `forward`, before or after its final norm.
 
     transformers' CLIP gives them before it, its SigLIP, ViT, DINOv2 and most others after it.
     """
@@ -203,7 +203,7 @@ def _note_input(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def token_width(encoder: nn.Module, image_size: int, channels: int = 3) -> int:
-    """Return the width D of a encoder's patch tokens, by running it once on a black image."""
+    """Return the width D of an encoder's patch tokens, by running it once on a black image."""
     parameter = next(encoder.parameters())
     with torch.no_grad():
         black = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)

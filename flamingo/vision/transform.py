@@ -138,7 +138,7 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
 
 
 def read_source(source: str, where: str = "the image") -> bytes | Path:
-    """Return what an URL, a `file:` or `data:` URL or base64 text holds; any other text is a path.
+    """Return what a URL, a `file:` or `data:` URL or base64 text holds; any other text is a path.
 
     Raises:
         UserError: the URL cannot be fetched.
@@ -159,7 +159,7 @@ def read_source(source: str, where: str = "the image") -> bytes | Path:
 
 
 def _fetch(url: str, where: str) -> bytes:
-    import httpx  # comes with huggingface_hub; only where an URL is given
+    import httpx  # comes with huggingface_hub; only where a URL is given
 
     try:
         answer = httpx.get(url, timeout=FETCH_SECONDS, follow_redirects=True)

@@ -91,7 +91,7 @@ def presets() -> str:
         (f"`{name}`", f"`{p.repository}`", f"{p.parameters:g}", p.cross_attn_every_n_layers, p.language or "its own")
         for name, p in PRESETS.items()
     )
-    return rows(("preset", "weights", "10^9", "block every", "language model"), body)
+    return rows(("preset", "weights", "parameters (10^9)", "block every", "language model"), body)
 
 
 def filled(text: str) -> str:

@@ -510,3 +510,25 @@ def test_transition_scores_are_of_the_new_tokens() -> None:
     for step, scores in enumerate(out.scores):
         by_hand = scores.log_softmax(-1).gather(1, new[:, step : step + 1])[:, 0]
         torch.testing.assert_close(chosen[:, step], by_hand)
+
+
+@pytest.mark.parametrize("pad", ["pad", "end"])
+def test_padding_behind_an_end_has_no_score(pad: str) -> None:
+    model, processor = tiny.flamingo("llama")
+    own = model.generation_config
+    assert isinstance(own.eos_token_id, list)
+    if pad == "end":
+        own.pad_token_id = own.eos_token_id[0]
+    inputs = processor(images=[tiny.picture(0)], text="<image>A")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0, "num_return_sequences": 64, "max_new_tokens": 16}
+    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
+    chosen = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    early = 0
+    for row, scores in zip(new.tolist(), chosen, strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in own.eos_token_id), len(row))
+        early += length < len(row)
+        assert bool((scores[:length] < 0).all())
+        assert scores[length:].tolist() == [0.0] * (len(row) - length)
+    assert early > 3
