@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
     parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
     parser.add_argument("--workers", type=int, metavar="N", help="at the same time (default: one for each core)")
-    parser.add_argument("--engine", choices=EXECUTORS, default="processes", help="what runs the work (default here)")
+    parser.add_argument(
+        "--engine", choices=EXECUTORS, default="processes", help="what runs the work (default processes)"
+    )
     parser.add_argument(
         "--engine-options",
         nargs="+",
@@ -102,20 +104,18 @@ def run(source: str, args: argparse.Namespace) -> None:
     args.work, args.state, args.workers, args.digest = str(work), str(state), workers, digest
     there = sizes_in(state)
     done = {n: record for n in mine if (record := _finished(state, source, n, units[n], sizes, there))}
-    if hasattr(module, "begin") and len(done) < len(mine):
-        module.begin(args, work)
+    jobs = {number: (source, args, number, units[number]) for number in mine if number not in done}
     try:
-        for number, record in on_engine(
-            run_unit, {n: (source, args, n, units[n]) for n in mine if n not in done}, args
-        ):
+        if jobs and hasattr(module, "begin"):
+            module.begin(args, work)
+        for number, record in on_engine(run_unit, jobs, args):
             done[number] = record
             _progress(len(done), len(mine), last=len(done) == len(mine))
     except KeyboardInterrupt:
         raise UserError(f"stopped with {len(done)} of {len(mine)} units done; {RESUME}") from None
     facts = {"source": source, "fingerprint": digest, "units": len(units), "layout": module.LAYOUT}
-    _conclude(
-        out, part, facts | {"options": options_of(args)}, {number: done[number] for number in mine}, (state, work)
-    )
+    facts["options"] = options_of(args)
+    _conclude(out, part, facts, {number: done[number] for number in mine}, (state, work))
 
 
 def on_engine(function: Callable[..., Any], jobs: dict[int, tuple[Any, ...]], args: argparse.Namespace) -> Any:

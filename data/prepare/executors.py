@@ -132,7 +132,7 @@ def on_ray(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of a change to come
     ray = required("ray", "--engine ray", extra="ray")
     try:
-        task = ray.remote(**RAY_DEFAULTS | options)(_outcome)
+        task = ray.remote(**RAY_DEFAULTS | options)(_outcome_in)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--engine-options {options} are refused by Ray ({one_line(error)[:300]})") from None
     _connect(ray, workers)
@@ -143,7 +143,7 @@ def on_ray(
         while True:
             for number, job in islice(waiting, AHEAD - len(pending)):
                 whole = [_once(ray, sent, value) if isinstance(value, Namespace) else value for value in job]
-                pending[task.remote(function, *whole)] = number
+                pending[task.remote(str(Path.cwd()), function, *whole)] = number
             if not pending:
                 return
             (done,), _ = ray.wait(list(pending), num_returns=1)
@@ -168,7 +168,7 @@ def _connect(ray: Any, workers: int) -> None:
     """Join the cluster of RAY_ADDRESS; without one start a cluster of this machine with as many slots as workers."""
     import logging
 
-    quiet = {"logging_level": logging.WARNING}
+    quiet = {"logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "local")
     try:
         if address == "local":
@@ -237,6 +237,15 @@ def _outcome(function: Callable[..., Any], *job: Any) -> Outcome:
         return {"result": function(*job)}
     except (UserError, OSError) as error:
         return {"error": str(error)}
+
+
+def _outcome_in(folder: str, function: Callable[..., Any], *job: Any) -> Outcome:
+    """Run a job in the folder that the command was given in, which relative paths begin at."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return {"error": f"{os.uname().nodename} does not see the folder {folder} ({error.strerror})"}
+    return _outcome(function, *job)
 
 
 def _result(outcome: Outcome) -> Any:

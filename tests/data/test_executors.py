@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import executors
 from data.prepare.executors import TRIES, engine_options, run_jobs
 from data.shards.writer import read_manifest
 from flamingo.errors import UserError
 from tests.data.sources import command, prepare, refusal
 from tests.data.test_prepare_engine import ROOT, SMALL, files, write_tars
 
-DEBUG = ("--engine", "submitit", "--engine-options", "cluster=debug")
+LOCAL = ("--engine", "submitit", "--engine-options", "cluster=local")
 
 
 def run(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -98,8 +97,7 @@ def test_ray_survives_a_killed_worker(tars: Path, whole: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_job_array_survives_a_killed_task(tars: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--engine", "submitit", "--engine-options", "cluster=local", "--workers", 2)
-    process = run(tars, "--out", out, *SMALL, *options)
+    process = run(tars, "--out", out, *SMALL, "--workers", 2, *LOCAL)
     kill_one(process, r"submitit\.core\._submit", out, 20)
     said = process.communicate(timeout=250)[0]
     assert process.returncode == 0, said
@@ -107,57 +105,52 @@ def test_a_job_array_survives_a_killed_task(tars: Path, whole: Path, tmp_path: P
     assert "24 of 24 units done" in said
 
 
-def test_a_job_array_in_this_process(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_parts_on_a_job_array(tmp_path: Path) -> None:
     tars = write_tars(tmp_path / "in")
     prepare(tmp_path / "whole", "pairs", tars, *SMALL)
-    assert command("prepare", "pairs", tars, "--out", tmp_path / "out", *SMALL, "--workers", 2, *DEBUG)[0] == 0
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
     for part in (1, 2):
-        arguments = ("--out", tmp_path / "parts", *SMALL, "--part", f"{part}/2", *DEBUG)
+        arguments = ("--out", tmp_path / "parts", *SMALL, "--part", f"{part}/2", "--workers", 1, *LOCAL)
         assert command("prepare", "pairs", tars, *arguments)[0] == 0
     assert command("merge", tmp_path / "parts")[0] == 0
     merged = {name: body for name, body in files(tmp_path / "parts").items() if not name.startswith("_part")}
     assert merged == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_deduplication_counts_on_the_engine_too(tmp_path: Path) -> None:
     tars = write_tars(tmp_path / "in", tars=4)
     prepare(tmp_path / "whole", "deduplicate", tars)
-    assert command("prepare", "dedupe", tars, "--out", tmp_path / "out", "--workers", 2, *DEBUG)[0] == 0
+    assert command("prepare", "dedupe", tars, "--out", tmp_path / "out", "--workers", 2, *LOCAL)[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_a_job_raises_is_a_sentence_and_finished_units_are_kept(tmp_path: Path) -> None:
     tars = write_tars(tmp_path / "in")
     cut = tars / "00003.tar"
     good = cut.read_bytes()
     cut.write_bytes(good[:3000])
     out = tmp_path / "out"
-    assert "00003.tar is truncated" in refusal(out, "pairs", tars, *SMALL, *DEBUG)
+    assert "00003.tar is truncated" in refusal(out, "pairs", tars, *SMALL, *LOCAL)
     assert read_manifest(out)["parts"] == {}
     assert list((out / ".prepare" / "pairs-all").glob("pairs-*.json"))
     cut.write_bytes(good)
-    assert "unfinished preparation with other inputs" in refusal(out, "pairs", tars, *SMALL, *DEBUG)
+    assert "unfinished preparation with other inputs" in refusal(out, "pairs", tars, *SMALL, *LOCAL)
 
 
-def test_a_job_that_always_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    died = 0
-
-    def share(*_: object) -> int:
-        nonlocal died
-        died += 1
-        raise RuntimeError("lost")
-
-    monkeypatch.setattr(executors, "_share", share)
-    with pytest.raises(UserError, match=rf"2 jobs died {TRIES} times \(.*lost.*; logs in .*finished units are kept"):
-        list(run_jobs(abs, {1: (1,), 2: (2,)}, engine="submitit", workers=1, options=DEBUG[3:], folder=tmp_path))
-    assert died == TRIES
+@pytest.mark.slow
+def test_a_job_that_always_dies_ends_the_run(tmp_path: Path) -> None:
+    jobs = {1: (1,), 2: (1,)}
+    with pytest.raises(UserError, match=rf"2 jobs died {TRIES} times \(.*logs in .*finished units are kept"):
+        list(run_jobs(os._exit, jobs, engine="submitit", workers=1, options=["cluster=local"], folder=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_result_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "1.json").write_text(json.dumps({"result": "old"}))
-    done = run_jobs(abs, {1: (-3,)}, engine="submitit", workers=1, options=DEBUG[3:], folder=tmp_path)
+    done = run_jobs(abs, {1: (-3,)}, engine="submitit", workers=1, options=LOCAL[3:], folder=tmp_path)
     assert list(done) == [(1, 3)]
 
 
@@ -185,8 +178,8 @@ def test_options_and_mistakes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "must be NAME=VALUE" in refusal(out, "pairs", tars, "--engine", "submitit", "--engine-options", "cpus")
     assert "processes have none" in refusal(out, "pairs", tars, "--engine-options", "cpus=2")
-    wrong = (*DEBUG, "slurm_nonsense=1")
-    assert "submitit refuses cluster 'debug'" in refusal(out, "pairs", tars, *wrong)
-    store = ("--out", "memory://out", tars, *DEBUG)
+    wrong = (*LOCAL, "slurm_nonsense=1")
+    assert "submitit refuses cluster 'local'" in refusal(out, "pairs", tars, *wrong)
+    store = ("--out", "memory://out", tars, *LOCAL)
     status, _, err = command("prepare", "pairs", *store)
     assert (status, "needs --scratch DIR: a folder that all machines see" in err) == (2, True)

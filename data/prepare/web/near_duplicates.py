@@ -19,7 +19,6 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from data.batches.decode import decode
 from data.errors import ContentError
 from data.prepare.inputs import required
 from data.shards.document import Document, Text
@@ -48,6 +47,8 @@ def text_signature(document: Document) -> NDArray[np.uint32] | None:
 def image_look(data: bytes) -> int:
     """Return the perceptual hash of an image, 64 bits; UNSEEN when it is plain or cannot be decoded."""
     from PIL import Image
+
+    from data.batches.decode import decode  # brings torch along
 
     try:
         pixels = decode(data, at_least=64)
