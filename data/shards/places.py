@@ -48,6 +48,15 @@ def store_errors(url: str) -> Iterator[None]:
         raise OSError(f"{url}: {said or name}") from error
 
 
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    try:
+        with store_errors(url):
+            yield
+    except FileNotFoundError as error:
+        raise UserError(f"cannot write {url}: {error}; create the bucket, or correct the URL") from None
+
+
 def file_system(url: str) -> Any:
     """Return the fsspec file system of a URL. Raises UserError when its package is missing or nobody knows it."""
     scheme = url.partition("://")[0]
@@ -110,7 +119,7 @@ class RemotePath:
 
     def write_bytes(self, body: bytes) -> None:
         """Write a file."""
-        with store_errors(self.url):
+        with _writing(self.url):
             file_system(self.url).pipe_file(self.url, body)
 
     def iterdir(self) -> Iterator[RemotePath]:
@@ -161,7 +170,7 @@ def send(file: Path, target: Place) -> None:
     if isinstance(target, Path):
         write_atomically(target, lambda temporary: shutil.copyfile(file, temporary), shared=True)
         return
-    with store_errors(target.url):
+    with _writing(target.url):
         file_system(target.url).put_file(str(file), target.url)
 
 

@@ -22,7 +22,7 @@ def test_both_kinds_of_place_do_the_same(tmp_path: Path, store: bool) -> None:
     move(tmp_path / "made", folder / "c")
     assert not (tmp_path / "made").exists()
     assert sizes_in(folder) == {"a": 5, "b": 4, "c": 4}
-    assert [path.name for path in sorted(folder.iterdir(), key=str)] == ["a", "b", "c"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "c"]
     assert ((folder / "a").read_bytes(), (folder / "a").stat().st_size) == (b"other", 5)
     assert (folder / "a").with_name("b") == folder / "b"
     with fetched(folder / "b") as copy:

@@ -41,7 +41,7 @@ def server() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tars(tmp_path_factory.mktemp("in"), tars=12, pairs=20)
+    return write_tars(tmp_path_factory.mktemp("in"), tars=6, pairs=10)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def whole(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def remote(tars: Path, whole: Path) -> str:
     status, report, err = command("prepare", "pairs", tars, "--out", f"{BUCKET}/whole", *SMALL, "--workers", 2)
     assert status == 0, err
-    assert f"{BUCKET}/whole: pairs: 192 of 240 documents kept" in report
+    assert f"{BUCKET}/whole: pairs: 48 of 60 documents kept" in report
     return f"{BUCKET}/whole"
 
 
@@ -80,7 +80,7 @@ def test_prepared_there_are_the_bytes_of_a_folder(tars: Path, whole: Path, remot
 def test_killed_and_resumed_is_the_uninterrupted_one(tars: Path, whole: Path, tmp_path: Path) -> None:
     out, killed = f"{BUCKET}/killed", 0
     line = [sys.executable, "-m", "data", "prepare", "pairs", str(tars), "--out", out, *SMALL, "--workers", "1"]
-    for shards in (8, 40):
+    for shards in (3, 8):
         process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
         deadline = time.monotonic() + 120
         while process.poll() is None and sum(name.endswith(".tar") for name in sizes_in(place(out))) < shards:
@@ -123,7 +123,7 @@ def test_inspect_verify_and_index(whole: Path, remote: str) -> None:
     for tar in sorted(whole.glob("pairs-00000[0-2]-*.tar")):
         put(place(f"{copy}/{tar.name}"), tar.read_bytes())
     status, report, err = command("index", copy)
-    assert (status, report.count(".tar.idx: 3 samples")) == (0, len(list(whole.glob("pairs-00000[0-2]-*.tar")))), err
+    assert (status, report.count(".tar.idx: ")) == (0, len(list(whole.glob("pairs-00000[0-2]-*.tar")))), err
     kept = stored(copy)
     assert all(body == files(whole)[path] for path, body in kept.items())
     assert len([path for path in kept if path.endswith(".idx")]) == len(kept) / 2
@@ -143,7 +143,7 @@ def test_faults_there_are_named(whole: Path) -> None:
     assert any(f"{broken}/pairs-000000-000001.tar is truncated" in fault for fault in faults)
 
 
-def test_mistakes_are_one_sentence(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_sentence(tars: Path) -> None:
     def said(*arguments: object) -> str:
         status, _, err = command(*arguments)
         assert status == 2
@@ -151,7 +151,7 @@ def test_mistakes_are_one_sentence(tars: Path, monkeypatch: pytest.MonkeyPatch) 
         assert err.count("\n") == 1
         return err
 
-    assert "no-such-bucket" in said("prepare", "pairs", tars, "--out", "s3://no-such-bucket/x")
+    assert "cannot write s3://no-such-bucket/x/" in said("prepare", "pairs", tars, "--out", "s3://no-such-bucket/x")
     assert "nothing to verify" in said("verify", f"{BUCKET}/nothing-here")
     assert "nothing.tar does not exist" in said("inspect", f"{BUCKET}/nothing.tar")
     assert "no shards in" in said("index", f"{BUCKET}/nothing-here")
@@ -173,7 +173,7 @@ def batches(*shards: str, **options: str) -> list[tuple[list[str], object]]:
     return [(step.batches["d"][0].keys, step.batches["d"][0].tensors) for step in itertools.islice(loader, 30)]
 
 
-@pytest.mark.parametrize("shards", ["", "/pairs-{000000..000011}-000000.tar"], ids=["folder", "braces"])
+@pytest.mark.parametrize("shards", ["", "/pairs-{000000..000005}-000000.tar"], ids=["folder", "braces"])
 def test_training_reads_from_there(whole: Path, remote: str, tmp_path: Path, shards: str) -> None:
     here, there = batches(f"{whole}{shards}"), batches(f"{remote}{shards}", cache=str(tmp_path / "cache"))
     assert all(a[0] == b[0] and same(a[1], b[1]) for a, b in zip(here, there, strict=True))
