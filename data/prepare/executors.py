@@ -201,7 +201,7 @@ def on_submitit(
         running = executor.map_array(_share, [function] * len(shares), shares, [str(results)] * len(shares))
         died = ""
         try:
-            for task in submitit.helpers.as_completed(running):
+            for task in submitit.helpers.as_completed(running, poll_frequency=1):
                 died = _why(task) or died
                 for number in [number for number in left if (results / f"{number}.json").exists()]:
                     del left[number]

@@ -150,7 +150,7 @@ def test_a_job_that_always_dies_ends_the_run(tmp_path: Path) -> None:
 def test_a_result_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "1.json").write_text(json.dumps({"result": "old"}))
-    done = run_jobs(abs, {1: (-3,)}, engine="submitit", workers=1, options=LOCAL[3:], folder=tmp_path)
+    done = run_jobs(abs, {1: (-3,)}, engine="submitit", workers=1, options=[*LOCAL[3:]], folder=tmp_path)
     assert list(done) == [(1, 3)]
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,8 +168,8 @@ def test_training_killed_and_resumed_is_that_of_the_disk(whole: Path, remote: st
     assert ledger(tmp_path / "there") == ledger(tmp_path / "here")
 
 
-def batches(*shards: str, **options: str) -> list[tuple[list[str], object]]:
-    spec = DatasetSpec(name="d", kind="pairs", shards=[*shards], batch_size=8, lanes=4, block=2, **options)
+def batches(*shards: str, cache: str = "") -> list[tuple[list[str], Any]]:
+    spec = DatasetSpec(name="d", kind="pairs", shards=[*shards], batch_size=8, lanes=4, block=2, cache=cache)
     loader = MixLoader([spec], FlamingoCollate(byte_processor()), num_workers=1)
     return [(step.batches["d"][0].keys, step.batches["d"][0].tensors) for step in itertools.islice(loader, 30)]
 
