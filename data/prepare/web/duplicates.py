@@ -179,7 +179,7 @@ def tabulate(
 ) -> RepeatTable:
     """Join the counts of all shards: 8 bytes of memory for each image and paragraph of the corpus, twice.
 
-    With `near`, 40 bytes for each text and image more; the signatures of the texts are gathered in `folder`.
+    With `near`, less than 100 bytes for each text and image more; the signatures of the texts are gathered in `folder`.
     """
     columns: dict[str, Any] = {name: np.empty(0, np.uint64) for name in ("texts", "alike", "alike_as")}
     if near.images is not None:

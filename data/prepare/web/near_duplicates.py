@@ -5,8 +5,8 @@ images are compared by the 64 bits of the low frequencies of their light, which 
 compression leave almost as they are; colour is not seen. Near duplicates of near duplicates belong together.
 
 Nothing is compared with everything. Texts meet in bands of their signature, images in the blocks of bits that two
-hashes within the distance must share, one band or pair of blocks at a time: about 40 bytes of memory for each text or
-image of the corpus, while the signatures (512 bytes a text) stay on the disk.
+hashes within the distance must share, one band or pair of blocks at a time: less than 100 bytes of memory for each
+text or image of the corpus, while the signatures (512 bytes a text) stay on the disk.
 """
 
 from __future__ import annotations
