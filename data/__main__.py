@@ -59,11 +59,13 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
 
 def inspect(args: argparse.Namespace) -> int:
     """Print a document, or write it as HTML."""
+    from data.remote.copies import shard_copy
     from data.shards.document import Document
     from data.shards.writer import read_document
     from data.tools.show import document_as_html, document_as_text
 
-    document = read_document(args.shard, args.row)
+    with shard_copy(args.shard) as shard:
+        document = read_document(shard, args.row)
     where = f"{args.shard}, row {args.row}"
     as_text: Callable[[Document, str], str] = document_as_text
     as_html: Callable[[Document, str], str] = document_as_html
@@ -101,11 +103,32 @@ def _lacking(index: TarIndex) -> str:
     return f"; {', '.join(parts)}" if parts else ""
 
 
+def _index_remote(url: str) -> None:
+    """Build the index of every shard of a store that a URL stands for, and put it beside the shard."""
+    from data.remote.copies import shard_copy
+    from data.shard_store import resolve_shards
+    from data.shards.places import is_store, place, send
+
+    if not is_store(url):
+        raise UserError(f"cannot write an index beside {url}; index the shard where it is, or a copy of it")
+    for shard in resolve_shards([url]):
+        with shard_copy(shard) as copy:
+            built = build_index(copy)
+            built.save(index_path(copy))
+            send(index_path(copy), place(f"{shard}.idx"))
+        print(f"{shard}.idx: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
+
+
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
+    from data.remote.download import is_remote
     from data.shard_store import write_catalogue
 
-    for path in map(Path, args.shard):
+    for name in args.shard:
+        if is_remote(name):
+            _index_remote(name)
+            continue
+        path = Path(name)
         heads = {}
         for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
             built = build_index(shard)
@@ -121,6 +144,8 @@ def index(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
+    if argv[:2] == ["prepare", "dedupe"]:
+        argv = ["prepare", "deduplicate", *argv[2:]]
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
     if argv and argv[0] in MEASURES:
         source = argv[0]

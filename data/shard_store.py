@@ -37,6 +37,7 @@ from data.shards.index import (
     wrong_size,
 )
 from data.shards.mmc4 import Mmc4Rule
+from data.shards.places import Place, is_store, place, sizes_in
 from data.shards.reader import RawSample, ShardReader
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
@@ -174,15 +175,10 @@ def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
     paths: list[str] = []
     for pattern in patterns:
         if is_remote(pattern):
-            paths += expand(pattern)
-            continue
-        path = Path(pattern)
-        if path.is_dir():
-            if (path / MANIFEST).exists():
-                parts = read_manifest(path)["parts"].values()
-                more = sorted(str(path / entry["name"]) for part in parts for entry in part["shards"])
-            else:
-                more = sorted(str(tar) for tar in path.glob("*.tar"))
+            expanded = expand(pattern)
+            more = [tar for url in expanded for tar in (shards_in(place(url)) if is_folder(url) else [url])]
+        elif (path := Path(pattern)).is_dir():
+            more = shards_in(path)
         elif any(c in pattern for c in "*?["):
             more = sorted(glob.glob(pattern))  # noqa: PTH207 (the pattern may be absolute)
         else:
@@ -191,6 +187,20 @@ def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
             raise UserError(f"{owner}no shards in {pattern}: prepare the data first, or correct the path")
         paths += more
     return paths
+
+
+def is_folder(url: str) -> bool:
+    """Return whether a URL is a folder of a store rather than a shard, whose name has ".tar" in it."""
+    return is_store(url) and ".tar" not in url.rstrip("/").rpartition("/")[2]
+
+
+def shards_in(folder: Place) -> list[str]:
+    """Return the tars of a folder: those of its manifest if it has one, else all."""
+    names = sizes_in(folder)
+    if MANIFEST in names:
+        parts = read_manifest(folder)["parts"].values()
+        return sorted(str(folder / entry["name"]) for part in parts for entry in part["shards"])
+    return sorted(str(folder / name) for name in names if name.endswith(".tar"))
 
 
 def open_shards(

@@ -19,21 +19,18 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import signal
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, cast
 
+from data.prepare.executors import EXECUTORS, RESUME, run_jobs
 from data.prepare.images import ImageRule
 from data.prepare.units import InputUnit, SourceModule, Tally, fingerprint, options_of, parse_part, write_json
+from data.shards.places import Place, is_store, place, put, remove_folder, sizes_in
 from data.shards.writer import (
     MANIFEST_VERSION,
     ShardWriter,
@@ -44,10 +41,8 @@ from data.shards.writer import (
     write_part,
 )
 from flamingo.errors import UserError
-from flamingo.files import write_atomically
 
-WORK = ".prepare"
-RESUME = "finished units are kept; run the same command again to continue"
+WORK, MARK = ".prepare", "fingerprint"
 Record = dict[str, Any]
 
 
@@ -64,7 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every source has."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
     parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="at the same time (default: one for each core)")
+    parser.add_argument(
+        "--engine", choices=EXECUTORS, default="processes", help="what runs the work (default processes)"
+    )
+    parser.add_argument(
+        "--engine-options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the engine's own: memory=8e9 (ray), slurm_partition=cpu timeout_min=600 (submitit)",
+    )
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="with --out s3://...: folder for what is built before it is sent"
+    )
     parser.add_argument("--documents-per-shard", type=int, default=1000, metavar="N", help="(default 1000)")
     parser.add_argument("--mb-per-shard", type=int, default=1000, metavar="MB", help="close a shard beyond this size")
     parser.add_argument("--skip-bad-files", action="store_true", help="skip and count damaged input files")
@@ -82,51 +90,77 @@ def run(source: str, args: argparse.Namespace) -> None:
     if hasattr(args, "min_side"):
         ImageRule.of(args)  # refuses invalid limits before anything is read
     part = parse_part(args.part) if args.part else None
-    module, out = load_source(source), Path(args.out)
+    module = load_source(source)
     units = module.units(args)
-    make_folder(args.out)
+    out = make_folder(args.out)
     digest = fingerprint(source, options_of(args), units)
     mine = list(range(part[0] - 1, len(units), part[1]) if part else range(len(units)))
-    if not args.restart and _complete(out, source, part, digest):
+    sizes = sizes_in(out)
+    if not args.restart and _complete(out, source, part, digest, sizes):
         return
-    work = out / WORK / (f"{source}-{part[0]}-of-{part[1]}" if part else f"{source}-all")
-    work.mkdir(parents=True, exist_ok=True)
-    _claim(work, digest, args.restart)
+    state = out / WORK / (f"{source}-{part[0]}-of-{part[1]}" if part else f"{source}-all")
+    work = _claim(state, digest, args, hasattr(module, "begin"))
     replace_part(out, source, None)
-    args.work, args.workers = str(work), workers
-    done = {number: record for number in mine if (record := _finished(work, out, source, number, units[number]))}
-    if hasattr(module, "begin") and len(done) < len(mine):
-        module.begin(args, work)
-    todo = [number for number in mine if number not in done]
+    args.work, args.state, args.workers, args.digest = str(work), str(state), workers, digest
+    there = sizes_in(state)
+    done = {n: record for n in mine if (record := _finished(state, source, n, units[n], sizes, there))}
+    jobs = {number: (source, args, number, units[number]) for number in mine if number not in done}
     try:
-        for number, record in _records(source, args, [(number, units[number]) for number in todo], workers):
+        if jobs and hasattr(module, "begin"):
+            module.begin(args, work)
+        for number, record in on_engine(run_unit, jobs, args):
             done[number] = record
             _progress(len(done), len(mine), last=len(done) == len(mine))
     except KeyboardInterrupt:
         raise UserError(f"stopped with {len(done)} of {len(mine)} units done; {RESUME}") from None
     facts = {"source": source, "fingerprint": digest, "units": len(units), "layout": module.LAYOUT}
     facts["options"] = options_of(args)
-    records = {number: done[number] for number in mine}
+    _conclude(out, part, facts, {number: done[number] for number in mine}, (state, work))
+
+
+def on_engine(function: Callable[..., Any], jobs: dict[int, tuple[Any, ...]], args: argparse.Namespace) -> Any:
+    """Yield (number, result) of each job on the engine of the command line, for `begin` of a source too."""
+    folder = Path(args.work) / args.engine / function.__name__
+    return run_jobs(
+        function, jobs, engine=args.engine, workers=args.workers, options=args.engine_options, folder=folder
+    )
+
+
+def _conclude(
+    out: Place,
+    part: tuple[int, int] | None,
+    facts: dict[str, Any],
+    records: dict[int, Record],
+    state: tuple[Place, Path],
+) -> None:
+    """Write the manifest, of the whole or of the part, and remove the state."""
+    source = facts["source"]
     if part is None:
         try:
             finish(out, facts, records)
         except NothingKeptError:  # nothing to resume, and the next attempt may have other options
-            shutil.rmtree(work)
+            _remove(*state)
             tidy(out)
             raise
     else:
         name = out / part_name(source, part)
         write_json(name, {"v": MANIFEST_VERSION, "part": list(part), **facts, "records": records})
         print("\n".join([f"{name}: {_headline(source, records)}", *total(records).report()]))
-    shutil.rmtree(work)
+    _remove(*state)
     if part is None:
         tidy(out)
 
 
-def tidy(out: Path) -> None:
+def _remove(state: Place, work: Path) -> None:
+    remove_folder(state)
+    remove_folder(work)
+
+
+def tidy(out: Place) -> None:
     """Remove the folder of the state when nothing is left in it (parts leave that to `merge`)."""
-    with contextlib.suppress(OSError):
-        (out / WORK).rmdir()
+    if isinstance(out, Path):  # in a store, a folder without a file is none
+        with contextlib.suppress(OSError):
+            (out / WORK).rmdir()
 
 
 def part_name(source: str, part: tuple[int, int]) -> str:
@@ -134,7 +168,7 @@ def part_name(source: str, part: tuple[int, int]) -> str:
     return f"_part-{source}-{part[0]:03d}-of-{part[1]:03d}.json"
 
 
-def _complete(out: Path, source: str, part: tuple[int, int] | None, digest: str) -> bool:
+def _complete(out: Place, source: str, part: tuple[int, int] | None, digest: str, sizes: Mapping[str, int]) -> bool:
     """Return whether all of this was prepared before, and print so."""
     try:
         if part is None:
@@ -145,7 +179,7 @@ def _complete(out: Path, source: str, part: tuple[int, int] | None, digest: str)
             check_version(listed, "")
             before = listed["fingerprint"]
             shards = [entry for record in listed["records"].values() for entry in record["shards"]]
-        whole = before == digest and all((out / e["name"]).stat().st_size == e["bytes"] for e in shards)
+        whole = before == digest and all(sizes[e["name"]] == e["bytes"] for e in shards)
     except (UserError, OSError, KeyError, TypeError, ValueError):
         return False
     if whole:
@@ -153,7 +187,7 @@ def _complete(out: Path, source: str, part: tuple[int, int] | None, digest: str)
     return whole
 
 
-def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None:
+def finish(out: Place, facts: dict[str, Any], records: dict[int, Record]) -> None:
     """Write the manifest of a whole source and print the report. Raises NothingKeptError."""
     tally, source = total(records), facts["source"]
     report = tally.report()
@@ -162,7 +196,7 @@ def finish(out: Path, facts: dict[str, Any], records: dict[int, Record]) -> None
         raise NothingKeptError(f"{source}: not one document was kept ({reasons}); change the options or the input")
     shards = _shards(records)
     listed = {entry["name"] for entry in shards}
-    leftover = re.compile(rf"\.?({re.escape(source)}-\d{{6}}-\d{{6}}\.tar)(\.idx)?(\.\d+)?(\.partial)?")
+    leftover = re.compile(rf"\.*({re.escape(source)}-\d{{6}}-\d{{6}}\.tar)(\.idx)?(\.\d+|\.partial)*")
     for path in out.iterdir():  # left by an earlier or killed run
         match = leftover.fullmatch(path.name)
         if match and (match[1] not in listed or path.name.endswith(".partial")):
@@ -194,81 +228,77 @@ def _headline(source: str, records: dict[int, Record]) -> str:
     )
 
 
-def _claim(work: Path, digest: str, restart: bool) -> None:
-    """Check that the contents of the work folder belong to this preparation. Raises UserError."""
-    mark = work / "fingerprint"
-    if restart or (mark.exists() and mark.read_text() != digest):
-        if not restart:
+def _claim(state: Place, digest: str, args: argparse.Namespace, builds: bool) -> Path:
+    """Check that the state belongs to this preparation, or begin it; return the folder for what is built on the way.
+
+    `builds` says that the source builds something there first. Raises UserError when there is a state of another one.
+    """
+    mark = state / MARK
+    before = mark.read_bytes().decode() if mark.exists() else None
+    if isinstance(state, Path):
+        work = state
+    else:
+        if not args.scratch and (args.engine == "submitit" or (args.engine != "processes" and builds)):
             raise UserError(
-                f"{work.parent.parent} holds an unfinished preparation with other inputs or options; give the same "
-                "ones to resume it, another --out, or --restart to start over"
+                f"--engine {args.engine} with --out {state.parent.parent} needs --scratch DIR: a folder that all "
+                "machines see, for what they share on the way"
             )
-        shutil.rmtree(work)
-        work.mkdir()
-    write_atomically(mark, digest)
+        if args.scratch and is_store(args.scratch):
+            raise UserError(f"--scratch {args.scratch} must be a folder on a disk, not a store")
+        work = Path(args.scratch or tempfile.gettempdir()) / f"prepare-{digest[:16]}-{state.name}"
+    if before not in (None, digest) and not args.restart:
+        raise UserError(
+            f"{state.parent.parent} holds an unfinished preparation with other inputs or options; give the same "
+            "ones to resume it, another --out, or --restart to start over"
+        )
+    if args.restart:
+        _remove(state, work)
+    work.mkdir(parents=True, exist_ok=True)
+    put(mark, digest.encode())
+    return work
 
 
-def _finished(work: Path, out: Path, source: str, number: int, unit: InputUnit) -> Record | None:
+def _finished(
+    state: Place, source: str, number: int, unit: InputUnit, sizes: Mapping[str, int], there: Mapping[str, int]
+) -> Record | None:
     """Return the record of a finished unit whose shards are still there, else None."""
+    name = f"{source}-{number:06d}.json"
+    if name not in there:
+        return None
     try:
-        record: Record = json.loads((work / f"{source}-{number:06d}.json").read_bytes())
-        whole = all((out / entry["name"]).stat().st_size == entry["bytes"] for entry in record["shards"])
-    except (OSError, ValueError):
+        record: Record = json.loads((state / name).read_bytes())
+        whole = all(sizes[entry["name"]] == entry["bytes"] for entry in record["shards"])
+    except (OSError, KeyError, ValueError):
         return None
     return record if whole and record["unit"] == unit.digest else None
 
 
-def _records(
-    source: str, args: argparse.Namespace, todo: list[tuple[int, InputUnit]], workers: int
-) -> Iterator[tuple[int, Record]]:
-    """Yield (number, record) of each unit as it is finished. The first error stops the rest."""
-    if workers == 1 or len(todo) < 2:
-        for number, unit in todo:
-            yield number, run_unit(source, args, number, unit)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"), initializer=die_with_parent)
+def _check_claim(args: argparse.Namespace) -> None:
+    """Raise UserError on a machine that does not see the state, or when another preparation has taken its place."""
     try:
-        futures: dict[Future[Record], int] = {}
-        waiting = iter(todo)
-        while True:
-            for number, unit in waiting:
-                futures[pool.submit(run_unit, source, args, number, unit)] = number
-                if len(futures) >= 2 * workers:
-                    break
-            if not futures:
-                return
-            finished, _ = wait(futures, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield futures.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError(f"a worker was killed (out of memory?); {RESUME}, with fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def die_with_parent() -> None:
-    """Make a worker end as soon as its parent is gone, so that no orphan writes beside the run that continues."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+        mark = (place(args.state) / MARK).read_bytes().decode()
+    except FileNotFoundError:
+        raise UserError(
+            f"{os.uname().nodename} does not see {args.state}: all machines of --engine need the same folders, or an "
+            "--out that is a store (s3://bucket/folder)"
+        ) from None
+    if mark != args.digest:
+        raise UserError(f"{args.state} now belongs to another preparation; this one has been given up")
 
 
 def run_unit(source: str, args: argparse.Namespace, number: int, unit: InputUnit) -> Record:
     """Write the shards and the record of one unit. A damaged input file raises UserError, or is counted if asked to."""
-    module, out, tally = load_source(source), Path(args.out), Tally()
+    _check_claim(args)
+    module, tally, scratch = load_source(source), Tally(), Path(args.work)
+    scratch.mkdir(parents=True, exist_ok=True)  # another machine may have a disk of its own for it
     writer = ShardWriter(
-        out,
+        args.out,
         f"{source}-{number:06d}",
         args.documents_per_shard,
         layout=module.LAYOUT,
         bytes_per_shard=args.mb_per_shard * 1_000_000,
         listed=False,
+        scratch=scratch,
     )
     try:
         with writer:
@@ -285,7 +315,8 @@ def run_unit(source: str, args: argparse.Namespace, number: int, unit: InputUnit
         writer.shards.clear()
         writer.close()
     record: Record = {"unit": unit.digest, "label": unit.label, "shards": writer.shards, "tally": tally.to_json()}
-    write_json(Path(args.work) / f"{source}-{number:06d}.json", record)
+    _check_claim(args)
+    write_json(place(args.state) / f"{source}-{number:06d}.json", record)
     return record
 
 

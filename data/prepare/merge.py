@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.prepare.engine import Record, finish, tidy
-from data.shards.index import index_path
+from data.shards.places import Place, fetched, place, send, sizes_in
 from data.shards.writer import check_version, make_folder
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
+PART = re.compile(r"_part-.*-of-.*\.json")
 SAME = ("source", "fingerprint", "units", "layout", "options")
 
 
-def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+def read_parts(folders: list[Place]) -> list[tuple[Place, dict[str, Any]]]:
     """Return (folder, part) of every part manifest, by source and number. Raises UserError for an invalid one."""
     listed = []
     for folder in folders:
-        names = sorted(folder.glob("_part-*-of-*.json"))
+        names = [folder / name for name in sorted(sizes_in(folder)) if PART.fullmatch(name)]
         if not names:
             raise UserError(f"folder {folder} has no part manifest (_part-*-of-*.json); prepare with --part first")
         for name in names:
@@ -45,9 +47,9 @@ def read_parts(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 def merge(folders: list[str], out: str | None) -> None:
     """Join the parts of each source. Raises UserError when a part is missing, twice, or of another preparation."""
-    parts = read_parts([Path(folder) for folder in folders])
-    target = Path(out or folders[0])
-    make_folder(target)
+    parts = read_parts([place(folder) for folder in folders])
+    target = make_folder(out or folders[0])
+    sizes = {folder: sizes_in(folder) for folder in {folder for folder, _ in parts}}
     for source in sorted({part["source"] for _, part in parts}):
         group = [(folder, part) for folder, part in parts if part["source"] == source]
         _check(source, [part for _, part in group])
@@ -56,7 +58,13 @@ def merge(folders: list[str], out: str | None) -> None:
             records |= part["records"]
             for record in part["records"].values():
                 for entry in record["shards"]:
-                    _bring(folder / entry["name"], target / entry["name"], entry["bytes"])
+                    if sizes[folder].get(entry["name"]) != entry["bytes"]:
+                        raise UserError(
+                            f"shard {folder / entry['name']} is missing or differs in size from its part manifest; "
+                            "prepare that part again"
+                        )
+                    for name in (f"{entry['name']}.idx", entry["name"]):
+                        _bring(folder / name, target / name)
         finish(target, {key: group[0][1][key] for key in SAME}, records)
         tidy(target)
 
@@ -76,14 +84,14 @@ def _check(source: str, parts: list[dict[str, Any]]) -> None:
         raise UserError(f"{source}: a part occurs twice (numbers {sorted(numbers)}); name each folder once")
 
 
-def _bring(here: Path, there: Path, size: int) -> None:
-    """Put a shard and its index into the merged folder: by hard link where the file system allows it, else by copy."""
-    if not here.exists() or here.stat().st_size != size:
-        raise UserError(f"shard {here} is missing or differs in size from its part manifest; prepare that part again")
-    if here.resolve() == there.resolve():
-        return
-    for source, target in ((index_path(here), index_path(there)), (here, there)):
-        write_atomically(target, partial(_link_or_copy, source))
+def _bring(here: Place, there: Place) -> None:
+    """Put a file into the merged folder: by hard link where the file system allows it, else by copy."""
+    if isinstance(here, Path) and isinstance(there, Path):
+        if here.resolve() != there.resolve():
+            write_atomically(there, partial(_link_or_copy, here))
+    elif here != there:
+        with fetched(here) as copy:
+            send(copy, there)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

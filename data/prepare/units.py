@@ -8,13 +8,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from data.shards.document import Document, to_utf8
+from data.shards.places import Place, put
 from data.shards.writer import MANIFEST_VERSION
 from flamingo.errors import UserError
-from flamingo.files import write_atomically
 
 # Options for where things are or how fast to work. They change no document, so the manifest leaves them out.
 NOT_RECORDED = {
@@ -29,6 +28,11 @@ NOT_RECORDED = {
     "work",
     "skip_bad_files",
     "counts",
+    "engine",
+    "engine_options",
+    "scratch",
+    "state",
+    "digest",
 }
 
 
@@ -151,6 +155,6 @@ def fingerprint(source: str, options: dict[str, Any], units: list[InputUnit]) ->
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def write_json(path: Path, body: Any) -> None:
+def write_json(path: Place, body: Any) -> None:
     """Write JSON under its name only when it is whole."""
-    write_atomically(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))
+    put(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))

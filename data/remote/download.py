@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
 
+from data.shards.places import file_system, store_errors
 from data.shards.retry import ATTEMPTS, FIRST_WAIT
 from flamingo.errors import UserError
 
@@ -127,7 +128,7 @@ def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
         with webdataset.gopen(url) as stream:  # leaving raises IOError when a command failed
             yield stream, 0, None
     else:
-        with _fsspec_opened(url) as stream:
+        with store_errors(url), file_system(url).open(url, "rb") as stream:
             stream.seek(have)
             yield stream, have, None
 
@@ -136,21 +137,6 @@ def _webdataset_opens(url: str) -> bool:
     from webdataset.gopen import gopen_schemes
 
     return url.split(":", 1)[0] in gopen_schemes
-
-
-def _fsspec_opened(url: str) -> BinaryIO:
-    try:
-        import fsspec  # type: ignore[import-untyped]
-
-        return fsspec.open(url, "rb").open()
-    except ImportError as error:
-        scheme = url.split(":", 1)[0]
-        raise UserError(
-            f"shard {url}: {scheme}:// needs a package that is not installed ({error}); for s3 install the extra "
-            "'flamingo-vlm[s3]', or name the shards as pipe:COMMAND"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"shard {url} cannot be opened: {error}") from None
 
 
 def free_bytes(folder: Path) -> int:

@@ -16,7 +16,9 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +26,10 @@ from typing import Any
 
 from data.errors import ContentError
 from data.shards.document import Document, Image, Node, Text, check_images, nodes_to_json, to_utf8
-from data.shards.index import build_index, index_path, open_index
+from data.shards.index import build_index, open_index
+from data.shards.places import Place, RemotePath, is_store, move, place, put
 from data.shards.reader import ShardReader
 from flamingo.errors import UserError
-from flamingo.files import write_atomically
 from flamingo.vision.image_files import NAMES, sniff
 
 MANIFEST = "_dataset.json"
@@ -100,13 +102,21 @@ def check_key(key: str) -> None:
         raise UserError(f"key {key!r}: '.', '/', '\\' and spaces are not allowed in keys")
 
 
-def make_folder(name: str | Path) -> Path:
-    """Create a folder to write into, if needed, and return it. Raises UserError for a URL or when that fails."""
+def make_folder(name: str | Path | RemotePath) -> Place:
+    """Create a folder to write into, if needed, and return it. Raises UserError for other URLs or when that fails."""
+    if is_store(str(name)):
+        folder = place(name)
+        try:
+            folder.exists()
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error}; try again when the store answers") from None
+        return folder
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
         raise UserError(
-            f"cannot write into {name}: shards are written to a folder; write to one and copy it to that URL"
+            f"cannot write into {name}: shards are written to a folder or to a store as s3://bucket/folder; write to "
+            "a folder and copy it to that URL"
         )
-    folder = Path(name)
+    folder = Path(str(name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,7 +138,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | RemotePath,
         prefix: str,
         documents_per_shard: int = 1000,
         *,
@@ -136,27 +146,30 @@ class ShardWriter:
         meta: Mapping[str, Any] | None = None,
         bytes_per_shard: int | None = None,
         listed: bool = True,
+        scratch: Path | None = None,
     ) -> None:
         if documents_per_shard < 1 or layout not in ("interleaved", "pairs"):
             raise ValueError(f"documents_per_shard={documents_per_shard}, layout={layout!r}")
         check_key(prefix)
-        self.folder, self.prefix, self.layout, self.meta = Path(folder), prefix, layout, dict(meta or {})
+        self.folder, self.prefix, self.layout, self.meta = make_folder(folder), prefix, layout, dict(meta or {})
         self.documents_per_shard, self.bytes_per_shard, self.listed = documents_per_shard, bytes_per_shard, listed
         self.shards: list[dict[str, Any]] = []
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
         self._images = 0
-        make_folder(folder)
+        self._scratch = self.folder if isinstance(self.folder, Path) else scratch or Path(tempfile.gettempdir())
+        # Random: where a machine is lost, another one may begin the same shard before the first has noticed.
+        self._token = secrets.randbelow(10**12)
         if listed:
             replace_part(self.folder, self.prefix, None)
 
     @property
-    def _final(self) -> Path:
+    def _final(self) -> Place:
         return self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
 
     @property
     def _partial(self) -> Path:
-        return self._final.with_name(f".{self._final.name}.partial")
+        return self._scratch / f".{self._final.name}.{self._token}.partial"
 
     def write(self, document: Document) -> str:
         """Append a document and return its key. Raises UserError for an invalid key, image or reference."""
@@ -184,8 +197,10 @@ class ShardWriter:
         with self._partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         final, size = self._final, self._partial.stat().st_size
-        index.save(index_path(final))
-        self._partial.replace(final)
+        sidecar = self._partial.with_name(f".{final.name}.idx.{self._token}.partial")
+        index.save(sidecar)
+        move(sidecar, _index_of(final))
+        move(self._partial, final)
         entry = {"name": final.name, "documents": len(self._keys), "images": self._images, "bytes": size}
         self.shards.append(entry | {"sha256": digest})
         self._tar, self._keys, self._images = None, set(), 0
@@ -197,7 +212,7 @@ class ShardWriter:
         number = len(self.shards)
         while (old := self.folder / f"{self.prefix}-{number:06d}.tar").exists():
             old.unlink()
-            index_path(old).unlink(missing_ok=True)
+            _index_of(old).unlink(missing_ok=True)
             number += 1
         if self.listed:
             write_part(self.folder, self.prefix, self.meta | {"layout": self.layout}, self.shards)
@@ -216,12 +231,16 @@ class ShardWriter:
             self._tar, self._keys, self._images = None, set(), 0
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def _index_of(tar: Place) -> Place:
+    return tar.with_name(f"{tar.name}.idx")
+
+
+def read_manifest(folder: str | Path | RemotePath) -> dict[str, Any]:
     """Return a folder's manifest: {"v", "parts": {prefix: {"documents", "images", "meta", "shards": [...]}}}.
 
     Raises UserError when there is none, when it cannot be read, and for one of another version.
     """
-    path = Path(folder) / MANIFEST
+    path = place(folder) / MANIFEST
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -243,13 +262,13 @@ def check_version(body: dict[str, Any], what: str) -> None:
         )
 
 
-def write_part(folder: Path, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+def write_part(folder: Place, prefix: str, meta: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """List the shards of a prefix in the folder's manifest, in place of what it listed before."""
     totals = {name: sum(entry[name] for entry in shards) for name in ("documents", "images")}
     replace_part(folder, prefix, totals | {"meta": meta, "shards": shards})
 
 
-def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None:
+def replace_part(folder: Place, prefix: str, part: dict[str, Any] | None) -> None:
     """Put a part into the manifest, or take it out. The file is not touched when that changes nothing."""
     path = folder / MANIFEST
     before = read_manifest(folder)["parts"] if path.exists() else None
@@ -259,4 +278,4 @@ def replace_part(folder: Path, prefix: str, part: dict[str, Any] | None) -> None
     if parts == before:
         return
     body = {"v": MANIFEST_VERSION, "parts": dict(sorted(parts.items()))}
-    write_atomically(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"), shared=True)
+    put(path, to_utf8(json.dumps(body, indent=1, ensure_ascii=False) + "\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterator
@@ -10,21 +11,28 @@ from pathlib import Path
 from data.batches.decode import decode
 from data.errors import ContentError
 from data.prepare.inputs import one_line, refuse_pointer
+from data.remote.copies import shard_copy
+from data.remote.download import expand, is_remote
+from data.shard_store import is_folder
 from data.shards.document import Text
 from data.shards.index import TarIndex, build_index, index_path, load_index
+from data.shards.places import Place, place, sizes_in
 from data.shards.reader import ShardReader
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Yield the faults of a shard, or of a folder of shards and its manifest.
+    """Yield the faults of a shard, or of a folder of shards and its manifest, also of a store (s3://bucket/folder).
 
     Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, duplicate keys and members,
     links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
     have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the
     manifest or changed since it was written, and preparations that were not finished.
     """
+    if is_remote(str(path)):
+        yield from _verify_remote(str(path))
+        return
     path = Path(path)
     if not path.is_dir():
         yield from verify_shard(path)
@@ -39,12 +47,44 @@ def verify(path: str | Path) -> Iterator[str]:
         yield from verify_shard(shard)
 
 
-def verify_manifest(folder: Path) -> Iterator[str]:
-    """Yield the differences between a folder and its manifest."""
+def _verify_remote(url: str) -> Iterator[str]:
+    """Yield the faults of what a URL holds. One shard after the other is copied to this machine's disk, once."""
+    shards, digests = expand(url), {}
+    if is_folder(url):
+        folder = place(url)
+        names = sizes_in(folder)
+        shards = [str(folder / name) for name in sorted(names) if name.endswith(".tar")]
+        if MANIFEST in names:
+            yield from verify_manifest(folder)
+            with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # has been said
+                digests = _listed(folder)
+        elif not shards:
+            raise UserError(f"folder {url} has neither shards nor a manifest; nothing to verify")
+    for shard in shards:
+        with shard_copy(shard) as copy:
+            yield from _changed(copy, shard, digests.get(shard.rpartition("/")[2]))
+            for fault in verify_shard(copy):
+                yield fault.replace(str(copy), shard)
+
+
+def _listed(folder: Place) -> dict[str, str]:
+    """Return the digest of every shard that a folder's manifest lists."""
+    parts = read_manifest(folder)["parts"]
+    return {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
+
+
+def _changed(file: Path, shard: str, expected: str | None) -> Iterator[str]:
+    with file.open("rb") as opened:
+        if expected is not None and hashlib.file_digest(opened, "sha256").hexdigest() != expected:
+            yield f"shard {shard} differs from the folder's manifest (another sha256)"
+
+
+def verify_manifest(folder: Place) -> Iterator[str]:
+    """Yield the differences between a folder and its manifest; of a store's folder without comparing digests."""
+    names = sizes_in(folder)
     try:
-        parts = read_manifest(folder)["parts"]
-        listed = {entry["name"]: entry["sha256"] for part in parts.values() for entry in part["shards"]}
-        if not listed and next(folder.glob("_part-*-of-*.json"), None):
+        listed = _listed(folder)
+        if not listed and any(name.startswith("_part-") for name in names):
             yield f"folder {folder} holds parts that are not joined; join them: python -m data merge {folder}"
             return
         if (folder / ".prepare").exists():
@@ -58,16 +98,14 @@ def verify_manifest(folder: Path) -> Iterator[str]:
     except (KeyError, TypeError, AttributeError) as error:
         yield f"{folder / MANIFEST} is not a manifest of this format ({type(error).__name__}: {error})"
         return
-    present = {tar.name for tar in folder.glob("*.tar")}
+    present = {name for name in names if name.endswith(".tar")}
     for name in sorted(present - listed.keys()):
         yield f"shard {folder / name} is not in the folder's manifest"
     for name, expected in sorted(listed.items()):
         if name not in present:
             yield f"shard {folder / name} is in the folder's manifest but missing"
-            continue
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                yield f"shard {folder / name} differs from the folder's manifest (another sha256)"
+        elif isinstance(folder, Path):
+            yield from _changed(folder / name, str(folder / name), expected)
 
 
 def verify_shard(shard: Path) -> Iterator[str]:

@@ -21,7 +21,8 @@ from tests.data.helpers import byte_processor
 
 def main(shards: str, out: str, world: int, workers: int, steps: int) -> None:
     folder = Path(out)
-    spec = DatasetSpec(name="d", shards=[shards], batch_size=8, lanes=4, block=2)
+    cache = str(folder / "cache") if "://" in shards else ""
+    spec = DatasetSpec(name="d", shards=[shards], batch_size=8, lanes=4, block=2, cache=cache)
     collate = FlamingoCollate(byte_processor())
     loaders = [MixLoader([spec], collate, rank=rank, world_size=world, num_workers=workers) for rank in range(world)]
     state = folder / "state.json"

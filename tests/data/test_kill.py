@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 
 
-def start(shards: Path, out: Path, world: int, workers: int) -> subprocess.Popen[bytes]:
+def start(shards: Path | str, out: Path, world: int, workers: int) -> subprocess.Popen[bytes]:
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.data.consume", str(shards), str(out), str(world), str(workers), str(STEPS)]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)

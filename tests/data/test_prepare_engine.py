@@ -166,9 +166,10 @@ def test_an_output_that_is_no_folder(tars: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"cannot write into {out}: {file} is a file"):
             ShardWriter(out, "mine")
     assert file.read_text() == "mine"
-    status, _, err = command("prepare", "pairs", tars, "--out", "s3://bucket/out")
-    assert status == 2
-    assert err.startswith("error: cannot write into s3://bucket/out: shards are written to a folder; write to one and")
+    for url in ("https://host/out", "s3:/bucket/out"):
+        status, _, err = command("prepare", "pairs", tars, "--out", url)
+        assert status == 2
+        assert err.startswith(f"error: cannot write into {url}: shards are written to a folder or to a store as s3://")
     status, _, err = command("merge", tars, "--out", file)
     assert (status, "no part manifest" in err) == (2, True)
 

@@ -121,7 +121,7 @@ def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pipe:exit 3 could not be fetched: 5 attempts in a row"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("pipe:exit 3")
     with pytest.raises(UserError, match=r"needs a package that is not installed .*'flamingo-vlm\[s3\]'"):
-        ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("s3://bucket/x.tar")
+        ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("abfs://bucket/x.tar")
 
 
 def test_the_cache_keeps_its_limit_and_drops_what_was_not_used(shards: Path, tmp_path: Path) -> None:

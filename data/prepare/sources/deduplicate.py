@@ -8,23 +8,26 @@ them; of documents with the same address the last is kept; a paragraph in more t
 documents with the same set of images the last is kept; an image repeated within a document is shown once. Images are
 the same when their bytes are; "last" is by the names of the shards, so name dumps by their date; a document without an
 address belongs to no site. Pairs come out as documents of one image and one text.
+
+What is nearly the same is found when asked for (see `data.prepare.web.near_duplicates`): with `--near-images` images
+of about the same look are one image in all of the rules above; with `--near-text` of documents with about the same text
+the last is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 from data.errors import ContentError
 from data.prepare.conditions import add_where, conditions_of, hold
-from data.prepare.engine import die_with_parent
-from data.prepare.inputs import file_units
+from data.prepare.engine import on_engine
+from data.prepare.inputs import file_units, required
 from data.prepare.units import Dropped, InputUnit, Tally, parse_part
 from data.prepare.web.duplicates import (
+    Near,
     RepeatTable,
     count,
     document_hashes,
@@ -36,6 +39,7 @@ from data.prepare.web.duplicates import (
 )
 from data.shards.document import Document, Image, Node, Text
 from data.shards.index import build_index, index_path, load_index
+from data.shards.places import is_store
 from data.shards.reader import ShardReader
 from data.shards.writer import make_folder
 from flamingo.errors import UserError
@@ -57,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-same-url", action="store_true", help="keep all documents of an address")
     parser.add_argument("--keep-same-images", action="store_true", help="keep all documents with the same images")
+    parser.add_argument(
+        "--near-text", type=float, metavar="SHARE", help="of the five-word shingles that two texts have, such as 0.8"
+    )
+    parser.add_argument(
+        "--near-images", type=int, metavar="BITS", help="of 64, in which the looks of images may differ, such as 4"
+    )
     parser.add_argument("--min-images", type=int, default=1, help="documents with fewer are dropped (default 1)")
     parser.add_argument(
         "--counts", metavar="DIR", help="where the counts of each shard are kept; give all parts (--part) the same"
@@ -69,6 +79,15 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     conditions_of(tuple(args.where))
     if min(args.max_image_documents, args.max_paragraph_documents, args.min_images) < 0:
         raise UserError("--max-image-documents, --max-paragraph-documents and --min-images must not be negative")
+    if args.near_text is not None and not 0.3 <= args.near_text <= 1:
+        raise UserError(f"--near-text {args.near_text} must be from 0.3 to 1: below, most texts would be compared")
+    if args.near_images is not None and not 0 <= args.near_images <= 8:
+        raise UserError(f"--near-images {args.near_images} must be from 0 to 8: beyond, different images look alike")
+    if args.counts and is_store(args.counts):
+        raise UserError(f"--counts {args.counts} must be a folder on a disk that all parts share, not a store")
+    for option, package in ((args.near_text, "datasketch"), (args.near_images, "imagehash")):
+        if option is not None:
+            required(package, "finding near duplicates", extra="dedupe")
     return file_units(args.inputs, (".tar",))
 
 
@@ -78,27 +97,23 @@ def begin(args: argparse.Namespace, work: Path) -> None:
         return
     folder = Path(args.counts) if args.counts else work / "counts"
     make_folder(folder)
-    shards = units(args)
-    files = [folder / f"{number:06d}-{unit.digest}.npz" for number, unit in enumerate(shards)]
+    shards, near = units(args), Near(args.near_text, args.near_images)
+    files = [folder / f"{number:06d}-{unit.digest}{near.suffix}.npz" for number, unit in enumerate(shards)]
     part, parts = parse_part(args.part) if args.part else (1, 1)
     first = (part - 1) * len(shards) // parts  # parts that count at the same time start at different shards
     order = [*range(first, len(shards)), *range(first)]
-    todo = [(shards[n], files[n], args.skip_bad_files) for n in order if not files[n].exists()]
-    if args.workers > 1 and len(todo) > 1:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(min(args.workers, len(todo)), context, die_with_parent) as pool:
-            list(pool.map(_count, *zip(*todo, strict=True)))
-    else:
-        for job in todo:
-            _count(*job)
-    tabulate(files, args.max_image_documents, args.max_paragraph_documents).save(work / "repeats.npz")
+    jobs = {n: (shards[n], files[n], args.skip_bad_files, near) for n in order if not files[n].exists()}
+    for _ in on_engine(_count, jobs, args):
+        pass
+    limits = args.max_image_documents, args.max_paragraph_documents
+    tabulate(files, *limits, near, work).save(work / "repeats.npz")
 
 
-def _count(unit: InputUnit, path: Path, skip: bool) -> None:
+def _count(unit: InputUnit, path: Path, skip: bool, near: Near) -> None:
     if path.exists():
         return  # another part has counted it
     try:
-        count(((row, document) for row, _, document in _documents(unit) if isinstance(document, Document)), path)
+        count(((row, document) for row, _, document in _documents(unit) if isinstance(document, Document)), path, near)
     except UserError:
         if not skip:
             raise
@@ -161,14 +176,16 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 
 
 def _is_the_one(document: Document, position: int, table: RepeatTable, args: argparse.Namespace) -> None:
-    """Raise Dropped for a document whose address or images a later document has."""
-    hashes = document_hashes(document)
+    """Raise Dropped for a document whose address, images or text a later document has."""
+    hashes = document_hashes(document, table.same)
     for kind, all_kept, reason in (
         ("urls", args.keep_same_url, "address of a later document"),
         ("sets", args.keep_same_images, "images of a later document"),
     ):
         if not all_kept and any(not table.keeps(kind, value, position) for value in hashes[kind]):
             raise Dropped(reason)
+    if table.has("texts", position):
+        raise Dropped("text nearly that of a later document")
 
 
 def without(document: Document, table: RepeatTable, where: str, tally: Tally) -> Document:
@@ -189,7 +206,8 @@ def without(document: Document, table: RepeatTable, where: str, tally: Tally) ->
                     nodes.append(Text(text, node.loss))
                 gone = False
             continue
-        hashes = [hash_of(document.images[frame]) for frame in node.frames]
+        exact = [hash_of(document.images[frame]) for frame in node.frames]
+        hashes = [table.same(value) for value in exact]
         reason = ""
         if any(table.has("images", value) for value in hashes):
             reason = "image of too many documents"
@@ -199,11 +217,11 @@ def without(document: Document, table: RepeatTable, where: str, tally: Tally) ->
             tally.drop_image(reason, f"{where} image {node.frames[0]}")
             continue
         shown.add(hashes[0])
-        for value, frame in zip(hashes, node.frames, strict=True):
+        for value, frame in zip(exact, node.frames, strict=True):
             if value not in stored:
                 stored[value] = len(images)
                 images.append(document.images[frame])
-        nodes.append(Image(tuple(stored[value] for value in hashes), node.fps))
+        nodes.append(Image(tuple(stored[value] for value in exact), node.fps))
     return Document("", nodes, images, document.meta)
 
 
