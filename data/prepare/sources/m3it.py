@@ -51,7 +51,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
         file_args = argparse.Namespace(inputs=[str(path)])
         result += (
             parquet_units(file_args, (names["instruction"], names["outputs"]))
-            if path.suffix == ".parquet"
+            if path.suffix.lower() == ".parquet"
             else record_units(path, label, IN_A_UNIT)
         )
     return result
@@ -60,7 +60,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each row."""
     rule, names = ImageRule.of(args), fields(args)
-    for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else records(unit):
+    for where, row in parquet_rows(unit) if unit.path.lower().endswith(".parquet") else records(unit):
         try:
             if not isinstance(row, dict):
                 raise Dropped("line is not a JSON object")

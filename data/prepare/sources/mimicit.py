@@ -78,7 +78,7 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
 def _images(images: list[str], work: Path) -> Iterator[Entry]:
     """Yield where the base64 of each image lies; a parquet's is written out first, as its rows cannot be read alone."""
     for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             yield from _spans([path], None)
             continue
         parquet = required("pyarrow.parquet", "reading parquet")

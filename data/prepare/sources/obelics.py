@@ -138,6 +138,8 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
     parts: list[Part] = []
     known = _of_images(row, len(images)) if args.where_image else []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if image == "" or text == "":  # where other copies have None
+            image, text = image or None, text or None
         if image is None and text is None:
             tally.drop_image("entry with neither image nor text", f"{where} entry {number}")
             continue
@@ -169,7 +171,9 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
 
 
 def _json(value: Any) -> Any:
-    """Return a column's value: some copies hold structs where OBELICS has JSON as text."""
+    """Return a column's value: some copies hold structs, or maps (lists of pairs), where OBELICS has JSON as text."""
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
+        return dict(value)
     return json.loads(value) if isinstance(value, str | bytes) else value
 
 
