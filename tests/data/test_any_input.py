@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from data.__main__ import parser
@@ -78,6 +78,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "m3it": {"instruction": "look", "inputs": "what?", "image_base64_str": [BASE64], "outputs": "that"},
     "mmc4": mmc4_document(["one", "two"], ("a.jpg", 1, 0.5)),
 }
+INSTRUCTION = {"instruction": "what?", "answer": "that", "image_ids": ["I"], "rel_ins_ids": ["good"]}
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -102,7 +103,7 @@ def changed(row: dict[str, Any], changes: list[tuple[int, Any]], delete: bool) -
 
 
 @pytest.mark.parametrize("source", ROWS)
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(changes=st.lists(st.tuples(st.integers(0, 99), VALUES), min_size=1, max_size=2), delete=st.booleans())
 def test_rows_of_any_shape(source: str, changes: list[tuple[int, Any]], delete: bool) -> None:
     rows = [changed(ROWS[source], changes, delete), ROWS[source]]
@@ -113,6 +114,20 @@ def test_rows_of_any_shape(source: str, changes: list[tuple[int, Any]], delete: 
         assert len(documents) + tally.dropped_documents.total() == 2
         assert len(documents) >= 1  # the good one
         assert all(tally.first[f"document: {reason}"] for reason in tally.dropped_documents)
+
+
+@settings(max_examples=60)
+@given(changes=st.lists(st.tuples(st.integers(0, 99), VALUES), min_size=1, max_size=2), delete=st.booleans())
+def test_instructions_of_any_shape(changes: list[tuple[int, Any]], delete: bool) -> None:
+    rows = {"odd": changed(INSTRUCTION, changes, delete), "tab": {"instruction": "a\tb"}, "good": INSTRUCTION}
+    with folder_with_image() as folder:
+        text = json.dumps({"meta": {}, "data": rows}).replace("a\\tb", "a\tb")  # a bare tab in a string
+        (folder / "X_instructions.json").write_text(text)
+        (folder / "X.json").write_text(json.dumps({"I": BASE64}))
+        documents, tally = prepared("mimicit", folder, folder / "X_instructions.json", "--images", folder / "X.json")
+        assert len(documents) + tally.dropped_documents.total() == 3
+        assert documents
+        assert tally.dropped_documents["JSON cannot be read"] == 1
 
 
 @pytest.mark.parametrize("source", ROWS)
@@ -143,7 +158,7 @@ CELLS = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(CELLS.map("".join))
 def test_tables_of_any_text(body: str) -> None:
     with folder_with_image() as folder:
@@ -171,7 +186,7 @@ PARTS = st.lists(
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=st.lists(PARTS, max_size=3), facts=VALUES)
 def test_obelics_of_any_columns(kind: str, rows: list[list[tuple[str | None, str | None]]], facts: Any) -> None:
     rows = [*rows, [("http://x/a.jpg", None), (None, "good")]]
@@ -183,15 +198,16 @@ def test_obelics_of_any_columns(kind: str, rows: list[list[tuple[str | None, str
     with contextlib.suppress(pyarrow.ArrowException, TypeError, OverflowError, UnicodeEncodeError):
         columns["metadata"] = pyarrow.array([[facts]] * len(rows))
     with folder_with_image() as folder:
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "in.parquet")
+        try:
+            pyarrow.parquet.write_table(pyarrow.table(columns), folder / "in.parquet")
+        except pyarrow.ArrowNotImplementedError:
+            reject()  # a struct without fields
         (folder / "images" / "map.csv").write_text("url,path\nhttp://x/a.jpg,a.jpg\n")
-        more = ["--images", folder / "images" / "map.csv", "--where-image", "url!=x"] if facts == {} else []
-        more = more or ["--images", folder / "images" / "map.csv"]
-        documents, tally = prepared("obelics", folder, folder / "in.parquet", *more)
+        documents, tally = prepared("obelics", folder, folder / "in.parquet", "--images", folder / "images" / "map.csv")
         assert len(documents) + tally.dropped_documents.total() == len(rows)
         kept = sum(len(document.images) for document in documents)
         lost = sum("http://x/none.jpg" in row for row in images)
-        assert (kept >= 1) != (facts == {})
+        assert kept >= 1
         assert tally.dropped_images.total() + tally.dropped_documents.total() >= min(lost, 1)
 
 

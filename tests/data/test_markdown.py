@@ -33,7 +33,7 @@ def document(folder: Path, text: str, name: str = "doc.md", faults: int = 0) -> 
     return [part if isinstance(part, str) else I for part in flat(done.documents[0])]
 
 
-SHOWN = {
+SHOWN: dict[str, tuple[str, list[object]]] = {
     "reference": ("See ![alt][r1].\n\n[r1]: p.jpg\n", ["See", I, "."]),
     "collapsed reference": ("See ![r1][].\n\n[R1]: <my p.jpg> 'My title'\n", ["See", I, "."]),
     "shortcut reference, defined first": ("[r1]: p.jpg\n    (title)\n\n![r1] is it", [I, "is it"]),

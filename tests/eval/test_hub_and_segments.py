@@ -151,7 +151,7 @@ def test_frames_are_those_that_are_shown_then(gaps: list[int], count: int, start
     chosen = shown_at(times, length, count, start, end)
     assert chosen == sorted(set(chosen))
     assert len(chosen) <= count
-    assert bool(chosen) == (0 <= start < min(end, length))
+    assert bool(chosen) == (0 <= start < end and start < length)
     for index in chosen:  # each is shown at some time of the segment
         until = times[index + 1] if index + 1 < len(times) else length
         assert times[index] < min(Fraction(end), length)

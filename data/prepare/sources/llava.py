@@ -94,7 +94,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
         speaker = turn.get("from")
         if speaker == "system":
             continue
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise Dropped("a turn is neither from 'human' nor from 'gpt'")
         turns.append((SPEAKERS[speaker], turn["value"]))
     return turns

@@ -50,17 +50,9 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
 
     Raises UserError for a file that is not parquet or lacks one of the columns.
     """
-    parquet = required("pyarrow.parquet", "reading parquet")
     units = []
     for unit in file_units(args.inputs, (".parquet",)):
-        try:
-            with parquet.ParquetFile(unit.path) as file:
-                names = file.schema_arrow.names
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{unit.path} is not a parquet file, or truncated ({one_line(error)}); download it again"
-            ) from None
+        names, sizes = parquet_columns(unit.path)
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
         begin, count = 0, 0
@@ -71,6 +63,17 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
                 units.append(InputUnit(label, unit.path, begin, group, unit.size))
                 begin, count = group, 0
     return units
+
+
+def parquet_columns(path: str) -> tuple[list[str], list[int]]:
+    """Return the columns of a parquet file and the rows of each of its row groups. Raises UserError."""
+    parquet = required("pyarrow.parquet", "reading parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            return list(file.schema_arrow.names), sizes
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a parquet file, or truncated ({one_line(error)}); download it again") from None
 
 
 def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:

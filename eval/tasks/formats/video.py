@@ -58,6 +58,8 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
                     wanted.append(buffer.getvalue())
                 if index == chosen[-1]:
                     break
+    except UserError:
+        raise
     except Dropped as dropped:
         raise UserError(f"{path} cannot be used: {dropped.reason}") from None
     except (av.error.FFmpegError, IndexError, OSError, ValueError) as error:
@@ -70,7 +72,7 @@ def shown_at(times: Sequence[Fraction], length: Fraction, count: int, start: flo
 
     `times` are those at which each frame begins to be shown, `length` is that of the video, all in seconds.
     """
-    if not 0 <= start < min(length, math.inf if end is None else end):  # false for NaN too
+    if not (0 <= start < length and start < (math.inf if end is None else end)):  # NaN is neither
         return []
     first, last = Fraction(start), length if end is None or end >= length else Fraction(end)
     middles = (first + (last - first) * (2 * part + 1) / (2 * count) for part in range(count))
