@@ -50,7 +50,8 @@ def timed_frames(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
     """Yield (seconds since the first frame, frame) of a video track, in the order in which frames are shown.
 
     Frames without a time are passed over. Where times start again (recordings that were joined), they go on from the
-    frame before. Raises Dropped when no frame has a time.
+    frame before; a time that is only a little earlier than it (AVI stores none for frames out of order) is the same.
+    Raises Dropped when no frame has a time.
     """
     begin = last = None
     for frame in container.decode(stream):
@@ -59,8 +60,10 @@ def timed_frames(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
         time = frame.pts * Fraction(frame.time_base or stream.time_base)
         if begin is None or last is None:
             begin = time
-        elif time < last:
+        elif time < last - 1:
             begin -= last - time + length_of(stream)
+        else:
+            time = max(time, last)
         last = time
         yield time - begin, frame
     if begin is None:

@@ -170,6 +170,8 @@ def test_recordings_that_were_joined_go_on(tmp_path: Path) -> None:
     half = [Frame(pts) for pts in (10, 11, 12, 13)]
     stream = Stream([*half, Frame(None), *half], Fraction(1))
     assert [int(time) for time, _ in timed_frames(stream, stream)] == [0, 1, 2, 3, 4, 5, 6, 7]
+    jitter = Stream([Frame(pts, Fraction(1, 10)) for pts in (1, 4, 3, 5, 2, 8)], Fraction(10))  # as AVI has H.264
+    assert [10 * time for time, _ in timed_frames(jitter, jitter)] == [0, 3, 3, 4, 4, 7]
     with pytest.raises(Dropped, match="video without times"):
         list(timed_frames(Stream([Frame(None)], Fraction(1)), stream))
 

@@ -11,8 +11,6 @@ brings along is run.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,9 +223,9 @@ def _bytes(value: Any, folder: ImageFolder | None) -> bytes:
         return folder.read(path)
     if not path.startswith("hf://"):
         raise Dropped("image is neither in the data set nor on the hub")
-    import fsspec
+    from huggingface_hub import HfFileSystem
 
-    file = io.BytesIO()
-    with contextlib.suppress(FileNotFoundError), fsspec.open(path, "rb") as remote:
-        file.write(remote.read())
-    return file.getvalue()
+    try:
+        return bytes(HfFileSystem().cat_file(path))
+    except FileNotFoundError:
+        raise Dropped("image is missing") from None
