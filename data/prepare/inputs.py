@@ -227,8 +227,8 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
             f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({one_line(error)})"
         ) from None
     label, _, first = unit.label.rpartition(" from item ")
-    for number, value in enumerate(values, int(first)):
-        yield f"{label} item {number}", value
+    for index, value in enumerate(values, int(first)):
+        yield f"{label} item {index}", value
 
 
 def record_units(path: Path, label: str, items: int) -> list[InputUnit]:

@@ -95,9 +95,9 @@ def _shown(text: str, plain: bool) -> list[Shown]:
 def _places(content: str, text: str, lines: list[int], first: int, at: int) -> list[int]:
     """Return the place in `text` of each character of a token, whose lines lack the marks of the blocks around it."""
     places: list[int] = []
-    for number, line in enumerate(content.split("\n"), first):
-        number = min(number, len(lines) - 2)
-        at, end = max(at, lines[number]), lines[number + 1]
+    for line_index, line in enumerate(content.split("\n"), first):
+        line_index = min(line_index, len(lines) - 2)
+        at, end = max(at, lines[line_index]), lines[line_index + 1]
         for character in line:
             place = text.find(character, at, end)  # what is not there stands for a tab or an escape
             at = at if place < 0 else place

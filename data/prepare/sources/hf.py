@@ -84,7 +84,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
             tally.drop_document(dropped.reason, where)
             continue
         meta = {name: value for name, value in facts.items() if name not in names and isinstance(value, PLAIN)}
-        shown = [Image((number,)) for number in range(len(kept))]
+        shown = [Image((index,)) for index in range(len(kept))]
         for text in texts:
             if not text.strip():
                 tally.drop_document("no text", where)
@@ -167,8 +167,8 @@ def _rows(rows: Any, images: list[str], unit: InputUnit) -> Iterator[tuple[str, 
     else:
         rows = rows.shard(num_shards=unit.end, index=unit.begin, contiguous=True)
     try:
-        for number, row in enumerate(rows, first):
-            yield f"{unit.label.partition(' from ')[0]} row {number}", row
+        for index, row in enumerate(rows, first):
+            yield f"{unit.label.partition(' from ')[0]} row {index}", row
     except Exception as error:  # readers of every format raise their own
         raise UserError(f"{unit.label} cannot be read: {type(error).__name__}: {one_line(error)}") from None
 

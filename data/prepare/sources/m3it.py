@@ -85,5 +85,5 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
         raise Dropped("no answer")
     question_text = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
     numbers = tuple(range(len(kept)))
-    images = [Image(numbers)] if args.clips and kept else [Image((number,)) for number in numbers]
+    images = [Image(numbers)] if args.clips and kept else [Image((index,)) for index in numbers]
     return Document("", [*images, question(question_text, args, first=True), answer(answer_text)], kept)

@@ -79,13 +79,13 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
 
 def _images(images: list[str], work: Path) -> Iterator[Entry]:
     """Yield where the base64 of each image lies; a parquet's is written out first, as its rows cannot be read alone."""
-    for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
+    for file_index, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
         if path.suffix.lower() == ".json":
             yield from _spans([path], None)
             continue
         index = _index_of(path)
         columns = (index, "base64")
-        written = work / f"images-{number}.txt"
+        written = work / f"images-{file_index}.txt"
         with written.open("wb") as out:
             for unit in parquet_units(argparse.Namespace(inputs=[str(path)]), columns):
                 for _, row in parquet_rows(unit, list(columns)):
@@ -148,7 +148,7 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
     document.images += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
     first = not document.nodes
-    document.nodes += [Image(tuple(numbers))] if clip else [Image((number,)) for number in numbers]
+    document.nodes += [Image(tuple(numbers))] if clip else [Image((index,)) for index in numbers]
     document.nodes += [question(instruction.strip(), args, first=first or bool(images)), answer(response)]
 
 

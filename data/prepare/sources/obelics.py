@@ -140,11 +140,11 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
         raise Dropped("'images' and 'texts' are not lists of the same length")
     parts: list[Part] = []
     known = _of_images(row, len(images)) if args.where_image else []
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
         if image == "" or text == "":  # where other copies have None
             image, text = image or None, text or None
         if image is None and text is None:
-            tally.drop_image("entry with neither image nor text", f"{where} entry {number}")
+            tally.drop_image("entry with neither image nor text", f"{where} entry {index}")
             continue
         if (image is not None and text is not None) or not isinstance(text, str | None):
             raise Dropped("an entry is neither an image nor a text, or both")
@@ -153,10 +153,10 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
             continue
         try:
             if args.where_image:
-                hold(known[number], conditions_of(tuple(args.where_image)))
+                hold(known[index], conditions_of(tuple(args.where_image)))
             parts.append(rule.check(_bytes(image, args)))
         except Dropped as dropped:
-            tally.drop_image(dropped.reason, f"{where} image {number}")
+            tally.drop_image(dropped.reason, f"{where} image {index}")
     return parts
 
 
@@ -193,14 +193,14 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
-def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+def _of_images(row: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
         value = _json(row.get("metadata") or [])
     except (ValueError, RecursionError):
         value = []
-    if not isinstance(value, list) or len(value) != number:
-        return [{}] * number
+    if not isinstance(value, list) or len(value) != count:
+        return [{}] * count
     return [entry if isinstance(entry, dict) else {} for entry in value]
 
 
@@ -216,8 +216,8 @@ def _documents(parts: list[Part]) -> Iterator[list[Part]]:
         if isinstance(part, bytes):
             inside.append(part)
             continue
-        for number, text in enumerate(part.split(END)):
-            if number:
+        for index, text in enumerate(part.split(END)):
+            if index:
                 yield inside
                 inside = []
             if text.strip():
