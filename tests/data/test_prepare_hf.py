@@ -146,6 +146,15 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_not_shown_is_not_decoded(tmp_path: Path) -> None:
+    broken = {"bytes": b"no image", "path": None}
+    rows = [{"image": stored(0), "depth": broken, "caption": "a"}]
+    data = made(2 * rows, depth=datasets.Image())
+    for form in ("disk", "parquet"):
+        done = prepare(tmp_path / f"{form}-out", "hf", write(data, tmp_path / form, form), "--image-column", "image")
+        assert [flat(document) for document in done.documents] == 2 * [[jpeg(0), "a"]]
+
+
 def test_refusals_are_one_sentence(tmp_path: Path) -> None:
     folder = write(pairs(2), tmp_path / "in", "splits")
     out = tmp_path / "out"
@@ -161,6 +170,7 @@ def test_refusals_are_one_sentence(tmp_path: Path) -> None:
     path = write(two, tmp_path / "two", "disk")
     assert "several columns of images (image, depth)" in refusal(out, "hf", path)
     assert len(prepare(out, "hf", path, "--image-column", "depth", "image").documents[0].images) == 2
+    assert "column 'depth' of data set" in refusal(tmp_path / "t", "hf", path, "--template", "{depth}")
     damaged = write(pairs(9), tmp_path / "damaged", "parquet")
     file = damaged / "data" / "train-00001-of-00002.parquet"
     raw = bytearray(file.read_bytes())

@@ -71,9 +71,10 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
     rule, conditions = ImageRule.of(args), conditions_of(tuple(args.where))
     rows = _open(unit.path, args)
     images, names = _columns(rows, unit.path, args)
+    features = rows.features
     folder = ImageFolder(unit.path) if Path(unit.path).is_dir() else None
-    for where, row in _rows(rows, images, unit):
-        facts = {name: _plain(value, rows.features[name]) for name, value in row.items() if name not in images}
+    for where, row in _rows(rows, unit):
+        facts = {name: _plain(value, features[name]) for name, value in row.items() if name not in images}
         try:
             hold(facts, conditions)
             kept = [rule.check(_bytes(value, folder)) for name in images for value in _several(row[name])]
@@ -154,13 +155,13 @@ def _size(item: str) -> int:
     return sum(path.stat().st_size for path in Path(item).rglob("*") if path.is_file()) if Path(item).is_dir() else 0
 
 
-def _rows(rows: Any, images: list[str], unit: InputUnit) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(rows: Any, unit: InputUnit) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) of a unit; images as they are stored, not decoded. Raises UserError when it is damaged."""
-    datasets = _library()
-    for name in images:
-        feature = rows.features[name]
-        bare = datasets.Image(decode=False)
-        rows = rows.cast_column(name, bare if isinstance(feature, datasets.Image) else type(feature)(bare))
+    for name, feature in list(rows.features.items()):  # sounds, films and images that are not shown, too
+        inner = getattr(feature, "feature", feature)
+        if hasattr(inner, "decode_example"):
+            bare = type(inner)(decode=False)
+            rows = rows.cast_column(name, bare if inner is feature else type(feature)(bare))
     first = 0
     if _on_disk(unit.path):
         rows, first = rows.select(range(unit.begin, unit.end)), unit.begin
@@ -190,6 +191,8 @@ def _columns(rows: Any, item: str, args: argparse.Namespace) -> tuple[list[str],
     for name in [*images, *texts]:
         if name not in names:
             raise UserError(f"data set {item} has no column {name!r}; its columns are {', '.join(names)}")
+    if wrong := [name for name in texts if hasattr(inner[name], "decode_example")]:
+        raise UserError(f"column {wrong[0]!r} of data set {item} holds no text but {inner[wrong[0]]}")
     if wrong := [name for name in images if name not in of_images]:
         raise UserError(f"column {wrong[0]!r} of data set {item} holds no images but {inner[wrong[0]]}")
     if len(images) != 1 and not args.image_column:
