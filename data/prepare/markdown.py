@@ -29,6 +29,7 @@ BROKEN = re.compile(rf"{_LABEL}(?:\(|\[(?!\^))")  # looks like an image, and is 
 NO_MARKDOWN = re.compile(r"<!--.*?(?:-->|\Z)|<(pre|code|script|style|textarea)\b.*?(?:</\1\s*>|\Z)", re.I | re.S)
 NO_HTML = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style|textarea)\b.*?(?:</\1\s*>|\Z)", re.I | re.S)
 IMG = re.compile(r"""<(?:amp-)?img\b(?:[^<>"']|"[^"]*"|'[^']*')*>""", re.IGNORECASE)
+MAYBE = re.compile(r"!\[|<(?:amp-)?img\b", re.IGNORECASE)  # what every image begins with
 LINE_END = re.compile(r"\r\n?|\n")
 EMBEDDED = SUFFIXES | {*VIDEOS, "mp3", "wav", "ogg", "m4a", "flac", "3gp", "ogv", "pdf"}  # besides: other notes
 
@@ -69,6 +70,8 @@ def parts_of(text: str, *, plain: bool = False) -> Iterator[Part]:
 
 
 def _shown(text: str, plain: bool) -> list[Shown]:
+    if not MAYBE.search(text):
+        return []
     env: dict[str, Any] = {}
     try:
         tokens = _parser(plain).parse(text, env)
@@ -81,6 +84,8 @@ def _shown(text: str, plain: bool) -> list[Shown]:
     for token in tokens:
         if token.type not in ("inline", "html_block") or token.map is None:
             continue
+        if "!" not in token.content and "<" not in token.content:
+            continue  # nothing that could be mistaken for the beginning of an image in the cell behind it
         # The cells of a table are on one line: each is looked for behind the one before.
         places = _places(token.content, text, lines, token.map[0], at)
         at = places[-1]

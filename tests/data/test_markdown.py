@@ -75,6 +75,7 @@ SHOWN: dict[str, tuple[str, list[object]]] = {
         "|a|b|\n|-|-|\n|![](p.jpg)|`![](n.jpg)`|\n|`|![](p.jpg)|",
         ["|a|b|\n|-|-|\n|", I, "|`![](n.jpg)`|\n|`|", I, "|"],
     ),
+    "cells with its marks": ("|a|b|\n|-|-|\n|! < a|![](p.jpg)|", ["|a|b|\n|-|-|\n|! < a|", I, "|"]),
     "a wiki image in a table": ("|a|\n|-|\n|![[p.jpg\\|9]]|", ["|a|\n|-|\n|", I, "|"]),
     "blocks": ("# T ![](p.jpg)\n- x\n  1. ![](p.jpg) #\n\n>![](p.jpg)", ["# T", I, "- x\n  1.", I, "#\n\n>", I]),
     "line ends": ("a\r\n![](p.jpg)\r\rb ![](p.jpg)", ["a", I, "b", I]),
