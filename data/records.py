@@ -87,10 +87,10 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         values, what = enumerate(read_json(path), 1), "item"
     else:
         values, what = _lines(path, raw), "line"
-    for number, value in values:
+    for position, value in values:
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {what} {number} is not a JSON object but a {type(value).__name__}")
-        yield number, value
+            raise UserError(f"{path}: {what} {position} is not a JSON object but a {type(value).__name__}")
+        yield position, value
 
 
 def is_array(head: bytes) -> bool:
@@ -99,12 +99,12 @@ def is_array(head: bytes) -> bool:
 
 
 def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(raw.split(b"\n"), 1):
+    for line_number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, parse_json(line)
+                yield line_number, parse_json(line)
             except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON: {one_line(error)}") from None
+                raise UserError(f"{path}: line {line_number} is not JSON: {one_line(error)}") from None
 
 
 def table_rows(path: Path, needed: Sequence[str] = (), delimiter: str = ",") -> Iterator[dict[str, str]]:

@@ -58,13 +58,20 @@ def _grey(size: tuple[int, int]) -> bytes:
 class StoredImage(EncodedImage):
     """An image that is read each time it is needed, so that thousands of them use no memory.
 
-    `read` returns the encoded frames; `file` is the file or folder that has to exist for that, if there is one.
+    `read` returns the encoded frames; `file` is the file or folder that has to exist for that, if there is one;
+    `segment` says between which seconds of it the frames are, for a clip cut out of a video.
     """
 
     file: Path | None
+    segment: tuple[float, float | None] | None
 
-    def __init__(self, read: Callable[[], tuple[bytes, ...]], file: Path | None = None) -> None:
-        vars(self).update(_read=read, file=file)  # the class is frozen
+    def __init__(
+        self,
+        read: Callable[[], tuple[bytes, ...]],
+        file: Path | None = None,
+        segment: tuple[float, float | None] | None = None,
+    ) -> None:
+        vars(self).update(_read=read, file=file, segment=segment)  # the class is frozen
 
     def __repr__(self) -> str:
         return f"StoredImage({str(self.file)!r})"

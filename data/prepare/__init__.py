@@ -25,6 +25,7 @@ SOURCES = {
     "html": "saved web pages, in the order of their DOM",
     "warc": "web pages of WARC files, in the order of their DOM",
     "deduplicate": "shards, without what repeats over the corpus: images, addresses, paragraphs",
+    "hf": "data sets of the Hugging Face hub, or folders in their forms: any with a column of images",
     "folder": "a folder of Markdown or text files that show images",
 }
 DRAWN = ("toy", "digits")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 from data.prepare.inputs import required
@@ -28,15 +30,12 @@ def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) ->
             stream.thread_count = 1
             if stream.codec_context.width * stream.codec_context.height > max_pixels:
                 raise Dropped(f"video of more than {max_pixels} pixels")
-            start, due = None, 0
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise Dropped("video without times")
-                start = frame.time if start is None else start
-                if (frame.time - start) * fps >= due - 1e-6:
+            due = 0
+            for seconds, frame in timed_frames(container, stream):
+                if float(seconds) * fps >= due - 1e-6:
                     frames.append(_jpeg(frame, side))
                     # A slide may have been shown for long: what was due meanwhile is not made up for afterwards.
-                    due = max(due + 1, math.floor((frame.time - start) * fps + 1e-6) + 1)
+                    due = max(due + 1, math.floor(float(seconds) * fps + 1e-6) + 1)
                     if len(frames) == most:
                         break
     except (av.FFmpegError, ValueError, OSError):
@@ -45,6 +44,35 @@ def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) ->
     if not frames:
         raise Dropped("video without frames")
     return frames
+
+
+def timed_frames(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
+    """Yield (seconds since the first frame, frame) of a video track, in the order in which frames are shown.
+
+    Frames without a time are passed over. Where times start again (recordings that were joined), they go on from the
+    frame before; a time that is only a little earlier than it (AVI stores none for frames out of order) is the same.
+    Raises Dropped when no frame has a time.
+    """
+    begin = last = None
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            continue
+        time = frame.pts * Fraction(frame.time_base or stream.time_base)
+        if begin is None or last is None:
+            begin = time
+        elif time < last - 1:
+            begin -= last - time + length_of(stream)
+        else:
+            time = max(time, last)
+        last = time
+        yield time - begin, frame
+    if begin is None:
+        raise Dropped("video without times")
+
+
+def length_of(stream: Any) -> Fraction:
+    """Return how long a frame is shown on average, in seconds, as the container says; 1/25 when it does not."""
+    return 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
 
 
 def upright(frame: Any) -> Any:

@@ -117,7 +117,7 @@ class ImageFolder:
             raise UserError(f"image folder {root} does not exist; correct --images")
         self._real = str(self.root.resolve())
 
-    def _is_inside(self, name: str) -> bool:
+    def is_inside(self, name: str) -> bool:
         """Return whether an absolute path, as open_clip's tables have them, is one below the folder as it was given."""
         path = os.path.normpath(name)
         return any(os.path.commonpath([path, root]) == root for root in (str(self.root.absolute()), self._real))
@@ -127,7 +127,7 @@ class ImageFolder:
         for name in names:
             if not _can_be_a_name(name):
                 continue
-            inside = os.path.isabs(name) and self._is_inside(name)  # noqa: PTH117
+            inside = os.path.isabs(name) and self.is_inside(name)  # noqa: PTH117
             if not inside and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):  # noqa: PTH117
                 raise Dropped("image's name leads out of its folder")
             path = self.root / name

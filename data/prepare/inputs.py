@@ -32,7 +32,9 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.name.endswith(tuple(suffixes)) and file.is_file()]
+            inside = [
+                file for file in path.rglob("*") if file.name.lower().endswith(tuple(suffixes)) and file.is_file()
+            ]
             new = {file: file.relative_to(path).as_posix() for file in inside}
         elif "://" in item:
             raise UserError(f"input {item} is a URL; download it, or mount it as a folder, and give that path")
@@ -69,7 +71,7 @@ def line_units(inputs: Sequence[str], suffixes: Sequence[str], chunk: int = CHUN
     """
     units = []
     for unit in file_units(inputs, suffixes):
-        whole = unit.label.endswith((".zip", ".gz"))
+        whole = unit.label.lower().endswith((".zip", ".gz"))
         for begin in range(0, 1 if whole else max(unit.size, 1), chunk):
             end = unit.size if whole else min(begin + chunk, unit.size)
             units.append(InputUnit(unit.label, unit.path, begin, end, unit.size))
@@ -95,14 +97,14 @@ def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
-    if unit.label.endswith(".zip"):
+    if unit.label.lower().endswith(".zip"):
         with zipfile.ZipFile(unit.path) as archive:
             for name in archive.namelist():
                 if not name.endswith("/"):
                     with archive.open(name) as member:
                         yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(member, 1))
         return
-    if unit.label.endswith(".gz"):
+    if unit.label.lower().endswith(".gz"):
         with gzip.open(unit.path, "rb") as lines:
             yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(lines, 1))
         return
@@ -225,16 +227,18 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
             f"{unit.path} has broken JSON between bytes {unit.begin} and {unit.end} ({one_line(error)})"
         ) from None
     label, _, first = unit.label.rpartition(" from item ")
-    for number, value in enumerate(values, int(first)):
-        yield f"{label} item {number}", value
+    for index, value in enumerate(values, int(first)):
+        yield f"{label} item {index}", value
 
 
 def record_units(path: Path, label: str, items: int) -> list[InputUnit]:
     """Return units of a file of JSON lines, or of one that holds an array, whatever its name says."""
     with path.open("rb") as file:
         head = file.read(4096)
-    packed = label.endswith((".gz", ".zip"))
-    if not packed and (is_array(head) or (path.suffix == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{")):
+    packed = label.lower().endswith((".gz", ".zip"))
+    if not packed and (
+        is_array(head) or (path.suffix.lower() == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{")
+    ):
         return array_units(path, label, items)
     return line_units([str(path)], (path.suffix,))
 

@@ -47,13 +47,13 @@ def _fill(path: Path, entries: Iterable[Entry], root: str, stamp: str) -> None:
         base.execute("CREATE TABLE locations (name BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID")
         base.execute("BEGIN")
         base.execute("INSERT INTO files VALUES (0, ?), (-1, ?)", (root, stamp))
-        last, number = None, 0
+        last, file_index = None, 0
         for name, file, offset, size in entries:
             if file != last:
-                number += 1
+                file_index += 1
                 last = file
-                base.execute("INSERT INTO files VALUES (?, ?)", (number, file))
-            base.execute("INSERT OR IGNORE INTO locations VALUES (?, ?, ?, ?)", (_hash(name), number, offset, size))
+                base.execute("INSERT INTO files VALUES (?, ?)", (file_index, file))
+            base.execute("INSERT OR IGNORE INTO locations VALUES (?, ?, ?, ?)", (_hash(name), file_index, offset, size))
         base.execute("COMMIT")
     finally:
         base.close()

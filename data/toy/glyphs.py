@@ -45,18 +45,18 @@ def strokes(number: int) -> np.ndarray:
     A stroke starts at a random place, half the time where an earlier one ended or began; straight, bowed or curled.
     """
     rng = stream(0, "glyph class", number)
-    found: list[np.ndarray] = []
+    curves: list[np.ndarray] = []
     for _ in range(int(rng.integers(2, 4))):
         start = rng.uniform(-1, 1, size=2)
-        if found and rng.random() < 0.5:
-            start = found[int(rng.integers(len(found)))][3 * int(rng.integers(2))]
+        if curves and rng.random() < 0.5:
+            start = curves[int(rng.integers(len(curves)))][3 * int(rng.integers(2))]
         end = rng.uniform(-1, 1, size=2)
         while np.hypot(*(end - start)) < 0.8:
             end = rng.uniform(-1, 1, size=2)
         bend = rng.choice([0.0, 0.6, 1.3])
         inner = start + (end - start) * np.array([[1 / 3], [2 / 3]]) + bend * rng.normal(size=(2, 2))
-        found.append(np.stack([start, *inner, end]))
-    path = np.stack(found)
+        curves.append(np.stack([start, *inner, end]))
+    path = np.stack(curves)
     low, high = path.min(axis=(0, 1)), path.max(axis=(0, 1))
     half = (high - low) / 2
     # The longer side fills the square; the shorter one is stretched, at most twice, so that few classes are slivers.

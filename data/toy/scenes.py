@@ -136,20 +136,20 @@ def questions(scene: Scene) -> dict[str, tuple[str, str]]:
             "count": (f"how many {plural} are there?", COUNTS[len(scene.shapes)]),
             "size": (f"are the {plural} big or small?", first.size),
         }
-    found = {}
+    asked = {}
     if scene.kind == "one":
-        found["position"] = (f"where is the {first.shape}?", scene.place)
-        found["count"] = (f"how many {first.plural} are there?", "one")
-        found["shape"] = ("what shape is it?", first.shape)
+        asked["position"] = (f"where is the {first.shape}?", scene.place)
+        asked["count"] = (f"how many {first.plural} are there?", "one")
+        asked["shape"] = ("what shape is it?", first.shape)
     if scene.kind == "one" or first.shape != last.shape:
-        found["colour"] = (f"what colour is the {first.shape}?", first.colour)
-        found["size"] = (f"is the {last.shape} big or small?", last.size)
+        asked["colour"] = (f"what colour is the {first.shape}?", first.colour)
+        asked["size"] = (f"is the {last.shape} big or small?", last.size)
     if scene.kind != "one" and first.shape != last.shape:
         relation = "left of" if scene.kind == "left" else "above"
-        found["relation"] = (f"what is {relation} the {last.shape}?", first.shape)
+        asked["relation"] = (f"what is {relation} the {last.shape}?", first.shape)
     if scene.kind != "one" and first.colour != last.colour:
-        found["shape"] = (f"what shape is {last.colour}?", last.shape)
-    return found
+        asked["shape"] = (f"what shape is {last.colour}?", last.shape)
+    return asked
 
 
 def yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -171,9 +171,9 @@ def yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
     """Return a random question about the scene: (kind, question, answer)."""
-    found = questions(scene)
-    kinds = (*found, "yes/no")
+    asked = questions(scene)
+    kinds = (*asked, "yes/no")
     kind = kinds[int(rng.integers(len(kinds)))]
     if kind == "yes/no":
         return (kind, *yes_no(scene, rng))
-    return (kind, *found[kind])
+    return (kind, *asked[kind])

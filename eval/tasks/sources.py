@@ -66,7 +66,10 @@ def chosen_support(name: str, spec: TaskSpec, examples: list[Example]) -> list[E
 
 
 def check_images(items: Sequence[Item]) -> None:
-    """Raise UserError if images that lie in files of their own are missing, saying how many."""
+    """Raise UserError if images that lie in files of their own are missing, or clips beyond the ends of their videos.
+
+    It says how many.
+    """
     images = [item["image"] for item in items if isinstance(item["image"], StoredImage)]
     files = {image.file for image in images if image.file is not None}
     missing = sorted(str(file) for file in files if not file.exists())
@@ -74,6 +77,28 @@ def check_images(items: Sequence[Item]) -> None:
         raise UserError(
             f"{len(missing)} of {len(files)} images are missing, the first is {missing[0]}; put them there, or set "
             "source.images to their folder or pattern"
+        )
+    _check_segments([image for image in images if image.segment is not None])
+
+
+def _check_segments(clips: Sequence[StoredImage]) -> None:
+    if not clips:
+        return
+    from eval.tasks.formats.video import seconds_of
+
+    lengths = {file: seconds_of(file) for file in {clip.file for clip in clips} if file is not None}
+    faults = []
+    for clip in clips:
+        start, end = clip.segment or (0.0, None)
+        length = lengths.get(clip.file) if clip.file else None
+        last = float("inf") if end is None else end
+        if not 0 <= start < last or start >= (length or float("inf")):
+            beyond = f"the video ends at {length:.3f}" if length and start >= length else "that is no time at all"
+            faults.append(f"{clip.file} from {start:g} to {last:g} seconds, but {beyond}")
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(clips)} clips are not in their videos, the first is {faults[0]}; correct the "
+            "annotations, or leave these out"
         )
 
 

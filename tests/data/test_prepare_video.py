@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from data.prepare.clips import frames_of
+from data.prepare.clips import frames_of, timed_frames
 from data.prepare.units import Dropped
 from data.shards.document import Image
+from eval.tasks.formats.video import frames_of as spread_frames_of
+from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, prepare, refusal
 from tests.data.test_index import make_tar
 
@@ -129,3 +132,64 @@ def test_a_folder_of_videos(tmp_path: Path) -> None:
     assert "--fps must be positive" in refusal(tmp_path / "o", "video", root, "--fps", 0)
     (tmp_path / "empty").mkdir()
     assert "holds neither tars nor videos" in refusal(tmp_path / "o", "video", tmp_path / "empty")
+
+
+def timed(times: list[int], form: str = "matroska", rate: int = 25) -> bytes:
+    """A video whose frames, each 20 brighter than the one before, are shown at these milliseconds."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 + 20 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["matroska", "mp4", "mpegts"])
+@pytest.mark.parametrize("shift", [0, 400, 7000])
+def test_times_are_counted_from_the_first_frame(tmp_path: Path, form: str, shift: int) -> None:
+    """One slide for 4 seconds, then 10 frames in one second; whatever the time at which the container begins."""
+    times = [shift, *(shift + 4000 + 100 * k for k in range(10))]
+    video = timed(times, form)
+    assert len(frames_of(video, 1.0, 64, 480, 10**8)) == 2
+    path = tmp_path / "v"
+    path.write_bytes(video)
+    numbers = [round((brightness(frame) - 20) / 20) for frame in spread_frames_of(path, 5)]
+    assert numbers == [0, 5]  # in the middle of the fifth second; the slide once
+    assert [round((brightness(frame) - 20) / 20) for frame in spread_frames_of(path, 1, 1.0, 3.0)] == [0]
+    with pytest.raises(UserError, match=r"no frame between 5.5 and 6.0 seconds: it is [45]"):
+        spread_frames_of(path, 1, 5.5, 6.0)
+
+
+def test_recordings_that_were_joined_go_on(tmp_path: Path) -> None:
+    """Times that begin again in the middle: the second half is not lost."""
+    half = [Frame(pts) for pts in (10, 11, 12, 13)]
+    stream = Stream([*half, Frame(None), *half], Fraction(1))
+    assert [int(time) for time, _ in timed_frames(stream, stream)] == [0, 1, 2, 3, 4, 5, 6, 7]
+    jitter = Stream([Frame(pts, Fraction(1, 10)) for pts in (1, 4, 3, 5, 2, 8)], Fraction(10))  # as AVI has H.264
+    assert [10 * time for time, _ in timed_frames(jitter, jitter)] == [0, 3, 3, 4, 4, 7]
+    with pytest.raises(Dropped, match="video without times"):
+        list(timed_frames(Stream([Frame(None)], Fraction(1)), stream))
+
+
+@dataclass
+class Frame:
+    """What `timed_frames` needs of PyAV's."""
+
+    pts: int | None
+    time_base: Fraction = Fraction(1)
+
+
+@dataclass
+class Stream:
+    """A container and its only track, likewise."""
+
+    frames: list[Frame]
+    average_rate: Fraction
+
+    def decode(self, stream: object) -> list[Frame]:
+        return self.frames

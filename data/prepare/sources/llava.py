@@ -94,7 +94,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
         speaker = turn.get("from")
         if speaker == "system":
             continue
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise Dropped("a turn is neither from 'human' nor from 'gpt'")
         turns.append((SPEAKERS[speaker], turn["value"]))
     return turns
@@ -105,16 +105,16 @@ def _nodes(turns: list[tuple[str, str]], images: int, args: argparse.Namespace) 
     tags = sum(text.count(IMAGE_TAG) for speaker, text in turns if speaker == "human")
     nodes: list[Node] = []
     if tags == 0:
-        nodes += [Image((number,)) for number in range(images)]
+        nodes += [Image((index,)) for index in range(images)]
     elif tags != images:
         raise Dropped("the numbers of <image> tags and images differ")
     shown = 0
-    for number, (speaker, text) in enumerate(turns):
+    for index, (speaker, text) in enumerate(turns):
         if speaker == "gpt":
             nodes.append(answer(text))
             continue
         parts = [part.strip() for part in text.split(IMAGE_TAG)]
-        first = number == 0
+        first = index == 0
         if len(parts) == 1:
             nodes.append(question(parts[0], args, first=first))
         elif len(parts) == 2:

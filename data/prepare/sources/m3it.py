@@ -51,7 +51,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
         file_args = argparse.Namespace(inputs=[str(path)])
         result += (
             parquet_units(file_args, (names["instruction"], names["outputs"]))
-            if path.suffix == ".parquet"
+            if path.suffix.lower() == ".parquet"
             else record_units(path, label, IN_A_UNIT)
         )
     return result
@@ -60,7 +60,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each row."""
     rule, names = ImageRule.of(args), fields(args)
-    for where, row in parquet_rows(unit) if unit.path.endswith(".parquet") else records(unit):
+    for where, row in parquet_rows(unit) if unit.path.lower().endswith(".parquet") else records(unit):
         try:
             if not isinstance(row, dict):
                 raise Dropped("line is not a JSON object")
@@ -85,5 +85,5 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
         raise Dropped("no answer")
     question_text = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
     numbers = tuple(range(len(kept)))
-    images = [Image(numbers)] if args.clips and kept else [Image((number,)) for number in numbers]
+    images = [Image(numbers)] if args.clips and kept else [Image((index,)) for index in numbers]
     return Document("", [*images, question(question_text, args, first=True), answer(answer_text)], kept)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.images import ImageRule, add_image_arguments, from_base64
-from data.prepare.inputs import input_files, json_spans, required
+from data.prepare.inputs import input_files, json_spans
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.media_fields import refuse_other_media
+from data.prepare.sources.obelics import parquet_columns, parquet_rows, parquet_units
 from data.prepare.turns import add_turn_arguments, answer, question
 from data.prepare.units import Dropped, InputUnit, Tally
+from data.records import parse_json
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
 
@@ -77,22 +79,28 @@ def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
 
 def _images(images: list[str], work: Path) -> Iterator[Entry]:
     """Yield where the base64 of each image lies; a parquet's is written out first, as its rows cannot be read alone."""
-    for number, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
-        if path.suffix == ".json":
+    for file_index, (_, path) in enumerate(input_files(images, (".json", ".parquet"))):
+        if path.suffix.lower() == ".json":
             yield from _spans([path], None)
             continue
-        parquet = required("pyarrow.parquet", "reading parquet")
-        written = work / f"images-{number}.txt"
-        with written.open("wb") as out, parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            index = next((name for name in ("__index_level_0__", "id", "image_id") if name in names), None)
-            if "base64" not in names or index is None:
-                raise UserError(f"{path} has the columns {', '.join(names)}; 'base64' and an index of ids are needed")
-            for batch in file.iter_batches(batch_size=64, columns=[index, "base64"]):
-                for row in batch.to_pylist():
+        index = _index_of(path)
+        columns = (index, "base64")
+        written = work / f"images-{file_index}.txt"
+        with written.open("wb") as out:
+            for unit in parquet_units(argparse.Namespace(inputs=[str(path)]), columns):
+                for _, row in parquet_rows(unit, list(columns)):
                     text = json.dumps(row["base64"]).encode()
                     yield str(row[index]), str(written), out.tell(), len(text)
                     out.write(text)
+
+
+def _index_of(path: Path) -> str:
+    """Return the column of a parquet file that holds the ids of its images. Raises UserError."""
+    names = parquet_columns(str(path))[0]
+    index = next((name for name in ("__index_level_0__", "id", "image_id") if name in names), None)
+    if "base64" not in names or index is None:
+        raise UserError(f"{path} has the columns {', '.join(names)}; 'base64' and an index of ids are needed")
+    return index
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
@@ -140,7 +148,7 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
     document.images += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
     first = not document.nodes
-    document.nodes += [Image(tuple(numbers))] if clip else [Image((number,)) for number in numbers]
+    document.nodes += [Image(tuple(numbers))] if clip else [Image((index,)) for index in numbers]
     document.nodes += [question(instruction.strip(), args, first=first or bool(images)), answer(response)]
 
 
@@ -154,4 +162,7 @@ def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def _value(table: str, name: str, args: argparse.Namespace) -> Any:
     """Return the JSON value under a name, None when there is none."""
     lookup = open_lookup(os.path.join(args.work, table))  # noqa: PTH118 (a key of a cache, made for every image)
-    return json.loads(lookup.read(name)) if name in lookup else None
+    try:
+        return parse_json(lookup.read(name)) if name in lookup else None
+    except ValueError:  # the scanner that found it allows more, such as bare tabs in strings
+        raise Dropped("JSON cannot be read") from None

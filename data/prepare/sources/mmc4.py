@@ -105,13 +105,13 @@ def parsed_document(
         tally.drop_document(dropped.reason, where)
         return None
     kept: list[tuple[int, bytes]] = []
-    for number, image in enumerate(listed):
+    for index, image in enumerate(listed):
         try:
             if not image.similarity >= args.min_similarity:
                 raise Dropped(f"similarity below {args.min_similarity:g}")
             kept.append((image.sentence, rule.check(bytes_of(image.info))))
         except Dropped as dropped:
-            tally.drop_image(dropped.reason, f"{where} image {number}")
+            tally.drop_image(dropped.reason, f"{where} image {index}")
     if len(kept) < args.min_images:
         tally.drop_document(f"fewer than {args.min_images} images left", where)
         return None

@@ -50,17 +50,9 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
 
     Raises UserError for a file that is not parquet or lacks one of the columns.
     """
-    parquet = required("pyarrow.parquet", "reading parquet")
     units = []
     for unit in file_units(args.inputs, (".parquet",)):
-        try:
-            with parquet.ParquetFile(unit.path) as file:
-                names = file.schema_arrow.names
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{unit.path} is not a parquet file, or truncated ({one_line(error)}); download it again"
-            ) from None
+        names, sizes = parquet_columns(unit.path)
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
         begin, count = 0, 0
@@ -71,6 +63,17 @@ def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int 
                 units.append(InputUnit(label, unit.path, begin, group, unit.size))
                 begin, count = group, 0
     return units
+
+
+def parquet_columns(path: str) -> tuple[list[str], list[int]]:
+    """Return the columns of a parquet file and the rows of each of its row groups. Raises UserError."""
+    parquet = required("pyarrow.parquet", "reading parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            return list(file.schema_arrow.names), sizes
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a parquet file, or truncated ({one_line(error)}); download it again") from None
 
 
 def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,9 +140,11 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
         raise Dropped("'images' and 'texts' are not lists of the same length")
     parts: list[Part] = []
     known = _of_images(row, len(images)) if args.where_image else []
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if image == "" or text == "":  # where other copies have None
+            image, text = image or None, text or None
         if image is None and text is None:
-            tally.drop_image("entry with neither image nor text", f"{where} entry {number}")
+            tally.drop_image("entry with neither image nor text", f"{where} entry {index}")
             continue
         if (image is not None and text is not None) or not isinstance(text, str | None):
             raise Dropped("an entry is neither an image nor a text, or both")
@@ -148,10 +153,10 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
             continue
         try:
             if args.where_image:
-                hold(known[number], conditions_of(tuple(args.where_image)))
+                hold(known[index], conditions_of(tuple(args.where_image)))
             parts.append(rule.check(_bytes(image, args)))
         except Dropped as dropped:
-            tally.drop_image(dropped.reason, f"{where} image {number}")
+            tally.drop_image(dropped.reason, f"{where} image {index}")
     return parts
 
 
@@ -169,7 +174,9 @@ def _bytes(image: Any, args: argparse.Namespace) -> bytes:
 
 
 def _json(value: Any) -> Any:
-    """Return a column's value: some copies hold structs where OBELICS has JSON as text."""
+    """Return a column's value: some copies hold structs, or maps (lists of pairs), where OBELICS has JSON as text."""
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
+        return dict(value)
     return json.loads(value) if isinstance(value, str | bytes) else value
 
 
@@ -186,14 +193,14 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
-def _of_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+def _of_images(row: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
     try:
         value = _json(row.get("metadata") or [])
     except (ValueError, RecursionError):
         value = []
-    if not isinstance(value, list) or len(value) != number:
-        return [{}] * number
+    if not isinstance(value, list) or len(value) != count:
+        return [{}] * count
     return [entry if isinstance(entry, dict) else {} for entry in value]
 
 
@@ -209,8 +216,8 @@ def _documents(parts: list[Part]) -> Iterator[list[Part]]:
         if isinstance(part, bytes):
             inside.append(part)
             continue
-        for number, text in enumerate(part.split(END)):
-            if number:
+        for index, text in enumerate(part.split(END)):
+            if index:
                 yield inside
                 inside = []
             if text.strip():

@@ -58,11 +58,11 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
 def _generated(body: dict[str, Any], where: str, rule: ImageRule, tally: Tally) -> Document:
     """Return a ChatGPT-made sequence, its missing images counted and left out. Raises Dropped or Malformed."""
 
-    def image(number: int, text: Any) -> bytes | None:
+    def image(index: int, text: Any) -> bytes | None:
         try:
             return rule.check(from_base64(text))
         except Dropped as dropped:
-            tally.drop_image(dropped.reason, f"{where} image {number}")
+            tally.drop_image(dropped.reason, f"{where} image {index}")
             return None
 
     nodes, images = generated(body, image)

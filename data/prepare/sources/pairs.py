@@ -153,7 +153,7 @@ def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str
     caption = _column(header, args.caption_column, ("caption", "title", "text"), unit.path, "--caption-column")
     folder = _folder(args.images or str(Path(unit.path).parent))
     label, _, first = unit.label.rpartition(" from row ")
-    for number, (_, row) in enumerate(csv_rows(unit.path, unit.begin, unit.end, delimiter), int(first)):
+    for row_number, (_, row) in enumerate(csv_rows(unit.path, unit.begin, unit.end, delimiter), int(first)):
         if not row:
             continue  # an empty line
 
@@ -165,7 +165,7 @@ def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str
             text = facts.pop(caption)
             return text.encode("utf-8", "surrogatepass"), facts, lambda: [folder.read(name)]
 
-        yield f"{label} row {number}", read
+        yield f"{label} row {row_number}", read
 
 
 def _column(header: list[str], wanted: str | None, usual: tuple[str, ...], path: str, option: str) -> str:

@@ -65,7 +65,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
     for response in responses(unit, tally.drop_document):
         if not response.is_page:
             continue
-        where = f"{unit.label} response {response.number} ({response.url})"
+        where = f"{unit.label} response {response.index} ({response.url})"
         if len(response.body) > MAX_HTML:
             tally.drop_document("HTML of more than 10 MB", where)
             continue

@@ -54,7 +54,7 @@ def web_document(
     nodes: list[Node] = []
     images: list[bytes] = []
     urls: list[str] = []
-    for number, part in enumerate(read_dom(html, url)):
+    for index, part in enumerate(read_dom(html, url)):
         if part in seen:
             continue  # a menu or an image that is repeated on the page
         seen.add(part)
@@ -66,7 +66,7 @@ def web_document(
         try:
             images.append(looks.check(_bytes(part, rule, fetch)))
         except Dropped as dropped:
-            tally.drop_image(dropped.reason, f"{where} image {number}")
+            tally.drop_image(dropped.reason, f"{where} image {index}")
             continue
         nodes.append(Image((len(images) - 1,)))
         urls.append(part.url if not part.url.startswith("data:") else "data:")

@@ -251,7 +251,7 @@ def _texts_again(files: Sequence[Path], threshold: float, folder: Path | None) -
 
 def _column(files: Sequence[Path], name: str, with_shard: bool = False) -> Hashes:
     parts = []
-    for number, path in enumerate(files):
+    for shard_index, path in enumerate(files):
         with np.load(path, allow_pickle=False) as body:
-            parts.append(body[name] + np.uint64(number << 32) if with_shard else body[name])
+            parts.append(body[name] + np.uint64(shard_index << 32) if with_shard else body[name])
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)

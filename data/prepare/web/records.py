@@ -29,7 +29,7 @@ class Response:
     type: str
     charset: str | None
     body: bytes
-    number: int
+    index: int
 
     @property
     def is_page(self) -> bool:
@@ -54,11 +54,11 @@ def responses(
     """
     warc = required("fastwarc.warc", "reading WARC files")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.resource
-    number = -1
+    index = -1
     try:
         with Path(unit.path).open("rb") as file:
-            for number, record in enumerate(warc.ArchiveIterator(file, record_types=kinds, parse_http=False)):
-                where = f"{unit.label} response {number}"
+            for index, record in enumerate(warc.ArchiveIterator(file, record_types=kinds, parse_http=False)):
+                where = f"{unit.label} response {index}"
                 size = int(record.headers.get("Content-Length") or -1)
                 if size > MAX_RECORD:
                     passed_over(f"record of more than {MAX_RECORD // 1_000_000} MB", where)
@@ -67,7 +67,7 @@ def responses(
                 if record.content_length != size:
                     raise ValueError(f"a record of {size} bytes ends after {record.content_length}")
                 try:
-                    response = _response(record, number, record.record_type == warc.WarcRecordType.resource)
+                    response = _response(record, index, record.record_type == warc.WarcRecordType.resource)
                 except Dropped as dropped:
                     passed_over(dropped.reason, where)
                     continue
@@ -78,13 +78,13 @@ def responses(
                     yield response
     except (OSError, EOFError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{unit.path} is damaged at response {max(number, 0)} ({one_line(error)}); download it again"
+            f"{unit.path} is damaged at response {max(index, 0)} ({one_line(error)}); download it again"
         ) from None
-    if number < 0:
+    if index < 0:
         raise UserError(f"{unit.path} has no response record; is it a WARC file and not a WET or WAT one?")
 
 
-def _response(record: Any, number: int, resource: bool) -> Response | None:
+def _response(record: Any, index: int, resource: bool) -> Response | None:
     """Return what a record holds, None for another status than 200. Raises for an HTTP header that is none."""
     identified = record.headers.get("WARC-Identified-Payload-Type") or ""
     charset = record.headers.get("WARC-Identified-Content-Charset")
@@ -102,7 +102,7 @@ def _response(record: Any, number: int, resource: bool) -> Response | None:
     if match := re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", parameters, re.IGNORECASE):
         charset = match[1]
     url = cleaned(record.headers.get("WARC-Target-URI") or "")
-    return Response(url, (kind.strip() or identified).lower(), charset, body, number)
+    return Response(url, (kind.strip() or identified).lower(), charset, body, index)
 
 
 def decoded(body: bytes, transfer: str, content: str) -> bytes:

@@ -117,4 +117,5 @@ def clip_of(
     where = Path(_location(source, beside, name, row))
     options = [where, *(where.with_name(where.name + ending) for ending in VIDEO_ENDINGS)]
     file = next((option for option in options if option.exists()), options[0])
-    return StoredImage(partial(frames_of, file, source.frames, start, end), file)
+    segment = None if end is None and start == 0 else (start, end)
+    return StoredImage(partial(frames_of, file, source.frames, start, end), file, segment)

@@ -10,6 +10,7 @@ from typing import Any
 from data.records import read_json, table_rows
 from eval.spec import SourceSpec
 from eval.tasks.formats.files import Item, check_annotators, clip_of, image_of, item, need, rows, wanted
+from eval.tasks.formats.hub import hub_questions, is_hub
 from flamingo.errors import UserError
 
 
@@ -66,8 +67,11 @@ def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
-    """Read `testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers."""
-    return _medical(path, source, field="image_name")
+    """Read `testset.json`/`trainset.json` (the split everybody scores) or the native file; answers may be numbers.
+
+    Also the hub's parquet, whose kinds are by the answer: `eval.tasks.formats.hub`.
+    """
+    return hub_questions(path, source) if is_hub(path) else _medical(path, source, field="image_name")
 
 
 def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -96,8 +100,11 @@ class _PlainUnpickler(pickle.Unpickler):
 def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `test_qa.pkl`, a pickled list of image, question, answer; yes and no are the closed answers.
 
-    Unpickling may run code, so only plain values are read.
+    Unpickling may run code, so only plain values are read. Also the hub's parquet: `eval.tasks.formats.hub`.
     """
+    if is_hub(path):
+        yield from hub_questions(path, source)
+        return
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:

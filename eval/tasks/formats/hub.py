@@ -1,0 +1,82 @@
+"""Data sets as the Hugging Face hub has them: parquet files whose images are structs of bytes and path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval.spec import SourceSpec
+from eval.task import EncodedImage, StoredImage
+from eval.tasks.formats.files import Item, image_of, item, need
+from flamingo.errors import UserError
+
+ROWS = 64  # read at a time
+
+
+def is_hub(path: Path) -> bool:
+    """Return whether a path is a parquet file or a folder, as the hub's copies of a data set are."""
+    return path.is_dir() or path.suffix.lower() == ".parquet"
+
+
+def hub_questions(path: Path, source: SourceSpec) -> Iterator[Item]:
+    """Yield the rows of image, question and answer of a parquet file, or of a split (default test) of a folder.
+
+    The hub's copies do not say which answers are closed: here yes and no are.
+    """
+    seen: dict[str, EncodedImage] = {}  # most images have several questions
+    for name, row in hub_rows(path, source):
+        image, group = _image(path, name, row, source, seen)
+        answer = str(need(row, "answer", path, name)).strip()
+        kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
+        yield item(name, image, str(need(row, "question", path, name)), [answer], kind, group=group)
+
+
+def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, row) of a parquet file or of a folder's split. Raises UserError when there is none, or a bad one."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError("the hub's files are parquet: pip install flamingo-vlm[tasks]") from None
+    split = source.split or "test"
+    files = [path]
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*.parquet")
+            if file.name.startswith((f"{split}-", f"{split}.")) or file.parent.name == split
+        )
+        if not files:
+            raise UserError(f"{path} holds no {split}-*.parquet; correct source.path, or set source.split")
+    count = 0
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(ROWS):
+                    for row in batch.to_pylist():
+                        yield f"{split if path.is_dir() else path.stem}.{count}", row
+                        count += 1
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} is not a parquet file, or truncated ({reason}); download it again") from None
+
+
+def _image(
+    path: Path, name: str, row: dict[str, Any], source: SourceSpec, seen: dict[str, EncodedImage]
+) -> tuple[EncodedImage, str]:
+    """Return a row's image and what is the same for all rows that show it."""
+    stored = need(row, "image", path, name)
+    data, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+    if isinstance(data, bytes):
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        return seen.setdefault(digest, StoredImage(partial(_bytes_of, data))), digest
+    if not isinstance(file, str) or not file:
+        raise UserError(f"{path}: row {name} has no image; use the published file")
+    return image_of(source, path, file, row), file
+
+
+def _bytes_of(data: bytes) -> tuple[bytes, ...]:
+    return (data,)
