@@ -77,6 +77,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers
+    share["storage_seconds"] = 60 * config.data.storage_minutes
     loader = MixLoader(
         specs,
         collate,

@@ -103,13 +103,16 @@ def _lacking(index: TarIndex) -> str:
 
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
-    from data.shard_store import write_catalogue
+    from data.shard_store import save_index, write_catalogue
 
     for path in map(Path, args.shard):
         heads = {}
         for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
             built = build_index(shard)
-            built.save(index_path(shard))
+            if path.is_dir():
+                built.save(index_path(shard))
+            else:
+                save_index(shard, built)
             heads[shard.name] = built.head()
             print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
         if path.is_dir():

@@ -81,7 +81,8 @@ def verify_shard(shard: Path) -> Iterator[str]:
         return
     if index_path(shard).exists():
         try:
-            load_index(shard)
+            if load_index(shard).digest != index.digest:
+                yield f"shard {shard} changed after its index was built; build it again: python -m data index {shard}"
         except UserError as error:
             yield str(error)
     yield from _odd_members(shard)
