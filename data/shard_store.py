@@ -334,8 +334,8 @@ def write_catalogue(folder: Path, heads: dict[str, IndexHead]) -> Path:
     """Write a folder's catalogue and return its path."""
     rows = [[name, head.tar_size, head.digest, head.sampled, head.usable] for name, head in sorted(heads.items())]
     path = folder / CATALOGUE
-    listed = f"{json.dumps(rows, separators=(',', ':'))}}}"
-    start = f'{{"v":{VERSION},"checksum":"{xxhash.xxh3_128_hexdigest(listed)}",{SUM_AT.decode()}'
+    listed = json.dumps(rows, separators=(",", ":")).encode() + b"}"
+    start = f'{{"v":{VERSION},"checksum":"{xxhash.xxh3_128_hexdigest(listed)}",'.encode() + SUM_AT
     write_atomically(path, start + listed)
     os.utime(path)  # the rename has just changed the folder, and the catalogue must not be older than it
     return path

@@ -48,7 +48,7 @@ def test_the_catalogue_is_as_the_docs_say(tmp_path: Path) -> None:
     body = json.loads(text)
     assert '{"v":4,"checksum":"...","shards":[[name, tar_size, digest, sampled, usable], ...]}' in CATALOGUES
     assert list(body) == ["v", "checksum", "shards"]
-    assert body["checksum"] == xxhash.xxh3_128_hexdigest(text.partition('"shards":')[2])
+    assert body["checksum"] == xxhash.xxh3_128_hexdigest(text.partition('"shards":')[2].encode())
     first = body["shards"][0]
     raw = index_path(folder / first[0]).read_bytes()
     header = json.loads(raw[16 : 16 + int.from_bytes(raw[8:16], "little")])
