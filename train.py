@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from data.batches import collate as collates
 from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
-from data.errors import StorageError
-from data.loading.loader import MixLoader
+from data.loading.loader import MixLoader, StorageError
 from eval.in_training import Evaluations, FewShotEvaluation
 from flamingo.configs.validate import refuse
 from flamingo.training import compose, optim, run_folder
@@ -129,13 +128,9 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     while step < options.steps:
         stall.restart_clock()
         waiting_since = time.perf_counter()
-        away: StorageError | None = None
-        try:
-            loaded = next(batches).batches
-        except StorageError as error:
-            if not counts:  # nothing to save
-                raise
-            loaded, away = {spec.name: [] for spec in specs}, error
+        loaded, away = loader.take(batches)
+        if away is not None and not counts:  # nothing to save
+            raise away
         micro_batches = {spec.name: [batch.tensors for batch in loaded[spec.name]] for spec in specs}
         rates.add(micro_batches, time.perf_counter() - waiting_since)
         lr = optim.set_learning_rate(optimizer, step, options.steps, config.optim)

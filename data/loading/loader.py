@@ -32,7 +32,7 @@ from data.shards.retry import PATIENCE
 from data.store import DocumentStore
 from flamingo.errors import UserError
 
-__all__ = ["Batch", "MixLoader", "StepBatches"]
+__all__ = ["Batch", "MixLoader", "StepBatches", "StorageError"]
 STATE_VERSION = 1
 
 
@@ -117,6 +117,16 @@ class MixLoader:
                     self.log.write(step, (bad for micro in batches.values() for batch in micro for bad in batch.bad))
                 self.step = step + 1
                 yield StepBatches(step, batches)
+
+    def take(self, steps: Iterator[StepBatches]) -> tuple[Mapping[str, Sequence[Batch]], StorageError | None]:
+        """Return the batches of the next of this loader's steps, or none of any dataset and why.
+
+        So a trainer can save before it ends, together with processes that have theirs. Raises as `__iter__` otherwise.
+        """
+        try:
+            return next(steps).batches, None
+        except StorageError as error:
+            return {dataset.spec.name: [] for dataset in self.datasets}, error
 
     def _supply(self) -> Supply:
         step_dataset, batches = self.step_dataset, len(self.datasets) * self.step_dataset.micro  # batches of a step

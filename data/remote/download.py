@@ -106,7 +106,7 @@ def download(
 
 def _asked_to_wait(error: HTTPError) -> float:
     """Return the seconds for which an answer asks to be left alone: Retry-After, a number or a date."""
-    value = (error.headers or {}).get("Retry-After") or "0"
+    value = error.headers.get("Retry-After", "0") if error.headers else "0"
     try:
         return float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, OverflowError):
