@@ -179,6 +179,11 @@ class _Scanner:
 
     def _more(self) -> bool:
         """Read at least as much again as is held, so that a long value is not parsed many times."""
+        if len(self.text) - self.at > LONGEST_LINE:
+            raise UserError(
+                f"{self.path} has a JSON value of more than {LONGEST_LINE} bytes at byte {self.base + self.at}; is "
+                "this the right file?"
+            )
         raw = self.file.read(max(1 << 20, len(self.text) - self.at))
         self.base += self.at
         self.text, self.at = self.text[self.at :] + raw.decode("latin-1"), 0
@@ -271,7 +276,9 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
 
         def lines() -> Iterator[str]:
             nonlocal at
-            for raw in file:
+            for raw in _all_lines(file):
+                if len(raw) > LONGEST_LINE:
+                    raise UserError(f"{path} is not a table: a line of more than {LONGEST_LINE} bytes at byte {at}")
                 at += len(raw)
                 yield raw.decode("utf-8-sig" if at == len(raw) else "utf-8")
 
