@@ -254,7 +254,10 @@ def open_shards(
                 catalogues[folder] = read_catalogue(folder)
             mine = number % share[1] == share[0]
             known = catalogues[folder].get(Path(path).name)
-            head = retry(partial(_local_head, path, known, owner, mine), f"{owner}shard {path}")
+            try:
+                head = _local_head(path, known, owner, mine)
+            except OSError:
+                head = retry(partial(_local_head, path, known, owner, mine), f"{owner}shard {path}")
         shards.append(Shard(path, head, head.usable[kind]))
     if sum(shard.samples for shard in shards) == 0:
         raise UserError(f"{owner.removesuffix(': ')} has no sample of kind {kind!r} in its {len(shards)} shards")

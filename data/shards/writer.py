@@ -233,7 +233,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     check_version(body, f"manifest {path}")
     try:
         names = [entry["name"] for part in body["parts"].values() for entry in part["shards"]]
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        if not all(isinstance(name, str) and "/" not in name for name in names):
             raise ValueError("a shard's name is not that of a file in the folder")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a manifest of this format ({error}); prepare the data again") from None
