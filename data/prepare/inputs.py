@@ -121,7 +121,7 @@ def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
             yield f"{unit.label} byte {at}", _line(file)
 
 
-def _line(file: IO[bytes]) -> bytes:
+def _line(file: IO[bytes] | gzip.GzipFile) -> bytes:
     """Return the next line; of one that is too long its beginning, still too long, and the rest is passed over."""
     line = rest = file.readline(LONGEST_LINE + 1)
     while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
@@ -129,7 +129,7 @@ def _line(file: IO[bytes]) -> bytes:
     return line
 
 
-def _all_lines(file: IO[bytes]) -> Iterator[bytes]:
+def _all_lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     return iter(lambda: _line(file), b"")
 
 

@@ -151,7 +151,7 @@ def sampled_digest(path: str | Path) -> tuple[int, str]:
 def whole_digest(path: str | Path) -> str:
     """Return the digest of all bytes of a file. Raises OSError."""
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def build_index(path: str | Path, digest: str | None = None) -> TarIndex:
@@ -287,7 +287,7 @@ def load_index(
             at = stop
         index = TarIndex(str(tar), head.tar_size, head.digest, head.sampled, **columns)
         if read:
-            if xxhash.xxh3_128_hexdigest(raw[begin:]) != header["columns"]:
+            if xxhash.xxh3_128_hexdigest(raw[begin:].data) != header["columns"]:
                 raise ValueError("wrong checksum of its columns")
             _check_columns(index, head)
     except UserError:

@@ -145,7 +145,8 @@ def test_a_version_that_is_not_known_is_refused(tmp_path: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(body | {"v": version}))
         with pytest.raises(UserError, match=f"has version {version}, this program reads version 2"):
             content(folder)
-    for parts in ([], {"d": []}, {"d": {"shards": [{"name": "../other/x.tar"}]}}, {"d": {"shards": [{"name": 5}]}}):
+    wrong: list[Any] = [[], {"d": []}, {"d": {"shards": [{"name": "../o/x.tar"}]}}, {"d": {"shards": [{"name": 5}]}}]
+    for parts in wrong:
         (folder / MANIFEST).write_text(json.dumps({"v": 2, "parts": parts}))
         with pytest.raises(UserError, match="is not a manifest of this format"):
             read_manifest(folder)
