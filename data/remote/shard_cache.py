@@ -150,7 +150,7 @@ class ShardCache:
                 except DamagedIndexError:
                     time.sleep(self.first_wait * 2**trial)
                 except UserError as error:
-                    raise UserError(str(error).replace(str(fetched), f"{url}.idx")) from None
+                    raise UserError(_as_of(url, error, fetched, f"{url}.idx")) from None
                 else:
                     fetched.replace(path)
                     return
@@ -184,7 +184,7 @@ class ShardCache:
                     check_tar(url, head, partial, whole=True)
                 break
             except UserError as error:
-                failure = f"{str(error).replace(str(partial), url)} (what came {_start_of(partial)})"
+                failure = f"{_as_of(url, error, partial, url)} (what came {_start_of(partial)})"
                 partial.unlink()
                 time.sleep(self.first_wait * 2**trial)
         else:
@@ -283,6 +283,12 @@ def _used(copy: Path) -> int:
         with suppress(FileNotFoundError):
             return path.stat().st_mtime_ns
     return 0
+
+
+def _as_of(url: str, error: UserError, path: Path, name: str) -> str:
+    """Return an error with the name of what was fetched to `path`, and a remedy that can be done where that is."""
+    text = str(error).replace(str(path), name)
+    return text.replace(f"python -m data index {url}", "python -m data index, on the machine that has the shards")
 
 
 def _start_of(path: Path) -> str:

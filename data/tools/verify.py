@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data.batches.decode import decode
 from data.errors import ContentError
 from data.prepare.inputs import one_line, refuse_pointer
+from data.shard_store import CATALOGUE, read_catalogue
 from data.shards.document import Text
-from data.shards.index import TarIndex, build_index, index_path, load_index
+from data.shards.index import TarIndex, build_index, index_path, load_index, read_head
 from data.shards.reader import ShardReader
 from data.shards.writer import MANIFEST, read_manifest
 from flamingo.errors import UserError
@@ -20,10 +22,10 @@ from flamingo.errors import UserError
 def verify(path: str | Path) -> Iterator[str]:
     """Yield the faults of a shard, or of a folder of shards and its manifest.
 
-    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, duplicate keys and members,
-    links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
-    have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the
-    manifest or changed since it was written, and preparations that were not finished.
+    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes and catalogues, duplicate keys and
+    members, links and names that lead out of the folder, broken JSON, documents without text or that name images they
+    do not have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to
+    the manifest or changed since it was written, and preparations that were not finished.
     """
     path = Path(path)
     if not path.is_dir():
@@ -35,6 +37,8 @@ def verify(path: str | Path) -> Iterator[str]:
         raise UserError(f"folder {path} has neither shards nor a manifest; nothing to verify")
     for manifest in manifests:
         yield from verify_manifest(manifest.parent)
+    for catalogue in sorted(path.rglob(CATALOGUE)):
+        yield from verify_catalogue(catalogue.parent)
     for shard in shards:
         yield from verify_shard(shard)
 
@@ -68,6 +72,22 @@ def verify_manifest(folder: Path) -> Iterator[str]:
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 yield f"shard {folder / name} differs from the folder's manifest (another sha256)"
+
+
+def verify_catalogue(folder: Path) -> Iterator[str]:
+    """Yield what a folder's catalogue says of its shards otherwise than their indexes do."""
+    try:
+        heads = read_catalogue(folder)
+    except UserError as error:
+        yield str(error)
+        return
+    for name, head in heads.items():
+        with suppress(UserError, OSError):  # of the index, or the shard: reported with the shard
+            if read_head(folder / name) != head:
+                yield (
+                    f"catalogue {folder / CATALOGUE} and the index of {name} differ; write both again: "
+                    f"python -m data index {folder / name}"
+                )
 
 
 def verify_shard(shard: Path) -> Iterator[str]:

@@ -203,9 +203,11 @@ def test_what_a_stale_catalogue_advises_helps(tmp_path: Path, words: str, ahead:
     os.utime(folder / CATALOGUE, (time.time() + ahead,) * 2)
     with pytest.raises(UserError) as caught:
         content(folder)
+    assert list(verify(folder))
     command = str(caught.value).split("python -m data ")[1]
     assert main(command.split()) == 0
     assert content(folder)[0][1] == [Text(f"{words} 000")]
+    assert list(verify(folder)) == []
     assert command in (f"index {shard}", f"index {folder}")
 
 
@@ -237,6 +239,9 @@ def test_a_catalogue_is_checked_and_its_counts_are_bounded(tmp_path: Path) -> No
         written(shards)
         with pytest.raises(UserError, match=r"_catalogue\.json is damaged .*; write it again: python -m data index"):
             read_catalogue(folder)
+    head = read_head(folder / "documents-000001.tar")
+    written([[*row[:2], head.digest, *row[3:]] for row in rows])
+    assert [fault for fault in verify(folder) if "and the index of documents-000000.tar differ; write both" in fault]
     path.write_text(text.replace('"text":4', '"text":5', 1))
     os.utime(path)
     with pytest.raises(UserError, match=r"is damaged \(wrong checksum\)"):
