@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
+from torch.utils.data._utils import signal_handling
 
 from data.loading import worker_signals
 
@@ -29,14 +29,13 @@ def _loss_is_seen_when_waiting() -> None:
     torch raises it wherever the trainer happens to be: in the middle of an update, of a checkpoint, of an export.
     """
     report = signal.getsignal(signal.SIGCHLD)
-    if not callable(report) or hasattr(report, "only_when_waiting"):
-        return
+    if not callable(report) or getattr(report, "__module__", "") != signal_handling.__name__:
+        return  # not torch's
 
     def handler(number: int, frame: FrameType | None) -> None:
         if _waiting:
             report(number, frame)
 
-    handler.only_when_waiting = True  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, handler)
 
 
@@ -156,7 +155,7 @@ class Workers:
         assert self._arriving is not None
         _waiting += 1
         try:
-            _error_if_any_worker_fails()  # one that ended since the last batch
+            signal_handling._error_if_any_worker_fails()  # one that ended since the last batch
             return next(self._arriving)
         except RuntimeError as error:
             text = str(error)
