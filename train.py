@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.batches import collate as collates
 from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
-from data.loading.loader import MixLoader
+from data.loading.loader import MixLoader, StorageError
 from eval.in_training import Evaluations, FewShotEvaluation
 from flamingo.configs.validate import refuse
 from flamingo.training import compose, optim, run_folder
@@ -77,6 +77,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers
+    share["storage_seconds"] = 60 * config.data.storage_minutes
     loader = MixLoader(
         specs,
         collate,
@@ -123,18 +124,26 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     rates = throughput.Throughput(processes, throughput.Flops(model))
     weights = {spec.name: spec.weight for spec in specs}
     batches = iter(loader)
+    counts: dict[protocol.Term, float] = {}
     while step < options.steps:
         stall.restart_clock()
         waiting_since = time.perf_counter()
-        loaded = next(batches).batches
+        loaded, away = loader.take(batches)
+        if away is not None and not counts:  # nothing to save
+            raise away
         micro_batches = {spec.name: [batch.tensors for batch in loaded[spec.name]] for spec in specs}
         rates.add(micro_batches, time.perf_counter() - waiting_since)
         lr = optim.set_learning_rate(optimizer, step, options.steps, config.optim)
 
         # One sum over processes for the divisors, and for what processes must agree on before they go on.
-        counts = count_terms(objective, micro_batches)
-        summed = processes.sum([*counts.values(), *checkpoints.votes()])
-        totals, votes = summed[: len(counts)], summed[len(counts) :]
+        counts = count_terms(objective, micro_batches) if away is None else dict.fromkeys(counts, 0.0)
+        summed = processes.sum([*counts.values(), float(away is not None), *checkpoints.votes()])
+        totals, votes = summed[: len(counts)], summed[len(counts) + 1 :]
+        if summed[len(counts)]:  # there is no update without the samples of every process
+            loader.step = step  # the others have theirs already
+            extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
+            saved = checkpoints.save(step, {**extra, "skipped": nonfinite.state_dict()}, wait=True)
+            raise StorageError(f"{away or 'the storage of another process is away'}; saved in {saved}")
         divisor_of = {spec.name: spec.divisor for spec in specs}
         divisors = {key: divisor_of[key[0]](total) for key, total in zip(counts, totals, strict=True)}
         sums = accumulate_gradients(model, objective, micro_batches, weights, divisors, processes, strategy)

@@ -122,7 +122,7 @@ def _index_remote(url: str) -> None:
 def index(args: argparse.Namespace) -> int:
     """Build the index of every shard named."""
     from data.remote.download import is_remote
-    from data.shard_store import write_catalogue
+    from data.shard_store import save_index, write_catalogue
 
     for name in args.shard:
         if is_remote(name):
@@ -132,7 +132,10 @@ def index(args: argparse.Namespace) -> int:
         heads = {}
         for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
             built = build_index(shard)
-            built.save(index_path(shard))
+            if path.is_dir():
+                built.save(index_path(shard))
+            else:
+                save_index(shard, built)
             heads[shard.name] = built.head()
             print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
         if path.is_dir():

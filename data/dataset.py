@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal, get_args
@@ -9,11 +10,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from data.errors import ContentError, warn
 from data.order import default_lanes
 from data.remote.shard_cache import ShardCache
 from data.shard_store import ShardStore, open_shards, resolve_shards
 from data.shards.document import Text
 from data.shards.mmc4 import Mmc4Rule
+from data.shards.retry import PATIENCE, Retry
 from flamingo.configs.validate import (
     STRICT,
     AboveZero,
@@ -125,27 +128,48 @@ def dataset_specs(group: str, datasets: Mapping[str, Mapping[str, Any]], problem
     return specs
 
 
-def open_store(spec: DatasetSpec, rank: int = 0, world: int = 1) -> ShardStore:
+def open_store(spec: DatasetSpec, rank: int = 0, world: int = 1, storage_seconds: float = PATIENCE) -> ShardStore:
     """Open a dataset's shards; each rank checks its share of them, so that together they check all before training.
 
-    Raises UserError, naming the dataset and the shard.
+    Storage that is away is waited for `storage_seconds`. Raises UserError, naming the dataset and the shard.
     """
     owner = f"dataset {spec.name!r}: "
     paths = resolve_shards(spec.shards, owner=owner)
-    cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9)) if spec.cache else None
+    cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9), patience=storage_seconds) if spec.cache else None
     rule = Mmc4Rule(similarity=spec.similarity)
-    return open_shards(paths, spec.kind, owner=owner, share=(rank, world), cache=cache, mmc4=rule)
+    return open_shards(
+        paths,
+        spec.kind,
+        owner=owner,
+        share=(rank, world),
+        cache=cache,
+        mmc4=rule,
+        retry=Retry(patience=storage_seconds),
+    )
 
 
 def document_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
-    """Yield the text of every document of a mixture once, in the order of the shards (to train a tokenizer)."""
+    """Yield the text of every document of a mixture once, in the order of the shards (to train a tokenizer).
+
+    Documents that cannot be used are left out, as in training, and counted by reason on stderr.
+    """
     for spec in specs:
         store = open_store(spec)
+        bad: Counter[str] = Counter()
+        first = ""
         for part, length in enumerate(store.lengths()):
             for row in range(length):
-                nodes = store.read(part, row, images=False).nodes
+                try:
+                    nodes = store.read(part, row, images=False).nodes
+                except ContentError as error:
+                    first = first or "key {1!r} of {0}".format(*store.key(part, row))
+                    bad[error.reason] += 1
+                    continue
                 yield "".join(node.text for node in nodes if isinstance(node, Text))
         store.reader.close()
+        if bad:
+            counts = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+            warn(f"dataset {spec.name!r}: {bad.total()} documents are left out ({counts}), the first one {first}")
 
 
 def too_small(specs: Iterable[DatasetSpec], micro_batches: int) -> Iterator[str]:

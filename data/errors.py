@@ -9,6 +9,7 @@ stops the run with one sentence. Anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ class ContentError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+class StorageError(UserError):
+    """Storage that stayed away for longer than the run waits. Nothing is wrong with the data: the run can go on."""
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, at once."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class PassedOver(Exception):  # noqa: N818 (not an error)

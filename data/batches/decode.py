@@ -8,6 +8,7 @@ since 0.29.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from data.shards.tar import LFS
 from flamingo.vision.image_files import UnreadableFormat, read_image, sniff
 
 MAX_PIXELS = 64_000_000
+ADDRESS = re.compile(r" ?<_io\.BytesIO object at \w+>")  # in Pillow's messages; another one in every process
 NOT_PLAIN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency"}  # may rotate or hide pixels
 
 
@@ -68,7 +70,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = 
     except PILImage.DecompressionBombError as error:
         raise ContentError("too large", str(error)) from None
     except Exception as error:  # decoders raise exceptions of every kind
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = ADDRESS.sub("", " ".join(str(error).split())) or type(error).__name__
         raise ContentError("undecodable", f"{sniff(data)} of {len(data)} bytes: {detail[:200]}") from None
 
 

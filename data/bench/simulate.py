@@ -94,7 +94,7 @@ def catalogue(args: argparse.Namespace, corpus: ShardSizes) -> dict[str, float |
 
     with tempfile.TemporaryDirectory() as folder:
         heads = {
-            f"{n:06d}.tar": IndexHead(int(size), f"{n:064x}", dict.fromkeys(KINDS, int(samples)))
+            f"{n:06d}.tar": IndexHead(int(size), f"{n:032x}", f"{n:032x}", dict.fromkeys(KINDS, int(samples)))
             for n, (samples, size) in enumerate(zip(corpus.samples, corpus.size, strict=True))
         }
         write_catalogue(Path(folder), heads)

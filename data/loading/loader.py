@@ -21,17 +21,18 @@ from typing import Any
 from data.batches.batch import Batch, StepBatches
 from data.batches.collate import Collate
 from data.dataset import DatasetSpec
-from data.errors import BadSampleCounter, BadSampleLog
+from data.errors import BadSampleCounter, BadSampleLog, StorageError, warn
 from data.loading.shared_memory import with_shared_buffers
-from data.loading.step_dataset import Failure, Heartbeat, OpenDataset, StepDataset, StepSampler, warn
+from data.loading.step_dataset import Failure, Heartbeat, OpenDataset, StepDataset, StepSampler
 from data.loading.workers import Ahead, InTurn, Supply, WorkerLostError, Workers
 from data.remote.download import is_remote
 from data.remote.shard_cache import ShardCache
 from data.shard_store import ShardStore
+from data.shards.retry import PATIENCE
 from data.store import DocumentStore
 from flamingo.errors import UserError
 
-__all__ = ["Batch", "MixLoader", "StepBatches"]
+__all__ = ["Batch", "MixLoader", "StepBatches", "StorageError"]
 STATE_VERSION = 1
 
 
@@ -42,11 +43,13 @@ class MixLoader:
     not in shards, by dataset name. `rank` and `world_size` are those of the data parallel group (they are never read
     from the environment). With `num_workers=0` batches are made in this process, by a thread that is `prefetch_factor`
     steps ahead (0: when they are asked for). `bad_samples` is a file that gets a JSON line for every replaced sample.
-    When no batch arrives for `patience` seconds, a line on stderr names rank, worker and shard; after `give_up` seconds
-    the run stops with that line.
+    Shards that cannot be read are waited for `storage_seconds`. When no batch arrives for `patience` seconds, a line on
+    stderr names rank, worker and shard; after `give_up` seconds the run stops with that line (half an hour, and longer
+    than storage is waited for).
 
     Raises UserError before the first batch for shards that are missing, truncated or changed, and for batch sizes that
-    cannot be divided; later for reads that keep failing, too many bad samples, and a worker that hangs or is killed.
+    cannot be divided; later for too many bad samples, and a worker that hangs or is killed; StorageError for reads that
+    keep failing.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class MixLoader:
         pin_memory: bool = False,
         max_bad_rate: float = 0.02,
         bad_samples: str | Path | None = None,
+        storage_seconds: float = PATIENCE,
         patience: float = 60.0,
-        give_up: float = 1800.0,
+        give_up: float | None = None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
@@ -87,11 +91,13 @@ class MixLoader:
                     f"dataset {spec.name!r}: pack={spec.pack} needs the collate of a Flamingo objective; use pack=0"
                 )
         self.seed, self.step = seed, start_step
-        self.datasets = [OpenDataset.open(spec, seed, rank, world_size, stores.get(spec.name)) for spec in specs]
+        self.datasets = [
+            OpenDataset.open(spec, seed, rank, world_size, stores.get(spec.name), storage_seconds) for spec in specs
+        ]
         heartbeat = Heartbeat(num_workers)
         self.step_dataset = StepDataset(self.datasets, by_name, rank, world_size, micro_batches, heartbeat)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
-        self.patience, self.give_up = patience, give_up
+        self.patience, self.give_up = patience, max(1800.0, storage_seconds + patience) if give_up is None else give_up
         self.bad = BadSampleCounter(max_bad_rate)
         self.log = BadSampleLog(Path(bad_samples), rank) if bad_samples is not None else None
 
@@ -111,6 +117,16 @@ class MixLoader:
                     self.log.write(step, (bad for micro in batches.values() for batch in micro for bad in batch.bad))
                 self.step = step + 1
                 yield StepBatches(step, batches)
+
+    def take(self, steps: Iterator[StepBatches]) -> tuple[Mapping[str, Sequence[Batch]], StorageError | None]:
+        """Return the batches of the next of this loader's steps, or none of any dataset and why.
+
+        So a trainer can save before it ends, together with processes that have theirs. Raises as `__iter__` otherwise.
+        """
+        try:
+            return next(steps).batches, None
+        except StorageError as error:
+            return {dataset.spec.name: [] for dataset in self.datasets}, error
 
     def _supply(self) -> Supply:
         step_dataset, batches = self.step_dataset, len(self.datasets) * self.step_dataset.micro  # batches of a step
@@ -147,7 +163,7 @@ class MixLoader:
 
     def _checked(self, item: Batch | Failure) -> Batch:
         if isinstance(item, Failure):
-            raise UserError(item.message)
+            raise (StorageError if item.storage else UserError)(item.message)
         self.bad.add(len(item.keys), item.bad)
         return item
 
@@ -233,7 +249,7 @@ class Prefetcher:
         if asked <= self._known:
             return
         self._known = {known for known in self._known if known[0] != number} | asked
-        needed = sum(store.shards[shard].tar_size for shard in {shard for shards, _ in now for shard in shards})
+        needed = sum(store.shards[shard].head.tar_size for shard in {shard for shards, _ in now for shard in shards})
         if needed > cache.limit:
             raise UserError(
                 f"dataset {spec.name!r}: this rank draws from {needed} bytes of shards at a time and the cache "
@@ -243,7 +259,7 @@ class Prefetcher:
         room = cache.limit
         for shard in wanted:
             path = store.shards[shard].path
-            room -= store.shards[shard].tar_size
+            room -= store.shards[shard].head.tar_size
             if not is_remote(path) or room < 0:
                 continue
             with self._lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from data.batches.batch import Batch
 from data.batches.collate import Collate
 from data.dataset import DatasetSpec, open_store
-from data.errors import BadSample, ContentError, PassedOver
+from data.errors import BadSample, ContentError, PassedOver, StorageError
 from data.order import SAMPLE, Plan, Slot, dataset_seed, stream
 from data.shard_store import ShardStore
+from data.shards.retry import PATIENCE
 from data.store import DocumentStore
 from flamingo.errors import UserError
 
@@ -38,10 +38,16 @@ class OpenDataset:
 
     @classmethod
     def open(
-        cls, spec: DatasetSpec, seed: int, rank: int = 0, world: int = 1, store: DocumentStore | None = None
+        cls,
+        spec: DatasetSpec,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        store: DocumentStore | None = None,
+        storage_seconds: float = PATIENCE,
     ) -> OpenDataset:
         """Open the dataset's shards, unless a store is given. Raises UserError for missing or truncated shards."""
-        store = open_store(spec, rank, world) if store is None else store
+        store = open_store(spec, rank, world, storage_seconds) if store is None else store
         lengths = np.array(store.lengths(), dtype=np.int64)
         if lengths.sum() == 0:
             raise UserError(f"dataset {spec.name!r} has no samples")
@@ -82,6 +88,7 @@ class Failure:
     """A UserError on its way out of a worker: as an exception it would arrive wrapped in the worker's traceback."""
 
     message: str
+    storage: bool
 
 
 class StepDataset(Dataset[Batch | Failure]):
@@ -114,7 +121,7 @@ class StepDataset(Dataset[Batch | Failure]):
         try:
             return self._batch(index)
         except UserError as error:
-            return Failure(str(error))
+            return Failure(str(error), isinstance(error, StorageError))
 
     def _batch(self, index: BatchIndex) -> Batch:
         number, step, micro = index
@@ -220,8 +227,3 @@ class Heartbeat:
                 sample = describe(dataset, part, row)
                 busy.append(f"worker {worker} is at step {step}, {sample} for {(now - since) / 1e9:.0f} s")
         return f"rank {rank}: " + ("; ".join(busy) or "no worker is reading anything")
-
-
-def warn(message: str) -> None:
-    """Print one line on stderr, at once."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -8,14 +8,35 @@ from __future__ import annotations
 
 import atexit
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from data.loading import worker_signals
+
+_waiting = 0  # how many calls of `Workers.take` are under way in this process
+
+
+def _loss_is_seen_when_waiting() -> None:
+    """Let the end of a worker be reported where a batch is waited for, and nowhere else.
+
+    torch raises it wherever the trainer happens to be: in the middle of an update, of a checkpoint, of an export.
+    """
+    report = signal.getsignal(signal.SIGCHLD)
+    if not callable(report) or getattr(report, "__module__", "") != signal_handling.__name__:
+        return  # not torch's
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if _waiting:
+            report(number, frame)
+
+    signal.signal(signal.SIGCHLD, handler)
 
 
 class WorkerLostError(Exception):
@@ -124,12 +145,17 @@ class Workers:
         )
         with worker_signals.held():
             self._arriving: Iterator[Any] | None = iter(loader)
+        if threading.current_thread() is threading.main_thread():  # no other one may set handlers, torch's neither
+            _loss_is_seen_when_waiting()
         atexit.register(self.close)  # before multiprocessing terminates the remaining ones
 
     def take(self) -> Any:
         """Return the next batch. Raises WorkerLostError, and what a worker raised, with the worker's traceback."""
+        global _waiting
         assert self._arriving is not None
+        _waiting += 1
         try:
+            signal_handling._error_if_any_worker_fails()  # one that ended since the last batch
             return next(self._arriving)
         except RuntimeError as error:
             text = str(error)
@@ -138,6 +164,8 @@ class Workers:
             if text.startswith("DataLoader worker (pid"):
                 raise WorkerLostError(text) from None
             raise
+        finally:
+            _waiting -= 1
 
     def close(self) -> None:
         """End the workers now, not when the last traceback that refers to them is collected."""

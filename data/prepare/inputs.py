@@ -13,7 +13,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.prepare.units import InputUnit
 from data.records import is_array, one_line, parse_json
@@ -21,12 +21,14 @@ from flamingo.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
 CHUNK = 64_000_000  # bytes of a text file in one unit
+LONGEST_LINE = 1 << 28  # bytes; images in base64 are far shorter
 
 
 def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     """Return (label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
 
-    Raises UserError for an input that is not there, holds no file of these kinds, or is a Git-LFS pointer.
+    Raises UserError for an input that is not there, holds no file of these kinds, is a pipe or a device, which may
+    never end and cannot be read twice, or is a Git-LFS pointer.
     """
     labels: dict[Path, str] = {}
     for item in inputs:
@@ -48,6 +50,9 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
             raise UserError(f"input {item} holds no {' or '.join(suffixes)} file; correct the path")
         labels |= new
     for path in labels:
+        if not path.is_file():
+            kind = "folder" if path.is_dir() else "pipe or a device"
+            raise UserError(f"input {path} is a {kind}, not a file; write what it gives to a file, and give that path")
         refuse_pointer(path)
     return sorted(((label, path) for path, label in labels.items()), key=lambda item: (item[0], str(item[1])))
 
@@ -85,7 +90,9 @@ def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     """
     try:
         for where, line in _lines(unit):
-            if line.strip():
+            if len(line) > LONGEST_LINE:
+                yield where, ValueError(f"it is longer than {LONGEST_LINE} bytes")
+            elif line.strip():
                 try:
                     yield where, parse_json(line)
                 except ValueError as error:
@@ -102,18 +109,30 @@ def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
             for name in archive.namelist():
                 if not name.endswith("/"):
                     with archive.open(name) as member:
-                        yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(member, 1))
+                        yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(_all_lines(member), 1))
         return
     if unit.label.lower().endswith(".gz"):
         with gzip.open(unit.path, "rb") as lines:
-            yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(lines, 1))
+            yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(_all_lines(lines), 1))
         return
     with Path(unit.path).open("rb") as file:
         if unit.begin:
             file.seek(unit.begin - 1)
-            file.readline()  # the rest of a line that began in the previous unit
+            _line(file)  # the rest of a line that began in the previous unit
         while (at := file.tell()) < unit.end:
-            yield f"{unit.label} byte {at}", file.readline()
+            yield f"{unit.label} byte {at}", _line(file)
+
+
+def _line(file: IO[bytes] | gzip.GzipFile) -> bytes:
+    """Return the next line; of one that is too long its beginning, still too long, and the rest is passed over."""
+    line = rest = file.readline(LONGEST_LINE + 1)
+    while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+        rest = file.readline(LONGEST_LINE + 1)
+    return line
+
+
+def _all_lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+    return iter(lambda: _line(file), b"")
 
 
 def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
@@ -162,6 +181,11 @@ class _Scanner:
 
     def _more(self) -> bool:
         """Read at least as much again as is held, so that a long value is not parsed many times."""
+        if len(self.text) - self.at > LONGEST_LINE:
+            raise UserError(
+                f"{self.path} has a JSON value of more than {LONGEST_LINE} bytes at byte {self.base + self.at}; is "
+                "this the right file?"
+            )
         raw = self.file.read(max(1 << 20, len(self.text) - self.at))
         self.base += self.at
         self.text, self.at = self.text[self.at :] + raw.decode("latin-1"), 0
@@ -256,7 +280,9 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
 
         def lines() -> Iterator[str]:
             nonlocal at
-            for raw in file:
+            for raw in _all_lines(file):
+                if len(raw) > LONGEST_LINE:
+                    raise UserError(f"{path} is not a table: a line of more than {LONGEST_LINE} bytes at byte {at}")
                 at += len(raw)
                 yield raw.decode("utf-8-sig" if at == len(raw) else "utf-8")
 

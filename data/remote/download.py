@@ -2,8 +2,9 @@
 
     https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
 
-An interrupted download resumes where it was (http, fsspec) and gives up only after several attempts *without any
-progress*. A shard that the server does not have is an error at once.
+An interrupted download resumes where it was (http, fsspec) and gives up only after a time *without any progress*; a
+server that asks to be left alone for a while (Retry-After) is. One that only drips counts as one that gives nothing. A
+shard that the server does not have is an error at once.
 """
 
 from __future__ import annotations
@@ -13,18 +14,29 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
 
+from data.errors import StorageError
 from data.shards.places import file_system, store_errors
-from data.shards.retry import ATTEMPTS, FIRST_WAIT
+from data.shards.retry import FIRST_WAIT, PATIENCE, Backoff
 from flamingo.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte
+SLOWEST = 10_000  # bytes a second, over that time
 CHUNK = 1 << 20
 GONE = (400, 401, 403, 404, 405, 410)  # the next attempt would get the same answer
+
+
+class NotThereError(UserError):
+    """What a URL names does not exist, or is not for us."""
+
+
+class _TooSlow(OSError):  # noqa: N818 (counts as a failed attempt, whatever it brought)
+    pass
 
 
 def is_remote(path: str) -> bool:
@@ -48,20 +60,22 @@ def download(
     url: str,
     target: Path,
     *,
-    attempts: int = ATTEMPTS,
+    attempts: int | None = None,
     first_wait: float = FIRST_WAIT,
+    patience: float = PATIENCE,
     wanted: Callable[[], bool] | None = None,
 ) -> int:
     """Write what a URL returns to a file, resuming after what the file already has; return how often it was
     interrupted.
 
-    Raises UserError, naming the URL, when it does not exist, when `attempts` attempts in a row brought nothing new, and
-    as soon as it is no longer `wanted`.
+    Raises NotThereError, naming the URL, when it does not exist; StorageError when nothing new came for `patience`
+    seconds, or in `attempts` attempts in a row; UserError as soon as it is no longer `wanted`.
     """
-    failed = broken = 0
-    begun = time.monotonic()
+    broken = 0
+    backoff = Backoff(f"shard {url}", patience, attempts, first_wait)
     while True:
         have = target.stat().st_size if target.exists() else 0
+        pause = 0.0
         try:
             with target.open("r+b" if have else "wb") as file:
                 _copy(url, file, have, wanted)
@@ -69,23 +83,35 @@ def download(
         except HTTPError as error:
             error.close()
             if error.code in GONE:
-                raise UserError(
+                raise NotThereError(
                     f"shard {url} cannot be fetched: the server answers {error.code} {error.reason}; correct the URL"
                 ) from None
             failure: Exception = error
-        except FileNotFoundError as error:
-            raise UserError(f"shard {url} does not exist ({error}); correct the URL") from None
+            pause = _asked_to_wait(error)
+        except (FileNotFoundError, PermissionError) as error:
+            what = "does not exist" if isinstance(error, FileNotFoundError) else "may not be read"
+            raise NotThereError(f"shard {url} {what} ({error}); correct the URL") from None
         except (OSError, HTTPException) as error:
             failure = error
         broken += 1
         grown = (target.stat().st_size if target.exists() else 0) > have
-        failed = 0 if grown and resumes(url) else failed + 1
-        if failed >= attempts:
-            raise UserError(
-                f"shard {url} could not be fetched: {failed} attempts in a row over {time.monotonic() - begun:.1f} s "
+        if grown and resumes(url) and not isinstance(failure, _TooSlow):
+            backoff.restart()
+            time.sleep(first_wait)
+        elif not backoff.wait(failure, pause):
+            raise StorageError(
+                f"shard {url} could not be fetched: {backoff.spent().replace('attempts', 'attempts in a row')} "
                 f"brought nothing, the last one: {failure}; start again when the server responds"
             ) from None
-        time.sleep(first_wait * 2 ** max(0, failed - 1))
+
+
+def _asked_to_wait(error: HTTPError) -> float:
+    """Return the seconds for which an answer asks to be left alone: Retry-After, a number or a date."""
+    value = error.headers.get("Retry-After", "0") if error.headers else "0"
+    try:
+        return float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def resumes(url: str) -> bool:
@@ -97,14 +123,32 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
     with _opened(url, have) as (stream, start, expected):
         file.seek(start)
         file.truncate()
-        got = 0
-        while chunk := stream.read(CHUNK):
+        got = recent = 0
+        since = time.monotonic()
+        while chunk := _chunk(stream):
             file.write(chunk)
             got += len(chunk)
+            recent += len(chunk)
+            if (seconds := time.monotonic() - since) >= TIMEOUT:
+                if recent < SLOWEST * seconds:
+                    raise _TooSlow(f"it only drips: {recent} bytes in {seconds:.0f} s")
+                recent, since = 0, time.monotonic()
             if wanted is not None and got != expected and not wanted():
                 raise UserError(f"shard {url} is no longer wanted")
     if expected is not None and got < expected:
         raise OSError(f"the connection closed after {got} of {expected} bytes")
+
+
+def _chunk(stream: BinaryIO) -> bytes:
+    """Return about CHUNK bytes of a stream, or what came within a second; nothing at its end."""
+    some = getattr(stream, "read1", None)
+    if some is None:
+        return stream.read(CHUNK)
+    parts, left, begun = [], CHUNK, time.monotonic()
+    while left > 0 and time.monotonic() - begun < 1 and (part := some(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """A folder on this machine's disk that holds copies of remote shards, within a limit of bytes.
 
 All processes of the machine that name the same folder share it: a file lock per shard keeps two of them from fetching
-the same one, and the least recently used copy is removed when room is needed. A copy appears under its name only when
-it is complete and is the tar that its index belongs to. A reader that has a removed copy open keeps reading it; one
-that comes too late fetches it again.
+the same one, and the least recently used copy is removed when room is needed. What comes from the network appears under
+its name only when it is complete and is, to the last byte, the tar that its index belongs to; an index, when its
+checksum holds. A copy that changed on the disk since then, or is older than the machine's start (a disk may lose what a
+crash interrupted), is compared again before it is used, and fetched again when it is damaged. A reader that has a
+removed copy open keeps reading it; one that comes too late fetches it again.
 
-    {hash of the URL}.tar   .idx (never removed)   .partial   .lock (holds the size of a running download)
+    {hash of the URL}.tar   .ok (it was whole; its time says when it was last used)   .idx (never removed)
+                    .partial   .lock (holds the size of a running download)
 """
 
 from __future__ import annotations
@@ -13,27 +16,42 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from data.remote.download import download, free_bytes
-from data.shards.index import build_index, check_tar, read_head
-from data.shards.retry import ATTEMPTS, FIRST_WAIT
+from data.errors import warn
+from data.remote.download import NotThereError, download, free_bytes
+from data.shards.index import DamagedIndexError, IndexHead, TarIndex, build_index, check_tar, load_index, read_head
+from data.shards.retry import FIRST_WAIT, PATIENCE
 from flamingo.errors import UserError
 
+T = TypeVar("T")
 SIDECARS_AT_ONCE = 16
+TRIALS = 3  # downloads of something that turns out to be something else
 
 
 class ShardCache:
-    """Copies of remote shards. `limit` is in bytes; `fetched` counts the bytes that this process has downloaded."""
+    """Copies of remote shards. `limit` is in bytes; `fetched` counts the bytes that this process has downloaded.
+
+    A server that gives nothing is asked again for `patience` seconds, or `attempts` times.
+    """
 
     def __init__(
-        self, folder: str | Path, limit: int, *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
+        self,
+        folder: str | Path,
+        limit: int,
+        *,
+        attempts: int | None = None,
+        first_wait: float = FIRST_WAIT,
+        patience: float = PATIENCE,
     ) -> None:
         self.folder, self.limit = Path(folder), limit
-        self.attempts, self.first_wait = attempts, first_wait
+        self.attempts, self.first_wait, self.patience = attempts, first_wait, patience
         self.fetched = self.broken_off = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,9 +64,12 @@ class ShardCache:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}{suffix}"
 
     def has(self, url: str) -> bool:
-        """Return whether a shard is here; if so, it counts as just used."""
+        """Return whether a shard is here, as it was when it was found to be whole; if so, it counts as just used."""
+        whole = self._file(url, ".ok")
         try:
-            os.utime(self._file(url, ".tar"))
+            if whole.read_text() != _state(self._file(url, ".tar")):
+                return False
+            os.utime(whole)
         except FileNotFoundError:
             return False
         return True
@@ -59,11 +80,46 @@ class ShardCache:
         Raises UserError as `download`, and when the limit or the disk is too small.
         """
         if not self.has(url):
-            size = read_head(url, self.sidecar(url)).tar_size
-            with self._lock(url, size) as partial:
-                if not self.has(url):
-                    self._fetch(url, partial, size, wanted)
+            head = self.head(url)
+            with self._lock(url, 0):
+                kept = self.has(url) or self._is_whole(url, head)
+            if not kept:
+                with self._lock(url, head.tar_size) as partial:
+                    if not self.has(url):
+                        self._fetch(url, partial, head, wanted)
         return str(self._file(url, ".tar"))
+
+    def _is_whole(self, url: str, head: IndexHead) -> bool:
+        """Compare a copy, if there is one, with its index, byte by byte; remove it when it is damaged."""
+        copy = self._file(url, ".tar")
+        if not copy.exists():
+            return False
+        try:
+            check_tar(url, head, copy, whole=True)
+        except UserError:
+            warn(f"the copy {copy} of shard {url} is damaged; it is fetched again")
+            self._remove(copy)
+            return False
+        self._note_whole(copy)
+        return True
+
+    def head(self, url: str) -> IndexHead:
+        """Return what the index of a shard says of it."""
+        return self._from_index(url, read_head)
+
+    def index(self, url: str) -> TarIndex:
+        """Return the index of a shard."""
+        return self._from_index(url, lambda tar, path: load_index(tar, path, check=False))
+
+    def _from_index(self, url: str, read: Callable[[str, Path], T]) -> T:
+        """Return what `read` makes of a shard's index, which is fetched again when its copy is damaged or old."""
+        path = self.sidecar(url)
+        try:
+            return read(url, path)
+        except UserError as error:
+            warn(f"{str(error).partition(';')[0]}; it is fetched again")
+            path.unlink(missing_ok=True)
+        return read(url, self.sidecar(url))
 
     def sidecar(self, url: str) -> Path:
         """Return the path of a copy of a shard's index: the one beside it, or else one made from the shard itself."""
@@ -73,49 +129,80 @@ class ShardCache:
         with self._lock(url, 0) as partial:
             if path.exists():
                 return path
-            fetched = path.with_suffix(f".{os.getpid()}.fetched")
             if not url.startswith("pipe:"):
-                try:
-                    download(f"{url}.idx", fetched, attempts=self.attempts, first_wait=self.first_wait)
-                    fetched.replace(path)
+                with suppress(NotThereError):
+                    self._fetch_index(url, path)
                     return path
-                except UserError:
-                    fetched.unlink(missing_ok=True)  # there is no index beside it
-            self._fetch(url, partial, None)
-            index = build_index(self._file(url, ".tar"))
-            index.save(path)
+            if not self.has(url):
+                self._fetch(url, partial, None)
+            build_index(self._file(url, ".tar")).save(path)
         return path
+
+    def _fetch_index(self, url: str, path: Path) -> None:
+        """Copy the index beside a shard. Raises NotThereError when there is none, UserError for another version."""
+        fetched = path.with_suffix(f".{os.getpid()}.fetched")
+        try:
+            for trial in range(TRIALS):
+                fetched.unlink(missing_ok=True)
+                self._download(f"{url}.idx", fetched)
+                try:
+                    load_index(url, fetched, check=False)
+                except DamagedIndexError:
+                    time.sleep(self.first_wait * 2**trial)
+                except UserError as error:
+                    raise UserError(_as_of(url, error, fetched, f"{url}.idx")) from None
+                else:
+                    fetched.replace(path)
+                    return
+            warn(f"what {url}.idx returns is not an index, {_start_of(fetched)}; it is made from the shard itself")
+            raise NotThereError(f"{url}.idx is not an index")
+        finally:
+            fetched.unlink(missing_ok=True)
 
     def sidecars(self, urls: Iterable[str]) -> None:
         """Fetch the indexes of many shards, several at a time."""
         with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
             list(pool.map(self.sidecar, urls))
 
-    def _fetch(self, url: str, partial: Path, size: int | None, wanted: Callable[[], bool] | None = None) -> None:
-        if size is not None:
-            self._make_room(size)
-        before = partial.stat().st_size if partial.exists() else 0
-        if before != size:  # else it only has to be checked and renamed
-            self.broken_off += download(url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted)
-        self.fetched += partial.stat().st_size - before
-        if size is None:
-            self._make_room(0)
-        else:
-            try:
-                self._check(url, partial)
-            except UserError:
-                partial.unlink()
-                if before:  # begun by a process that was killed, perhaps from another shard: start over
-                    return self._fetch(url, partial, size, wanted)
-                raise
-        partial.replace(self._file(url, ".tar"))
+    def _download(self, url: str, target: Path, wanted: Callable[[], bool] | None = None) -> int:
+        how = {"attempts": self.attempts, "first_wait": self.first_wait, "patience": self.patience}
+        return download(url, target, wanted=wanted, **how)  # type: ignore[arg-type]
 
-    def _check(self, url: str, partial: Path) -> None:
-        head = read_head(url, self.sidecar(url))
-        try:
-            check_tar(url, head.tar_size, head.digest, partial)
-        except UserError as error:
-            raise UserError(f"{error} (index copied to {self._file(url, '.idx')}: remove it too)") from None
+    def _fetch(self, url: str, partial: Path, head: IndexHead | None, wanted: Callable[[], bool] | None = None) -> None:
+        """Fetch a shard; without a `head` to compare it with, it must at least be a tar that can be indexed."""
+        if head is not None:
+            self._make_room(head.tar_size)
+        for trial in range(TRIALS):
+            before = _size(partial)
+            if head is None or before != head.tar_size:  # else it only has to be checked and renamed
+                self.broken_off += self._download(url, partial, wanted)
+            self.fetched += max(0, _size(partial) - before)
+            try:
+                if head is None:
+                    build_index(partial)
+                else:
+                    check_tar(url, head, partial, whole=True)
+                break
+            except UserError as error:
+                failure = f"{_as_of(url, error, partial, url)} (what came {_start_of(partial)})"
+                partial.unlink()
+                time.sleep(self.first_wait * 2**trial)
+        else:
+            # The server may have new shards with new indexes: the next start will compare with those.
+            self._file(url, ".idx").unlink(missing_ok=True)
+            raise UserError(f"{failure}; it was fetched {TRIALS} times, the next start will fetch its index again too")
+        if head is None:
+            self._make_room(0)
+        copy = self._file(url, ".tar")
+        partial.replace(copy)
+        self._note_whole(copy)
+
+    def _note_whole(self, copy: Path) -> None:
+        copy.with_suffix(".ok").write_text(_state(copy))
+
+    def _remove(self, copy: Path) -> None:
+        copy.unlink(missing_ok=True)
+        copy.with_suffix(".ok").unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self, url: str, size: int) -> Iterator[Path]:
@@ -144,12 +231,12 @@ class ShardCache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             taken = self._promised()  # includes this shard's own size
-            whole = sorted((path.stat().st_mtime_ns, path.name, _size(path)) for path in self.folder.glob("*.tar"))
+            whole = sorted((_used(path), path.name, _size(path)) for path in self.folder.glob("*.tar"))
             taken += sum(bytes_here for _, _, bytes_here in whole)
             for _, name, bytes_here in whole:
                 if taken <= self.limit:
                     break
-                (self.folder / name).unlink(missing_ok=True)
+                self._remove(self.folder / name)
                 taken -= bytes_here
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -173,6 +260,40 @@ class ShardCache:
                     promised = int(lock.read() or 0)
             total += max(promised, _size(path.with_suffix(".partial")))
         return total
+
+
+@cache
+def _machine_start() -> str:
+    """Return what changes whenever the machine starts anew; nothing where that is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _state(copy: Path) -> str:
+    """Return what changes when a file does, or the machine starts anew."""
+    stat = copy.stat()
+    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {_machine_start()}"
+
+
+def _used(copy: Path) -> int:
+    """Return when a copy was last used, in ns."""
+    for path in (copy.with_suffix(".ok"), copy):
+        with suppress(FileNotFoundError):
+            return path.stat().st_mtime_ns
+    return 0
+
+
+def _as_of(url: str, error: UserError, path: Path, name: str) -> str:
+    """Return an error with the name of what was fetched to `path`, and a remedy that can be done where that is."""
+    text = str(error).replace(str(path), name)
+    return text.replace(f"python -m data index {url}", "python -m data index, on the machine that has the shards")
+
+
+def _start_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"begins with {file.read(24)!r}"
 
 
 def _size(path: Path) -> int:

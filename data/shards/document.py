@@ -69,7 +69,7 @@ def to_utf8(text: str) -> bytes:
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
     """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
-    if body.get("v") != VERSION:
+    if type(body.get("v")) is not int or body["v"] != VERSION:
         raise ValueError(f"format version {body.get('v')!r}, this program reads version {VERSION}")
     if not isinstance(body["nodes"], list):
         raise ValueError("'nodes' is not a list")

@@ -43,18 +43,24 @@ def _string(raw: bytes) -> str:
 
 
 def _pax(body: bytes) -> dict[str, str]:
-    """Return the records "length key=value\\n" of a PAX header. Raises ValueError for anything else."""
+    """Return those records "length key=value\\n" of a PAX header that say where a member lies and what it is called.
+
+    Raises ValueError for anything else than records.
+    """
     records = {}
-    while body and body[0] != 0:
-        digits, space, _ = body[:20].partition(b" ")
+    at = 0
+    while at < len(body) and body[at] != 0:
+        digits, space, _ = body[at : at + 20].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
-        if not len(digits) + 3 <= length <= len(body) or body[length - 1 : length] != b"\n":
+        end = at + length
+        if length < len(digits) + 3 or body[end - 1 : end] != b"\n":
             raise ValueError
-        key, equals, value = body[len(digits) + 1 : length - 1].partition(b"=")
+        key, equals, value = body[at + len(digits) + 1 : end - 1].partition(b"=")
         if not equals:
             raise ValueError
-        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-        body = body[length:]
+        if key in (b"path", b"size") or key.startswith(b"GNU.sparse"):
+            records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        at = end
     return records
 
 
@@ -64,6 +70,8 @@ def walk(path: str | Path) -> Iterator[Member]:
     Raises UserError, naming the tar, when it is missing, empty, compressed, truncated or not a tar. Member names are
     only ever keys: nothing is extracted, so a name like `../x` or a link leads nowhere.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise UserError(f"shard {path} is a pipe or a device, a tar was expected")
     try:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:

@@ -250,12 +250,18 @@ def read_manifest(folder: str | Path | RemotePath) -> dict[str, Any]:
     if not isinstance(body, dict) or "v" not in body:
         raise UserError(f"{path} is not a manifest of this format; prepare the data again")
     check_version(body, f"manifest {path}")
+    try:
+        names = [entry["name"] for part in body["parts"].values() for entry in part["shards"]]
+        if not all(isinstance(name, str) and "/" not in name for name in names):
+            raise ValueError("a shard's name is not that of a file in the folder")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not a manifest of this format ({error}); prepare the data again") from None
     return body
 
 
 def check_version(body: dict[str, Any], what: str) -> None:
     """Raise UserError when a manifest, or the manifest of a part, has another version than this program writes."""
-    if body["v"] != MANIFEST_VERSION:
+    if type(body["v"]) is not int or body["v"] != MANIFEST_VERSION:
         raise UserError(
             f"{what} has version {body['v']}, this program reads version {MANIFEST_VERSION}; prepare the data again, "
             "into an empty folder"

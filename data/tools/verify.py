@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data.batches.decode import decode
@@ -13,9 +14,9 @@ from data.errors import ContentError
 from data.prepare.inputs import one_line, refuse_pointer
 from data.remote.copies import shard_copy
 from data.remote.download import expand, is_remote
-from data.shard_store import is_folder
+from data.shard_store import CATALOGUE, is_folder, read_catalogue
 from data.shards.document import Text
-from data.shards.index import TarIndex, build_index, index_path, load_index
+from data.shards.index import TarIndex, build_index, index_path, load_index, read_head
 from data.shards.places import Place, place, sizes_in
 from data.shards.reader import ShardReader
 from data.shards.writer import MANIFEST, read_manifest
@@ -25,10 +26,10 @@ from flamingo.errors import UserError
 def verify(path: str | Path) -> Iterator[str]:
     """Yield the faults of a shard, or of a folder of shards and its manifest, also of a store (s3://bucket/folder).
 
-    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes, duplicate keys and members,
-    links and names that lead out of the folder, broken JSON, documents without text or that name images they do not
-    have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to the
-    manifest or changed since it was written, and preparations that were not finished.
+    Truncated, damaged, compressed or empty tars, Git-LFS pointers, stale indexes and catalogues, duplicate keys and
+    members, links and names that lead out of the folder, broken JSON, documents without text or that name images they
+    do not have, images that cannot be decoded or are too large; in a folder also shards that are missing, unknown to
+    the manifest or changed since it was written, and preparations that were not finished.
     """
     if is_remote(str(path)):
         yield from _verify_remote(str(path))
@@ -43,6 +44,8 @@ def verify(path: str | Path) -> Iterator[str]:
         raise UserError(f"folder {path} has neither shards nor a manifest; nothing to verify")
     for manifest in manifests:
         yield from verify_manifest(manifest.parent)
+    for catalogue in sorted(path.rglob(CATALOGUE)):
+        yield from verify_catalogue(catalogue.parent)
     for shard in shards:
         yield from verify_shard(shard)
 
@@ -108,6 +111,22 @@ def verify_manifest(folder: Place) -> Iterator[str]:
             yield from _changed(folder / name, str(folder / name), expected)
 
 
+def verify_catalogue(folder: Path) -> Iterator[str]:
+    """Yield what a folder's catalogue says of its shards otherwise than their indexes do."""
+    try:
+        heads = read_catalogue(folder)
+    except UserError as error:
+        yield str(error)
+        return
+    for name, head in heads.items():
+        with suppress(UserError, OSError):  # of the index, or the shard: reported with the shard
+            if read_head(folder / name) != head:
+                yield (
+                    f"catalogue {folder / CATALOGUE} and the index of {name} differ; write both again: "
+                    f"python -m data index {folder / name}"
+                )
+
+
 def verify_shard(shard: Path) -> Iterator[str]:
     """Yield the faults of one shard."""
     try:
@@ -119,7 +138,8 @@ def verify_shard(shard: Path) -> Iterator[str]:
         return
     if index_path(shard).exists():
         try:
-            load_index(shard)
+            if load_index(shard).digest != index.digest:
+                yield f"shard {shard} changed after its index was built; build it again: python -m data index {shard}"
         except UserError as error:
             yield str(error)
     yield from _odd_members(shard)

@@ -3,8 +3,8 @@
 The resampler's output does not depend on the prompt, so every task, number of shots, seed, strategy and ablation shares
 it. On disk an image is one file, under the hash of what encoded it (weights, preprocessing, precision and their code)
 and its own SHA-256. It is written next to its final path and then renamed: processes share the folder without locks,
-and a file that a killed process left incomplete is never read. When the folder is full, the least recently used files
-are removed.
+and a file that a killed process left incomplete is never read. A file carries a checksum of its tensors; one that is
+damaged is as good as none, and written anew. When the folder is full, the least recently used files are removed.
 
 Letters: N images, L latents, D their width, E width of an embedding.
 """
@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.inference.protocol import Responder
@@ -29,6 +30,7 @@ from flamingo.files import write_atomically
 MEMORY_BYTES = 4 << 30
 """Features kept in memory when there is a folder to read the others from."""
 SUFFIX = ".safetensors"
+CHECKSUM = "xxh3_128"
 
 
 class ImageStore:
@@ -59,13 +61,16 @@ class ImageStore:
         return files
 
     def read(self, sha256: str) -> dict[str, Tensor] | None:
-        """Return what was stored for an image; None if there is nothing or it cannot be read."""
+        """Return what was stored for an image; None if there is nothing, or not what was written."""
         path = self._path(sha256)
         try:
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                if (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors):
+                    return None
             if path not in self._used:
                 os.utime(path)
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError):  # a header may say anything
             return None
         self._used.add(path)
         return tensors
@@ -78,7 +83,8 @@ class ImageStore:
             return
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
-            write_atomically(path, lambda temporary: save_file(copies, temporary), shared=True)
+            metadata = {CHECKSUM: _checksum(copies)}
+            write_atomically(path, lambda temporary: save_file(copies, temporary, metadata), shared=True)
         except OSError as error:
             raise UserError(
                 f"cache={self._root} cannot be written: {error}; free some space, or give another folder"
@@ -198,3 +204,12 @@ class FeatureCache:
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Return a checksum of tensors on the CPU: names, types, shapes and values."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

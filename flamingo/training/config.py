@@ -140,6 +140,9 @@ class DataConfig:
     """Name -> fields of `data.dataset.DatasetSpec`."""
     num_workers: AtLeast0 = 0
     """Loader processes of each rank; 0 loads in the training process."""
+    storage_minutes: NotNegative = 5.0
+    """How long storage that is away, or a server that gives nothing, is waited for before the run ends. With several
+    processes it must be less than what a collective may take: the others wait in one."""
     seed: int = 0
 
 
@@ -487,7 +490,7 @@ _FREE_TO_CHANGE = (
     "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
     "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches "
     "run.device plan plan_for.processes plan_for.gib "
-    "data.num_workers"
+    "data.num_workers data.storage_minutes"
 )
 FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
 """Keys that may differ between a run and its continuation without changing what an update computes."""

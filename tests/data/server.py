@@ -25,8 +25,14 @@ class Behaviour:
     """How long every answer takes to begin."""
     ranges: bool = True
     """Whether a part of a file can be asked for."""
-    suffix: str = ".tar"
+    suffix: str | tuple[str, ...] = ".tar"
     """Faults are for these paths only."""
+    body: bytes | None = None
+    """Answer with this instead, as if all were well, in the first `faults` requests."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Sent with `status`."""
+    drip: float = 0.0
+    """Seconds between two bytes of an answer, in the first `faults` requests."""
 
 
 @dataclass
@@ -55,9 +61,14 @@ def serving(folder: Path, behaviour: Behaviour | None = None) -> Iterator[Server
                 self.send_error(404)
                 return
             if faulty and state.behaviour.status is not None:
-                self.send_error(state.behaviour.status)
+                self.send_response(state.behaviour.status)
+                for name, value in {**state.behaviour.headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
                 return
             body, start = path.read_bytes(), 0
+            if faulty and state.behaviour.body is not None:
+                body = state.behaviour.body
             if state.behaviour.ranges and (asked := self.headers.get("Range")):
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
                 if start >= len(body):
@@ -69,7 +80,12 @@ def serving(folder: Path, behaviour: Behaviour | None = None) -> Iterator[Server
             if faulty and state.behaviour.drop_after is not None:
                 body = body[: start + state.behaviour.drop_after]
             state.sent[self.path] += len(body) - start  # before the bytes: who has the last of them may look at once
-            self.wfile.write(body[start:])
+            if faulty and state.behaviour.drip:
+                for at in range(start, len(body)):
+                    self.wfile.write(body[at : at + 1])
+                    time.sleep(state.behaviour.drip)
+            else:
+                self.wfile.write(body[start:])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import xxhash
+
 from data.__main__ import main
 from data.shard_store import CATALOGUE
-from data.shards.index import COLUMNS, KINDS, MAGIC, index_path
+from data.shards.index import COLUMNS, KINDS, MAGIC, SUM, index_path
 from tests.data.helpers import write_documents
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "shards.md").read_text()
@@ -31,7 +33,10 @@ def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
     assert end < 4096
     assert names(INDEX) == [*header, *COLUMNS]
     assert list(header["lengths"]) == list(COLUMNS)
-    assert len(raw) == end + sum(COLUMNS[name].itemsize * number for name, number in header["lengths"].items())
+    assert raw[end : end + SUM] == xxhash.xxh3_128_digest(raw[:end])
+    assert header["columns"] == xxhash.xxh3_128_hexdigest(raw[end + SUM :])
+    assert header["digest"] == xxhash.xxh3_128_hexdigest(shard.read_bytes())
+    assert len(raw) == end + SUM + sum(COLUMNS[name].itemsize * number for name, number in header["lengths"].items())
     assert set(header["usable"]) == set(KINDS)
     assert all(f'"{kind}": n' in INDEX for kind in KINDS)
 
@@ -39,12 +44,14 @@ def test_the_index_is_as_the_docs_say(tmp_path: Path) -> None:
 def test_the_catalogue_is_as_the_docs_say(tmp_path: Path) -> None:
     folder = write_documents(tmp_path)
     assert main(["index", str(folder)]) == 0
-    body = json.loads((folder / CATALOGUE).read_text())
-    assert '{"v": 2, "shards": [[name, tar_size, digest, usable], ...]}' in CATALOGUES
-    assert list(body) == ["v", "shards"]
+    text = (folder / CATALOGUE).read_text()
+    body = json.loads(text)
+    assert '{"v":4,"checksum":"...","shards":[[name, tar_size, digest, sampled, usable], ...]}' in CATALOGUES
+    assert list(body) == ["v", "checksum", "shards"]
+    assert body["checksum"] == xxhash.xxh3_128_hexdigest(text.partition('"shards":')[2].encode())
     first = body["shards"][0]
     raw = index_path(folder / first[0]).read_bytes()
     header = json.loads(raw[16 : 16 + int.from_bytes(raw[8:16], "little")])
-    assert first[1:] == [header["tar_size"], header["digest"], header["usable"]]
+    assert first[1:] == [header["tar_size"], header["digest"], header["sampled"], header["usable"]]
     assert [row[0] for row in body["shards"]] == sorted(row[0] for row in body["shards"])
     assert f"`{CATALOGUE}`" in DOCS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from data.dataset import resolve_shards
+from data.prepare.inputs import csv_units, json_lines, json_spans, line_units
 from data.shards.index import index_path
 from data.shards.writer import MANIFEST, ShardWriter, read_manifest
 from data.tools.verify import verify
@@ -178,6 +180,42 @@ def test_an_input_that_is_a_url(tmp_path: Path) -> None:
     said = refusal(tmp_path / "out", "pairs", "s3://bucket/{00..02}.tar")
     assert "input s3://bucket/{00..02}.tar is a URL; download it, or mount it as a folder" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.tar", "p.csv", "p.json"])
+def test_an_input_that_never_ends(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)  # to open it would wait for ever
+    source = {"p.jsonl": "m3it", "p.json": "llava"}.get(name, "pairs")
+    more = ["--images", tmp_path] if source == "llava" else []
+    status, _, err = command("prepare", source, "--out", tmp_path / "out", tmp_path / name, *more)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"input {tmp_path / name} is a pipe or a device, not a file; write what it gives to a file" in err
+    for what in ("index", "verify"):
+        status, out, err = command(what, tmp_path / name)
+        assert "is a pipe or a device, a tar was expected" in out + err
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_without_end_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    monkeypatch.setattr("data.prepare.inputs.LONGEST_LINE", 5000)
+    monkeypatch.setattr("data.prepare.inputs.CHUNK", 7000)
+    good = [json.dumps({"n": n}).encode() for n in range(40)]
+    lines = [*good[:20], b'{"a": "' + b"x" * 60_000 + b'"}', *good[20:], b"y" * 30_000]
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    path.write_bytes(gzip.compress(b"\n".join(lines)) if packed else b"\n".join(lines))
+    values = [value for unit in line_units([str(path)], (".jsonl", ".gz"), 7000) for _, value in json_lines(unit)]
+    assert [value["n"] for value in values if isinstance(value, dict)] == list(range(40))
+    assert [str(value) for value in values if isinstance(value, Exception)] == ["it is longer than 5000 bytes"] * 2
+
+
+def test_a_value_or_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.prepare.inputs.LONGEST_LINE", 3_000_000)
+    (tmp_path / "a.json").write_bytes(b'[{"n": 1}, {"a": "' + b"x" * 8_000_000)
+    with pytest.raises(UserError, match=r"a\.json has a JSON value of more than 3000000 bytes at byte 11"):
+        list(json_spans(tmp_path / "a.json"))
+    (tmp_path / "a.csv").write_bytes(b"a,b\n1,2\n" + b"x" * 8_000_000)
+    with pytest.raises(UserError, match=r"a\.csv is not a table: a line of more than 3000000 bytes at byte 8"):
+        csv_units(tmp_path / "a.csv", "a", 10, ",")
 
 
 def test_after_nothing_was_kept_other_options_may_be_tried(tars: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_head_is_the_index_without_its_columns(tmp_path: Path) -> None:
     header = json.loads(raw[16 : 16 + size])
     body = json.dumps(header | {"v": 1}).encode().ljust(size)
     index_path(shard).write_bytes(raw[:16] + body + raw[16 + size :])
-    old = r"index .*tar\.idx has version 1, this program reads version 3; build it again: python -m data index .*\.tar"
+    old = r"index .*tar\.idx has version 1, this program reads version 4; build it again: python -m data index .*\.tar"
     for read in (read_head, load_index):
         with pytest.raises(UserError, match=old):
             read(shard)
@@ -94,7 +94,7 @@ def test_a_catalogue_stands_for_the_sidecars_until_the_folder_changes(tmp_path: 
     assert open_shards(paths(folder), "interleaved").lengths() == [4, 4, 4]
     (folder / CATALOGUE).write_text('{"v": 1, "shards": []}')
     os.utime(folder / CATALOGUE)
-    with pytest.raises(UserError, match=r"_catalogue\.json has version 1, this program reads version 3; .* data index"):
+    with pytest.raises(UserError, match=r"_catalogue\.json has version 1, this program reads version 4; .* data index"):
         read_catalogue(folder)
     (folder / CATALOGUE).write_text("{")
     os.utime(folder / CATALOGUE)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,24 @@ def test_a_hanging_read_is_named_and_ends_the_run(
     assert "warning: no batch for" in capfd.readouterr().err
     with shard.open("wb"):  # let the thread go
         time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_ends_while_the_trainer_computes_is_reported_with_the_next_batch(
+    tmp_path: Path, number: int
+) -> None:
+    loader = MixLoader([one(write_documents(tmp_path))], COLLATE, num_workers=2, prefetch_factor=1)
+    held_out = MixLoader([one(tmp_path)], COLLATE, num_workers=1)
+    steps, others = iter(loader), iter(held_out)
+    next(steps)
+    victim = next(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+    next(others)
+    os.kill(victim, number)
+    os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+    saved = sum(range(100_000))  # what the trainer does meanwhile is not interrupted
+    assert saved == 4_999_950_000
+    with pytest.raises(UserError, match=rf"a loader process ended: DataLoader worker \(pid.*{victim}"):
+        deque(steps, maxlen=0)
+    steps.close()  # type: ignore[attr-defined]
+    others.close()  # type: ignore[attr-defined]

@@ -162,6 +162,21 @@ def test_a_damaged_file_is_encoded_again(tmp_path: Path) -> None:
     assert again.encode_calls == cache.encoded == 2
 
 
+def test_a_bit_that_flips_anywhere_in_a_file_is_encoded_again(tmp_path: Path) -> None:
+    (image,) = images(1)
+    expected = FeatureCache(Looker(), store=ImageStore(tmp_path, "key", 1 << 20)).features([image])
+    (path,) = tmp_path.rglob("*.safetensors")
+    raw = path.read_bytes()
+    for at in range(0, len(raw), 7):
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        model = Looker()
+        cache = FeatureCache(model, store=ImageStore(tmp_path, "key", 1 << 20))
+        assert torch.equal(cache.features([image]), expected)
+        assert path.read_bytes() == raw, at  # encoded again, or harmless: a blank of the header
+
+
 def test_the_folder_stays_within_its_limit_and_the_oldest_goes(tmp_path: Path) -> None:
     some = images(12)
     FeatureCache(Looker(), store=ImageStore(tmp_path, "a", 1 << 20)).features(some[:6])

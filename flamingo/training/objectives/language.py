@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo.backbones import load_language
 from flamingo.errors import UserError
+from flamingo.files import write_folder
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import embedding_table, find_decoder_layers, table_shape
 from flamingo.language.loss import next_labels
@@ -83,8 +84,9 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         tokenizer = builders.load_tokenizer(language.tokenizer)
     else:
         folder = run_dir / "tokenizer"
-        if processes.is_main and not folder.exists():
-            builders.train_tokenizer(texts(), language.vocab_size).save_pretrained(str(folder))
+        if processes.is_main and not _is_tokenizer(folder):
+            trained = builders.train_tokenizer(texts(), language.vocab_size)
+            write_folder(folder, lambda whole: trained.save_pretrained(str(whole)), overwrite=True)
         processes.wait()  # the others, until it is written
         tokenizer = builders.load_tokenizer(str(folder))
     if not language.name:
@@ -109,6 +111,18 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         export=export,
         frozen=frozen,
     )
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a whole tokenizer. A kill of an older version could leave half of one.
+
+    One made again is the same, if the data are: a checkpoint has its fingerprint.
+    """
+    try:
+        builders.load_tokenizer(str(folder)) if folder.is_dir() else None
+    except Exception:  # of half a JSON, transformers and tokenizers say everything
+        return False
+    return folder.is_dir()
 
 
 def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, LanguageObjective]:
