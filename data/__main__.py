@@ -16,6 +16,7 @@ from data.prepare import DRAWN, SOURCES
 from data.shards.index import TarIndex, build_index, index_path
 from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
+from flamingo.terminal import printable
 
 MEASURES = {
     "bench": "this loader and open_flamingo's own on the same shards",
@@ -73,7 +74,7 @@ def inspect(args: argparse.Namespace) -> int:
         row = sample_document(document, args)
         as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
     if args.html is None:
-        print(as_text(document, where))
+        print(printable(as_text(document, where)))
     else:
         Path(args.html).write_text(as_html(document, where), encoding="utf-8")
         print(args.html)
@@ -87,7 +88,7 @@ def verify(args: argparse.Namespace) -> int:
     total = 0
     for path in args.path:
         for fault in faults(path):
-            print(fault)
+            print(printable(fault))
             total += 1
     print(f"{total} faults" if total else "no faults", file=sys.stderr)
     return 1 if total else 0
@@ -139,7 +140,7 @@ def main(argv: list[str]) -> int:
             return import_module(MODULES[args.command]).run(args)
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +21,9 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from flamingo.errors import UserError, first_line
+
+LFS = b"version https://git-lfs"
+"""How a file begins that Git LFS has not fetched."""
 
 
 def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
@@ -32,10 +36,13 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
     online = not local and hub_reachable()
     try:
         return cls.from_pretrained(name, local_files_only=not online, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged files raise exceptions of every kind
         if local:
-            raise UserError(f"the folder {name} does not hold a usable {what}: {first_line(error)}") from error
-        if not online:
+            reason = pointer_in(Path(name)) or first_line(error)
+            raise UserError(f"the folder {name} does not hold a usable {what}: {reason}") from error
+        if not online and isinstance(error, OSError | ValueError):
             raise UserError(
                 f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
                 "reachable; give a folder or a built module"
@@ -69,8 +76,19 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
             )
     try:
         return load(name, **options)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {first_line(error)}") from error
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged files raise exceptions of every kind
+        reason = (pointer_in(folder) if local else None) or first_line(error)
+        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {reason}") from error
+
+
+def pointer_in(folder: Path) -> str | None:
+    """Return a clause that names a file of a folder which is only a pointer of Git LFS; None where none is."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
+            return f"{file} is a pointer of git-lfs and not the file; fetch it with git lfs pull"
+    return None
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:

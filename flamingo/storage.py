@@ -82,6 +82,59 @@ def _dtypes_in(files: Sequence[str | Path] | None) -> dict[str, torch.dtype]:
     return stored
 
 
+def refuse_incomplete(info: Mapping[str, Any], what: str) -> None:
+    """Refuse a model of which a part was not in its file, and would be random.
+
+    Args:
+        info: what transformers says of a loading, by `output_loading_info=True`.
+        what: the model and its folder, for the message.
+
+    Raises:
+        UserError: naming the first of the missing weights.
+    """
+    if missing := sorted(info.get("missing_keys") or ()):
+        extra = sorted(info.get("unexpected_keys") or ())
+        unknown = f"; it holds {extra[0]}, which this model does not have" if extra else ""
+        raise UserError(
+            f"{what} lacks the weight {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}{unknown}: "
+            "it is incomplete, or its config.json belongs to another model; copy or convert it again"
+        )
+
+
+def refuse_nonfinite(model: nn.Module, what: str) -> None:
+    """Refuse a model with NaN or an infinity in its weights, which it would answer with, and train on, in silence.
+
+    Costs one pass over the weights in memory. Buffers may hold minus infinity, as masks do.
+
+    Raises:
+        UserError: naming the first of those weights.
+    """
+    for name, weight in model.named_parameters():
+        if _is_read_as_it_is(weight) and not _all_finite(weight):
+            raise UserError(f"{what}: the weight {name} is not finite ({_count_nonfinite(weight)}); {_REMEDY}")
+    for name, buffer in model.named_buffers():
+        if _is_read_as_it_is(buffer) and bool((buffer.isnan() | (buffer == torch.inf)).any()):
+            raise UserError(f"{what}: the buffer {name} is not finite ({_count_nonfinite(buffer)}); {_REMEDY}")
+
+
+_REMEDY = "it was damaged, or its training diverged; take an earlier checkpoint, or copy it again"
+
+
+def _is_read_as_it_is(tensor: Tensor) -> bool:
+    """Say whether a tensor holds numbers here: not packed ones, none in 8 bits, none on a disk or another process."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not tensor.is_meta and tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # A sum is the fastest look at every value, since NaN and infinities survive it. It may also overflow by itself.
+    return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _count_nonfinite(tensor: Tensor) -> str:
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values are NaN or infinite"
+
+
 def is_quantized(lm: Any) -> bool:
     """Return whether a language model's weights are packed."""
     return getattr(lm, "hf_quantizer", None) is not None

@@ -1,4 +1,5 @@
 """Downloads shards: from any URL that webdataset opens, from http(s) with resuming, and from what fsspec knows (s3).
+Commands (`pipe:`) are run, and redirects to other hosts followed, only where `Trust` says so.
 
     https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
 
@@ -13,17 +14,45 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
 
+from data.remote.redirects import urlopen
 from data.shards.retry import ATTEMPTS, FIRST_WAIT
 from flamingo.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 GONE = (400, 401, 403, 404, 405, 410)  # the next attempt would get the same answer
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a list of shards, perhaps somebody else's, may make a download do beyond fetching from the servers named."""
+
+    allow_pipe: bool = False
+    """Whether `pipe:COMMAND` runs in a shell, with all that the user of this process may do."""
+    redirect_hosts: tuple[str, ...] = ()
+    """Hosts that a server may send a download on to."""
+
+
+NAMED_ONLY = Trust()
+
+
+def is_command(path: str) -> bool:
+    """Return whether a shard is named by a shell command, however it is written."""
+    return path.strip().lower().startswith("pipe:")
+
+
+def refuse_command(path: str, owner: str = "") -> None:
+    """Raise UserError: a command is not run unless it is allowed."""
+    raise UserError(
+        f"{owner}shard {path} is a shell command, which this program would run as you: read it, and if you trust it "
+        "and whoever wrote the list, set data.allow_pipe=true (of one dataset: allow_pipe: true)"
+    )
 
 
 def is_remote(path: str) -> bool:
@@ -50,20 +79,23 @@ def download(
     attempts: int = ATTEMPTS,
     first_wait: float = FIRST_WAIT,
     wanted: Callable[[], bool] | None = None,
+    trust: Trust = NAMED_ONLY,
 ) -> int:
     """Write what a URL returns to a file, resuming after what the file already has; return how often it was
     interrupted.
 
     Raises UserError, naming the URL, when it does not exist, when `attempts` attempts in a row brought nothing new, and
-    as soon as it is no longer `wanted`.
+    as soon as it is no longer `wanted`; and for what `trust` does not allow.
     """
+    if is_command(url) and not trust.allow_pipe:
+        refuse_command(url)
     failed = broken = 0
     begun = time.monotonic()
     while True:
         have = target.stat().st_size if target.exists() else 0
         try:
             with target.open("r+b" if have else "wb") as file:
-                _copy(url, file, have, wanted)
+                _copy(url, file, have, wanted, trust)
             return broken
         except HTTPError as error:
             error.close()
@@ -92,8 +124,8 @@ def resumes(url: str) -> bool:
     return not url.startswith("pipe:") and (url.startswith(("http://", "https://")) or not _webdataset_opens(url))
 
 
-def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None) -> None:
-    with _opened(url, have) as (stream, start, expected):
+def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None, trust: Trust) -> None:
+    with _opened(url, have, trust) as (stream, start, expected):
         file.seek(start)
         file.truncate()
         got = 0
@@ -107,17 +139,17 @@ def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None
 
 
 @contextmanager
-def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
+def _opened(url: str, have: int, trust: Trust) -> Iterator[tuple[BinaryIO, int, int | None]]:
     """Open a URL, from byte `have` on where that is possible: (stream, its first byte, how many bytes to expect)."""
     if url.startswith(("http://", "https://")):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+            answer = urlopen(request, trust.redirect_hosts, TIMEOUT)
         except HTTPError as error:
             if error.code != 416:  # the local file is longer than the remote one: start over
                 raise
             error.close()
-            answer = urllib.request.urlopen(url, timeout=TIMEOUT)
+            answer = urlopen(urllib.request.Request(url), trust.redirect_hosts, TIMEOUT)
         with answer:
             length = answer.headers.get("Content-Length")
             yield answer, have if answer.status == 206 else 0, None if length is None else int(length)

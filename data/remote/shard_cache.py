@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.remote.download import download, free_bytes
+from data.remote.download import NAMED_ONLY, Trust, download, free_bytes, is_command
 from data.shards.index import build_index, check_tar, read_head
 from data.shards.retry import ATTEMPTS, FIRST_WAIT
 from flamingo.errors import UserError
@@ -30,9 +30,15 @@ class ShardCache:
     """Copies of remote shards. `limit` is in bytes; `fetched` counts the bytes that this process has downloaded."""
 
     def __init__(
-        self, folder: str | Path, limit: int, *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
+        self,
+        folder: str | Path,
+        limit: int,
+        *,
+        attempts: int = ATTEMPTS,
+        first_wait: float = FIRST_WAIT,
+        trust: Trust = NAMED_ONLY,
     ) -> None:
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit, self.trust = Path(folder), limit, trust
         self.attempts, self.first_wait = attempts, first_wait
         self.fetched = self.broken_off = 0
         try:
@@ -74,9 +80,11 @@ class ShardCache:
             if path.exists():
                 return path
             fetched = path.with_suffix(f".{os.getpid()}.fetched")
-            if not url.startswith("pipe:"):
+            if not is_command(url):
                 try:
-                    download(f"{url}.idx", fetched, attempts=self.attempts, first_wait=self.first_wait)
+                    download(
+                        f"{url}.idx", fetched, attempts=self.attempts, first_wait=self.first_wait, trust=self.trust
+                    )
                     fetched.replace(path)
                     return path
                 except UserError:
@@ -96,7 +104,8 @@ class ShardCache:
             self._make_room(size)
         before = partial.stat().st_size if partial.exists() else 0
         if before != size:  # else it only has to be checked and renamed
-            self.broken_off += download(url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted)
+            options = {"attempts": self.attempts, "first_wait": self.first_wait}
+            self.broken_off += download(url, partial, wanted=wanted, trust=self.trust, **options)
         self.fetched += partial.stat().st_size - before
         if size is None:
             self._make_room(0)

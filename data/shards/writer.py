@@ -231,6 +231,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(body, dict) or "v" not in body:
         raise UserError(f"{path} is not a manifest of this format; prepare the data again")
     check_version(body, f"manifest {path}")
+    try:
+        names = [entry["name"] for part in body["parts"].values() for entry in part["shards"]]
+        outside = [name for name in names if name != Path(name).name]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a manifest of this format ({type(error).__name__}: {error}); prepare the data again"
+        ) from None
+    if outside:
+        raise UserError(f"manifest {path} names the shard {outside[0]!r}, which is not a file beside it; correct it")
     return body
 
 

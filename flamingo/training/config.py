@@ -141,6 +141,8 @@ class DataConfig:
     num_workers: AtLeast0 = 0
     """Loader processes of each rank; 0 loads in the training process."""
     seed: int = 0
+    allow_pipe: bool = False
+    """Whether shards may be shell commands, `pipe:COMMAND`, which run as the user who trains."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -487,7 +489,7 @@ _FREE_TO_CHANGE = (
     "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
     "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches "
     "run.device plan plan_for.processes plan_for.gib "
-    "data.num_workers"
+    "data.num_workers data.allow_pipe"
 )
 FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
 """Keys that may differ between a run and its continuation without changing what an update computes."""
@@ -511,7 +513,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 PLACES = re.compile(
     r"model\.init|model\.vision\.(name|pretrained)|model\.language\.(name|tokenizer)"
-    r"|data\.datasets\..+\.(shards|cache|cache_gb)"
+    r"|data\.datasets\..+\.(shards|cache|cache_gb|allow_pipe|redirect_hosts)"
 )
 """Keys that say where something lies. It may have moved: its content is compared with the checkpoint's."""
 FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.evaluation.", "run.wandb", "nodes", "launch.")
