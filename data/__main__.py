@@ -77,7 +77,7 @@ def inspect(args: argparse.Namespace) -> int:
         print(printable(as_text(document, where)))
     else:
         Path(args.html).write_text(as_html(document, where), encoding="utf-8")
-        print(args.html)
+        print(printable(args.html))
     return 0
 
 
@@ -112,11 +112,12 @@ def index(args: argparse.Namespace) -> int:
             built = build_index(shard)
             built.save(index_path(shard))
             heads[shard.name] = built.head()
-            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
+            line = f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}"
+            print(printable(line))
         if path.is_dir():
             if not heads:
                 raise UserError(f"folder {path} has no shards (*.tar) to index")
-            print(f"{write_catalogue(path, heads)}: {len(heads)} shards")
+            print(printable(f"{write_catalogue(path, heads)}: {len(heads)} shards"))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LogitsProcessor
+from transformers import AutoModelForImageTextToText
 
 from data.__main__ import main as data_main
 from eval.__main__ import main as eval_main
@@ -245,8 +246,6 @@ def test_the_library_with_a_spoiled_model(spoiled: tuple[Path, str]) -> None:
 
 
 def assert_matches(pattern: str, sentence: str) -> None:
-    import re
-
     assert re.search(pattern, sentence), sentence
 
 
@@ -493,11 +492,6 @@ def test_commands_on_a_full_disk(command: str, world: Path, tmp_path: Path, caps
 
 
 # Numbers that are none.
-
-
-class NoNumbers(LogitsProcessor):
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores * float("nan")
 
 
 @pytest.mark.parametrize(

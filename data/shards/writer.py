@@ -233,7 +233,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     check_version(body, f"manifest {path}")
     try:
         names = [entry["name"] for part in body["parts"].values() for entry in part["shards"]]
-        outside = [name for name in names if name != Path(name).name]
+        outside = [name for name in names if name != Path(name).name or name in ("", "..")]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a manifest of this format ({type(error).__name__}: {error}); prepare the data again"

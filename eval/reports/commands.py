@@ -53,7 +53,7 @@ def report(arguments: Sequence[str]) -> int:
     write_atomically(out / "report.html", report_html(runs, curve, risk))
     for run in runs:
         print(printable(f"{run.folder}\n{table(run.results)}\n"))
-    print(f"look at {out}/report.html")
+    print(printable(f"look at {out}/report.html"))
     return 0
 
 
@@ -84,8 +84,8 @@ def check(arguments: Sequence[str]) -> int:
         run = read_run(folder)
         sentences = problems(run)
         bad += bool(sentences)
-        print(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, ", end="")
-        print("all follow" if not sentences else f"{len(sentences)} problems")
+        found = "all follow" if not sentences else f"{len(sentences)} problems"
+        print(printable(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, {found}"))
         for sentence in sentences:
             print(printable(f"  {sentence}"))
     return 1 if bad else 0
@@ -109,7 +109,7 @@ def export(arguments: Sequence[str]) -> int:
     ids = read_ids(settings["ids"], kind) if "ids" in settings else None
     content = submission(samples, kind, ids, pad=settings.get("pad", "false") == "true")
     write_atomically(Path(settings["to"]), json.dumps(content, ensure_ascii=False) + "\n")
-    print(f"{len(content)} answers written to {settings['to']}")
+    print(printable(f"{len(content)} answers written to {settings['to']}"))
     return 0
 
 

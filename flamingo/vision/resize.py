@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None
     """Fill a trunk from a file, or with timm's weights of a tag; the classifier that it lacks is left out."""
     if file is not None:
         try:
-            weights = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
+                warnings.simplefilter("ignore")
+                is_plain = file.suffix == ".safetensors"
+                weights = read_safetensors(file) if is_plain else torch.load(file, weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from error
     elif hub_reachable():
