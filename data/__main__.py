@@ -16,6 +16,7 @@ from data.prepare import DRAWN, SOURCES
 from data.shards.index import TarIndex, build_index, index_path
 from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
 from flamingo.terminal import printable
 
 MEASURES = {
@@ -76,7 +77,7 @@ def inspect(args: argparse.Namespace) -> int:
     if args.html is None:
         print(printable(as_text(document, where)))
     else:
-        Path(args.html).write_text(as_html(document, where), encoding="utf-8")
+        write_atomically(Path(args.html), as_html(document, where))
         print(printable(args.html))
     return 0
 

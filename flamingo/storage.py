@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +105,25 @@ def refuse_incomplete(info: Mapping[str, Any], what: str) -> None:
 def refuse_nonfinite(model: nn.Module, what: str) -> None:
     """Refuse a model with NaN or an infinity in its weights, which it would answer with, and train on, in silence.
 
-    Costs one pass over the weights in memory. Buffers may hold minus infinity, as masks do.
+    Costs one pass over the weights in memory. Buffers that no file holds, such as masks, are not looked at.
 
     Raises:
         UserError: naming the first of those weights.
     """
-    for name, weight in model.named_parameters():
+    for name, weight in chain(model.named_parameters(), _saved_buffers(model)):
         if _is_read_as_it_is(weight) and not _all_finite(weight):
-            raise UserError(f"{what}: the weight {name} is not finite ({_count_nonfinite(weight)}); {_REMEDY}")
-    for name, buffer in model.named_buffers():
-        if _is_read_as_it_is(buffer) and bool((buffer.isnan() | (buffer == torch.inf)).any()):
-            raise UserError(f"{what}: the buffer {name} is not finite ({_count_nonfinite(buffer)}); {_REMEDY}")
+            wrong = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"{what}: the weight {name} is not finite ({wrong} of {weight.numel()} values are NaN or infinite): it "
+                "was damaged, or its training diverged; take an earlier checkpoint, or copy it again"
+            )
 
 
-_REMEDY = "it was damaged, or its training diverged; take an earlier checkpoint, or copy it again"
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _is_read_as_it_is(tensor: Tensor) -> bool:
@@ -129,10 +135,6 @@ def _is_read_as_it_is(tensor: Tensor) -> bool:
 def _all_finite(tensor: Tensor) -> bool:
     # A sum is the fastest look at every value, since NaN and infinities survive it. It may also overflow by itself.
     return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
-
-
-def _count_nonfinite(tensor: Tensor) -> str:
-    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values are NaN or infinite"
 
 
 def is_quantized(lm: Any) -> bool:

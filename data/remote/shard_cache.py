@@ -104,8 +104,9 @@ class ShardCache:
             self._make_room(size)
         before = partial.stat().st_size if partial.exists() else 0
         if before != size:  # else it only has to be checked and renamed
-            options = {"attempts": self.attempts, "first_wait": self.first_wait}
-            self.broken_off += download(url, partial, wanted=wanted, trust=self.trust, **options)
+            self.broken_off += download(
+                url, partial, attempts=self.attempts, first_wait=self.first_wait, wanted=wanted, trust=self.trust
+            )
         self.fetched += partial.stat().st_size - before
         if size is None:
             self._make_room(0)

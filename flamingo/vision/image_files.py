@@ -158,7 +158,8 @@ def refuse_unread(image: Image.Image) -> None:
     Raises:
         UnreadableFormat: its format is not read here.
     """
-    waits = isinstance(image, ImageFile.StubImageFile) or bool(getattr(image, "tile", None))
+    pixels = vars(image).get("_im", vars(image).get("im"))  # its name since Pillow 11, and before
+    waits = isinstance(image, ImageFile.ImageFile) and (bool(image.tile) or pixels is None)
     if waits and image.format not in (*FORMATS.values(), "MPO"):  # MPO: a JPEG with more images behind it
         raise UnreadableFormat(f"a file of format {image.format}, which is not read; {NAMES} is")
 

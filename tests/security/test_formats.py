@@ -77,7 +77,7 @@ def test_postscript_is_described_but_not_drawn(ran: Path) -> None:
 
 def test_a_processor_takes_what_was_loaded_and_says_what_it_does_not_read(tmp_path: Path) -> None:
     processor: FlamingoProcessor = byte_processor()
-    for form in ("PPM", "TGA", "ICO", "JPEG2000", "PCX"):
+    for form in ("PPM", "TGA", "JPEG2000", "PCX"):
         data = encoded(random_image("RGB", (16, 16)), form)
         with pytest.raises(UserError, match=r"is not read; PNG, JPEG"):
             processor(images=[[Image.open(io.BytesIO(data))]], text=["<image>a"])
