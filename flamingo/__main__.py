@@ -64,9 +64,6 @@ def generate(options: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for name in ("max_new_tokens", "beams"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA

@@ -34,20 +34,20 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
     """
     local = Path(name).is_dir()
     online = not local and hub_reachable()
+    options = {"trust_remote_code": False, **options}  # left out, transformers would ask on the terminal
     try:
         return cls.from_pretrained(name, local_files_only=not online, **options)
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # damaged files raise exceptions of every kind
         if local:
-            reason = pointer_in(Path(name)) or first_line(error)
-            raise UserError(f"the folder {name} does not hold a usable {what}: {reason}") from error
+            raise UserError(f"the folder {name} does not hold a usable {what}: {_why(error, Path(name))}") from error
         if not online and isinstance(error, OSError | ValueError):
             raise UserError(
                 f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
                 "reachable; give a folder or a built module"
             ) from error
-        raise UserError(f"the {what} {name!r} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the {what} {name!r} cannot be loaded: {_why(error)}") from error
 
 
 def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: dict[str, Any]) -> Any:
@@ -60,6 +60,7 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
     """
     if name is None:  # transformers: everything comes from the options
         return load(name, **options)
+    options = {"trust_remote_code": False, **options}  # left out, transformers would ask on the terminal
     folder = Path(name) / (options.get("subfolder") or "")
     local = Path(name).exists()
     if local and not (folder / file).is_file() and options.get("config") is None:
@@ -79,16 +80,18 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # damaged files raise exceptions of every kind
-        reason = (pointer_in(folder) if local else None) or first_line(error)
-        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {reason}") from error
+        why = _why(error, folder if local else None)
+        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {why}") from error
 
 
-def pointer_in(folder: Path) -> str | None:
-    """Return a clause that names a file of a folder which is only a pointer of Git LFS; None where none is."""
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+def _why(error: Exception, folder: Path | None = None) -> str:
+    """Return why something cannot be loaded: a file of the folder that Git LFS has not fetched, or the error's words."""
+    for file in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             return f"{file} is a pointer of git-lfs and not the file; fetch it with git lfs pull"
-    return None
+    if "Weights only load failed" in str(error):
+        return "its torch file holds more than tensors, which could run code, so it is not read"
+    return first_line(error)
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["GatedCrossAttentionBlock"]  # noqa: RUF012  (those of the connector are its own)
+    _keys_to_ignore_on_load_missing = [r"^vision_encoder\.(mean|std)$"]  # noqa: RUF012  (the config has them)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

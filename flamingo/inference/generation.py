@@ -182,7 +182,10 @@ class Options:
 
 
 def refuse_unsupported(options: Options, maps: bool) -> None:
-    """Refuse ways of decoding that would not see the images, or that lose them. Raises UserError."""
+    """Refuse ways of decoding that would not see the images, or that lose them, and no tokens. Raises UserError."""
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        if options(name) is not None and options(name) < 1:
+            raise UserError(f"{name}={options(name)} must be at least 1")
     modes = {
         "penalty_alpha": "contrastive search",
         "dola_layers": "DoLa",
