@@ -89,10 +89,9 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError unless files can be written into `out`, before anything takes long."""
+    """Raise UserError unless files can be written into `out`, before anything takes long; nothing is left there."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
+        with TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())):
             pass
     except OSError as error:
         raise UserError(f"out={out} cannot be written ({error}): give another folder") from None

@@ -515,7 +515,7 @@ def test_minus_infinity_for_some_tokens_is_allowed(world: Path) -> None:
 def test_answers_of_an_earlier_run_that_are_not_finite_are_asked_again(tmp_path: Path) -> None:
     lines = [
         '{"key": "a", "response": [NaN, -1.0]}',
-        '{"key": "b", "response": {"text": "x", "ended": true, "log_prob": -Infinity}}',
+        '{"key": "b", "response": {"text": "x", "ended": true, "log_prob": Infinity}}',
         '{"key": "c", "response": [-1.0, -2.0]}',
         '{"key": "d", "response": {"text": "x", "ended": true, "log_prob": null}}',
     ]

@@ -82,8 +82,8 @@ def decode(content: object) -> Response:
     """Return the response that `encode` wrote. Raises TypeError or KeyError for anything else, NaN among it."""
     if isinstance(content, dict):
         completion = Completion(str(content["text"]), bool(content["ended"]), content["log_prob"])
-        if completion.log_prob is None or math.isfinite(completion.log_prob):
+        if completion.log_prob is None or completion.log_prob < math.inf:  # NaN is not
             return completion
-    if isinstance(content, list) and content and all(map(math.isfinite, content)):
+    if isinstance(content, list) and content and all(value < math.inf for value in content):
         return [float(value) for value in content]
     raise TypeError(f"a {type(content).__name__} is not a response")
