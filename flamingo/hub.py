@@ -85,7 +85,7 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
 
 
 def _why(error: Exception, folder: Path | None = None) -> str:
-    """Return why something cannot be loaded: a file of the folder that Git LFS has not fetched, or the error's words."""
+    """Return why something cannot be loaded: a file that Git LFS has not fetched, pickled code, or the error's words."""
     for file in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             return f"{file} is a pointer of git-lfs and not the file; fetch it with git lfs pull"
