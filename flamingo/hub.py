@@ -80,12 +80,14 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # damaged files raise exceptions of every kind
+        if torch.get_default_device().type == "meta":  # where transformers loads nothing, and says so
+            raise
         why = _why(error, folder if local else None)
         raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {why}") from error
 
 
 def _why(error: Exception, folder: Path | None = None) -> str:
-    """Return why something cannot be loaded: a file that Git LFS has not fetched, pickled code, or the error's words."""
+    """Return why loading failed: a file that Git LFS has not fetched, pickled code, or the error's words."""
     for file in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             return f"{file} is a pointer of git-lfs and not the file; fetch it with git lfs pull"
