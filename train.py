@@ -234,8 +234,9 @@ def checked(config: TrainConfig) -> tuple[Mixtures, list[str]]:
     """Return the datasets to train on and those held out, and everything that can be known to be wrong by now."""
     world_size, validation = process_count(config), config.run.validation
     problems = config.problems(world_size)
-    specs = dataset_specs("data", config.data.datasets, problems)
-    held_out = dataset_specs("run.validation", validation.datasets, problems) if validation.every else []
+    pipes = {"allow_pipe": config.data.allow_pipe}
+    specs = dataset_specs("data", config.data.datasets, problems, **pipes)
+    held_out = dataset_specs("run.validation", validation.datasets, problems, **pipes) if validation.every else []
     if not config.plan:
         problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
     return (specs, held_out), problems

@@ -16,6 +16,8 @@ from data.prepare import DRAWN, SOURCES
 from data.shards.index import TarIndex, build_index, index_path
 from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
+from flamingo.files import write_atomically
+from flamingo.terminal import printable
 
 MEASURES = {
     "bench": "this loader and open_flamingo's own on the same shards",
@@ -75,10 +77,10 @@ def inspect(args: argparse.Namespace) -> int:
         row = sample_document(document, args)
         as_text, as_html = partial(sampled_as_text, row), partial(sampled_as_html, row)
     if args.html is None:
-        print(as_text(document, where))
+        print(printable(as_text(document, where)))
     else:
-        Path(args.html).write_text(as_html(document, where), encoding="utf-8")
-        print(args.html)
+        write_atomically(Path(args.html), as_html(document, where))
+        print(printable(args.html))
     return 0
 
 
@@ -89,7 +91,7 @@ def verify(args: argparse.Namespace) -> int:
     total = 0
     for path in args.path:
         for fault in faults(path):
-            print(fault)
+            print(printable(fault))
             total += 1
     print(f"{total} faults" if total else "no faults", file=sys.stderr)
     return 1 if total else 0
@@ -137,11 +139,12 @@ def index(args: argparse.Namespace) -> int:
             else:
                 save_index(shard, built)
             heads[shard.name] = built.head()
-            print(f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}")
+            line = f"{index_path(shard)}: {len(built)} samples, {len(built.offset)} members{_lacking(built)}"
+            print(printable(line))
         if path.is_dir():
             if not heads:
                 raise UserError(f"folder {path} has no shards (*.tar) to index")
-            print(f"{write_catalogue(path, heads)}: {len(heads)} shards")
+            print(printable(f"{write_catalogue(path, heads)}: {len(heads)} shards"))
     return 0
 
 
@@ -167,7 +170,7 @@ def main(argv: list[str]) -> int:
             return import_module(MODULES[args.command]).run(args)
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from data.errors import ContentError, warn
 from data.order import default_lanes
+from data.remote.download import Trust
 from data.remote.shard_cache import ShardCache
 from data.shard_store import ShardStore, open_shards, resolve_shards
 from data.shards.document import Text
@@ -93,6 +94,10 @@ class DatasetSpec:
     """Folder on this machine's disk for copies of remote shards; the datasets and ranks of a machine may share it."""
     cache_gb: AboveZero = 100.0
     """Capacity of that folder, in 1e9 bytes."""
+    allow_pipe: bool = False
+    """Whether shards may be shell commands, `pipe:COMMAND`; see docs/scale.md. `data.allow_pipe` says it for all."""
+    redirect_hosts: list[str] = field(default_factory=list)
+    """Hosts beside their own that servers of shards may redirect to."""
     lanes: AtLeast0 = 0
     """Lanes of the order (see data.order); 0: the greatest common divisor of the batch size and 64."""
     block: AtLeast1 = 16
@@ -115,11 +120,17 @@ class DatasetSpec:
         return float(self.batch_size) if self.reduction == "sequence_sum" else max(1.0, labels)
 
 
-def dataset_specs(group: str, datasets: Mapping[str, Mapping[str, Any]], problems: list[str]) -> list[DatasetSpec]:
-    """Return the typed datasets of the config table `<group>.datasets`; what is wrong is added to `problems`."""
+def dataset_specs(
+    group: str, datasets: Mapping[str, Mapping[str, Any]], problems: list[str], *, allow_pipe: bool = False
+) -> list[DatasetSpec]:
+    """Return the typed datasets of the config table `<group>.datasets`; what is wrong is added to `problems`.
+
+    `allow_pipe` holds for those that do not say it themselves.
+    """
     specs = []
     for name, values in datasets.items():
-        spec, clauses = examine(DatasetSpec, {"name": name, **values}, f"{group}.datasets.{name}")
+        values = {"name": name, "allow_pipe": allow_pipe, **values}
+        spec, clauses = examine(DatasetSpec, values, f"{group}.datasets.{name}")
         problems += clauses
         if not values.get("shards"):
             problems.append(f"{group}.datasets.{name}.shards is missing: name at least one tar, folder or pattern")
@@ -134,8 +145,10 @@ def open_store(spec: DatasetSpec, rank: int = 0, world: int = 1, storage_seconds
     Storage that is away is waited for `storage_seconds`. Raises UserError, naming the dataset and the shard.
     """
     owner = f"dataset {spec.name!r}: "
-    paths = resolve_shards(spec.shards, owner=owner)
-    cache = ShardCache(spec.cache, int(spec.cache_gb * 1e9), patience=storage_seconds) if spec.cache else None
+    paths = resolve_shards(spec.shards, owner=owner, allow_pipe=spec.allow_pipe)
+    trust = Trust(spec.allow_pipe, tuple(spec.redirect_hosts))
+    limit = int(spec.cache_gb * 1e9)
+    cache = ShardCache(spec.cache, limit, patience=storage_seconds, trust=trust) if spec.cache else None
     rule = Mmc4Rule(similarity=spec.similarity)
     return open_shards(
         paths,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from data.errors import warn
 from data.records import parse_json
-from data.remote.download import expand, is_remote
+from data.remote.download import expand, is_command, is_remote, refuse_command
 from data.remote.shard_cache import ShardCache
 from data.shards.index import (
     KINDS,
@@ -194,10 +194,10 @@ class ShardStore:
         self.indexes.mapped = min(self.indexes.mapped, limit)
 
 
-def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
+def resolve_shards(patterns: Sequence[str], *, owner: str = "", allow_pipe: bool = False) -> list[str]:
     """Return the tars that paths, folders, patterns and URLs (braces are expanded) stand for.
 
-    Raises UserError when there are none, or a pattern matches none.
+    Raises UserError when there are none, when a pattern matches none, and for commands unless they are allowed.
     """
     if not patterns:
         raise UserError(f"{owner}shards is empty; give at least one tar, folder or pattern")
@@ -215,6 +215,8 @@ def resolve_shards(patterns: Sequence[str], *, owner: str = "") -> list[str]:
         if not more:
             raise UserError(f"{owner}no shards in {pattern}: prepare the data first, or correct the path")
         paths += more
+    if not allow_pipe and (command := next(filter(is_command, paths), None)):
+        refuse_command(command, owner)
     return paths
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from flamingo.configs.compose import CONFIGS
 from flamingo.errors import UserError
+from flamingo.terminal import printable
 
 FINISHED = ("report", "compare", "check", "export")
 """Commands of eval.reports.commands on what earlier runs wrote."""
@@ -59,14 +60,14 @@ def main(arguments: Sequence[str]) -> int:
         from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 
         results = evaluate(config, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") != "0":
         return 0
     from eval.reports.results import table
 
-    print(table(results))
+    print(printable(table(results)))
     images, responses = results["images"], results["responses"]
     if responses["from_log"]:
         print(f"\n{responses['from_log']} answers came from {config.out}/responses.jsonl, {responses['asked']} are new")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flamingo.errors import UserError
+from flamingo.terminal import printable
 
 USAGE = "python -m eval prepare TASK --from FOLDER"
 
@@ -21,10 +22,10 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) != 3 or arguments[1] != "--from":
             raise UserError(f"give a task and a folder: {USAGE}")
         lines, complete = check(arguments[0], Path(arguments[2]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
     return 0 if complete else 1
 
 

@@ -87,6 +87,8 @@ class EvalConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Yield a clause for each impossible combination of values."""
+        if not self.out.strip():
+            yield "out is empty: name a folder for the results"
         if len(set(self.shots)) < len(self.shots):
             yield f"shots={self.shots} has duplicates: give different values, for example shots=[0,4]"
         samplers = {"": self.demos or "random"} | {f"task.{name}.": spec.demos for name, spec in self.task.items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
+from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
 
@@ -37,6 +39,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     """
     start = time.perf_counter()
     check_model_folder("model", config.model)
+    check_out(Path(config.out))
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
     with Ranks.from_environment() as ranks:
@@ -85,16 +88,35 @@ def build_engine(config: EvalConfig, ranks: Ranks) -> tuple[Engine, str]:
     return Engine(responder, cache, config.batch_size, log=log, ranks=ranks, model_key=key), model_hash
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError unless files can be written into `out`, before anything takes long; nothing is left there."""
+    try:
+        with TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())):
+            pass
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error}): give another folder") from None
+
+
 def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
-    """Write every file except the log of responses, which exists already."""
+    """Write every file except the log of responses, which exists already.
+
+    Raises:
+        UserError: a file cannot be written; the answers stay in the log.
+    """
     from eval.reports.plots import curve_png  # matplotlib takes a second to import
 
     out = Path(config.out)
-    write_report(out, results, samples)
-    write_atomically(out / "curve.png", curve_png({"": results}))
-    if config.gallery:
-        write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
-        write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
+    try:
+        write_report(out, results, samples)
+        write_atomically(out / "curve.png", curve_png({"": results}))
+        if config.gallery:
+            write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
+            write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
+    except OSError as error:
+        raise UserError(
+            f"the results cannot be written to out={out} ({error}): free space and give the same command again, which "
+            "takes the answers from responses.jsonl"
+        ) from None
 
 
 @contextmanager

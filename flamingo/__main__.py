@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from flamingo.convert.cli import add_arguments
 from flamingo.convert.cli import run as convert
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
+from flamingo.terminal import printable
 
 NEEDED = ("torch", "torchvision", "transformers", "open_clip_torch", "timm", "safetensors", "pillow", "numpy")
 OPTIONAL = {
@@ -63,6 +64,10 @@ def generate(options: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+        raise UserError(f"--device {options.device} cannot be used: {first_line(error)}") from None
     processor = FlamingoProcessor.from_pretrained(options.model)
     model = FlamingoForConditionalGeneration.from_pretrained(options.model).to(options.device).eval()
     prompt = options.prompt
@@ -71,7 +76,7 @@ def generate(options: argparse.Namespace) -> int:
     inputs = processor(images=[options.image], text=[prompt]).to(options.device)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=options.max_new_tokens, num_beams=options.beams)
-    print(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])[0].strip())
+    print(printable(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])[0].strip()))
     return 0
 
 
@@ -114,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     known = {"doctor": lambda options: doctor(), "generate": generate, "conformance": conformance, "convert": convert}
     try:
         return known[options.command](options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

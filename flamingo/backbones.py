@@ -25,10 +25,11 @@ from flamingo.config import (
     every_n_layers,
     num_decoder_layers,
 )
-from flamingo.errors import UserError
+from flamingo.errors import UserError, first_line
 from flamingo.hub import from_hub, hub_reachable, read_safetensors
 from flamingo.language.hooks import embedding_table, place_beside
 from flamingo.processor import FlamingoProcessor
+from flamingo.storage import refuse_incomplete, refuse_nonfinite
 from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_encoder, vision_model_from_config
 from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_encoder
 from flamingo.vision.transform import ImageTransform
@@ -67,6 +68,7 @@ def load_vision(
     if options:
         config = replace(config, **options)
         VisionEncoder(encoder, config).check()
+    refuse_nonfinite(encoder, f"the vision encoder {config.name}")
     return encoder, config
 
 
@@ -90,8 +92,11 @@ def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, 
         if (path / "config.json").is_file():
             return _vision_from_transformers(str(path), image_size)
         raise UserError(f"{path} holds no vision encoder: neither {OPEN_CLIP_CONFIG} nor config.json is there")
-    document = json.loads((path / OPEN_CLIP_CONFIG).read_text())
-    model_cfg, preprocess = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    try:
+        document = json.loads((path / OPEN_CLIP_CONFIG).read_text())
+        model_cfg, preprocess = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path / OPEN_CLIP_CONFIG} cannot be read: {first_line(error)}") from error
     if not (path / OPEN_CLIP_WEIGHTS).is_file():
         raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
     config = _open_clip_config(str(path), model_cfg, preprocess)
@@ -137,7 +142,10 @@ def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | 
     else:
         weights = pretrained if Path(pretrained).is_file() else _cached_open_clip(name, pretrained)
         options = {"force_quick_gelu": arch["quick_gelu"], "force_image_size": image_size}
-        encoder = open_clip.create_model(name, pretrained=weights, **options).visual
+        try:
+            encoder = open_clip.create_model(name, pretrained=weights, **options).visual
+        except Exception as error:  # a file that is no checkpoint, or that of another model, raises any
+            raise UserError(f"the weights {weights} of {name} cannot be loaded: {first_line(error)}") from error
     return encoder.eval(), replace(config, width=checked_width(encoder, config.image_size, name))
 
 
@@ -219,7 +227,9 @@ def load_language(
         raise UserError(f"language= is a {type(language).__name__}; a transformers causal LM is needed")
     else:
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
-        lm = from_hub(AutoModelForCausalLM, str(language), "language model", **options)
+        lm, info = from_hub(AutoModelForCausalLM, str(language), "language model", output_loading_info=True, **options)
+        refuse_incomplete(info, f"the language model {language}")
+    refuse_nonfinite(lm, f"the language model {lm.config.name_or_path or type(lm).__name__}")
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return lm, tokenizer
     return lm, from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")

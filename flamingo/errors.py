@@ -6,9 +6,17 @@ Everything else (a broken invariant, a bug) stays an ordinary exception with its
 
 from __future__ import annotations
 
+from flamingo.terminal import printable
+
 
 class UserError(ValueError):
-    """A mistake in the input. Its message is one sentence: what, where, the limit and the remedy."""
+    """A mistake in the input. Its message is one sentence: what, where, the limit and the remedy.
+
+    It may name what data hold (keys, file names), so it is shown on one line and without control characters.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__()).replace("\n", "\\n")
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +21,9 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from flamingo.errors import UserError, first_line
+
+LFS = b"version https://git-lfs"
+"""How a file begins that Git LFS has not fetched."""
 
 
 def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
@@ -30,17 +34,20 @@ def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
     """
     local = Path(name).is_dir()
     online = not local and hub_reachable()
+    options = {"trust_remote_code": False, **options}  # left out, transformers would ask on the terminal
     try:
         return cls.from_pretrained(name, local_files_only=not online, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged files raise exceptions of every kind
         if local:
-            raise UserError(f"the folder {name} does not hold a usable {what}: {first_line(error)}") from error
-        if not online:
+            raise UserError(f"the folder {name} does not hold a usable {what}: {_why(error, Path(name))}") from error
+        if not online and isinstance(error, OSError | ValueError):
             raise UserError(
                 f"the {what} {name!r} is neither a local folder nor in the local cache, and the network is not "
                 "reachable; give a folder or a built module"
             ) from error
-        raise UserError(f"the {what} {name!r} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the {what} {name!r} cannot be loaded: {_why(error)}") from error
 
 
 def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: dict[str, Any]) -> Any:
@@ -53,6 +60,7 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
     """
     if name is None:  # transformers: everything comes from the options
         return load(name, **options)
+    options = {"trust_remote_code": False, **options}  # left out, transformers would ask on the terminal
     folder = Path(name) / (options.get("subfolder") or "")
     local = Path(name).exists()
     if local and not (folder / file).is_file() and options.get("config") is None:
@@ -69,8 +77,23 @@ def loaded(load: Callable[..., Any], name: Any, what: str, file: str, options: d
             )
     try:
         return load(name, **options)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {first_line(error)}") from error
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged files raise exceptions of every kind
+        if torch.get_default_device().type == "meta":  # where transformers loads nothing, and says so
+            raise
+        why = _why(error, folder if local else None)
+        raise UserError(f"the {what} of {folder if local else name} cannot be loaded: {why}") from error
+
+
+def _why(error: Exception, folder: Path | None = None) -> str:
+    """Return why loading failed: a file that Git LFS has not fetched, pickled code, or the error's words."""
+    for file in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
+            return f"{file} is a pointer of git-lfs and not the file; fetch it with git lfs pull"
+    if "Weights only load failed" in str(error):
+        return "its torch file holds more than tensors, which could run code, so it is not read"
+    return first_line(error)
 
 
 def _where(options: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["GatedCrossAttentionBlock"]  # noqa: RUF012  (those of the connector are its own)
+    _keys_to_ignore_on_load_missing = [r"^vision_encoder\.(mean|std)$"]  # noqa: RUF012  (the config has them)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -209,7 +210,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         LM only.
 
         Raises:
-            UserError: the folder holds no `config.json`, or a name needs a network that is not there.
+            UserError: the folder holds no `config.json`, or a name needs a network that is not there; a weight is
+                missing or not finite, or a file is damaged.
         """
         if pretrained_model_name_or_path is None and (
             options.get("config") is None or options.get("state_dict") is None
@@ -224,18 +226,21 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             given = options["quantization_config"]
             options["quantization_config"] = storage.language_only(given, cls, described.text_config)
         load = super().from_pretrained
+        with_info = options.pop("output_loading_info", False)
         with storage.own_dtypes(options.get("dtype", options.get("torch_dtype"))):
-            loaded = hub.loaded(
-                lambda name, **rest: load(name, *args, **rest),
+            model, info = hub.loaded(
+                lambda name, **rest: load(name, *args, output_loading_info=True, **rest),
                 pretrained_model_name_or_path,
                 "model",
                 "config.json",
                 options,
             )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        what = f"the model of {pretrained_model_name_or_path or 'the given state_dict'}"
+        storage.refuse_incomplete(info, what)
         storage.hand_down(model)
+        storage.refuse_nonfinite(model, what)
         model.freeze(model.policy)  # loading makes some parameters anew, and those would train
-        return loaded
+        return (model, info) if with_info else model
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *args: Any, built_modules: bool = False, **options: Any

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,60 @@ def _dtypes_in(files: Sequence[str | Path] | None) -> dict[str, torch.dtype]:
             loaded = torch.load(file, map_location="meta", weights_only=True)
             stored |= {key: value.dtype for key, value in loaded.items()}
     return stored
+
+
+def refuse_incomplete(info: Mapping[str, Any], what: str) -> None:
+    """Refuse a model of which a part was not in its file, and would be random.
+
+    Args:
+        info: what transformers says of a loading, by `output_loading_info=True`.
+        what: the model and its folder, for the message.
+
+    Raises:
+        UserError: naming the first of the missing weights.
+    """
+    if missing := sorted(info.get("missing_keys") or ()):
+        extra = sorted(info.get("unexpected_keys") or ())
+        unknown = f"; it holds {extra[0]}, which this model does not have" if extra else ""
+        raise UserError(
+            f"{what} lacks the weight {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}{unknown}: "
+            "it is incomplete, or its config.json belongs to another model; copy or convert it again"
+        )
+
+
+def refuse_nonfinite(model: nn.Module, what: str) -> None:
+    """Refuse a model with NaN or an infinity in its weights, which it would answer with, and train on, in silence.
+
+    Costs one pass over the weights in memory. Buffers that no file holds, such as masks, are not looked at.
+
+    Raises:
+        UserError: naming the first of those weights.
+    """
+    for name, weight in chain(model.named_parameters(), _saved_buffers(model)):
+        if _is_read_as_it_is(weight) and not _all_finite(weight):
+            wrong = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"{what}: the weight {name} is not finite ({wrong} of {weight.numel()} values are NaN or infinite): it "
+                "was damaged, or its training diverged; take an earlier checkpoint, or copy it again"
+            )
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _is_read_as_it_is(tensor: Tensor) -> bool:
+    """Say whether a tensor holds numbers here: not packed ones, none in 8 bits, none on a disk or another process."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not tensor.is_meta and tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # The fastest look at every value: NaN becomes both extremes, and nothing as large as the weight is allocated.
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def is_quantized(lm: Any) -> bool:

@@ -1,4 +1,5 @@
 """Downloads shards: from any URL that webdataset opens, from http(s) with resuming, and from what fsspec knows (s3).
+Commands (`pipe:`) are run, and redirects to other hosts followed, only where `Trust` says so.
 
     https://host/laion/{00000..00999}.tar    pipe:aws s3 cp s3://bucket/00000.tar -    s3://bucket/{00000..00099}.tar
 
@@ -14,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import BinaryIO
 from urllib.error import HTTPError
 
 from data.errors import StorageError
+from data.remote.redirects import urlopen
 from data.shards.places import file_system, store_errors
 from data.shards.retry import FIRST_WAIT, PATIENCE, Backoff
 from flamingo.errors import UserError
@@ -37,6 +40,32 @@ class NotThereError(UserError):
 
 class _TooSlow(OSError):  # noqa: N818 (counts as a failed attempt, whatever it brought)
     pass
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a list of shards, perhaps somebody else's, may make a download do beyond fetching from the servers named."""
+
+    allow_pipe: bool = False
+    """Whether `pipe:COMMAND` runs in a shell, with all that the user of this process may do."""
+    redirect_hosts: tuple[str, ...] = ()
+    """Hosts that a server may send a download on to."""
+
+
+NAMED_ONLY = Trust()
+
+
+def is_command(path: str) -> bool:
+    """Return whether a shard is named by a shell command, however it is written."""
+    return path.strip().lower().startswith("pipe:")
+
+
+def refuse_command(path: str, owner: str = "") -> None:
+    """Raise UserError: a command is not run unless it is allowed."""
+    raise UserError(
+        f"{owner}shard {path} is a shell command, which this program would run as you: read it, and if you trust it "
+        "and whoever wrote the list, set data.allow_pipe=true (of one dataset: allow_pipe: true)"
+    )
 
 
 def is_remote(path: str) -> bool:
@@ -64,13 +93,17 @@ def download(
     first_wait: float = FIRST_WAIT,
     patience: float = PATIENCE,
     wanted: Callable[[], bool] | None = None,
+    trust: Trust = NAMED_ONLY,
 ) -> int:
     """Write what a URL returns to a file, resuming after what the file already has; return how often it was
     interrupted.
 
     Raises NotThereError, naming the URL, when it does not exist; StorageError when nothing new came for `patience`
-    seconds, or in `attempts` attempts in a row; UserError as soon as it is no longer `wanted`.
+    seconds, or in `attempts` attempts in a row; UserError as soon as it is no longer `wanted`, and for what `trust`
+    does not allow.
     """
+    if is_command(url) and not trust.allow_pipe:
+        refuse_command(url)
     broken = 0
     backoff = Backoff(f"shard {url}", patience, attempts, first_wait)
     while True:
@@ -78,7 +111,7 @@ def download(
         pause = 0.0
         try:
             with target.open("r+b" if have else "wb") as file:
-                _copy(url, file, have, wanted)
+                _copy(url, file, have, wanted, trust)
             return broken
         except HTTPError as error:
             error.close()
@@ -119,8 +152,8 @@ def resumes(url: str) -> bool:
     return not url.startswith("pipe:") and (url.startswith(("http://", "https://")) or not _webdataset_opens(url))
 
 
-def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None) -> None:
-    with _opened(url, have) as (stream, start, expected):
+def _copy(url: str, file: BinaryIO, have: int, wanted: Callable[[], bool] | None, trust: Trust) -> None:
+    with _opened(url, have, trust) as (stream, start, expected):
         file.seek(start)
         file.truncate()
         got = recent = 0
@@ -152,17 +185,17 @@ def _chunk(stream: BinaryIO) -> bytes:
 
 
 @contextmanager
-def _opened(url: str, have: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
+def _opened(url: str, have: int, trust: Trust) -> Iterator[tuple[BinaryIO, int, int | None]]:
     """Open a URL, from byte `have` on where that is possible: (stream, its first byte, how many bytes to expect)."""
     if url.startswith(("http://", "https://")):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+            answer = urlopen(request, trust.redirect_hosts, TIMEOUT)
         except HTTPError as error:
             if error.code != 416:  # the local file is longer than the remote one: start over
                 raise
             error.close()
-            answer = urllib.request.urlopen(url, timeout=TIMEOUT)
+            answer = urlopen(urllib.request.Request(url), trust.redirect_hosts, TIMEOUT)
         with answer:
             length = answer.headers.get("Content-Length")
             yield answer, have if answer.status == 206 else 0, None if length is None else int(length)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data.errors import warn
-from data.remote.download import NotThereError, download, free_bytes
+from data.remote.download import NAMED_ONLY, NotThereError, Trust, download, free_bytes, is_command
 from data.shards.index import DamagedIndexError, IndexHead, TarIndex, build_index, check_tar, load_index, read_head
 from data.shards.retry import FIRST_WAIT, PATIENCE
 from flamingo.errors import UserError
@@ -49,8 +49,9 @@ class ShardCache:
         attempts: int | None = None,
         first_wait: float = FIRST_WAIT,
         patience: float = PATIENCE,
+        trust: Trust = NAMED_ONLY,
     ) -> None:
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit, self.trust = Path(folder), limit, trust
         self.attempts, self.first_wait, self.patience = attempts, first_wait, patience
         self.fetched = self.broken_off = 0
         try:
@@ -129,7 +130,7 @@ class ShardCache:
         with self._lock(url, 0) as partial:
             if path.exists():
                 return path
-            if not url.startswith("pipe:"):
+            if not is_command(url):
                 with suppress(NotThereError):
                     self._fetch_index(url, path)
                     return path
@@ -165,7 +166,7 @@ class ShardCache:
             list(pool.map(self.sidecar, urls))
 
     def _download(self, url: str, target: Path, wanted: Callable[[], bool] | None = None) -> int:
-        how = {"attempts": self.attempts, "first_wait": self.first_wait, "patience": self.patience}
+        how = {"attempts": self.attempts, "first_wait": self.first_wait, "patience": self.patience, "trust": self.trust}
         return download(url, target, wanted=wanted, **how)  # type: ignore[arg-type]
 
     def _fetch(self, url: str, partial: Path, head: IndexHead | None, wanted: Callable[[], bool] | None = None) -> None:

@@ -252,10 +252,13 @@ def read_manifest(folder: str | Path | RemotePath) -> dict[str, Any]:
     check_version(body, f"manifest {path}")
     try:
         names = [entry["name"] for part in body["parts"].values() for entry in part["shards"]]
-        if not all(isinstance(name, str) and "/" not in name for name in names):
-            raise ValueError("a shard's name is not that of a file in the folder")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not a manifest of this format ({error}); prepare the data again") from None
+        outside = [name for name in names if name != Path(name).name or name in ("", "..")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a manifest of this format ({type(error).__name__}: {error}); prepare the data again"
+        ) from None
+    if outside:
+        raise UserError(f"manifest {path} names the shard {outside[0]!r}, which is not a file beside it; correct it")
     return body
 
 

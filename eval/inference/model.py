@@ -26,7 +26,7 @@ from eval.inference.provenance import code_hash, weights_hash
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
 from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import UserError, first_line
+from flamingo.errors import UserError
 from flamingo.inference.media_cache import MediaCache, attach_media
 from flamingo.inference.prompts import count_phi
 from flamingo.layers.media_mask import images_so_far
@@ -191,8 +191,8 @@ def load_responder(key: str, folder: str, device: str, dtype: str) -> FlamingoRe
     try:
         model = FlamingoForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
         processor = FlamingoProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"{key}={folder} cannot be loaded: {first_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{key}={folder}: {error}") from None
     return FlamingoResponder(model, processor, device)
 
 

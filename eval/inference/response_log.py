@@ -9,6 +9,7 @@ line that cannot be read is asked again. Each process appends to its own file an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,10 +48,16 @@ class ResponseLog:
         lines = [
             json.dumps({"key": key, "response": encode(response)}, ensure_ascii=False) for key, response in entries
         ]
-        if not self._begun:
-            self._begin()
-        with self._path.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+        try:
+            if not self._begun:
+                self._begin()
+            with self._path.open("ab") as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        except OSError as error:
+            raise UserError(
+                f"the log of responses {self._path} cannot be written ({error}): free space, or give another out=; "
+                "started again, the evaluation goes on behind the last whole line"
+            ) from None
         self.known.update(entries)
 
     def _begin(self) -> None:
@@ -72,9 +79,11 @@ def encode(response: Response) -> object:
 
 
 def decode(content: object) -> Response:
-    """Return the response that `encode` wrote. Raises TypeError or KeyError for anything else."""
+    """Return the response that `encode` wrote. Raises TypeError or KeyError for anything else, NaN among it."""
     if isinstance(content, dict):
-        return Completion(str(content["text"]), bool(content["ended"]), content["log_prob"])
-    if isinstance(content, list) and content:
+        completion = Completion(str(content["text"]), bool(content["ended"]), content["log_prob"])
+        if completion.log_prob is None or completion.log_prob < math.inf:  # NaN is not
+            return completion
+    if isinstance(content, list) and content and all(value < math.inf for value in content):
         return [float(value) for value in content]
     raise TypeError(f"a {type(content).__name__} is not a response")

@@ -24,6 +24,7 @@ from eval.prompting.prompts import Completion, EncodedPrompt, Request, shared_st
 from eval.task import EncodedImage, Example, Turn, hash_order
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
+from flamingo.vision.image_files import UnreadableFormat, refuse_unread
 
 MOST_SUPPORT = 2048
 """Examples of the harness's few-shot split that may be shown: as many as in the papers."""
@@ -47,6 +48,10 @@ def image_of(value: Any) -> EncodedImage:
     if isinstance(value, str):
         return EncodedImage((Path(value).read_bytes(),))
     if isinstance(value, Image.Image):
+        try:
+            refuse_unread(value)
+        except UnreadableFormat as error:
+            raise UserError(f"the harness gives {error}") from None
         buffer = io.BytesIO()
         value.convert("RGB").save(buffer, format="PNG", compress_level=1)
         return EncodedImage((buffer.getvalue(),))

@@ -14,12 +14,21 @@ from eval.reports.saved_run import problems, read_run
 from eval.reports.submissions import KEYS, read_ids, submission
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+from flamingo.terminal import printable
 
 
 def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return (folders, settings). Raises UserError for a setting that is not among `keys`."""
-    folders = [argument for argument in arguments if "=" not in argument]
-    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    """Return (folders, settings). Raises UserError for a setting that is not among `keys`.
+
+    A folder may have `=` in its name, as those of a sweep's jobs: it exists, or has a separator before the `=`.
+    """
+    settings, folders = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in keys or (equals and "/" not in key and not Path(argument).exists()):
+            settings[key] = value
+        else:
+            folders.append(argument)
     unknown = sorted(settings.keys() - set(keys))
     if unknown:
         raise UserError(f"unknown key {unknown[0]!r}; the keys are {', '.join(keys) or 'none'}")
@@ -43,8 +52,8 @@ def report(arguments: Sequence[str]) -> int:
         write_atomically(out / "risk.png", risk)
     write_atomically(out / "report.html", report_html(runs, curve, risk))
     for run in runs:
-        print(f"{run.folder}\n{table(run.results)}\n")
-    print(f"look at {out}/report.html")
+        print(printable(f"{run.folder}\n{table(run.results)}\n"))
+    print(printable(f"look at {out}/report.html"))
     return 0
 
 
@@ -55,9 +64,9 @@ def compare_runs(arguments: Sequence[str]) -> int:
         raise UserError(f"compare needs two folders, got {len(folders)}")
     first, second = (read_run(folder) for folder in folders)
     comparisons = compare(first, second)
-    print("\n".join(lines(comparisons)))
+    print(printable("\n".join(lines(comparisons))))
     for name, keys in differing_definitions(first, second).items():
-        print(f"{name} is defined differently: {', '.join(keys)}")
+        print(printable(f"{name} is defined differently: {', '.join(keys)}"))
     if "out" in settings:
         write_atomically(
             Path(settings["out"]), json.dumps([asdict(comparison) for comparison in comparisons], indent=1) + "\n"
@@ -75,10 +84,10 @@ def check(arguments: Sequence[str]) -> int:
         run = read_run(folder)
         sentences = problems(run)
         bad += bool(sentences)
-        print(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, ", end="")
-        print("all follow" if not sentences else f"{len(sentences)} problems")
+        found = "all follow" if not sentences else f"{len(sentences)} problems"
+        print(printable(f"{folder}: {len(run.samples)} samples, {len(run.results['rows'])} rows, {found}"))
         for sentence in sentences:
-            print(f"  {sentence}")
+            print(printable(f"  {sentence}"))
     return 1 if bad else 0
 
 
@@ -100,7 +109,7 @@ def export(arguments: Sequence[str]) -> int:
     ids = read_ids(settings["ids"], kind) if "ids" in settings else None
     content = submission(samples, kind, ids, pad=settings.get("pad", "false") == "true")
     write_atomically(Path(settings["to"]), json.dumps(content, ensure_ascii=False) + "\n")
-    print(f"{len(content)} answers written to {settings['to']}")
+    print(printable(f"{len(content)} answers written to {settings['to']}"))
     return 0
 
 
@@ -116,6 +125,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run one of `COMMANDS`; a mistake ends as one sentence with exit status 2."""
     try:
         return COMMANDS[arguments[0]](arguments[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

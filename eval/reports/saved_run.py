@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.records import json_objects
+from data.records import json_objects, parse_json
 from eval.reports.results import groups_of, sample_of, samples_text, summary
 from eval.samples import Sample
 from eval.task import Baselines
 from flamingo.errors import UserError
+
+_ROW = "task shots images score interval chance constant constant_answer n prompts_cut score_by_kind"
+_IN_ROWS = frozenset(_ROW.split())
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ def read_run(folder: str | Path) -> SavedRun:
         if not (path / name).is_file():
             raise UserError(f"{path} has no {name}; give a folder that `python -m eval` wrote to its end")
     try:
-        results = json.loads((path / "results.json").read_text())
+        results = parse_json((path / "results.json").read_bytes())
     except ValueError as error:
         raise UserError(f"{path / 'results.json'} cannot be read: {error}") from None
-    if not isinstance(results, dict) or "rows" not in results:
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _IN_ROWS for row in rows):
         raise UserError(f"{path / 'results.json'} does not contain the results of an evaluation")
     samples = []
     for line_number, line in json_objects(path / "samples.jsonl"):

@@ -66,7 +66,7 @@ def chosen_support(name: str, spec: TaskSpec, examples: list[Example]) -> list[E
 
 
 def check_images(items: Sequence[Item]) -> None:
-    """Raise UserError if images that lie in files of their own are missing, or clips beyond the ends of their videos.
+    """Raise UserError if images that lie in files of their own are missing, or no files, or clips beyond their videos.
 
     It says how many.
     """
@@ -78,6 +78,8 @@ def check_images(items: Sequence[Item]) -> None:
             f"{len(missing)} of {len(files)} images are missing, the first is {missing[0]}; put them there, or set "
             "source.images to their folder or pattern"
         )
+    if odd := sorted(str(file) for file in files if not (file.is_file() or file.is_dir())):
+        raise UserError(f"{odd[0]} is neither a file nor a folder, so it is not read as an image")
     _check_segments([image for image in images if image.segment is not None])
 
 

@@ -6,6 +6,7 @@ argument sets a value on top of them, whether or not a file mentions the key: th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ from flamingo.errors import UserError, first_line
 CONFIGS = Path(__file__).resolve().parents[2] / "hydra"
 
 
+_PLAIN_PATH = re.compile(r"[\w./=+@%~:-]+")
+
+
 @dataclass
 class CommandLine:
     """`key=value` arguments, read: which files they choose, which values they set, what is wrong with them."""
@@ -36,11 +40,26 @@ class CommandLine:
 
 
 def parse(argument: str) -> Override | None:
-    """Return one argument as hydra reads it; None: it is not `key=value` in hydra's grammar."""
+    """Return one argument as hydra reads it; None: it is not `key=value` in hydra's grammar.
+
+    A path with `=` in it, as the folders of a sweep's jobs have, is a text here without quotes; so is whatever exists
+    under that name, with commas too.
+    """
+    key, equals, value = argument.partition("=")
+    is_path = "/" in value and (Path(value).exists() or ("=" in value and _PLAIN_PATH.fullmatch(value)))
+    if equals and is_path and not key.startswith("hydra."):
+        argument = f"{key}={quoted(value)}"
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
         return None
+
+
+def quoted(value: str) -> str:
+    """Return a text as a value of hydra's grammar."""
+    # A backslash escapes only in front of a quote, the closing one included.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
+    return f"'{escaped}'"
 
 
 def read(arguments: Sequence[str], groups: Collection[str]) -> CommandLine:
@@ -55,7 +74,10 @@ def read(arguments: Sequence[str], groups: Collection[str]) -> CommandLine:
         if override is None:
             line.problems.append(f"{argument!r} cannot be read: write key=value{_quoting(argument)}")
         elif override.is_delete() or override.is_sweep_override():
-            line.problems.append(f"{argument}: write key=value, with lists in brackets, for example shots=[0,4]")
+            line.problems.append(
+                f"{argument}: write key=value, with lists in brackets, for example shots=[0,4], and a text with commas "
+                f"in quotes inside those of the shell, as in '{override.key_or_group}=\"a,b\"'"
+            )
         elif override.key_or_group.startswith("hydra."):
             line.choices.append(argument)
         elif override.key_or_group in groups:

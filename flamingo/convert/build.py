@@ -14,6 +14,7 @@ from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
+from flamingo.storage import refuse_nonfinite
 
 
 @contextmanager
@@ -54,8 +55,8 @@ def load_clean(
     """Copy renamed weights into the model; what starts with one of `loaded` has its weights and may be missing.
 
     Raises:
-        UserError: a weight that the model does not have, that it has in another shape, or that is missing; tied weights
-            of different values. Nothing has been copied then.
+        UserError: a weight that the model does not have, that it has in another shape, that is missing or that is not
+            finite; tied weights of different values.
     """
     own = model.state_dict(keep_vars=True)
     own = {name: t for name, t in own.items() if name not in ("vision_encoder.mean", "vision_encoder.std")}
@@ -83,6 +84,7 @@ def load_clean(
     with torch.no_grad():
         for name, value in clean.items():
             own[name].copy_(value)
+    refuse_nonfinite(model, "the checkpoint")
 
 
 def dtype_of(clean: Mapping[str, Tensor], wanted: str | torch.dtype | None) -> torch.dtype:

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flamingo.errors import UserError, first_line
+from flamingo.hub import LFS
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "checkpoint.pt")
-_LFS = b"version https://git-lfs"
 _NOT_WEIGHTS = ("epoch", "optimizer_state_dict", "lr_scheduler_state_dict", "global_step", "args", "config")
 
 
@@ -92,7 +92,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
-        if stream.read(len(_LFS)) == _LFS:
+        if stream.read(len(LFS)) == LFS:
             raise UserError(f"{file} is a pointer of git-lfs and not the weights; fetch them with git lfs pull")
     try:
         if file.suffix == ".safetensors":

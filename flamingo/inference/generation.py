@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flamingo.config import FlamingoConfig
@@ -79,12 +86,15 @@ def generate(
 
     Raises:
         UserError: a row without tokens; images and `<image>` tags that differ in number (names the row and both
-            numbers); more tokens than the LM has positions; a way of decoding that cannot show images.
+            numbers); more tokens than the LM has positions; a way of decoding that cannot show images; logits that are
+            not finite.
     """
     options = Options(model, kwargs)
     refuse_unsupported(options, output_cross_attentions)
     keep_unwanted(model, kwargs, options)
     prompt = _checked_prompt(model, inputs, kwargs, options)
+    # Before the caller's own: they may set what they forbid to minus infinity, and choose by what NaN makes of a sum.
+    kwargs["logits_processor"] = LogitsProcessorList([FiniteLogits(), *(kwargs.get("logits_processor") or ())])
     media = prompt.media
     if prompt.phi is not None:
         kwargs["phi"] = prompt.phi
@@ -99,6 +109,21 @@ def generate(
     if not isinstance(out, Tensor) and output_cross_attentions:
         out.cross_attentions = tuple(media.maps or ())
     return _with_prompts(out, prompt)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits of which the largest is not finite: a token would be chosen from them all the same."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (B, V) scores as they are. Raises UserError, naming the row and the token."""
+        best = scores.amax(-1)  # NaN if one of them is
+        if not bool(best.isfinite().all()):
+            row = int((~best.isfinite()).nonzero()[0])
+            raise UserError(
+                f"the logits of row {row} are not finite ({float(best[row])}) after {input_ids.shape[1]} tokens: look "
+                "at the pixel values given, or compute in float32 or bfloat16 instead of float16"
+            )
+        return scores
 
 
 @dataclass
@@ -158,7 +183,10 @@ class Options:
 
 
 def refuse_unsupported(options: Options, maps: bool) -> None:
-    """Refuse ways of decoding that would not see the images, or that lose them. Raises UserError."""
+    """Refuse ways of decoding that would not see the images, or that lose them, and no tokens. Raises UserError."""
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        if options(name) is not None and options(name) < 1:
+            raise UserError(f"{name}={options(name)} must be at least 1")
     modes = {
         "penalty_alpha": "contrastive search",
         "dola_layers": "DoLa",

@@ -85,6 +85,9 @@ def score_candidates(
 
     `prompt_inputs` as from the processor (or `media_features` instead of `pixel_values`), or a `past_key_values` with
     the tokens that follow it; `candidates` n lists of token ids shared by all rows, or one list of n lists a row.
+
+    Raises:
+        UserError: a score that is not finite; candidates that do not match the rows.
     """
     prompt = _prompt(model, prompt_inputs)
     options = per_row_candidates(candidates, len(prompt.ids))
@@ -110,6 +113,12 @@ def score_candidates(
         tries = [Trie.of([row[i] for i in chosen]) for row, chosen in zip(options, positions, strict=True)]
         for row, (chosen, totals) in enumerate(zip(positions, _totals(model, prompt, tries), strict=True)):
             scores[row, chosen] = totals
+    if not bool(scores.isfinite().all()):
+        row, option = (~scores.isfinite()).nonzero()[0].tolist()
+        raise UserError(
+            f"the log-probability of candidate {option} in row {row} is not finite ({float(scores[row, option])}): "
+            "look at the pixel values given, or compute in float32 or bfloat16 instead of float16"
+        )
     return scores
 
 

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from transformers.utils.logging import disable_progress_bar
 
-from flamingo.configs.compose import CONFIGS, from_yaml, parse, read, settle
+from flamingo.configs.compose import CONFIGS, from_yaml, parse, quoted, read, settle
 from flamingo.configs.validate import examine, refuse
 from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
@@ -73,7 +73,8 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
     common = compose([text for text in arguments if _is_ours(text) and text not in sweeps])
     # hydra refuses keys that no file mentions, unless they begin with ++; our own classes check keys.
     values = {text for text, override in parsed.items() if _is_ours(text) and _is_value(override.key_or_group)}
-    sys.argv[1:] = [f"++{text.lstrip('+')}" if text in values else text for text in arguments]
+    lines = {text: str(override.input_line) for text, override in parsed.items()}
+    sys.argv[1:] = [f"++{lines[text].lstrip('+')}" if text in values else text for text in arguments]
     if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed.values()):
         # What hydra writes of its own goes below the run folders.
         places = [parsed[text] for text in sweeps if _key(text) == "run.dir"]
@@ -120,13 +121,6 @@ def job_folder(run_dir: str, swept: Sequence[str]) -> str:
     if readable != name or len(readable) > 120:  # two different values must not share a folder
         readable = f"{readable[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return str(Path(run_dir) / readable)
-
-
-def quoted(value: str) -> str:
-    """Return a text as a value of hydra's grammar."""
-    # A backslash escapes only in front of a quote, the closing one included.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
-    return f"'{escaped}'"
 
 
 def _key(argument: str) -> str:

@@ -144,6 +144,8 @@ class DataConfig:
     """How long storage that is away, or a server that gives nothing, is waited for before the run ends. With several
     processes it must be less than what a collective may take: the others wait in one."""
     seed: int = 0
+    allow_pipe: bool = False
+    """Whether shards may be shell commands, `pipe:COMMAND`, which run as the user who trains."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -490,7 +492,7 @@ _FREE_TO_CHANGE = (
     "run.parallel run.sharding.size run.sharding.frozen run.sharding.cpu_offload run.sharding.keep_gathered "
     "run.sharding.sync_every_micro_batch run.compile run.activation_checkpointing run.micro_batches "
     "run.device plan plan_for.processes plan_for.gib "
-    "data.num_workers data.storage_minutes"
+    "data.num_workers data.storage_minutes data.allow_pipe"
 )
 FREE_TO_CHANGE = frozenset(_FREE_TO_CHANGE.split())
 """Keys that may differ between a run and its continuation without changing what an update computes."""
@@ -514,7 +516,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 PLACES = re.compile(
     r"model\.init|model\.vision\.(name|pretrained)|model\.language\.(name|tokenizer)"
-    r"|data\.datasets\..+\.(shards|cache|cache_gb)"
+    r"|data\.datasets\..+\.(shards|cache|cache_gb|allow_pipe|redirect_hosts)"
 )
 """Keys that say where something lies. It may have moved: its content is compared with the checkpoint's."""
 FREE_TABLES = ("run.checkpoint.", "run.watch.", "run.validation.", "run.evaluation.", "run.wandb", "nodes", "launch.")

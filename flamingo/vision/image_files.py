@@ -14,7 +14,7 @@ from functools import cache
 from itertools import chain
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 T = TypeVar("T")
 FORMATS = {
@@ -147,6 +147,21 @@ def _jpeg_segments(data: bytes, dropped: tuple[int, ...]) -> Iterator[bytes]:
             yield data[at:end]
         at = end
     yield data[at:]
+
+
+def refuse_unread(image: Image.Image) -> None:
+    """Refuse an opened file whose pixels would only now be read by a decoder that is not one of `FORMATS`.
+
+    Pillow hands some formats to other programs, PostScript to Ghostscript. An image that was loaded, or made in memory,
+    is what it is.
+
+    Raises:
+        UnreadableFormat: its format is not read here.
+    """
+    pixels = vars(image).get("_im", vars(image).get("im"))  # its name since Pillow 11, and before
+    waits = isinstance(image, ImageFile.ImageFile) and (bool(image.tile) or pixels is None)
+    if waits and image.format not in (*FORMATS.values(), "MPO"):  # MPO: a JPEG with more images behind it
+        raise UnreadableFormat(f"a file of format {image.format}, which is not read; {NAMES} is")
 
 
 def upright(image: Image.Image) -> Image.Image:

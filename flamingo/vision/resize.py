@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +194,13 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
 def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:
     """Fill a trunk from a file, or with timm's weights of a tag; the classifier that it lacks is left out."""
     if file is not None:
-        weights = read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        try:
+            with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
+                warnings.simplefilter("ignore")
+                is_plain = file.suffix == ".safetensors"
+                weights = read_safetensors(file) if is_plain else torch.load(file, weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from error
     elif hub_reachable():
         import timm
 
@@ -201,6 +209,9 @@ def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None
         raise UserError(
             f"timm's weights {tagged} are not at hand: the network is not reachable; give vision_pretrained= a file"
         )
-    report = trunk.load_state_dict(weights, strict=False)
+    try:
+        report = trunk.load_state_dict(weights, strict=False)
+    except (RuntimeError, TypeError) as error:  # other shapes; not even a dictionary
+        raise UserError(f"{file or tagged} does not fit {tagged}: {first_line(error)}") from error
     if wrong := [*report.missing_keys, *(key for key in report.unexpected_keys if not key.startswith("head"))]:
         raise UserError(f"{file or tagged} does not fit {tagged}: {len(wrong)} keys differ, the first is {wrong[0]}")

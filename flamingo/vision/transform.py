@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as tv  # type: ignore[import-un
 
 from flamingo.constants import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
-from flamingo.vision.image_files import read_image, upright
+from flamingo.vision.image_files import read_image, refuse_unread, upright
 
 LONGEST = 64  # long by short side beyond which "crop" cuts before it scales
 MODES = ("squash", "crop", "pad", "pad_mean")
@@ -98,6 +98,7 @@ class ImageTransform:
     @staticmethod
     def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
         """Return a PIL image as uint8 RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
+        refuse_unread(image)
         image = upright(image)
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             values = np.nan_to_num(np.asarray(image).astype(np.float32))
@@ -123,13 +124,18 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
         if isinstance(image, str):
             image = read_source(image, where)
         if isinstance(image, Path):
-            where, image = f"{where} ({image})", image.read_bytes()
+            where = f"{where} ({image})"
+            if image.exists() and not image.is_file():  # a pipe would be waited for, a device has no end
+                raise UserError(f"{where} is not a file")
+            image = image.read_bytes()
         if isinstance(image, bytes | bytearray):
             return read_image(bytes(image), ImageTransform.to_rgb)
         if isinstance(image, np.ndarray):
             image = _array_to_pil(image, where)
         if not isinstance(image, Image.Image):
             raise UserError(f"{where} is a {type(image).__name__}, not an image")
+        if 0 in image.size:
+            raise UserError(f"{where} has no pixels: it is {image.width} x {image.height}")
         return ImageTransform.to_rgb(image)
     except UserError:
         raise
@@ -173,12 +179,18 @@ def _tensor_to_rgb(image: Tensor, where: str) -> UInt8[Tensor, "3 h w"]:
     planes = image[None] if image.ndim == 2 else image
     if planes.ndim == 3 and planes.shape[0] not in (1, 3) and planes.shape[2] in (1, 3):
         planes = planes.permute(2, 0, 1)
+    if 0 in image.shape:
+        raise UserError(f"{where} has no pixels: it is a tensor of shape {tuple(image.shape)}")
     if image.dtype != torch.uint8 or planes.ndim != 3 or planes.shape[0] not in (1, 3):
         raise UserError(f"{where} is a {image.dtype} tensor {tuple(image.shape)}; uint8 (3, h, w) is needed")
     return planes.expand(3, -1, -1) if planes.shape[0] == 1 else planes
 
 
 def _array_to_pil(image: NDArray[Any], where: str) -> Image.Image:
+    if 0 in image.shape:
+        raise UserError(f"{where} has no pixels: it is an array of shape {image.shape}")
+    if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
+        raise UserError(f"{where} is an array with NaN or infinite values")
     if image.ndim == 3 and image.shape[2] > 4 and image.shape[0] in (1, 3, 4):
         image = np.moveaxis(image, 0, 2)
     if image.ndim == 3 and image.shape[2] == 1:

@@ -14,7 +14,7 @@ import pytest
 from data.batches.collate import FlamingoCollate
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
-from data.remote.download import download, expand, is_remote
+from data.remote.download import Trust, download, expand, is_remote
 from data.remote.shard_cache import ShardCache
 from flamingo.errors import UserError
 from tests.data.helpers import byte_processor, same, shards_of, write_documents
@@ -115,14 +115,15 @@ def test_a_shard_that_was_replaced_on_the_server(shards: Path, tmp_path: Path) -
 
 def test_commands_and_other_file_systems(shards: Path, tmp_path: Path) -> None:
     expected = batches(spec_of(str(shards)))
-    pipe = spec_of(f"pipe:cat {shards}/{NAMES}", cache=str(tmp_path / "pipe"))
+    pipe = spec_of(f"pipe:cat {shards}/{NAMES}", cache=str(tmp_path / "pipe"), allow_pipe=True)
     assert equal(batches(pipe), expected)  # no index beside it: made from the shard
     memory = fsspec.filesystem("memory")
     for path in shards.iterdir():
         memory.pipe(f"/there/{path.name}", path.read_bytes())
     assert equal(batches(spec_of(f"memory://there/{NAMES}", cache=str(tmp_path / "memory"))), expected)
+    trusting = ShardCache(tmp_path / "x", 10**9, first_wait=0.001, attempts=5, trust=Trust(allow_pipe=True))
     with pytest.raises(UserError, match=r"pipe:exit 3 could not be fetched: 5 attempts in a row"):
-        ShardCache(tmp_path / "x", 10**9, first_wait=0.001, attempts=5).local("pipe:exit 3")
+        trusting.local("pipe:exit 3")
     with pytest.raises(UserError, match=r"needs a package that is not installed .*'flamingo-vlm\[s3\]'"):
         ShardCache(tmp_path / "x", 10**9, first_wait=0.001).local("abfs://bucket/x.tar")
 

@@ -27,6 +27,10 @@ SKIPPED: dict[str, str] = {
         "the new parts are drawn by their constructors, in an order that seeded runs rely on, so that weights drawn "
         "later cannot be equal; tests/model/test_loading_uses.py checks that they are drawn and how"
     ),
+    "test_model_weights_reload_no_missing_tied_weights": (
+        "it loads a file that holds none of the model's weights, which is refused here, also for a caller who asks for "
+        "the loading info; tests/test_spoiled_input.py checks that, and tests/model/test_life.py tied weights"
+    ),
     "test_model_base_model_prefix": (
         "the gated blocks stand between the layers of an LM that keeps its own head, so no base model without a head "
         "could be run alone"

@@ -110,7 +110,7 @@ def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     try:
         with path.open("rb") as file:
             content = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+    except Exception as error:  # damaged pickles raise exceptions of every kind
         raise UserError(f"{path} is not a pickle of plain values: {error}") from None
     for index, row in enumerate(rows(path, content)):
         image, answer = str(need(row, "image", path)), str(need(row, "answer", path)).strip()
