@@ -67,25 +67,32 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     specs, held_out = mixtures
     fsdp.set_threads(options.threads, processes.size)
     few_shot = FewShotEvaluation(options.evaluation) if options.evaluation.every else None
-    checkpoint = run_folder.claim_folder(config, processes)
+    claim = run_folder.claim_folder(config, processes, cleanup)
+    checkpoint = claim.checkpoint
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(options.seed)
     objective_module = protocol.objective_module(config.objective)
-    setup = objective_module.build(config.model, run_dir, processes, lambda: document_texts(specs))
+    setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs))
     model, objective, part_of = setup.model, setup.objective, setup.part_of
     collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers
+    # A slow loader ends with its own sentence, before the others give up waiting for its process.
+    give_up = min(1800.0, 0.8 * processes.limit_seconds) if processes.size > 1 else 1800.0
     loader = MixLoader(
         specs,
         collate,
         **share,
         seed=config.data.seed,
+        patience=min(60.0, give_up / 4),
+        give_up=give_up,
         micro_batches=options.micro_batches,
         bad_samples=run_dir / "bad_samples.jsonl",
     )
     validation = MixLoader(held_out, collate, **share) if held_out else None
+    states = [each.state_dict() for each in (loader, validation) if each is not None]
+    run_folder.require_agreement(config, setup, states, processes)
 
     # Parallel plan.
     strategy = fsdp.sharding_strategy(options, processes.size)
@@ -101,10 +108,10 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     step = 0
     if checkpoint is not None:
         extra = store.load(checkpoint, model, optimizer, averages.means if averages else None)
-        run_folder.check_backbones(extra["frozen"], setup.frozen, checkpoint)
+        step = run_folder.check_saved(extra, setup.frozen, checkpoint)
         loader.load_state_dict(extra["loader"])
+        loader.bad.load_state_dicts(extra.get("own", []))
         nonfinite.load_state_dict(extra.get("skipped", {}))
-        step = int(extra["step"])
         if processes.is_main:
             for sentence in run_folder.continuation(config, step):
                 print(sentence, flush=True)
@@ -112,6 +119,8 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     model.train()
     if processes.is_main:
         print(throughput.describe_model(model, part_of, processes, checkpoint), flush=True)
+    if claim.is_fresh:
+        run_folder.begin_anew(config, processes)
     reports = sinks.MetricSinks(run_dir, config, start=step, is_main=processes.is_main)
     evaluations = Evaluations(options, model, setup, processes, held_out=validation, few_shot=few_shot)
     checkpoints = store.Checkpoints(run_dir / "checkpoints", model, optimizer, processes, options, averages)
@@ -168,7 +177,8 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
             reports.log(step, values)
         if checkpoints.due(step, votes) or last:
             extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            saved = checkpoints.save(step, {**extra, "skipped": nonfinite.state_dict()}, wait=last or votes[0] > 0)
+            extra["skipped"] = nonfinite.state_dict()
+            saved = checkpoints.save(step, extra, loader.bad.state_dict(), wait=last or votes[0] > 0)
             if votes[0] and not last:
                 raise checkpoints.signals.stopped(f"saved in {saved}")
 

@@ -93,7 +93,7 @@ class MixLoader:
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.patience, self.give_up = patience, give_up
         self.bad = BadSampleCounter(max_bad_rate)
-        self.log = BadSampleLog(Path(bad_samples), rank) if bad_samples is not None else None
+        self.log = BadSampleLog(Path(bad_samples), rank, world_size) if bad_samples is not None else None
 
     def __iter__(self) -> Iterator[StepBatches]:
         micro = self.step_dataset.micro

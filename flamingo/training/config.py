@@ -21,7 +21,7 @@ from pydantic import Field
 from transformers import AutoConfig
 
 from flamingo.config import CrossAttentionConfig, connector_options
-from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, NotNegative, examine, flatten, one_of
+from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, Folder, NotNegative, examine, flatten, one_of
 from flamingo.convert.presets import preset
 from flamingo.errors import UserError
 from flamingo.layers.resampler import ResamplerConfig
@@ -262,7 +262,7 @@ class WatchOptions:
 class RunConfig:
     """Where, how long and on what."""
 
-    dir: str = "runs/default"
+    dir: Folder = "runs/default"
     """Identity of the run: a second start with the same folder resumes it."""
     steps: AtLeast1 = 1000
     """Optimizer updates."""

@@ -11,8 +11,10 @@ Frozen weights have neither gradients nor optimizer state, so they are 2 bytes a
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flamingo.errors import UserError
@@ -38,6 +41,8 @@ class Processes:
     rank: int
     size: int
     device: torch.device
+    limit_seconds: float = 600.0
+    """How long a collective may wait before the run ends with an error."""
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +61,44 @@ class Processes:
         """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
+
+    def wait_long(self) -> None:
+        """Wait until all processes have come here, however long one works alone; they are asked whether they live.
+
+        A collective would give up after `limit_seconds`; this counts in the store that brought the processes together.
+
+        Raises:
+            UserError: a process has given no sign of life for `SILENCE_SECONDS`.
+        """
+        if self.size == 1:
+            return
+        shared = _get_default_store()
+        key, alive = f"flamingo/arrived/{next(_MEETINGS)}", [alive_key(rank) for rank in range(self.size)]
+        shared.add(key, 1)
+        seen: list[bytes] = []
+        asked = changed = time.monotonic()
+        while shared.add(key, 0) < self.size:
+            time.sleep(0.05)
+            if time.monotonic() - asked > SILENCE_SECONDS / 10 and shared.check(alive):
+                asked, before, seen = time.monotonic(), seen, shared.multi_get(alive)
+                silent = [rank for rank, (old, new) in enumerate(zip(before, seen, strict=False)) if old == new]
+                if not silent:
+                    changed = asked
+                elif asked - changed > SILENCE_SECONDS:
+                    raise UserError(
+                        f"process {silent[0]} has given no sign of life for {SILENCE_SECONDS:.0f} s while the others "
+                        "waited for it: look at its machine and start again, the run resumes from its last checkpoint"
+                    )
+
+
+SILENCE_SECONDS = 600.0
+_MEETINGS = itertools.count()
+"""Numbers the calls of `wait_long`, which every process makes in the same order."""
+
+
+def alive_key(rank: int) -> str:
+    """Return where in the store a process leaves a number that grows while it lives."""
+    return f"flamingo/alive/{rank}"
 
 
 def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
@@ -83,7 +126,7 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
         dist.init_process_group(backend, timeout=limit)
     elif need_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    return Processes(rank, size, where)
+    return Processes(rank, size, where, limit.total_seconds())
 
 
 def set_threads(threads: int, size: int) -> None:

@@ -85,7 +85,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         folder = run_dir / "tokenizer"
         if processes.is_main and not folder.exists():
             builders.train_tokenizer(texts(), language.vocab_size).save_pretrained(str(folder))
-        processes.wait()  # the others, until it is written
+        processes.wait_long()  # the others, until it is written
         tokenizer = builders.load_tokenizer(str(folder))
     if not language.name:
         lm = builders.build_language(language.config or {}, tokenizer)
