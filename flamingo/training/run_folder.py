@@ -96,6 +96,8 @@ def claim_folder(config: TrainConfig, processes: Processes, cleanup: ExitStack) 
         for path, problem in choice.passed_over.items():
             _set_aside(path, problem, choice.path)
         if choice.path is None:
+            if steps := last_step(run_dir / "metrics.jsonl"):
+                print(f"{run_dir} was stopped after {steps} updates, before its first checkpoint: it begins again")
             describe_run(config, processes)
     processes.wait()
     return Claim(choice.path, False, run_dir)
@@ -161,8 +163,8 @@ def places(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _is_inside(place: str, folders: Sequence[Path]) -> bool:
-    path = Path(place).absolute()
-    return any(path.is_relative_to(folder.absolute()) for folder in folders)
+    path = Path(place).resolve()
+    return any(path.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _refuse_restart(config: TrainConfig, passed_over: Mapping[Path, str]) -> None:
@@ -178,9 +180,10 @@ def _refuse_restart(config: TrainConfig, passed_over: Mapping[Path, str]) -> Non
         raise UserError(f"{run_dir} holds checkpoints and none can be used ({'; '.join(told[:4])}{more}): {remedy}")
     if (run_dir / "model").exists():
         raise UserError(f"{run_dir} holds a finished model and no checkpoint to go on from: {remedy}")
-    steps = last_step(run_dir / "metrics.jsonl")
+    steps, described = last_step(run_dir / "metrics.jsonl"), run_dir / "config.yaml"
+    before = flatten(_described(described)) if described.exists() else {}
     # One checkpoint is in flight at most, so the first one was complete when the second one began.
-    if steps > 2 * config.run.checkpoint_every:
+    if steps > 2 * max(config.run.checkpoint_every, int(before.get("run.checkpoint_every", 1))):
         raise UserError(f"{run_dir} holds figures of {steps} updates and no checkpoint to go on from: {remedy}")
 
 

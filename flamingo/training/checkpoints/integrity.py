@@ -15,7 +15,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -95,7 +95,8 @@ class _HashedFiles(FileSystem):
         text = json.dumps({"v": VERSION, "files": self.sums}, indent=0)
         write_atomically(folder / CHECKSUMS, lambda temporary: _write_synced(temporary, text))
         super().rename(path, new_path)
-        write_atomically(record_of(folder.parent), json.dumps({"newest": folder.name}) + "\n")
+        with suppress(OSError):  # it is complete, whether or not that can be written down
+            write_atomically(record_of(folder.parent), json.dumps({"newest": folder.name}) + "\n")
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -101,10 +101,10 @@ def choose(root: Path, processes: Processes | None = None) -> Choice:
     if size > 1:  # a shared file system may show the others something else
         dist.broadcast_object_list(found, src=0)
     for _, path in reversed(found[0]):
-        problems = [damage(path, rank=rank, size=size)]
+        own = damage(path, rank=rank, size=size)
+        problems = [own] * size
         if size > 1:
-            problems = [""] * size
-            dist.all_gather_object(problems, damage(path, rank=rank, size=size))
+            dist.all_gather_object(problems, own)
         problem = next(filter(None, problems), "")
         if not problem:
             return Choice(path, passed_over | _lost(root, path))
@@ -316,7 +316,12 @@ def load(
     mine = sorted(key for key in sizes if key.startswith("own/"))[rank::size]
     state |= {key: torch.empty(tuple(sizes[key].size), dtype=torch.uint8) for key in mine}  # type: ignore[union-attr]
     with _without_group_warning():
-        dcp.load(state, storage_reader=reader)
+        try:
+            dcp.load(state, storage_reader=reader)
+        except FAILURES as error:
+            raise UserError(
+                f"checkpoint {path} cannot be read ({why(error)}): repair the storage and give the same command again"
+            ) from error
     set_model_state_dict(model, state["model"], options=ONLY_TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINED)
     extra: dict[str, Any] = _read(state["extra"])

@@ -3,8 +3,8 @@
 Asked to stop: SLURM sends SIGTERM, or the signal that the job asked for (SIGUSR1, submitit: SIGUSR2), some time before
 it takes the machine away; Ctrl-C is SIGINT. The handler only notes the signal. The loop adds the note of every process
 to the sum it makes at each update anyway, so that all processes stop after the same update, whichever was signalled.
-A thread hears of the signal too: a process that waits in a collective for one that hangs runs no handler, and must still
-be gone when its grace period is over.
+A thread hears of the signal too: a process that waits in a collective for one that hangs runs no handler, and must
+still be gone when its grace period is over.
 
 A failure: the process that fails prints who it is, leaves its reason in the store that brought the processes together,
 and ends. A thread of every other process looks there every two seconds and ends its own process, which would otherwise
