@@ -68,7 +68,7 @@ def test_what_is_lost_whole_is_missed(world: Path, stopped: Path, tmp_path: Path
     if lost.endswith("record"):
         (run_dir / "checkpoints.json").unlink()
     before = snapshot(run_dir)
-    with pytest.raises(UserError, match="none can be used|no checkpoint to go on from"):
+    with pytest.raises(UserError, match=r"none can be used|no checkpoint to go on from"):
         train(config(world, run_dir, "language", steps=8))
     assert snapshot(run_dir) == before
 
