@@ -38,6 +38,7 @@ def hold(folder: Path, seconds: float = 120.0) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
+    process.stdout.close()
     return process
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ OWN = (
 )
 """Names and patterns of what a run writes: what `run.resume=never` moves aside."""
 RESULTS = ("checkpoints", "model", "model-ema", "metrics.jsonl")
+SHARED_SECONDS = 60.0
 FRESH = ".fresh"
 """What a run that begins anew writes before the old one is moved aside; it exists until that is done."""
 MEANT_AS_ONE = (
@@ -97,7 +99,8 @@ def claim_folder(config: TrainConfig, processes: Processes, cleanup: ExitStack) 
             _set_aside(path, problem, choice.path)
         if choice.path is None:
             if steps := last_step(run_dir / "metrics.jsonl"):
-                print(f"{run_dir} was stopped after {steps} updates, before its first checkpoint: it begins again")
+                told = f"{run_dir} was stopped after {steps} updates, before its first checkpoint: it begins again"
+                print(told, flush=True)
             describe_run(config, processes)
     processes.wait()
     return Claim(choice.path, False, run_dir)
@@ -109,7 +112,7 @@ def _require_shared(run_dir: Path, token: str, processes: Processes) -> None:
         return
     found = [token]
     dist.broadcast_object_list(found, src=0)
-    until = time.monotonic() + 60.0  # a shared file system may show a new file late
+    until = time.monotonic() + SHARED_SECONDS  # a shared file system may show a new file late
     while not holds(run_dir, found[0]):
         if time.monotonic() > until:
             raise UserError(
@@ -191,14 +194,13 @@ def _set_aside(path: Path, problem: str, chosen: Path | None) -> None:
     """Say that a damaged checkpoint is not used, and rename it, so that it is neither counted nor removed."""
     kept = ""
     if path.is_dir():
-        aside = next(
-            name for number in range(1000) if not (name := path.with_name(f"damaged-{path.name}.{number}")).exists()
-        )
+        names = (path.with_name(f"damaged-{path.name}.{number}") for number in itertools.count())
+        aside = next(name for name in names if not name.exists())
         with suppress(OSError):
             path.rename(aside)
             kept = f", and kept as {aside.name}"
-    name = chosen.name if chosen else "nothing"
-    print(f"checkpoint {path} is passed over ({problem}){kept}: the run goes on from {name}", flush=True)
+    goes_on = chosen.name if chosen else "nothing"
+    print(f"checkpoint {path} is passed over ({problem}){kept}: the run goes on from {goes_on}", flush=True)
 
 
 def begin_anew(config: TrainConfig, processes: Processes) -> None:
@@ -211,8 +213,8 @@ def begin_anew(config: TrainConfig, processes: Processes) -> None:
     if processes.is_main:
         try:
             if old := _existing(run_dir):
-                number = next(number for number in range(1, 10**6) if not (run_dir / f"previous-{number}").exists())
-                aside = run_dir / f"previous-{number}"
+                names = (run_dir / f"previous-{number}" for number in itertools.count(1))
+                aside = next(name for name in names if not name.exists())
                 aside.mkdir()
                 # The description goes last: a move that is interrupted is gone on with by the same command.
                 for path in sorted(old, key=lambda path: path.name == "config.yaml"):

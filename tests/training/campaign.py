@@ -405,7 +405,7 @@ def main() -> None:
             counts = adversities(Path(folder), chosen.adverse, chosen.seed)
         print(adverse_table(counts))
     runs = chosen.runs + sum(count.runs for count in counts.values())
-    total = sum(len(row.wrong) for row in (*rows.values(), *counts.values()))
+    total = sum(len(wrong) for wrong in [*(row.wrong for row in rows.values()), *(c.wrong for c in counts.values())])
     print(f"{runs} runs in {time.monotonic() - began:.0f} s, {total} wrong")
     sys.exit(bool(total))
 

@@ -40,7 +40,7 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         values = tensor.detach().to("cpu")
         values = values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
