@@ -79,7 +79,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
     share["num_workers"] = config.data.num_workers
     # A slow loader ends with its own sentence, before the others give up waiting for its process.
-    give_up = min(1800.0, 0.8 * processes.limit_seconds) if processes.size > 1 else 1800.0
+    give_up = min(1800.0, processes.limit_seconds) if processes.size > 1 else 1800.0
     loader = MixLoader(
         specs,
         collate,
@@ -92,7 +92,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     )
     validation = MixLoader(held_out, collate, **share) if held_out else None
     states = [each.state_dict() for each in (loader, validation) if each is not None]
-    run_folder.require_agreement(config, setup, states, processes)
+    run_folder.require_agreement(config, claim, setup, states, processes)
 
     # Parallel plan.
     strategy = fsdp.sharding_strategy(options, processes.size)

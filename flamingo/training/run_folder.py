@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -40,7 +41,8 @@ OWN = (
 )
 """Names and patterns of what a run writes: what `run.resume=never` moves aside."""
 RESULTS = ("checkpoints", "model", "model-ema", "metrics.jsonl")
-SHARED_SECONDS = 60.0
+SHARED_SECONDS = 20.0
+"""How long a file of another machine may take to be seen."""
 FRESH = ".fresh"
 """What a run that begins anew writes before the old one is moved aside; it exists until that is done."""
 MEANT_AS_ONE = (
@@ -59,6 +61,8 @@ class Claim:
     """An older run is moved aside by `begin_anew`, once everything is known to be right."""
     folder: Path
     """Where the objective may write before that."""
+    is_seen: bool = True
+    """This process sees the files of the first one."""
 
 
 def claim_folder(config: TrainConfig, processes: Processes, cleanup: ExitStack) -> Claim:
@@ -79,7 +83,10 @@ def claim_folder(config: TrainConfig, processes: Processes, cleanup: ExitStack) 
             token = cleanup.enter_context(lock_folder(run_dir, "a training run", MEANT_AS_ONE))
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written ({error}): choose another folder") from error
-    _require_shared(run_dir, token, processes)
+    if processes.size > 1:
+        shared = _is_shared(run_dir, token, processes)
+        if not all(shared):  # `require_agreement` refuses, and says what else differs
+            return Claim(None, False, run_dir, is_seen=shared[processes.rank])
     # What the launcher starts again goes on, unless it was interrupted before it began anew.
     is_fresh = config.run.resume == "never" and (not restarted() or (run_dir / FRESH).exists())
     _check_owner(config, is_fresh)
@@ -106,20 +113,18 @@ def claim_folder(config: TrainConfig, processes: Processes, cleanup: ExitStack) 
     return Claim(choice.path, False, run_dir)
 
 
-def _require_shared(run_dir: Path, token: str, processes: Processes) -> None:
-    """Raise UserError on a process that does not see the first one's run folder."""
-    if processes.size == 1:
-        return
+def _is_shared(run_dir: Path, token: str, processes: Processes) -> list[bool]:
+    """Return whether each process sees the first one's run folder. Called by every process."""
     found = [token]
     dist.broadcast_object_list(found, src=0)
-    until = time.monotonic() + SHARED_SECONDS  # a shared file system may show a new file late
-    while not holds(run_dir, found[0]):
-        if time.monotonic() > until:
-            raise UserError(
-                f"process {processes.rank} does not see the files of process 0 in run.dir={run_dir.absolute()}: put it "
-                "on a file system that all machines share"
-            )
+    until = time.monotonic() + SHARED_SECONDS
+    while not (seen := holds(run_dir, found[0])) and time.monotonic() < until:
+        with suppress(OSError):
+            os.listdir(run_dir)  # noqa: PTH208 - which makes a shared file system ask again
         time.sleep(0.2)
+    everyone = [False] * processes.size
+    dist.all_gather_object(everyone, seen)
+    return everyone
 
 
 def _check_owner(config: TrainConfig, is_fresh: bool) -> None:
@@ -242,12 +247,13 @@ def make_folder(folder: Path) -> None:
 
 
 def require_agreement(
-    config: TrainConfig, setup: Setup, loaders: Sequence[Mapping[str, Any]], processes: Processes
+    config: TrainConfig, claim: Claim, setup: Setup, loaders: Sequence[Mapping[str, Any]], processes: Processes
 ) -> None:
     """Refuse to train where processes have other data, weights, code or arguments. By every process, before sharding.
 
     Args:
         config: of this process.
+        claim: of the run folder.
         setup: its model, whole.
         loaders: the states of its loaders.
         processes: all of them.
@@ -257,7 +263,8 @@ def require_agreement(
     """
     if processes.size == 1:
         return
-    facts: dict[str, Any] = {TITLES.get(part, part): value for part, value in setup.frozen.items()}
+    facts: dict[str, Any] = {f"run.dir={config.run.dir} (which all machines must share)": claim.is_seen}
+    facts |= {TITLES.get(part, part): value for part, value in setup.frozen.items()}
     facts["weights that train"] = trained_fingerprint(setup.model)
     for loader in loaders:
         facts |= {f"dataset {name!r}": plan for name, plan in loader["plan"].items()}

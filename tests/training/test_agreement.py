@@ -116,7 +116,8 @@ def test_a_run_folder_that_only_one_machine_has_is_refused(world: Path, tmp_path
     processes = two(config(world, Path("run"), "flamingo", steps=4), tmp_path, nodes, code)
     statuses = [process.wait(PATIENCE) for process in processes]
     assert 0 not in statuses
-    assert "process 1 does not see the files of process 0 in run.dir=" in said(tmp_path)
+    assert "differs from process 0 (host " in said(tmp_path)
+    assert " in run.dir=run (which all machines must share): give all" in said(tmp_path)
 
 
 SHORT = "import flamingo.training.distributed.fsdp as f\nf.start_processes.__kwdefaults__['timeout_minutes'] = 0.15\n"

@@ -34,7 +34,7 @@ def require_same(processes: Processes, facts: Mapping[str, Any]) -> None:
     dist.all_gather_object(everyone, (socket.gethostname(), own))
     (first_host, expected), *others = everyone
     for rank, (host, found) in enumerate(others, 1):
-        if odd := [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]:
+        if odd := [name for name in expected | found if expected.get(name) != found.get(name)]:
             raise UserError(
                 f"process {rank} (host {host}) differs from process 0 (host {first_host}) in {', '.join(odd[:4])}"
                 f"{' and more' if len(odd) > 4 else ''}: give all machines the same files (an unfinished copy?), code "

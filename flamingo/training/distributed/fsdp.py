@@ -42,7 +42,7 @@ class Processes:
     size: int
     device: torch.device
     limit_seconds: float = 600.0
-    """How long a collective may wait before the run ends with an error."""
+    """How long one process may keep the others waiting; a collective gives up a little later."""
 
     @property
     def is_main(self) -> bool:
@@ -89,8 +89,11 @@ class Processes:
                         f"process {silent[0]} has given no sign of life for {SILENCE_SECONDS:.0f} s while the others "
                         "waited for it: look at its machine and start again, the run resumes from its last checkpoint"
                     )
+        self.wait()  # or the process that keeps the store may be gone before another has seen that all are here
 
 
+LAST_WORD_SECONDS = 30.0
+"""Between the time that a slow process is given and the end of the others' patience: it may say why."""
 SILENCE_SECONDS = 600.0
 _MEETINGS = itertools.count()
 """Numbers the calls of `wait_long`, which every process makes in the same order."""
@@ -107,7 +110,7 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
     Args:
         device: `auto`, `cpu` or `cuda`.
         need_group: also make a group of one process (FSDP2 on a single process).
-        timeout_minutes: how long a collective may wait before all processes stop with an error.
+        timeout_minutes: how long one process may keep the others waiting before all of them stop with an error.
 
     Raises:
         UserError: cuda was asked for and there is none.
@@ -121,12 +124,13 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    limit = timedelta(minutes=timeout_minutes)
+    # A process that knows why it is slow says so first.
+    limit = timedelta(minutes=timeout_minutes, seconds=LAST_WORD_SECONDS)
     if size > 1:
         dist.init_process_group(backend, timeout=limit)
     elif need_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    return Processes(rank, size, where, limit.total_seconds())
+    return Processes(rank, size, where, 60.0 * timeout_minutes)
 
 
 def set_threads(threads: int, size: int) -> None:
