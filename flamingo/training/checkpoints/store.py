@@ -267,6 +267,25 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def _check_parameters(path: Path, sizes: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint does not hold exactly these parameters."""
+    saved = {key.removeprefix("model.") for key in sizes if key.startswith("model.")}
+    if saved != set(weights):
+        odd = sorted(saved ^ set(weights))
+        raise UserError(
+            f"checkpoint {path} and the model train different parameters ({len(odd)} differ, the first is {odd[0]}): "
+            "use the config of that run, or another run.dir"
+        )
+    # A missing size is that of something else than a tensor, which weights are not.
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    others = [key for key, shape in shapes.items() if getattr(sizes[f"model.{key}"], "size", None) != shape]
+    if others:
+        raise UserError(
+            f"checkpoint {path} and the model have {others[0]} in different shapes "
+            f"({len(others)} differ): use the backbones and the config of that run, or another run.dir"
+        )
+
+
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
@@ -285,21 +304,7 @@ def load(
     if "extra" not in sizes:
         raise UserError(f"checkpoint {path} was not written by a run of this program: use another run.dir")
     weights = get_model_state_dict(model, options=ONLY_TRAINED)
-    saved = {key.removeprefix("model.") for key in sizes if key.startswith("model.")}
-    if saved != set(weights):
-        odd = sorted(saved ^ set(weights))
-        raise UserError(
-            f"checkpoint {path} and the model train different parameters ({len(odd)} differ, the first is {odd[0]}): "
-            "use the config of that run, or another run.dir"
-        )
-    # A missing size is that of something else than a tensor, which weights are not.
-    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
-    others = [key for key, shape in shapes.items() if getattr(sizes[f"model.{key}"], "size", None) != shape]
-    if others:
-        raise UserError(
-            f"checkpoint {path} and the model have {others[0]} in different shapes "
-            f"({len(others)} differ): use the backbones and the config of that run, or another run.dir"
-        )
+    _check_parameters(path, sizes, weights)
     state: dict[str, Any] = {
         "model": weights,
         "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINED),
