@@ -57,7 +57,8 @@ def train(config: TrainConfig) -> Path:
     with ExitStack() as cleanup:
         cleanup.callback(fsdp.stop_processes)
         need_group = fsdp.sharding_strategy(config.run, 1) is not None
-        processes = fsdp.start_processes(config.run.device, need_group=need_group)
+        storage = config.data.storage_minutes
+        processes = fsdp.start_processes(config.run.device, need_group=need_group, storage_minutes=storage)
         return interruptions.report_failure(processes, lambda: run(config, mixtures, processes, cleanup))
 
 
@@ -67,26 +68,28 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     specs, held_out = mixtures
     fsdp.set_threads(options.threads, processes.size)
     few_shot = FewShotEvaluation(options.evaluation) if options.evaluation.every else None
-    checkpoint = run_folder.claim_folder(config, processes)
+    claim = run_folder.claim_folder(config, processes, cleanup)
 
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(options.seed)
     objective_module = protocol.objective_module(config.objective)
-    setup = objective_module.build(config.model, run_dir, processes, lambda: document_texts(specs))
+    setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs))
     model, objective, part_of = setup.model, setup.objective, setup.part_of
     collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
-    share["num_workers"] = config.data.num_workers
-    share["storage_seconds"] = 60 * config.data.storage_minutes
+    share |= {"num_workers": config.data.num_workers, "storage_seconds": 60 * config.data.storage_minutes}
     loader = MixLoader(
         specs,
         collate,
         **share,
         seed=config.data.seed,
+        give_up=processes.limit_seconds if processes.size > 1 else None,  # before the others do
         micro_batches=options.micro_batches,
         bad_samples=run_dir / "bad_samples.jsonl",
     )
     validation = MixLoader(held_out, collate, **share) if held_out else None
+    states = [each.state_dict() for each in (loader, validation) if each is not None]
+    run_folder.require_agreement(config, claim, setup, states, processes)
 
     # Parallel plan.
     strategy = fsdp.sharding_strategy(options, processes.size)
@@ -100,25 +103,28 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
 
     # Restore.
     step = 0
-    if checkpoint is not None:
-        extra = store.load(checkpoint, model, optimizer, averages.means if averages else None)
-        run_folder.check_backbones(extra["frozen"], setup.frozen, checkpoint)
+    if claim.checkpoint is not None:
+        extra = store.load(claim.checkpoint, model, optimizer, averages.means if averages else None)
+        step = run_folder.check_saved(extra, setup.frozen, claim.checkpoint)
         loader.load_state_dict(extra["loader"])
+        loader.bad.load_state_dicts(extra.get("own", []))
         nonfinite.load_state_dict(extra.get("skipped", {}))
-        step = int(extra["step"])
-        if processes.is_main:
-            for sentence in run_folder.continuation(config, step):
-                print(sentence, flush=True)
-        run_folder.describe_run(config, processes)
+        run_folder.go_on(config, processes, step)
     model.train()
     if processes.is_main:
-        print(throughput.describe_model(model, part_of, processes, checkpoint), flush=True)
+        print(throughput.describe_model(model, part_of, processes, claim.checkpoint), flush=True)
+    if claim.is_fresh:
+        run_folder.begin_anew(config, processes)
     reports = sinks.MetricSinks(run_dir, config, start=step, is_main=processes.is_main)
     evaluations = Evaluations(options, model, setup, processes, held_out=validation, few_shot=few_shot)
     checkpoints = store.Checkpoints(run_dir / "checkpoints", model, optimizer, processes, options, averages)
     stall = interruptions.StallReporter(options.watch.stall_minutes)
     for closing in (reports, checkpoints, stall):
         cleanup.callback(closing.close)
+
+    def save(step: int, *, wait: bool) -> Path:
+        extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen, "skipped": nonfinite.state_dict()}
+        return checkpoints.save(step, extra, loader.bad.state_dict(), wait=wait)
 
     # Loop.
     rates = throughput.Throughput(processes, throughput.Flops(model))
@@ -141,8 +147,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         totals, votes = summed[: len(counts)], summed[len(counts) + 1 :]
         if summed[len(counts)]:  # there is no update without the samples of every process
             loader.step = step  # the others have theirs already
-            extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            saved = checkpoints.save(step, {**extra, "skipped": nonfinite.state_dict()}, wait=True)
+            saved = save(step, wait=True)
             raise StorageError(f"{away or 'the storage of another process is away'}; saved in {saved}")
         divisor_of = {spec.name: spec.divisor for spec in specs}
         divisors = {key: divisor_of[key[0]](total) for key, total in zip(counts, totals, strict=True)}
@@ -176,16 +181,14 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         if values:
             reports.log(step, values)
         if checkpoints.due(step, votes) or last:
-            extra = {"step": step, "loader": loader.state_dict(), "frozen": setup.frozen}
-            saved = checkpoints.save(step, {**extra, "skipped": nonfinite.state_dict()}, wait=last or votes[0] > 0)
+            saved = save(step, wait=last or votes[0] > 0)
             if votes[0] and not last:
                 raise checkpoints.signals.stopped(f"saved in {saved}")
 
     # Save.
     reports.close()
     stall.close()
-    replaced = loader.bad.by_reason()
-    return run_folder.write_results(setup, averages, processes, run_dir, title=config.objective, replaced=replaced)
+    return run_folder.write_results(config, setup, averages, processes, replaced=loader.bad.by_reason())
 
 
 def count_terms(objective: protocol.Objective, micro_batches: MicroBatches) -> dict[protocol.Term, float]:

@@ -6,8 +6,10 @@ A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 wh
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,7 @@ from data.shards.index import TarIndex, build_index, index_path
 from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+from flamingo.folder_lock import lock_folder
 from flamingo.terminal import printable
 
 MEASURES = {
@@ -148,6 +151,19 @@ def index(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _claimed(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the output folder for a source, or for a part of it: parts and sources may be prepared side by side."""
+    what = re.sub(r"\W+", "-", f"{args.source}-{getattr(args, 'part', None) or 'all'}")
+    remedy = "wait for its end or stop it; several machines share the work with --part i/n"
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock_folder(Path(args.out), f"prepare {what}", remedy, f".lock-{what}"))
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written ({error}); choose another folder") from error
+        yield
+
+
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     if argv[:2] == ["prepare", "dedupe"]:
@@ -158,10 +174,11 @@ def main(argv: list[str]) -> int:
     args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
         if args.command == "prepare":
-            if args.source in DRAWN:
-                import_module(f"data.prepare.sources.{args.source}").run(args)
-            else:
-                import_module("data.prepare.engine").run(args.source, args)
+            with _claimed(args):
+                if args.source in DRAWN:
+                    import_module(f"data.prepare.sources.{args.source}").run(args)
+                else:
+                    import_module("data.prepare.engine").run(args.source, args)
             return 0
         if args.command == "merge":
             import_module("data.prepare.merge").merge(args.folder, args.out)

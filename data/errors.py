@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
@@ -100,6 +100,22 @@ class BadSampleCounter:
                 f"{last.reason}, {last.detail}; find them with: python -m data verify"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts as plain values, for a checkpoint."""
+        by_sample = [[list(sample), number] for sample, number in self.by_sample.items()]
+        return {"seen": self.seen, "by_sample": by_sample, "recent": [list(batch) for batch in self._recent]}
+
+    def load_state_dicts(self, states: Iterable[dict[str, Any]]) -> None:
+        """Go on from the counts of one rank of a stopped run, or of several that this one stands for now."""
+        for state in states:
+            self.seen += state["seen"]
+            for sample, number in state["by_sample"]:
+                self.by_sample[BadSample(*sample)] += number
+            for samples, bad in state["recent"]:
+                self._recent.append((samples, bad))
+                self._recent_seen += samples
+                self._recent_bad += bad
+
 
 def _is_before(line: str, step: int) -> bool:
     """Return whether a line is readable and belongs to an earlier step."""
@@ -116,18 +132,25 @@ class BadSampleLog:
     the file cannot be written.
     """
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
-        self.path = path if rank == 0 else path.with_name(f"{path.stem}-rank-{rank:05d}{path.suffix}")
+    def __init__(self, path: Path, rank: int = 0, world_size: int = 1) -> None:
+        self.path = path if rank == 0 else self._of(path, rank)
+        # A run that goes on with fewer processes: the first one also looks after the files of those that are no more.
+        others = path.parent.glob(f"{path.stem}-rank-*{path.suffix}") if rank == 0 else ()
+        left = {self._of(path, number) for number in range(world_size)}
+        self._files = [self.path, *sorted(other for other in others if other not in left)]
+
+    @staticmethod
+    def _of(path: Path, rank: int) -> Path:
+        return path.with_name(f"{path.stem}-rank-{rank:05d}{path.suffix}")
 
     def start(self, step: int) -> None:
         """Keep the lines of the steps before this one."""
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        # The last line may have been cut off when the run was killed.
-        kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
-        if kept != text:
-            write_atomically(self.path, kept)
+        for path in filter(Path.exists, self._files):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            # The last line may have been cut off when the run was killed.
+            kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _is_before(line, step))
+            if kept != text:
+                write_atomically(path, kept)
 
     def write(self, step: int, bad: Iterable[BadSample]) -> None:
         """Append the replaced samples of a step."""

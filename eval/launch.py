@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,6 +30,7 @@ from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+from flamingo.folder_lock import lock_folder
 
 
 def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     check_out(Path(config.out))
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
-    with Ranks.from_environment() as ranks:
+    with Ranks.from_environment() as ranks, _claimed(config.out, ranks):
         # Every process plans the same batches, so different data would lose queries or ask them twice.
         for name, task in tasks.items():
             ranks.agree(f"task {name}", task.hash)
@@ -65,6 +66,19 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
             write_outputs(config, results, samples, cache)
         ranks.barrier()
     return results
+
+
+@contextmanager
+def _claimed(out: str, ranks: Ranks) -> Iterator[None]:
+    """Hold the output folder, on the first process."""
+    with ExitStack() as held:
+        if ranks.first:
+            remedy = "wait for its end, stop it, or give another out="
+            try:
+                held.enter_context(lock_folder(Path(out), "an evaluation", remedy))
+            except OSError as error:
+                raise UserError(f"out={out} cannot be written ({error}); give another folder") from error
+        yield
 
 
 def _spec(config: EvalConfig, spec: TaskSpec) -> TaskSpec:

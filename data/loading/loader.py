@@ -97,9 +97,10 @@ class MixLoader:
         heartbeat = Heartbeat(num_workers)
         self.step_dataset = StepDataset(self.datasets, by_name, rank, world_size, micro_batches, heartbeat)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
-        self.patience, self.give_up = patience, max(1800.0, storage_seconds + patience) if give_up is None else give_up
+        self.give_up = max(1800.0, storage_seconds + patience) if give_up is None else give_up
+        self.patience = min(patience, self.give_up / 4)
         self.bad = BadSampleCounter(max_bad_rate)
-        self.log = BadSampleLog(Path(bad_samples), rank) if bad_samples is not None else None
+        self.log = BadSampleLog(Path(bad_samples), rank, world_size) if bad_samples is not None else None
 
     def __iter__(self) -> Iterator[StepBatches]:
         micro = self.step_dataset.micro

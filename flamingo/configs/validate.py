@@ -60,6 +60,15 @@ def one_of(names: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _named(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty (an unset variable?): name a folder")
+    return value
+
+
+Folder = Annotated[str, AfterValidator(_named)]
+
+
 def examine(cls: type[T], table: Mapping[str, Any], at: str = "") -> tuple[T | None, list[str]]:
     """Build `cls` from a plain table and name everything that is wrong with it.
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from transformers import AutoConfig
 
 from flamingo.config import CrossAttentionConfig, connector_options
-from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, NotNegative, examine, flatten, one_of
+from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, Folder, NotNegative, examine, flatten, one_of
 from flamingo.convert.presets import preset
 from flamingo.errors import UserError
 from flamingo.layers.resampler import ResamplerConfig
@@ -141,8 +141,7 @@ class DataConfig:
     num_workers: AtLeast0 = 0
     """Loader processes of each rank; 0 loads in the training process."""
     storage_minutes: NotNegative = 5.0
-    """How long storage that is away, or a server that gives nothing, is waited for before the run ends. With several
-    processes it must be less than what a collective may take: the others wait in one."""
+    """How long storage that is away, or a server that gives nothing, is waited for before the run ends."""
     seed: int = 0
     allow_pipe: bool = False
     """Whether shards may be shell commands, `pipe:COMMAND`, which run as the user who trains."""
@@ -267,7 +266,7 @@ class WatchOptions:
 class RunConfig:
     """Where, how long and on what."""
 
-    dir: str = "runs/default"
+    dir: Folder = "runs/default"
     """Identity of the run: a second start with the same folder resumes it."""
     steps: AtLeast1 = 1000
     """Optimizer updates."""

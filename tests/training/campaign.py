@@ -1,6 +1,6 @@
 """Kills training runs at random moments and compares what they become with a run that nobody killed.
 
-    python -m tests.training.campaign --runs 50
+    python -m tests.training.campaign --runs 50 --adverse 2
 
 Each run is killed up to three times with SIGKILL, all its processes or one of them, at a random moment or, every other
 time, as soon as a checkpoint is being written; then it is started once more and let go to its end. Its losses must be
@@ -8,6 +8,9 @@ those of the uninterrupted run: bit for bit where all its starts had the same nu
 went from one to two processes or from two to one. Every start must go on from the newest checkpoint that has its
 marker, and say so; what a kill left half-written must never be that. The processes are forks of this one, so that the
 50 runs take minutes. A run that was killed only before its first update counts as one that went on from nothing.
+
+`--adverse N` also does, N times each, what `tests.training.adversities` lists: a kill at a chosen moment, a second
+start into the same folder, and damage to the checkpoints of a run that is down.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt  # noqa: F401 - here, and not again in every fork
@@ -34,6 +38,19 @@ import torch.distributed.fsdp
 
 from flamingo.training.checkpoints import store
 from flamingo.training.config import TrainConfig
+from tests.training.adversities import (
+    CONTINUE,
+    IS_REFUSED,
+    KILL,
+    OLDER_IS_USED,
+    STOP,
+    Count,
+    Damage,
+    moments,
+    shorter,
+    snapshot,
+)
+from tests.training.adversities import table as adverse_table
 from tests.training.tally import Row, table
 from tests.training.world import config, write_world
 from train import train
@@ -50,8 +67,8 @@ def settings(world: Path, run_dir: Path) -> TrainConfig:
     return made
 
 
-def start(made: TrainConfig, processes: int, log: Path) -> list[int]:
-    """The run in `processes` forks; their process ids."""
+def start(made: TrainConfig, processes: int, log: Path, before: Callable[[], None] | None = None) -> list[int]:
+    """The run in `processes` forks, each of which calls `before` first; their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,6 +85,8 @@ def start(made: TrainConfig, processes: int, log: Path) -> list[int]:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             status = 1
             try:
+                if before is not None:
+                    before()
                 train(made)
                 status = 0
             except BaseException as error:
@@ -240,6 +259,119 @@ def campaign(root: Path, runs: int, seed: int) -> dict[tuple[int, int], Row]:
     return rows
 
 
+@dataclass
+class Adverse:
+    """Runs that meet adversities, beside the run that met none."""
+
+    root: Path
+    world: Path
+    whole: list[dict[str, float]]
+    rng: random.Random
+    counts: dict[str, Count] = field(default_factory=dict)
+
+    def all(self) -> None:
+        """Meet each once."""
+        for name, before in moments(self.root / "moment").items():
+            self.killed_at(name, before)
+        self.started_twice()
+        stopped = self.root / "stopped"
+        shutil.rmtree(stopped, ignore_errors=True)
+        finish(start(shorter(settings(self.world, stopped), STEPS // 2), 1, self.root / "stopped.log"))
+        shutil.rmtree(stopped / "model")
+        shutil.rmtree(stopped / "model-ema")
+        for name, damage in OLDER_IS_USED.items():
+            self.damaged(name, damage, stopped, refused=False)
+        for name, damage in IS_REFUSED.items():
+            self.damaged(name, damage, stopped, refused=True)
+
+    def killed_at(self, name: str, before: Callable[[], None]) -> None:
+        """SIGKILL at a chosen moment; the same command goes on."""
+        made, log, count = self._begin(name)
+        moment = self.root / "moment"
+        moment.unlink(missing_ok=True)
+        (pid,) = start(made, 1, log, before)
+        deadline = time.monotonic() + 120
+        while not moment.exists() and alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if not moment.exists():
+            count.wrong.append(f"the moment never came: {log.read_text()[-300:]}")
+        if alive(pid):
+            os.kill(pid, KILL)
+        finish([pid])
+        self._is_same(finish(start(made, 1, log)), Path(made.run.dir), log, count)
+
+    def started_twice(self) -> None:
+        """A second start while the first one runs, or is stopped: refused; the first one notices nothing."""
+        name = "a second start in the same folder"
+        made, log, count = self._begin(name)
+        run_dir = Path(made.run.dir)
+        (first,) = start(made, 1, log)
+        update, deadline = self.rng.randint(0, STEPS // 2), time.monotonic() + 120
+        while len(lines(run_dir)) <= update and alive(first) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(first, STOP)
+        second = self.root / "second.log"
+        second.unlink(missing_ok=True)
+        (status,) = finish(start(made, 1, second))
+        os.kill(first, CONTINUE)
+        if status and "is in use by a training run on" in second.read_text():
+            count.refused += 1
+        else:
+            count.wrong.append(f"the second start ended with {status}: {second.read_text()[-300:]}")
+        self._is_same(finish([first]), run_dir, log, count)
+
+    def damaged(self, name: str, damage: Damage, stopped: Path, *, refused: bool) -> None:
+        """Damage while the run is down; it goes on from an older checkpoint and says so, or is refused."""
+        made, log, count = self._begin(name)
+        run_dir = Path(made.run.dir)
+        shutil.copytree(stopped, run_dir, symlinks=True)
+        damage(run_dir, self.rng)
+        before = snapshot(run_dir)
+        statuses = finish(start(made, 1, log))
+        said = log.read_text()
+        if not refused:
+            if "is passed over (" not in said or "resumed" not in said:
+                count.wrong.append(f"it was not said: {said[-300:]}")
+            self._is_same(statuses, run_dir, log, count)
+        elif statuses == [1] and said.startswith("UserError: ") and snapshot(run_dir) == before:
+            count.refused += 1
+        else:
+            count.wrong.append(f"ended with {statuses}, the same files {snapshot(run_dir) == before}: {said[-300:]}")
+
+    def _begin(self, name: str) -> tuple[TrainConfig, Path, Count]:
+        run_dir, log = self.root / "adverse", self.root / "adverse.log"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        count = self.counts.setdefault(name, Count())
+        count.runs += 1
+        return settings(self.world, run_dir), log, count
+
+    def _is_same(self, statuses: list[int], run_dir: Path, log: Path, count: Count) -> None:
+        row = Row()
+        if any(statuses):
+            row.wrong.append(f"ended with {statuses}: {log.read_text()[-300:]}")
+        else:
+            compare(run_dir, self.whole, True, row)
+            if not (run_dir / "model" / "model.safetensors").exists():
+                row.wrong.append("there is no model")
+        count.wrong += row.wrong
+        count.same += not row.wrong
+
+
+def adversities(root: Path, rounds: int, seed: int) -> dict[str, Count]:
+    """Every adversity in `rounds` rounds."""
+    torch.set_num_threads(1)
+    world = write_world(root / "world")
+    whole = root / "whole"
+    if any(finish(start(settings(world, whole), 1, root / "log.txt"))):
+        raise SystemExit((root / "log.txt").read_text()[-3000:])
+    adverse = Adverse(root, world, lines(whole), random.Random(seed))
+    for number in range(rounds):
+        adverse.all()
+        print(f"adversities, round {number + 1}/{rounds}", flush=True)
+    return adverse.counts
+
+
 def compare(run_dir: Path, whole: list[dict[str, float]], same_layout: bool, row: Row) -> None:
     """Losses and gradient norms against the run that nobody killed."""
     found = lines(run_dir)
@@ -258,14 +390,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--adverse", type=int, default=0, help="rounds of all adversities")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = campaign(Path(folder), chosen.runs, chosen.seed)
-    total = sum(len(row.wrong) for row in rows.values())
-    print(table(rows))
-    print(f"{chosen.runs} runs in {time.monotonic() - began:.0f} s, {total} wrong")
+    rows: dict[tuple[int, int], Row] = {}
+    counts: dict[str, Count] = {}
+    if chosen.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = campaign(Path(folder), chosen.runs, chosen.seed)
+        print(table(rows))
+    if chosen.adverse:
+        with tempfile.TemporaryDirectory() as folder:
+            counts = adversities(Path(folder), chosen.adverse, chosen.seed)
+        print(adverse_table(counts))
+    runs = chosen.runs + sum(count.runs for count in counts.values())
+    total = sum(len(wrong) for wrong in [*(row.wrong for row in rows.values()), *(c.wrong for c in counts.values())])
+    print(f"{runs} runs in {time.monotonic() - began:.0f} s, {total} wrong")
     sys.exit(bool(total))
 
 

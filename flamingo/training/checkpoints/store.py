@@ -2,14 +2,14 @@
 
 A checkpoint is a folder `step-00000100` that is written once and never reused. DCP writes its `.metadata` last, so a
 folder without that file is a save that was interrupted: it is never chosen and is removed at the next save. Everything
-commits together; nothing lies beside it that could belong to another step. Frozen weights are not in it.
+commits together; nothing lies beside it that could belong to another step. Frozen weights are not in it. Whether its
+files are still what was written is the business of `integrity.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import random
 import re
 import shutil
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,58 +38,118 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flamingo.errors import UserError
+from flamingo.training.checkpoints import integrity
 from flamingo.training.checkpoints.ema import Ema
+from flamingo.training.checkpoints.integrity import MARKER
 from flamingo.training.config import RunConfig
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.interruptions import StopSignals
 
-MARKER = ".metadata"
 FAILURES = (OSError, RuntimeError, CheckpointException)  # the last is not an Exception, and wraps what a rank raised
 STEP_FOLDER = re.compile(r"step-(\d{8})$")
 ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def step_folders(root: Path, *, complete: bool = True) -> list[tuple[int, Path]]:
-    """Return the checkpoints under `root` by rising step; `complete=False` gives the interrupted ones instead."""
+    """Return the checkpoints under `root` by rising step; `complete=False` gives the interrupted ones instead.
+
+    Raises:
+        UserError: the folder cannot be read; none of its checkpoints counts as missing.
+    """
+    try:
+        # Not glob, which takes a folder that cannot be read for an empty one.
+        paths = integrity.read_patiently(lambda: sorted(root.iterdir()), root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     folders = []
-    for path in sorted(root.glob("step-*")):
-        match = STEP_FOLDER.search(path.name)
-        if match and (path / MARKER).exists() == complete:
+    for path in paths:
+        match = STEP_FOLDER.match(path.name)
+        if match and _is_marked(path) == complete:
             folders.append((int(match.group(1)), path))
     return folders
 
 
-def newest(root: Path) -> Path | None:
-    """Return the newest complete checkpoint whose files are as long as its marker says, if any."""
-    return next((path for _, path in reversed(step_folders(root)) if not damage(path)), None)
-
-
-def damage(path: Path) -> str:
-    """Return what a complete checkpoint lacks, or nothing: a machine that lost its power may lose the end of a file."""
+def _is_marked(path: Path) -> bool:
     try:
-        stored = dcp.FileSystemReader(str(path)).read_metadata().storage_data
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        return f"{path / MARKER} cannot be read ({error})"
-    needed: dict[str, int] = {}
-    for part in stored.values():
-        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
-    for name, size in needed.items():
-        file = path / name
-        length = file.stat().st_size if file.exists() else 0
-        if length < size:
-            return f"{file} has {length} of {size} bytes"
-    return ""
+        integrity.read_patiently((path / MARKER).stat, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+damage = integrity.damage
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run folder offers to go on from."""
+
+    path: Path | None
+    passed_over: dict[Path, str]
+    """Newer checkpoints than `path` that were complete once, each to what is wrong with it."""
+
+
+def choose(root: Path, processes: Processes | None = None) -> Choice:
+    """Return the newest checkpoint that is what was written, and what is wrong with newer ones. By every process.
+
+    Raises:
+        UserError: files cannot be read for a reason that may pass.
+    """
+    rank, size = (processes.rank, processes.size) if processes else (0, 1)
+    passed_over: dict[Path, str] = {}
+    found = [step_folders(root)] if rank == 0 else [[]]
+    if size > 1:  # a shared file system may show the others something else
+        dist.broadcast_object_list(found, src=0)
+    for _, path in reversed(found[0]):
+        own = damage(path, rank=rank, size=size)
+        problems = [own] * size
+        if size > 1:
+            dist.all_gather_object(problems, own)
+        problem = next(filter(None, problems), "")
+        if not problem:
+            return Choice(path, passed_over | _lost(root, path))
+        passed_over[path] = problem
+    return Choice(None, passed_over | _lost(root, None))
+
+
+def _lost(root: Path, chosen: Path | None) -> dict[Path, str]:
+    """Return checkpoints newer than the chosen one that were complete and have lost their marker, or are gone."""
+    record = integrity.record_of(root)
+    try:
+        name = json.loads(integrity.read_patiently(record.read_bytes, record))["newest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        return {}
+    newest_path = root / str(name)
+    if not STEP_FOLDER.match(newest_path.name) or (chosen is not None and newest_path.name <= chosen.name):
+        return {}
+    if not newest_path.is_dir():
+        return {newest_path: "it was complete and is gone"}
+    if _is_marked(newest_path):
+        return {}
+    return {newest_path: f"it was complete and has no {MARKER} (was it copied without hidden files?)"}
+
+
+def newest(root: Path) -> Path | None:
+    """Return the newest complete checkpoint whose files are what was written, if any. By one process alone."""
+    return choose(root).path
 
 
 def clear_partial(root: Path) -> None:
-    """Removes what interrupted saves have left."""
+    """Remove what interrupted saves have left."""
     for _, partial in step_folders(root, complete=False):
         shutil.rmtree(partial)
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Remove all complete checkpoints but the newest `keep_last` and those of steps divisible by `keep_every`."""
-    for step, old in step_folders(root)[:-keep_last]:
+    """Remove all whole checkpoints but the newest `keep_last` and those of steps divisible by `keep_every`.
+
+    One that has lost bytes neither counts nor is removed. Contents are not read again: a start moves what is damaged
+    out of the way (`flamingo.training.run_folder`), and what was written since was written by this process.
+    """
+    whole = [(step, path) for step, path in step_folders(root) if not damage(path, contents=False)]
+    for step, old in whole[:-keep_last]:
         if not keep_every or step % keep_every:
             # The marker goes first: a removal that is interrupted leaves nothing that looks complete.
             (old / MARKER).unlink()
@@ -142,7 +203,11 @@ def restore_random(state: dict[str, Any]) -> None:
 
 
 def trained_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any], averages: dict[str, Tensor] | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    averages: dict[str, Tensor] | None = None,
+    own: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a checkpoint's content by its keys; what belongs to a process carries its rank. By every process."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -152,6 +217,7 @@ def trained_state(
         "extra": _text(extra),
         f"rng/{rank:05d}": torch.get_rng_state(),
         f"random/{rank:05d}": _text(random_state()),
+        f"own/{rank:05d}": _text(own or {}),
         **({"ema": averages} if averages else {}),
     }
 
@@ -176,7 +242,7 @@ def open_folder(root: Path, step: int) -> Path:
         try:
             clear_partial(root)
             if path.is_dir():  # whole once and damaged since: files of two saves must not mix
-                (path / MARKER).unlink()
+                (path / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(path)
             path.mkdir(parents=True)
         except OSError as error:
@@ -201,21 +267,8 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
-) -> dict[str, Any]:
-    """Restore a checkpoint in place, on any number of processes; return what was saved as `extra`.
-
-    A process that did not exist when it was saved draws random numbers of its own from then on: with dropout such a run
-    is another one, without it is the same.
-
-    Raises:
-        UserError: the checkpoint does not hold exactly the parameters that train now.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    reader = dcp.FileSystemReader(str(path))
-    sizes = reader.read_metadata().state_dict_metadata
-    weights = get_model_state_dict(model, options=ONLY_TRAINED)
+def _check_parameters(path: Path, sizes: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint does not hold exactly these parameters."""
     saved = {key.removeprefix("model.") for key in sizes if key.startswith("model.")}
     if saved != set(weights):
         odd = sorted(saved ^ set(weights))
@@ -231,6 +284,27 @@ def load(
             f"checkpoint {path} and the model have {others[0]} in different shapes "
             f"({len(others)} differ): use the backbones and the config of that run, or another run.dir"
         )
+
+
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Restore a checkpoint in place, on any number of processes; return what was saved as `extra`.
+
+    A process that did not exist when it was saved draws random numbers of its own from then on: with dropout such a run
+    is another one, without it is the same. The result's `own` lists what processes saved as theirs: one entry for each
+    where there are as many as now, otherwise some processes take over more than one, or none.
+
+    Raises:
+        UserError: the checkpoint does not hold exactly the parameters that train now.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    reader = integrity.Reader(str(path))
+    sizes = reader.read_metadata().state_dict_metadata
+    if "extra" not in sizes:
+        raise UserError(f"checkpoint {path} was not written by a run of this program: use another run.dir")
+    weights = get_model_state_dict(model, options=ONLY_TRAINED)
+    _check_parameters(path, sizes, weights)
     state: dict[str, Any] = {
         "model": weights,
         "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINED),
@@ -243,8 +317,16 @@ def load(
         state[own] = torch.get_rng_state()
     if own_random in sizes:
         state[own_random] = torch.empty(tuple(sizes[own_random].size), dtype=torch.uint8)  # type: ignore[union-attr]
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    mine = sorted(key for key in sizes if key.startswith("own/"))[rank::size]
+    state |= {key: torch.empty(tuple(sizes[key].size), dtype=torch.uint8) for key in mine}  # type: ignore[union-attr]
     with _without_group_warning():
-        dcp.load(state, checkpoint_id=str(path))
+        try:
+            dcp.load(state, storage_reader=reader)
+        except FAILURES as error:
+            raise UserError(
+                f"checkpoint {path} cannot be read ({why(error)}): repair the storage and give the same command again"
+            ) from error
     set_model_state_dict(model, state["model"], options=ONLY_TRAINED)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINED)
     extra: dict[str, Any] = _read(state["extra"])
@@ -254,7 +336,8 @@ def load(
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{path.name} {rank}".encode()).digest()[:7], "big"))
     if own_random in state:
         restore_random(_read(state[own_random]))
-    return extra
+    owned = [found for key in mine if (found := _read(state[key]))]
+    return {**extra, "own": owned} if owned else extra
 
 
 class Checkpoints:
@@ -310,8 +393,14 @@ class Checkpoints:
             self.finish()
         return step % self._options.checkpoint_every == 0 or votes[0] > 0 or votes[1] > 0
 
-    def save(self, step: int, extra: dict[str, Any], *, wait: bool) -> Path:
+    def save(self, step: int, extra: dict[str, Any], own: dict[str, Any] | None = None, *, wait: bool) -> Path:
         """Write checkpoint `step` unless it is written; `wait` until it is complete.
+
+        Args:
+            step: updates that were made.
+            extra: plain values, the same on every process.
+            own: plain values of this process.
+            wait: return when it is complete.
 
         Raises:
             UserError: it cannot be written, or the one before could not.
@@ -321,10 +410,10 @@ class Checkpoints:
         if step != self._saved_step:
             open_folder(self._root, step)
             means = self._averages.means if self._averages else None
-            content = trained_state(self._model, self._optimizer, extra, means)
+            content = trained_state(self._model, self._optimizer, extra, means, own)
             if wait or not self._in_background(path, content):
                 try:
-                    dcp.save(content, checkpoint_id=str(path), process_group=self._group)
+                    dcp.save(content, storage_writer=integrity.Writer(path), process_group=self._group)
                 except FAILURES as error:
                     raise unwritable(path, error) from error
                 self._prune()
@@ -334,7 +423,8 @@ class Checkpoints:
     def _in_background(self, path: Path, content: dict[str, Any]) -> bool:
         if self._background:
             try:
-                future = dcp.async_save(content, checkpoint_id=str(path), process_group=self._group)
+                writer = integrity.Writer(path)
+                future = dcp.async_save(content, storage_writer=writer, process_group=self._group)
             except (AssertionError, NotImplementedError, TypeError, ValueError) as error:  # the same on all processes
                 self._background = False
                 print(f"checkpoints are written in the foreground ({why(error)})", file=sys.stderr, flush=True)
@@ -360,7 +450,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         if self._processes.is_main:
-            with suppress(OSError):  # too many checkpoints do no harm until the disk is full, and that is reported
+            # Too many checkpoints do no harm until the disk is full, and that is reported.
+            with suppress(OSError, UserError):
                 prune(self._root, self._options.keep_last, self._options.checkpoint.keep_every)
 
     def close(self) -> None:

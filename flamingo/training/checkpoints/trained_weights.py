@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -24,22 +25,28 @@ _INCIDENTAL = re.compile(r"_?(name_or_path|commit_hash|attn_implementation\w*|ex
 _INCIDENTAL_KEYS = {"name", "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
 
 
-def fingerprint(module: nn.Module, config: Mapping[str, Any] | None = None, *, tensors: int = 4) -> str:
-    """Return a short hash of a module: its config, the names and shapes of its weights, and some of their values.
+def fingerprint(module: nn.Module) -> str:
+    """Return a short hash of a module: the names and shapes of its weights, and all of their values.
 
-    Values are taken in bfloat16 from `tensors` weights spread over the module, at most 4096 of each, so that a module
-    stored in bfloat16 and its float32 original have one fingerprint, and a large LM is not read through.
+    Values are taken in bfloat16, so that a module stored in bfloat16 and its float32 original have one fingerprint.
+    They are read from memory, at several GB/s.
     """
-    state = module.state_dict()
-    digest = hashlib.sha256(json.dumps(config or {}, sort_keys=True, default=str).encode())
-    for name in sorted(state):
-        digest.update(f"{name}{tuple(state[name].shape)}".encode())
-    names = [name for name in sorted(state) if state[name].is_floating_point() and state[name].ndim >= 2]
-    for name in names[:: max(1, len(names) // tensors)]:
-        flat = state[name].detach().flatten()
-        values = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
-        digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return _hash_tensors(module.state_dict())
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.detach().to("cpu")
+        values = values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def trained_fingerprint(module: nn.Module) -> str:
+    """Return a short hash of the weights that train, as they are before the first update or the checkpoint's."""
+    return _hash_tensors({name: weight for name, weight in module.named_parameters() if weight.requires_grad})
 
 
 def frozen_fingerprints(

@@ -11,8 +11,10 @@ Frozen weights have neither gradients nor optimizer state, so they are 2 bytes a
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from flamingo.errors import UserError
@@ -38,6 +41,8 @@ class Processes:
     rank: int
     size: int
     device: torch.device
+    limit_seconds: float = 600.0
+    """How long one process may keep the others waiting; a collective gives up a little later."""
 
     @property
     def is_main(self) -> bool:
@@ -57,14 +62,58 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
+    def wait_long(self) -> None:
+        """Wait until all processes have come here, however long one works alone; they are asked whether they live.
 
-def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 10.0) -> Processes:
+        A collective would give up after `limit_seconds`; this counts in the store that brought the processes together.
+
+        Raises:
+            UserError: a process has given no sign of life for `SILENCE_SECONDS`.
+        """
+        if self.size == 1:
+            return
+        shared = _get_default_store()
+        key, alive = f"flamingo/arrived/{next(_MEETINGS)}", [alive_key(rank) for rank in range(self.size)]
+        shared.add(key, 1)
+        seen: list[bytes] = []
+        asked = changed = time.monotonic()
+        while shared.add(key, 0) < self.size:
+            time.sleep(0.05)
+            if time.monotonic() - asked > SILENCE_SECONDS / 10 and shared.check(alive):
+                asked, before, seen = time.monotonic(), seen, shared.multi_get(alive)
+                silent = [rank for rank, (old, new) in enumerate(zip(before, seen, strict=False)) if old == new]
+                if not silent:
+                    changed = asked
+                elif asked - changed > SILENCE_SECONDS:
+                    raise UserError(
+                        f"process {silent[0]} has given no sign of life for {SILENCE_SECONDS:.0f} s while the others "
+                        "waited for it: look at its machine and start again, the run resumes from its last checkpoint"
+                    )
+        self.wait()  # or the process that keeps the store may be gone before another has seen that all are here
+
+
+LAST_WORD_SECONDS = 30.0
+"""Between the time that a slow process is given and the end of the others' patience: it may say why."""
+SILENCE_SECONDS = 600.0
+_MEETINGS = itertools.count()
+"""Numbers the calls of `wait_long`, which every process makes in the same order."""
+
+
+def alive_key(rank: int) -> str:
+    """Return where in the store a process leaves a number that grows while it lives."""
+    return f"flamingo/alive/{rank}"
+
+
+def start_processes(
+    device: str, *, need_group: bool, storage_minutes: float = 0.0, timeout_minutes: float = 10.0
+) -> Processes:
     """Join the process group that torchrun describes, or run alone.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         need_group: also make a group of one process (FSDP2 on a single process).
-        timeout_minutes: how long a collective may wait before all processes stop with an error.
+        storage_minutes: how long a process waits for storage that is away, while the others wait for it.
+        timeout_minutes: how much longer one process may keep the others waiting before all stop with an error.
 
     Raises:
         UserError: cuda was asked for and there is none.
@@ -78,12 +127,14 @@ def start_processes(device: str, *, need_group: bool, timeout_minutes: float = 1
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    limit = timedelta(minutes=timeout_minutes)
+    # A process that knows why it is slow says so first.
+    minutes = timeout_minutes + storage_minutes
+    limit = timedelta(minutes=minutes, seconds=LAST_WORD_SECONDS)
     if size > 1:
         dist.init_process_group(backend, timeout=limit)
     elif need_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    return Processes(rank, size, where)
+    return Processes(rank, size, where, 60.0 * minutes)
 
 
 def set_threads(threads: int, size: int) -> None:

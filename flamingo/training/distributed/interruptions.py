@@ -3,6 +3,8 @@
 Asked to stop: SLURM sends SIGTERM, or the signal that the job asked for (SIGUSR1, submitit: SIGUSR2), some time before
 it takes the machine away; Ctrl-C is SIGINT. The handler only notes the signal. The loop adds the note of every process
 to the sum it makes at each update anyway, so that all processes stop after the same update, whichever was signalled.
+A thread hears of the signal too: a process that waits in a collective for one that hangs runs no handler, and must
+still be gone when its grace period is over.
 
 A failure: the process that fails prints who it is, leaves its reason in the store that brought the processes together,
 and ends. A thread of every other process looks there every two seconds and ends its own process, which would otherwise
@@ -21,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -28,7 +31,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from flamingo.errors import UserError
-from flamingo.training.distributed.fsdp import Processes, exit_process
+from flamingo.training.distributed.fsdp import Processes, alive_key, exit_process
 
 T = TypeVar("T")
 KEY = f"flamingo/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -73,21 +76,40 @@ class StopSignals:
         self._at, self._pid = 0.0, os.getpid()
         self._grace = grace_seconds
         self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._wakeup: tuple[int, socket.socket] | None = None
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._note) for signum in WATCHED}
+            heard, told = socket.socketpair()
+            told.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False), told
+            threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
+
+    def _listen(self, heard: socket.socket) -> None:
+        """Begin the grace period of signals whose handler cannot run, until `close`."""
+        with heard:
+            while numbers := heard.recv(64):
+                for signum in numbers:
+                    if signum in WATCHED:
+                        self._begin(signum)
+
+    def _begin(self, signum: int) -> None:
+        """Start the grace period with the first signal."""
+        with self._lock:  # of both the handler and the thread
+            if not self.signum and self._before:
+                self._at = time.monotonic()
+                self._timer = threading.Timer(self._grace, self._too_late)
+                self._timer.daemon = True
+                self._timer.start()
+                self.signum = signum
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a loader's worker, which has inherited this handler: the process that it serves ends it
         if signum == signal.SIGINT and self.signum == signal.SIGINT and time.monotonic() - self._at > AGAIN_SECONDS:
             raise KeyboardInterrupt
-        if not self.signum:
-            self._at = time.monotonic()
-            self._timer = threading.Timer(self._grace, self._too_late)
-            self._timer.daemon = True
-            self._timer.start()
-        self.signum = self.signum or signum
+        self._begin(signum)
 
     def _too_late(self) -> None:
         print(
@@ -115,6 +137,19 @@ class StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+        if self._wakeup is not None:
+            (before, told), self._wakeup = self._wakeup, None
+            signal.set_wakeup_fd(before)
+            told.close()  # which ends the thread
+
+
+def _forget_wakeup() -> None:
+    """Keep a forked worker's signals from being heard as its parent's."""
+    with suppress(ValueError):  # forked by another thread than the main one
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_wakeup)
 
 
 class Failed(Exception):  # noqa: N818
@@ -130,6 +165,7 @@ class FailureWatch:
         self._closed = threading.Event()
         self._store: Any = None
         self._thread: threading.Thread | None = None
+        self._rank = processes.rank
         if processes.size > 1:
             self._store = _get_default_store()
             # A connection of its own: this one may be held by a process group that waits.
@@ -137,9 +173,10 @@ class FailureWatch:
             self._thread.start()
 
     def _look(self, store: Any) -> None:
-        lost = 0
+        lost = beats = 0
         while not self._closed.wait(LOOK_SECONDS):
             try:
+                store.set(alive_key(self._rank), str(beats := beats + 1))
                 reason = store.get(KEY).decode() if store.check([KEY]) else ""
                 lost = 0
             except RuntimeError:  # the process that keeps the store may just be leaving

@@ -38,26 +38,35 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step."""
+    """`metrics.jsonl`: one object a logged step, flushed at once; a resumed run drops what lies beyond its step.
+
+    It does so with its first line: a start that fails before that leaves the file as it was.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open `path` for appending after removing every line whose `step` is above `resume_step`."""
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            # A killed run can leave half a line at the end; it belongs to a step that is done again.
-            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resume_step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file: IO[str] = path.open("a")
+        """Append to `path`, once every line whose `step` is above `resume_step` is removed."""
+        self._path, self._resume_step = path, resume_step
+        self._file: IO[str] | None = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
+        self._file = self._file or self._opened()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
+    def _opened(self) -> IO[str]:
+        kept = []
+        if self._path.exists():
+            lines = self._path.read_text(errors="replace").splitlines()
+            # A killed run can leave half a line at the end; it belongs to a step that is done again.
+            kept = [line for line in lines if (step := _step_of(line)) is not None and step <= self._resume_step]
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
+        return self._path.open("a")
+
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _step_of(line: str) -> int | None:
@@ -65,6 +74,12 @@ def _step_of(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return None
+
+
+def last_step(path: Path) -> int:
+    """Return the highest step that has figures in a `metrics.jsonl`; 0: none."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return max((step for line in lines if (step := _step_of(line)) is not None), default=0)
 
 
 class TensorBoard:

@@ -87,7 +87,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         if processes.is_main and not _is_tokenizer(folder):
             trained = builders.train_tokenizer(texts(), language.vocab_size)
             write_folder(folder, lambda whole: trained.save_pretrained(str(whole)), overwrite=True)
-        processes.wait()  # the others, until it is written
+        processes.wait_long()  # the others, until it is written
         tokenizer = builders.load_tokenizer(str(folder))
     if not language.name:
         lm = builders.build_language(language.config or {}, tokenizer)
