@@ -50,9 +50,9 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
     except UserError as error:
         raise UserError(f"task {name}: {error}") from None
     if not items:
-        chosen = {"split": source.split, "only": source.only, "max_items": source.max_items}
-        asked = ", ".join(f"{key}={value}" for key, value in chosen.items() if value or value == 0)
-        raise UserError(f"task {name}: {source.path} has no row, so no image with an answer, under {asked or 'it'}")
+        asked = [f"{key}={value}" for key in ("split", "only") if (value := getattr(source, key))]
+        which = f" of {' and '.join(asked)}" if asked else ""
+        raise UserError(f"task {name}: {source.path} has no image with an answer: it has no row{which}")
     return [_example(name, item, spec) for item in items]
 
 

@@ -147,10 +147,10 @@ def test_an_absolute_path_in_a_published_file_follows_the_same_rule(tmp_path: Pa
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("t.jsonl", "", r"t\.jsonl has no row, so no image with an answer"),
-        ("t.jsonl", "[]", r"t\.jsonl has no row"),
-        ("t.csv", "image,answer\n", r"t\.csv has no row"),
-        ("t.csv", "", r"t\.csv has no row"),
+        ("t.jsonl", "", r"t\.jsonl has no image with an answer: it has no row$"),
+        ("t.jsonl", "[]", r"t\.jsonl has no image with an answer"),
+        ("t.csv", "image,answer\n", r"t\.csv has no image with an answer"),
+        ("t.csv", "", r"t\.csv has no image with an answer"),
     ],
 )
 def test_a_table_without_rows_is_one_sentence(tmp_path: Path, file: str, text: str, message: str) -> None:

@@ -58,12 +58,12 @@ def in_split(split: str, source: SourceSpec) -> bool:
     return not source.split or split in source.split.split("+")
 
 
-def check_annotators(row: Row, count: int, source: SourceSpec) -> None:
+def check_annotators(row: Row, question: str, count: int, source: SourceSpec) -> None:
     """Raise UserError for an answer list of the wrong length."""
     if source.annotators is not None and count != source.annotators:
         raise row.fault(
-            f"has {count} answers, but every question of this data set should have {source.annotators}; use the "
-            "published file, or set source.annotators"
+            f"is not complete: question {question} has {count} answers, but every question of this data set should have "
+            f"{source.annotators}; use the published file, or set source.annotators"
         )
 
 

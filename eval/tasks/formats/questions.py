@@ -29,7 +29,7 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
             )
         note = annotations[question_id]
         answers = [answer.text(key) for answer in note.rows("answers")]
-        check_annotators(note, len(answers), source)
+        check_annotators(note, question_id, len(answers), source)
         image_id, kind = row.name("image_id"), note.text("answer_type", "")
         image = image_of(source, image_id, row)
         yield item(note, question_id, image, row.text("question"), answers, kind, group=image_id)
@@ -46,7 +46,7 @@ def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
     for row in whole(path).rows("data"):
         question_id, image, answers = row.name("question_id"), row.name("image_id"), row.texts("answers")
-        check_annotators(row, len(answers), source)
+        check_annotators(row, question_id, len(answers), source)
         shown = image_of(source, f"{image}.jpg", row)
         yield item(row, question_id, shown, row.text("question"), answers, group=image)
 
@@ -56,7 +56,7 @@ def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
     for row in json_rows(path):
         file_name = row.name("image")
         answers = [answer.text("answer") for answer in row.rows("answers")]
-        check_annotators(row, len(answers), source)
+        check_annotators(row, file_name, len(answers), source)
         image, kind = image_of(source, file_name, row), row.text("answer_type", "")
         yield item(row, Path(file_name).stem, image, row.text("question"), answers, kind, group=file_name)
 
@@ -103,7 +103,7 @@ def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     keys = [f"answer{index}" for index in range(1, 6)]
     for index, row in enumerate(csv_rows(path, ["video_id", "start", "end", "question", *keys])):
         video, answers = row.name("video_id"), [row.text(key) for key in keys if row.text(key)]
-        check_annotators(row, len(answers), source)
+        check_annotators(row, str(index), len(answers), source)
         clip = clip_of(source, video, row, row.number("start"), row.number("end"))
         yield item(row, f"{video}.{index}", clip, row.text("question"), answers, group=video)
 
