@@ -53,8 +53,8 @@ class LexerRule:
 
 _APOS = "(?:['\x92\u2019]|&apos;)"
 _APOS_WIDE = f"(?:{_APOS}|[`\x91\u2018\u201b])"
-# Which characters are words, digits and symbols to the Java program, as ranges that differ from Python's classes: found by
-# running it on every character of the BMP. It knows Unicode as it was in 2013, and no character beyond the BMP at all.
+# Which characters are letters, digits and symbols to the Java program, as differences from Python's classes: found by
+# running it on every character of the BMP. It knows Unicode as it was in 2013, and nothing beyond the BMP.
 _NOT_LETTERS = (  # numbers that are not digits, and letters that came later
     r"²³¹¼-¾\u037f\u0528-\u052f\u0560\u0588\u05ef\u0860-\u088e\u08a1\u08ad-\u08c9\u0978\u0980\u09f4-\u09fc\u0af9"
     r"\u0b72-\u0b77\u0bf0-\u0bf2\u0c34\u0c5a-\u0c5d\u0c78-\u0c80\u0cdd\u0d04\u0d54-\u0d5f\u0d70-\u0d78\u0e86\u0e89\u0e8c"

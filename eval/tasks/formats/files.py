@@ -62,8 +62,8 @@ def check_annotators(row: Row, question: str, count: int, source: SourceSpec) ->
     """Raise UserError for an answer list of the wrong length."""
     if source.annotators is not None and count != source.annotators:
         raise row.fault(
-            f"is not complete: question {question} has {count} answers, but every question of this data set should have "
-            f"{source.annotators}; use the published file, or set source.annotators"
+            f"is not complete: question {question} has {count} answers, but every question of this data set should "
+            f"have {source.annotators}; use the published file, or set source.annotators"
         )
 
 
