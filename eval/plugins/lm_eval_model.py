@@ -140,7 +140,7 @@ class FlamingoLM(LM):
         support = self._support(str(request.task_name))
         return support.demos(query, str(request.doc_id), self._shots), query
 
-    def _support(self, name: str) -> HarnessSupport:
+    def _support(self, name: str) -> harness.HarnessSupport:
         if name not in self._supports:
             task = self._task(name)
             examples = list(task.fewshot_docs())

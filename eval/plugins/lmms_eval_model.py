@@ -118,7 +118,7 @@ class FlamingoLMMs(lmms):
             self._supports[task] = self._support(task, visual.__self__, split)
         return self._supports[task].demos(query, f"{split} {index}", self._shots), query
 
-    def _support(self, name: str, task: Any, asked: str) -> HarnessSupport:
+    def _support(self, name: str, task: Any, asked: str) -> harness.HarnessSupport:
         """Return the split to draw from; lmms-eval's `fewshot_docs` would fall back on the questions asked."""
         config = task.config
         named = [config.fewshot_split, config.training_split, config.validation_split]

@@ -40,7 +40,7 @@ class Comparison:
     n: int
     scores: tuple[float, float]
     difference: float
-    interval: tuple[float | None, ...]
+    interval: tuple[float, float]  # nan where there is none
     interval_method: str
     p: float
     p_mcnemar: float | None
@@ -101,7 +101,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
         n=len(a),
         scores=(float(a.mean()), float(b.mean())),
         difference=mean,
-        interval=tuple(interval.ends),
+        interval=(interval.low, interval.high),
         interval_method=interval.method,
         p=sign_flip(difference, clusters),
         p_mcnemar=mcnemar(a, b),

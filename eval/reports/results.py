@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -195,7 +196,7 @@ def percent(share: float | None) -> str:
 def interval_text(interval: Sequence[float | None], form: str = ".1f") -> str:
     """Return an interval in per cent as text; a dash if there is none."""
     low, high = interval
-    return "–" if low is None or high is None else f"{100 * low:{form}} to {100 * high:{form}}"
+    return "–" if low is None or high is None or math.isnan(low) else f"{100 * low:{form}} to {100 * high:{form}}"
 
 
 def notes_of(results: Mapping[str, Any]) -> list[str]:

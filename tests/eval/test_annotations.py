@@ -46,7 +46,7 @@ def own_table(root: Path, name: str) -> None:
         dump_lines(root / "t.jsonl", [row | {"answer": ["a", "b"], "choices": ["a", "b", "c"]} for row in rows])
 
 
-@dataclass
+@dataclass(repr=False)
 class World:
     """A task whose files lie in a folder, and the content of those that can be damaged."""
 
@@ -94,6 +94,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     made: dict[str, World] = {}
 
     class Worlds(dict[str, World]):
+        __repr__ = object.__repr__
+
         def __missing__(self, name: str) -> World:
             root = tmp_path_factory.mktemp(name)
             if name in WRITERS:
@@ -159,7 +161,7 @@ def check(world: World, file: Path, content: Any, odd: bool) -> None:
         sentence = str(error)
         assert sentence.startswith(f"task {world.name}: ")
         assert "\n" not in sentence
-        if odd:
+        if odd and "change task.NAME.question" not in sentence:  # which says what the items have
             assert file.name in sentence, sentence
             assert ENTRY.search(sentence), sentence
     finally:
@@ -168,14 +170,15 @@ def check(world: World, file: Path, content: Any, odd: bool) -> None:
 
 @pytest.mark.parametrize("name", [*WRITERS, "csv", "jsonl"])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(data=st.data())
-def test_any_value_of_any_type_is_refused_by_name_or_right(name: str, worlds: dict[str, World], data: Any) -> None:
+@given(place=st.integers(0, 10**6), value=VALUES)
+def test_any_value_of_any_type_is_refused_by_name_or_right(
+    name: str, worlds: dict[str, World], place: int, value: Any
+) -> None:
     if name == "mmmu":
         pytest.importorskip("pyarrow")
     world = worlds[name]
-    file = data.draw(st.sampled_from(sorted(world.files)))
-    path = data.draw(st.sampled_from(list(paths(world.files[file]))))
-    value = data.draw(VALUES)
+    places = [(file, path) for file, content in world.files.items() for path in paths(content)]
+    file, path = places[place % len(places)]
     content = world.files[file]
     if file.suffix == ".csv":  # a cell is text, whatever was meant
         value = value if value is REMOVED else str(value).replace("\0", "")

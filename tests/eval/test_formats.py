@@ -167,9 +167,9 @@ def test_more_choices_than_letters_are_ranked_as_text_and_refused_as_letters(tmp
     source = SourceSpec(format="imagenet", path=str(tmp_path / "val"), annotations=str(tmp_path / "names.txt"))
     (found,) = read_examples("t", TaskSpec(source=source), source)
     assert (found.golds, len(found.candidates)) == (("thing 3",), 30)
-    for change in ({"question": "{options}"}, {"answer_as": "letter"}):
+    for spec in (TaskSpec(source=source, question="{options}"), TaskSpec(source=source, answer_as="letter")):
         with pytest.raises(UserError, match="has 30 choices, and letters end at Z"):
-            read_examples("t", TaskSpec(source=source, **change), source)
+            read_examples("t", spec, source)
 
 
 def test_a_stored_image_is_read_when_needed_and_equals_its_bytes(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ GOLDEN = {
     "co\u00adoperate \u00ad 5\u00ad6": "cooperate 56",
     "\u0663\u066b\u0665 १२ \uff15cm": "\u0663\u066b\u0665 १२ \uff15cm",
     "\u201alow\u201f \u201c\u201cy <<z>> a==b «w»": "\u201a low \u201f ```` y << z >> a = = b w",
-    "\u2102 is \u2103 \u2168 ½ \u2150 ²": "\u2102 is \u2103 1/2 2",
+    "\u2102 is \u2103 \u2168 ½ \u2150 ²": "\u2102 is \u2103 1/2 ²",
     "\uab70 \u08a0 \u20aa5": "\u08a0 5",
 }
 _WORDS = (
