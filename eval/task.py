@@ -106,7 +106,7 @@ class StoredImage(EncodedImage):
             raise UserError(f"the image {self.file} cannot be read: {error.strerror or error}") from None
 
     @property
-    def names(self) -> Sequence[str]:  # type: ignore[override]
+    def names(self) -> Sequence[str]:
         """What the frames are called."""
         names = vars(self)["_names"]
         return names() if names is not None else () if self.file is None else (str(self.file),)

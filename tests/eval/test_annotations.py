@@ -168,7 +168,7 @@ def check(world: World, file: Path, content: Any, odd: bool) -> None:
         write(file, world.files[file])
 
 
-@pytest.mark.parametrize("name", [*WRITERS, "csv", "jsonl"])
+@pytest.mark.parametrize("name", [*(name for name in WRITERS if name != "imagenet"), "csv", "jsonl"])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(place=st.integers(0, 10**6), value=VALUES)
 def test_any_value_of_any_type_is_refused_by_name_or_right(
@@ -181,12 +181,13 @@ def test_any_value_of_any_type_is_refused_by_name_or_right(
     file, path = places[place % len(places)]
     content = world.files[file]
     if file.suffix == ".csv":  # a cell is text, whatever was meant
-        value = value if value is REMOVED else str(value).replace("\0", "")
+        value = value if value is REMOVED else re.sub(f"\0|None|{MARK}", "", str(value))
         value = [value] if len(path) == 1 and value is not REMOVED else [] if not path else value
         check(world, file, damaged(content, path, value), odd=False)
     elif file.suffix == ".parquet" and path:  # a column has one type
         for row in range(len(content)):
-            content = damaged(content, (row, *path[1:]), value) if len(path) > 1 else content
+            if len(path) == 2 or len(path) > 2 and content[row][path[1]] is not None:
+                content = damaged(content, (row, *path[1:]), value)
         check(world, file, content, odd=False)
     else:
         odd = bool(path) and (value is None or isinstance(value, dict | list | bool))

@@ -116,9 +116,9 @@ def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `dev.json`, one object a line: question, opa to opd, cop (counted from 1), subject_name, exp."""
     for index, row in enumerate(json_lines(path)):
         choices = [row.text(key) for key in ("opa", "opb", "opc", "opd")]
-        facts = {"kind": row.text("subject_name", ""), "rationale": " ".join(row.text("exp", "").split())}
+        kind, why = row.text("subject_name", ""), " ".join(row.text("exp", "").split())
         name, correct = row.text("id", str(index)), row.integer("cop") - 1
-        yield choice_item(row, name, choices, correct, row.text("question"), **facts)
+        yield choice_item(row, name, choices, correct, row.text("question"), kind=kind, rationale=why)
 
 
 def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
