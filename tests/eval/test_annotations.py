@@ -26,7 +26,7 @@ from tests.eval.published import WRITERS
 from tests.eval.published.files import dump_csv, dump_lines, image
 
 ENTRY = re.compile(
-    r"\b(item|line|row|entry|images|annotations|questions|data) \S+|the file (has|is)|is not a list|, not a list"
+    r"\b(item|line|row|entry|images|annotations|questions|data) \S+|the file (has|is)|, not a list|has no row"
 )
 """What a sentence calls an entry; a fault of the whole file is said of the file."""
 MARK = "zq"
@@ -186,7 +186,7 @@ def test_any_value_of_any_type_is_refused_by_name_or_right(
         check(world, file, damaged(content, path, value), odd=False)
     elif file.suffix == ".parquet" and path:  # a column has one type
         for row in range(len(content)):
-            if len(path) == 2 or len(path) > 2 and content[row][path[1]] is not None:
+            if len(path) == 2 or (len(path) > 2 and content[row][path[1]] is not None):
                 content = damaged(content, (row, *path[1:]), value)
         check(world, file, content, odd=False)
     else:
