@@ -26,7 +26,7 @@ from tests.eval.published import WRITERS
 from tests.eval.published.files import dump_csv, dump_lines, image
 
 ENTRY = re.compile(
-    r"\b(item|line|row|entry|images|annotations|questions|data) \S+|the file (has|is)|, not a list|has no row"
+    r"\b(item|line|row|entry|images|annotations|questions?|data) \S+|the file (has|is)|, not a list|has no row"
 )
 """What a sentence calls an entry; a fault of the whole file is said of the file."""
 MARK = "zq"
