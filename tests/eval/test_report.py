@@ -65,8 +65,10 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
         assert row["interval"][0] <= row["score"] <= row["interval"][1]
         assert row["n"] == (20 if row["task"] == "vqa<b>" else 24)
         assert row["n_images"] * 2 == row["n"]  # two seeds ask the same queries: clustered
-        assert row["interval_method"] == "two-level bootstrap"  # ... and drawn too
-        assert row["interval_these_seeds_method"] == "bootstrap"
+        alike = row["score"] in (0, 1)  # of which a bootstrap would know nothing
+        assert row["interval_method"] == ("wilson" if alike else "two-level bootstrap")  # ... and drawn too
+        assert row["interval_these_seeds_method"] == ("wilson" if alike else "bootstrap")
+        assert any("score the same" in note for note in row["notes"]) == alike
         assert set(row["score_by_seed"]) == {"0", "1"}
     for key in ("model", "command", "code", "versions", "device", "date", "wall_s", "decoding", "images", "seeds"):
         assert read[key] not in (None, "", {}), key
