@@ -14,7 +14,7 @@ from PIL import Image
 from eval.inference.provenance import folder_hash, provenance
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
-from eval.reports.results import results_of, sample_line, table, write_report
+from eval.reports.results import notes_of, results_of, sample_line, table, write_report
 from eval.runner import Grid, run
 from eval.samples import Sample
 from eval.spec import SourceSpec, TaskSpec
@@ -84,7 +84,7 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
 
 def test_table_has_a_line_a_row(finished: tuple) -> None:
     text = table(finished[0]).splitlines()
-    assert len(text) == 13
+    assert len(text) == 13 + len(notes_of(finished[0]))
     assert "100.0%" in table(finished[0])
 
 
