@@ -18,8 +18,8 @@ equality with the Java program is tested where both are installed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 REMOVED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
@@ -217,8 +217,18 @@ RULES = (
 )
 
 
+def _of_ascii(rule: LexerRule) -> LexerRule:
+    pattern = rule.pattern.pattern.replace(_LETTER, "[a-zA-Z]").replace(_PLAIN_LETTER, "[a-zA-Z]")
+    return replace(rule, pattern=re.compile(pattern.replace(_DIGIT, "[0-9]")))
+
+
+ASCII_RULES = tuple(map(_of_ascii, RULES))
+"""The same rules for a text of ASCII alone, which most captions are; on these they are faster."""
+
+
 def ptb_tokenize(text: str) -> list[str]:
     """Return lower-case tokens of one caption, punctuation marks included."""
+    rules = ASCII_RULES if text.isascii() else RULES
     tokens: list[str] = []
     position = 0
     while position < len(text):
@@ -229,7 +239,7 @@ def ptb_tokenize(text: str) -> list[str]:
             tokens.append(plain[0])
             position = plain.end()
             continue
-        best, rule = _longest(text, position)
+        best, rule = _longest(text, position, rules)
         if best is None or rule is None:
             position += 1
             continue
@@ -240,10 +250,10 @@ def ptb_tokenize(text: str) -> list[str]:
     return tokens
 
 
-def _longest(text: str, position: int) -> tuple[re.Match[str] | None, LexerRule | None]:
+def _longest(text: str, position: int, rules: Sequence[LexerRule]) -> tuple[re.Match[str] | None, LexerRule | None]:
     best: re.Match[str] | None = None
     chosen: LexerRule | None = None
-    for rule in RULES:
+    for rule in rules:
         match = rule.pattern.match(text, position)
         if match and (best is None or match.end() > best.end()):
             best, chosen = match, rule

@@ -169,7 +169,7 @@ def check(world: World, file: Path, content: Any, odd: bool) -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name in WRITERS if name != "imagenet"), "csv", "jsonl"])
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(place=st.integers(0, 10**6), value=VALUES)
 def test_any_value_of_any_type_is_refused_by_name_or_right(
     name: str, worlds: dict[str, World], place: int, value: Any
