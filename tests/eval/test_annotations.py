@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eval.compose import load_config
+from eval.metrics.wordnet import wordnet
 from eval.spec import SourceSpec, TaskSpec
 from eval.task import Example
 from eval.tasks.build import build_task
@@ -24,6 +25,7 @@ from eval.tasks.sources import read_examples
 from flamingo.errors import UserError
 from tests.eval.published import WRITERS
 from tests.eval.published.files import dump_csv, dump_lines, image
+from tests.eval.test_metrics_table import small_wordnet
 
 ENTRY = re.compile(
     r"\b(item|line|row|entry|images|annotations|questions?|data) \S+|the file (has|is)|, not a list|has no row"
@@ -86,6 +88,16 @@ def write(file: Path, content: Any) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in content))
     else:
         file.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_wordnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The files that NExT-QA's metric needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WNHOME", str(small_wordnet(tmp_path_factory.mktemp("wordnet"))))
+        wordnet.cache_clear()
+        yield
+    wordnet.cache_clear()
 
 
 @pytest.fixture(scope="module")
