@@ -94,7 +94,7 @@ def write(file: Path, content: Any) -> None:
 def a_wordnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The files that NExT-QA's metric needs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WNHOME", str(small_wordnet(tmp_path_factory.mktemp("wordnet"))))
+        patch.setenv("WNHOME", str(small_wordnet(tmp_path_factory.mktemp("words") / "wordnet")))
         wordnet.cache_clear()
         yield
     wordnet.cache_clear()
