@@ -107,15 +107,16 @@ def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{path}: line {line_number} is not JSON: {one_line(error)}") from None
 
 
-def table_rows(path: Path, needed: Sequence[str] = (), delimiter: str = ",") -> Iterator[dict[str, str]]:
-    """Yield the rows of a table with a header.
+def table_rows(
+    path: Path, needed: Sequence[str] = (), delimiter: str = ",", header: Sequence[str] = ()
+) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table with a header; `header` are the columns of one without.
 
     Raises UserError if a column of `needed` is missing, and, naming the line, for a row with more or fewer cells than
     the header and for a quote that is not closed.
     """
     lines = read_bytes(path).decode().split("\n")
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
-    header: list[str] = []
     begin = 1
     try:
         for row in reader:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -24,16 +24,20 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from flamingo.vision.image_files import read_image
+from flamingo.errors import UserError
 
 GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image, or a clip when it has several frames, as encoded files. Decoded only when a model has to see it."""
+    """One image, or a clip when it has several frames, as encoded files. Decoded only when a model has to see it.
+
+    `names` say where the frames come from (a file, a shard's document, a table's row), for messages.
+    """
 
     frames: tuple[bytes, ...]
+    names: Sequence[str] = field(default=(), compare=False)
 
     @cached_property
     def sha256(self) -> str:
@@ -43,9 +47,27 @@ class EncodedImage:
             digest.update(hashlib.sha256(frame).digest())
         return digest.hexdigest()
 
+    def label(self, frame: int) -> str:
+        """Return what a message calls a frame."""
+        names = self.names
+        if len(names) == len(self.frames):
+            return f"the image {names[frame]}"
+        return f"the image {names[0]}, frame {frame + 1}" if names else f"the image with sha256 {self.sha256[:12]}"
+
     def blank(self) -> EncodedImage:
-        """Return a grey image (or clip) of the same size and number of frames."""
-        return EncodedImage(tuple(_grey(read_image(frame, lambda image: image.size)) for frame in self.frames))
+        """Return a grey image (or clip) of the size and number of frames that the model sees.
+
+        Raises:
+            UserError: it cannot be decoded; names its file.
+        """
+        return self._blank
+
+    @cached_property
+    def _blank(self) -> EncodedImage:
+        from flamingo.vision.transform import to_rgb
+
+        shapes = [to_rgb(frame, self.label(index)).shape for index, frame in enumerate(self.frames)]
+        return EncodedImage(tuple(_grey((shape[-1], shape[-2])) for shape in shapes))
 
 
 @lru_cache(maxsize=64)
@@ -58,8 +80,9 @@ def _grey(size: tuple[int, int]) -> bytes:
 class StoredImage(EncodedImage):
     """An image that is read each time it is needed, so that thousands of them use no memory.
 
-    `read` returns the encoded frames; `file` is the file or folder that has to exist for that, if there is one;
-    `segment` says between which seconds of it the frames are, for a clip cut out of a video.
+    `read` returns the encoded frames; `file` is the file or folder that has to exist for that, if there is one; `names`
+    returns the frames' names, by default the file's; `segment` says between which seconds of it the frames are, for a
+    clip cut out of a video.
     """
 
     file: Path | None
@@ -69,17 +92,27 @@ class StoredImage(EncodedImage):
         self,
         read: Callable[[], tuple[bytes, ...]],
         file: Path | None = None,
+        names: Callable[[], Sequence[str]] | None = None,
         segment: tuple[float, float | None] | None = None,
     ) -> None:
-        vars(self).update(_read=read, file=file, segment=segment)  # the class is frozen
+        vars(self).update(_read=read, file=file, _names=names, segment=segment)  # the class is frozen
 
     def __repr__(self) -> str:
         return f"StoredImage({str(self.file)!r})"
 
     @property
     def frames(self) -> tuple[bytes, ...]:
-        """The frames, read now."""
-        return vars(self)["_read"]()
+        """The frames, read now. Raises UserError for a file that cannot be read (any more)."""
+        try:
+            return vars(self)["_read"]()
+        except OSError as error:
+            raise UserError(f"the image {self.file} cannot be read: {error.strerror or error}") from None
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the frames are called."""
+        names = vars(self)["_names"]
+        return names() if names is not None else () if self.file is None else (str(self.file),)
 
 
 @dataclass(frozen=True)

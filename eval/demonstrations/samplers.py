@@ -25,6 +25,7 @@ from eval.demonstrations.retrieval import Retriever
 from eval.task import EncodedImage, Example, generator
 from flamingo.errors import UserError
 from flamingo.vision.image_files import read_image
+from flamingo.vision.transform import as_seen
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def fingerprint(image: EncodedImage) -> Fingerprint | None:
 
 def _small_rgb(image: Image.Image) -> Image.Image:
     image.draft("RGB", (64, 64))  # decodes a JPEG at an eighth of its size if that is enough
-    return image.convert("RGB")
+    return as_seen(image)
 
 
 def _fingerprint(encoded: EncodedImage) -> Fingerprint | None:

@@ -30,6 +30,7 @@ from flamingo.errors import UserError
 from flamingo.inference.media_cache import MediaCache, attach_media
 from flamingo.inference.prompts import count_phi
 from flamingo.layers.media_mask import images_so_far
+from flamingo.vision.transform import to_rgb
 
 FEATURE_FORMAT = 1
 """Version of stored features; raised when what is stored changes."""
@@ -91,8 +92,10 @@ class FlamingoResponder(Responder):
         item = image.frames[0] if len(image.frames) == 1 else list(image.frames)
         try:
             return self.processor(images=[[item]], text=["<image>"])["pixel_values"]
-        except UserError as error:
-            raise UserError(f"image with sha256 {image.sha256[:12]} in the task's data: {error}") from None
+        except UserError:
+            for index, frame in enumerate(image.frames):
+                to_rgb(frame, image.label(index))  # names the frame that is to blame
+            raise
 
     @torch.inference_mode()
     def rank(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> list[list[float]]:

@@ -23,6 +23,7 @@ LONGEST = 4
 SIGMA = 6.0  # of CIDEr-D's penalty on differences in length, in words
 BETA = 1.2  # how much more ROUGE-L values recall
 NGram = tuple[str, ...]
+ONE_IMAGE = "CIDEr of one image is 0 whatever its caption says: every n-gram is in all images; measure two or more"
 
 
 def ngrams(words: Sequence[str]) -> Counter[NGram]:

@@ -12,27 +12,55 @@ query), so its interval is about the score under any demonstrations; the one ove
 two or three seeds the former is itself a rough estimate, on the narrow side (a resample of S seeds has (S - 1) / S of
 their variance).
 
+A bootstrap knows only the spread that it sees. Where all images have the same score (or there is only one) it would
+say that nothing is uncertain, which is wrong: scores between 0 and 1 then have Wilson's interval, an image being one
+trial (no such scores can vary more), and others have none. With few images it is too narrow. `Interval.note` says so.
+
 Letters: N samples, C clusters, S seeds, R resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 RESAMPLES = 10_000
+FEW = 10
+"""Clusters below which a bootstrap's interval is known to be too narrow."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval and the method that made it: "wilson", "bootstrap" (of images) or "two-level bootstrap"."""
+    """A 95 % interval and the method that made it: "wilson", "bootstrap" (of images), "two-level bootstrap", or "none".
+
+    Without a method there is no interval, and `low` and `high` are nan. `note` is what a reader has to know about it.
+    """
 
     low: float
     high: float
     method: str
+    note: str = ""
+
+    @property
+    def ends(self) -> list[float | None]:
+        """Both ends as JSON has them: null where there is no interval."""
+        return [None if np.isnan(end) else end for end in (self.low, self.high)]
+
+
+def _percentiles(values: np.ndarray, method: str, clusters: int) -> Interval:
+    """Return the percentile interval of a bootstrap's (R,) values, if it has one."""
+    low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan, np.nan)
+    images = f"{clusters} image{'s' if clusters > 1 else ''}"
+    if np.isnan(low):
+        return Interval(np.nan, np.nan, "none", f"no interval: no resample of the {images} has a value")
+    if np.isclose(low, high, rtol=1e-9, atol=1e-12):
+        alike = "of one image there is no spread" if clusters == 1 else f"all resamples of the {images} score the same"
+        return Interval(np.nan, np.nan, "none", f"no interval: {alike}")
+    note = f"only {images}: a bootstrap of fewer than {FEW} is too narrow" if clusters < FEW else ""
+    return Interval(float(low), float(high), method, note)
 
 
 def wilson(successes: float, n: int) -> Interval:
@@ -62,8 +90,7 @@ def cluster_bootstrap(scores: Sequence[float], clusters: Sequence[str], resample
     sums = np.bincount(inverse, weights=np.asarray(scores, dtype=np.float64))
     counts = np.bincount(inverse).astype(np.float64)
     means = [sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn, _ in _draws(len(names), 1, resamples)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(float(low), float(high), "bootstrap")
+    return _percentiles(np.concatenate(means), "bootstrap", len(names))
 
 
 def two_level_bootstrap(
@@ -85,8 +112,7 @@ def two_level_bootstrap(
         # A resample may have drawn no sample at all, where not every seed asked every query.
         with np.errstate(invalid="ignore", divide="ignore"):
             means.append(total / count)
-    low, high = np.nanquantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(float(low), float(high), "two-level bootstrap")
+    return _percentiles(np.concatenate(means), "two-level bootstrap", len(names))
 
 
 def _draws(clusters: int, seeds: int, resamples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -125,16 +151,20 @@ def statistic_interval(
     Resamples for which it has no value (nan: an AUC without negatives) are left out.
     """
     values = np.concatenate([statistic(weights) for weights in sample_weights(clusters, seeds, resamples)])
-    low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan, np.nan)
-    return Interval(float(low), float(high), "two-level bootstrap" if len(set(seeds or ())) > 1 else "bootstrap")
+    method = "two-level bootstrap" if len(set(seeds or ())) > 1 else "bootstrap"
+    return _percentiles(values, method, len(set(clusters)))
 
 
 def mean_interval(scores: Sequence[float], clusters: Sequence[str], seeds: Sequence[int] | None = None) -> Interval:
     """Return Wilson's interval if it is valid (0/1 scores, every cluster once), else a bootstrap, two-level if there
-    are several `seeds`."""
-    if seeds is not None and len(set(seeds)) > 1:
-        return two_level_bootstrap(scores, clusters, seeds)
-    independent = len(set(clusters)) == len(clusters)
-    if independent and all(score in (0.0, 1.0) for score in scores):
+    are several `seeds`; and Wilson's over clusters where a bootstrap of scores in [0, 1] sees no spread."""
+    several = seeds is not None and len(set(seeds)) > 1
+    count = len(set(clusters))
+    if not several and count == len(clusters) and all(score in (0.0, 1.0) for score in scores):
         return wilson(sum(scores), len(scores))
-    return cluster_bootstrap(scores, clusters)
+    found = two_level_bootstrap(scores, clusters, seeds or [0] * len(scores))
+    if found.method != "none" or not all(0.0 <= score <= 1.0 for score in scores):
+        return found
+    interval = wilson(float(np.mean(scores)) * count, count)
+    alike = "there is one image" if count == 1 else f"all {count} images score the same"
+    return replace(interval, note=f"{alike}, so the interval is Wilson's for as many independent answers")

@@ -9,13 +9,13 @@ answer (the medical scores).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from eval.metrics.captions import Cider, bleu, bleu_counts, rouge_l
+from eval.metrics.captions import ONE_IMAGE, Cider, bleu, bleu_counts, rouge_l
 from eval.metrics.interval import RESAMPLES, Interval, mean_interval, statistic_interval, two_level_bootstrap
 from eval.metrics.java import PROGRAMS, meteor, program, spice
 from eval.metrics.medical import closed, is_closed, medical_exact, open_scores, published_closed, published_open
@@ -28,13 +28,17 @@ from flamingo.errors import UserError
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A score with its 95 % interval; `n` answers (or items of several answers) went into it."""
+    """A score with its 95 % interval; `n` answers (or items of several answers) went into it.
+
+    nan where there is none; `note` says why, or what else a reader has to know.
+    """
 
     score: float
     low: float
     high: float
     n: int
     method: str
+    note: str = ""
 
 
 Answers = Sequence[Sample]
@@ -42,7 +46,7 @@ Metric = Callable[[Answers], dict[str, MetricValue]]
 
 
 def _value(score: float | np.floating, interval: Interval, n: int) -> MetricValue:
-    return MetricValue(float(score), interval.low, interval.high, n, interval.method)
+    return MetricValue(float(score), interval.low, interval.high, n, interval.method, interval.note)
 
 
 def _ties(answers: Answers) -> tuple[list[str], list[int]]:
@@ -67,6 +71,8 @@ def _captions(answers: Answers) -> dict[str, MetricValue]:
     cider = Cider(references)
     each = [cider.score(answer.answer, answer.golds) for answer in answers]
     values = {"cider": _value(np.mean(each), two_level_bootstrap(each, *_ties(answers)), len(each))}
+    if len(references) == 1:
+        values["cider"] = replace(values["cider"], note=ONE_IMAGE)
     counts = np.stack([bleu_counts(answer.answer, answer.golds) for answer in answers])
     corpus = bleu(counts.sum(0))
     for n in range(4):
@@ -169,7 +175,7 @@ def _meteor(answers: Answers) -> dict[str, MetricValue]:
     score, each = meteor([answer.answer for answer in answers], [answer.golds for answer in answers])
     interval = two_level_bootstrap(each, *_ties(answers))
     moved = score - float(np.mean(each))
-    return {"meteor": MetricValue(score, interval.low + moved, interval.high + moved, len(each), interval.method)}
+    return {"meteor": _value(score, replace(interval, low=interval.low + moved, high=interval.high + moved), len(each))}
 
 
 def _spice(answers: Answers) -> dict[str, MetricValue]:
@@ -210,8 +216,13 @@ def check_metric(name: str) -> None:
 
 
 def measure(names: Sequence[str], answers: Answers) -> dict[str, dict[str, Any]]:
-    """Return all values of the metrics of these names, as plain data."""
+    """Return all values of the metrics of these names, as plain data: null for nan, no empty note."""
     values: dict[str, MetricValue] = {}
     for name in names:
         values |= METRICS[name](answers)
-    return {name: asdict(value) for name, value in values.items()}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: MetricValue) -> dict[str, Any]:
+    facts = {key: None if isinstance(fact, float) and np.isnan(fact) else fact for key, fact in asdict(value).items()}
+    return facts if value.note else {key: fact for key, fact in facts.items() if key != "note"}

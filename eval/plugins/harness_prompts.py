@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
 
 from eval.demonstrations.samplers import draw
 from eval.inference.engine import Engine
+from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder, context_length, load_responder
 from eval.prompting.prompts import Completion, EncodedPrompt, Request, shared_start
 from eval.task import EncodedImage, Example, Turn, hash_order
 from flamingo.errors import UserError
 from flamingo.processor import IMAGE_TOKEN
-from flamingo.vision.image_files import UnreadableFormat, refuse_unread
+from flamingo.vision.transform import as_seen, read_source
 
 MOST_SUPPORT = 2048
 """Examples of the harness's few-shot split that may be shown: as many as in the papers."""
@@ -39,35 +41,53 @@ class HarnessPrompt:
     answer: str = ""
 
 
-def image_of(value: Any) -> EncodedImage:
-    """Return a harness's image: PIL, bytes, path, or a list of frames of these (a clip)."""
+def image_of(value: Any, where: str = "an image of the harness") -> EncodedImage:
+    """Return a harness's image: PIL, array, bytes, path, URL, `datasets`' {bytes, path}, or a list of frames (a clip).
+
+    What is not a file yet becomes one as the model would see it (`flamingo.vision.transform.to_rgb`). `where` is what
+    messages call it.
+    """
     if isinstance(value, list | tuple):
-        return EncodedImage(tuple(frame for item in value for frame in image_of(item).frames))
-    if isinstance(value, bytes):
-        return EncodedImage((value,))
+        frames = [image_of(item, f"{where}, frame {index + 1}") for index, item in enumerate(value)]
+        names = tuple(name for image in frames for name in image.names)
+        return EncodedImage(tuple(data for image in frames for data in image.frames), names)
+    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
+        value, where = value.get("bytes") or value["path"], f"{where} ({value.get('path') or 'bytes'})"
     if isinstance(value, str):
-        return EncodedImage((Path(value).read_bytes(),))
-    if isinstance(value, Image.Image):
+        value = read_source(value, where)
+    if isinstance(value, Path):
+        where = f"{where} ({value})"
         try:
-            refuse_unread(value)
-        except UnreadableFormat as error:
-            raise UserError(f"the harness gives {error}") from None
+            value = value.read_bytes()
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+    if isinstance(value, Image.Image | np.ndarray | torch.Tensor):
         buffer = io.BytesIO()
-        value.convert("RGB").save(buffer, format="PNG", compress_level=1)
-        return EncodedImage((buffer.getvalue(),))
-    raise UserError(
-        f"the harness gives a {type(value).__name__} where an image is expected; it must be PIL, bytes or a path"
-    )
+        as_seen(value, f"{where}{_file_of(value)}").save(buffer, format="PNG", compress_level=1)
+        value = buffer.getvalue()
+    if not isinstance(value, bytes):
+        raise UserError(f"{where} is a {type(value).__name__}; it must be PIL, an array, bytes or a path")
+    return EncodedImage((value,), (where,))
 
 
-def shown(text: str, images: Any, answer: str = "") -> HarnessPrompt:
-    """Return a harness's text and images (None, one, or a list). Raises UserError for more tags than images."""
+def _file_of(value: object) -> str:
+    name = getattr(value, "filename", "")  # where Pillow opened a file
+    return f" ({name})" if name else ""
+
+
+def shown(text: str, images: Any, answer: str = "", where: str = "a prompt of the harness") -> HarnessPrompt:
+    """Return a harness's text and images (None, one, or a list); `where` is what messages call it.
+
+    Raises:
+        UserError: there are more tags than images, or an image cannot be read.
+    """
     listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    encoded = tuple(image_of(image) for image in listed if image is not None)
+    given = [image for image in listed if image is not None]
+    encoded = tuple(image_of(image, f"image {number} of {where}") for number, image in enumerate(given, 1))
     tags = text.count(IMAGE_TOKEN)
     if tags > len(encoded):
         raise UserError(
-            f"a prompt of the harness has {tags} {IMAGE_TOKEN} tags and {len(encoded)} images: its own few-shot "
+            f"{where} has {tags} {IMAGE_TOKEN} tags and {len(encoded)} images: its own few-shot "
             "examples come without images; leave num_fewshot at 0 and give shots=N in model_args"
         )
     return HarnessPrompt(text, encoded, answer)
@@ -159,7 +179,8 @@ class HarnessSupport:
 
 def _example(key: str, prompt: HarnessPrompt) -> Example:
     frames = tuple(frame for image in prompt.images for frame in image.frames)
-    turn = Turn(EncodedImage(frames) if frames else None, prompt.text, "", prompt.answer)
+    names = tuple(name for image in prompt.images for name in image.names)
+    turn = Turn(EncodedImage(frames, names) if frames else None, prompt.text, "", prompt.answer)
     return Example(key, turn, (prompt.answer,))
 
 
@@ -180,9 +201,9 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def batch_size_of(asked: int | str, most: int | None) -> int:
-    """Return the batch size of a harness's arguments; a word such as `auto` gives the largest one, by default 16."""
-    return int(asked) if str(asked).isdecimal() else most or 16
+def engine_of(responder: FlamingoResponder, asked: int | str, most: int | None) -> Engine:
+    """Return the engine of a harness's arguments; a batch size such as `auto` is the largest one, by default 16."""
+    return Engine(responder, FeatureCache(responder), int(asked) if str(asked).isdecimal() else most or 16)
 
 
 def ask_texts(engine: Engine, asked: Sequence[Request], stops: Sequence[str | Sequence[str] | None]) -> list[str]:
@@ -194,13 +215,14 @@ def ask_texts(engine: Engine, asked: Sequence[Request], stops: Sequence[str | Se
     return texts
 
 
-def demonstration(task: Any, doc: Any, visual: Any) -> HarnessPrompt:
-    """Return an example of a harness's task as a demonstration; `visual` are its images, as in `shown`."""
+def demonstration(name: str, task: Any, doc: Any, visual: Any) -> HarnessPrompt:
+    """Return an example of a harness's task `name` as a demonstration; `visual` are its images, as in `shown`."""
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None and isinstance(target, int):
         target = task.doc_to_choice(doc)[target]
     target = target[0] if isinstance(target, list) else target
-    return shown(task.doc_to_text(doc), visual, f"{task.config.target_delimiter}{target}")
+    answer = f"{task.config.target_delimiter}{target}"
+    return shown(task.doc_to_text(doc), visual, answer, f"a demonstration of task {name}")
 
 
 def stop(error: object) -> NoReturn:

@@ -13,20 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import (
-    HarnessPrompt,
-    HarnessPromptBuilder,
-    HarnessSupport,
-    ask_texts,
-    batch_size_of,
-    demonstration,
-    load,
-    shown,
-    stop,
-)
+from eval.plugins import harness_prompts as harness
 from eval.prompting.prompts import Completion, Decoding, Request
 from flamingo.errors import UserError
 
@@ -36,7 +24,7 @@ try:
 except ImportError as error:
     missing = f"lm-eval cannot be imported ({error}): pip install 'flamingo-vlm[harness]'"
     if __name__ == "__main__":
-        stop(missing)
+        harness.stop(missing)
     raise UserError(missing) from error
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -67,12 +55,12 @@ class FlamingoLM(LM):
     ) -> None:
         super().__init__()
         if responder is None:
-            responder = load(pretrained, device, dtype)
-        self._engine = Engine(responder, FeatureCache(responder), batch_size_of(batch_size, max_batch_size))
-        self._prompts = HarnessPromptBuilder(responder)
+            responder = harness.load(pretrained, device, dtype)
+        self._engine = harness.engine_of(responder, batch_size, max_batch_size)
+        self._prompts = harness.HarnessPromptBuilder(responder)
         self._shots, self._seed, self._include_path = int(shots), int(seed), include_path
         self._tasks: dict[str, Any] = dict(tasks or {})
-        self._supports: dict[str, HarnessSupport] = {}
+        self._supports: dict[str, harness.HarnessSupport] = {}
 
     @property
     def tokenizer_name(self) -> str:
@@ -141,28 +129,29 @@ class FlamingoLM(LM):
             how = Decoding(tokens, temperature=temperature, top_p=float(options.get("top_p", 1.0)), draw=draw)
             asked.append(Request(prompt, how))
             stops.append(options.get("until"))
-        return ask_texts(self._engine, asked, stops)
+        return harness.ask_texts(self._engine, asked, stops)
 
-    def _demos_and_query(self, request: Instance) -> tuple[list[HarnessPrompt], HarnessPrompt]:
+    def _demos_and_query(self, request: Instance) -> tuple[list[harness.HarnessPrompt], harness.HarnessPrompt]:
         extra: Any = request.args[2] if len(request.args) > 2 else None
-        query = shown(request.args[0], (extra or {}).get("visual"))
+        where = f"document {request.doc_id} of task {request.task_name}"
+        query = harness.shown(request.args[0], (extra or {}).get("visual"), where=where)
         if self._shots == 0:
             return [], query
         support = self._support(str(request.task_name))
         return support.demos(query, str(request.doc_id), self._shots), query
 
-    def _support(self, name: str) -> HarnessSupport:
+    def _support(self, name: str) -> harness.HarnessSupport:
         if name not in self._supports:
             task = self._task(name)
             examples = list(task.fewshot_docs())
             if not examples:
                 raise UserError(f"shots={self._shots}: task {name} has no few-shot split to draw from")
 
-            def show(doc: Any) -> HarnessPrompt:
+            def show(doc: Any) -> harness.HarnessPrompt:
                 visual = task.doc_to_image(doc) if task.config.doc_to_image is not None else None
-                return demonstration(task, doc, visual)
+                return harness.demonstration(name, task, doc, visual)
 
-            self._supports[name] = HarnessSupport(name, examples, show, self._seed)
+            self._supports[name] = harness.HarnessSupport(name, examples, show, self._seed)
         return self._supports[name]
 
     def _task(self, name: str) -> Any:
@@ -181,7 +170,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except UserError as error:
-        stop(error)
+        harness.stop(error)
 
 
 if __name__ == "__main__":

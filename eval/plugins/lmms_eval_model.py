@@ -14,20 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from eval.inference.engine import Engine
-from eval.inference.feature_cache import FeatureCache
 from eval.inference.model import FlamingoResponder
-from eval.plugins.harness_prompts import (
-    HarnessPrompt,
-    HarnessPromptBuilder,
-    HarnessSupport,
-    ask_texts,
-    batch_size_of,
-    demonstration,
-    load,
-    shown,
-    stop,
-)
+from eval.plugins import harness_prompts as harness
 from eval.prompting.prompts import Decoding, Request
 from flamingo.errors import UserError
 
@@ -37,7 +25,7 @@ except ImportError as error:
     command = "pip install --no-deps 'lmms-eval==0.7.3' loguru tenacity"
     missing = f"lmms-eval cannot be imported ({error}): beside the extras run and harness, {command}"
     if __name__ == "__main__":
-        stop(missing)
+        harness.stop(missing)
     raise UserError(missing) from error
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -68,12 +56,12 @@ class FlamingoLMMs(lmms):
         if unknown:  # `shot=4` would otherwise be a run without any
             keys = "pretrained, device, dtype, batch_size, shots, seed, support_split"
             raise UserError(f"model_args has an unknown key {min(unknown)!r}; the keys are {keys}")
-        responder = responder or load(pretrained, device, dtype)
-        self._engine = Engine(responder, FeatureCache(responder), batch_size_of(batch_size, max_batch_size))
+        responder = responder or harness.load(pretrained, device, dtype)
+        self._engine = harness.engine_of(responder, batch_size, max_batch_size)
         self._support_split = support_split
-        self._prompts = HarnessPromptBuilder(responder)
+        self._prompts = harness.HarnessPromptBuilder(responder)
         self._shots, self._seed = int(shots), int(seed)
-        self._supports: dict[str, HarnessSupport] = {}
+        self._supports: dict[str, harness.HarnessSupport] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return (minus the log-probability, False) of each continuation; those of one question are ranked together.
@@ -112,7 +100,7 @@ class FlamingoLMMs(lmms):
             prompt = self._prompts.build(demos, query, tokens)
             asked.append(Request(prompt, Decoding(tokens, temperature=temperature)))
             stops.append(options.get("until"))
-        return ask_texts(self._engine, asked, stops)
+        return harness.ask_texts(self._engine, asked, stops)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: later rounds of such a task are made by its own code from the earlier answers."""
@@ -120,16 +108,17 @@ class FlamingoLMMs(lmms):
 
     def _demos_and_query(
         self, context: str, visual: Any, task: str, split: str, index: int
-    ) -> tuple[list[HarnessPrompt], HarnessPrompt]:
+    ) -> tuple[list[harness.HarnessPrompt], harness.HarnessPrompt]:
         """Return demonstrations and query; `visual` is the task's own method, so each request brings its task."""
-        query = shown(context, visual(self.task_dict[task][split][index]))
+        images = visual(self.task_dict[task][split][index])
+        query = harness.shown(context, images, where=f"document {index} of task {task}, split {split}")
         if not self._shots:
             return [], query
         if task not in self._supports:
             self._supports[task] = self._support(task, visual.__self__, split)
         return self._supports[task].demos(query, f"{split} {index}", self._shots), query
 
-    def _support(self, name: str, task: Any, asked: str) -> HarnessSupport:
+    def _support(self, name: str, task: Any, asked: str) -> harness.HarnessSupport:
         """Return the split to draw from; lmms-eval's `fewshot_docs` would fall back on the questions asked."""
         config = task.config
         named = [config.fewshot_split, config.training_split, config.validation_split]
@@ -141,10 +130,10 @@ class FlamingoLMMs(lmms):
                 f"shots={self._shots}: {wrong}; give support_split=NAME in model_args; its data has: {others}"
             )
 
-        def show(example: Any) -> HarnessPrompt:
-            return demonstration(task, example, task.doc_to_visual(example))
+        def show(example: Any) -> harness.HarnessPrompt:
+            return harness.demonstration(name, task, example, task.doc_to_visual(example))
 
-        return HarnessSupport(name, task.dataset[split], show, self._seed)
+        return harness.HarnessSupport(name, task.dataset[split], show, self._seed)
 
 
 class Command(FlamingoLMMs):
@@ -181,7 +170,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        stop(error)
+        harness.stop(error)
 
 
 def register(class_name: str = "FlamingoLMMs") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -68,9 +69,10 @@ def compare_runs(arguments: Sequence[str]) -> int:
     for name, keys in differing_definitions(first, second).items():
         print(printable(f"{name} is defined differently: {', '.join(keys)}"))
     if "out" in settings:
-        write_atomically(
-            Path(settings["out"]), json.dumps([asdict(comparison) for comparison in comparisons], indent=1) + "\n"
-        )
+        rows = [asdict(comparison) for comparison in comparisons]
+        for row in rows:  # JSON has no nan
+            row["interval"] = [None if math.isnan(end) else end for end in row["interval"]]
+        write_atomically(Path(settings["out"]), json.dumps(rows, indent=1) + "\n")
     return 0
 
 

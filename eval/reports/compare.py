@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
-from eval.reports.results import groups_of
+from eval.reports.results import groups_of, interval_text
 from eval.reports.saved_run import SavedRun
 from eval.samples import Sample
 from flamingo.errors import UserError
@@ -40,12 +40,13 @@ class Comparison:
     n: int
     scores: tuple[float, float]
     difference: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # nan where there is none
     interval_method: str
     p: float
     p_mcnemar: float | None
     same_demonstrations: bool
     n_needed: int | None
+    note: str = ""
 
 
 def compare(first: SavedRun, second: SavedRun) -> list[Comparison]:
@@ -106,6 +107,7 @@ def compare_samples(first: Sequence[Sample], second: Sequence[Sample]) -> Compar
         p_mcnemar=mcnemar(a, b),
         same_demonstrations=all(_demos(ours[q]) == _demos(theirs[q]) for q in ours),
         n_needed=int(np.ceil(POWER * spread / mean**2)) if mean else None,
+        note=interval.note,
     )
 
 
@@ -173,12 +175,12 @@ def lines(comparisons: Sequence[Comparison]) -> list[str]:
         what = row.first if row.first == row.second else f"{row.first} > {row.second}"
         what += "" if row.images == "real" else f" {row.images}"
         exact = "-" if row.p_mcnemar is None else f"{row.p_mcnemar:.4f}"
-        low, high = row.interval
         lines.append(
             f"{row.task:<18}{what:<26}{row.shots:>5}{100 * row.scores[0]:>8.1f}{100 * row.scores[1]:>8.1f}"
-            f"{100 * row.difference:>+8.1f}   {f'{100 * low:+.1f} to {100 * high:+.1f}':<17}{row.p:>8.4f}{exact:>9}"
+            f"{100 * row.difference:>+8.1f}   {interval_text(row.interval, '+.1f'):<17}{row.p:>8.4f}{exact:>9}"
             f"{row.n:>7}  {'same' if row.same_demonstrations else 'different'}"
         )
+        lines += [f"  {row.note}"] if row.note else []
     return lines
 
 

@@ -16,11 +16,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from data.tools.templates import render
-from eval.reports.results import percent, setting
+from eval.reports.results import interval_text, percent, setting
 from eval.samples import Sample
 from eval.task import EncodedImage
 from flamingo.processor import IMAGE_TOKEN
 from flamingo.vision.image_files import read_image, sniff
+from flamingo.vision.transform import as_seen
 
 TEMPLATE = Path(__file__).parent / "templates" / "gallery.html.j2"
 MOST_SIDE = 256  # in pixels; larger images are shown as thumbnails
@@ -69,8 +70,7 @@ def gallery_html(
 
 
 def _row(row: Mapping[str, Any]) -> list[object]:
-    low, high = row["interval"]
-    shares = percent(row["score"]), f"{percent(low)} to {percent(high)}", percent(row["chance"])
+    shares = percent(row["score"]), f"{interval_text(row['interval'])} %", percent(row["chance"])
     return [row["task"], setting(row), row["shots"], *shares, percent(row["constant"]), row["n"]]
 
 
@@ -119,7 +119,7 @@ def data_uri(data: bytes) -> str:
     """Return the image's own bytes, or a JPEG thumbnail of a large image, as a data URI."""
     kind = sniff(data)
     if kind not in SHOWN_BY_BROWSERS or max(read_image(data, lambda image: image.size)) > MOST_SIDE:
-        image = read_image(data, lambda image: image.convert("RGB"))
+        image = as_seen(data)
         image.thumbnail((MOST_SIDE, MOST_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=85)
@@ -155,7 +155,7 @@ def strip_png(samples: Sequence[Sample], images: Mapping[str, EncodedImage], sid
         x, y = 8, 8 + row * line
         for sha256, text, is_query in figures_of(sample):
             if sha256 is not None:
-                frame = read_image(images[sha256].frames[0], lambda image: image.convert("RGB"))
+                frame = as_seen(images[sha256].frames[0])
                 sheet.paste(frame.resize((side, side), Image.Resampling.NEAREST), (x, y))
             if is_query:
                 draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#0072B2", width=3)

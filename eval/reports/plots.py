@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -98,7 +99,8 @@ def _panel(
             continue
         line = sorted(own, key=lambda row: row["shots"])
         x = [position[row["shots"]] for row in line]
-        low, high = ([100 * row["interval"][end] for row in line] for end in (0, 1))
+        ends = np.array([row["interval"] for row in line], dtype=np.float64)  # a row without an interval has nan
+        low, high = 100 * ends[:, 0], 100 * ends[:, 1]
         colour, main = _colour(series, every), series[2] == "real"
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         y = [100 * row["score"] for row in line]

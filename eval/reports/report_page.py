@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tools.templates import render
-from eval.reports.results import percent, setting
+from eval.reports.results import interval_text, notes_of, percent, setting
 from eval.reports.saved_run import SavedRun, problems
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -55,6 +55,7 @@ def _run(run: SavedRun) -> dict[str, Any]:
         "code": results.get("code", "?"),
         "device": results.get("device", "?"),
         "problems": problems(run),
+        "notes": notes_of(results),
         "rows": [[*_first(row), *(_cell(key, row.get(key)) for key, _ in COLUMNS)] for row in rows],
         "selective": [_selective(row) for row in rows if row.get("selective")],
         "kinds": [_kinds(row) for row in rows if len(row["score_by_kind"]) > 1],
@@ -68,7 +69,7 @@ def _first(row: Mapping[str, Any]) -> list[object]:
 
 def _cell(key: str, value: Any) -> str:
     if value is not None and key.startswith("interval"):
-        return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+        return interval_text(value)
     is_share = key in ("score", "chance", "constant") or key.endswith("_rate")
     return percent(value) if value is None or is_share else str(value)
 

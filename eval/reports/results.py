@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from eval.metrics.captions import ONE_IMAGE
 from eval.metrics.interval import mean_interval
 from eval.metrics.selective import selective
 from eval.metrics.table import measure
@@ -27,8 +29,14 @@ VOLATILE = ("command", "date", "wall_s", "images", "responses", "processes", "de
 """Keys of `results.json` in which two runs of the same evaluation may differ."""
 
 
-def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a row: the samples of one task, strategy, number of shots and ablation, all seeds; `metrics` are names."""
+def summary(
+    samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[str] = (), metric: object = ""
+) -> dict[str, Any]:
+    """Return a row: the samples of one task, strategy, number of shots and ablation, all seeds.
+
+    `metrics` are the names of those of the whole set, `metric` is that of `score`. An interval that does not exist is
+    null, and `notes` say why.
+    """
     first = samples[0].cell
     scores = [sample.score for sample in samples]
     clusters, seeds = [sample.cluster for sample in samples], [sample.seed for sample in samples]
@@ -38,19 +46,25 @@ def summary(samples: Sequence[Sample], baselines: Baselines, metrics: Sequence[s
     refused: Counter[str] = Counter()
     for sample in samples:
         refused.update(dict(sample.refused))
+    measured = measure(metrics, samples)
+    notes = [f"score: {note}" for note in dict.fromkeys((interval.note, these.note)) if note]
+    if metric == "cider" and not any(scores) and len({sample.query_id for sample in samples}) == 1:
+        notes.append(f"score: {ONE_IMAGE}")
+    notes += [f"{name}: {value['note']}" for name, value in measured.items() if "note" in value]
     return {
         "task": first.task,
         "strategy": first.strategy,
         "shots": first.shots,
         "images": first.images,
         "score": _mean(scores),
-        "interval": [interval.low, interval.high],
+        "interval": interval.ends,
         "interval_method": interval.method,
-        "interval_these_seeds": [these.low, these.high],
+        "interval_these_seeds": these.ends,
         "interval_these_seeds_method": these.method,
         "n": len(samples),
         "n_images": len({sample.cluster for sample in samples}),
-        "metrics": measure(metrics, samples),
+        "metrics": measured,
+        "notes": notes,
         "chance": baselines.chance,
         "constant": baselines.constant,
         "constant_answer": baselines.constant_answer,
@@ -101,7 +115,8 @@ def rows_of(samples: Sequence[Sample], tasks: Mapping[str, Task]) -> list[dict[s
     rows = []
     for (name, _, _, _), group in groups_of(samples).items():
         query_ids = list(dict.fromkeys(sample.query_id for sample in group))
-        rows.append(summary(group, tasks[name].baselines(query_ids), tasks[name].metrics))
+        task = tasks[name]
+        rows.append(summary(group, task.baselines(query_ids), task.metrics, task.description.get("metric")))
     return rows
 
 
@@ -178,14 +193,29 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
+def interval_text(interval: Sequence[float | None], form: str = ".1f") -> str:
+    """Return an interval in per cent as text; a dash if there is none."""
+    low, high = interval
+    return "–" if low is None or high is None or math.isnan(low) else f"{100 * low:{form}} to {100 * high:{form}}"
+
+
+def notes_of(results: Mapping[str, Any]) -> list[str]:
+    """Return the rows' notes, each once, with the rows that have it."""
+    owners: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        for note in row.get("notes", ()):
+            owners.setdefault(note, []).append(f"{row['task']}, {setting(row)}, {row['shots']} shots")
+    return [f"{'; '.join(rows[:3])}{' and others' if len(rows) > 3 else ''}: {note}" for note, rows in owners.items()]
+
+
 def table(results: Mapping[str, Any]) -> str:
-    """Return the rows as lines of text for the terminal."""
+    """Return the rows as lines of text for the terminal, and below them what their notes say."""
     lines = [f"{'task':<18}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
     for row in results["rows"]:
-        low, high = row["interval"]
         chance = "-" if row["chance"] is None else f"{100 * row['chance']:.1f}"
         lines.append(
             f"{row['task']:<18}{setting(row):<20}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
-            f"{f'{100 * low:.1f} to {100 * high:.1f}':<17}{chance:>7}{row['n']:>7}"
+            f"{interval_text(row['interval']):<17}{chance:>7}{row['n']:>7}"
         )
+    lines += notes_of(results)
     return "\n".join(lines)

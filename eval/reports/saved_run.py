@@ -66,8 +66,9 @@ def problems(run: SavedRun) -> list[str]:
     sentences += [f"samples.jsonl has no sample of {_title(key)}" for key in rows.keys() - groups.keys()]
     for key in sorted(rows.keys() & groups.keys()):
         row = rows[key]
-        metrics = run.results.get("tasks", {}).get(key[0], {}).get("definition", {}).get("metrics", ())
-        again = summary(groups[key], Baselines(row["chance"], row["constant"], row["constant_answer"]), metrics)
+        task = run.results.get("tasks", {}).get(key[0], {}).get("definition", {})
+        baselines = Baselines(row["chance"], row["constant"], row["constant_answer"])
+        again = summary(groups[key], baselines, task.get("metrics", ()), task.get("metric"))
         wrong = sorted(name for name in again if name in row and not _same(again[name], row[name]))
         sentences += [f"{_title(key)}: {name} is {row[name]}, its samples give {again[name]}" for name in wrong]
         short = row["prompts_cut"]

@@ -17,7 +17,7 @@ from data.shards.writer import Document, Text, read_documents, read_manifest
 from eval.spec import SourceSpec, TaskSpec
 from eval.task import EncodedImage, Example, StoredImage, Turn, hash_order
 from eval.tasks.formats import FORMATS as DATA_SETS
-from eval.tasks.formats.choices import letters, written_options
+from eval.tasks.formats.choices import LETTERS, letters, written_options
 from eval.tasks.formats.files import Item, below_root
 from eval.tasks.formats.interleaved import interleaved
 from eval.tasks.formats.tables import FIELDS, read_csv_table, read_jsonl_table
@@ -50,7 +50,9 @@ def read_examples(name: str, spec: TaskSpec, source: SourceSpec) -> list[Example
     except UserError as error:
         raise UserError(f"task {name}: {error}") from None
     if not items:
-        raise UserError(f"task {name}: {source.path} has no image with an answer")
+        asked = [f"{key}={value}" for key in ("split", "only") if (value := getattr(source, key))]
+        which = f" of {' and '.join(asked)}" if asked else ""
+        raise UserError(f"task {name}: {source.path} has no image with an answer: it has no row{which}")
     return [_example(name, item, spec) for item in items]
 
 
@@ -106,11 +108,17 @@ def _check_segments(clips: Sequence[StoredImage]) -> None:
 
 def _example(name: str, item: Item, spec: TaskSpec) -> Example:
     choices, answers = item.get("choices", ()), item["answers"]
+    lettered = "{options}" in spec.question
+    if len(choices) > len(LETTERS) and (lettered or spec.answer_as == "letter"):
+        raise UserError(
+            f"task {name}: item {item['id']} has {len(choices)} choices, and letters end at Z; leave {{options}} out "
+            "of the question and set answer_as=text"
+        )
     if choices and spec.answer_as == "letter":
         answers = [letters(choices)[choices.index(answer)] for answer in answers]
     golds = tuple(_between(answer, spec.lead, spec.tail) for answer in answers)
-    values = {"question": item["question"], "options": written_options(item.get("shown") or choices, spec.options)}
-    values |= item.get("values", {})
+    options = written_options(item.get("shown") or choices, spec.options) if lettered else ""
+    values = {"question": item["question"], "options": options} | item.get("values", {})
     template = spec.question.replace("\n{options}", "") if item.get("open") else spec.question
     first, question, more = interleaved(_filled(name, template, values), item)
     rationale = item.get("rationale", "")
@@ -152,7 +160,8 @@ def _between(answer: str, lead: str, tail: str) -> str:
 def _from_documents(folder: Path, source: SourceSpec) -> Iterator[Item]:
     for shard in shards_of(folder):
         for document in read_documents(shard):
-            for index, (image, question, answer) in enumerate(document_turns(document)):
+            turns = document_turns(document, f"{shard}: document {document.key}")
+            for index, (image, question, answer) in enumerate(turns):
                 facts = {"question": question, "answer": answer, "kind": str(document.meta.get("kind", ""))}
                 facts["label"] = _label(document.meta, answer)
                 for fact, key in source.fields.items():
@@ -170,12 +179,16 @@ def _from_documents(folder: Path, source: SourceSpec) -> Iterator[Item]:
                     }
 
 
-def document_turns(document: Document) -> Iterator[tuple[EncodedImage, str, str]]:
-    """Yield (image, question, answer) of every image of a document; text before the first image belongs to none."""
+def document_turns(document: Document, where: str = "") -> Iterator[tuple[EncodedImage, str, str]]:
+    """Yield (image, question, answer) of every image of a document; text before the first image belongs to none.
+
+    `where` is what messages call the document.
+    """
     turns: list[tuple[EncodedImage, list[str], list[str]]] = []
     for node in document.nodes:
         if not isinstance(node, Text):
-            turns.append((EncodedImage(tuple(document.images[frame] for frame in node.frames)), [], []))
+            names = tuple(f"{where}, image {frame}" for frame in node.frames)
+            turns.append((EncodedImage(tuple(document.images[frame] for frame in node.frames), names), [], []))
         elif turns:
             (turns[-1][2] if node.loss else turns[-1][1]).append(node.text)
     for image, question, answer in turns:

@@ -143,6 +143,11 @@ def to_rgb(image: ImageInput, where: str = "the image") -> UInt8[Tensor, "3 h w"
         raise UserError(f"{where} cannot be decoded: {error}") from error
 
 
+def as_seen(image: ImageInput, where: str = "the image") -> Image.Image:
+    """Return any kind of image as the RGB image that a model sees, before it is scaled. Raises as `to_rgb`."""
+    return Image.fromarray(to_rgb(image, where).permute(1, 2, 0).numpy())
+
+
 def read_source(source: str, where: str = "the image") -> bytes | Path:
     """Return what a URL, a `file:` or `data:` URL or base64 text holds; any other text is a path.
 

@@ -14,7 +14,7 @@ from PIL import Image
 from eval.check_data import check
 from eval.compose import load_config
 from eval.spec import SourceSpec, TaskSpec
-from eval.task import StoredImage
+from eval.task import EncodedImage, StoredImage
 from eval.tasks.build import build_task
 from eval.tasks.examples import definition_of
 from eval.tasks.formats.video import frames_of, spread
@@ -67,6 +67,109 @@ def test_what_is_wrong_with_a_table_of_lines(tmp_path: Path, line: str, message:
     source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
     with pytest.raises(UserError, match=message):
         read_examples("mine", TaskSpec(source=source), source)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": None}, "line 1 has null as 'question', which must be given"),
+        ({"question": ["what?"]}, "line 1 has a list of 1 as 'question', which must be text"),
+        ({"answer": True}, "line 1 has true as 'answer', which must be text"),
+        ({"answer": ["a", None]}, r"line 1 has null as 'answer\[1\]', which must be text"),
+        ({"answer": float("nan")}, "line 1 has float as 'answer', which must be text"),
+        ({"image": 5.5}, "row 1 names the image .*5.5, which does not exist"),
+        ({"image": [["0.png"]]}, r"line 1 has a list of 1 as 'image\[0\]', which must be text"),
+        ({"image": "x" * 300}, "line 1 names 'xxx.*which no file can be called"),
+        ({"choices": {"a": 1}}, "line 1 has an object as 'choices', which must be text"),
+        ({"kind": ["x"]}, "line 1 has a list of 1 as 'kind', which must be text"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_row(tmp_path: Path, row: dict, message: str) -> None:
+    image(tmp_path / "0.png", 0)
+    dump_lines(tmp_path / "mine.jsonl", [{"image": "0.png", "answer": "a", "question": "what?"} | row])
+    source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
+    with pytest.raises(UserError, match=rf"task mine: .*mine\.jsonl: {message}"):
+        read_examples("mine", TaskSpec(source=source), source)
+
+
+def test_a_null_of_a_further_column_is_nothing_and_not_the_word_none(tmp_path: Path) -> None:
+    image(tmp_path / "0.png", 0)
+    dump_lines(tmp_path / "mine.jsonl", [{"image": "0.png", "answer": "a", "hint": None, "kind": None, "boxes": [1]}])
+    source = SourceSpec(format="jsonl", path=str(tmp_path / "mine.jsonl"))
+    (found,) = read_examples("mine", TaskSpec(source=source, question="[{hint}]"), source)
+    assert (found.turn.question, found.kind) == ("[]", "")
+    with pytest.raises(UserError, match=r"question has \{boxes\}, but its items only have hint, options, question"):
+        read_examples("mine", TaskSpec(source=source, question="{boxes}"), source)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_path_out_of_the_folder_works_where_the_user_says_so(tmp_path: Path, ending: str) -> None:
+    image(tmp_path / "elsewhere" / "0.png", 0)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+
+    def read(name: str, images: str = "") -> EncodedImage | None:
+        table = tmp_path / "tables" / f"mine.{ending}"
+        dump_lines(table, [{"image": name, "answer": "a"}])
+        if ending == "csv":
+            table.write_text(f"image,answer\n{name},a\n")
+        source = SourceSpec(format=ending, path=str(table), images=images)
+        return read_examples("mine", TaskSpec(source=source), source)[0].turn.image
+
+    outside = str(tmp_path / "elsewhere" / "0.png")
+    for name in (outside, "../elsewhere/0.png"):
+        with pytest.raises(UserError, match=r"(row|line) 1 names .*0\.png, which is outside the folder .*tables; set"):
+            read(name)
+    for name, images in (
+        (outside, str(tmp_path / "elsewhere")),
+        (outside, "/"),
+        (outside, str(tmp_path / "link")),
+        ("0.png", str(tmp_path / "elsewhere")),
+        ("0", str(tmp_path / "elsewhere" / "{image}.png")),
+    ):
+        found = read(name, images)
+        assert found is not None
+        assert found.frames == ((tmp_path / "elsewhere" / "0.png").read_bytes(),)
+
+
+def test_an_absolute_path_in_a_published_file_follows_the_same_rule(tmp_path: Path) -> None:
+    WRITERS["coco"](tmp_path)
+    rows = [{"split": "test", "filename": str(tmp_path / "val2014/0.jpg"), "sentences": [{"raw": "a"}]}]
+    (tmp_path / "set").mkdir()
+    dump(tmp_path / "set" / "own.json", {"images": rows})
+    source = SourceSpec(format="karpathy", path=str(tmp_path / "set" / "own.json"))
+    with pytest.raises(UserError, match=r"own\.json: images 1 names .*val2014/0\.jpg, which is outside the folder"):
+        read_examples("t", TaskSpec(), source)
+    source.images = str(tmp_path)
+    assert len(read_examples("t", TaskSpec(), source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("t.jsonl", "", r"t\.jsonl has no image with an answer: it has no row$"),
+        ("t.jsonl", "[]", r"t\.jsonl has no image with an answer"),
+        ("t.csv", "image,answer\n", r"t\.csv has no image with an answer"),
+        ("t.csv", "", r"t\.csv has no image with an answer"),
+    ],
+)
+def test_a_table_without_rows_is_one_sentence(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (tmp_path / file).write_text(text)
+    source = SourceSpec(format=file[2:], path=str(tmp_path / file))
+    with pytest.raises(UserError, match=message):
+        read_examples("t", TaskSpec(source=source), source)
+
+
+def test_more_choices_than_letters_are_ranked_as_text_and_refused_as_letters(tmp_path: Path) -> None:
+    names = "".join(f"n{index:08d} thing {index}\n" for index in range(30))
+    (tmp_path / "names.txt").write_text(names)
+    image(tmp_path / "val/n00000003/x.JPEG", 1)
+    source = SourceSpec(format="imagenet", path=str(tmp_path / "val"), annotations=str(tmp_path / "names.txt"))
+    (found,) = read_examples("t", TaskSpec(source=source), source)
+    assert (found.golds, len(found.candidates)) == (("thing 3",), 30)
+    for spec in (TaskSpec(source=source, question="{options}"), TaskSpec(source=source, answer_as="letter")):
+        with pytest.raises(UserError, match="has 30 choices, and letters end at Z"):
+            read_examples("t", spec, source)
 
 
 def test_a_stored_image_is_read_when_needed_and_equals_its_bytes(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.metrics.interval import cluster_bootstrap, mean_interval, statistic_interval, two_level_bootstrap
+from eval.metrics.interval import cluster_bootstrap, mean_interval, statistic_interval, two_level_bootstrap, wilson
+from eval.metrics.table import measure
+from eval.reports.compare import compare_samples, lines
+from eval.reports.results import summary, table
+from eval.task import Baselines
+from tests.eval.test_metrics_table import answered
 
 Scores = tuple[list[float], list[str], list[int]]
 
@@ -63,3 +68,49 @@ def test_the_interval_holds_the_true_score_about_as_often_as_it_says() -> None:
         found = two_level_bootstrap(scores, images, seeds, 400)
         held += found.low <= 0 <= found.high
     assert 86 <= held <= 99
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_equal_scores_have_wilsons_interval_over_images_not_an_empty_one(score: float, seeds: int) -> None:
+    """Each image asked twice: eight images are at most eight independent answers."""
+    images = [str(index // 2) for index in range(16)] * seeds
+    found = mean_interval([score] * len(images), images, [seed for seed in range(seeds) for _ in range(16)])
+    expected = wilson(8 * score, 8)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.high - found.low > 0.3
+    assert "all 8 images score the same" in found.note
+
+
+def test_what_is_no_share_and_does_not_vary_has_no_interval_and_says_so() -> None:
+    for found in (mean_interval([2.5] * 6, list("abcdef")), cluster_bootstrap([0.0] * 4, list("aabb"))):
+        assert found.ends == [None, None]
+        assert (found.method, found.note[:11]) == ("none", "no interval")
+    of_one = statistic_interval(lambda weights: weights.sum(1) * 0 + 0.7, ["a", "a"])
+    assert of_one.ends == [None, None]
+    assert "of one image there is no spread" in of_one.note
+    nothing = statistic_interval(lambda weights: weights.sum(1) * np.nan, ["a", "b"])
+    assert "no resample of the 2 images has a value" in nothing.note
+
+
+def test_few_images_are_noted_and_many_are_not() -> None:
+    scores = [0.1, 0.9, 0.4, 0.6]
+    assert "only 4 images" in mean_interval(scores, list("abcd")).note
+    assert mean_interval(scores * 5, [str(index) for index in range(20)]).note == ""
+    assert mean_interval([1.0, 0.0], ["a", "b"]).note == ""  # Wilson's needs no many
+
+
+def test_a_reader_of_results_sees_why_there_is_no_interval_and_why_cider_is_0() -> None:
+    answers = [answered("q", "a dog runs", ("a dog runs", "the dog"), cluster="image")]
+    row = summary(answers, Baselines(None, None, None), ["captions"], "cider")
+    assert row["metrics"]["cider"]["score"] == 0
+    assert row["metrics"]["cider"]["low"] is None
+    assert "every n-gram is in all images" in row["metrics"]["cider"]["note"]
+    shown = table({"rows": [row]})
+    assert "cider: CIDEr of one image is 0 whatever its caption says" in shown
+    two = [*answers, answered("r", "a cat", ("a cat", "the cat sits"), cluster="other")]
+    assert measure(["captions"], two)["cider"]["score"] > 0
+    scored = [answered(str(index), "x", ("y",), cluster=str(index)) for index in range(3)]
+    same = compare_samples(scored, scored)
+    assert np.isnan(same.interval).all()
+    assert "no interval: all resamples of the 3 images score the same" in "\n".join(lines([same]))

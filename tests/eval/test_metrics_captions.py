@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,15 @@ GOLDEN = {
     "AT&T or at&t": "at&t or at & t",
     "half ½ café “quoted” — it’s": "half 1/2 café quoted it 's",
     "a [sign] {x} foo_bar :)": "a -lsb- sign -rsb- -lcb- x -rcb- foo_bar :-rrb-",
+    # Symbols are words of their own, letters of scripts with vowel signs belong together, an emoji is nothing.
+    "I \u2665 you \u2192 ok\u263a \u24b6 \u2780": "i \u2665 you \u2192 ok \u263a \u24d0 \u2780",
+    "a dog \U0001f415 and \U0001f600": "a dog and",
+    "हिन्दी में லாரி กินข้าวที่": "हिन्दी में லாரி กินข้าวที่",
+    "co\u00adoperate \u00ad 5\u00ad6": "cooperate 56",
+    "\u0663\u066b\u0665 १२ \uff15cm": "\u0663\u066b\u0665 १२ \uff15cm",
+    "\u201alow\u201f \u201c\u201cy <<z>> a==b «w»": "\u201a low \u201f ```` y << z >> a = = b w",
+    "\u2102 is \u2103 \u2168 ½ \u2150 ²": "\u2102 is \u2103 1/2 ²",
+    "\uab70 \u08a0 \u20aa5": "\u08a0 5",
 }
 _WORDS = (
     "a a a the man dog's dogs' can't cannot it's i'm t-shirt red-and-white half/half 1/2 5:30 p.m. U.S. mr. st. 10 "
@@ -66,20 +76,37 @@ def test_every_character_of_a_caption_is_passed_once() -> None:
     assert ptb_tokenize("") == ptb_tokenize("\x07 \t") == []
 
 
+def java_words(lines: list[str], folder: Path) -> list[list[str]]:
+    """What the Java program and the list of marks leave of each line."""
+    assert PEER is not None
+    assert PEER.origin or PEER.submodule_search_locations
+    jar = Path(next(iter(PEER.submodule_search_locations or []))) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    done = subprocess.run([*command, str(folder / "lines.txt")], capture_output=True, check=True)
+    theirs = done.stdout.decode().split("\n")[: len(lines)]
+    return [[word for word in line.rstrip().split(" ") if word and word not in REMOVED] for line in theirs]
+
+
+@needs_java
+@pytest.mark.slow
+def test_every_character_alone_and_in_a_word_equals_the_java_program(tmp_path: Path) -> None:
+    """All of the BMP that is assigned, and emoji; but not what ends a line, of which the program makes two lines."""
+    ends = {*range(0x0A, 0x0E), *range(0x1C, 0x1F), 0x85, 0x2028, 0x2029}
+    codes = [*range(0x20, 0x10000), *range(0x1F000, 0x1FB00), *range(0x10000, 0x110000, 997)]
+    known = [chr(c) for c in codes if c not in ends and unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
+    lines = [form.format(c) for form in ("{}", "a{}b", "{0}{0}", "5{}6", "{}ab", "x{}. b") for c in known]
+    theirs = java_words(lines, tmp_path)
+    assert len(theirs) == len(lines) > 300_000
+    wrong = [line for line, words in zip(lines, theirs, strict=True) if caption_words(line).split() != words]
+    assert not wrong, wrong[:20]
+
+
 @needs_java
 @pytest.mark.slow
 def test_words_equal_those_of_the_java_program(tmp_path: Path) -> None:
-    assert PEER is not None
-    assert PEER.origin or PEER.submodule_search_locations
-    folder = Path(next(iter(PEER.submodule_search_locations or []))) / "tokenizer"
     lines = [*GOLDEN, *captions(2, 4000)]
-    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n")
-    command = ["java", "-cp", str(folder / "stanford-corenlp-3.4.1.jar"), "edu.stanford.nlp.process.PTBTokenizer"]
-    done = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase", str(tmp_path / "lines.txt")], capture_output=True, check=True
-    )
-    theirs = done.stdout.decode().split("\n")
-    kept = [[word for word in line.rstrip().split(" ") if word and word not in REMOVED] for line in theirs]
+    kept = java_words(lines, tmp_path)
     wrong = [
         line for line, words in zip(lines, kept, strict=False) if caption_words(line).split(" ") != (words or [""])
     ]

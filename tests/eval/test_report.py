@@ -14,7 +14,7 @@ from PIL import Image
 from eval.inference.provenance import folder_hash, provenance
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
-from eval.reports.results import results_of, sample_line, table, write_report
+from eval.reports.results import notes_of, results_of, sample_line, table, write_report
 from eval.runner import Grid, run
 from eval.samples import Sample
 from eval.spec import SourceSpec, TaskSpec
@@ -65,8 +65,10 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
         assert row["interval"][0] <= row["score"] <= row["interval"][1]
         assert row["n"] == (20 if row["task"] == "vqa<b>" else 24)
         assert row["n_images"] * 2 == row["n"]  # two seeds ask the same queries: clustered
-        assert row["interval_method"] == "two-level bootstrap"  # ... and drawn too
-        assert row["interval_these_seeds_method"] == "bootstrap"
+        alike = row["score"] in (0, 1)  # of which a bootstrap would know nothing
+        assert row["interval_method"] == ("wilson" if alike else "two-level bootstrap")  # ... and drawn too
+        assert row["interval_these_seeds_method"] == ("wilson" if alike else "bootstrap")
+        assert any("score the same" in note for note in row["notes"]) == alike
         assert set(row["score_by_seed"]) == {"0", "1"}
     for key in ("model", "command", "code", "versions", "device", "date", "wall_s", "decoding", "images", "seeds"):
         assert read[key] not in (None, "", {}), key
@@ -82,7 +84,7 @@ def test_results_say_what_is_needed_to_trust_them(finished: tuple, tmp_path: Pat
 
 def test_table_has_a_line_a_row(finished: tuple) -> None:
     text = table(finished[0]).splitlines()
-    assert len(text) == 13
+    assert len(text) == 13 + len(notes_of(finished[0]))
     assert "100.0%" in table(finished[0])
 
 

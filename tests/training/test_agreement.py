@@ -120,7 +120,7 @@ def test_a_run_folder_that_only_one_machine_has_is_refused(world: Path, tmp_path
     assert " in run.dir=run (which all machines must share): give all" in said(tmp_path)
 
 
-SHORT = "import flamingo.training.distributed.fsdp as f\nf.start_processes.__kwdefaults__['timeout_minutes'] = 0.15\n"  # beside data.storage_minutes
+SHORT = "import flamingo.training.distributed.fsdp as f\nf.start_processes.__kwdefaults__['timeout_minutes'] = 0.15\n"
 
 
 def test_a_model_that_takes_long_to_write_is_waited_for(world: Path, tmp_path: Path) -> None:

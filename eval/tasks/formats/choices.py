@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from data.records import read_json, table_rows
+from data.records import read_json
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item, need, read_jsonl, rows
-from flamingo.errors import UserError
+from eval.task import EncodedImage
+from eval.tasks.formats.files import Item, clip_of, image_of, in_split, item
+from eval.tasks.formats.rows import Row, csv_rows, json_lines, json_rows, whole
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -28,13 +27,22 @@ def written_options(choices: Sequence[str], style: str) -> str:
     return "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
 
 
-def choice_item(path: Path, name: object, choices: Sequence[object], correct: Any, question: str, **more: Any) -> Item:
+def choice_item(
+    row: Row,
+    name: str,
+    choices: Sequence[str],
+    correct: int | str,
+    question: str,
+    *,
+    image: EncodedImage | None = None,
+    kind: str = "",
+    **more: object,
+) -> Item:
     """Return an item whose answer is one of its choices, `correct` being its index."""
-    texts = [str(choice).strip() for choice in choices]
+    texts = [choice.strip() for choice in choices]
     if not isinstance(correct, int) or not 0 <= correct < len(texts) <= len(LETTERS):
-        raise UserError(f"{path}: {name} has {len(texts)} choices and the answer {correct!r}; is this the right file?")
-    image, kind = more.pop("image", None), more.pop("kind", "")
-    return item(name, image, question, [texts[correct]], kind, choices=texts, **more)
+        raise row.fault(f"has {len(texts)} choices and the answer {correct!r}; is this the right file?")
+    return item(row, name, image, question, [texts[correct]], kind, choices=texts, **more)
 
 
 def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -43,84 +51,94 @@ def scienceqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     kind has the words by which results are grouped: NAT, SOC or LAN; TXT and IMG for a hint and an image, NO for
     neither; G1-6 or G7-12. `{context}` is the hint. The rationale is lecture and solution.
     """
-    problems, splits = read_json(path), None
+    problems = whole(path)
     if source.annotations:
-        splits = read_json(Path(source.annotations))
-        names = [n for split in source.split.split("+") for n in need(splits, split, Path(source.annotations))]
+        splits = whole(Path(source.annotations))
+        names = [name for split in source.split.split("+") for name in splits.texts(split)]
     else:
-        names = [name for name, row in problems.items() if in_split(need(row, "split", path, name), source)]
+        names = [name for name, row in problems.entries() if in_split(row.text("split"), source)]
     subjects = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
     for name in names:
-        row = need(problems, name, path, "the file")
-        hint, file_name = row.get("hint") or "", row.get("image")
+        row = Row(path, f"entry {name!r}", problems.get(name))
+        hint, file_name = row.text("hint", ""), row.text("image", "")
         seen = [word for word, there in (("TXT", hint), ("IMG", file_name)) if there] or ["NO"]
-        grade = int("".join(filter(str.isdigit, str(need(row, "grade", path, name)))) or 0)
-        kind = " ".join([subjects.get(row.get("subject", ""), "?"), *seen, "G1-6" if grade <= 6 else "G7-12"])
-        image = image_of(source, path, f"{row.get('split')}/{name}/{file_name}", row) if file_name else None
-        why = " ".join(" ".join(filter(None, (row.get("lecture"), row.get("solution")))).split())
-        values = {"context": hint.strip() or "N/A"}
+        grade = int("".join(filter(str.isdecimal, row.text("grade"))) or 0)
+        kind = " ".join([subjects.get(row.text("subject", ""), "?"), *seen, "G1-6" if grade <= 6 else "G7-12"])
+        image = image_of(source, f"{row.text('split', '')}/{name}/{file_name}", row) if file_name else None
+        why = " ".join(" ".join(filter(None, (row.text("lecture", ""), row.text("solution", "")))).split())
         yield choice_item(
-            *(path, name, need(row, "choices", path, name), row["answer"], row["question"]),
+            *(row, name, row.texts("choices"), row.integer("answer"), row.text("question")),
             image=image,
             kind=kind,
             rationale=why,
-            values=values,
+            values={"context": hint.strip() or "N/A"},
         )
 
 
 def star(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `STAR_val.json`: question_id (Interaction_T1_13: the type first), video_id, start, end, choices[].choice."""
-    for row in rows(path, read_json(path)):
-        name, video = str(need(row, "question_id", path)), str(need(row, "video_id", path))
-        choices = [need(choice, "choice", path, name) for choice in need(row, "choices", path, name)]
-        answer = need(row, "answer", path, f"{name} (the test split's answers are hidden)")
-        clip = clip_of(source, path, video, row, float(row["start"]), float(row["end"]))
+    for row in json_rows(path):
+        name, video = row.name("question_id"), row.name("video_id")
+        choices = [choice.text("choice") for choice in row.rows("choices")]
+        if "answer" not in row.fields:
+            raise row.fault("has no 'answer' (the test split's answers are hidden)")
+        answer = row.text("answer")
+        clip = clip_of(source, video, row, row.number("start"), row.number("end"))
         correct = choices.index(answer) if answer in choices else answer
-        asked = need(row, "question", path, name)
-        yield choice_item(path, name, choices, correct, asked, image=clip, kind=name.split("_")[0], group=video)
+        kind = name.split("_")[0]
+        yield choice_item(row, name, choices, correct, row.text("question"), image=clip, kind=kind, group=video)
 
 
 def nextqa_choice(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read NExT-QA's multiple choice: `val.csv` with video, question, answer (a number), qid, type, a0 to a4."""
     keys = [f"a{index}" for index in range(5)]
-    for row in table_rows(path, ["video", "question", "answer", "qid", "type", *keys]):
-        clip, name = clip_of(source, path, row["video"], row), f"{row['video']}.{row['qid']}"
-        kind, correct = ("TN" if row["type"] == "TP" else row["type"]), int(row["answer"])
-        choices = [row[key] for key in keys]
-        yield choice_item(path, name, choices, correct, row["question"], image=clip, kind=kind, group=row["video"])
+    for row in csv_rows(path, ["video", "question", "answer", "qid", "type", *keys]):
+        video, kind, choices = row.name("video"), row.text("type"), [row.text(key) for key in keys]
+        yield choice_item(
+            *(row, f"{video}.{row.name('qid')}", choices, row.integer("answer"), row.text("question")),
+            image=clip_of(source, video, row),
+            kind="TN" if kind == "TP" else kind,
+            group=video,
+        )
 
 
 def medqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `phrases_no_exclude_test.jsonl` (four options): question, options {"A": ...}, answer_idx."""
-    for index, row in enumerate(read_jsonl(path)):
-        options = need(row, "options", path, f"line {index + 1}")
-        names = sorted(options)
-        answer = need(row, "answer_idx", path, f"line {index + 1}")
+    for index, row in enumerate(json_lines(path)):
+        options, answer = row.row("options"), row.text("answer_idx")
+        names = sorted(map(str, options.fields))
         correct = names.index(answer) if answer in names else answer
-        choices = [options[name] for name in names]
-        yield choice_item(path, index, choices, correct, row["question"], kind=row.get("meta_info", ""))
+        choices = [options.text(name) for name in names]
+        yield choice_item(row, str(index), choices, correct, row.text("question"), kind=row.text("meta_info", ""))
 
 
 def medmcqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `dev.json`, one object a line: question, opa to opd, cop (counted from 1), subject_name, exp."""
-    for index, row in enumerate(read_jsonl(path)):
-        choices = [need(row, key, path, f"line {index + 1}") for key in ("opa", "opb", "opc", "opd")]
-        answer = int(need(row, "cop", path, f"line {index + 1}")) - 1
-        facts = {"kind": row.get("subject_name", ""), "rationale": " ".join(str(row.get("exp") or "").split())}
-        yield choice_item(path, row.get("id", index), choices, answer, row["question"], **facts)
+    for index, row in enumerate(json_lines(path)):
+        choices = [row.text(key) for key in ("opa", "opb", "opc", "opd")]
+        kind, why = row.text("subject_name", ""), " ".join(row.text("exp", "").split())
+        name, correct = row.text("id", str(index)), row.integer("cop") - 1
+        yield choice_item(row, name, choices, correct, row.text("question"), kind=kind, rationale=why)
 
 
 def pubmedqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `ori_pqal.json`, {id: {QUESTION, CONTEXTS, final_decision}}; annotations: `test_ground_truth.json`, whose
     ids are the 500 of the test split. With `split: rest` those are left out instead. `{context}` is the abstract."""
-    chosen = set(read_json(Path(source.annotations))) if source.annotations else None
-    for name, row in read_json(path).items():
+    chosen = _ids(Path(source.annotations)) if source.annotations else None
+    for name, row in whole(path).entries():
         if chosen is None or (name in chosen) != (source.split == "rest"):
-            decision = str(need(row, "final_decision", path, name)).lower()
-            choices, context = ["yes", "no", "maybe"], " ".join(need(row, "CONTEXTS", path, name))
+            decision = row.text("final_decision").lower()
+            choices, context = ["yes", "no", "maybe"], " ".join(row.texts("CONTEXTS"))
             correct = choices.index(decision) if decision in choices else decision
             values = {"context": " ".join(context.split())}
-            yield choice_item(path, name, choices, correct, need(row, "QUESTION", path, name), values=values)
+            yield choice_item(row, name, choices, correct, row.text("QUESTION"), values=values)
+
+
+def _ids(path: Path) -> set[str]:
+    """Return the keys of a file's object, or the entries of its list."""
+    content = read_json(path)
+    row = Row(path, "the file", {"ids": content} if isinstance(content, list) else content)
+    return set(row.texts("ids") if isinstance(content, list) else map(str, row.fields))
 
 
 def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -129,17 +147,8 @@ def mmlu(path: Path, source: SourceSpec) -> Iterator[Item]:
     for file in sorted(path.glob(f"*_{source.split or 'test'}.csv")):
         subject = file.stem.rsplit("_", 1)[0]
         if subjects is None or subject in subjects:
-            head = "question,A,B,C,D,answer\n"
-            for index, row in enumerate(_headless(file, head)):
-                correct = LETTERS.find(row["answer"].strip()) if row["answer"] else None
-                choices = [row[letter] for letter in "ABCD"]
-                kind = subject.replace("_", " ")
-                yield choice_item(file, f"{subject}.{index}", choices, correct, row["question"], kind=kind)
-
-
-def _headless(path: Path, head: str) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    for row_number, row in enumerate(csv.DictReader([head, *lines]), 1):
-        if None in row or None in row.values():
-            raise UserError(f"{path}: row {row_number} does not have the six columns question, A, B, C, D, answer")
-        yield row
+            for index, row in enumerate(csv_rows(file, header=["question", *"ABCD", "answer"])):
+                answer = row.name("answer").strip()
+                correct = LETTERS.index(answer) if answer in [*LETTERS] else answer
+                choices, kind = [row.text(letter) for letter in "ABCD"], subject.replace("_", " ")
+                yield choice_item(row, f"{subject}.{index}", choices, correct, row.text("question"), kind=kind)

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
-from eval.tasks.formats.files import Item, image_of, item, need
+from eval.tasks.formats.files import Item, image_of, item
+from eval.tasks.formats.rows import Row
 from flamingo.errors import UserError
 
 ROWS = 64  # read at a time
@@ -28,13 +28,13 @@ def hub_questions(path: Path, source: SourceSpec) -> Iterator[Item]:
     """
     seen: dict[str, EncodedImage] = {}  # most images have several questions
     for name, row in hub_rows(path, source):
-        image, group = _image(path, name, row, source, seen)
-        answer = str(need(row, "answer", path, name)).strip()
+        image, group = _image(row, source, seen)
+        answer = row.text("answer").strip()
         kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
-        yield item(name, image, str(need(row, "question", path, name)), [answer], kind, group=group)
+        yield item(row, name, image, row.text("question"), [answer], kind, group=group)
 
 
-def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, Row]]:
     """Yield (name, row) of a parquet file or of a folder's split. Raises UserError when there is none, or a bad one."""
     try:
         import pyarrow
@@ -57,25 +57,29 @@ def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, dict[str, An
             with parquet.ParquetFile(file) as table:
                 for batch in table.iter_batches(ROWS):
                     for row in batch.to_pylist():
-                        yield f"{split if path.is_dir() else path.stem}.{count}", row
+                        name = f"{split if path.is_dir() else path.stem}.{count}"
                         count += 1
+                        yield name, Row(file, f"row {count}", row)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} is not a parquet file, or truncated ({reason}); download it again") from None
 
 
-def _image(
-    path: Path, name: str, row: dict[str, Any], source: SourceSpec, seen: dict[str, EncodedImage]
-) -> tuple[EncodedImage, str]:
+def _image(row: Row, source: SourceSpec, seen: dict[str, EncodedImage]) -> tuple[EncodedImage, str]:
     """Return a row's image and what is the same for all rows that show it."""
-    stored = need(row, "image", path, name)
+    stored = row.get("image")
     data, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
     if isinstance(data, bytes):
         digest = hashlib.sha256(data).hexdigest()[:16]
-        return seen.setdefault(digest, StoredImage(partial(_bytes_of, data))), digest
+        names = partial(_name_of, f"{row.path}, {row.where}")
+        return seen.setdefault(digest, StoredImage(partial(_bytes_of, data), names=names)), digest
     if not isinstance(file, str) or not file:
-        raise UserError(f"{path}: row {name} has no image; use the published file")
-    return image_of(source, path, file, row), file
+        raise row.wrong("image", None, "an image")
+    return image_of(source, file, row), file
+
+
+def _name_of(name: str) -> tuple[str]:
+    return (name,)
 
 
 def _bytes_of(data: bytes) -> tuple[bytes, ...]:

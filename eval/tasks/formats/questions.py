@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from data.records import read_json, table_rows
 from eval.spec import SourceSpec
-from eval.tasks.formats.files import Item, check_annotators, clip_of, image_of, item, need, rows, wanted
+from eval.tasks.formats.files import Item, check_annotators, clip_of, image_of, item, wanted
 from eval.tasks.formats.hub import hub_questions, is_hub
+from eval.tasks.formats.rows import Row, csv_rows, json_rows, pickled_rows, whole
 from flamingo.errors import UserError
 
 
@@ -23,47 +21,45 @@ def vqa(path: Path, source: SourceSpec) -> Iterator[Item]:
         raise UserError(f"{path} has only questions; give source.annotations, the file with their answers")
     answers_at = Path(source.annotations)
     key = source.fields.get("answer", "answer")
-    annotations = {
-        need(row, "question_id", answers_at): row for row in rows(answers_at, read_json(answers_at), "annotations")
-    }
-    for row in rows(path, read_json(path), "questions"):
-        question_id = need(row, "question_id", path)
+    annotations = {row.name("question_id"): row for row in whole(answers_at).rows("annotations")}
+    for row in whole(path).rows("questions"):
+        question_id = row.name("question_id")
         if question_id not in annotations:
             raise UserError(
                 f"{answers_at} has no answers to question {question_id} of {path}; are they of the same split?"
             )
-        given = need(annotations[question_id], "answers", answers_at, question_id)
-        answers = [str(need(answer, key, answers_at, question_id)) for answer in given]
-        check_annotators(len(answers), source, answers_at, question_id)
-        image = image_of(source, path, str(need(row, "image_id", path)), row)
-        kind = annotations[question_id].get("answer_type", "")
-        yield item(question_id, image, need(row, "question", path), answers, kind, group=str(row["image_id"]))
+        note = annotations[question_id]
+        answers = [answer.text(key) for answer in note.rows("answers")]
+        check_annotators(note, question_id, len(answers), source)
+        image_id, kind = row.name("image_id"), note.text("answer_type", "")
+        image = image_of(source, image_id, row)
+        yield item(note, question_id, image, row.text("question"), answers, kind, group=image_id)
 
 
 def stem_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the answers of an OK-VQA annotation file as they were given and as they are stemmed."""
-    for row in rows(path, read_json(path), "annotations"):
-        for answer in need(row, "answers", path):
-            yield str(need(answer, "raw_answer", path)), str(need(answer, "answer", path))
+    for row in whole(path).rows("annotations"):
+        for answer in row.rows("answers"):
+            yield answer.text("raw_answer"), answer.text("answer")
 
 
 def textvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `TextVQA_0.5.1_*.json`: under data question, image_id, question_id and ten answers."""
-    for row in rows(path, read_json(path), "data"):
-        question_id, image = need(row, "question_id", path), str(need(row, "image_id", path))
-        answers = need(row, "answers", path, f"question {question_id}")
-        check_annotators(len(answers), source, path, question_id)
-        yield item(question_id, image_of(source, path, f"{image}.jpg", row), row["question"], answers, group=image)
+    for row in whole(path).rows("data"):
+        question_id, image, answers = row.name("question_id"), row.name("image_id"), row.texts("answers")
+        check_annotators(row, question_id, len(answers), source)
+        shown = image_of(source, f"{image}.jpg", row)
+        yield item(row, question_id, shown, row.text("question"), answers, group=image)
 
 
 def vizwiz(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `val.json`: image, question, answers[].answer, answer_type. The question's white space is collapsed."""
-    for row in rows(path, read_json(path)):
-        file_name = str(need(row, "image", path))
-        answers = [need(answer, "answer", path, file_name) for answer in need(row, "answers", path, file_name)]
-        check_annotators(len(answers), source, path, file_name)
-        image = image_of(source, path, file_name, row)
-        yield item(Path(file_name).stem, image, row["question"], answers, row.get("answer_type", ""), group=file_name)
+    for row in json_rows(path):
+        file_name = row.name("image")
+        answers = [answer.text("answer") for answer in row.rows("answers")]
+        check_annotators(row, file_name, len(answers), source)
+        image, kind = image_of(source, file_name, row), row.text("answer_type", "")
+        yield item(row, Path(file_name).stem, image, row.text("question"), answers, kind, group=file_name)
 
 
 def vqa_rad(path: Path, source: SourceSpec) -> Iterator[Item]:
@@ -80,69 +76,55 @@ def slake(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 
 def _medical(path: Path, source: SourceSpec, field: str) -> Iterator[Item]:
-    for row in rows(path, read_json(path)):
-        if wanted(row, source):
-            file_name = str(need(row, field, path))
-            kind = str(need(row, "answer_type", path)).strip().upper()
-            shown = image_of(source, path, file_name, row)
-            yield item(
-                need(row, "qid", path), shown, row["question"], [need(row, "answer", path)], kind, group=file_name
-            )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler of lists, dicts, strings and numbers, which refuses anything that would need an import."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    for row in json_rows(path):
+        if wanted(row.fields, source):
+            file_name, kind = row.name(field), row.text("answer_type").strip().upper()
+            shown = image_of(source, file_name, row)
+            question, answers = row.text("question"), [row.text("answer")]
+            yield item(row, row.name("qid"), shown, question, answers, kind, group=file_name)
 
 
 def pathvqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `test_qa.pkl`, a pickled list of image, question, answer; yes and no are the closed answers.
 
-    Unpickling may run code, so only plain values are read. Also the hub's parquet: `eval.tasks.formats.hub`.
+    Also the hub's parquet: `eval.tasks.formats.hub`.
     """
     if is_hub(path):
         yield from hub_questions(path, source)
         return
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with path.open("rb") as file:
-            content = _PlainUnpickler(file).load()
-    except Exception as error:  # damaged pickles raise exceptions of every kind
-        raise UserError(f"{path} is not a pickle of plain values: {error}") from None
-    for index, row in enumerate(rows(path, content)):
-        image, answer = str(need(row, "image", path)), str(need(row, "answer", path)).strip()
+    for index, row in enumerate(pickled_rows(path)):
+        image, answer = row.name("image"), row.text("answer").strip()
         kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
-        yield item(index, image_of(source, path, f"{image}.jpg", row), row["question"], [answer], kind, group=image)
+        shown = image_of(source, f"{image}.jpg", row)
+        yield item(row, str(index), shown, row.text("question"), [answer], kind, group=image)
 
 
 def video_qa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read MSVD-QA and MSRVTT-QA: `test_qa.json`, a list of id, video_id, question, answer."""
-    for row in rows(path, read_json(path)):
-        video = str(need(row, "video_id", path))
-        question = str(need(row, "question", path))
+    for row in json_rows(path):
+        video, question = row.name("video_id"), row.text("question")
         kind = question.split()[0].lower() if question.split() else ""
-        name = need(row, "id", path)
-        yield item(name, clip_of(source, path, video, row), question, [need(row, "answer", path)], kind, group=video)
+        clip = clip_of(source, video, row)
+        yield item(row, row.name("id"), clip, question, [row.text("answer")], kind, group=video)
 
 
 def ivqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read `test.csv`: video_id, start, end, question, answer1 to answer5."""
     keys = [f"answer{index}" for index in range(1, 6)]
-    for index, row in enumerate(table_rows(path, ["video_id", "start", "end", "question", *keys])):
-        answers = [row[key] for key in keys if row[key]]
-        check_annotators(len(answers), source, path, index)
-        clip = clip_of(source, path, row["video_id"], row, float(row["start"]), float(row["end"]))
-        yield item(f"{row['video_id']}.{index}", clip, row["question"], answers, group=row["video_id"])
+    for index, row in enumerate(csv_rows(path, ["video_id", "start", "end", "question", *keys])):
+        video, answers = row.name("video_id"), [row.text(key) for key in keys if row.text(key)]
+        check_annotators(row, str(index), len(answers), source)
+        clip = clip_of(source, video, row, row.number("start"), row.number("end"))
+        yield item(row, f"{video}.{index}", clip, row.text("question"), answers, group=video)
 
 
 def nextqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read open-ended NExT-QA: `test.csv`, as annotations `add_reference_answer_test.json` ({video: {qid: answer}})."""
-    more = read_json(Path(source.annotations)) if source.annotations else {}
-    for row in table_rows(path, ["video", "question", "answer", "qid", "type"]):
-        answers = [row["answer"], *filter(None, [more.get(row["video"], {}).get(row["qid"])])]
-        kind = "TN" if row["type"] == "TP" else row["type"]
-        clip = clip_of(source, path, row["video"], row)
-        yield item(f"{row['video']}.{row['qid']}", clip, row["question"], answers, kind, group=row["video"])
+    more: dict[str, Row] = dict(whole(Path(source.annotations)).entries()) if source.annotations else {}
+    for row in csv_rows(path, ["video", "question", "answer", "qid", "type"]):
+        video, question_id, kind = row.name("video"), row.name("qid"), row.text("type")
+        second = more[video].text(question_id, "") if video in more else ""
+        answers = [row.text("answer"), *filter(None, [second])]
+        kind = "TN" if kind == "TP" else kind
+        clip = clip_of(source, video, row)
+        yield item(row, f"{video}.{question_id}", clip, row.text("question"), answers, kind, group=video)

@@ -27,11 +27,11 @@ def frames_of(path: Path, count: int, start: float = 0.0, end: float | None = No
         UserError: nothing there can be read, or the video ends before `start`.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        kept = [files[index] for index in spread(len(files), count)]
+        kept = _frame_files(path, count)
         images = tuple(file.read_bytes() for file in kept)
         if not images or any(sniff(image) is None for image in images):
-            raise UserError(f"{path} is not a folder of images")
+            odd = [file.name for file, image in zip(kept, images, strict=True) if sniff(image) is None]
+            raise UserError(f"{path} is not a folder of images{f': it has {odd[0]}' if odd else ''}")
         return images
     av = _decoder()
     wanted: list[bytes] = []
@@ -101,6 +101,16 @@ def _decoder() -> Any:
             "videos are decoded by PyAV: pip install flamingo-vlm[tasks]; or give folders of frames"
         ) from None
     return av
+
+
+def frame_names(path: Path, count: int) -> list[str]:
+    """Return what the frames of a folder are called; of a video, its name."""
+    return [str(file) for file in _frame_files(path, count)] if path.is_dir() else [str(path)]
+
+
+def _frame_files(path: Path, count: int) -> list[Path]:
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return [files[index] for index in spread(len(files), count)]
 
 
 def spread(total: int, count: int) -> list[int]:
