@@ -289,7 +289,7 @@ def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[Inpu
     return units
 
 
-def required(module: str, purpose: str) -> Any:
+def required(module: str, purpose: str, extra: str = "prepare") -> Any:
     """Import an optional package. Raises UserError, naming the extra, when it is not installed."""
     from importlib import import_module
 
@@ -298,5 +298,5 @@ def required(module: str, purpose: str) -> Any:
     except ImportError:
         name = module.split(".")[0]
         raise UserError(
-            f"{purpose} needs the package {name}; install it with: pip install 'flamingo-vlm[prepare]'"
+            f"{purpose} needs the package {name}; install it with: pip install 'flamingo-vlm[{extra}]'"
         ) from None

@@ -124,6 +124,7 @@ def check_backbones(saved: Mapping[str, str], now: Mapping[str, str], checkpoint
         UserError: naming the part.
     """
     titles = {"vision": "vision encoder", "language": "language model", "config": "model config"}
+    titles["features"] = "image encoding"
     for part in sorted(saved.keys() | now.keys()):
         if saved.get(part) != now.get(part):
             raise UserError(
