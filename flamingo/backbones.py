@@ -264,8 +264,7 @@ def from_backbones(
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
-        resampler: the connector's options; of `ResamplerConfig` for the perceiver.
-        cross_attention: options of `CrossAttentionConfig`.
+        resampler, cross_attention: options of the connector (`ResamplerConfig`) and of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
