@@ -34,7 +34,7 @@ def write_things(folder: Path) -> Path:
 
 def task(folder: Path, **options: Any) -> BindingTask:
     source = SourceSpec(path=str(folder))
-    given = {"names_source": source} if not options.get("own_names") else {}
+    given: dict[str, Any] = {"names_source": source} if not options.get("own_names") else {}
     spec = TaskSpec(
         kind="binding", source=source, question="", lead=" ", output="rank", queries=None, **given, **options
     )

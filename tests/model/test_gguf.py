@@ -57,7 +57,7 @@ def write_gguf(path: Path, *, architecture: str = "llama", without: str = "", bo
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             value = permuted(value, heads) if part in key else value
         if not without or without not in key:
-            writer.add_tensor(name, value.float().contiguous().numpy())
+            writer.add_tensor(str(name), value.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

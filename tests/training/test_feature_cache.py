@@ -36,7 +36,12 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by one with every frame that is encoded for a cache."""
     seen: list[int] = []
     keep = FrozenFeatures._keep
-    monkeypatch.setattr(FrozenFeatures, "_keep", lambda self, *args: (seen.append(1), keep(self, *args))[1])
+
+    def counted(self: FrozenFeatures, digest: str, tokens: torch.Tensor) -> None:
+        seen.append(1)
+        keep(self, digest, tokens)
+
+    monkeypatch.setattr(FrozenFeatures, "_keep", counted)
     return seen
 
 

@@ -40,9 +40,9 @@ def complete(model: ModelConfig) -> ModelConfig:
         if described.is_file():
             document = json.loads(described.read_text())
             vision = replace(vision, config=document.get("model_cfg", document))
-        elif vision.name.startswith(TIMM) and timm.is_model(vision.name.removeprefix(TIMM)):
-            native: Any = timm.get_pretrained_cfg(vision.name.removeprefix(TIMM))
-            vision = replace(vision, config=timm_arch(vision.name, int(native.input_size[-1])))
+        elif (name := str(vision.name)).startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)):
+            native: Any = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+            vision = replace(vision, config=timm_arch(name, int(native.input_size[-1])))
         elif vision.name in open_clip.list_models():
             vision = replace(vision, config=open_clip.get_model_config(vision.name))
         else:
