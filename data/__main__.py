@@ -1,4 +1,4 @@
-"""`python -m data prepare|merge|inspect|verify|index|bench|simulate`: makes shards, looks at them, checks and measures.
+"""`python -m data prepare|merge|inspect|verify|index|bench|simulate|assets`: makes shards, looks at them, measures.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it finds faults.
 """
@@ -22,11 +22,12 @@ from flamingo.files import write_atomically
 from flamingo.folder_lock import lock_folder
 from flamingo.terminal import printable
 
-MEASURES = {
+TOOLS = {
     "bench": "this loader and open_flamingo's own on the same shards",
     "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
+    "assets": "fetch the pretrained backbones and the drawings of the real demonstration, each pinned by its hash",
 }
-MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate"}
+MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate", "assets": "data.assets"}
 
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
@@ -55,7 +56,7 @@ def parser(source: str | None = None, inspecting: bool = False) -> argparse.Argu
     check.add_argument("path", nargs="+", metavar="DIR|SHARD")
     index = commands.add_parser("index", help="write the index of tars made elsewhere, and a folder's catalogue")
     index.add_argument("shard", nargs="+", metavar="SHARD|DIR")
-    for name, about in MEASURES.items():
+    for name, about in TOOLS.items():
         command = commands.add_parser(name, help=about, description=about)
         if name == source:
             import_module(MODULES[name]).add_arguments(command)
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> int:
     if argv[:2] == ["prepare", "dedupe"]:
         argv = ["prepare", "deduplicate", *argv[2:]]
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
-    if argv and argv[0] in MEASURES:
+    if argv and argv[0] in TOOLS:
         source = argv[0]
     args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
@@ -183,7 +184,7 @@ def main(argv: list[str]) -> int:
         if args.command == "merge":
             import_module("data.prepare.merge").merge(args.folder, args.out)
             return 0
-        if args.command in MEASURES:
+        if args.command in TOOLS:
             return import_module(MODULES[args.command]).run(args)
         return {"inspect": inspect, "verify": verify, "index": index}[args.command](args)
     except (UserError, OSError) as error:

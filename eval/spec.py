@@ -127,6 +127,10 @@ class TaskSpec:
     """Binding: classes in an episode. Shots are examples of each."""
     min_images: AtLeast1 = 9
     """Binding: classes with fewer different images are left out; one more than the most shots."""
+    ask: str = ""
+    """Binding: only images of this kind (who drew them, say) are asked about, and none of them is shown; empty: all."""
+    own_names: bool = False
+    """Binding: classes keep the names that the data give them, instead of names that hold for an episode."""
     names: list[str] = field(default_factory=list)
     """Binding: names to give; empty reads them from `names_source`."""
     names_source: SourceSpec | None = None
@@ -137,5 +141,7 @@ class TaskSpec:
         if self.output != "rank":
             for name in sorted(NEEDS_RANKING.intersection(self.metrics)):
                 yield f"metrics has {name}, which compares candidates: set output=rank"
+        if self.own_names and (self.names or self.names_source is not None):
+            yield "own_names is set, so names and names_source have no effect: remove them"
         if not self.end_of_chunk and not self.separator:
             yield "separator is empty and end_of_chunk is false: a demonstration needs an end"

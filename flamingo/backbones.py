@@ -22,15 +22,20 @@ from flamingo.config import (
     OPENAI_STD,
     FlamingoConfig,
     VisionConfig,
-    every_n_layers,
-    num_decoder_layers,
 )
 from flamingo.errors import UserError, first_line
 from flamingo.hub import from_hub, hub_reachable, read_safetensors
 from flamingo.language.hooks import embedding_table, place_beside
 from flamingo.processor import FlamingoProcessor
 from flamingo.storage import refuse_incomplete, refuse_nonfinite
-from flamingo.vision.encoder import VisionEncoder, build_open_clip, describe_encoder, vision_model_from_config
+from flamingo.vision.encoder import (
+    RESIZE_MODES,
+    VisionEncoder,
+    build_open_clip,
+    describe_encoder,
+    own_statistics,
+    vision_model_from_config,
+)
 from flamingo.vision.resize import TIMM, checked_width, load_timm, resize_encoder
 from flamingo.vision.transform import ImageTransform
 
@@ -48,9 +53,9 @@ def load_vision(
 
     `vision` is an open_clip name (then `pretrained` is one of its tags, a file, or None for random weights), `timm/`
     with one of timm's names (likewise), a folder (open_clip's layout or transformers'), a transformers name, or a built
-    module (then `image_size` is needed). Another `image_size` than the encoder's own, in pixels, interpolates its
-    positions. `options` are `mean`, `std`, `resize_mode`, `class_token` and `final_norm` of `VisionConfig`, where they
-    are to be others than the encoder's.
+    module (then `image_size` is needed, unless it is timm's). Another `image_size` than the encoder's own, in pixels,
+    interpolates its positions. `options` are `mean`, `std`, `resize_mode`, `class_token` and `final_norm` of
+    `VisionConfig`, where they are to be others than the encoder's.
 
     Raises:
         UserError: unknown name, tag or option, missing files, no network, an encoder that cannot do what is asked.
@@ -59,10 +64,13 @@ def load_vision(
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"vision_options.{unknown[0]} is not an option; known are {', '.join(known)}")
     if isinstance(vision, nn.Module):
-        if image_size is None:
+        own = own_statistics(vision)
+        size = own.pop("image_size", None) if image_size is None else image_size
+        if size is None:
             raise UserError("a built vision module needs image_size=..., the side of its images in pixels")
-        checked_width(vision, image_size, type(vision).__name__)
-        encoder, config = vision, describe_encoder(vision, name=type(vision).__name__, image_size=image_size, **options)
+        checked_width(vision, size, type(vision).__name__)
+        described = {**own, "image_size": size, **options}
+        encoder, config = vision, describe_encoder(vision, name=type(vision).__name__, **described)
     else:
         encoder, config = _vision_by_name(vision, pretrained, image_size)
     if options:
@@ -168,7 +176,7 @@ def _cached_open_clip(name: str, pretrained: str) -> str:
 
 def _open_clip_config(name: str, model_cfg: dict[str, Any], preprocess: dict[str, Any]) -> VisionConfig:
     size = model_cfg["vision_cfg"].get("image_size", 224)
-    mode = {"shortest": "crop", "squash": "squash", "longest": "pad"}[preprocess.get("resize_mode") or "shortest"]
+    mode = RESIZE_MODES[preprocess.get("resize_mode") or "shortest"]
     return VisionConfig(
         kind="open_clip",
         name=name,
@@ -259,15 +267,14 @@ def from_backbones(
 
     Args:
         model_class: `FlamingoForConditionalGeneration`.
-        vision: open_clip name, folder, transformers name, or built module (then `image_size` in pixels).
-        language: folder, transformers name, or built causal LM (then `tokenizer`).
+        vision: open_clip name, folder, transformers name, or built module (`image_size` in pixels, but for timm's).
+        language: folder, GGUF file, transformers name, or built causal LM (then `tokenizer`).
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
-        resampler: the connector's options; of `ResamplerConfig` for the perceiver.
-        cross_attention: options of `CrossAttentionConfig`.
+        resampler, cross_attention: options of the connector (`ResamplerConfig`) and of `CrossAttentionConfig`.
         max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
@@ -290,7 +297,8 @@ def from_backbones(
         connector=connector,
         resampler_config=resampler,
         cross_attention_config=dict(cross_attention or {}),
-        cross_attn_layers=cross_attn_layers or every_n_layers(num_decoder_layers(lm.config), cross_attn_every_n_layers),
+        cross_attn_layers=cross_attn_layers,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
         **{name: getattr(processor, name) for name in _IDS},
         language_kind="transformers" if type(lm.config) in AutoModelForCausalLM._model_mapping else "module",
         decoder_layers_path=decoder_layers_path,

@@ -264,6 +264,10 @@ class FlamingoConfig(PreTrainedConfig):
         )
         if bad := [i for i in self.cross_attn_layers if not 0 <= i < layers]:
             raise UserError(f"cross_attn_layers names layer {bad[0]}, but the LM has layers 0 to {layers - 1}")
+        if not self.cross_attn_layers and layers:
+            raise UserError("cross_attn_layers is empty: without a gated block the LM would never see an image")
+        if twice := sorted({i for i in self.cross_attn_layers if self.cross_attn_layers.count(i) > 1}):
+            raise UserError(f"cross_attn_layers names layer {twice[0]} more than once; a layer has one block at most")
         self.image_token_id, self.eoc_token_id = image_token_id, eoc_token_id
         self.new_token_ids = sorted({image_token_id, eoc_token_id}) if new_token_ids is None else list(new_token_ids)
         if len(set(self.new_token_ids)) != len(self.new_token_ids):

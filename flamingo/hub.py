@@ -21,17 +21,20 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from flamingo.errors import UserError, first_line
+from flamingo.gguf_files import from_gguf, gguf_file
 
 LFS = b"version https://git-lfs"
 """How a file begins that Git LFS has not fetched."""
 
 
 def from_hub(cls: Any, name: str, what: str, **options: Any) -> Any:
-    """Return `cls.from_pretrained(name)` of a folder or a name on the hub.
+    """Return `cls.from_pretrained(name)` of a folder, a GGUF file or a name on the hub.
 
     Raises:
         UserError: the folder does not hold a `what`, or the name cannot be had, with or without a network.
     """
+    if (packed := gguf_file(name)) is not None:
+        return from_gguf(cls, packed, what, **options)
     local = Path(name).is_dir()
     online = not local and hub_reachable()
     options = {"trust_remote_code": False, **options}  # left out, transformers would ask on the terminal

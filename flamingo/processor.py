@@ -117,6 +117,8 @@ class FlamingoProcessor(ProcessorMixin):
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in added], special_tokens=True)
         self.new_token_ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]  # type: ignore[arg-type]
         self.image_token, self.eoc_token = added[:2]
+        if not new_tokens:
+            self._check_taken()
         self.video_token = "<video>"
         self.image_token_id, self.eoc_token_id = self.new_token_ids[:2]
         self.video_token_id = self.image_token_id
@@ -124,6 +126,21 @@ class FlamingoProcessor(ProcessorMixin):
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.around_image = around_image
         self.auto_map = {"AutoProcessor": f"{FINDER_FILE.removesuffix('.py')}.FlamingoProcessor"}
+
+    def _check_taken(self) -> None:
+        """Raise UserError where a token of ours is in the tokenizer already and means something there."""
+        special = self.tokenizer.special_tokens_map
+        for token, number in zip((self.image_token, self.eoc_token), self.new_token_ids, strict=False):
+            if roles := [role for role in ("bos_token", "eos_token", "unk_token") if special.get(role) == token]:
+                raise UserError(
+                    f"the tokenizer's {roles[0]} is {token}, which is the model's own here and takes over its row; "
+                    f"give the tokenizer another {roles[0]}"
+                )
+            if number in self.encode_text(token):
+                raise UserError(
+                    f"the tokenizer reads the text {token!r} as its own token {number}, so that text could not be told "
+                    "from the model's tag; take that word out of its vocabulary"
+                )
 
     @property
     def start_ids(self) -> list[int]:

@@ -1,8 +1,8 @@
 """Other people's data in, shards out: `python -m data prepare SOURCE`.
 
-A source is a line in the table `SOURCES` and a module of `data.prepare.sources`. The drawn ones (`toy`, `digits`) have
-`add_arguments(parser)` and `run(args)`. All others hand their documents to `data.prepare.engine`, where to begin, and
-have
+A source is a line in the table `SOURCES` and a module of `data.prepare.sources`. Those that compose their documents
+themselves (`DRAWN`) have `add_arguments(parser)` and `run(args)`. All others hand their documents to
+`data.prepare.engine`, where to begin, and have
 
     LAYOUT                               "interleaved" or "pairs": the layout of the shards (see docs/shards.md)
     add_arguments(parser)                adds the source's own options
@@ -14,6 +14,7 @@ have
 SOURCES = {
     "toy": "drawn scenes and characters with text that follows from the image",
     "digits": "scikit-learn's handwritten digits as documents with made-up names",
+    "labelled": "your images with their names: captions, names, and made-up names that hold for a document",
     "pairs": "images with captions: tars of img2dataset (LAION, DataComp, COYO), folders, CSV or TSV",
     "mmc4": "Multimodal C4: jsonl or jsonl.zip, and the folder of its downloaded images",
     "openflamingo": "open_flamingo's MMC4 shards: tars whose JSON holds the images as base64",
@@ -28,4 +29,4 @@ SOURCES = {
     "hf": "data sets of the Hugging Face hub, or folders in their forms: any with a column of images",
     "folder": "a folder of Markdown or text files that show images",
 }
-DRAWN = ("toy", "digits")
+DRAWN = ("toy", "digits", "labelled")

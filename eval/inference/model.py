@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from eval.inference.protocol import Responder
-from eval.inference.provenance import code_hash, weights_hash
+from eval.inference.provenance import code_hash
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
 from eval.task import EncodedImage, content_hash, generator
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -30,6 +30,7 @@ from flamingo.errors import UserError
 from flamingo.inference.media_cache import MediaCache, attach_media
 from flamingo.inference.prompts import count_phi
 from flamingo.layers.media_mask import images_so_far
+from flamingo.vision.image_store import weights_hash
 from flamingo.vision.transform import to_rgb
 
 FEATURE_FORMAT = 1

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "open_clip_torch", "xformers", "numpy", "pillow")
@@ -46,15 +45,6 @@ def code_hash(*paths: str) -> str:
             if not name.startswith("flamingo/training/"):
                 digest.update(name.encode() + b"\0")
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and values of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

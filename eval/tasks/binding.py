@@ -3,7 +3,8 @@
 An episode has `ways` classes with one name each, `shots` examples per class and a query image of one of the classes.
 The answer is ranked among the episode's names, so chance is 1/ways. A model that ignores the images cannot score above
 chance, because everything it could use is balanced exactly over the queries: whether the right name comes first among
-the candidates, and whether it is the name shown last.
+the candidates, and whether it is the name shown last. With `own_names` the classes keep the names they have, which
+training may have seen: at 0 shots it is naming among `ways` names.
 
 Examples come in rounds of one image of each class; the k-shot prompt is the last k rounds of the (k + 1)-shot prompt.
 """
@@ -27,19 +28,31 @@ class BindingTask(Task):
     def __init__(self, name: str, spec: TaskSpec, pool: Sequence[Example], names: Sequence[str]) -> None:
         self.name = name
         self.max_new_tokens = 0
-        self.description: dict[str, object] = asdict(spec) | {"names": f"{len(names)} names"}
         self._spec = spec
         self._ways = spec.ways
+        every = _by_class(pool)
+        self._own = {label: images[0].golds[0] for label, images in every.items()} if spec.own_names else {}
+        names = list(self._own.values()) or names
+        self.description: dict[str, object] = asdict(spec) | {"names": f"{len(names)} names"}
         self._names = sorted(set(names))
-        self._classes = {label: images for label, images in _by_class(pool).items() if len(images) >= spec.min_images}
+        self._shown = {label: [image for image in images if self._may_show(image)] for label, images in every.items()}
+        self._classes = {label: every[label] for label, shown in self._shown.items() if len(shown) >= spec.min_images}
         if len(self._classes) < spec.ways or len(self._names) < spec.ways:
             raise UserError(
                 f"task {name}: ways={spec.ways} needs as many classes and names, but there are only "
                 f"{len(self._classes)} classes of at least {spec.min_images} images and {len(self._names)} names"
             )
-        definition = (name, spec.question, spec.lead, spec.tail, spec.ways, tuple(self._names))
+        definition: tuple[object, ...] = (name, spec.question, spec.lead, spec.tail, spec.ways, tuple(self._names))
+        if spec.ask or spec.own_names:  # which came later: tasks without them keep their hash
+            definition += (spec.ask, spec.own_names)
         self.hash = content_hash(*definition, *((d.label, d.cluster) for c in self._classes.values() for d in c))
         self._queries = self._list_queries()
+        if not self._queries:
+            kinds = ", ".join(sorted({example.kind for example in pool})) or "not given"
+            raise UserError(f"task {name}: ask={spec.ask} names no kind of image that can be asked; kinds are {kinds}")
+
+    def _may_show(self, image: Example) -> bool:
+        return not self._spec.ask or image.kind != self._spec.ask
 
     def _list_queries(self) -> dict[str, tuple[int, Example]]:
         labels = list(self._classes)
@@ -52,7 +65,8 @@ class BindingTask(Task):
                 enough = self._spec.queries is not None and len(queries) >= self._spec.queries
                 if rank < len(images) and not enough:
                     index = hash_order([p.id for p in images], "queries", self.hash)[rank]
-                    queries[images[index].id] = (len(queries), images[index])
+                    if self._spec.ask in ("", images[index].kind):
+                        queries[images[index].id] = (len(queries), images[index])
         return queries
 
     def query_ids(self) -> Sequence[str]:
@@ -60,8 +74,8 @@ class BindingTask(Task):
         return list(self._queries)
 
     def max_shots(self) -> int:
-        """Return the size of the smallest class less one, as it may be the query's class."""
-        return min(len(images) for images in self._classes.values()) - 1
+        """Return the size of the smallest class less one, as it may be the query's class; of what may be shown."""
+        return min(len(self._shown[label]) for label in self._classes) - (not self._spec.ask)
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
         """Return the query with `shots` examples of each class, in prompt order."""
@@ -69,8 +83,15 @@ class BindingTask(Task):
         rng = generator("episode", self.hash, seed, query_id)
         labels = list(self._classes)
         others = [labels[i] for i in rng.permutation(len(labels)) if labels[i] != query.label]
-        classes = [query.label, *others[: self._ways - 1]]
-        names = self._draw_names(rng.permutation(len(self._names)).tolist())
+        if self._spec.own_names:  # two classes may have one name
+            by_name: dict[str, str] = {}
+            for label in [query.label, *others]:
+                by_name.setdefault(self._own[label], label)
+            names = list(by_name)[: self._ways]
+            classes = [by_name[name] for name in names]
+        else:
+            classes = [query.label, *others[: self._ways - 1]]
+            names = self._draw_names(rng.permutation(len(self._names)).tolist())
         label_names = dict(zip(classes, names, strict=True))
         drawn, excluded = zip(*(self._draw_images(label, query, shots, seed) for label in classes), strict=True)
         rounds: list[list[Example]] = []
@@ -113,7 +134,7 @@ class BindingTask(Task):
         )
 
     def _draw_images(self, label: str, query: Example, shots: int, seed: int) -> tuple[list[Example], int]:
-        images = self._classes[label]
+        images = self._shown[label]
         # "pictures" is only the name of a random stream: another name would draw other images.
         order = generator("pictures", self.hash, seed, query.id, label).permutation(len(images))
         allowed = [images[int(i)] for i in order if images[int(i)].cluster != query.cluster]

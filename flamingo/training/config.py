@@ -24,6 +24,7 @@ from flamingo.config import CrossAttentionConfig, connector_options
 from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, Folder, NotNegative, examine, flatten, one_of
 from flamingo.convert.presets import preset
 from flamingo.errors import UserError
+from flamingo.gguf_files import from_gguf, gguf_file
 from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.objective_table import OBJECTIVES
 
@@ -44,6 +45,20 @@ class VisionSource:
     """open_clip's own model description: `embed_dim`, `vision_cfg`, `text_cfg`."""
     resize_mode: str | None = None
     """How an image becomes square: `squash`, `crop`, `pad`, `pad_mean` (the paper); none: as the encoder's own."""
+    image_size: AtLeast1 | None = None
+    """Side of the images in pixels, learned positions interpolated; none: the encoder's own."""
+    cache: Literal["memory", "disk"] | None = None
+    """Where the tokens of a frozen encoder are kept, so that it encodes each image once: `memory` of each process, or
+    `disk`, a folder that processes and runs share; none: every image is encoded every time."""
+    cache_dir: str = "runs/features"
+    """Folder of `cache=disk`."""
+    cache_gb: AboveZero = 10.0
+    """Gigabytes that the cache may take; what does not fit is encoded every time."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.config is not None and "vision_cfg" in self.config:
+            sized = {**self.config["vision_cfg"], "image_size": self.image_size}
+            self.config = {**self.config, "vision_cfg": sized}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +66,7 @@ class LanguageSource:
     """Where the causal LM comes from. `name` (weights) wins over `config` (shape only, random weights)."""
 
     name: str | None = None
-    """A transformers name or folder."""
+    """A transformers name or folder, or a GGUF file."""
     config: dict[str, Any] | None = None
     """Arguments of the transformers config, with `model_type`."""
     tokenizer: str | None = None
@@ -98,6 +113,8 @@ class ModelConfig:
     cross_attn_every_n_layers: AtLeast1 | None = None
     """A gated block before every n-th decoder layer, at OpenFlamingo's positions n-1, 2n-1, ...; none: the preset's,
     else 1."""
+    cross_attn_layers: Annotated[list[AtLeast0], Field(min_length=1)] | None = None
+    """The decoder layers with a gated block before them, counted from 0, instead of every n-th."""
     connector: str = "perceiver"
     """What maps encoder tokens to latents: `perceiver`, `mlp`, or a name of `flamingo.layers.connector.CONNECTORS`."""
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
@@ -117,7 +134,7 @@ class ModelConfig:
                 self.language.name = chosen.language
             if self.language.config is None and self.language.name == chosen.language:
                 self.language.config = dict(chosen.text_config)  # the shape, for a plan without the network
-            if self.cross_attn_every_n_layers is None:
+            if self.cross_attn_every_n_layers is None and self.cross_attn_layers is None:
                 self.cross_attn_every_n_layers = chosen.cross_attn_every_n_layers
 
     def connector_config(self) -> dict[str, Any]:
@@ -125,7 +142,9 @@ class ModelConfig:
         return asdict(self.resampler) if self.connector == "perceiver" else dict(self.connector_options)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with the connector or its options."""
+        """Yield what is wrong with the connector, its options or the places of the gated blocks."""
+        if self.cross_attn_layers is not None and self.cross_attn_every_n_layers is not None:
+            yield "model.cross_attn_layers and model.cross_attn_every_n_layers both place blocks: remove one of them"
         try:
             connector_options(self.connector, self.connector_config())
         except UserError as error:
@@ -355,6 +374,7 @@ class TrainConfig:
         yield from self._freeze_conflicts()
         yield from self._length_conflicts()
         yield from self._lora_conflicts()
+        yield from self._cache_conflicts()
         yield from self._sharding_conflicts(world_size)
         yield from self._evaluation_conflicts()
 
@@ -387,6 +407,9 @@ class TrainConfig:
             for key, source in (("vision", vision), ("language", language)):
                 if source.name or source.config:
                     yield f"model.init and model.{key} both say where weights come from: remove one of them"
+            own = {"vision.image_size": vision.image_size, "cross_attn_layers": self.model.cross_attn_layers}
+            for key in (key for key, value in own.items() if value is not None):
+                yield f"model.{key} has no effect with model.init, whose model has its own: remove it"
             return  # backbone and tokenizer come with that model
         if objective == "flamingo" and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
@@ -428,6 +451,18 @@ class TrainConfig:
             yield "model.freeze.language=lora is for objectives flamingo and language: set it to frozen"
         if self.objective == "language" and not self.model.language.name:
             yield "model.freeze.language=lora adapts an existing language model: set model.language.name"
+
+    def _cache_conflicts(self) -> Iterator[str]:
+        where = f"model.vision.cache={self.model.vision.cache}"
+        if self.model.vision.cache is None:
+            return
+        if self.objective != "flamingo":
+            yield f"{where} is for objective flamingo, not {self.objective}: set it to null"
+        if self.model.freeze.vision != "frozen":
+            yield f"{where} keeps what a frozen encoder gives: set model.freeze.vision=frozen, or the cache to null"
+        for name, dataset in self.data.datasets.items():
+            for key in (key for key in ("flip", "colour") if dataset.get(key)):
+                yield f"{where} and data.datasets.{name}.{key}, which changes images at random: set one of them to null"
 
     def _sharding_conflicts(self, world_size: int) -> Iterator[str]:
         sharding, parallel, precision = self.run.sharding, self.run.parallel, self.run.precision
@@ -474,8 +509,11 @@ def _positions(model: ModelConfig) -> tuple[int, bool] | None:
     described: Any = dict(model.language.config or {})
     try:
         if model.init or model.language.name:
-            source, options = str(model.init or model.language.name), {"local_files_only": True}
-            described = AutoConfig.from_pretrained(source, **options)
+            source = str(model.init or model.language.name)
+            if (packed := gguf_file(source)) is not None:
+                described = from_gguf(AutoConfig, packed, "language model")
+            else:
+                described = AutoConfig.from_pretrained(source, local_files_only=True)
         else:
             described = AutoConfig.for_model(described.pop("model_type"), **described)
         described = described.get_text_config(decoder=True)
@@ -514,7 +552,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 PLACES = re.compile(
-    r"model\.init|model\.vision\.(name|pretrained)|model\.language\.(name|tokenizer)"
+    r"model\.init|model\.vision\.(name|pretrained|cache_dir|cache_gb)|model\.language\.(name|tokenizer)"
     r"|data\.datasets\..+\.(shards|cache|cache_gb|allow_pipe|redirect_hosts)"
 )
 """Keys that say where something lies. It may have moved: its content is compared with the checkpoint's."""

@@ -34,7 +34,12 @@ from flamingo.training.metrics.sinks import last_step, plain
 from flamingo.training.objectives.protocol import Setup
 from flamingo.training.optim import scheduled_scale
 
-TITLES = {"vision": "vision encoder", "language": "language model", "config": "model config"}
+TITLES = {
+    "vision": "vision encoder",
+    "language": "language model",
+    "config": "model config",
+    "features": "image encoding",
+}
 OWN = (
     *("config.yaml", "checkpoints", "checkpoints.json", "model", "model-ema", "tokenizer", "tensorboard"),
     *("metrics.jsonl", "loss.png", "bad_samples*.jsonl", "nonfinite-*.json", "wandb-id.txt"),

@@ -31,6 +31,10 @@ from transformers import initialization as init
 
 from flamingo.config import VisionConfig
 from flamingo.errors import UserError
+from flamingo.vision.features import FrozenFeatures
+
+RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+"""open_clip's names -> ours."""
 
 
 class VisionEncoder(nn.Module):
@@ -50,6 +54,8 @@ class VisionEncoder(nn.Module):
         self.tower = encoder
         self.image_size = config.image_size
         self.class_token, self.final_norm = config.class_token, config.final_norm
+        self.features: FrozenFeatures | None = None
+        """Set for a run whose encoder is frozen (`model.vision.cache`): each image is then encoded once."""
         self._unread: tuple[tuple[int, ...], list[nn.Parameter]] = ((), [])
         self.statistics = {"mean": config.mean, "std": config.std}
         for name, values in self.statistics.items():
@@ -59,15 +65,21 @@ class VisionEncoder(nn.Module):
         """Return the patch tokens of every frame, with gradients where a weight or the pixels ask for them."""
         images, frames = pixel_values.shape[:2]
         pixels = pixel_values.flatten(0, 1)
+        if self.features is not None and pixels.dtype == torch.uint8 and len(pixels):
+            tokens = self.features(pixels, self._tokens, next(self.tower.parameters()).dtype)
+        else:
+            tokens = self._tokens(pixels)
+        if self.training and torch.is_grad_enabled():
+            tokens = touched(tokens, self._unread_by(tokens))
+        return tokens.unflatten(0, (images, frames))
+
+    def _tokens(self, pixels: Shaped[Tensor, "N C S S"]) -> Float[Tensor, "N P D"]:
         dtype = next(self.tower.parameters()).dtype
         if pixels.dtype == torch.uint8:
             shape = (1, -1, 1, 1)
             pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
         # Autograd records nothing where neither weights nor pixels ask for it: a frozen encoder leaves no graph.
-        tokens = patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
-        if self.training and torch.is_grad_enabled():
-            tokens = touched(tokens, self._unread_by(tokens))
-        return tokens.unflatten(0, (images, frames))
+        return patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
 
     def initialize(self) -> None:
         """Set mean and deviation as the config has them, for a file that lacks them."""
@@ -258,6 +270,20 @@ def describe_encoder(encoder: nn.Module, *, name: str, image_size: int, **overri
         options |= {"kind": "transformers", "arch": encoder.config.to_dict()}
     options |= overrides
     return VisionConfig(width=token_width(encoder, image_size), **options)
+
+
+def own_statistics(encoder: Any) -> dict[str, Any]:
+    """Return what a built module of timm or open_clip says of its images: `mean`, `std`, `image_size`, `resize_mode`.
+
+    Empty for modules that say nothing; these get CLIP's mean and deviation unless the caller names others.
+    """
+    described = getattr(encoder, "pretrained_cfg", None) or getattr(encoder, "preprocess_cfg", None) or {}
+    described = described if isinstance(described, dict) else vars(described)
+    own: dict[str, Any] = {name: tuple(described[name]) for name in ("mean", "std") if described.get(name)}
+    if (mode := RESIZE_MODES.get(described.get("resize_mode", ""))) is not None:
+        own["resize_mode"] = mode
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or described.get("input_size")
+    return {**own, "image_size": int(size[-1])} if own and size else own
 
 
 def repair_buffers(module: Any) -> None:

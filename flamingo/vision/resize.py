@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +149,13 @@ def checked_width(encoder: nn.Module, image_size: int, name: str) -> int:
         ) from error
 
 
+def timm_arch(name: str, image_size: int) -> dict[str, Any]:
+    """Return how open_clip describes one of timm's encoders, `timm/...`; `image_size` in pixels."""
+    model = name.removeprefix(TIMM)
+    vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": image_size}
+    return {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}
+
+
 def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
     """Return one of timm's encoders with its config: `timm/dm_nfnet_f6` with the tag `dm_in1k` is the paper's.
 
@@ -170,8 +176,8 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
         raise UserError(f"timm has no weights {pretrained!r} for {model}; known are {tags or 'none'}")
     described: Any = timm.get_pretrained_cfg(tagged)
     native = int(described.input_size[-1])
-    vision_cfg = {"timm_model_name": model, "timm_pool": "", "timm_proj": "none", "image_size": native}
-    arch = {"embed_dim": 0, "vision_cfg": vision_cfg, "quick_gelu": False}
+    arch = timm_arch(name, native)
+    vision_cfg = arch["vision_cfg"]
     encoder: Any = build_open_clip(arch)
     if pretrained:
         _load_timm_weights(encoder.trunk, tagged, file)
@@ -191,27 +197,40 @@ def load_timm(name: str, pretrained: str | None, image_size: int | None) -> tupl
     return encoder, config
 
 
-def _load_timm_weights(trunk: nn.Module, tagged: str, file: Path | None) -> None:
-    """Fill a trunk from a file, or with timm's weights of a tag; the classifier that it lacks is left out."""
-    if file is not None:
-        try:
-            with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
-                warnings.simplefilter("ignore")
-                is_plain = file.suffix == ".safetensors"
-                weights = read_safetensors(file) if is_plain else torch.load(file, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from error
-    elif hub_reachable():
-        import timm
+def _load_timm_weights(trunk: Any, tagged: str, file: Path | None) -> None:
+    """Fill a trunk from a file, or with timm's weights of a tag; a classifier, which the trunk lacks, is left out."""
+    import timm
 
+    if file is not None:
+        weights = _weights_of(file)
+    elif hub_reachable():
         weights = timm.create_model(tagged, pretrained=True, num_classes=0, global_pool="").state_dict()
     else:
         raise UserError(
             f"timm's weights {tagged} are not at hand: the network is not reachable; give vision_pretrained= a file"
         )
-    try:
-        report = trunk.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError) as error:  # other shapes; not even a dictionary
-        raise UserError(f"{file or tagged} does not fit {tagged}: {first_line(error)}") from error
-    if wrong := [*report.missing_keys, *(key for key in report.unexpected_keys if not key.startswith("head"))]:
+    own = trunk.state_dict()
+    with torch.device("meta"):
+        head = set(timm.create_model(tagged).state_dict()) - own.keys()
+    names = trunk.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    extra = {key for key in weights.keys() - own.keys() if key not in head and not key.startswith(prefixes)}
+    unfit = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
+    if wrong := sorted(own.keys() - weights.keys() | extra | unfit):
         raise UserError(f"{file or tagged} does not fit {tagged}: {len(wrong)} keys differ, the first is {wrong[0]}")
+    trunk.load_state_dict({key: weights[key] for key in own})
+
+
+def _weights_of(file: Path) -> Mapping[str, Tensor]:
+    """Return the weights in a file by their names; nothing but tensors is unpickled."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    try:
+        with warnings.catch_warnings():  # of a pickle's protocol: it is read, or refused below
+            warnings.simplefilter("ignore")
+            weights = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # unpicklers raise all kinds of exceptions for foreign bytes
+        raise UserError(f"{file} cannot be read as weights: {first_line(error)}; save a state_dict") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{file} is not a table of weights by name; save the model's state_dict alone")
+    return weights

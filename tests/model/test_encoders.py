@@ -202,6 +202,61 @@ def test_timm_weights_from_a_file(tmp_path: Path) -> None:
         load_vision("timm/test_nfnet", pretrained=str(tmp_path / "other.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_resnet"])
+def test_timm_weights_with_any_head(name: str, tmp_path: Path) -> None:
+    """The classifier has another name in every family; nothing but it may be in the file beside the encoder."""
+    torch.manual_seed(0)
+    whole: dict[str, Any] = timm.create_model(name, num_classes=7).state_dict()
+    file = tmp_path / "weights.safetensors"
+    save_file(whole, file)
+    encoder: Any = load_vision(f"timm/{name}", pretrained=str(file))[0]
+    own = encoder.trunk.state_dict()
+    assert 0 < len(whole.keys() - own.keys()) <= 4
+    assert all(torch.equal(value, whole[key]) for key, value in own.items())
+    torch.save(whole, tmp_path / "weights.pth")
+    load_vision(f"timm/{name}", pretrained=str(tmp_path / "weights.pth"))
+    first = next(iter(own))
+    for changed, wrong in (
+        ({**whole, "header.weight": torch.zeros(1)}, "header.weight"),
+        ({key: value for key, value in whole.items() if key != first}, first),
+        ({**whole, first: whole[first].flatten()}, first),
+    ):
+        save_file(changed, file)
+        with pytest.raises(UserError, match=rf"does not fit {name}: 1 keys differ, the first is {wrong}"):
+            load_vision(f"timm/{name}", pretrained=str(file))
+
+
+def test_files_that_are_not_weights(tmp_path: Path) -> None:
+    (tmp_path / "torn.pth").write_bytes(b"not weights")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "training.pth")
+    for name, sentence in (("torn", "cannot be read as weights"), ("training", "is not a table of weights by name")):
+        with pytest.raises(UserError, match=sentence):
+            load_vision("timm/test_nfnet", pretrained=str(tmp_path / f"{name}.pth"))
+
+
+def test_a_built_module_has_its_own_statistics() -> None:
+    """timm's and open_clip's modules know how their images are normalised."""
+    built, config = load_vision(timm.create_model("test_nfnet", num_classes=0))
+    cfg: Any = built.pretrained_cfg
+    assert (config.mean, config.std, config.image_size) == (cfg["mean"], cfg["std"], cfg["input_size"][-1])
+    assert config.mean == (0.5, 0.5, 0.5)
+    vit: Any = timm.create_model("test_vit", num_classes=0, img_size=96)
+    assert load_vision(vit)[1].image_size == 96
+    _, described = load_vision(built, image_size=96, mean=(0.1, 0.2, 0.3))
+    assert (described.image_size, described.mean, described.std) == (96, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    visual: Any = open_clip_encoder("ViT")
+    visual.preprocess_cfg = {"mean": (0.4, 0.4, 0.4), "std": (0.3, 0.3, 0.3), "resize_mode": "squash", "size": 64}
+    _, described = load_vision(visual, image_size=SIZE)
+    assert (described.mean, described.std, described.resize_mode) == ((0.4,) * 3, (0.3,) * 3, "squash")
+    with pytest.raises(UserError, match="needs image_size="):
+        load_vision(visual)
+    model, processor = FlamingoForConditionalGeneration.from_backbones(
+        timm.create_model("test_nfnet", num_classes=0), tiny.lm("opt"), tokenizer=tiny.tokenizer()
+    )
+    assert processor.image_transform.mean == (0.5, 0.5, 0.5)
+    assert torch.equal(model.vision_encoder.mean, torch.tensor([0.5, 0.5, 0.5]))
+
+
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: load_vision("timm/no_such_net"), "timm has no model 'no_such_net'"),
     (

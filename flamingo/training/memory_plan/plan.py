@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from torch import nn
 from transformers import AutoConfig
@@ -20,6 +21,7 @@ from flamingo.training.config import ModelConfig, TrainConfig
 from flamingo.training.distributed.fsdp import sharding_strategy
 from flamingo.training.memory_plan.dry_run import PARTS, Memory, plan_step
 from flamingo.training.objectives.protocol import BatchShape, Objective, objective_module
+from flamingo.vision.resize import TIMM, timm_arch
 
 GIB = 2**30
 RESERVED_GIB, LOST = 1.5, 0.05
@@ -38,6 +40,9 @@ def complete(model: ModelConfig) -> ModelConfig:
         if described.is_file():
             document = json.loads(described.read_text())
             vision = replace(vision, config=document.get("model_cfg", document))
+        elif (name := str(vision.name)).startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)):
+            native: Any = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+            vision = replace(vision, config=timm_arch(name, int(native.input_size[-1])))
         elif vision.name in open_clip.list_models():
             vision = replace(vision, config=open_clip.get_model_config(vision.name))
         else:

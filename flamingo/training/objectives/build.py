@@ -100,6 +100,8 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         encoder = build_open_clip(arch)
         size = arch["vision_cfg"].get("image_size", 224)
         options = {"image_size": size, "vision_options": {"kind": "open_clip", "arch": arch}}
+    elif vision.image_size is not None:
+        options = {"image_size": vision.image_size}
     lm: Any = language.name
     if language.name is None:
         lm = build_language(language.config or {}, load_tokenizer(str(language.tokenizer)))
@@ -109,6 +111,7 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         vision_pretrained=vision.pretrained,
         tokenizer=language.tokenizer,
         cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
+        cross_attn_layers=model.cross_attn_layers,
         connector=model.connector,
         resampler=model.connector_config(),
         cross_attention=asdict(model.cross_attention),
@@ -156,6 +159,7 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
         resampler_config=model.connector_config(),
         cross_attention_config=asdict(model.cross_attention),
         cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
+        cross_attn_layers=model.cross_attn_layers,
         image_token_id=vocab,
         eoc_token_id=vocab + 1,
     )

@@ -18,12 +18,14 @@ from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
-from flamingo.training.config import ModelConfig
+from flamingo.training.config import ModelConfig, VisionSource
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives import build as builders
 from flamingo.training.objectives import lora
 from flamingo.training.objectives.protocol import BatchShape, Setup
+from flamingo.vision.features import FrozenFeatures, features_key, folder_key
+from flamingo.vision.image_store import ImageStore
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts", "phi", "sequence_ids")
 
@@ -85,6 +87,8 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     _freeze(flamingo, model)
     frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
     adapters = _add_adapters(flamingo, model)
+    if model.vision.cache:
+        frozen["features"] = _keep_features(flamingo, processor, model.vision)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         merged = weights if adapters is None else lora.merge(weights, adapters)
@@ -101,6 +105,17 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         processor=processor,
         frozen=frozen,
     )
+
+
+def _keep_features(
+    flamingo: FlamingoForConditionalGeneration, processor: FlamingoProcessor, vision: VisionSource
+) -> str:
+    """Have the frozen encoder encode each image once; return the key of what it gives."""
+    key = features_key(flamingo.vision_encoder, processor.image_transform)
+    limit = int(vision.cache_gb * 1e9)
+    store = ImageStore(Path(vision.cache_dir), folder_key(key), limit) if vision.cache == "disk" else None
+    flamingo.vision_encoder.features = FrozenFeatures(store, limit)
+    return key[:16]
 
 
 def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, FlamingoObjective]:
