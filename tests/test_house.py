@@ -169,6 +169,14 @@ def test_the_walks_of_the_architecture_page_are_walked_through_code_that_exists(
     assert missing == []
 
 
+def test_what_holds_a_guarantee_exists() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    files = re.findall(r"`((?:tests/[a-z/]*)?test_\w+\.py)`", page)
+    have = [path.as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(files) >= 20
+    assert [file for file in files if not any(path.endswith(f"/{file}") for path in have)] == []
+
+
 def test_nothing_important_is_ignored_by_git() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

@@ -429,7 +429,7 @@ def test_a_table_that_names_a_spoiled_image(
         None,
         5,
     ],
-    ids=str,
+    ids=["no rows", "no height", "no tensor rows", "no pixels", "nan", "inf", "no bytes", "no text", "none", "number"],
 )
 def test_an_image_that_is_none(image: Any, world: Path) -> None:
     processor = FlamingoProcessor.from_pretrained(world / "model")
