@@ -77,7 +77,7 @@ def _claimed(out: str, ranks: Ranks) -> Iterator[None]:
             try:
                 held.enter_context(lock_folder(Path(out), "an evaluation", remedy))
             except OSError as error:
-                raise UserError(f"out={out} cannot be written ({error}); give another folder") from error
+                raise UserError(f"out={out} cannot be written ({error}); free space, or give another folder") from error
         yield
 
 

@@ -76,7 +76,6 @@ def load_vision(
     if options:
         config = replace(config, **options)
         VisionEncoder(encoder, config).check()
-    refuse_nonfinite(encoder, f"the vision encoder {config.name}")
     return encoder, config
 
 
@@ -237,10 +236,16 @@ def load_language(
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
         lm, info = from_hub(AutoModelForCausalLM, str(language), "language model", output_loading_info=True, **options)
         refuse_incomplete(info, f"the language model {language}")
-    refuse_nonfinite(lm, f"the language model {lm.config.name_or_path or type(lm).__name__}")
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return lm, tokenizer
     return lm, from_hub(AutoTokenizer, str(tokenizer or language), "tokenizer")
+
+
+def _check_and_cast(encoder: nn.Module, name: str, lm: PreTrainedModel, dtype: Any) -> None:
+    """Refuse weights that are not finite; store both backbones in `dtype`."""
+    refuse_nonfinite(encoder, f"the vision encoder {name}")
+    refuse_nonfinite(lm, f"the language model {lm.config.name_or_path or type(lm).__name__}")
+    _cast((encoder, lm), dtype)
 
 
 def from_backbones(
@@ -288,7 +293,7 @@ def from_backbones(
     named = {"pretrained": vision_pretrained, "image_size": image_size, **(vision_options or {})}
     encoder, described = load_vision(vision, **named)
     lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
-    _cast((encoder, lm), dtype)
+    _check_and_cast(encoder, described.name, lm, dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
     processor = _processor(lm_tokenizer, described, resampler.get("max_frames"))
     config = FlamingoConfig(

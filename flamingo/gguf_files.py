@@ -53,6 +53,7 @@ def from_gguf(cls: Any, file: Path, what: str, **options: Any) -> Any:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise UserError(f"{file} needs the package {package}; install it with: pip install 'flamingo-vlm[gguf]'")
+    with_info = options.pop("output_loading_info", False)
     if _PART.search(file.name):
         raise UserError(f"{file} is one part of a model; join the parts with llama.cpp's gguf-split --merge")
     if options:
@@ -77,7 +78,7 @@ def from_gguf(cls: Any, file: Path, what: str, **options: Any) -> Any:
         vars(lm).pop(name, None)
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
-    return lm
+    return (lm, report) if with_info else lm
 
 
 def _read(cls: Any, file: Path, what: str, **options: Any) -> Any:

@@ -174,7 +174,7 @@ def _language(
         lm = AutoModelForCausalLM.from_config(config)
     if isinstance(language, PreTrainedConfig) and tokenizer is None:
         raise UserError("a language model's config needs tokenizer=...")
-    return *load_language(lm, load_tokenizer(tokenizer if tokenizer is not None else language)), has_lm
+    return lm, load_tokenizer(tokenizer if tokenizer is not None else language), has_lm
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrainedTokenizerBase:

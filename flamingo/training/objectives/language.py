@@ -18,6 +18,7 @@ from flamingo.files import write_folder
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import embedding_table, find_decoder_layers, table_shape
 from flamingo.language.loss import next_labels
+from flamingo.storage import refuse_nonfinite
 from flamingo.training.checkpoints.trained_weights import config_fingerprint, fingerprint, tokenizer_fingerprint
 from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
@@ -73,6 +74,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     language = model.language
     if language.name:
         lm, tokenizer = load_language(language.name, language.tokenizer)
+        refuse_nonfinite(lm, f"the language model {language.name}")
         builders.refuse_quantized(lm)
         rows, _ = table_shape(embedding_table(lm))
         if len(tokenizer) > rows:
