@@ -38,7 +38,7 @@ from data.prepare.inputs import required
 from flamingo.errors import UserError
 from flamingo.files import write_atomically, write_folder
 
-INSTEAD = "`make toy` needs none of it"
+INSTEAD = "`make demo` needs none of it"
 SIDE = 224  # of a drawing, in pixels
 GROUPS = (3, 4, 5, 6, 7)  # of emojibase: animals, food, travel, activities, objects
 FEWEST = 4  # drawings of a thing

@@ -49,7 +49,7 @@ def test_a_package_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     client_that(monkeypatch, "raise SystemExit('not again')")
     assert fetch(package(tmp_path), tmp_path) == path
     path.write_bytes(b"changed")
-    with pytest.raises(UserError, match=r"is not thing 1.0: its SHA-256 begins with \w{16}, not .*make toy"):
+    with pytest.raises(UserError, match=r"is not thing 1.0: its SHA-256 begins with \w{16}, not .*make demo"):
         fetch(package(tmp_path), tmp_path)
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
         fetch(package(tmp_path, b"another"), tmp_path)
     client_that(monkeypatch, "import sys; print('deep', file=sys.stderr); sys.exit('no route to host')")
     with pytest.raises(
-        UserError, match=r"thing 1.0 cannot be had from the pypi registry .no route to host.*`make toy`"
+        UserError, match=r"thing 1.0 cannot be had from the pypi registry .no route to host.*`make demo`"
     ):
         fetch(package(tmp_path), tmp_path)
     client_that(monkeypatch, "pass")
