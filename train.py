@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> Path:
 
 def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, cleanup: ExitStack) -> Path:
     """Train, on each process; what must be closed, also after an error, is given to `cleanup`."""
-    options, run_dir = config.run, Path(config.run.dir)
+    options, run_dir, seconds = config.run, Path(config.run.dir), 60 * config.data.storage_minutes
     specs, held_out = mixtures
     fsdp.set_threads(options.threads, processes.size)
     few_shot = FewShotEvaluation(options.evaluation) if options.evaluation.every else None
@@ -73,11 +73,11 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     # Model and data. The same seed everywhere: each process then shards the same initial weights.
     torch.manual_seed(options.seed)
     objective_module = protocol.objective_module(config.objective)
-    setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs))
+    setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs, seconds))
     model, objective, part_of = setup.model, setup.objective, setup.part_of
     collate = setup.collate(collates)
     share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
-    share |= {"num_workers": config.data.num_workers, "storage_seconds": 60 * config.data.storage_minutes}
+    share |= {"num_workers": config.data.num_workers, "storage_seconds": seconds}
     loader = MixLoader(
         specs,
         collate,
@@ -235,13 +235,13 @@ def process_count(config: TrainConfig) -> int:
 
 def checked(config: TrainConfig) -> tuple[Mixtures, list[str]]:
     """Return the datasets to train on and those held out, and everything that can be known to be wrong by now."""
-    world_size, validation = process_count(config), config.run.validation
+    world_size, validation, seconds = process_count(config), config.run.validation, 60 * config.data.storage_minutes
     problems = config.problems(world_size)
     pipes = {"allow_pipe": config.data.allow_pipe}
     specs = dataset_specs("data", config.data.datasets, problems, **pipes)
     held_out = dataset_specs("run.validation", validation.datasets, problems, **pipes) if validation.every else []
     if not config.plan:
-        problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches)]
+        problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches, seconds)]
     return (specs, held_out), problems
 
 

@@ -161,13 +161,13 @@ def open_store(spec: DatasetSpec, rank: int = 0, world: int = 1, storage_seconds
     )
 
 
-def document_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
+def document_texts(specs: Sequence[DatasetSpec], storage_seconds: float = PATIENCE) -> Iterator[str]:
     """Yield the text of every document of a mixture once, in the order of the shards (to train a tokenizer).
 
     Documents that cannot be used are left out, as in training, and counted by reason on stderr.
     """
     for spec in specs:
-        store = open_store(spec)
+        store = open_store(spec, storage_seconds=storage_seconds)
         bad: Counter[str] = Counter()
         first = ""
         for part, length in enumerate(store.lengths()):
@@ -185,7 +185,7 @@ def document_texts(specs: Sequence[DatasetSpec]) -> Iterator[str]:
             warn(f"dataset {spec.name!r}: {bad.total()} documents are left out ({counts}), the first one {first}")
 
 
-def too_small(specs: Iterable[DatasetSpec], micro_batches: int) -> Iterator[str]:
+def too_small(specs: Iterable[DatasetSpec], micro_batches: int, storage_seconds: float = PATIENCE) -> Iterator[str]:
     """Yield a clause for each dataset whose shards are missing or broken, or that has fewer samples than micro-batches.
 
     `micro_batches` counts those of all processes. Shards need not be as many as processes, since the order deals out
@@ -193,7 +193,7 @@ def too_small(specs: Iterable[DatasetSpec], micro_batches: int) -> Iterator[str]
     """
     for spec in specs:
         try:
-            samples = sum(open_store(spec).lengths())
+            samples = sum(open_store(spec, storage_seconds=storage_seconds).lengths())
         except UserError as error:
             yield str(error)
             continue

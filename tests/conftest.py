@@ -9,6 +9,8 @@ from hypothesis import settings
 # Set before transformers is imported anywhere: a test that would download fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Servers of the tests are on this machine, whatever proxy it has for the others.
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 # One thread: `make test-fast` runs a process on each core, and the models are too small to gain from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Commands that must print one line are judged by it: torch's own complaint about an installed torchao is none of ours.

@@ -160,7 +160,8 @@ class DataConfig:
     num_workers: AtLeast0 = 0
     """Loader processes of each rank; 0 loads in the training process."""
     storage_minutes: NotNegative = 5.0
-    """How long storage that is away, or a server that gives nothing, is waited for before the run ends."""
+    """How long storage that is away, or a server that gives nothing, is waited for: before the run begins, and before
+    it ends."""
     seed: int = 0
     allow_pipe: bool = False
     """Whether shards may be shell commands, `pipe:COMMAND`, which run as the user who trains."""

@@ -25,11 +25,6 @@ LOGIN = b"<!doctype html><html>please log in</html>"
 NAME = "documents-000000.tar"
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("shards"), count=24, per_shard=24)

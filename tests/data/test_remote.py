@@ -23,11 +23,6 @@ from tests.data.server import Behaviour, serving
 COLLATE = FlamingoCollate(byte_processor())
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("shards"), count=96, per_shard=8)
