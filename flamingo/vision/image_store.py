@@ -8,8 +8,8 @@ recently used files are removed.
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -98,19 +98,15 @@ class ImageStore:
         return self._bytes + size <= self._limit
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Return a checksum of tensors on the CPU: names, types, shapes and values."""
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of tensors: names, types, shapes and values."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and values of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Return a hash over names, types, shapes and values of a module's parameters and buffers."""
+    return _checksum(module.state_dict())
