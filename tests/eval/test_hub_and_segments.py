@@ -73,7 +73,7 @@ def test_images_in_files_of_their_own(tmp_path: Path) -> None:
     ("fault", "sentence"),
     [
         ("split", r"holds no val-\*\.parquet"),
-        ("damaged", "is not a parquet file, or truncated"),
+        ("damaged", "cannot be read as parquet: "),
         ("column", "has no 'answer'"),
         ("image", "has null as 'image'"),
         ("empty", "has no image with an answer"),

@@ -10,10 +10,8 @@ from pathlib import Path
 from eval.spec import SourceSpec
 from eval.task import EncodedImage, StoredImage
 from eval.tasks.formats.files import Item, image_of, item
-from eval.tasks.formats.rows import Row
+from eval.tasks.formats.rows import Row, parquet_rows
 from flamingo.errors import UserError
-
-ROWS = 64  # read at a time
 
 
 def is_hub(path: Path) -> bool:
@@ -36,13 +34,7 @@ def hub_questions(path: Path, source: SourceSpec) -> Iterator[Item]:
 
 def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, Row]]:
     """Yield (name, row) of a parquet file or of a folder's split. Raises UserError when there is none, or a bad one."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError("the hub's files are parquet: pip install flamingo-vlm[tasks]") from None
-    split = source.split or "test"
-    files = [path]
+    split, files = source.split or "test", [path]
     if path.is_dir():
         files = sorted(
             file
@@ -51,18 +43,9 @@ def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, Row]]:
         )
         if not files:
             raise UserError(f"{path} holds no {split}-*.parquet; correct source.path, or set source.split")
-    count = 0
-    for file in files:
-        try:
-            with parquet.ParquetFile(file) as table:
-                for batch in table.iter_batches(ROWS):
-                    for row in batch.to_pylist():
-                        name = f"{split if path.is_dir() else path.stem}.{count}"
-                        count += 1
-                        yield name, Row(file, f"row {count}", row)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} is not a parquet file, or truncated ({reason}); download it again") from None
+    stem = split if path.is_dir() else path.stem
+    for count, row in enumerate(row for file in files for row in parquet_rows(file)):
+        yield f"{stem}.{count}", row
 
 
 def _image(row: Row, source: SourceSpec, seen: dict[str, EncodedImage]) -> tuple[EncodedImage, str]:

@@ -122,6 +122,7 @@ class Row:
 
 
 WHOLE = "the file"
+PARQUET_ROWS = 64  # read at a time: their images are in them
 
 
 def text_of(value: object) -> str | None:
@@ -183,15 +184,18 @@ def csv_rows(path: Path, needed: Sequence[str] = (), header: Sequence[str] = ())
         yield Row(path, f"row {number}", content)
 
 
-def parquet_rows(path: Path) -> list[Row]:
-    """Return the rows of a parquet file."""
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet file, of which few are in memory at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path} is parquet: pip install flamingo-vlm[tasks]") from None
     try:
-        return _rows(path, parquet.read_table(path).to_pylist(), "row")
+        with parquet.ParquetFile(path) as table:
+            contents = (content for batch in table.iter_batches(PARQUET_ROWS) for content in batch.to_pylist())
+            for number, content in enumerate(contents, 1):
+                yield Row(path, f"row {number}", content)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
