@@ -157,15 +157,13 @@ def _claimed(args: argparse.Namespace) -> Iterator[None]:
     """Hold the output folder for a source, or for a part of it: parts and sources may be prepared side by side."""
     what = re.sub(r"\W+", "-", f"{args.source}-{getattr(args, 'part', None) or 'all'}")
     remedy = "wait for its end or stop it; several machines share the work with --part i/n"
-    from data.shards.writer import make_folder
+    from data.shards.writer import make_folder, output_place
 
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(args.out)):
-        make_folder(args.out)
-        yield  # a store has no locks; its shards come whole, under their own names
-        return
+    out = output_place(args.out)
     with ExitStack() as held:
         try:
-            held.enter_context(lock_folder(Path(args.out), f"prepare {what}", remedy, f".lock-{what}"))
+            if isinstance(out, Path):  # a store has no locks; its shards come whole, under their own names
+                held.enter_context(lock_folder(out, f"prepare {what}", remedy, f".lock-{what}"))
         except OSError as error:
             make_folder(args.out)  # says what is in the way, if something is
             raise UserError(f"--out {args.out} cannot be written ({error}); choose another folder") from error

@@ -102,21 +102,27 @@ def check_key(key: str) -> None:
         raise UserError(f"key {key!r}: '.', '/', '\\' and spaces are not allowed in keys")
 
 
-def make_folder(name: str | Path | RemotePath) -> Place:
-    """Create a folder to write into, if needed, and return it. Raises UserError for other URLs or when that fails."""
+def output_place(name: str | Path | RemotePath) -> Place:
+    """Return the folder that a name stands for, of this machine or of a store. Raises UserError for other URLs."""
     if is_store(str(name)):
-        folder = place(name)
-        try:
-            folder.exists()
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error}; try again when the store answers") from None
-        return folder
+        return place(name)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)):  # a Path of s3://bucket is s3:/bucket
         raise UserError(
             f"cannot write into {name}: shards are written to a folder or to a store as s3://bucket/folder; write to "
             "a folder and copy it to that URL"
         )
-    folder = Path(str(name))
+    return Path(str(name))
+
+
+def make_folder(name: str | Path | RemotePath) -> Place:
+    """Create a folder to write into, if needed, and return it. Raises UserError for other URLs or when that fails."""
+    folder = output_place(name)
+    if not isinstance(folder, Path):
+        try:
+            folder.exists()
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error}; try again when the store answers") from None
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
