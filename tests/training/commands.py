@@ -38,6 +38,16 @@ def begin(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=told, cwd=ROOT)
 
 
+def begin_two(command: list[list[str]], folder: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
+    """Starts both processes of a run without torchrun's agent, each with its command and its `log-RANK`."""
+    port = str(free_port())
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [
+        begin(each, folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **ranks)
+        for rank, each in enumerate(command)
+    ]
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

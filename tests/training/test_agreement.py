@@ -17,8 +17,8 @@ import pytest
 from data.shards.document import Document, Text
 from data.shards.writer import ShardWriter
 from flamingo.training.config import TrainConfig
-from tests.training.commands import ROOT, begin, free_port, given, lines
-from tests.training.world import config, write_world
+from tests.training.commands import ROOT, begin_two, given, lines
+from tests.training.world import config, swap_words, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PATIENCE = 240
@@ -32,23 +32,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(settings: TrainConfig, folder: Path, nodes: list[Path], code: str = "") -> list[subprocess.Popen[bytes]]:
     """Start both processes, each in the folder of its node; `code` runs first, with `rank` set."""
     arguments = given(settings, folder)
-    port = str(free_port())
     program = "import os, time, signal, train\nrank = int(os.environ['RANK'])\n"
     program += code + "\ntrain.compose.main(train.train, check=lambda config: train.checked(config)[1])\n"
-    return [
-        begin(
-            [sys.executable, "-c", f"import os; os.chdir({str(node)!r})\n{program}", *arguments],
-            folder / f"log-{rank}",
-            RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            PYTHONPATH=str(ROOT),
-            OMP_NUM_THREADS="1",
-        )
-        for rank, node in enumerate(nodes)
-    ]
+    started = [[sys.executable, "-c", f"import os; os.chdir({str(node)!r})\n{program}", *arguments] for node in nodes]
+    return begin_two(started, folder, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
 def said(folder: Path) -> str:
@@ -63,14 +50,7 @@ def other_documents(node: Path) -> None:
 
 
 def other_tokenizer(node: Path) -> None:
-    import json
-
-    file = node / "tokenizer" / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = [word for word in vocabulary if word.isalpha()][:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(tokenizer))
+    swap_words(node / "tokenizer")
 
 
 def nothing(node: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from flamingo.errors import UserError
 from flamingo.training.compose import compose
 from flamingo.training.distributed.launch import first_host, join_launcher, restarted
-from tests.training.commands import ROOT, begin, children, free_port, given, lines, torchrun
+from tests.training.commands import ROOT, begin, begin_two, children, free_port, given, lines, torchrun
 from tests.training.world import config, write_world
 
 # CPU time of tests is not theirs alone: how long something real may take.
@@ -140,19 +140,7 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
         "    metrics.Throughput.add = add\n"
         "train.compose.main(train.train, check=lambda config: [])\n"
     )
-    port = str(free_port())
-    ranks = [
-        begin(
-            [sys.executable, "-c", code, *arguments],
-            tmp_path / f"log-{rank}",
-            RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]
+    ranks = begin_two([[sys.executable, "-c", code, *arguments]] * 2, tmp_path)
     assert ranks[1].wait(PATIENCE) == 1
     ended = time.monotonic()
     assert ranks[0].wait(60) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from flamingo.errors import UserError
 from flamingo.training import optim
 from flamingo.training.config import DEFAULT_MAX_TOKENS, LanguageSource, OptimConfig, TrainConfig
 from tests.training.commands import lines
-from tests.training.world import LLAMA, config, write_world
+from tests.training.world import LLAMA, config, swap_words, write_world
 from train import train
 
 
@@ -80,12 +79,7 @@ def test_moved_folders_go_on_and_other_content_is_refused(world: Path, tmp_path:
     described = (run / "config.yaml").read_text()
     assert str(moved) in described
     # Another tokenizer of the same size: ids mean other words.
-    file = moved / "tokenizer" / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = [word for word in vocabulary if word.isalpha()][:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(tokenizer))
+    swap_words(moved / "tokenizer")
     assert len(AutoTokenizer.from_pretrained(str(moved / "tokenizer")))
     with pytest.raises(UserError, match="belongs to another tokenizer"):
         train(config(moved, run, "flamingo", steps=4))

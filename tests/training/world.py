@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,13 @@ def save_checkpoint(
         return checkpoints.save(step, extra, wait=True)
     finally:
         checkpoints.close()
+
+
+def swap_words(folder: Path) -> None:
+    """Make another tokenizer of the same size of the one in a folder: two words change places."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
