@@ -353,7 +353,7 @@ def test_train(argument: str, world: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_folders_with_equal_signs_and_commas_in_their_names(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shutil.copytree(world / "model", tmp_path / "run.seed=1,optim.lr=1e-4" / "model")  # as a sweep names them
     out = tmp_path / "lr=0.1"
@@ -362,7 +362,7 @@ def test_folders_with_equal_signs_and_commas_in_their_names(
         assert eval_main(command) == 0, capsys.readouterr().err
     assert eval_main(["export", str(out), "format=captions", f"to={tmp_path / 'a=b.json'}"]) == 0
     assert (tmp_path / "a=b.json").exists()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert eval_main(["check", "lr=0.1"]) == 0
     capsys.readouterr()
     assert "unknown key 'lr'" in one_sentence(eval_main(["check", "lr=0.2"]), capsys)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.data.sources import command, flat, jpeg, prepare, refusal
+from tests.data.test_prepare_engine import ROOT
 
 datasets = pytest.importorskip("datasets", reason="data sets of the hub need the extra hf")
 
@@ -181,7 +182,7 @@ def test_refusals_are_one_sentence(tmp_path: Path) -> None:
 
 def test_a_name_without_a_network_is_one_sentence(tmp_path: Path) -> None:
     argv = ["-m", "data", "prepare", "hf", "nobody/nothing", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert line.startswith("error: data set nobody/nothing, split train cannot be opened")
