@@ -464,8 +464,10 @@ def transition_scores(
 
 def _padding_behind(tokens: Int[Tensor, "B S"], own: GenerationConfig) -> Bool[Tensor, "B S"]:
     """Return which generated tokens are padding; where padding is an end itself, the first one was chosen."""
+    if own.pad_token_id is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
     padding = (tokens == own.pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
-    ends = torch.as_tensor(own.eos_token_id, device=tokens.device).reshape(-1)
+    ends = torch.as_tensor(own.eos_token_id if own.eos_token_id is not None else [], device=tokens.device).reshape(-1)
     if own.pad_token_id not in ends.tolist():
         return padding
     before = torch.isin(F.pad(tokens[:, :-1], (1, 0), value=-1), ends)

@@ -47,7 +47,9 @@ class FrozenFeatures:
         new: dict[str, Tensor] = {}  # also what does not fit, for the frames of this call
         tokens = []
         for frame, host in zip(frames, frames.cpu().contiguous(), strict=True):
-            digest = hashlib.blake2b(salt + host.numpy().tobytes(), digest_size=32).hexdigest()
+            hashed = hashlib.blake2b(salt, digest_size=32)
+            hashed.update(host.numpy())  # without a copy
+            digest = hashed.hexdigest()
             known = new.get(digest)
             if known is None:
                 known = self._load(digest)
