@@ -165,11 +165,6 @@ def _read(text: Tensor) -> Any:
     return json.loads(bytes(text.numpy()).decode())
 
 
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def ignore_group_warning() -> None:
     """Silence DCP about the missing process group: most runs here start as one process without a group."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
