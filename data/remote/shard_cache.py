@@ -134,9 +134,8 @@ class ShardCache:
                 with suppress(NotThereError):
                     self._fetch_index(url, path)
                     return path
-            if not self.has(url):
-                self._fetch(url, partial, None)
-            build_index(self._file(url, ".tar")).save(path)
+            built = None if self.has(url) else self._fetch(url, partial, None)
+            (build_index(self._file(url, ".tar")) if built is None else built).save(path)
         return path
 
     def _fetch_index(self, url: str, path: Path) -> None:
@@ -169,8 +168,11 @@ class ShardCache:
         how = {"attempts": self.attempts, "first_wait": self.first_wait, "patience": self.patience, "trust": self.trust}
         return download(url, target, wanted=wanted, **how)  # type: ignore[arg-type]
 
-    def _fetch(self, url: str, partial: Path, head: IndexHead | None, wanted: Callable[[], bool] | None = None) -> None:
-        """Fetch a shard; without a `head` to compare it with, it must at least be a tar that can be indexed."""
+    def _fetch(
+        self, url: str, partial: Path, head: IndexHead | None, wanted: Callable[[], bool] | None = None
+    ) -> TarIndex | None:
+        """Fetch a shard; without a `head` to compare it with, it must be a tar, whose index is returned."""
+        built = None
         if head is not None:
             self._make_room(head.tar_size)
         for trial in range(TRIALS):
@@ -180,7 +182,7 @@ class ShardCache:
             self.fetched += max(0, _size(partial) - before)
             try:
                 if head is None:
-                    build_index(partial)
+                    built = build_index(partial)
                 else:
                     check_tar(url, head, partial, whole=True)
                 break
@@ -197,6 +199,7 @@ class ShardCache:
         copy = self._file(url, ".tar")
         partial.replace(copy)
         self._note_whole(copy)
+        return built
 
     def _note_whole(self, copy: Path) -> None:
         copy.with_suffix(".ok").write_text(_state(copy))
