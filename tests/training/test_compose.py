@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "train.py", "experiment=demo", "optim.schedule=linear", f"run.dir={tmp_path}/run"],
         cwd=ROOT,
+        env={**os.environ, "DEMO": str(tmp_path / "demo")},  # a checkout may have made its demo already
         capture_output=True,
         text=True,
     )
