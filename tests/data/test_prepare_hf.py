@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +69,6 @@ def test_parts_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(whole) == 7
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the table open
 def test_a_folder_of_images_with_its_table(tmp_path: Path) -> None:
     root = tmp_path / "in" / "train"
     root.mkdir(parents=True)
@@ -80,7 +78,6 @@ def test_a_folder_of_images_with_its_table(tmp_path: Path) -> None:
     (root / "metadata.csv").write_text(f"file_name,text\n{lines}")
     done = prepare(tmp_path / "out", "hf", tmp_path / "in")
     assert [flat(document) for document in done.documents] == [[jpeg(n), f"text {n}"] for n in range(3)]
-    gc.collect()
 
 
 def test_questions_classes_lists_and_templates(tmp_path: Path) -> None:
