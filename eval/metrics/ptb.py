@@ -223,12 +223,13 @@ def _of_ascii(rule: LexerRule) -> LexerRule:
 
 
 ASCII_RULES = tuple(map(_of_ascii, RULES))
-"""The same rules for a text of ASCII alone, which most captions are; on these they are faster."""
+"""The same rules where only ASCII follows, which is nearly everywhere in captions; there they are faster."""
 
 
 def ptb_tokenize(text: str) -> list[str]:
     """Return lower-case tokens of one caption, punctuation marks included."""
-    rules = ASCII_RULES if text.isascii() else RULES
+    # No rule looks back, so what follows the last other character is a text of ASCII.
+    beyond_ascii = 0 if text.isascii() else max(place for place, mark in enumerate(text, 1) if not mark.isascii())
     tokens: list[str] = []
     position = 0
     while position < len(text):
@@ -239,7 +240,7 @@ def ptb_tokenize(text: str) -> list[str]:
             tokens.append(plain[0])
             position = plain.end()
             continue
-        best, rule = _longest(text, position, rules)
+        best, rule = _longest(text, position, RULES if position < beyond_ascii else ASCII_RULES)
         if best is None or rule is None:
             position += 1
             continue

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, full_tensor, prepare_backward, shard, spawn
+from flamingo.training.distributed.fsdp import (
+    FsdpUnit,
+    Processes,
+    ShardingStrategy,
+    full_tensor,
+    prepare_backward,
+    shard,
+    spawn,
+)
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.memory_plan.collectives import measure_all, table
 from flamingo.training.objectives import lora
@@ -176,3 +184,37 @@ def test_what_a_process_keeps_and_what_travels() -> None:
     assert half["kept"]["frozen"] == pytest.approx(plain["kept"]["frozen"] / 2, rel=0.01)
     assert half["bytes"]["reduce-scatter"] == plain["bytes"]["reduce-scatter"]  # summed in fp32
     assert len(table(found).splitlines()) == 2 + len(found)
+
+
+def _normed(trains: bool, processes: Processes | None) -> tuple[Tensor, Tensor, list[torch.dtype]]:
+    """Output, gradient of the last layer, and dtypes of a batch norm's weight and statistics."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(8)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm, torch.nn.Flatten(), torch.nn.Linear(8 * 36, 4))
+    model[0].requires_grad_(False)
+    norm.requires_grad_(trains).eval()
+    if processes is not None:
+        units = [FsdpUnit([model[0]]), FsdpUnit([model[3]])]
+        shard(model, units, processes, ShardingStrategy(**HALF))
+    out = model(torch.rand(2, 3, 8, 8).to(torch.bfloat16 if processes else torch.float32))
+    out.float().square().sum().backward()
+    gradient = model.get_parameter("3.weight").grad
+    assert gradient is not None
+    assert norm.running_mean is not None
+    return out.detach().float(), full_tensor(gradient), [norm.weight.dtype, norm.running_mean.dtype]
+
+
+def _work_normed(processes: Processes, file: str) -> None:
+    found = [_normed(trains, processes) for trains in (False, True)]
+    if processes.is_main:
+        torch.save(found, file)
+
+
+def test_batch_norms_keep_fp32_in_a_bf16_run(tmp_path: Path) -> None:
+    file = tmp_path / "found.pt"
+    spawn(_work_normed, 2, str(file))
+    for trains, (out, gradient, dtypes) in zip((False, True), torch.load(file), strict=True):
+        wanted, exact, _ = _normed(trains, None)
+        assert dtypes == [torch.float32, torch.float32]
+        assert torch.allclose(out, wanted, atol=0.03)
+        assert torch.allclose(gradient, exact, atol=0.03 * exact.abs().max().item())

@@ -242,11 +242,20 @@ def device_mesh(processes: Processes, shard_size: int) -> DeviceMesh:
 
 
 def set_weight_dtypes(model: nn.Module, frozen: torch.dtype) -> None:
-    """Store what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are."""
+    """Store what trains in fp32 and what is frozen as `frozen`, in place; buffers (rotary angles) stay as they are.
+
+    So does the frozen weight of a batch norm: no kernel takes it in bf16 beside running statistics in fp32.
+    """
+    norms = {parameter for norm in batch_norms(model) for parameter in norm.parameters()}
     for parameter in model.parameters():
-        wanted = torch.float32 if parameter.requires_grad else frozen
+        wanted = torch.float32 if parameter.requires_grad or parameter in norms else frozen
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the modules with running statistics, which torch keeps in fp32 whatever their input is."""
+    return [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
 
 
 def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, strategy: ShardingStrategy) -> None:
@@ -266,10 +275,16 @@ def shard(model: nn.Module, units: Iterable[FsdpUnit], processes: Processes, str
         "offload_policy": CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
         if strategy.offload
         else OffloadPolicy(),
-        "ignored_params": ignored,
     }
+    norms = batch_norms(model) if strategy.precision == "bf16" else []
+    ignored |= {parameter for norm in norms for parameter in norm.parameters() if not parameter.requires_grad}
     # FSDP2 gathers, casts and reduces a unit as one, so frozen and trained weights must not share a unit.
-    placed = set(ignored)
+    options["ignored_params"] = ignored
+    for norm in norms:
+        if any(parameter.requires_grad for parameter in norm.parameters()):
+            whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(norm, **options | {"mp_policy": whole})
+    placed = ignored | {parameter for norm in norms for parameter in norm.parameters()}
     for unit in units:
         own = {p for module in unit.modules for p in module.parameters()} - placed
         if not own:
