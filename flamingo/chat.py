@@ -76,8 +76,7 @@ class ChatSession:
         answer = self._closed(out.sequences[0, begin:].tolist())
         self._ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([answer])], dim=1)
         self._cache = out.past_key_values
-        said = self.processor.decode(answer).strip()
-        said = said.removesuffix(self.turns.renderer.pattern.sub("", self.turns.closing).strip()).strip()
+        said = self.turns.said(answer)
         self.messages += [message, {"role": "assistant", "content": said}]
         return said
 
