@@ -16,7 +16,7 @@ from data.batches.tokenize import IGNORED
 from data.dataset import DatasetSpec
 from data.loading.loader import MixLoader
 from data.shards.document import Document, Image, Node, Text, nodes_to_json, parse_nodes
-from data.shards.writer import ShardWriter, read_document
+from data.shards.writer import ShardWriter, read_document, read_documents
 from flamingo.errors import UserError
 from tests.fixtures import byte_tokenizer, png
 from tests.model import tiny
@@ -137,16 +137,10 @@ def test_inspect_shows_who_says_what(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_dedupe_leaves_conversations_whole(tmp_path: Path) -> None:
-    write(tmp_path / "in", TALK, TALK, [Image((0,)), Text("a")], [Image((0,)), Text("b")])
-    arguments = [
-        "prepare",
-        "dedupe",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "out"),
-        "--max-image-documents",
-        "1",
-    ]
-    assert main([*arguments, "--work", str(tmp_path / "work")]) == 0
+    write(tmp_path / "in", TALK, [Image((0,)), Text("a")], [Image((0,)), Text("b"), Image((1,)), Text("c")])
+    options = ["--max-image-documents", "1", "--keep-same-images", "--min-images", "0"]
+    assert main(["prepare", "deduplicate", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]) == 0
     (shard,) = sorted((tmp_path / "out").glob("*.tar"))
-    assert [node.role for node in read_document(shard, 0).nodes] == [node.role for node in TALK]
+    documents = list(read_documents(shard))
+    assert documents[0].nodes == TALK
+    assert [len(document.images) for document in documents[1:]] == [0, 0]

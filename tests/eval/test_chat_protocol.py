@@ -61,7 +61,7 @@ def test_prompts_and_candidates_are_those_of_training(name: str, shots: int) -> 
     builder = PromptBuilder(processor, start=processor.start_ids, turns=processor.turns)
     shown = colours.episode(colours.query_ids()[0], shots, seed=0)
     prompt = builder.build(shown, 4)
-    assert len(prompt.candidates) == len(shown.candidates) == 4
+    assert len(prompt.candidates) == len(shown.candidates) == 2
     for candidate, ids in zip(shown.candidates, prompt.candidates, strict=True):
         row, learnt = training_ids(processor, shown, candidate)
         assert [*prompt.ids, *ids] == row
@@ -99,9 +99,9 @@ def test_a_model_answers_in_its_template(output: str) -> None:
     processor.chat_template = CHATML
     responder, colours = FlamingoResponder(model, processor), task(output=output)
     engine = Engine(responder, FeatureCache(responder), 3)
-    found = run_cell(colours, Cell("colours", 2, 0, "real"), engine, colours.query_ids())
+    found = run_cell(colours, Cell("colours", 1, 0, "real"), engine, colours.query_ids())
     assert len(found) == 4
-    shown = colours.episode(colours.query_ids()[0], 2, 0)
+    shown = colours.episode(colours.query_ids()[0], 1, 0)
     prompt = responder.builder.build(replace(shown, candidates=()), 4)
     images = [PILImage.open(io.BytesIO(image.frames[0])) for image in prompt.images]
     messages = []
@@ -114,5 +114,7 @@ def test_a_model_answers_in_its_template(output: str) -> None:
 
 
 def test_what_has_no_effect_is_refused() -> None:
-    with pytest.raises(UserError, match="chat=true is for kind=examples, and before, separator and end_of_chunk"):
-        TaskSpec(chat=True, separator="\n")
+    assert list(TaskSpec(chat=True).conflicts()) == []
+    for options in ({"separator": "\n"}, {"before": "x"}, {"end_of_chunk": False}, {"kind": "binding"}):
+        (said,) = TaskSpec(chat=True, **options).conflicts()
+        assert "before, separator and end_of_chunk have no effect" in said

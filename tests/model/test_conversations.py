@@ -437,7 +437,7 @@ def test_a_document_is_the_conversation_it_was_made_of() -> None:
     texts = [["".join(p for p in m.content if isinstance(p, str)) for m in c.messages] for c in (back, given)]
     assert texts[0] == texts[1]
     assert [m.kind for m in back.media] == [m.kind for m in given.media]
-    with pytest.raises(ValueError, match="shows 6 images and clips, but 1 are given"):
+    with pytest.raises(ValueError, match="shows 5 images and clips, but 1 are given"):
         conversation_nodes(given, [Image((0,))])
 
 
