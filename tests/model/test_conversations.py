@@ -80,7 +80,7 @@ def talk(turns: int, system: str = "") -> list[dict[str, Any]]:
     """Messages with images and clips in any turn."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for parts, answer in list(zip(PARTS, ANSWERS, strict=True))[:turns]:
-        content = [
+        content: list[dict[str, Any]] = [
             {"type": part, part: tiny.picture(1) if part == "image" else [tiny.picture(2), tiny.picture(3)]}
             if part in ("image", "video")
             else {"type": "text", "text": part}
@@ -145,7 +145,8 @@ def by_hand(name: str, turns: int, system: str = "") -> list[tuple[str, bool]]:
 
 def ids_by_hand(processor: FlamingoProcessor, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
     """Ids and labels; the tokenizer itself finds `<image>` and the special tokens."""
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for text, learnt in pieces:
         more = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += more
@@ -266,7 +267,8 @@ def test_rows_end_with_whole_turns(name: str) -> None:
 
 def test_packed_conversations_are_the_same_conversations() -> None:
     processor = make("otter")
-    collate, spec = FlamingoCollate(processor), {"name": "d", "batch_size": 4, "max_tokens": 300, "max_frames": 2}
+    collate = FlamingoCollate(processor)
+    spec: dict[str, Any] = {"name": "d", "batch_size": 4, "max_tokens": 300, "max_frames": 2}
     samples = [row_of(processor, talk(turns), max_tokens=300) for turns in (1, 2, 1, 3)]
     plain = collate.batch(DatasetSpec(**spec), samples)
     packed = collate.batch(DatasetSpec(**spec, pack=600), samples)
@@ -296,7 +298,7 @@ def test_an_answer_that_is_shown_and_not_learnt() -> None:
 
 def test_a_token_around_images_is_not_learnt_and_stands_once() -> None:
     processor = make("plain", around_image="<|im_start|>")
-    answer = [
+    answer: list[dict[str, Any]] = [
         {"type": "text", "text": "see "},
         {"type": "image", "image": tiny.picture(0)},
         {"type": "text", "text": "!"},
