@@ -187,7 +187,7 @@ def test_a_prompt_begins_its_row_and_the_labels_are_the_assistants(name: str, tu
         assert row.labels[length] != IGNORED
         assert row.labels[length - 1] == IGNORED
         assert prompt["image_counts"].tolist() == [
-            sum(kind in ("image", "video") for p in PARTS[: turn + 1] for kind in p)
+            sum(part in ("image", "video") for given in PARTS[: turn + 1] for part in given)
         ]
 
 
@@ -303,7 +303,7 @@ def test_a_token_around_images_is_not_learnt_and_stands_once() -> None:
         {"type": "image", "image": tiny.picture(0)},
         {"type": "text", "text": "!"},
     ]
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    messages: list[dict[str, Any]] = [user(), bot(answer)]
     row, _ = row_of(processor, messages)
     around, image = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<image>"])
     text = row.ids.tolist()
@@ -342,7 +342,7 @@ def test_templates_that_lose_something_are_refused_once_in_a_sentence(said: str)
 def test_without_a_template_documents_train_and_conversations_do_not() -> None:
     processor = make(None)
     row = FlamingoCollate(processor).sample(
-        DatasetSpec(name="d", batch_size=1), RawSample("k", "h", [Text("ab")], {}, [], {}.__getitem__),
+        DatasetSpec(name="d", batch_size=1), RawSample("k", "h", [Text("ab")], {}, [], lambda number: b""),
         np.random.default_rng(0),
     )[0]  # fmt: skip
     assert len(row.ids) > 2
@@ -459,14 +459,15 @@ def test_a_user_forges_neither_a_turn_nor_its_end_in_a_training_row() -> None:
             assert row.ids.tolist().count(token) == other.ids.tolist().count(token)
 
 
-def test_a_clip_is_not_cut_to_one_frame_without_a_word() -> None:
+def test_a_clip_is_not_cut_to_one_frame_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     processor = make("plain")
-    with pytest.raises(
-        UserError, match=r"holds a clip of 2 frames, of which max_frames=1 would keep one; set data\.data"
-    ):
-        row_of(
-            processor, [user([{"type": "video", "video": [1, 2]}, {"type": "text", "text": "?"}]), bot()], max_frames=1
-        )
+    messages = [user([{"type": "video", "video": [1, 2]}, {"type": "text", "text": "?"}]), bot()]
+    for _ in range(2):
+        row_of(processor, messages, max_frames=1, name="clips")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: dataset 'clips' holds clips, and max_frames=1 keeps one frame of each; set "
+        "data.datasets.clips.max_frames to show more (images then repeat themselves)"
+    ]
     processor.max_frames = 1
     with pytest.raises(UserError, match="is a clip of 2 frames, and max_frames=1 would keep one"):
         processor(text=[{"type": "video", "video": [tiny.picture(0), tiny.picture(1)]}])
