@@ -176,7 +176,7 @@ def test_a_prompt_begins_its_row_and_the_labels_are_the_assistants(name: str, tu
     assert row.labels.tolist() == labels[: len(row.ids)]
     assert row.labels[-1] != IGNORED
     assert set(labels[len(row.ids) :]) <= {IGNORED}
-    media = [part for part, _ in zip(PARTS, range(turns), strict=False) for part in part if part in ("image", "video")]
+    media = [part for given in PARTS[:turns] for part in given if part in ("image", "video")]
     assert [len(image.frames) for image in row.images] == [{"image": 1, "video": 2}[kind] for kind in media]
     assert len(frames) == 2 * len(media)
     assert int(row.phi.max(initial=0)) == len(media)

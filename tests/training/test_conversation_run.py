@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards.document import Document, Image, Text
+from data.shards.document import Document, Image, Node, Text
 from data.shards.writer import ShardWriter
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError
 from flamingo.chat import ChatSession
@@ -24,7 +24,7 @@ def settings(root: Path, template: str | None, steps: int = 4) -> TrainConfig:
     with ShardWriter(root / "talk", "talk", 16) as writer:
         for number in range(16):
             one, two = (list(COLOURS)[(number + k) % 4] for k in (0, 1))
-            nodes = [
+            nodes: list[Node] = [
                 Image((0,), role="user"),
                 Text("what colour", False, "user"),
                 Text(f"a {one} square", True, "assistant"),
@@ -32,7 +32,7 @@ def settings(root: Path, template: str | None, steps: int = 4) -> TrainConfig:
                 Image((1,), role="user"),
                 Text(f"a {two} square", True, "assistant"),
             ]
-            writer.write(Document("", [*nodes], [png(COLOURS[name], rng, 16) for name in (one, two)]))
+            writer.write(Document("", nodes, [png(COLOURS[name], rng, 16) for name in (one, two)]))
     made = config(world, root / "run", "flamingo", steps=steps)
     made.data.datasets = {"talk": {"shards": [str(root / "talk")], "batch_size": 8, "max_tokens": 64}}
     made.model.chat_template = template
