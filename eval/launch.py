@@ -18,7 +18,7 @@ from eval.config import EvalConfig
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import check_model_folder, load_responder
-from eval.inference.provenance import code_hash, folder_hash, provenance
+from eval.inference.provenance import code_hash, provenance
 from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
 from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
@@ -29,7 +29,7 @@ from eval.spec import TaskSpec
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo.errors import UserError
-from flamingo.files import write_atomically
+from flamingo.files import folder_hash, write_atomically
 from flamingo.folder_lock import lock_folder
 
 
