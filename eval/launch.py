@@ -49,9 +49,9 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
             ranks.agree(f"task {name}", task.hash)
         axes = (config.shots, config.seed, config.images)
         grid = Grid(*axes, config.limit, config.batch_size, config.strategy, config.settings)
-        engine, model_key = build_engine(config, ranks)
         each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
         total = {cell: count * len(grid.query_ids(tasks[cell.task])) for cell, count in each.items()}
+        engine, model_key = build_engine(config, ranks)
         with progress_bar(total, config.progress and ranks.first) as on_batch:
             samples, cache = run(tasks, grid, engine.responder, on_batch, engine)
         shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))

@@ -364,8 +364,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> what a stage changes of the tables above, in their order; see `flamingo.training.stages`."""
+    stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Name -> what a stage changes of the tables above; null leaves it out. See `flamingo.training.stages`."""
     nodes: AtLeast1 = 1
     """Machines that `launch=slurm` asks for."""
     launch: LaunchOptions = field(default_factory=LaunchOptions)

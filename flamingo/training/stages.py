@@ -2,8 +2,9 @@
 
 `stages` of a config maps names, in order, to what each changes of `objective`, `model`, `data`, `optim` and `run`.
 A stage starts from the model of the stage before it, or of the stage that its `after` names; with `after: null` from
-what `model` says. It is a run of its own in `run.dir/NAME`, which resumes as every run does. `run.dir/stages.json`
-keeps which stages are finished and which model each began from, so that none goes on beside another model than that.
+what `model` says. One that is null is left out. A stage is a run of its own in `run.dir/NAME`, which resumes as every
+run does. `run.dir/stages.json` keeps which stages are finished and which model each began from, so that none goes on
+beside another model than that.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def stages_of(config: TrainConfig) -> tuple[list[Stage], list[str]]:
     found: dict[str, Stage] = {}
     problems: list[str] = []
     for name, own in config.stages.items():
+        if own is None:
+            continue
         at = f"stages.{name}"
         after = own.get("after", next(reversed(found), None))
         problems += _misplaced(at, own, after, found)
@@ -83,7 +86,7 @@ def stages_of(config: TrainConfig) -> tuple[list[Stage], list[str]]:
                 f"{at}.after=null and name that model's folder, {before.config.run.dir}/model, in {at}.model"
             )
         found[name] = Stage(name, after, planned if before is None else _starting(planned, before), planned)
-    return list(found.values()), problems
+    return list(found.values()), problems if found else ["stages are all null: leave one"]
 
 
 def _default(key: str) -> Any:
