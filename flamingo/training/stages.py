@@ -298,7 +298,12 @@ class Record:
             UserError: that model is missing or not the one that the stage began from; the stage has another config than
                 when it was finished, or would train on although another stage has begun from its model.
         """
-        own, folder = self._known.get(stage.name), Path(stage.config.run.dir)
+        own, folder, steps = self._known.get(stage.name), Path(stage.config.run.dir), stage.config.run.steps
+        if own and (own["steps"], own["after"]) == (steps, stage.after) and model_folder(stage).is_dir():
+            if changed := differences(run_folder.described(folder / "config.yaml"), stage.config.as_dict()):
+                raise UserError(f"stage {stage.name} is finished with another config: {', '.join(changed[:3])}; {ANEW}")
+            print(f"stage {stage.name} is finished: {model_folder(stage)}", flush=True)
+            return False
         began = self._predecessor(stage)
         if own is None:
             if folder.exists() and any(folder.iterdir()):
@@ -312,18 +317,11 @@ class Record:
                 f"stage {stage.name} began from the model of {_called(own['after'])} as it was then, and would go on "
                 f"beside that of {_called(stage.after)} as it is now: set back what has changed, or {ANEW}"
             )
-        if own["steps"] is None:
-            return True
-        if changed := differences(run_folder.described(folder / "config.yaml"), stage.config.as_dict()):
-            raise UserError(f"stage {stage.name} is finished with another config: {', '.join(changed[:3])}; {ANEW}")
-        if own["steps"] == stage.config.run.steps and model_folder(stage).is_dir():
-            print(f"stage {stage.name} is finished: {model_folder(stage)}", flush=True)
-            return False
         later = [name for name, other in self._known.items() if other["after"] == stage.name]
-        if own["steps"] != stage.config.run.steps and later:
+        if own["steps"] not in (None, steps) and later:
             raise UserError(
-                f"stages.{stage.name}.run.steps={stage.config.run.steps}, but stage {later[0]} has begun from its "
-                f"model of {own['steps']} updates: set it back to {own['steps']}, or {ANEW}"
+                f"stages.{stage.name}.run.steps={steps}, but stage {later[0]} has begun from its model of "
+                f"{own['steps']} updates: set it back to {own['steps']}, or {ANEW}"
             )
         return True
 
