@@ -176,7 +176,10 @@ def test_a_folder_of_another_kind_of_run_is_refused(world: Path, whole: Path, tm
             {"a": {}, "b": {"data": {"datasets": {"pages": {"batch_size": 0}}}}},
             "stage b: data.datasets.pages.batch_size",
         ),
-        ({"a": {}, "b": {"data": {"datasets": {"pages": {"shards": ["none"]}}}}}, "stage b: dataset 'pages': none"),
+        (
+            {"a": {}, "b": {"data": {"datasets": {"pages": {"shards": ["none"]}}}}},
+            "stage b: dataset 'pages': shard none does not",
+        ),
         (
             {"a": {}, "b": {"data": {"datasets": {"pages": {"max_tokens": 999}}}}},
             "stage b: data.datasets.pages.max_tok",
