@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def run_page(name: str, settings: dict[str, Sequence[str]], shrink: dict[str, str]) -> list[str]:
+def run_page(name: str, settings: Mapping[str, Sequence[str]], shrink: dict[str, str]) -> list[str]:
     """Run all blocks of a page in their order; return the commands. `settings` go to commands with these words."""
     ran = []
     for kind, block in re.findall(r"```(python|bash)\n(.*?)```", (PAGES / f"{name}.md").read_text(), re.DOTALL):
@@ -130,7 +130,7 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
     table = ["task=jsonl", "task.jsonl.source.path=cot/train/questions.jsonl", "model=none"]
     spec = load_config([*table, "task.jsonl.queries=5", 'task.jsonl.lead=" "']).task["jsonl"]
     task = build_task("jsonl", spec)
-    special = SpecialTokens(processor.image_token_id, processor.eoc_token_id, processor.eos_token_id, 0)
+    special = SpecialTokens(processor.image_token_id, processor.eoc_token_id, eos=0, pad=0)
     rows = {
         name: [
             tokenize_document(document.nodes, processor.encode_text, special).ids

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from train import train
 
 PATIENCE = 280
 pytestmark = pytest.mark.timeout(900)
+Stages = Mapping[str, dict[str, Any] | None]
 STAGES: dict[str, dict[str, Any]] = {
     "align": {"run": {"steps": 3}},
     "tune": {"model": {"freeze": {"language": "train"}}, "optim": {"lr": 1e-3}, "run": {"steps": 4}},
@@ -34,9 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def staged(world: Path, run_dir: Path, stages: dict[str, dict[str, Any]] | None = None, **run: Any) -> TrainConfig:
+def staged(world: Path, run_dir: Path, stages: Stages = STAGES, **run: Any) -> TrainConfig:
     settings = config(world, run_dir, "flamingo", **run)
-    settings.stages = STAGES if stages is None else stages
+    settings.stages = dict(stages)
     return settings
 
 
@@ -78,7 +79,7 @@ def test_the_same_command_runs_nothing_twice(world: Path, whole: Path, capsys: p
 
 def test_a_stage_may_start_from_another_than_the_one_before(world: Path, tmp_path: Path) -> None:
     """Two models trained apart from the same start, as Multimodal-CoT's are; a third goes on from the first."""
-    short = {"run": {"steps": 1}}
+    short: dict[str, Any] = {"run": {"steps": 1}}
     stages = {"one": short, "two": {**short, "after": None}, "three": {**short, "after": "one"}}
     train(staged(world, tmp_path / "run", stages))
     record = json.loads((tmp_path / "run" / "stages.json").read_text())["stages"]
@@ -186,9 +187,7 @@ def test_a_folder_of_another_kind_of_run_is_refused(world: Path, whole: Path, tm
         ),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
-    world: Path, tmp_path: Path, stages: dict[str, dict[str, Any]], expected: str
-) -> None:
+def test_mistakes_are_named_before_anything_runs(world: Path, tmp_path: Path, stages: Stages, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         train(staged(world, tmp_path / "run", stages))
     assert expected in str(caught.value)
