@@ -98,7 +98,7 @@ def _misplaced(at: str, own: Mapping[str, Any], after: Any, earlier: Mapping[str
     clauses = []
     if not re.fullmatch(r"\w[\w-]*", at.removeprefix("stages.")):
         clauses.append(f"{at}: a stage's name is that of a folder: letters, digits, _ and - alone")
-    if after is not None and after not in earlier:
+    if after is not None and not (isinstance(after, str) and after in earlier):
         known = ", ".join(earlier) or "none"
         clauses.append(f"{at}.after={after} is not a stage before it (there is {known}): name one, or null")
     for key, value in own.items():

@@ -46,6 +46,7 @@ def test_every_group_file_composes(group: str) -> None:
     [
         (["run.stepz=3"], "unknown key run.stepz: did you mean run.steps?"),
         (["run.steps=many"], "run.steps=many must be a whole number"),
+        (["experiment=demo", "model=null"], "train.yaml cannot be composed: Config group override must be a string"),
         (["experiment=nope"], "experiment=nope is not one of demo, "),
         (
             ["experiment=demo", "data.datasets.binding.batchsize=3"],

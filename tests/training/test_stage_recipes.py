@@ -23,6 +23,7 @@ from eval.prompting.strategies import PromptingSettings, Query, plain, two_stage
 from eval.tasks.build import build_task
 from flamingo import FlamingoProcessor
 from flamingo.training.compose import compose
+from flamingo.training.stages import stages_of
 from tests.training.commands import lines
 from train import train
 
@@ -99,6 +100,17 @@ def test_llava_med(capsys: pytest.CaptureFixture[str]) -> None:
     assert {line["lr"] for line in lines(Path("runs/llava_med/tune"))} != {
         line["lr"] for line in lines(Path("runs/llava_med/align"))
     }
+
+
+def test_llava_med_from_a_model_that_is_aligned() -> None:
+    (words,) = re.findall(r"`(stages\.align=null model\.init=FOLDER\s[^`]*)`", (PAGES / "llava_med.md").read_text())
+    stages, problems = stages_of(compose(["experiment=llava_med", *words.split()]))
+    assert problems == []
+    assert [(stage.name, stage.config.model.init) for stage in stages] == [
+        ("instruct", "FOLDER"),
+        ("tune", "runs/demo/llava_med/instruct/model"),
+    ]
+    assert [stage.planned.problems() for stage in stages] == [[], []]
 
 
 def test_multimodal_cot(capsys: pytest.CaptureFixture[str]) -> None:

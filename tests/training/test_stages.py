@@ -161,6 +161,8 @@ def test_a_folder_of_another_kind_of_run_is_refused(world: Path, whole: Path, tm
             {"a": {"after": "b"}, "b": {}},
             "stages.a.after=b is not a stage before it (there is none): name one, or null",
         ),
+        ({"a": {}, "b": {"after": ["a"]}}, "stages.b.after=['a'] is not a stage before it (there is a)"),
+        ({"a": None}, "stages are all null: leave one"),
         ({"a b": {}}, "stages.a b: a stage's name is that of a folder"),
         ({"../a": {}}, "stages.../a: a stage's name is that of a folder"),
         ({"a": {"modle": {}}}, "unknown key stages.a.modle: a stage has objective, model, data, optim, run, after"),
