@@ -88,13 +88,12 @@ def test_llava_med(capsys: pytest.CaptureFixture[str]) -> None:
         assert results(f"runs/llava_med/eval/{stage}")["task"] == "toy_vqa"
     assert not Path("runs/llava_med_unaligned/align").exists()
     assert results("runs/llava_med_unaligned/eval")["n"] == 24
-    backbone = load_file("runs/demo/language/model/model.safetensors")
-    kept = {}
-    for stage in ("align", "instruct"):
-        weights = load_file(f"runs/llava_med/{stage}/model/model.safetensors")
-        own = {name: value for name, value in weights.items() if name.endswith("layers.0.mlp.up_proj.weight")}
-        (kept[stage],) = own.values()
-    (before,) = (value for name, value in backbone.items() if name.endswith("layers.0.mlp.up_proj.weight"))
+    own = "model.layers.0.mlp.up_proj.weight"
+    before = load_file("runs/demo/language/model/model.safetensors")[own]
+    kept = {
+        stage: load_file(f"runs/llava_med/{stage}/model/model.safetensors")[f"language_model.{own}"]
+        for stage in ("align", "instruct")
+    }
     assert torch.equal(kept["align"], before)
     assert not torch.equal(kept["instruct"], before)
     assert {line["lr"] for line in lines(Path("runs/llava_med/tune"))} != {
@@ -146,7 +145,7 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
     rows = {
         name: [
             tokenize_document(document.nodes, processor.encode_text, special).ids
-            for document in read_documents(Path("shards/cot") / name)
+            for document in read_documents(Path(f"shards/cot/{name}/{name}-000000.tar"))
         ]
         for name in ("rationale", "answer", "direct", "joint")
     }
