@@ -71,7 +71,8 @@ def stages_of(config: TrainConfig) -> tuple[list[Stage], list[str]]:
         at = f"stages.{name}"
         after = own.get("after", next(reversed(found), None))
         problems += _misplaced(at, own, after, found)
-        before = found.get(after) if isinstance(after, str) else None
+        after = after if isinstance(after, str) else None
+        before = found.get(after or "")
         changes = {key: value for key, value in own.items() if key in TABLES and isinstance(value, type(_default(key)))}
         table = _merged(config.as_dict() | {"stages": {}}, changes)
         table["run"] |= {"dir": str(Path(config.run.dir) / name), "resume": "auto"}

@@ -159,4 +159,5 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
         golds = {"rationale": f" {episode.query.rationale}", "answer": f" {episode.golds[0]}"}
         golds |= {"direct": golds["answer"], "joint": f"{golds['rationale']}\nAnswer:{golds['answer']}"}
         for name, prompt in prompts.items():
-            assert tuple(rows[name][number]) == (*prompt, *processor.encode_text(golds[name]))
+            end = processor.encode_text(golds[name])
+            assert rows[name][number] == [*prompt, *end, special.eoc, special.eos]
