@@ -9,9 +9,10 @@ Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in
 """
 
 # No `from __future__ import annotations`: transformers reads the types of the options while it runs.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ from flamingo.errors import UserError
 from flamingo.hub import loaded, push_folder
 from flamingo.processing import chat
 from flamingo.processing.begin import start_ids
+from flamingo.processing.conversation import ROLES, check_turns, is_chat, is_message, media_of, parts_of, source_of
 from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
 from flamingo.processing.media import by_row, looks_like_text, row_media
 from flamingo.processing.rows import PromptTokenizer, Row, Tag, Text, control_tokens
+from flamingo.processing.turns import CUT, TurnTokenizer
 from flamingo.processing.video_processor import FlamingoVideoProcessor, FlamingoVideosKwargs, stacked
 from flamingo.vision.transform import ImageInput, ImageTransform
 
@@ -54,6 +57,10 @@ HONOURED = {
     "verbose", "return_mm_token_type_ids",
 }  # fmt: skip
 """Options of text that are followed; others of transformers' are refused where they ask for something."""
+
+
+_TRIED: WeakKeyDictionary[Any, dict[tuple[str, int], TurnTokenizer | str]] = WeakKeyDictionary()
+"""Of each processor, what its templates are good for: not an attribute, since transformers saves and copies those."""
 
 
 class FlamingoTextKwargs(TextKwargs, total=False):
@@ -78,7 +85,8 @@ class FlamingoProcessor(ProcessorMixin):
     image and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
     in front of and behind every image, once between two of them (IDEFICS). `image_processor` may be an
     `ImageTransform`; `video_processor` then does the same with the frames of clips, of which it keeps `max_frames`.
-    `chat_template` is the tokenizer's own where none is given. `tokenizer.padding_side` becomes "left".
+    `chat_template` is a template or one of the names in `CHAT_TEMPLATES`; the tokenizer's own where none is given.
+    `tokenizer.padding_side` becomes "left".
     """
 
     valid_processor_kwargs = FlamingoProcessorKwargs  # type: ignore[assignment]
@@ -153,6 +161,15 @@ class FlamingoProcessor(ProcessorMixin):
         return next(iter(self.start_ids), None)
 
     @property
+    def chat_template(self) -> str | dict[str, str] | None:  # type: ignore[override]
+        """The template of messages, or several by name; what is set may be one of the names in `CHAT_TEMPLATES`."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
+        self._chat_template: str | dict[str, str] | None = chat.template_of(template)
+
+    @property
     def image_transform(self) -> ImageTransform:
         """What makes an image square, for training and evaluation as well."""
         transform: ImageTransform = self.image_processor.transform
@@ -217,7 +234,7 @@ class FlamingoProcessor(ProcessorMixin):
         if looks_like_text(images, self.image_token) and not looks_like_text(text, self.image_token):
             images, text = text, images
         options = self._options(kwargs)
-        texts = [text] if isinstance(text, str) or chat.is_chat(text) else list([] if text is None else text)
+        texts = [text] if isinstance(text, str) or is_chat(text) else list([] if text is None else text)
         if not texts:
             raise UserError(
                 "the processor needs text, one string or chat-style list a row; for pixels alone there are "
@@ -288,20 +305,20 @@ class FlamingoProcessor(ProcessorMixin):
             return prompts.pieces(item, plain=plain), []
         if not isinstance(item, list | tuple):
             raise UserError(f"{where} of the text is a {type(item).__name__}; give a string or a chat-style list")
-        if item and chat.is_message(item[0]):
+        if item and is_message(item[0]):
             goes_on = item[-1].get("role") == "assistant"
             flags = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
             prompt, _ = self._rendered(self._messages(item), where, **flags)
-            return prompts.pieces(prompt), chat.media_of(item, where)[0]
+            return prompts.pieces(prompt), media_of(item, where)[0]
         pieces: list[Text | Tag] = []
         media: list[tuple[str, Any]] = []
-        for part in chat.parts_of(item, where):
+        for part in parts_of(item, where):
             if part["type"] == "text":
                 pieces += prompts.pieces(part["text"], plain=not part.get("special_tokens"))
                 continue
             end = self.eoc_token if pieces else ""
             pieces += prompts.pieces(f"{end}{self.image_token if part['type'] == 'image' else self.video_token}")
-            if (source := chat.source_of(part)) is not None:
+            if (source := source_of(part)) is not None:
                 media.append((part["type"], source))
         return pieces, media
 
@@ -373,22 +390,58 @@ class FlamingoProcessor(ProcessorMixin):
                 out[place] = span
         return spans
 
-    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
-        template, options = flags.pop("chat_template", None), flags.pop("template_options", {})
-        if template is None and self.chat_template is None:
-            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
-        template = self._resolve_template(template)
+    def turns(self, chat_template: str | None = None) -> TurnTokenizer:
+        """Return what makes rows of whole conversations by a template; it has been tried, once.
+
+        Raises:
+            UserError: there is no template, or one that training cannot use; says why.
+        """
+        return self._turns(self._resolve_template(chat_template, "the processor"))
+
+    def _turns(self, template: str) -> TurnTokenizer:
+        tried, key = _TRIED.setdefault(self, {}), (template, len(self.tokenizer))
+        if key not in tried:
+            try:
+                tried[key] = TurnTokenizer(self._renderer(template), self._prompts, self.start_ids)
+            except UserError as error:
+                tried[key] = error.args[0]
+        if isinstance(found := tried[key], str):
+            raise UserError(found)
+        return found
+
+    def _renderer(self, template: str, options: Mapping[str, Any] | None = None) -> chat.ChatRenderer:
         tags = [*self.new_tokens, self.video_token, *([self.around_image] if self.around_image else [])]
         pattern = control_tokens(self.tokenizer, tags, template)
-        options = {**self.tokenizer.special_tokens_map, **options}
-        renderer = chat.ChatRenderer(template, pattern, self.image_token, options)
-        return renderer.render(messages, where, **flags)
+        ours = {"image_token": self.image_token, "eoc_token": self.eoc_token}
+        options = {**self.tokenizer.special_tokens_map, **ours, **(options or {})}
+        return chat.ChatRenderer(template, pattern, self.image_token, options)
 
-    def _resolve_template(self, given: str | None) -> str:
+    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the prompt, and the characters of the assistant; what training tokenises apart is cut apart here."""
+        template = self._resolve_template(flags.pop("chat_template", None), where)
+        renderer = self._renderer(template, flags.pop("template_options", {}))
+        text, spans = renderer.render(messages, where, **flags)
+        if all(message["role"] != "assistant" for message in messages):
+            return text, spans
+        try:
+            turns = self._turns(template).by(renderer)
+            found = turns.turns_in(text, messages, where, goes_on=bool(flags.get("continue_final_message")))
+        except UserError:  # a template with which no training row can be made may still write prompts
+            return text, spans
+        cut, places = turns.cut(text, found)
+        moved = [
+            (a + len(CUT) * sum(p <= a for p in places), b + len(CUT) * sum(p < b for p in places))
+            for a, b in spans or found
+        ]
+        return cut, moved
+
+    def _resolve_template(self, given: str | None, where: str) -> str:
         """Return the template of a name, or the one that is given or kept."""
+        if given is None and self.chat_template is None:
+            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
         known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if given is not None:
-            return known.get(given) or given
+            return str(known.get(given) or chat.template_of(given))
         if known.get("default") is None:
             raise UserError(f"the processor has the chat templates {', '.join(known)}; name one: chat_template=...")
         return str(known["default"])
@@ -454,7 +507,7 @@ class FlamingoProcessor(ProcessorMixin):
         """Return the inputs of rendered chats, with the images that their messages carry or that the options give."""
         options = {k: v for k, v in options.items() if k != "return_text_replacement_offsets"}
         images, videos = options.pop("images", None), options.pop("videos", None)
-        carried = [chat.media_of(messages, f"row {i}")[0] for i, messages in enumerate(chats)]
+        carried = [media_of(messages, f"row {i}")[0] for i, messages in enumerate(chats)]
         if images is None and any(kind == "image" for row in carried for kind, _ in row):
             images = [[item for kind, item in row if kind == "image"] for row in carried]
         elif images is not None and one:
@@ -466,8 +519,10 @@ class FlamingoProcessor(ProcessorMixin):
     @staticmethod
     def _messages(conversation: Any) -> list[dict[str, Any]]:
         messages = getattr(conversation, "messages", conversation)
-        if not isinstance(messages, list | tuple) or not messages or not all(map(chat.is_message, messages)):
+        if not isinstance(messages, list | tuple) or not messages or not all(map(is_message, messages)):
             raise UserError("a conversation is a list of messages, each a dict with 'role' and 'content'")
+        if all(message["role"] in ROLES for message in messages):  # what tools say comes in any order
+            check_turns(messages, "the conversation")
         # As transformers does it: some programs write None for what is not there.
         return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

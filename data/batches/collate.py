@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +31,11 @@ from data.batches.tokenize import (
     make_row,
     quick_encoder,
     tokenize_document,
+    turns_of,
 )
 from data.dataset import DatasetSpec
 from data.errors import ContentError, PassedOver
-from data.shards.document import Image, Node, Text
+from data.shards.document import Image, Node, Text, is_conversation
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
@@ -95,6 +97,7 @@ class FlamingoCollate:
         )
         self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
+        self.turns = turns_of(processor)
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[TokenRow, list[Tensor]]:
         """Return a row and the frames of its images, F for each."""
@@ -102,11 +105,11 @@ class FlamingoCollate:
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
             raise ContentError("empty", "the document has no text or images that this dataset uses")
-        if spec.space_probability and random.random() < spec.space_probability:
+        if spec.space_probability and not is_conversation(nodes) and random.random() < spec.space_probability:
             nodes = with_space(nodes)
         may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
         row = make_row(
-            tokenize_document(nodes, self.encode, self.special),
+            tokenize_document(nodes, self.encode, self.special, self.turns),
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
@@ -178,7 +181,7 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
     if first is not None:
         text = out[first]
         assert isinstance(text, Text)
-        out[first] = Text(f" {text.text}", text.loss)
+        out[first] = replace(text, text=f" {text.text}")
     return out
 
 
@@ -205,6 +208,7 @@ class LanguageCollate:
         self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (ids, labels), both (T,). Raises ContentError for a document without text."""
+        refuse_conversation(raw.nodes)
         ids: list[int] = []
         loss_mask: list[bool] = []
         gap = False
@@ -249,6 +253,7 @@ class PairCollate:
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
         """Return the sample's first image (of a clip, the first frame) and all of its text."""
+        refuse_conversation(raw.nodes)
         first = next((node for node in raw.nodes if isinstance(node, Image)), None)
         text = caption(raw.nodes)
         if first is None or not text:
@@ -265,6 +270,15 @@ class PairCollate:
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
         """Return the most bytes that a batch of this many pairs can take, with texts of up to 512 tokens."""
         return rows * (image_bytes(1, self.transform.size) + 8 * 512)
+
+
+def refuse_conversation(nodes: Sequence[Node]) -> None:
+    """Raise UserError for nodes with roles, which would be lost."""
+    if is_conversation(nodes):
+        raise UserError(
+            "a document is a conversation, and only objective=flamingo keeps apart who says what; use that objective, "
+            "or prepare the data without roles"
+        )
 
 
 def caption(nodes: Sequence[Node]) -> str:

@@ -22,6 +22,7 @@ from data.errors import ContentError
 from data.shards.document import Image
 from data.shards.reader import RawSample
 from data.shards.tar import LFS
+from flamingo.errors import UserError
 from flamingo.vision.image_files import UnreadableFormat, read_image, sniff
 
 MAX_PIXELS = 64_000_000
@@ -132,8 +133,16 @@ def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) ->
     """Return exactly `max_frames` frames: a crop of a longer clip, or a shorter one with its last frame repeated.
 
     With a `frame_rate`, a clip with a known rate is thinned to every n-th frame, n as close to that rate as possible.
+
+    Raises:
+        UserError: a clip in a dataset of single images.
     """
     frames = list(image.frames)
+    if len(frames) > 1 == spec.max_frames:
+        raise UserError(
+            f"dataset {spec.name!r} holds a clip of {len(frames)} frames, of which max_frames=1 would keep one; set "
+            f"data.datasets.{spec.name}.max_frames, which images share by repeating themselves"
+        )
     every = 1
     if spec.frame_rate and isinstance(image.fps, int | float) and 0 < image.fps < 1e6:
         every = max(1, round(image.fps / spec.frame_rate))

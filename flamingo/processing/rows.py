@@ -83,8 +83,8 @@ class PromptTokenizer:
         out: list[Text | Tag] = []
         start = 0
         for place, part in enumerate(_PLAIN.split(prompt)):
-            if place % 2:  # between two marks
-                out.append(Text(part, False, start + len(PLAIN_BEGIN)))
+            if place % 2:  # between two marks, of which a pair around nothing only divides
+                out += [Text(part, False, start + len(PLAIN_BEGIN))] if part else []
                 start += len(PLAIN_BEGIN) + len(part) + len(PLAIN_END)
                 continue
             for piece in self.pattern.split(part):
@@ -98,7 +98,7 @@ class PromptTokenizer:
     def row(self, pieces: Sequence[Text | Tag], start: Sequence[int], *, spans: bool = False) -> Row:
         """Return the row's ids, behind `start` where it does not begin with that already."""
         row = Row([], [])
-        for piece in pieces if self.around is None else self._surrounded(pieces, self.around):
+        for piece in self.surrounded(pieces):
             if isinstance(piece, Tag):
                 row.ids.append(piece.id)
                 row.spans.append((piece.start, piece.start + len(piece.written)))
@@ -112,6 +112,10 @@ class PromptTokenizer:
             row.ids[:0] = start
             row.spans[:0] = [(0, 0)] * len(start)
         return row
+
+    def ids_of(self, piece: Text | Tag) -> list[int]:
+        """Return the ids of a text or a tag."""
+        return [piece.id] if isinstance(piece, Tag) else self._encoded(piece, False)[0]
 
     def _encoded(self, piece: Text, spans: bool) -> tuple[list[int], list[tuple[int, int]]]:
         if not piece.special:
@@ -130,8 +134,10 @@ class PromptTokenizer:
             return self.encode_text(text[:1]) + self.encode_text(text[1:])
         return ids
 
-    def _surrounded(self, pieces: Sequence[Text | Tag], around: int) -> list[Text | Tag]:
+    def surrounded(self, pieces: Sequence[Text | Tag]) -> list[Text | Tag]:
         """Return the pieces with the token `around` on both sides of each image, where it is not there already."""
+        if (around := self.around) is None:
+            return list(pieces)
         out: list[Text | Tag] = []
         for piece in pieces:
             last = out[-1].id if out and isinstance(out[-1], Tag) else None

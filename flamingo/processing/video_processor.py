@@ -84,6 +84,10 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
             )
         if self._sampling and self.fps is not None:
             raise UserError(f"{where} is a list of frames, whose rate is not known; give num_frames instead of fps")
+        if self.max_frames == 1 < len(frames):
+            raise UserError(
+                f"{where} is a clip of {len(frames)} frames, and max_frames=1 would keep one; give an image"
+            )
         return [frames[i] for i in self._positions(len(frames), None)]
 
     @property

@@ -122,6 +122,9 @@ class ModelConfig:
     connector_options: dict[str, Any] = field(default_factory=dict)
     """Options of any other connector."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    chat_template: str | None = None
+    """What writes conversations: a name of `flamingo.processing.chat.CHAT_TEMPLATES` or a Jinja file; none: that of the
+    model or its tokenizer. Saved with the model."""
     freeze: FreezePolicy = field(default_factory=FreezePolicy)
     lora: LoraOptions = field(default_factory=LoraOptions)
 

@@ -83,6 +83,9 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         processor = FlamingoProcessor.from_pretrained(model.init)
     else:
         flamingo, processor = builders.build_flamingo(model)
+    if model.chat_template is not None:
+        processor.chat_template = model.chat_template
+        processor.turns()  # refuses a template that training cannot use, before anything else is done
     builders.refuse_quantized(flamingo.language_model)
     _freeze(flamingo, model)
     frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
