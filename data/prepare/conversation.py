@@ -1,4 +1,4 @@
-"""Conversations of other people's data, whatever their files call a speaker, and the nodes that a document has of one.
+"""Conversations of other people's data, whatever their files call a speaker and wherever they have their images.
 
     {"role": "user", "content": "<image>What is it?"}      TRL, LLaMA-Factory, ms-swift, OpenAI
     {"from": "human", "value": "<image>\\nWhat is it?"}     LLaVA, ShareGPT
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.prepare.units import Dropped
 from data.shards.document import Image
+from flamingo.processing.conversation import Medium, Message
 
 SPEAKERS = {
     "system": "system",
@@ -32,41 +33,30 @@ SOURCES = ("image", "video", "path", "url", "base64", "bytes")
 ORDER = "the turns are not in order: user and assistant in turn, a system message only before them"
 
 
-@dataclass(slots=True)
-class Said:
-    """What one speaker says: texts, and images or clips as nodes. `loss=False`: an answer that is not trained on."""
-
-    role: str
-    parts: list[str | Image]
-    loss: bool = True
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is said or shown."""
-        return not any(isinstance(part, Image) or part.strip() for part in self.parts)
+Content = str | Medium
 
 
 @dataclass(slots=True)
 class Media:
     """The images and clips that a row lists, taken one after another, and the bytes of those that are shown.
 
-    `read` returns the frames of what a row names, for a kind ("image" or "video"). Raises Dropped.
+    `read` returns the frames of what a row names, for a kind ("image" or "video"), and a clip's rate. Raises Dropped.
     """
 
     listed: dict[str, list[Any]]
-    read: Callable[[str, Any], list[bytes]]
+    read: Callable[[str, Any], tuple[list[bytes], float | None]]
     images: list[bytes] = field(default_factory=list)
     taken: dict[str, set[int]] = field(default_factory=lambda: {"image": set(), "video": set()})
 
-    def show(self, kind: str, value: Any) -> Image:
-        """Return the node of an image or a clip. Raises Dropped."""
-        frames = self.read(kind, value)
+    def show(self, kind: str, value: Any) -> Medium:
+        """Return an image or a clip, as the node of a document. Raises Dropped."""
+        frames, fps = self.read(kind, value)
         first = len(self.images)
         self.images += frames
-        return Image(tuple(range(first, first + len(frames))))
+        return Medium(kind, Image(tuple(range(first, first + len(frames))), fps if len(frames) > 1 else None))
 
-    def take(self, kind: str, index: int | None = None) -> Image:
-        """Return the node of the next one that is listed, or of the one at an index. Raises Dropped."""
+    def take(self, kind: str, index: int | None = None) -> Medium:
+        """Return the next one that is listed, or the one at an index. Raises Dropped."""
         listed, taken = self.listed[kind], self.taken[kind]
         index = len(taken) if index is None else index
         if not 0 <= index < len(listed):
@@ -74,18 +64,18 @@ class Media:
         taken.add(index)
         return self.show(kind, listed[index])
 
-    def rest(self) -> list[Image]:
-        """Return the nodes of all that no text has named; of a kind all are named, or none. Raises Dropped."""
-        nodes = []
+    def rest(self) -> list[Medium]:
+        """Return all that no text has named; of a kind all are named, or none. Raises Dropped."""
+        left: list[Medium] = []
         for kind, listed in self.listed.items():
             if self.taken[kind] and len(self.taken[kind]) < len(listed):
                 raise Dropped(f"the numbers of <{kind}> tags and {kind}s differ")
             if not self.taken[kind]:
-                nodes += [self.show(kind, value) for value in listed]
-        return nodes
+                left += [self.show(kind, value) for value in listed]
+        return left
 
 
-def conversation(turns: Any, media: Media, system: Any = None) -> list[Said]:
+def conversation(turns: Any, media: Media, system: Any = None) -> list[Message]:
     """Return the messages of a row's turns in any of the forms above, with their media in their places.
 
     Raises:
@@ -97,15 +87,15 @@ def conversation(turns: Any, media: Media, system: Any = None) -> list[Said]:
         turns = [{"role": "system", "content": system}, *turns]
     said = [message for turn in turns for message in _of_turn(turn, media)]
     if rest := media.rest():
-        first = next((message for message in said if message.role == "user"), None)
+        first = next((index for index, message in enumerate(said) if message.role == "user"), None)
         if first is None:
             raise Dropped("images without a question")
-        first.parts[:0] = rest
+        said[first] = replace(said[first], content=(*rest, *said[first].content))
     _check(said)
     return said
 
 
-def _check(said: Sequence[Said]) -> None:
+def _check(said: Sequence[Message]) -> None:
     """Raise Dropped for turns that no template can write, and where there is nothing to learn."""
     if not any(message.role == "assistant" and message.loss for message in said):
         raise Dropped("no answer")
@@ -122,24 +112,24 @@ def _check(said: Sequence[Said]) -> None:
         before = message.role
 
 
-def _of_turn(turn: Any, media: Media) -> Iterator[Said]:
+def _of_turn(turn: Any, media: Media) -> Iterator[Message]:
     if not isinstance(turn, Mapping):
         raise Dropped("a turn is not an object with 'role' and 'content'")
     if "user" in turn and "assistant" in turn:
         for role in ("user", "assistant"):
-            yield Said(role, list(_parts(turn[role], media)))
+            yield Message(role, tuple(_parts(turn[role], media)))
         return
     named = turn.get("role", turn.get("from"))
     role = SPEAKERS.get(named) if isinstance(named, str) else None
     if role is None:
         raise Dropped("a turn is neither the user's, the assistant's nor the system's")
-    parts = list(_parts(turn.get("content", turn.get("value")), media))
+    parts = tuple(_parts(turn.get("content", turn.get("value")), media))
     learnt = turn.get("loss") not in (False, 0) and turn.get("weight") != 0
-    yield Said(role, parts if "role" in turn else in_front(parts), learnt)
+    yield Message(role, parts if "role" in turn else in_front(parts), learnt)
 
 
-def _parts(content: Any, media: Media) -> Iterator[str | Image]:
-    """Yield the texts and nodes of a message's content: a text with tags, or a list of parts."""
+def _parts(content: Any, media: Media) -> Iterator[Content]:
+    """Yield the texts and media of a message's content: a text with tags, or a list of parts."""
     if isinstance(content, str):
         if other := next((tag for tag in OTHER_TAGS if tag in content), None):
             raise Dropped(f"{other} without its media")
@@ -155,7 +145,7 @@ def _parts(content: Any, media: Media) -> Iterator[str | Image]:
         yield from _part(part, media)
 
 
-def _part(part: Any, media: Media) -> Iterator[str | Image]:
+def _part(part: Any, media: Media) -> Iterator[Content]:
     if isinstance(part, str):
         yield from _parts(part, media)
         return
@@ -174,14 +164,16 @@ def _part(part: Any, media: Media) -> Iterator[str | Image]:
         given = given.get("url") if isinstance(given, Mapping) else given
         given = given or next((part[key] for key in SOURCES if part.get(key) is not None), None)
         index = part.get("index")
-        yield media.show(kind, given) if given else media.take(kind, index if type(index) is int else None)
+        # What the row lists comes first: parts may name the files that its images were read from.
+        from_list = media.listed[kind] or not given
+        yield media.take(kind, index if type(index) is int else None) if from_list else media.show(kind, given)
 
 
-def in_front(parts: Sequence[str | Image]) -> list[str | Image]:
+def in_front(parts: tuple[Content, ...]) -> tuple[Content, ...]:
     """Return the parts of a message of LLaVA's form: an only image comes first, wherever its tag is, as in its code.
 
     A question must see what it asks about. The line break that divided them is left out.
     """
-    shown = [part for part in parts if isinstance(part, Image)]
+    shown = [part for part in parts if isinstance(part, Medium)]
     texts = [part.strip() for part in parts if isinstance(part, str)]
-    return list(parts) if len(shown) > 1 else [*shown, *filter(None, [" ".join(filter(None, texts))])]
+    return parts if len(shown) > 1 else (*shown, *filter(None, [" ".join(filter(None, texts))]))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
-from data.prepare.conversation import Said
-from data.shards.document import Image, Node, Text
+from data.prepare.units import Dropped
+from data.shards.document import Image, Node, Text, conversation_nodes
+from flamingo.processing.conversation import Conversation, Medium, Message
 
 USER, ASSISTANT = "User: ", "\nAssistant:"
 
@@ -22,38 +22,40 @@ def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assistant", metavar="TEXT", help=about.format(f"before an answer, such as {ASSISTANT!r}"))
 
 
-def conversation_nodes(said: Sequence[Said], args: argparse.Namespace) -> list[Node]:
-    """Return the nodes of a document that is this conversation."""
+def question_and_answer(images: Sequence[Image], question: str, answer: str) -> list[Message]:
+    """Return a question about images, which come before it, and its answer. Raises Dropped where nothing is asked."""
+    if not images and not question.strip():
+        raise Dropped("no question")
+    shown = (Medium("image" if len(image.frames) == 1 else "video", image) for image in images)
+    return [Message("user", (*shown, question)), Message("assistant", (answer,))]
+
+
+def turn_nodes(messages: Sequence[Message], args: argparse.Namespace) -> list[Node]:
+    """Return the nodes of a document that is this conversation; what its media hold are nodes."""
     if args.user is None and args.assistant is None:
-        return [
-            replace(part, role=message.role)
-            if isinstance(part, Image)
-            else Text(part, loss=message.role == "assistant" and message.loss, role=message.role)
-            for message in said
-            for part in message.parts
-            if part
-        ]
+        conversation = Conversation(tuple(messages))
+        return conversation_nodes(conversation, [medium.source for medium in conversation.media])
     nodes: list[Node] = []
-    for message in said:
+    for message in messages:
         if message.role == "user":
-            nodes += _question(message.parts, args, first=not nodes)
-        else:
-            text = "".join(part for part in message.parts if isinstance(part, str)).strip()
-            shown = [part for part in message.parts if isinstance(part, Image)]
-            answers = message.role == "assistant"
-            nodes += [*shown, Text(f" {text}" if answers else f"{text}\n", loss=answers and message.loss)]
+            nodes += _question(message.content, args, first=not nodes)
+            continue
+        text = "".join(part for part in message.content if isinstance(part, str)).strip()
+        nodes += [part.source for part in message.content if isinstance(part, Medium)]
+        answers = message.role == "assistant"
+        nodes.append(Text(f" {text}" if answers else f"{text}\n", loss=answers and message.loss))
     return nodes
 
 
-def _question(parts: Sequence[str | Image], args: argparse.Namespace, *, first: bool) -> list[Node]:
+def _question(parts: Sequence[str | Medium], args: argparse.Namespace, *, first: bool) -> list[Node]:
     """Return the nodes of a question as text; a line break divides it from the previous turn, or else an image does."""
     nodes: list[Node] = []
-    head = ("" if first or isinstance(parts[0], Image) else "\n") + (USER if args.user is None else args.user)
-    parts = [*parts, ""] if isinstance(parts[-1], Image) else parts
+    head = ("" if first or isinstance(parts[0], Medium) else "\n") + (USER if args.user is None else args.user)
+    parts = [*parts, ""] if isinstance(parts[-1], Medium) else parts
     for index, part in enumerate(parts):
         is_last = index == len(parts) - 1
-        if isinstance(part, Image):
-            nodes.append(part)
+        if isinstance(part, Medium):
+            nodes.append(part.source)
         elif part.strip() or is_last:
             tail = (ASSISTANT if args.assistant is None else args.assistant) if is_last else ""
             nodes.append(Text(f"{head}{part.strip()}{tail}", loss=False))

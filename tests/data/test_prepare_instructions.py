@@ -17,7 +17,6 @@ from data.shards.document import Document, Text
 from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 
-
 AS_TEXT = ("--user", "User: ", "--assistant", "\nAssistant:")
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.conditions import add_where, conditions_of, hold
-from data.prepare.conversation import Said
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import one_line
-from data.prepare.turns import add_turn_arguments, conversation_nodes
+from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from flamingo.errors import UserError
@@ -102,8 +101,8 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
                 tally.drop_document("no text", where)
             elif args.question_column:
                 asked = str(facts[args.question_column]).strip()
-                said = [Said("user", [*shown, asked]), Said("assistant", [text.strip()])]
-                yield Document("", conversation_nodes(said, args), list(kept), meta)
+                nodes = turn_nodes(question_and_answer(shown, asked, text.strip()), args)
+                yield Document("", nodes, list(kept), meta)
             else:
                 yield Document("", [*shown, Text(text.strip())], list(kept), meta)
 

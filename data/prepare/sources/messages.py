@@ -23,7 +23,7 @@ from data.prepare.inputs import input_files, record_units, records
 from data.prepare.media_fields import refuse_other_media
 from data.prepare.sources.hf import add_split_arguments, on_disk, open_split, split_rows, split_units
 from data.prepare.sources.obelics import parquet_rows, parquet_units
-from data.prepare.turns import add_turn_arguments, conversation_nodes
+from data.prepare.turns import add_turn_arguments, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
 from data.shards.document import Document
@@ -105,7 +105,7 @@ def _document(row: dict[str, Any], args: argparse.Namespace, read: Any) -> Docum
     if args.drop_text_only and not media.images:
         raise Dropped("no image")
     meta = {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
-    return Document("", conversation_nodes(said, args), media.images, meta)
+    return Document("", turn_nodes(said, args), media.images, meta)
 
 
 def _turns(row: dict[str, Any]) -> Any:
@@ -137,20 +137,24 @@ def _listed(row: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _frames(rule: ImageRule, folder: ImageFolder, args: argparse.Namespace, kind: str, value: Any) -> list[bytes]:
-    """Return an image, or the frames of a clip. Raises Dropped."""
-    if kind == "image":
-        return [rule.check(_bytes(value, folder))]
-    if isinstance(value, list):
-        return [rule.check(_bytes(frame, folder)) for frame in value[: args.max_frames]]
-    video = _bytes(value, folder)
-    return [rule.check(frame) for frame in frames_of(video, args.fps, args.max_frames, args.side, args.max_pixels)]
+def _frames(
+    rule: ImageRule, folder: ImageFolder, args: argparse.Namespace, kind: str, value: Any
+) -> tuple[list[bytes], float | None]:
+    """Return an image, or the frames of a clip and their rate where it is known. Raises Dropped."""
+    if kind == "video" and not isinstance(value, list):
+        frames = frames_of(_bytes(value, folder), args.fps, args.max_frames, args.side, args.max_pixels)
+        return [rule.check(frame) for frame in frames], args.fps
+    listed = value[: args.max_frames] if kind == "video" else [value]
+    return [rule.check(_bytes(frame, folder)) for frame in listed], None
 
 
 def _bytes(value: Any, folder: ImageFolder) -> bytes:
     """Return what a row names: bytes, base64, or a path below the folder. Raises Dropped."""
     if isinstance(value, dict):
-        value = next((value[key] for key in ("bytes", "base64", "path", "url", "image") if value.get(key)), None)
+        key = next((key for key in ("bytes", "base64", "path", "url", "image") if value.get(key)), "")
+        value = value.get(key)
+        if key in ("bytes", "base64") and isinstance(value, str):
+            return from_base64(value)
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:

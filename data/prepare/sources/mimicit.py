@@ -2,7 +2,8 @@
 
 A document is a conversation, an instruction with its examples before it: the related instructions that `T_train.json`
 (or, without it, the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter keeps all images in
-memory; here one pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
+memory; here one pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or
+FunQA) are one clip.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.prepare.conversation import Said
 from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, json_spans
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.media_fields import refuse_other_media
 from data.prepare.sources.obelics import parquet_columns, parquet_rows, parquet_units
-from data.prepare.turns import add_turn_arguments, conversation_nodes
+from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
+from flamingo.processing.conversation import Message
 
 LAYOUT = "interleaved"
 ENDING = "_instructions.json"
@@ -122,7 +123,7 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
     if not isinstance(related, list) or not all(isinstance(other, str) for other in related):
         raise Dropped("related instructions are not a list of ids")
     document = Document("", [], [], {"id": name, "examples": []})
-    said: list[Said] = []
+    said: list[Message] = []
     for other in [other for other in related if other != name][: args.examples]:
         try:
             said += _turns(document.images, other, _instruction(other, args), args, rule)
@@ -130,13 +131,13 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
         except Dropped as dropped:
             tally.drop_image(f"example left out: {dropped.reason}", f"{name} example {other}")
     said += _turns(document.images, name, wanted, args, rule)
-    document.nodes = conversation_nodes(said, args)
+    document.nodes = turn_nodes(said, args)
     return document
 
 
 def _turns(
     shown: list[bytes], name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule
-) -> list[Said]:
+) -> list[Message]:
     """Return an instruction and its answer, its images added to those shown; all of it, or Dropped is raised."""
     refuse_other_media(body, ("image_ids", "rel_ins_ids"))
     ids = body.get("image_ids") or []
@@ -153,7 +154,7 @@ def _turns(
     shown += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
     nodes = [Image(tuple(numbers))] if clip else [Image((index,)) for index in numbers]
-    return [Said("user", [*nodes, instruction.strip()]), Said("assistant", [response.strip()])]
+    return question_and_answer(nodes, instruction.strip(), response.strip())
 
 
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:
