@@ -26,7 +26,6 @@ from data.shards.document import Document, Image, Node, Text
 from eval.compose import load_config
 from eval.spec import TaskSpec
 from eval.task import Example, StoredImage, Turn, content_hash, hash_order
-from eval.tasks.build import check_spec
 from eval.tasks.formats.files import VIDEO_ENDINGS, below_root
 from eval.tasks.sources import read_examples
 from flamingo.errors import UserError
@@ -48,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     add_image_arguments(parser)
     args = parser.parse_args(arguments)
     args.module = __name__
+    _split.cache_clear()  # files may have changed since it was called in this process
     try:
         for name, spec in load_config([*args.inputs, "model=none"]).task.items():
             args.source, args.prompt = name, {key: getattr(spec, key) for key in ("question", "lead", "tail")}
@@ -122,12 +122,14 @@ def _images(turn: Turn, rule: ImageRule) -> list[bytes]:
     return [rule.check(frame) for frame in frames]
 
 
-Identity = tuple[str, str, tuple[str, ...]]
+Identity = tuple[str, str, tuple[str, ...], str]
 
 
 def _identity(example: Example) -> Identity:
     """Return what makes an item the same in two splits, without reading its image."""
-    return example.id, example.turn.question_text, example.golds
+    image = example.turn.image
+    file = image.file if isinstance(image, StoredImage) else None  # some ids are only counts, in each split anew
+    return example.id, example.turn.question_text, example.golds, str(file or example.group)
 
 
 @lru_cache(maxsize=1)
@@ -138,7 +140,6 @@ def _split(settings: tuple[str, ...], name: str) -> tuple[list[Example], frozens
         UserError: the task has no training split, or no prompt that a document can have.
     """
     spec = load_config([*settings, "model=none"]).task[name]
-    check_spec(name, spec)
     _check_prompt(name, spec)
     whole = replace(spec.support or spec.source, max_items=None)
     examples = read_examples(name, spec, whole, complete=False)

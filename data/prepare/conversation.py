@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data.prepare.media_fields import refuse_other_media
 from data.prepare.units import Dropped
 from data.shards.document import Image
 from flamingo.processing.conversation import Medium, Message
@@ -29,9 +30,9 @@ SPEAKERS = {
 }
 TAG = re.compile(r"<(image|video)>")
 OTHER_TAGS = ("<audio>", "<speech>", "<bbox>", "<ref-object>")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 SOURCES = ("image", "video", "path", "url", "base64", "bytes")
 ORDER = "the turns are not in order: user and assistant in turn, a system message only before them"
-
 
 Content = str | Medium
 
@@ -119,13 +120,15 @@ def _of_turn(turn: Any, media: Media) -> Iterator[Message]:
         for role in ("user", "assistant"):
             yield Message(role, tuple(_parts(turn[role], media)))
         return
+    refuse_other_media(turn, ())
+    if unread := next((key for key in UNREAD if turn.get(key)), None):
+        raise Dropped(f"{unread!r} of a turn is not read")
     named = turn.get("role", turn.get("from"))
-    role = SPEAKERS.get(named) if isinstance(named, str) else None
-    if role is None:
+    if not isinstance(named, str) or named not in SPEAKERS:
         raise Dropped("a turn is neither the user's, the assistant's nor the system's")
     parts = tuple(_parts(turn.get("content", turn.get("value")), media))
     learnt = turn.get("loss") not in (False, 0) and turn.get("weight") != 0
-    yield Message(role, parts if "role" in turn else in_front(parts), learnt)
+    yield Message(SPEAKERS[named], parts if "role" in turn else in_front(parts), learnt)
 
 
 def _parts(content: Any, media: Media) -> Iterator[Content]:

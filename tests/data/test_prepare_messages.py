@@ -146,6 +146,9 @@ BAD: dict[str, dict[str, Any]] = {
     "a part that is neither text, an image nor a video": {"messages": [ASK | {"content": [{"type": "file"}]}, ANSWER]},
     "a part of text without text": {"messages": [ASK | {"content": [{"type": "text"}]}, ANSWER]},
     "not a list of turns": {"messages": "What? A cat."},
+    "media under 'images' are not read": {"messages": [ASK | {"images": ["0.jpg"]}, ANSWER]},
+    "'images' and 'image' differ": {"messages": [ASK, ANSWER], "images": ["0.jpg"], "image": "1.jpg"},
+    "'tool_calls' of a turn is not read": {"messages": [ASK, ANSWER | {"tool_calls": [{}]}]},
     "no messages": {"text": "What? A cat."},
 }
 OUT_OF_ORDER = [[ASK, ASK, ANSWER], [ANSWER], [ASK, ANSWER, ANSWER], [ASK, ANSWER, {"role": "system", "content": "x"}]]

@@ -84,6 +84,7 @@ def asked(task: str, spec: TaskSpec) -> dict[str, Episode]:
     """What the evaluation would ask about the items of the training split, by their ids."""
     assert spec.support is not None
     spec = replace(spec, source=spec.support, support=None, queries=None, zero_shot="none", candidates_from="")
+    spec.metric, spec.metrics, spec.stem = "exact_match", [], ""  # some need WordNet's files
     if spec.output == "rank" and spec.form == "hateful":
         spec.candidates = ["no", "yes"]
     built = build_task(task, spec)

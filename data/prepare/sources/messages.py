@@ -11,6 +11,7 @@ folder that `save_to_disk` wrote, or a name on the hub. Pairs of preference, too
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from data.shards.document import Document
 LAYOUT = "interleaved"
 IN_A_UNIT = 10_000
 FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN = {"image": ("images", "image"), "video": ("videos", "video")}
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
 
@@ -66,7 +68,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 
 def _is_data_set(item: str) -> bool:
     """Return whether an input is read through `datasets`: what `save_to_disk` wrote, or a name on the hub."""
-    return on_disk(item) or (not Path(item).exists() and item.count("/") == 1 and not Path(item).suffix)
+    return on_disk(item) or (not Path(item).exists() and bool(HUB.fullmatch(item)) and not item.endswith(FILES))
 
 
 @lru_cache(maxsize=4)
@@ -76,13 +78,14 @@ def _folder(root: str) -> ImageFolder:
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each row."""
-    rule = ImageRule.of(args)
-    root = args.images or (unit.path if Path(unit.path).is_dir() else str(Path(unit.path).parent))
+    rule, here = ImageRule.of(args), Path(unit.path)
+    root = args.images or (unit.path if here.is_dir() else str(here.parent) if here.exists() else None)
+    folder = None if root is None else _folder(root)
     for where, row in _rows(unit, args):
         try:
             if not isinstance(row, dict):
                 raise Dropped("line is not a JSON object")
-            yield _document(row, args, partial(_frames, rule, _folder(root), args))
+            yield _document(row, args, partial(_frames, rule, folder, args))
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
 
@@ -133,12 +136,14 @@ def _parsed(value: Any) -> Any:
 
 
 def _listed(row: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
-    value = next((row[name] for name in names if row.get(name)), [])
-    return value if isinstance(value, list) else [value]
+    found = [row[name] if isinstance(row[name], list) else [row[name]] for name in names if row.get(name)]
+    if len(found) > 1 and found[0] != found[1]:
+        raise Dropped(f"{names[0]!r} and {names[1]!r} differ")
+    return found[0] if found else []
 
 
 def _frames(
-    rule: ImageRule, folder: ImageFolder, args: argparse.Namespace, kind: str, value: Any
+    rule: ImageRule, folder: ImageFolder | None, args: argparse.Namespace, kind: str, value: Any
 ) -> tuple[list[bytes], float | None]:
     """Return an image, or the frames of a clip and their rate where it is known. Raises Dropped."""
     if kind == "video" and not isinstance(value, list):
@@ -148,7 +153,7 @@ def _frames(
     return [rule.check(_bytes(frame, folder)) for frame in listed], None
 
 
-def _bytes(value: Any, folder: ImageFolder) -> bytes:
+def _bytes(value: Any, folder: ImageFolder | None) -> bytes:
     """Return what a row names: bytes, base64, or a path below the folder. Raises Dropped."""
     if isinstance(value, dict):
         key = next((key for key in ("bytes", "base64", "path", "url", "image") if value.get(key)), "")
@@ -161,6 +166,8 @@ def _bytes(value: Any, folder: ImageFolder) -> bytes:
         raise Dropped("image is missing" if value in (None, "") else "image of a type that is not read")
     if value.startswith("data:") or (len(value) > 255 and "." not in value):
         return from_base64(value)
+    if folder is None:
+        raise Dropped("image is not in the data set")
     if value.startswith(("http://", "https://")):
         raise Dropped("image is a URL: download it, and give its path")
     return folder.read(value.removeprefix("file://"))
