@@ -73,6 +73,9 @@ class TaskSpec:
     """Text after every demonstration."""
     end_of_chunk: bool = True
     """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
+    chat: bool = False
+    """Whether demonstrations and query are turns of a conversation, written by the model's chat template; `prefix` is
+    its system message. Then neither `before`, `separator` nor `end_of_chunk` has a meaning."""
     options: Literal["lines", "inline"] = "lines"
     """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
     answer_as: Literal["text", "letter"] = "text"
@@ -143,5 +146,7 @@ class TaskSpec:
                 yield f"metrics has {name}, which compares candidates: set output=rank"
         if self.own_names and (self.names or self.names_source is not None):
             yield "own_names is set, so names and names_source have no effect: remove them"
-        if not self.end_of_chunk and not self.separator:
+        if self.chat and (self.before or self.separator or not self.end_of_chunk or self.kind == "binding"):
+            yield "chat=true is for kind=examples, and before, separator and end_of_chunk have no effect: remove them"
+        elif not self.end_of_chunk and not self.separator:
             yield "separator is empty and end_of_chunk is false: a demonstration needs an end"

@@ -1,4 +1,4 @@
-"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks, `chat` converses; `convert`
+"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks; `chat` talks; `convert`
 takes released checkpoints of OpenFlamingo, Otter and IDEFICS; `conformance` puts language models through the library's
 equalities.
 """

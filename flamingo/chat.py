@@ -70,14 +70,13 @@ class ChatSession:
                 **{"max_new_tokens": 256, "eos_token_id": self._ends, **options},
             )
         except BaseException:
-            if cached_length(self._cache) > seen:  # interrupted: the next message goes on where this one did
-                self._cache.crop(seen)
+            if (more := cached_length(self._cache) - seen) > 0:  # interrupted: the next message begins where this did
+                self._cache.crop(-more)
             raise
         answer = self._closed(out.sequences[0, begin:].tolist())
         self._ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([answer])], dim=1)
         self._cache = out.past_key_values
-        said = self.processor.decode(answer).strip()
-        said = said.removesuffix(self.turns.renderer.pattern.sub("", self.turns.closing).strip()).strip()
+        said = self.turns.said(answer)
         self.messages += [message, {"role": "assistant", "content": said}]
         return said
 

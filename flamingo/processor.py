@@ -419,6 +419,8 @@ class FlamingoProcessor(ProcessorMixin):
     def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the prompt, and the characters of the assistant; what training tokenises apart is cut apart here."""
         template = self._resolve_template(flags.pop("chat_template", None), where)
+        if all(message["role"] in ROLES for message in messages):  # what tools say comes in any order
+            check_turns(messages, where)
         renderer = self._renderer(template, flags.pop("template_options", {}))
         text, spans = renderer.render(messages, where, **flags)
         if all(message["role"] != "assistant" for message in messages):
@@ -521,8 +523,6 @@ class FlamingoProcessor(ProcessorMixin):
         messages = getattr(conversation, "messages", conversation)
         if not isinstance(messages, list | tuple) or not messages or not all(map(is_message, messages)):
             raise UserError("a conversation is a list of messages, each a dict with 'role' and 'content'")
-        if all(message["role"] in ROLES for message in messages):  # what tools say comes in any order
-            check_turns(messages, "the conversation")
         # As transformers does it: some programs write None for what is not there.
         return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

@@ -61,14 +61,16 @@ class TurnTokenizer:
         self.end_id = self.closing_ids[-1]
         self._check_doubles()
 
-    def __call__(self, conversation: Conversation, where: str = "the conversation") -> TurnTokens:
-        """Return the ids of a whole conversation.
+    def __call__(
+        self, conversation: Conversation, where: str = "the conversation", *, prompt: bool = False
+    ) -> TurnTokens:
+        """Return the ids of a whole conversation, or with `prompt` of one that the assistant answers next.
 
         Raises:
             UserError: the template cannot write it, as one without system messages where there is one.
         """
         messages = conversation.to_messages()
-        text, turns = self.turns(messages, where)
+        text, turns = self.turns(messages, where, add_generation_prompt=prompt)
         answers = [message for message in conversation.messages if message.role == "assistant"]
         learnt = [turn for turn, message in zip(turns, answers, strict=True) if message.loss]
         ids: list[int] = []
@@ -76,18 +78,23 @@ class TurnTokenizer:
         stops = {end: 0 for _, end in turns}
         for piece in self.prompts.surrounded(self._pieces(text, turns)):
             tokens, in_loss = self.prompts.ids_of(piece), any(a <= piece.start < b for a, b in learnt)
-            ids += tokens
             shows = isinstance(piece, Tag) and piece.id in (self.prompts.image_id, self.prompts.around)
+            ids += tokens
             loss_mask += [in_loss and not shows] * len(tokens)
             stops.update({end: len(ids) for end in stops if piece.start < end})
         head = len(self.start) if ids[: len(self.start)] == self.start else 0
         return TurnTokens(ids[head:], loss_mask[head:], [stop - head for stop in stops.values()])
 
-    def prompt(self, conversation: Conversation, where: str = "the conversation") -> list[int]:
-        """Return the ids of a prompt that the assistant answers, without the row's beginning."""
-        text, turns = self.turns(conversation.to_messages(), where, add_generation_prompt=True)
-        ids = self._ids(self.cut(text, turns)[0])
-        return ids[len(self.start) :] if ids[: len(self.start)] == self.start else ids
+    def answer(self, text: str, *, closed: bool = True) -> list[int]:
+        """Return the ids of an answer behind its prompt, whatever the prompt; without its end if not `closed`."""
+        messages = [PROBE[0], {"role": "assistant", "content": text}]
+        rendered, [(begin, end)] = self.turns(messages, "the answer")
+        return self._ids(rendered[begin : end if closed else end - len(self.closing)])
+
+    def said(self, ids: Sequence[int]) -> str:
+        """Return what generated ids say, without what the template writes behind an answer."""
+        text = str(self.prompts.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return text.removesuffix(self.renderer.pattern.sub("", self.closing).strip()).strip()
 
     def by(self, renderer: ChatRenderer) -> TurnTokenizer:
         """Return the same for another renderer of the same template, as one with variables of its own."""
@@ -165,9 +172,11 @@ class TurnTokenizer:
             try:
                 text, _ = self.turns(messages, TEMPLATE)
             except UserError as error:
-                if messages[0] is SYSTEM and repr(SYSTEM["content"]) not in str(error):
-                    continue  # it knows no such role and says so, when there is one
-                raise
+                if messages[0] is not SYSTEM:
+                    raise
+                if repr(SYSTEM["content"]) in str(error):
+                    raise UserError(_refusal("drops the system's message")) from None
+                continue  # it knows no such role and says so, when there is one
             ids, tokenizer = self.prompts.row(self.prompts.pieces(text), self.start).ids, self.prompts.tokenizer
             twice = [a for a, b in pairwise(ids) if a == b and a in tokenizer.all_special_ids]
             apart = re.search(rf"({self.renderer.pattern.pattern})\s*\1", text)

@@ -44,6 +44,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
         "answer: ['",
         "pipeline: str",
         "images of the conversation: [2]",
+        "messages: 4",
         "without a gradient: 0 of ",
         "soft prompt: (4, 32)",
         "4 bits: True",
