@@ -16,19 +16,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from data.prepare import engine
 from data.prepare.images import ImageRule, add_image_arguments
 from data.prepare.inputs import required
 from data.prepare.units import Dropped, InputUnit, Tally
-from data.shards.document import Document, Image, Node, Text
+from data.shards.document import Document, Image, Node, Text, conversation_nodes
 from eval.compose import load_config
+from eval.prompting.prompts import asked as questions
 from eval.spec import TaskSpec
-from eval.task import Example, StoredImage, Turn, content_hash, hash_order
+from eval.task import EncodedImage, Example, Frame, StoredImage, Turn, content_hash, hash_order
 from eval.tasks.formats.files import VIDEO_ENDINGS, below_root
 from eval.tasks.sources import read_examples
 from flamingo.errors import UserError
+from flamingo.processing.conversation import Conversation, Message
 from flamingo.terminal import printable
 
 LAYOUT = "interleaved"
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     _split.cache_clear()  # files may have changed since it was called in this process
     try:
         for name, spec in load_config([*args.inputs, "model=none"]).task.items():
-            args.source, args.prompt = name, {key: getattr(spec, key) for key in ("question", "lead", "tail")}
+            args.source, args.prompt = name, {key: getattr(spec, key) for key in ("question", "lead", "tail", "chat")}
             with engine.claimed(args):
                 engine.run(name, args)
     except (UserError, OSError) as error:
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of thousands of items. Their names tell items and prompts apart: other ones are prepared anew."""
-    examples, asked = _split(tuple(args.inputs), args.source)
+    examples, asked, _ = _split(tuple(args.inputs), args.source)
     if asked is None:
         print(f"task {args.source}: what it asks is not here, so nothing was compared with it", file=sys.stderr)
     found = []
@@ -76,40 +79,44 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield the documents of a unit's items."""
     rule = ImageRule.of(args)
-    examples, asked = _split(tuple(args.inputs), args.source)
+    examples, asked, frame = _split(tuple(args.inputs), args.source)
     for example in examples[unit.begin : unit.end]:
         answers = list(dict.fromkeys(example.golds)) if args.all_answers else [example.turn.answer]
         meta = {"task": args.source, "id": example.id} | ({"kind": example.kind} if example.kind else {})
         try:
             if asked and _identity(example) in asked:
                 raise Dropped(ALSO_ASKED)
-            images = _images(example.turn, rule)
+            clips = [_frames(image, rule) for image in example.turn.images]
             for answer in answers:
-                yield Document("", training_nodes(replace(example.turn, answer=answer)), images, meta)
+                nodes = training_nodes(replace(example.turn, answer=answer), clips, frame)
+                yield Document("", nodes, [image for clip in clips for image in clip], meta)
         except Dropped as dropped:
             tally.drop_document(dropped.reason, f"{args.source} item {example.id}")
 
 
-def training_nodes(turn: Turn) -> list[Node]:
+def training_nodes(turn: Turn, clips: Sequence[Sequence[bytes]], frame: Frame) -> list[Node]:
     """Return the nodes of a turn: tokenized, they begin with the ids of the prompt that asks for its answer.
+
+    `clips` are the frames of each of its images, which the document has one after another.
 
     Raises:
         Dropped: there are several images in the question, or no answer.
     """
-    if turn.more:  # a document ends a chunk before each further image, a prompt does so only before each turn's first
-        raise Dropped("several images in a question")
     if not turn.answer.strip():
         raise Dropped("no answer")
-    shown: list[Node] = [] if turn.image is None else [Image(tuple(range(len(turn.image.frames))))]
+    ends = list(accumulate(map(len, clips), initial=0))
+    shown = [Image(tuple(range(*place))) for place in pairwise(ends)]
+    if frame.chat:
+        answer = Message("assistant", (turn.text.strip(),))
+        return conversation_nodes(Conversation((*questions(frame.prefix, [turn]).messages, answer)), shown)
+    if turn.more:  # a document ends a chunk before each further image, a prompt does so only before each turn's first
+        raise Dropped("several images in a question (protocol=chat takes them)")
     asked: list[Node] = [Text(turn.question, loss=False)] if turn.question else []
     return [*shown, *asked, Text(turn.text)]
 
 
-def _images(turn: Turn, rule: ImageRule) -> list[bytes]:
-    """Return the frames of a turn's image. Raises Dropped when they are missing or cannot be read."""
-    image = turn.image
-    if image is None:
-        return []
+def _frames(image: EncodedImage, rule: ImageRule) -> list[bytes]:
+    """Return the frames of an image. Raises Dropped when they are missing or cannot be read."""
     if isinstance(image, StoredImage) and image.file is not None:
         if not image.file.exists():
             raise Dropped("image or video is missing")
@@ -133,8 +140,8 @@ def _identity(example: Example) -> Identity:
 
 
 @lru_cache(maxsize=1)
-def _split(settings: tuple[str, ...], name: str) -> tuple[list[Example], frozenset[Identity] | None]:
-    """Return the items to train on, and what the evaluation asks; None where its files are not here.
+def _split(settings: tuple[str, ...], name: str) -> tuple[list[Example], frozenset[Identity] | None, Frame]:
+    """Return the items to train on, what the evaluation asks (None where its files are not here), and their frame.
 
     Raises:
         UserError: the task has no training split, or no prompt that a document can have.
@@ -143,6 +150,7 @@ def _split(settings: tuple[str, ...], name: str) -> tuple[list[Example], frozens
     _check_prompt(name, spec)
     whole = replace(spec.support or spec.source, max_items=None)
     examples = read_examples(name, spec, whole, complete=False)
+    frame = Frame(spec.prefix, chat=spec.chat)
     if spec.support is None:
         first = examples[: spec.source.max_items]
         order = hash_order([example.id for example in first], "queries", name)
@@ -150,10 +158,10 @@ def _split(settings: tuple[str, ...], name: str) -> tuple[list[Example], frozens
         rest = [example for index, example in enumerate(examples) if index not in asked]
         if not rest:
             raise UserError(f"task {name}: all of its {len(examples)} items are asked; lower task.{name}.queries")
-        return rest, frozenset()
+        return rest, frozenset(), frame
     if not Path(below_root(spec.source, spec.root).path).exists():
-        return examples, None
-    return examples, frozenset(map(_identity, read_examples(name, spec, spec.source, complete=False)))
+        return examples, None, frame
+    return examples, frozenset(map(_identity, read_examples(name, spec, spec.source, complete=False))), frame
 
 
 def _check_prompt(name: str, spec: TaskSpec) -> None:
@@ -163,7 +171,7 @@ def _check_prompt(name: str, spec: TaskSpec) -> None:
             f"task {name} has no training split: set task.{name}.support to one, or choose a task that has it"
         )
     unlike = [key for key in ("prefix", "before") if getattr(spec, key)] + ["end_of_chunk"] * (not spec.end_of_chunk)
-    if unlike:
+    if unlike and not spec.chat:  # a chat's prefix is its system message
         raise UserError(
             f"task.{name}.{unlike[0]} is {getattr(spec, unlike[0])!r}, which documents of shards cannot have: training "
             "would see another prompt than the evaluation's; use protocol=modern or openflamingo, or unset it"

@@ -70,14 +70,16 @@ def processor() -> FlamingoProcessor:
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
     assert len(tokenizer(" Answer")["input_ids"]) == 1
-    return FlamingoProcessor(tokenizer, ImageTransform(8, mode="squash"))
+    made = FlamingoProcessor(tokenizer, ImageTransform(8, mode="squash"))
+    made.chat_template = "plain"
+    return made
 
 
 def row_of(document: Document, processor: FlamingoProcessor) -> TokenRow:
     """The row that training makes of a document."""
     collate = FlamingoCollate(processor)
-    tokens = tokenize_document(document.nodes, collate.encode, collate.special)
-    return make_row(tokens, collate.special, max_tokens=4096, max_images=1, crop="start")
+    tokens = tokenize_document(document.nodes, collate.encode, collate.special, collate.turns)
+    return make_row(tokens, collate.special, max_tokens=4096, max_images=9, crop="start")
 
 
 def asked(task: str, spec: TaskSpec) -> dict[str, Episode]:
@@ -104,16 +106,21 @@ def test_a_row_begins_with_the_ids_of_the_evaluation_s_prompt(
         return
     written = shards(tmp_path / "out", task, *settings)
     episodes = asked(task, spec)
-    several = {name for name, episode in episodes.items() if len(episode.query.images) > 1}
-    assert written.dropped == ({"several images in a question": len(several)} if several else {})
+    several = {name for name, episode in episodes.items() if len(episode.query.images) > 1 and not spec.chat}
+    assert sum(written.dropped.values()) == len(several)
+    assert all(reason.startswith("several images in a question") for reason in written.dropped)
     assert [document.meta["id"] for document in written.documents] == [id_ for id_ in episodes_in_order(task, spec)
                                                                       if id_ not in several]  # fmt: skip
-    builder = PromptBuilder(processor, start=start_ids(processor.tokenizer))
+    builder = PromptBuilder(processor, start=start_ids(processor.tokenizer), turns=processor.turns)
     for document in written.documents:
         episode, row = episodes[document.meta["id"]], row_of(document, processor)
         prompt = builder.build(episode, 8)
         ids, length = row.ids.tolist(), len(prompt.ids)
         assert tuple(ids[:length]) == prompt.ids
+        assert document.images == [frame for image in episode.query.images for frame in image.frames]
+        if spec.chat:
+            check_conversation(episode, prompt.ids, prompt.candidates, row, processor)
+            continue
         end = (processor.eoc_token_id, processor.tokenizer.eos_token_id)
         if episode.candidates:
             assert tuple(ids[length:-1]) in prompt.candidates
@@ -130,8 +137,27 @@ def test_a_row_begins_with_the_ids_of_the_evaluation_s_prompt(
         # The same item as a demonstration has the same ids.
         shown = replace(episode, demos=(episode.query,), frame=replace(episode.frame, separator=""))
         assert builder.build(shown, 8).ids[: len(ids) - 1] == tuple(ids[:-1])
-        if episode.query.image is not None:
-            assert document.images == list(episode.query.image.frames)
+
+
+def check_conversation(
+    episode: Episode,
+    prompt: tuple[int, ...],
+    candidates: tuple[tuple[int, ...], ...],
+    row: TokenRow,
+    processor: FlamingoProcessor,
+) -> None:
+    """The row goes on with the answer and the end of the turn, and these alone are in the loss."""
+    ids, labels = row.ids.tolist(), row.labels.tolist()
+    begin = next(place for place, label in enumerate(labels) if label != IGNORED)
+    learnt = [label for label in labels if label != IGNORED]
+    assert learnt == ids[begin : begin + len(learnt)]
+    assert learnt[-1] == processor.eoc_token_id
+    assert processor.tokenizer.decode(learnt[:-1]).strip() == episode.query.text.strip()
+    if candidates:
+        gold = candidates[episode.candidates.index(episode.golds[0])]
+        assert [*prompt, *gold] == ids[: begin + len(learnt)]
+    else:
+        assert len(prompt) == begin
 
 
 def episodes_in_order(task: str, spec: TaskSpec) -> Sequence[str]:
