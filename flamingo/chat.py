@@ -110,7 +110,8 @@ def converse(
     new_session: Callable[[], ChatSession], lines: Iterable[str], write: Callable[[str], None], **options: Any
 ) -> None:
     """Answer lines as `python -m flamingo chat` does, until they end; mistakes become one line on stderr."""
-    session, media = new_session(), []
+    session = new_session()
+    media: list[dict[str, Any]] = []
     for line in lines:
         command, _, rest = line.strip().partition(" ")
         try:

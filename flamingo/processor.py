@@ -161,7 +161,7 @@ class FlamingoProcessor(ProcessorMixin):
         return next(iter(self.start_ids), None)
 
     @property
-    def chat_template(self) -> str | dict[str, str] | None:  # type: ignore[override]
+    def chat_template(self) -> str | dict[str, str] | None:
         """The template of messages, or several by name; what is set may be one of the names in `CHAT_TEMPLATES`."""
         return self._chat_template
 

@@ -28,8 +28,8 @@ from flamingo.processing.rows import PLAIN_BEGIN, PLAIN_END, PromptTokenizer, Ta
 CUT = f"{PLAIN_BEGIN}{PLAIN_END}"
 """In a prompt: what stands before and what stands behind are tokenised apart."""
 TEMPLATE = "the chat template"
-SYSTEM = {"role": "system", "content": "fep"}
-PROBE = [
+SYSTEM: dict[str, Any] = {"role": "system", "content": "fep"}
+PROBE: list[dict[str, Any]] = [
     {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("kibo?", "lumo.", "dax?", "wug."))
 ]
 """What a template is tried on."""
@@ -93,7 +93,7 @@ class TurnTokenizer:
 
     def said(self, ids: Sequence[int]) -> str:
         """Return what generated ids say, without what the template writes behind an answer."""
-        text = str(self.prompts.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        text = str(self.prompts.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
         return text.removesuffix(self.renderer.pattern.sub("", self.closing).strip()).strip()
 
     def by(self, renderer: ChatRenderer) -> TurnTokenizer:
@@ -167,8 +167,11 @@ class TurnTokenizer:
 
     def _check_doubles(self) -> None:
         """See that no special token stands twice in a row, with images, without and with a system message."""
-        shown = [{**m, "content": [{"type": "image"}, {"type": "text", "text": m["content"]}]} for m in PROBE]
-        for messages in (PROBE, [shown[0], PROBE[1], shown[2], PROBE[3]], [SYSTEM, *PROBE]):
+        shown: list[dict[str, Any]] = [
+            {**m, "content": [{"type": "image"}, {"type": "text", "text": m["content"]}]} for m in PROBE
+        ]
+        probes: list[list[dict[str, Any]]] = [[*PROBE], [shown[0], PROBE[1], shown[2], PROBE[3]], [SYSTEM, *PROBE]]
+        for messages in probes:
             try:
                 text, _ = self.turns(messages, TEMPLATE)
             except UserError as error:

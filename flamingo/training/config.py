@@ -405,6 +405,8 @@ class TrainConfig:
             yield "run.micro_batches must be 1 for objective contrastive: its loss compares a whole batch"
         if objective == "contrastive" and self.run.activation_checkpointing:
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
+        if self.model.chat_template is not None and objective != "flamingo":
+            yield f"model.chat_template is for objective flamingo, not {objective}: remove it"
         if self.model.init is not None:
             if objective != "flamingo":
                 yield f"model.init is for objective flamingo, not {objective}: use model.language.name=FOLDER"

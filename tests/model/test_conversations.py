@@ -80,7 +80,7 @@ def talk(turns: int, system: str = "") -> list[dict[str, Any]]:
     """Messages with images and clips in any turn."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for parts, answer in list(zip(PARTS, ANSWERS, strict=True))[:turns]:
-        content = [
+        content: list[dict[str, Any]] = [
             {"type": part, part: tiny.picture(1) if part == "image" else [tiny.picture(2), tiny.picture(3)]}
             if part in ("image", "video")
             else {"type": "text", "text": part}
@@ -145,7 +145,8 @@ def by_hand(name: str, turns: int, system: str = "") -> list[tuple[str, bool]]:
 
 def ids_by_hand(processor: FlamingoProcessor, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
     """Ids and labels; the tokenizer itself finds `<image>` and the special tokens."""
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for text, learnt in pieces:
         more = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += more
@@ -175,7 +176,7 @@ def test_a_prompt_begins_its_row_and_the_labels_are_the_assistants(name: str, tu
     assert row.labels.tolist() == labels[: len(row.ids)]
     assert row.labels[-1] != IGNORED
     assert set(labels[len(row.ids) :]) <= {IGNORED}
-    media = [part for part, _ in zip(PARTS, range(turns), strict=False) for part in part if part in ("image", "video")]
+    media = [part for given in PARTS[:turns] for part in given if part in ("image", "video")]
     assert [len(image.frames) for image in row.images] == [{"image": 1, "video": 2}[kind] for kind in media]
     assert len(frames) == 2 * len(media)
     assert int(row.phi.max(initial=0)) == len(media)
@@ -186,7 +187,7 @@ def test_a_prompt_begins_its_row_and_the_labels_are_the_assistants(name: str, tu
         assert row.labels[length] != IGNORED
         assert row.labels[length - 1] == IGNORED
         assert prompt["image_counts"].tolist() == [
-            sum(kind in ("image", "video") for p in PARTS[: turn + 1] for kind in p)
+            sum(part in ("image", "video") for given in PARTS[: turn + 1] for part in given)
         ]
 
 
@@ -266,7 +267,8 @@ def test_rows_end_with_whole_turns(name: str) -> None:
 
 def test_packed_conversations_are_the_same_conversations() -> None:
     processor = make("otter")
-    collate, spec = FlamingoCollate(processor), {"name": "d", "batch_size": 4, "max_tokens": 300, "max_frames": 2}
+    collate = FlamingoCollate(processor)
+    spec: dict[str, Any] = {"name": "d", "batch_size": 4, "max_tokens": 300, "max_frames": 2}
     samples = [row_of(processor, talk(turns), max_tokens=300) for turns in (1, 2, 1, 3)]
     plain = collate.batch(DatasetSpec(**spec), samples)
     packed = collate.batch(DatasetSpec(**spec, pack=600), samples)
@@ -296,12 +298,12 @@ def test_an_answer_that_is_shown_and_not_learnt() -> None:
 
 def test_a_token_around_images_is_not_learnt_and_stands_once() -> None:
     processor = make("plain", around_image="<|im_start|>")
-    answer = [
+    answer: list[dict[str, Any]] = [
         {"type": "text", "text": "see "},
         {"type": "image", "image": tiny.picture(0)},
         {"type": "text", "text": "!"},
     ]
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    messages: list[dict[str, Any]] = [user(), bot(answer)]
     row, _ = row_of(processor, messages)
     around, image = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<image>"])
     text = row.ids.tolist()
@@ -340,7 +342,7 @@ def test_templates_that_lose_something_are_refused_once_in_a_sentence(said: str)
 def test_without_a_template_documents_train_and_conversations_do_not() -> None:
     processor = make(None)
     row = FlamingoCollate(processor).sample(
-        DatasetSpec(name="d", batch_size=1), RawSample("k", "h", [Text("ab")], {}, [], {}.__getitem__),
+        DatasetSpec(name="d", batch_size=1), RawSample("k", "h", [Text("ab")], {}, [], lambda number: b""),
         np.random.default_rng(0),
     )[0]  # fmt: skip
     assert len(row.ids) > 2
@@ -457,14 +459,15 @@ def test_a_user_forges_neither_a_turn_nor_its_end_in_a_training_row() -> None:
             assert row.ids.tolist().count(token) == other.ids.tolist().count(token)
 
 
-def test_a_clip_is_not_cut_to_one_frame_without_a_word() -> None:
+def test_a_clip_is_not_cut_to_one_frame_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     processor = make("plain")
-    with pytest.raises(
-        UserError, match=r"holds a clip of 2 frames, of which max_frames=1 would keep one; set data\.data"
-    ):
-        row_of(
-            processor, [user([{"type": "video", "video": [1, 2]}, {"type": "text", "text": "?"}]), bot()], max_frames=1
-        )
+    messages = [user([{"type": "video", "video": [1, 2]}, {"type": "text", "text": "?"}]), bot()]
+    for _ in range(2):
+        row_of(processor, messages, max_frames=1, name="clips")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: dataset 'clips' holds clips, and max_frames=1 keeps one frame of each; set "
+        "data.datasets.clips.max_frames to show more (images then repeat themselves)"
+    ]
     processor.max_frames = 1
     with pytest.raises(UserError, match="is a clip of 2 frames, and max_frames=1 would keep one"):
         processor(text=[{"type": "video", "video": [tiny.picture(0), tiny.picture(1)]}])

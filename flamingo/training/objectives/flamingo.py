@@ -85,7 +85,10 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         flamingo, processor = builders.build_flamingo(model)
     if model.chat_template is not None:
         processor.chat_template = model.chat_template
-        processor.turns()  # refuses a template that training cannot use, before anything else is done
+        end = processor.turns().end_id  # refuses a template that training cannot use, before anything else is done
+        own = flamingo.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        flamingo.generation_config.eos_token_id = [*own, *({end} - {*own})]  # the saved model ends its answers
     builders.refuse_quantized(flamingo.language_model)
     _freeze(flamingo, model)
     frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
