@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data.shards.document import Document, Text, conversation_of
+from tests.data.helpers import byte_processor
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 from tests.data.test_prepare_video import mp4
 
@@ -224,3 +225,23 @@ def test_images_from_another_folder(folder: Path) -> None:
     assert "image is missing" in refusal(folder / "o", "messages", path)
     assert len(prepare(folder / "out", "messages", path, "--images", folder).documents) == 1
     assert "image folder nowhere does not exist" in refusal(folder / "o", "messages", path, "--images", "nowhere")
+
+
+def test_a_row_begins_with_what_the_processor_makes_of_the_same_messages(folder: Path) -> None:
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [{"type": "image", "path": str(folder / "0.jpg")}, text("What?")]},
+        ANSWER,
+        {"role": "user", "content": [text("And "), {"type": "image", "path": str(folder / "1.jpg")}, text("?")]},
+        ANSWER,
+    ]
+    (document,) = prepare(folder / "out", "messages", jsonl(folder / "a.jsonl", {"messages": turns})).documents
+    processor = byte_processor()
+    processor.chat_template = "plain"
+    row = processor.turns()(conversation_of(document.nodes))
+    for number in (2, 4):
+        flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        prompt = processor.apply_chat_template(turns[:number], **flags)["input_ids"][0].tolist()
+        assert row.ids[: len(prompt)] == prompt
+        assert row.loss_mask[len(prompt)]
+        assert not row.loss_mask[len(prompt) - 1]
