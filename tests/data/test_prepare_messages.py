@@ -240,8 +240,10 @@ def test_a_row_begins_with_what_the_processor_makes_of_the_same_messages(folder:
     processor.chat_template = "plain"
     row = processor.turns()(conversation_of(document.nodes))
     for number in (2, 4):
-        flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        prompt = processor.apply_chat_template(turns[:number], **flags)["input_ids"][0].tolist()
+        inputs = processor.apply_chat_template(
+            turns[:number], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        prompt = inputs["input_ids"][0].tolist()
         assert row.ids[: len(prompt)] == prompt
         assert row.loss_mask[len(prompt)]
         assert not row.loss_mask[len(prompt) - 1]
