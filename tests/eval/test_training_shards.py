@@ -259,7 +259,8 @@ def test_a_second_run_changes_nothing_and_another_prompt_is_another_preparation(
 ) -> None:
     settings = published(tmp_path, "vqa_rad")
     first = shards(tmp_path / "out", "vqa_rad", settings)
-    assert first.meta["options"]["prompt"] == {"question": "Question: {question} Answer:", "lead": " ", "tail": ""}
+    prompt = {"question": "Question: {question} Answer:", "lead": " ", "tail": "", "chat": False}
+    assert first.meta["options"]["prompt"] == prompt
     capsys.readouterr()
     shards(tmp_path / "out", "vqa_rad", settings)
     assert "was already prepared from these inputs" in capsys.readouterr().out
