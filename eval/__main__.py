@@ -28,6 +28,7 @@ python -m eval check FOLDER ...                            complete, and do the 
 python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
 python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
+python -m eval shards task=NAME --out DIR     a task's training split as shards, with the task's own prompt
 
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
@@ -42,6 +43,10 @@ def usage() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
+    if arguments and arguments[0] == "shards":
+        from eval.training_shards import main as shards
+
+        return shards(arguments[1:])
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0

@@ -224,7 +224,7 @@ class PromptBuilder:
         room = max(map(len, candidates), default=max_new_tokens)
         for kept in range(len(episode.demos), -1, -1):
             shown = [*episode.demos[len(episode.demos) - kept :], query]
-            tokens = turns(_messages(episode.frame.prefix, shown), f"query {episode.query_id}", prompt=True)
+            tokens = turns(asked(episode.frame.prefix, shown), f"query {episode.query_id}", prompt=True)
             ids = [*self._start, *tokens.ids, *opened]
             if self._context is None or len(ids) + room <= self._context:
                 break
@@ -260,15 +260,15 @@ class PromptBuilder:
         return whole[0][:shared], tuple((*ids[shared:], *end) for ids in whole)
 
 
-def _messages(system: str, turns: Sequence[Turn]) -> Conversation:
-    """Return turns, the last one without its answer, as a conversation."""
+def asked(system: str, turns: Sequence[Turn]) -> Conversation:
+    """Return turns, the last one without its answer, as a conversation; what its media hold are the turns' images."""
     messages = [Message("system", (system,))] if system else []
     for turn in turns:
-        asked: list[str | Medium] = []
+        parts: list[str | Medium] = []
         for image, text in turn.segments:
-            asked += [] if image is None else [Medium("video" if len(image.frames) > 1 else "image", image)]
-            asked += [text] if text else []
-        messages += [Message("user", tuple(asked)), Message("assistant", (turn.text.strip(),))]
+            parts += [] if image is None else [Medium("video" if len(image.frames) > 1 else "image", image)]
+            parts += [text] if text else []
+        messages += [Message("user", tuple(parts)), Message("assistant", (turn.text.strip(),))]
     return Conversation(tuple(messages[:-1]))
 
 
