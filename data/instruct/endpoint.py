@@ -1,9 +1,10 @@
 """Asks an OpenAI-compatible endpoint many questions at once, and stops in one sentence when that cannot go on.
 
 What passes (no connection, no answer in time, status 429 or 5xx, a body that is not a chat completion) is tried again.
-A question that the endpoint refuses (status 400, 413 or 422) has that as its reply. When a question fails at every try
-and nothing else was answered meanwhile, the endpoint is down and nothing more is asked; otherwise the others go on, and
-the run ends with a count of what failed. Every reply is in the log by then, so the same command asks only for the rest.
+A question that the endpoint refuses (status 400, 413 or 422) has that as its reply. When a run's first question fails
+at every try, or more in a row than are asked at once, the endpoint is down and nothing more is asked; otherwise the
+others go on, and the run ends with a count of what failed. Every reply is in the log by then, so the same command asks
+only for the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from pydantic import Field
 
 from data.instruct.reply_log import Reply, ReplyLog, request_key
+from data.records import parse_json
 from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, examine, refuse
 from flamingo.errors import UserError, first_line
 from flamingo.terminal import printable
@@ -86,7 +88,7 @@ class Endpoint:
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._stop: UserError | None = None
         self._failed: Counter[str] = Counter()
-        self._answered = 0
+        self._answered = self._failed_in_a_row = 0
         self._in_flight = 0  # tokens that the questions on their way may need
         self._told = time.monotonic()
 
@@ -137,6 +139,7 @@ class Endpoint:
                         if reply is not None:
                             self.log.append(key, body, reply)
                             self._answered += 1
+                            self._failed_in_a_row = 0
                             self._tell(total)
                     except UserError as error:
                         self._stop = self._stop or error
@@ -158,7 +161,7 @@ class Endpoint:
 
     async def _reply(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply | None:
         """Return the reply to one question; None if it failed at every try. Raises UserError for what ends the run."""
-        before, why = self._answered, ""
+        why = ""
         for attempt in range(self.config.retries + 1):
             if self._stop is not None:
                 return None  # another question has found that the run cannot go on
@@ -185,7 +188,8 @@ class Endpoint:
                 pause = self._pause(response, pause, why)
             if attempt < self.config.retries:
                 await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
-        if self._answered == before:
+        self._failed_in_a_row += 1
+        if not self._answered or self._failed_in_a_row > self.config.concurrency:
             tries = self.config.retries + 1
             raise UserError(f"{self._url} does not answer ({why}, at each of {tries} tries of one question)")
         self._failed[why] += 1
@@ -219,7 +223,7 @@ def _reply_of(response: httpx.Response, body: Mapping[str, Any]) -> Reply | None
     if response.status_code != 200:
         return Reply(f"status {response.status_code}{_message(response)}", REFUSED, 0)
     try:
-        content = response.json()
+        content = parse_json(response.content)
         choice = content["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         if not isinstance(text, str):
@@ -229,16 +233,16 @@ def _reply_of(response: httpx.Response, body: Mapping[str, Any]) -> Reply | None
         estimate = _tokens_of([*body["messages"], {"content": text}])
         tokens = counted if isinstance(counted, int) and counted > 0 else estimate
         return Reply(text, str(choice.get("finish_reason") or ""), tokens)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
 
 
 def _message(response: httpx.Response) -> str:
     """Return the endpoint's own words about an error, shortened."""
     try:
-        error = response.json()["error"]
+        error = parse_json(response.content)["error"]
         return f": {printable(' '.join(str(error['message'] if isinstance(error, dict) else error).split()))[:200]}"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return _head(response)
 
 

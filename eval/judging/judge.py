@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 
 PROMPTS = Path(__file__).parent / "prompts"
 FIELDS = ("question", "first", "second", "context")
-_SCORES = re.compile(r"\W*(\d+(?:\.\d+)?)[\s,;/]+(\d+(?:\.\d+)?)\W*")
+_SCORES = re.compile(r"[\s*_`(\[]*(\d+(?:\.\d+)?)[\s,;/]+(\d+(?:\.\d+)?)[\s*_`)\].]*")
 
 
 @dataclass(kw_only=True)
