@@ -79,6 +79,8 @@ def judge(pairs: Pairs, config: JudgeConfig) -> list[Judged]:
     questions: list[list[Message]] = []
     for key, samples in pairs.items():
         answers = [text_of(sample) for sample in samples]
+        if len(answers) == 1 and not any(samples[0].golds):
+            raise UserError(f"{key[0]} has no gold answers to judge its answers beside; give two runs")
         answers = answers if len(answers) == 2 else [samples[0].golds[0], *answers]
         text = "".join(text for _, text, is_query in figures_of(samples[0]) if is_query).strip()
         values = {"question": text, "context": contexts.get(key[1], "")}
