@@ -29,7 +29,7 @@ def tables_of(summary: Summary) -> list[Table]:
         for row in summary["shares"]
     ]
     wins = [
-        [row["axis"], *(" ".join(_share(row[key])) for key in OUTCOMES), f"{row['p']:.4f}", str(row["n"])]
+        [row["axis"], *("{} ({})".format(*_share(row[key])) for key in OUTCOMES), f"{row['p']:.4f}", str(row["n"])]
         for row in summary["wins"]
         if row["n"]
     ]

@@ -11,11 +11,26 @@ from eval.samples import Cell, Sample
 from eval.task import Baselines
 
 _BLANK = Sample(
-    *(Cell("talk", 0, 0, "real"), "", (), (), "", "", ("gold",), 0.0),
-    **{"kind": "", "cluster": "", "candidates": (), "log_probs": ()},
-    **{"ended": True, "parse_failed": False, "copied": False, "copied_last": False},
-    **{"shots_kept": 0, "demos_dropped": 0, "excluded": 0},
-)  # type: ignore[arg-type]
+    cell=Cell("talk", 0, 0, "real"),
+    query_id="",
+    demo_ids=(),
+    turns=(),
+    raw="",
+    answer="",
+    golds=("gold",),
+    score=0.0,
+    kind="",
+    cluster="",
+    candidates=(),
+    log_probs=(),
+    ended=True,
+    parse_failed=False,
+    copied=False,
+    copied_last=False,
+    shots_kept=0,
+    demos_dropped=0,
+    excluded=0,
+)
 
 
 def sample(query: str, answer: str, **more: object) -> Sample:

@@ -1,4 +1,4 @@
-"""Long-form questions in the files in which they are published, conversations turn by turn, and both in rating sheets."""
+"""Long-form questions in the files in which they are published, conversations by turns, and sheets of long answers."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_what_is_not_a_conversation_is_refused(item: dict[str, Any], message: st
 def test_long_answers_end_in_rating_sheets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of an answer is rated, although only its first line is scored; without gold answers there is no judging."""
     health(tmp_path)
-    task, queries = built("healthsearchqa", tmp_path)
+    queries = built("healthsearchqa", tmp_path)[1]
     answers = [
         sample(query.id, "It can be.", raw="It can be.\nSee a doctor.", golds=query.golds, turns=((None, "How?"),))
         for query in queries

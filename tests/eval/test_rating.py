@@ -153,7 +153,7 @@ def test_planted_raters_are_recovered(two_runs: tuple[Path, Path], tmp_path: Pat
     assert {row["axis"] for row in summary["wins"]} == {"helpful", "preference"}  # tone has no better
     page = (tmp_path / "sheets" / "report" / "rating.html").read_text()
     assert "SYSTEMTWO is better" in page
-    assert Image.open(tmp_path / "sheets" / "report" / "rating.png").width > 600
+    assert Image.open(io.BytesIO((tmp_path / "sheets" / "report" / "rating.png").read_bytes())).width > 600
     lines = (tmp_path / "sheets" / "report" / "ratings.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 40 * 5
     assert json.loads(lines[0])["query_id"].startswith("case")

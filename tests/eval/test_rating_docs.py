@@ -32,6 +32,7 @@ def answer(body: dict[str, Any], number: int) -> str:
     return "User: What is shown?\nAssistant: A small square is shown."
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = [f"q{number}" for number in range(12)]
@@ -71,5 +72,6 @@ def test_settings_and_axes_of_the_page_exist() -> None:
     table = PAGE[PAGE.index("| setting | meaning") : PAGE.index("Axes of your own")]
     assert {*re.findall(r"`(\w+)=", table), "out", "seed"} == set(KEYS)
     endpoint = PAGE[PAGE.index("## The endpoint") : PAGE.index("Every reply goes")]
-    named = {name for row in endpoint.splitlines()[3:] for name in re.findall(r"`(\w+)`", row.split("|")[1:2][0])}
+    cells = re.findall(r"^\| (`.*?) \|", endpoint, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert named == set(EndpointConfig.__dataclass_fields__)
