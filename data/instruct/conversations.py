@@ -117,13 +117,14 @@ def _figure(item: Mapping[str, Any]) -> Figure:
         raise Dropped("no caption")
     if not isinstance(mentions, list):
         raise Dropped("'mentions' is not a list of sentences")
-    sentences = [mention.get("tokens") if isinstance(mention, dict) else mention for mention in mentions]
-    if not all(isinstance(sentence, str) for sentence in sentences):
+    listed = [mention.get("tokens") if isinstance(mention, dict) else mention for mention in mentions]
+    sentences = [sentence.strip() for sentence in listed if isinstance(sentence, str)]
+    if len(sentences) < len(listed):
         raise Dropped("'mentions' is not a list of sentences")
     image = item.get("image", f"{name}.jpg")
     if not isinstance(image, str) or not image:
         raise Dropped("'image' is not a path")
-    return Figure(str(name), image, caption.strip(), tuple(filter(None, map(str.strip, sentences))))
+    return Figure(str(name), image, caption.strip(), tuple(filter(None, sentences)))
 
 
 def request(figure: Figure, prompt: InstructPrompt) -> list[Message]:

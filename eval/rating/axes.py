@@ -80,7 +80,8 @@ def _read(path: Path) -> dict[str, Axis]:
 
 def axes_of(content: dict[Any, Any], where: str) -> dict[str, Axis]:
     """Return checked axes from plain values. Raises UserError that begins with `where`."""
-    axes, clauses = {}, []
+    axes: dict[str, Axis] = {}
+    clauses: list[str] = []
     for key, value in content.items():
         if not isinstance(key, str) or not key.isidentifier():
             clauses.append(f"{key!r} is not a name of letters, digits and underscores")

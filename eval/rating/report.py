@@ -61,9 +61,9 @@ def report_html(summary: Summary, figure: bytes, axes: Mapping[str, Axis]) -> st
     sentences = [
         f"Answers of {' and '.join(summary['systems'])}, {summary['questions']} questions; rated: {', '.join(raters)}.",
         "Intervals resample questions and raters. Wins on an axis: one rater chose the better option for that system.",
-        *(f"{key}: {axis.question}" for key, axis in axes.items()),
     ]
-    return tables_html("Rating", sentences, summary["notes"], [figure], tables_of(summary))
+    asked = Table("Axes", ["axis", "question"], [[key, axis.question] for key, axis in axes.items()])
+    return tables_html("Rating", sentences, summary["notes"], [figure], [*tables_of(summary), asked])
 
 
 def shares_png(summary: Summary, axes: Mapping[str, Axis]) -> bytes:

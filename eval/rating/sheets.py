@@ -40,11 +40,11 @@ def page_of(plan: Plan, rater: str, questions: Mapping[str, Question], images: M
     """Return the page: everything in it, images too."""
     items = []
     for name, order in plan.sheets[rater]:
-        figures = [
-            {"images": [data_uri(frame, MOST_SIDE) for frame in images[sha256].frames] if sha256 in images else []}
-            | {"text": text}
-            for sha256, text in questions[name].figures
-        ]
+        figures = []
+        for sha256, text in questions[name].figures:
+            image = images.get(sha256 or "")  # None without images, or where the text is all
+            frames = () if image is None else image.frames
+            figures.append({"images": [data_uri(frame, MOST_SIDE) for frame in frames], "text": text})
         answers = [questions[name].answers[system] for system in order]
         items.append({"item": name, "figures": figures, "answers": answers})
     axes = [{"axis": key, **_shown(axis)} for key, axis in plan.axes.items()]

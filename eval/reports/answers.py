@@ -38,9 +38,9 @@ def answers_of(runs: Sequence[SavedRun], settings: Mapping[str, str]) -> Pairs:
 
 def _answers(run: SavedRun, settings: Mapping[str, str]) -> dict[tuple[str, str], Sample]:
     chosen = [sample for sample in run.samples if sample.cell.images == "real"]
-    for key, name in CHOICES.items():
-        if key in settings:
-            chosen = [sample for sample in chosen if str(getattr(sample.cell, name)) == settings[key]]
+    for setting, field in CHOICES.items():
+        if setting in settings:
+            chosen = [sample for sample in chosen if str(getattr(sample.cell, field)) == settings[setting]]
     if not chosen:
         raise UserError(f"{run.folder} has no answers with these settings")
     answers: dict[tuple[str, str], Sample] = {}

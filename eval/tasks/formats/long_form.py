@@ -27,6 +27,7 @@ def liveqa(path: Path, source: SourceSpec) -> Iterator[Item]:
     for number, element in enumerate(_xml(path).iter("NLM-QUESTION"), 1):
         texts = {child.tag: " ".join("".join(child.itertext()).split()) for child in element.iter()}
         found = ("".join(answer.itertext()) for answer in element.iter("ANSWER"))
+        texts["MESSAGE"] = texts.get("MESSAGE") or texts.get("SUBJECT", "")  # some say everything in the subject
         answers = [text for text in (" ".join(answer.split()) for answer in found) if text]
         name = element.get("qid") or element.get("questionid")
         row = Row(path, f"question {number}", {"qid": name, **{tag: text for tag, text in texts.items() if text}})
