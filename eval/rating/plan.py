@@ -67,7 +67,7 @@ def make_plan(
 ) -> tuple[Plan, dict[str, Question]]:
     """Return the plan, and what its questions show. Raises UserError when a rater would have nothing to do."""
     # With a letter before it no spreadsheet takes a name for a number.
-    named = {f"q{content_hash(shares.seed, *key)[:10]}": key for key in pairs}
+    named = {f"q{content_hash(shares.seed, *key)[:16]}": key for key in pairs}
     names = sorted(named)  # a hash of the seed: a shuffled order that says nothing of the data
     names = names[: shares.most]
     facts, shown = {}, {}

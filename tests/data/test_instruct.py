@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from data.shards.writer import read_documents
 from tests.data.chat_server import Fault, chatting, completion, error, last
 from tests.fixtures import png
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = "User: What is it?\nAssistant: It is a red square.\n\nUser: How large?\nAssistant: It fills the image."
 
 
@@ -83,6 +87,36 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path, capsys: pytest.C
         assert len(server.requests) == 7
     for name in ("conversations.json", "report.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Killed while it waits for its sixth reply; nothing that came before is asked again."""
+    source, sixth = figures(tmp_path), threading.Event()
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        return f"User: What is {len(last(body))}?\nAssistant: One of {last(body)[-9:]}, I think."
+
+    def stalling(body: dict[str, Any], number: int) -> str | Fault:
+        if number < 5:
+            return answer(body, number)
+        sixth.set()
+        return Fault(stalls=True)
+
+    with chatting(stalling) as server:
+        words = ["--out", str(tmp_path / "killed"), "--url", server.url, "--model", "m", "--concurrency", "1"]
+        process = subprocess.Popen([sys.executable, "-m", "data", "instruct", str(source), *words], cwd=ROOT)
+        try:
+            assert sixth.wait(120)
+        finally:
+            process.kill()
+            process.wait()
+    with chatting(answer) as server:
+        assert instruct(server.url, source, tmp_path / "killed") == 0
+        assert len(server.requests) == 7
+        assert instruct(server.url, source, tmp_path / "whole") == 0
+    for name in ("conversations.json", "report.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 REPLIES: dict[str, str | Fault] = {
