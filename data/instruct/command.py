@@ -21,9 +21,9 @@ from data.instruct.conversations import (
     read_figures,
     request,
 )
-from data.instruct.endpoint import Endpoint, EndpointConfig, settings_of
-from data.instruct.prompt_files import read_prompt
+from data.instruct.endpoint import Endpoint, EndpointConfig
 from data.instruct.reply_log import ReplyLog
+from data.instruct.settings import read_prompt, settings_of
 from data.prepare.units import Dropped, Tally
 from flamingo.errors import UserError
 from flamingo.files import write_atomically

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.instruct.endpoint import REFUSED, Message
-from data.instruct.prompt_files import fields_in, filled
 from data.instruct.reply_log import Reply
+from data.instruct.settings import fields_in, filled
 from data.prepare.units import Dropped, Tally
 from data.records import json_objects, read_json
 from flamingo.errors import UserError

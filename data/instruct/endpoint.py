@@ -16,20 +16,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import httpx
-import yaml
 from pydantic import Field
 
 from data.instruct.reply_log import Reply, ReplyLog, request_key
 from data.records import parse_json
-from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1, examine, refuse
+from flamingo.configs.validate import AboveZero, AtLeast0, AtLeast1
 from flamingo.errors import UserError, first_line
 from flamingo.terminal import printable
 
 Message = dict[str, str]
-C = TypeVar("C", bound="EndpointConfig")
 REFUSED = "refused"
 _REFUSALS = (400, 413, 422)
 _PASSING = (408, 409, 429)
@@ -62,20 +60,6 @@ class EndpointConfig:
     """Seconds that a reply may take."""
     pause_s: AboveZero = 0.5
     """Seconds before the second try, doubled before each further one."""
-
-
-def settings_of(cls: type[C], texts: Mapping[str, str]) -> C:
-    """Return a config from texts as a command line has them. Raises UserError with everything that is wrong."""
-    values = {}
-    for key, text in texts.items():
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key] = text
-    config, clauses = examine(cls, values)
-    refuse(clauses)
-    assert config is not None  # there would be a clause
-    return config
 
 
 class Endpoint:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from data.instruct.endpoint import settings_of
+from data.instruct.settings import settings_of
 from eval.judging.judge import JudgeConfig, judge
 from eval.judging.summary import summary_of, tables_of
 from eval.reports.answers import CHOICES, answers_of, system_names

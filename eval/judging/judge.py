@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.instruct.endpoint import REFUSED, Endpoint, EndpointConfig, Message
-from data.instruct.prompt_files import fields_in, filled, read_prompt
 from data.instruct.reply_log import Reply, ReplyLog
+from data.instruct.settings import fields_in, filled, read_prompt
 from data.records import json_objects
 from eval.reports.answers import Pairs, text_of
 from eval.reports.gallery import figures_of

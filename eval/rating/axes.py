@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from data.records import one_line, read_bytes
-from flamingo.configs.validate import examine, refuse
+from data.instruct.settings import named_file, read_yaml
+from flamingo.configs.validate import examine
 from flamingo.errors import UserError
 
 FOLDER = Path(__file__).parent / "axes"
@@ -56,26 +54,12 @@ def read_axes(names: str) -> dict[str, Axis]:
     """
     axes: dict[str, Axis] = {}
     for name in names.split(","):
-        known = FOLDER / f"{name}.yaml"
-        path = known if known.parent == FOLDER and known.is_file() else Path(name)
-        if not path.is_file():
-            ours = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-            raise UserError(f"axes={name}: there is no such file; give {ours}, or a YAML file of your own")
-        for key, axis in _read(path).items():
+        path = named_file("axes", name, FOLDER)
+        for key, axis in axes_of(read_yaml(path), str(path)).items():
             if key in axes:
                 raise UserError(f"axes={names}: two files have an axis {key!r}; rename one")
             axes[key] = axis
     return axes
-
-
-def _read(path: Path) -> dict[str, Axis]:
-    try:
-        content = yaml.safe_load(read_bytes(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {one_line(error)}") from None
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} has no axes; write one as: NAME: {{question: TEXT, options: [BEST, WORST]}}")
-    return axes_of(content, str(path))
 
 
 def axes_of(content: dict[Any, Any], where: str) -> dict[str, Axis]:
@@ -91,10 +75,8 @@ def axes_of(content: dict[Any, Any], where: str) -> dict[str, Axis]:
             axis, wrong = examine(Axis, value, key)
             clauses += wrong
             axes |= {key: axis} if axis is not None else {}
-    try:
-        refuse(clauses)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    if clauses:
+        raise UserError(f"{where}: {'; '.join(clauses)}")
     return axes
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from pydantic import Field
+
+from data.instruct.settings import settings_of
 from eval.rating.axes import read_axes
 from eval.rating.filled import files_in, read_filled
 from eval.rating.plan import KEY, Question, Shares, make_plan, read_key, write_key
@@ -17,11 +19,33 @@ from eval.reports.answers import CHOICES, answers_of, system_names
 from eval.reports.commands import split_settings
 from eval.reports.saved_run import SavedRun, read_run
 from eval.task import EncodedImage
+from flamingo.configs.validate import AtLeast1
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 from flamingo.terminal import printable
 
-KEYS = ("out", "axes", "raters", "overlap", "questions", "seed", "images", *CHOICES)
+
+@dataclass(kw_only=True)
+class RateConfig:
+    """The settings of `python -m eval rate`."""
+
+    out: str
+    """Folder for the sheets and their key."""
+    axes: str = "clinician"
+    """Names in eval/rating/axes or YAML files, with commas between them."""
+    raters: Annotated[int, Field(ge=1, le=999)] = 2
+    """How many people rate."""
+    overlap: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the questions that every rater gets; the others are dealt out."""
+    questions: AtLeast1 | None = None
+    """Questions rated at most; null: all."""
+    seed: int = 0
+    """Of the choice of questions, their order and the answers' sides."""
+    images: bool = True
+    """Whether the questions' images are embedded."""
+
+
+KEYS = (*(field.name for field in fields(RateConfig)), *CHOICES)
 
 
 def rate(arguments: Sequence[str]) -> int:
@@ -29,25 +53,22 @@ def rate(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "--read":
         return read(arguments[1:])
     folders, settings = split_settings(arguments, KEYS)
-    if len(folders) not in (1, 2) or "out" not in settings:
-        raise UserError("rate needs one or two folders that `python -m eval` wrote, and out=FOLDER for the sheets")
-    out = Path(settings["out"])
+    if len(folders) not in (1, 2):
+        raise UserError(f"rate needs one or two folders that `python -m eval` wrote, got {len(folders)}")
+    config = settings_of(RateConfig, {key: text for key, text in settings.items() if key not in CHOICES})
+    out = Path(config.out)
     if (out / KEY).exists():
         raise UserError(f"{out} has the {KEY} of earlier sheets, without which they cannot be read; give another out=")
     runs = [read_run(folder) for folder in folders]
-    axes = read_axes(settings.get("axes", "clinician"))
+    axes = read_axes(config.axes)
     if len(runs) == 2 and not any(axis.compares for axis in axes.values()):
         axes |= read_axes("preference")
     if len(runs) == 1 and (pairs := [key for key, axis in axes.items() if axis.compares]):
         raise UserError(f"axis {pairs[0]} compares two answers, and there is one run; give two, or leave it out")
-    overlap = number(settings, "overlap", 1.0, float, 0, 1)
-    most = number(settings, "questions", 1, int, 1) if "questions" in settings else None
-    shares = Shares(number(settings, "raters", 2, int, 1, 999), overlap, number(settings, "seed", 0, int), most)
+    shares = Shares(config.raters, config.overlap, config.seed, config.questions)
     plan, questions = make_plan(system_names(runs), answers_of(runs, settings), axes, shares)
     wanted = {sha256 for question in questions.values() for sha256, _ in question.figures if sha256 is not None}
-    if (shown := settings.get("images", "true")) not in ("true", "false"):
-        raise UserError(f"images={shown} must be true or false")
-    images = images_of(runs[0], wanted) if wanted and shown == "true" else {}
+    images = images_of(runs[0], wanted) if wanted and config.images else {}
     pages = write_sheets(plan, questions, images, out)
     write_key(plan, out / KEY)  # last: with it the sheets are whole
     _tell(pages, questions, out)
@@ -57,26 +78,6 @@ def rate(arguments: Sequence[str]) -> int:
 def _tell(pages: Sequence[Path], questions: Mapping[str, Question], out: Path) -> None:
     print(printable(f"{len(questions)} questions for {len(pages)} raters: {pages[0]} to {pages[-1].name}, or the .csv"))
     print(printable(f"{out / KEY} says which system answered: keep it, and do not send it to the raters"))
-
-
-def number(
-    settings: Mapping[str, str],
-    key: str,
-    default: Any,
-    kind: Callable[[str], Any],
-    least: float = -math.inf,
-    most: float = math.inf,
-) -> Any:
-    """Return a setting as a number. Raises UserError unless it is one from `least` to `most`."""
-    try:
-        value = kind(settings.get(key, default))
-        if least <= value <= most:
-            return value
-    except ValueError:
-        pass
-    limits = f" from {least:g} to {most:g}" if most < math.inf else f", {least:g} or more" if least > -math.inf else ""
-    what = "a whole number" if kind is int else "a number"
-    raise UserError(f"{key}={settings[key]} must be {what}{limits}")
 
 
 def images_of(run: SavedRun, wanted: set[str]) -> dict[str, EncodedImage]:

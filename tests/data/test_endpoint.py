@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from data.instruct.endpoint import Endpoint, EndpointConfig, Message, settings_of
+from data.instruct.endpoint import Endpoint, EndpointConfig, Message
 from data.instruct.reply_log import Reply, ReplyLog
+from data.instruct.settings import settings_of
 from flamingo.errors import UserError
 from tests.data.chat_server import Answer, Fault, chatting, completion, error, last
 

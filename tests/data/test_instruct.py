@@ -13,7 +13,7 @@ import pytest
 
 from data.__main__ import main
 from data.instruct.conversations import PROMPTS, InstructPrompt, turns_in
-from data.instruct.prompt_files import read_prompt
+from data.instruct.settings import read_prompt
 from data.prepare.units import Dropped
 from data.shards.document import Image, Text
 from data.shards.writer import read_documents

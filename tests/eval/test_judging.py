@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data.instruct.prompt_files import read_prompt
 from data.instruct.reply_log import Reply
+from data.instruct.settings import read_prompt
 from eval.__main__ import main
 from eval.judging.judge import PROMPTS, JudgePrompt, scores_in
 from tests.data.chat_server import Fault, chatting, error, last
