@@ -1,4 +1,4 @@
-"""`python -m data prepare|merge|inspect|verify|index|bench|simulate|assets`: makes shards, looks at them, measures.
+"""`python -m data prepare|instruct|merge|inspect|verify|index|bench|simulate|assets`: makes shards, looks, measures.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it finds faults.
 """
@@ -22,9 +22,15 @@ from flamingo.terminal import printable
 TOOLS = {
     "bench": "this loader and open_flamingo's own on the same shards",
     "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
+    "instruct": "conversations about images, by a language model, from captions and the sentences around them",
     "assets": "fetch the pretrained backbones and the drawings of the real demonstration, each pinned by its hash",
 }
-MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate", "assets": "data.assets"}
+MODULES = {
+    "bench": "data.bench.table",
+    "simulate": "data.bench.simulate",
+    "instruct": "data.instruct.command",
+    "assets": "data.assets",
+}
 TASK = "a task's training split is written with the evaluation's prompt: python -m eval shards task={name} --out DIR"
 
 

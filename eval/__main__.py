@@ -27,6 +27,10 @@ python -m eval compare FIRST SECOND [out=FILE.json]        paired differences wi
 python -m eval check FOLDER ...                            complete, and do the results follow from the samples?
 python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
+python -m eval rate RUN [RUN] out=FOLDER [axes=clinician|lay|FILE.yaml] [raters=2] [overlap=1] [questions=N] [seed=0]
+python -m eval rate --read FILES [key=FILE] [out=FOLDER]   shares, agreement and wins of filled sheets
+python -m eval judge RUN [RUN] url=URL model=NAME out=FOLDER [prompt=text|llava_med|FILE.yaml] [context=FILE]
+
 python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
 python -m eval shards task=NAME --out DIR     a task's training split as shards, with the task's own prompt
 
@@ -58,6 +62,12 @@ def main(arguments: Sequence[str]) -> int:
         from eval.reports.commands import main as finished
 
         return finished(arguments)
+    if arguments and arguments[0] in ("rate", "judge"):
+        from eval.judging.command import judge_runs
+        from eval.rating.command import rate
+        from eval.reports.commands import told
+
+        return told(rate if arguments[0] == "rate" else judge_runs, arguments[1:])
     try:
         from eval.compose import load_config
 

@@ -22,6 +22,11 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
     return float(bool(answer) and answer in [" ".join(gold.split()) for gold in golds])
 
 
+def answered(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if there is an answer at all: for questions without a gold answer, which people have to rate."""
+    return float(bool(answer.strip()))
+
+
 def folded_match(answer: str, golds: Sequence[str]) -> float:
     """Return 1.0 if `answer` equals one of `golds` but for letter case, white space and a full stop at the end."""
     return float(bool(_folded(answer)) and _folded(answer) in [_folded(gold) for gold in golds])
@@ -62,6 +67,7 @@ SCORES: dict[str, Score] = {
     "rouge_l": rouge_l,
     "wups": wups_score,
     "open_match": open_match,
+    "answered": answered,
 }
 """Name in a task's YAML to score; a new score is an entry here."""
 OF_SET: dict[str, Callable[[Sequence[Sequence[str]]], Score]] = {"cider": lambda golds: Cider(golds).score}

@@ -77,7 +77,9 @@ EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
 
 
 def test_every_published_task_has_files_here() -> None:
-    published = {name for name in OWN if load_config(["model=m", f"task={name}"]).task[name].published}
+    specs = {name: load_config(["model=m", f"task={name}"]).task[name] for name in OWN}
+    # The long-form ones are in XML and Excel: tests/eval/test_long_form.py has their files.
+    published = {name for name, spec in specs.items() if spec.published and spec.form != "long_form"}
     assert published == WRITERS.keys() == EXPECTED.keys()
 
 
