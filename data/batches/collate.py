@@ -215,10 +215,8 @@ class PreferenceCollate(FlamingoCollate):
         rejected = raw.meta.get("rejected")
         if not isinstance(last, Text) or not isinstance(rejected, str) or not rejected:
             raise ContentError("not a preference", "the last node is the chosen text, and meta.rejected the other one")
-        asked = [Text(node.text, loss=False) if isinstance(node, Text) else node for node in prompt]
-        documents = [
-            tokenize_document([*asked, Text(text)], self.encode, self.special) for text in (last.text, rejected)
-        ]
+        answers = [Text(last.text), Text(rejected)]
+        documents = [tokenize_document([*prompt, answer], self.encode, self.special) for answer in answers]
         if documents[0].ids == documents[1].ids:
             raise ContentError("equal preference", f"chosen and rejected are the same tokens: {rejected[:80]!r}")
         longest = max(len(document.ids) for document in documents) + len(self.special.begin)
@@ -228,9 +226,10 @@ class PreferenceCollate(FlamingoCollate):
             )
         limits = {"max_tokens": spec.max_tokens, "max_images": spec.max_images}
         rows = [make_row(document, self.special, **limits) for document in documents]
-        may_flip = spec.flip and not any(
-            SIDES.search(node.text) for node in [*asked, last, Text(rejected)] if isinstance(node, Text)
-        )
+        for row, answer in zip(rows, answers, strict=True):
+            row.labels[: -len(self.encode(answer.text)) - 2] = IGNORED  # EOC and EOS end an answer
+        texts = [node.text for node in [*prompt, *answers] if isinstance(node, Text)]
+        may_flip = spec.flip and not any(map(SIDES.search, texts))
         return *rows, self._frames(spec, raw, rows[0].images, may_flip, random)
 
     def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:

@@ -157,12 +157,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del settings.data.datasets["pages"]
     train(settings)
     rng = np.random.default_rng(5)
-    for name, number in (("train", 32), ("held", 12)):
+    for name, number in (("train", 96), ("held", 12)):
         with ShardWriter(root / name, name, 16) as writer:
             for index in range(number):
                 colour = list(COLOURS)[index % 4]
                 chosen, rejected = f" {colour} ring", f" {colour} square"
-                if name == "train" and index % 8 == 7:
+                if name == "train" and index == 50:
                     rejected = chosen
                 nodes = [Image((0,)), Text("a"), Text(chosen)]
                 writer.write(Document("", nodes, [png(COLOURS[colour], rng, 16)], {"rejected": rejected}))
