@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +38,8 @@ from flamingo.inference import generation, scoring
 from flamingo.inference.assistants import vocabulary
 from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, recall, remember
 from flamingo.inference.prompts import call_mask, checked_phi
-from flamingo.labels import IGNORED
+from flamingo.labels import IGNORED, SOFT_ID
 from flamingo.language.hooks import (
-    SOFT_ID,
     Call,
     Wiring,
     check_new_ids,
@@ -54,7 +52,7 @@ from flamingo.language.hooks import (
     wire,
 )
 from flamingo.language.inputs import check_ids, checked_arguments, fitted_phi, ids_of_embeddings, takes
-from flamingo.language.loss import changes_logits, mean_nll, next_labels
+from flamingo.language.loss import changes_logits, next_labels, reducer
 from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import connector_class
@@ -391,8 +389,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
         call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
-        reduce = (lambda nll: nll) if loss_reduction == "none" else partial(mean_nll, number=num_items_in_batch)
-        loss, out = self._run_with_loss(ids, call, kwargs, labels, reduce, lean)
+        loss, out = self._run_with_loss(ids, call, kwargs, labels, reducer(loss_reduction, num_items_in_batch), lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from flamingo.errors import UserError, first_line
 from flamingo.files import write_atomically
 from flamingo.fingerprints import hash_tensors
-from flamingo.language.hooks import SOFT_ID, SoftPrompts, embedding_table, table_shape, table_values
+from flamingo.labels import SOFT_ID
+from flamingo.language.hooks import SoftPrompts, embedding_table, table_shape, table_values
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 

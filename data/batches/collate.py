@@ -211,7 +211,7 @@ class PreferenceCollate(FlamingoCollate):
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
         """Return (preferred row, other row, frames). Raises ContentError for what is not a pair that can be used."""
         self._check_room(spec)
-        *prompt, last = raw.nodes or [None]
+        prompt, last = raw.nodes[:-1], next(reversed(raw.nodes), None)
         rejected = raw.meta.get("rejected")
         if not isinstance(last, Text) or not isinstance(rejected, str) or not rejected:
             raise ContentError("not a preference", "the last node is the chosen text, and meta.rejected the other one")
@@ -224,8 +224,10 @@ class PreferenceCollate(FlamingoCollate):
             raise ContentError(
                 "too long", f"{longest} tokens and {len(documents[0].images)} images; see max_tokens and max_images"
             )
-        limits = {"max_tokens": spec.max_tokens, "max_images": spec.max_images}
-        rows = [make_row(document, self.special, **limits) for document in documents]
+        rows = [
+            make_row(document, self.special, max_tokens=spec.max_tokens, max_images=spec.max_images)
+            for document in documents
+        ]
         for row, answer in zip(rows, answers, strict=True):
             row.labels[: -len(self.encode(answer.text)) - 2] = IGNORED  # EOC and EOS end an answer
         texts = [node.text for node in [*prompt, *answers] if isinstance(node, Text)]

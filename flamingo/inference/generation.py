@@ -41,7 +41,7 @@ from flamingo.inference.prompts import (
     token_phi,
 )
 from flamingo.inference.protocol import MediaModel
-from flamingo.language.hooks import SOFT_ID
+from flamingo.labels import SOFT_ID
 
 
 def default_generation_config(lm: PreTrainedModel, config: FlamingoConfig) -> GenerationConfig:

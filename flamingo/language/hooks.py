@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import flamingo.mosaic_gpt.modeling  # noqa: F401  (makes its model type known to transformers)
 from flamingo.config import num_decoder_layers
 from flamingo.errors import UserError
+from flamingo.labels import SOFT_ID
 from flamingo.language.loss import chunk_of, nll_in_chunks
 from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import Segments
@@ -188,10 +189,6 @@ def unwrapped(module: Any) -> Any:
 
 def _arange(ids: range, device: torch.device) -> Tensor:
     return torch.arange(ids.start, ids.stop, device=device)
-
-
-SOFT_ID = 1 << 30
-"""Ids from here on stand for the vectors of soft prompts: beyond every vocabulary, however often it is resized."""
 
 
 class SoftPrompts(nn.Module):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
 from flamingo.errors import UserError
-from flamingo.language.hooks import SOFT_ID, Wiring, embedding_scale, table_shape, unwrapped
+from flamingo.labels import SOFT_ID
+from flamingo.language.hooks import Wiring, embedding_scale, table_shape, unwrapped
 
 UNKNOWN = -1
 """Stands for the id of a token of which only the embedding is given, and which is not a new token."""
