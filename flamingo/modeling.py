@@ -364,10 +364,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             past_key_values: the cache of earlier calls, with their images; `use_cache`: by default off with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
-            num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
-            loss_reduction: "none" gives the loss of each labelled token (N,), in the order of the flattened rows.
-            logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
-            skip_logits: with labels, no logits, the head over labelled positions only; the default in training.
+            num_items_in_batch: divisor of the token losses' sum, else their number; or `loss_reduction="none"`: (N,).
+            logits_to_keep: the last so many, 0 all, or positions; `skip_logits`: with labels none (default in training).
             output_cross_attentions: return every block's attention weights, computed the slow way.
             inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
             kwargs: go to the language model; `return_dict=False` gives a tuple.

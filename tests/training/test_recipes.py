@@ -101,7 +101,7 @@ def score(folder: Path, name: str, shots: int = 0) -> float:
     return next(float(cell["score"]) for cell in results if cell["shots"] == shots)
 
 
-TRAIN = ["run.log_every=50", "run.tensorboard=false", "run.device=cpu", "optim.warmup_steps=5"]
+TRAIN = ["run.log_every=50", "run.tensorboard=false", "run.device=cpu", "optim.warmup_steps=5", "run.threads=1"]
 
 
 def test_med_palm(tmp_path: Path) -> None:
