@@ -365,7 +365,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
             num_items_in_batch: divisor of the token losses' sum, else their number; or `loss_reduction="none"`: (N,).
-            logits_to_keep: the last so many, 0 all, or positions; `skip_logits`: with labels none (default in training).
+            logits_to_keep: the last so many, 0 all, or positions; `skip_logits`: with labels none (so in training).
             output_cross_attentions: return every block's attention weights, computed the slow way.
             inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
             kwargs: go to the language model; `return_dict=False` gives a tuple.

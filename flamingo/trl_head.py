@@ -44,7 +44,7 @@ def use_own_head(trainer: Any) -> None:
         logits = own(self, *args, **{**kwargs, "use_cache": False}).logits
         return FusedCausalLMOutput(**token_facts(logits[:, :-1], labels[:, 1:], number))
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def token_facts(logits: Tensor, targets: Tensor, number: Tensor | int | None) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class WithoutSoftPrompts(LogitsProcessorList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return (B, V) scores; `stand_in` is a token that is never generated."""
-        seen = input_ids.masked_fill(input_ids >= SOFT_ID, self.stand_in)
+        seen: Any = input_ids.masked_fill(input_ids >= SOFT_ID, self.stand_in)
         out: Tensor = super().__call__(seen, scores, **kwargs)
         return out
 

@@ -201,11 +201,12 @@ def test_its_gradient_reaches_only_the_prompt_that_was_used() -> None:
     new_soft_prompt(model, processor, "law", tokens=2)
     new_soft_prompt(model, processor, tokens=3)
     model.train()
-    inputs = processor(images=IMAGES, text=PROMPTS)
+    inputs: Any = processor(images=IMAGES, text=PROMPTS)
     labels = tiny.labels_of(inputs, processor.image_token_id)
     assert (labels >= 1 << 30).any()  # no token to be learnt, and left out by the model
     model(**inputs, labels=labels).loss.backward()
-    gradient = model.new_tokens.soft.rows.grad  # type: ignore[union-attr]
+    soft: Any = model.new_tokens.soft
+    gradient = soft.rows.grad
     assert not gradient[:2].any()
     assert gradient[2:].abs().sum(1).all()
 
@@ -215,6 +216,6 @@ def test_the_file_says_which_model(tmp_path: Path) -> None:
     new_soft_prompt(model, processor, text=TEXT)
     save_soft_prompt(model, tmp_path / "a")
     assert load_file(tmp_path / "a")["rows"].shape == (len(TEXT), 32)
-    table = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
     ids = torch.tensor(processor.encode_text(TEXT))
     assert torch.equal(load_file(tmp_path / "a")["rows"], table[ids])

@@ -63,7 +63,7 @@ def batch_of(trainer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("images", [False, True])
 def test_dpo(images: bool, tmp_path: Path) -> None:
     model, processor = tiny.flamingo("llama")
-    trainer = DPOTrainer(
+    trainer: Any = DPOTrainer(
         model,
         args=DPOConfig(str(tmp_path), beta=0.3, **OPTIONS),
         train_dataset=rows(("chosen", "rejected"), images=images),
@@ -94,7 +94,7 @@ def test_dpo(images: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", [False, True])
 def test_sft(images: bool, tmp_path: Path) -> None:
     model, processor = tiny.flamingo("llama")
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         model,
         args=SFTConfig(str(tmp_path), **OPTIONS),
         train_dataset=rows(("completion",), images=images),

@@ -83,7 +83,7 @@ def test_a_run_may_adapt_the_blocks_alone_or_beside_the_lm(world: Path, tmp_path
         for name, ends in (("whole", (3,)), ("parts", (1, 3))):
             for steps in ends:
                 settings = config(world, tmp_path / f"{name}-{language}", "flamingo", steps=steps)
-                settings.model.freeze.language = language  # type: ignore[assignment]
+                settings.model.freeze.language = language
                 settings.model.freeze.cross_attention = "lora"
                 train(settings)
         assert losses(tmp_path / f"parts-{language}") == losses(tmp_path / f"whole-{language}")

@@ -164,7 +164,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 chosen, rejected = f" {colour} ring", f" {colour} square"
                 if name == "train" and index == 50:
                     rejected = chosen
-                nodes = [Image((0,)), Text("a"), Text(chosen)]
+                nodes: list[Any] = [Image((0,)), Text("a"), Text(chosen)]
                 writer.write(Document("", nodes, [png(COLOURS[colour], rng, 16)], {"rejected": rejected}))
     return root
 

@@ -176,6 +176,6 @@ def _add_adapters(flamingo: FlamingoForConditionalGeneration, model: ModelConfig
         lm = flamingo.language_model
         adapters["language_model."] = lora.add_adapters(lm, **asdict(model.lora), layers_path=path)
     if model.freeze.cross_attention == "lora":
-        options = {"rank": model.lora.rank, "alpha": model.lora.alpha}
-        adapters["cross_attn_blocks."] = lora.add_block_adapters(flamingo.cross_attn_blocks, **options)
+        blocks, rank, alpha = flamingo.cross_attn_blocks, model.lora.rank, model.lora.alpha
+        adapters["cross_attn_blocks."] = lora.add_block_adapters(blocks, rank=rank, alpha=alpha)
     return adapters
