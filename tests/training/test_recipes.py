@@ -86,7 +86,7 @@ def run_page(page: str, folder: Path, more: dict[str, list[str]]) -> str:
         if kind == "bash":
             words = shlex.split(text)
             assert words[0] == "python"
-            name = words[2] if words[1] == "-m" else words[1]
+            name = words[2]  # after "-m", or the experiment
             words[1:2] = [str(ROOT / words[1])] if words[1] == "train.py" else words[1:2]
             command = [sys.executable, *words[1:], *more[name]]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -107,7 +107,13 @@ TRAIN = ["run.log_every=50", "run.tensorboard=false", "run.device=cpu", "optim.w
 def test_med_palm(tmp_path: Path) -> None:
     write_start(tmp_path)
     said = run_page(
-        "med_palm.md", tmp_path, {"train.py": [*TRAIN, "optim.lr=0.1"], "eval": ["progress=false", "device=cpu"]}
+        "med_palm.md",
+        tmp_path,
+        {
+            "experiment=med_palm": [*TRAIN, "optim.lr=0.1"],
+            "experiment=finetune": [*TRAIN, "optim.lr=1e-3", "run.steps=50"],
+            "eval": ["progress=false", "device=cpu"],
+        },
     )
     assert "with and without: ['" in said
     written = max(score(tmp_path, "start", shots) for shots in (0, 8, 24))
@@ -117,6 +123,6 @@ def test_med_palm(tmp_path: Path) -> None:
 
 def test_preference(tmp_path: Path) -> None:
     write_start(tmp_path, steps=100)
-    run_page("preference.md", tmp_path, {"train.py": [*TRAIN, "optim.lr=1e-2", "run.steps=60"]})
+    run_page("preference.md", tmp_path, {"experiment=preference": [*TRAIN, "optim.lr=1e-2", "run.steps=60"]})
     losses = [json.loads(line)["loss"] for line in (tmp_path / "runs/preferred/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.5 * losses[0]
