@@ -54,7 +54,7 @@ except ImportError as error:
 HONOURED = {
     "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
     "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
-    "verbose", "return_mm_token_type_ids",
+    "verbose", "return_mm_token_type_ids", "soft_prompt",
 }  # fmt: skip
 """Options of text that are followed; others of transformers' are refused where they ask for something."""
 
@@ -64,9 +64,13 @@ _TRIED: WeakKeyDictionary[Any, dict[tuple[str, int], TurnTokenizer | str]] = Wea
 
 
 class FlamingoTextKwargs(TextKwargs, total=False):
-    """Options of text in a call. `split_special_tokens`: the text is a user's, and nothing in it is a special token."""
+    """Options of text in a call. `split_special_tokens`: the text is a user's, and nothing in it is a special token.
+
+    `soft_prompt`: name of the soft prompt of all rows, or one for each row, "" for none; "default" if there is one.
+    """
 
     split_special_tokens: bool
+    soft_prompt: str | list[str]
 
 
 class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
@@ -86,6 +90,7 @@ class FlamingoProcessor(ProcessorMixin):
     in front of and behind every image, once between two of them (IDEFICS). `image_processor` may be an
     `ImageTransform`; `video_processor` then does the same with the frames of clips, of which it keeps `max_frames`.
     `chat_template` is a template or one of the names in `CHAT_TEMPLATES`; the tokenizer's own where none is given.
+    `soft_prompts` are the ids of each soft prompt of the model (`flamingo/soft_prompts.py`).
     `tokenizer.padding_side` becomes "left".
     """
 
@@ -101,6 +106,7 @@ class FlamingoProcessor(ProcessorMixin):
         max_frames: int | None = None,
         new_tokens: Sequence[str] = (),
         around_image: str | None = None,
+        soft_prompts: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if isinstance(image_processor, ImageTransform):
             image_processor = FlamingoImageProcessor.of_transform(image_processor)
@@ -133,6 +139,7 @@ class FlamingoProcessor(ProcessorMixin):
         self.pad_token_id: int = tokenizer.pad_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.around_image = around_image
+        self.soft_prompts = {name: list(ids) for name, ids in (soft_prompts or {}).items()}
         self.auto_map = {"AutoProcessor": f"{FINDER_FILE.removesuffix('.py')}.FlamingoProcessor"}
 
     def _check_taken(self) -> None:
@@ -152,13 +159,13 @@ class FlamingoProcessor(ProcessorMixin):
 
     @property
     def start_ids(self) -> list[int]:
-        """What each row begins with: what the LM's own tokenizer puts in front of a text, often nothing."""
-        return start_ids(self.tokenizer)
+        """What each row begins with: what the LM's own tokenizer puts in front of a text, then the soft prompt."""
+        return [*start_ids(self.tokenizer), *self.soft_prompts.get("default", ())]
 
     @property
     def bos_token_id(self) -> int | None:
         """The token that each row begins with; None where the LM's tokenizer adds none, even if it has one."""
-        return next(iter(self.start_ids), None)
+        return next(iter(start_ids(self.tokenizer)), None)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -281,7 +288,8 @@ class FlamingoProcessor(ProcessorMixin):
 
     def _rows(self, texts: list[Any], options: dict[str, Any]) -> tuple[list[Row], list[list[tuple[str, Any]]]]:
         """Return each row's tokens, and the images and clips that it carries itself."""
-        prompts, start = self._prompts, self._start(options)
+        prompts, own = self._prompts, start_ids(self.tokenizer)
+        start = [] if options.get("add_special_tokens") is False else own
         rows, inline = [], []
         for index, item in enumerate(texts):
             pieces, carried = self._parse(prompts, item, f"row {index}", bool(options.get("split_special_tokens")))
@@ -290,12 +298,27 @@ class FlamingoProcessor(ProcessorMixin):
                 if self.tokenizer.bos_token_id is None:
                     raise UserError(f"row {index} is empty, and the tokenizer has no token to begin with; give text")
                 row.ids = [self.tokenizer.bos_token_id]  # as transformers' generate begins where there is no prompt
+            row.put(len(start), own, self._soft_prompt(options, index, len(texts)))
             rows.append(row)
             inline.append(carried)
         return rows, inline
 
-    def _start(self, options: dict[str, Any]) -> list[int]:
-        return [] if options.get("add_special_tokens") is False else self.start_ids
+    def _soft_prompt(self, options: dict[str, Any], index: int, rows: int) -> list[int]:
+        """Return the ids of a row's soft prompt.
+
+        Raises:
+            UserError: names for another number of rows, or a name that the model does not know.
+        """
+        asked = options.get("soft_prompt")
+        if asked is None:
+            return self.soft_prompts.get("default", [])
+        names = [asked] * rows if isinstance(asked, str) else list(asked)
+        if len(names) != rows:
+            raise UserError(f"soft_prompt names {len(names)} soft prompts for {rows} rows; give one, or one for each")
+        if names[index] and names[index] not in self.soft_prompts:
+            known = ", ".join(self.soft_prompts) or "none"
+            raise UserError(f"row {index}: the model has no soft prompt {names[index]!r}; it has {known}")
+        return self.soft_prompts.get(names[index], [])
 
     def _parse(
         self, prompts: PromptTokenizer, item: Any, where: str, plain: bool
@@ -327,12 +350,11 @@ class FlamingoProcessor(ProcessorMixin):
         if options.get("truncation") in (None, False, "do_not_truncate"):
             return
         limit = options.get("max_length") or self.tokenizer.model_max_length
-        start = len(self._start(options))
         for index, row in enumerate(rows):
             if len(row.ids) > limit:
                 if options.get("return_offsets_mapping"):
                     raise UserError("a row is longer than max_length, and offsets of a truncated row are not kept")
-                rows[index], lost = self._prompts.truncated(row, limit, start, f"row {index}")
+                rows[index], lost = self._prompts.truncated(row, limit, f"row {index}")
                 media[index] = media[index][lost:]
 
     def _padded(self, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Tensor]:
@@ -605,7 +627,9 @@ class FlamingoProcessor(ProcessorMixin):
         """Return a saved processor; unlike a new one it keeps its tokenizer's `padding_side`."""
         options = {**processor_dict, **kwargs}
         settings = {
-            n: options.pop(n) for n in ("chat_template", "max_frames", "new_tokens", "around_image") if n in options
+            n: options.pop(n)
+            for n in ("chat_template", "max_frames", "new_tokens", "around_image", "soft_prompts")
+            if n in options
         }
         parts = [kwargs.pop(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)]
         side = parts[0].padding_side

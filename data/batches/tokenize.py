@@ -49,13 +49,19 @@ os.register_at_fork(after_in_child=lambda: _TOKENIZING.__setitem__(0, threading.
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids spliced between texts. `bos` is None for a tokenizer without one."""
+    """Ids spliced between texts. `bos` is None for a tokenizer without one; `soft_prompt` stands behind it."""
 
     image: int
     eoc: int
     eos: int
     pad: int
     bos: int | None = None
+    soft_prompt: tuple[int, ...] = ()
+
+    @property
+    def begin(self) -> list[int]:
+        """What every row begins with; it is not in the loss."""
+        return [*(() if self.bos is None else (self.bos,)), *self.soft_prompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +215,7 @@ def make_row(
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
 ) -> TokenRow:
-    """Crop a document to `max_tokens` tokens (BOS included) and its first `max_images` images.
+    """Crop a document to `max_tokens` tokens (BOS and soft prompt included) and its first `max_images` images.
 
     `draws` are two numbers in [0, 1): where a random crop begins, and whether tokens see the next image. A conversation
     begins at its beginning, ends behind a turn of the assistant, and sees the previous image, as its prompts will.
@@ -218,7 +224,8 @@ def make_row(
         ContentError: not even the first turn of a conversation fits.
     """
     see_next = draws[1] < next_image_probability and not document.stops
-    room = max_tokens - (special.bos is not None)
+    begin = special.begin
+    room = max_tokens - len(begin)
     if document.stops:
         start, stop = 0, _last_stop(document, room, max_images)
     else:
@@ -230,13 +237,13 @@ def make_row(
     while not see_next and inside and document.positions[inside[-1]] == stop - 1 and stop - start > 1:
         inside.pop()  # its token ends the crop: nothing in the loss would see it
         stop -= 1
-    begin = [] if special.bos is None else [special.bos]
     ids = np.array(begin + document.ids[start:stop], dtype=np.int64)
     loss_mask = np.array([False] * len(begin) + document.loss_mask[start:stop], dtype=np.bool_)
     positions = [document.positions[k] - start + len(begin) for k in inside]
     if labels == "openflamingo":
         loss_mask &= _inside_chunks(ids, special)
     phi = phi_of(len(ids), positions, see_next)
+    phi[len(begin) - len(special.soft_prompt) : len(begin)] = 0  # also where a row sees the next image
     return TokenRow(ids, phi, np.where(loss_mask, ids, IGNORED), [document.images[k] for k in inside])
 
 

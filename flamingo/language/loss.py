@@ -11,6 +11,7 @@ Letters: B batch, T text tokens, N labelled positions, D width, V vocabulary of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from flamingo.errors import UserError
 from flamingo.labels import IGNORED
 
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
@@ -110,3 +112,14 @@ class _OnePass(torch.autograd.Function):
 def mean_nll(nll: Float[Tensor, "N"], number: Tensor | int | None) -> Float[Tensor, ""]:
     """Return the sum of the token losses over `number`, by default over their number."""
     return nll.sum() / (max(len(nll), 1) if number is None else number)
+
+
+def reducer(reduction: str, number: Tensor | int | None) -> Callable[[Tensor], Tensor]:
+    """Return what makes a loss of the token losses (N,): `mean_nll`, or with "none" nothing.
+
+    Raises:
+        UserError: another word.
+    """
+    if reduction not in ("mean", "none"):
+        raise UserError(f"loss_reduction={reduction!r} must be 'mean' or 'none'")
+    return partial(mean_nll, number=number) if reduction == "mean" else lambda nll: nll

@@ -49,11 +49,22 @@ class Tag:
 
 @dataclass(slots=True)
 class Row:
-    """What a row shows: the ids, which kind of tag each `<image>` was, and each token's characters if asked for."""
+    """What a row shows: the ids, which kind of tag each `<image>` was, and each token's characters if asked for.
+
+    The first `start` tokens are not the prompt's own and stay when it is truncated.
+    """
 
     ids: list[int]
     tags: list[str]
     spans: list[tuple[int, int]] = field(default_factory=list)
+    start: int = 0
+
+    def put(self, start: int, begin: Sequence[int], soft_prompt: Sequence[int]) -> None:
+        """Put a soft prompt behind `begin`, where the row begins with that; `start` of its tokens stay anyway."""
+        place = len(begin) if self.ids[: len(begin)] == list(begin) else 0
+        self.ids[place:place] = soft_prompt
+        self.spans[place:place] = [(0, 0)] * len(soft_prompt)
+        self.start = place + len(soft_prompt) if soft_prompt else start
 
 
 class PromptTokenizer:
@@ -151,7 +162,7 @@ class PromptTokenizer:
                 out.append(Tag(around, "", piece.start))
         return out
 
-    def truncated(self, row: Row, limit: int, start: int, where: str) -> tuple[Row, int]:
+    def truncated(self, row: Row, limit: int, where: str) -> tuple[Row, int]:
         """Return a row of at most `limit` tokens, and how many images it has lost from its left.
 
         Whole examples (up to a chunk's end) go from the left, with their images, as long as another is behind them.
@@ -160,8 +171,8 @@ class PromptTokenizer:
         Raises:
             UserError: that would cut an image's tag.
         """
-        ids, head = row.ids, row.ids[:start]
-        body = ids[start:]
+        ids, head = row.ids, row.ids[: row.start]
+        body = ids[row.start :]
         while len(head) + len(body) > limit and self.end_id in body[:-1]:
             body = body[body.index(self.end_id) + 1 :]
         lost = ids.count(self.image_id) - body.count(self.image_id)

@@ -7,4 +7,5 @@ OBJECTIVES = {
     "contrastive": "flamingo.training.objectives.contrastive",
     "language": "flamingo.training.objectives.language",
     "flamingo": "flamingo.training.objectives.flamingo",
+    "preference": "flamingo.training.objectives.preference",
 }
