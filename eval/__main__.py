@@ -57,7 +57,10 @@ def main(arguments: Sequence[str]) -> int:
         from eval.compose import load_config
 
         config = load_config(arguments)
-        from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
+        if config.compares_vectors:
+            from eval.retrieval.launch import evaluate_encoder as evaluate
+        else:
+            from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 
         results = evaluate(config, arguments)
     except (UserError, OSError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from eval.reports.results import results_of, write_report
 from eval.runner import Grid, run
 from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
-from eval.task import content_hash
+from eval.task import EncodedImage, content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
     check_out(Path(config.out))
     tasks = {name: build_task(name, _spec(config, spec)) for name, spec in config.task.items()}
     check_shots(tasks, config.shots)
-    with Ranks.from_environment() as ranks, _claimed(config.out, ranks):
+    with Ranks.from_environment() as ranks, claimed(config.out, ranks):
         # Every process plans the same batches, so different data would lose queries or ask them twice.
         for name, task in tasks.items():
             ranks.agree(f"task {name}", task.hash)
@@ -63,13 +63,13 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
         }
         results = results_of(samples, tasks, grid.description(), facts)
         if ranks.first:
-            write_outputs(config, results, samples, cache)
+            write_outputs(config, results, samples, cache.images)
         ranks.barrier()
     return results
 
 
 @contextmanager
-def _claimed(out: str, ranks: Ranks) -> Iterator[None]:
+def claimed(out: str, ranks: Ranks) -> Iterator[None]:
     """Hold the output folder, on the first process."""
     with ExitStack() as held:
         if ranks.first:
@@ -111,8 +111,10 @@ def check_out(out: Path) -> None:
         raise UserError(f"out={out} cannot be written ({error}): give another folder") from None
 
 
-def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sample], cache: FeatureCache) -> None:
-    """Write every file except the log of responses, which exists already.
+def write_outputs(
+    config: EvalConfig, results: dict[str, Any], samples: list[Sample], images: Mapping[str, EncodedImage]
+) -> None:
+    """Write every file except the log of responses, which exists already; `images` by their SHA-256.
 
     Raises:
         UserError: a file cannot be written; the answers stay in the log.
@@ -124,8 +126,8 @@ def write_outputs(config: EvalConfig, results: dict[str, Any], samples: list[Sam
         write_report(out, results, samples)
         write_atomically(out / "curve.png", curve_png({"": results}))
         if config.gallery:
-            write_atomically(out / "gallery.html", gallery_html(results, samples, cache.images, config.gallery))
-            write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), cache.images))
+            write_atomically(out / "gallery.html", gallery_html(results, samples, images, config.gallery))
+            write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), images))
     except OSError as error:
         raise UserError(
             f"the results cannot be written to out={out} ({error}): free space and give the same command again, which "

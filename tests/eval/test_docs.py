@@ -50,7 +50,8 @@ def table() -> list[str]:
             files = " ".join(f"`{file}`" for file in task["published"])
             score = ", ".join([task["metric"], *task.get("metrics", [])])
             output = {"rank": "ranked"}.get(task.get("output", ""), "generated")
-            protocols = protocols_of(path.stem, task["form"])
+            form = task.get("form", "")
+            protocols = protocols_of(path.stem, form) if form else "no prompt"
             lines.append(f"| `{path.stem}` | {asked} | {files} | {score} | {output} | {protocols} |")
     return lines
 
