@@ -29,6 +29,9 @@ python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.j
 
 python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
 
+python -m eval index FOLDER|SHARD model=ENCODER to=FOLDER    vectors of images, for search and for demonstrations
+python -m eval search "two red squares" index=FOLDER [k=10]  the nearest images; image=FILE instead of a text
+
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
 
@@ -49,6 +52,10 @@ def main(arguments: Sequence[str]) -> int:
         from eval.check_data import main as prepare
 
         return prepare(arguments[1:])
+    if arguments and arguments[0] in ("index", "search"):
+        from eval.retrieval.commands import main as searching
+
+        return searching(arguments)
     if arguments and arguments[0] in FINISHED:
         from eval.reports.commands import main as finished
 

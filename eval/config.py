@@ -68,6 +68,8 @@ class EvalConfig:
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
     """Sampler of demonstrations for all tasks, instead of each task's own; see eval/demonstrations/samplers.py."""
+    index: str | None = None
+    """Folder of an index (`python -m eval index`) whose vectors and encoder compare the images of rices and mmr."""
     limit: AtLeast1 | None = None
     """At most this many queries of each task, the first ones; null asks all."""
     batch_size: AtLeast1 = 32
@@ -94,12 +96,16 @@ class EvalConfig:
         kinds = {spec.kind for spec in self.task.values()}
         if len(kinds & VECTOR_KINDS) and kinds - VECTOR_KINDS:
             yield "task has both tasks of prompts and tasks of vectors (zero_shot, retrieval): run them apart"
+        by_image = False
         samplers = {"": self.demos or "random"} | {f"task.{name}.": spec.demos for name, spec in self.task.items()}
         for path, sampler in samplers.items():
             try:
-                parse_sampler(sampler)
+                chosen = parse_sampler(sampler)
+                by_image = by_image or (chosen.retrieves and chosen.weight(images=True) > 0)
             except UserError as error:
                 yield f"{path}{error}"
+        if self.index is not None and not by_image:
+            yield f"index={self.index} has no effect: no task chooses its demonstrations by image, as demos=rices_image"
 
     @property
     def settings(self) -> PromptingSettings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from eval.inference.model import FlamingoResponder, load_responder
 from eval.task import EncodedImage, content_hash
 from flamingo.backbones import OPEN_CLIP_CONFIG
 from flamingo.errors import UserError, first_line
@@ -29,6 +31,10 @@ from flamingo.vision.transform import to_rgb
 
 PROBES = ("two red squares", "A photo of a naïve cat, 12 o'clock; 日本")
 """Texts whose ids stand for a tokenizer in an encoder's key."""
+NO_TEXTS = (
+    "is a Flamingo, which has no text encoder: give the folder of its vision run, or any encoder with images and texts "
+    "in one space"
+)
 Tokenize = Callable[[list[str], int], Tensor]
 """Texts and a length T to (N, T) ids, cut to it."""
 
@@ -42,7 +48,7 @@ class DualEncoder:
     scale: float = 1.0
 
     def __init__(self, name: str, model: nn.Module, device: str, batch_size: int = 64) -> None:
-        self.name, self.device, self._batch_size = name, torch.device(device), batch_size
+        self.name, self.device, self.batch_size = name, torch.device(device), batch_size
         self.model: Any = model.eval().to(self.device)
         self.texts_cut = 0
 
@@ -75,22 +81,27 @@ class DualEncoder:
             UserError: an image cannot be decoded, or its vector has no direction.
         """
         rows: list[Tensor] = []
-        for start in range(0, len(images), self._batch_size):
-            part = images[start : start + self._batch_size]
-            read = [[_decoded(frame, image.label(at)) for at, frame in enumerate(image.frames)] for image in part]
-            pixels = self._pixels([frame for frames in read for frame in frames]).to(self.device)
-            vectors = nn.functional.normalize(self._image_vectors(pixels).float(), dim=-1)
-            counts = [len(frames) for frames in read]
-            means = [own.mean(0) if len(own) > 1 else own[0] for own in vectors.split(counts)]
-            rows.append(torch.stack(means).cpu())
+        for start in range(0, len(images), self.batch_size):
+            rows.append(self._mean_vectors([decoded(image) for image in images[start : start + self.batch_size]]))
         return self._checked(rows, "images")
+
+    @torch.inference_mode()
+    def encode_decoded(self, images: Sequence[list[Image.Image]]) -> np.ndarray:
+        """Return what `encode_images` does, of frames that are decoded already."""
+        return self._checked([self._mean_vectors(images)] if images else [], "images")
+
+    def _mean_vectors(self, images: Sequence[list[Image.Image]]) -> Tensor:
+        pixels = self._pixels([frame for frames in images for frame in frames]).to(self.device)
+        vectors = nn.functional.normalize(self._image_vectors(pixels).float(), dim=-1)
+        parts = vectors.split([len(frames) for frames in images])
+        return torch.stack([own.mean(0) if len(own) > 1 else own[0] for own in parts]).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return (N, E) float32 vectors of length 1. Raises UserError for a vector without a direction."""
         rows: list[Tensor] = []
-        for start in range(0, len(texts), self._batch_size):
-            rows.append(self._text_vectors(list(texts[start : start + self._batch_size])).float().cpu())
+        for start in range(0, len(texts), self.batch_size):
+            rows.append(self._text_vectors(list(texts[start : start + self.batch_size])).float().cpu())
         return self._checked(rows, "texts")
 
     def _checked(self, rows: list[Tensor], what: str) -> np.ndarray:
@@ -174,20 +185,48 @@ class TransformersEncoder(DualEncoder):
         return _pooled(self.model.get_text_features(**inputs))
 
 
+class FlamingoEncoder(DualEncoder):
+    """The vision encoder of a Flamingo, as RICES uses it: the mean of the patch tokens. It has no texts."""
+
+    def __init__(self, name: str, responder: FlamingoResponder, batch_size: int = 64) -> None:
+        super().__init__(name, responder.model.vision_encoder, str(responder.device), batch_size)
+        self._responder = responder
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of weights and preprocessing."""
+        config, processor = self._responder.model.config, self._responder.processor
+        parts = (asdict(config.vision), asdict(processor.image_transform), processor.max_frames)
+        return content_hash(1, "flamingo", weights_hash(self.model), *parts)
+
+    def _mean_vectors(self, images: Sequence[list[Image.Image]]) -> Tensor:
+        if len({len(frames) for frames in images}) > 1:  # a call of the encoder has one number of frames
+            return torch.cat([self._mean_vectors([frames]) for frames in images])
+        items = [frames[0] if len(frames) == 1 else frames for frames in images]
+        each = [self._responder.processor(images=[[item]], text=["<image>"])["pixel_values"] for item in items]
+        return self.model(torch.cat(each).to(self.device)).float().mean((1, 2)).cpu()
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Raise UserError."""
+        raise UserError(f"model={self.name} {NO_TEXTS}")
+
+
 def _pooled(out: Any) -> Tensor:
     """Return the vectors of `get_..._features`: a tensor up to transformers 4, an output that holds it since 5."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
-def _decoded(frame: bytes, where: str) -> Image.Image:
-    return Image.fromarray(to_rgb(frame, where).permute(1, 2, 0).numpy())
+def decoded(image: EncodedImage) -> list[Image.Image]:
+    """Return an image's frames. Raises UserError, naming its file, for one that cannot be decoded."""
+    frames = [to_rgb(frame, image.label(at)) for at, frame in enumerate(image.frames)]
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
 
 
-def load_encoder(name: str, device: str = "cpu", batch_size: int = 64) -> DualEncoder:
+def load_encoder(name: str, device: str = "cpu", batch_size: int = 64, *, texts: bool = True) -> DualEncoder:
     """Return the dual encoder that `model=` names.
 
     A folder (open_clip's layout, which `train.py` writes too, or transformers'), `ARCHITECTURE/TAG` of open_clip, its
-    `hf-hub:NAME`, or a name of transformers.
+    `hf-hub:NAME`, or a name of transformers; without `texts` also the folder of a Flamingo.
 
     Raises:
         UserError: it is none of them, cannot be loaded, or has no text encoder.
@@ -206,7 +245,7 @@ def load_encoder(name: str, device: str = "cpu", batch_size: int = 64) -> DualEn
             raise UserError(f"model={name} has no weights: give {name}/TAG; the tags are {tags}")
         source = name if name.startswith("hf-hub:") else architecture
         return _from_open_clip(name, source, tag if source == architecture else None, device, batch_size)
-    return _from_transformers(name, device, batch_size)
+    return _from_transformers(name, device, batch_size, texts)
 
 
 def _from_open_clip(name: str, source: str, tag: str | None, device: str, batch_size: int) -> DualEncoder:
@@ -249,15 +288,14 @@ def _own_tokenizer(folder: Path) -> Tokenize | None:
     return lambda texts, length: PairTokenizer(tokenizer, length)(texts)
 
 
-def _from_transformers(name: str, device: str, batch_size: int) -> DualEncoder:
+def _from_transformers(name: str, device: str, batch_size: int, texts: bool) -> DualEncoder:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     config = from_hub(AutoConfig, name, "encoder")
     if config.model_type == "flamingo":
-        raise UserError(
-            f"model={name} is a Flamingo, which has no text encoder: give the vision run's folder, or any encoder with "
-            "images and texts in one space"
-        )
+        if texts:
+            raise UserError(f"model={name} {NO_TEXTS}")
+        return FlamingoEncoder(name, load_responder("model", name, device, "float32"), batch_size)
     model = from_hub(AutoModel, name, "encoder", dtype=torch.float32)
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from eval.config import EvalConfig
 from eval.inference.engine import Ranks
 from eval.inference.provenance import provenance
-from eval.launch import check_out, claimed, progress_bar, write_outputs
+from eval.outputs import check_out, claimed, progress_bar, write_outputs
 from eval.reports.results import results_of
 from eval.retrieval.encoder import load_encoder
 from eval.retrieval.tasks import build_matching_task

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPModel, SiglipConfig, SiglipModel
 
 from eval.__main__ import main
 from eval.retrieval.encoder import DualEncoder, load_encoder
@@ -109,7 +109,7 @@ class Reference:
             self.encode_text = self.model.encode_text
         else:
             self.model = {"clip": CLIPModel, "siglip": SiglipModel}[kind].from_pretrained(folder)
-            processor, self.tokenizer = CLIPImageProcessorPil.from_pretrained(folder), byte_tokenizer()
+            processor, self.tokenizer = AutoImageProcessor.from_pretrained(folder), byte_tokenizer()
             self.transform = lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
             self.tokenize = lambda texts: torch.tensor(
                 [([*ids, *[self.tokenizer.pad_token_id] * 24])[:24] for ids in self.tokenizer(texts)["input_ids"]]
