@@ -64,8 +64,8 @@ def index(arguments: Sequence[str]) -> int:
     encoder = load_encoder(settings["model"], settings["device"], batch_size, texts=False)
     kinds = {FlamingoEncoder: "flamingo", OpenClipEncoder: "open_clip"}
     kind = kinds.get(type(encoder), "transformers")
-    options = {"faiss": settings["faiss"], "overwrite": overwrite, "limit": limit}
-    written = write_index(Path(settings["to"]), entries_of(source), encoder, kind, **options)
+    entries, factory = entries_of(source), settings["faiss"]
+    written = write_index(Path(settings["to"]), entries, encoder, kind, faiss=factory, overwrite=overwrite, limit=limit)
     print(printable(f"{len(written)} images in {settings['to']}, {written.vectors.shape[1]} numbers each"))
     for reason, count in written.facts["left_out"].items():
         print(printable(f"{count} left out: {reason}, the first is {written.facts['first_left_out'][reason]}"))

@@ -43,8 +43,13 @@ class IndexEmbedder:
     @property
     def description(self) -> dict[str, object]:
         """How many vectors came from the index, for the results."""
-        rows = {"rows": len(self._index), "taken": self.taken, "encoded": self.encoded}
-        return {"folder": str(self._index.folder), "encoder": self._index.encoder} | rows
+        return {
+            "folder": str(self._index.folder),
+            "encoder": self._index.encoder,
+            "rows": len(self._index),
+            "taken": self.taken,
+            "encoded": self.encoded,
+        }
 
     @cached_property
     def _rows(self) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from eval.__main__ import main
 from eval.retrieval.encoder import load_encoder
 from eval.retrieval.index import VectorIndex, entries_of, exact_search, write_index
+from flamingo.configs.compose import CONFIGS
 from flamingo.errors import UserError
 from tests.eval.test_zero_shot import trained_here
 from tests.eval.worlds import COLOURS, write_scenes
@@ -100,10 +103,34 @@ def test_faiss_finds_what_exact_search_does(tmp_path: Path) -> None:
     for k in (1, 5, 30, 100):
         exact, approximate = opened.search(queries, k), opened.search(queries, k, approximate=True)
         assert exact[1].tolist() == approximate[1].tolist()
-        np.testing.assert_array_equal(exact[0], approximate[0])
+        np.testing.assert_allclose(exact[0], approximate[0], atol=2e-6)
     with pytest.raises(UserError, match="faiss=Nonsense cannot be made of 30 vectors of 16"):
         write_index(tmp_path / "bad", entries_of(source), encoder, "open_clip", faiss="Nonsense")
     assert not (tmp_path / "bad").exists()
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (CONFIGS.parent / "docs" / "retrieval.md").read_text()
+    lines = [shlex.split(line) for line in re.findall(r"^    python -m eval (.*)$", page, re.M)]
+    assert len(lines) == 6
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos", 8)
+    (tmp_path / "photos" / "a.png").write_bytes(png(COLOURS["red"], 1))
+    for name in ("photos", "pairs"):
+        rows = [f"photos/{at:02d} {colour}.png,{colour}" for at, colour in [(0, "red"), (4, "red"), (2, "blue")]]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,answer", *rows]))
+    trained_here(tmp_path / "runs" / "demo" / "vision" / "model")
+    model, processor = tiny.flamingo("llama")
+    for part, options in ((model, {"built_modules": True}), (processor, {})):
+        part.save_pretrained(tmp_path / "runs" / "demo" / "flamingo" / "model", **options)
+    shards = write_scenes(tmp_path / "shards", 24)
+    quiet = ["progress=false", "device=cpu"]
+    for line in lines:
+        toy = [f"task.toy_vqa.source.path={shards}", "task.toy_vqa.queries=4", "cache=null"]
+        toy += ["task.toy_vqa.source.fields={question: question, answer: answer}"]
+        more = [] if line[0] in ("index", "search") else [*quiet, *(toy if line[0] == "task=toy_vqa" else [])]
+        assert main([*line, *more]) == 0, line
+    assert json.loads((tmp_path / "hits.json").read_text())["hits"][0]["id"] == "a.png"
 
 
 def test_damaged_indexes_are_refused(tmp_path: Path) -> None:
