@@ -71,12 +71,8 @@ def of_transformers(folder: Path, family: str) -> Path:
     """A folder of transformers: CLIP or SigLIP."""
     torch.manual_seed(0)
     tokenizer = ending_tokenizer()
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "projection_dim": 16}
     text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
     vision = {**sizes, "image_size": 16, "patch_size": 8, "projection_dim": 16}
