@@ -43,7 +43,7 @@ def data(folder: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     pairs = 1 + folder.endswith(("interleaved", "mi"))
     if folder == "matching_mi":
         parts = {"same": "yes", "diff": "no"}
-        support = [
+        support: list[dict[str, Any]] = [
             {p: {"image": images(f"s{p}", at, 2), "question": "", "answer": a} for p, a in parts.items()}
             for at in range(4)
         ]

@@ -5,8 +5,8 @@ or a list of them), question and answer. What differs from task to task is said 
 
 - operator induction: a supporting answer is a list, the results of +, - and x; a query names its operator. Every such
   entry becomes three items whose kind is the operator, so that demos=same_kind shows the query's.
-- matching: a supporting entry has a pair that is the `same` and one that is `diff`erent; demos=balanced shows as many of
-  each, and two shots here are one shot there.
+- matching: a supporting entry has a pair that is the `same` and one that is `diff`erent; demos=balanced shows as many
+  of each, and two shots here are one shot there.
 """
 
 from __future__ import annotations
