@@ -34,6 +34,9 @@ python -m eval judge RUN [RUN] url=URL model=NAME out=FOLDER [prompt=text|llava_
 python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
 python -m eval shards task=NAME --out DIR     a task's training split as shards, with the task's own prompt
 
+python -m eval index FOLDER|SHARD model=ENCODER to=FOLDER    vectors of images, for search and for demonstrations
+python -m eval search "two red squares" index=FOLDER [k=10]  the nearest images; image=FILE instead of a text
+
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
 
@@ -58,6 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         from eval.check_data import main as prepare
 
         return prepare(arguments[1:])
+    if arguments and arguments[0] in ("index", "search"):
+        from eval.retrieval.commands import main as searching
+
+        return searching(arguments)
     if arguments and arguments[0] in FINISHED:
         from eval.reports.commands import main as finished
 
@@ -72,7 +79,10 @@ def main(arguments: Sequence[str]) -> int:
         from eval.compose import load_config
 
         config = load_config(arguments)
-        from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
+        if config.compares_vectors:
+            from eval.retrieval.launch import evaluate_encoder as evaluate
+        else:
+            from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 
         results = evaluate(config, arguments)
     except (UserError, OSError) as error:

@@ -55,6 +55,17 @@ def open_match(answer: str, golds: Sequence[str]) -> float:
     return 0.0
 
 
+def first_number(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if the first digits of the answer are a gold answer: VL-ICL's rule, by which no sign is ever read."""
+    found = re.search(r"\d+", answer)
+    return float(found is not None and found[0] in golds)
+
+
+def says_yes(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if "yes" being somewhere in the answer is right: VL-ICL's rule, by which anything else is a no."""
+    return float(("yes" in answer.lower()) == (golds[0].lower() == "yes"))
+
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Score = Callable[[str, Sequence[str]], float]
 SCORES: dict[str, Score] = {
@@ -68,6 +79,8 @@ SCORES: dict[str, Score] = {
     "wups": wups_score,
     "open_match": open_match,
     "answered": answered,
+    "first_number": first_number,
+    "says_yes": says_yes,
 }
 """Name in a task's YAML to score; a new score is an entry here."""
 OF_SET: dict[str, Callable[[Sequence[Sequence[str]]], Score]] = {"cider": lambda golds: Cider(golds).score}

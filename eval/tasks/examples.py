@@ -22,7 +22,8 @@ LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_f
 """Settings that a task's hash leaves out: the same data elsewhere is the same task."""
 _LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
-    "remove metrics support_size ranking rank_end open_metric stem ask own_names chat"
+    "remove metrics support_size ranking rank_end open_metric stem ask own_names chat templates class_names "
+    "captions_each"
 )
 LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
