@@ -37,7 +37,9 @@ class Ours:
             image_token_id=image_id(size),
             eoc_token_id=image_id(size) + 1,
         )
-        self.model = FlamingoForConditionalGeneration(config, vision_module=encoder, causal_lm=lm).to(device).eval()
+        self.model = FlamingoForConditionalGeneration(config, vision_module=encoder, causal_lm=lm).eval()
+        if device != "cpu":  # or else it may be meant to have no memory
+            self.model.to(device)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from flamingo.training.metrics.loss_plot import draw_losses, read_metrics, smooth
 from flamingo.training.metrics import sinks
+from flamingo.training.metrics.loss_plot import draw_losses, read_metrics, smooth
 from flamingo.training.metrics.sinks import JsonLines, ProgressLine
 
 

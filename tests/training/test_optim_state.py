@@ -86,7 +86,7 @@ def test_losses_stay_those_of_float32(state: str) -> None:
         return out
 
     exact, small = losses("fp32"), losses(state)
-    assert exact[-1] < exact[0] / 2
+    assert exact[-1] < 0.8 * exact[0]
     assert abs(small[-1] - exact[-1]) < 2e-3 * exact[0]
     assert small != exact
 
@@ -202,13 +202,13 @@ def test_the_plan_counts_them_and_advises_them() -> None:
     shape, parts = [BatchShape(8, 64, 1)], {}
     for state in ("fp32", *STATES):
         config = run_of("llama")
+        config.model.language.config |= {"hidden_size": WIDTH}  # type: ignore[operator]
         config.optim.state = state  # type: ignore[assignment]
         memory = memory_of(config, shape, 1)
         parts[state] = memory.parts["optimizer"]
         assert any("optim.state" in advice for advice in remedies(config, memory)) <= (state == "fp32")
     assert 0.5 < parts["bf16"] / parts["fp32"] < 0.52
-    # Widths of 192 and 96 are not whole blocks; the second matrices of feed-forwards, 768 wide, are.
-    assert parts["8bit"] < parts["fp32"]
+    assert parts["8bit"] < 0.6 * parts["fp32"]  # the resampler, 96 wide, stays
     two = memory_of(config, shape, 2).parts["optimizer"]
     assert two == pytest.approx(parts["8bit"] / 2, rel=0.05)
 
