@@ -10,28 +10,29 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import OPTConfig
 
-from data.bench.material import Material
+from data.batches.collate import FlamingoCollate
+from data.bench.material import Material, tokenizer_of
 from data.bench.measure import cpu_seconds, processes
-from data.bench.ours import collate_of, spec_of
+from data.bench.ours import spec_of
 from data.loading.loader import MixLoader
-from flamingo import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.optim import adamw
+from flamingo.vision.transform import ImageTransform
 
 PACK, SIDE = 256, 224
 
 
-def model_of(special: Any, vocabulary: int, layers: int) -> FlamingoForConditionalGeneration:
+def model_of(processor: FlamingoProcessor, layers: int) -> FlamingoForConditionalGeneration:
     """Return a model whose backbones have `layers` layers of 768 each."""
     torch.manual_seed(0)
     vision = {"image_size": SIDE, "layers": layers, "width": 768, "patch_size": 32}
     language = OPTConfig(
-        vocab_size=vocabulary,
+        vocab_size=len(processor.tokenizer),
         hidden_size=768,
         word_embed_proj_dim=768,
         ffn_dim=3072,
@@ -43,8 +44,8 @@ def model_of(special: Any, vocabulary: int, layers: int) -> FlamingoForCondition
     config = FlamingoConfig(
         vision_config={"arch": {"embed_dim": 512, "vision_cfg": vision}, "image_size": SIDE},
         text_config=language,
-        image_token_id=special.image,
-        eoc_token_id=special.eoc,
+        image_token_id=processor.image_token_id,
+        eoc_token_id=processor.eoc_token_id,
     )
     return FlamingoForConditionalGeneration(config).train()
 
@@ -57,14 +58,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     material = Material.at(args.folder)
-    collate = collate_of(material, SIDE)
-    model = model_of(collate.special, len(collate.tokenizer), args.layers)
+    processor = FlamingoProcessor(tokenizer_of(material), ImageTransform(SIDE, mode="crop"))
+    model = model_of(processor, args.layers)
     trained = [parameter for _, parameter in model.trainable_parameters()]
     optimizer = adamw(
         [{"params": trained, "lr": 1e-4, "initial_lr": 1e-4, "weight_decay": 0.1}], betas=(0.9, 0.95), eps=1e-8
     )
     objective = FlamingoObjective()
-    loader = MixLoader([spec_of(material, "pairs", args.batch, pack=PACK)], collate, num_workers=args.workers)
+    loader = MixLoader(
+        [spec_of(material, "pairs", args.batch, pack=PACK)], FlamingoCollate(processor), num_workers=args.workers
+    )
     steps = iter(loader)
     waited, began, cpu, images = 0.0, 0.0, 0.0, 0
     training = time.process_time()
