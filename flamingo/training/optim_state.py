@@ -91,7 +91,7 @@ class SmallStateAdamW(torch.optim.Optimizer):
             state["step"] = state["step"].cpu()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one update of every parameter that has a gradient."""
         assert closure is None
         for index, (group, parameter) in enumerate(self._parameters()):
@@ -100,7 +100,8 @@ class SmallStateAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             kind = stored_as(parameter, self._kind)
             if kind == "fp32":
-                _update(group, mine, _local(parameter.grad), *(_local(state[name]) for name in MOMENTS), state["step"])
+                mean, square = (_local(state[name]) for name in MOMENTS)
+                _update(group, mine, _local(parameter.grad), mean, square, state["step"])
             else:
                 self._update_rows(group, parameter, kind, seed=_hash_number(index, int(state["step"])))
             state["step"] += 1

@@ -113,7 +113,13 @@ def test_all_logits_of_a_long_text_exist_once(family: str, monkeypatch: pytest.M
     calls: list[int] = []
     head: Any = model.language_model.get_output_embeddings()
     forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda x: (calls.append(x.shape[:-1].numel()), forward(x))[1])
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape[:-1].numel())
+        out: Tensor = forward(x)
+        return out
+
+    monkeypatch.setattr(head, "forward", counted)
     with torch.no_grad():
         model(**inputs)
     assert max(calls) == 4
