@@ -80,7 +80,7 @@ class OursAsIdefics(Ours):
         theirs = build(size)
         self.model, _ = from_idefics(theirs.state_dict(), config=theirs.config.to_dict(), tokenizer=tokenizer(size))
         self.model.eval()
-        self.bf16, self.fused, self.state = False, False, ""
+        self.bf16, self.state = False, ""
         self.device, self.optimizer = "cpu", None
 
 

@@ -19,8 +19,8 @@ from flamingo.training.optim import adamw
 class Ours:
     """The model, used through its public methods only.
 
-    Variant "bf16" stores the frozen weights in bfloat16; "fused" takes torch's fused AdamW, "state_bf16" one whose
-    moments are bf16, "bf16_state_8bit" is "bf16" with moments in 8 bits. On a GPU the weights are drawn there, so they
+    Variant "bf16" stores the frozen weights in bfloat16; "fused" takes the optimizer of a run, "state_bf16" the
+    same with moments in bf16, "bf16_state_8bit" is "bf16" with moments in 8 bits. On a GPU the weights are drawn there, so they
     are others than on a CPU.
     """
 
@@ -44,8 +44,8 @@ class Ours:
             for name, parameter in self.model.named_parameters():
                 if self.model.part_of(name) not in ("vision", "language"):
                     parameter.copy_(seeded(name, parameter.shape, device))
-        self.bf16, self.fused = variant.startswith("bf16"), variant == "fused"
-        self.state = variant.partition("state_")[2]
+        self.bf16 = variant.startswith("bf16")
+        self.state = "fp32" if variant == "fused" else variant.partition("state_")[2]
         if self.bf16:
             self.model.vision_encoder.tower.to(torch.bfloat16)
             self.model.language_model.to(torch.bfloat16)
@@ -99,7 +99,7 @@ class Ours:
             groups = [{"params": parameters, "lr": 1e-4, "weight_decay": 0.1}]
             self.optimizer = adamw(groups, betas=(0.9, 0.999), eps=1e-8, state=self.state)
         elif self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=self.fused)
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
         ids, labels = (torch.stack([getattr(row, name) for row in rows]).to(self.device) for name in ("ids", "labels"))
         with self.casting():
             loss = self.model(input_ids=ids, labels=labels, **self._images(rows)).loss
