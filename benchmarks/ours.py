@@ -19,9 +19,9 @@ from flamingo.training.optim import adamw
 class Ours:
     """The model, used through its public methods only.
 
-    Variant "bf16" stores the frozen weights in bfloat16; "fused" takes the optimizer of a run, "state_bf16" the
-    same with moments in bf16, "bf16_state_8bit" is "bf16" with moments in 8 bits. On a GPU the weights are drawn there, so they
-    are others than on a CPU.
+    Variant "bf16" stores the frozen weights in bfloat16; "fused" takes the optimizer of a run, "state_bf16" the same
+    with moments in bf16, "bf16_state_8bit" is "bf16" with moments in 8 bits. On a GPU the weights are drawn there, so
+    they are others than on a CPU.
     """
 
     def __init__(self, size: Size, variant: str = "fp32", device: str = "cpu") -> None:
