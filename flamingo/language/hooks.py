@@ -32,7 +32,7 @@ import flamingo.mosaic_gpt.modeling  # noqa: F401  (makes its model type known t
 from flamingo.config import num_decoder_layers
 from flamingo.errors import UserError
 from flamingo.labels import SOFT_ID
-from flamingo.language.loss import chunk_of, nll_in_chunks
+from flamingo.language.loss import chunk_of, logits_in_chunks, long_chunk_of, nll_in_chunks
 from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import Segments
 
@@ -463,8 +463,13 @@ def _after_embedding(table: nn.Module, args: tuple[Any, ...], output: Tensor) ->
 def _before_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Let only those positions into the head whose logits are wanted."""
     call = _thread.call
-    if call is None or head is not call.wiring.head or call.keep is None:
+    if call is None or head is not call.wiring.head:
         return None
+    if call.keep is None:
+        if not _is_long(args[0], call.wiring):
+            return None
+        call.kept = args[0]
+        return (args[0][:, :0], *args[1:])
     kept = args[0].flatten(0, 1).index_select(0, call.keep.to(args[0].device))
     if call.targets is not None:
         call.kept, kept = kept, kept[:0]
@@ -478,8 +483,12 @@ def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         return None
     call.ran.add("head")
     new_tokens = call.wiring.new_tokens
-    if call.targets is None or call.kept is None:
+    if call.kept is None:
         return _with_new(new_tokens.ids, output, new_tokens(args[0]))
+    if call.targets is None:
+        kept, call.kept = call.kept, None
+        rows = long_chunk_of(output.shape[-1], kept.device)
+        return logits_in_chunks(partial(_logits, head, new_tokens.ids), kept, new_tokens(kept), chunk=rows)
     # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
     kept, call.kept = call.kept, None
     frozen = not any(parameter.requires_grad for parameter in head.parameters())
@@ -492,6 +501,15 @@ def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         frozen_head=frozen,
     )
     return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+
+
+def _is_long(hidden: Tensor, wiring: Wiring) -> bool:
+    """Return whether a second copy of these positions' logits, with the new tokens' behind them, is worth avoiding."""
+    if torch.is_grad_enabled() or hidden.ndim != 3:
+        return False
+    size = table_shape(wiring.head)[0]
+    chunk = long_chunk_of(size, hidden.device)
+    return any(i >= size for i in wiring.new_tokens.ids) and hidden.shape[:-1].numel() > chunk
 
 
 def _logits(head: nn.Module, ids: tuple[int, ...], hidden: Tensor, new_logits: Tensor) -> Tensor:

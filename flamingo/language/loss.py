@@ -47,6 +47,26 @@ def chunk_of(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * max(vocabulary, 1)))
 
 
+def long_chunk_of(vocabulary: int, device: torch.device) -> int:
+    """Return how many positions are in a chunk where all logits are wanted: larger products waste less."""
+    return 4 * chunk_of(vocabulary, device)
+
+
+def logits_in_chunks(
+    head: Head, hidden: Float[Tensor, "B T D"], new_logits: Float[Tensor, "B T n"], *, chunk: int
+) -> Float[Tensor, "B T V"]:
+    """Return the logits of all positions, without gradients: a chunk of them exists twice, never all."""
+    flat, new = hidden.flatten(0, 1), new_logits.flatten(0, 1)
+    out: Tensor | None = None
+    for start in range(0, len(flat), chunk):
+        part = slice(start, start + chunk)
+        logits = head(flat[part], new[part])
+        out = logits.new_empty(len(flat), logits.shape[-1]) if out is None else out
+        out[part] = logits
+    assert out is not None
+    return out.unflatten(0, hidden.shape[:-1])
+
+
 def nll_in_chunks(
     head: Head,
     hidden: Float[Tensor, "N D"],

@@ -227,6 +227,8 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How the two moments of matrices are kept between updates: 4, 2 or 1 bytes a weight each."""
     weight_decay: float = 0.1
     """On matrices only: never on norms, biases, gates, latents and new-token rows."""
     clip_norm: AboveZero = 1.0
@@ -644,6 +646,8 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.compile=true needs a C++ compiler on a CPU: install g++, or set run.compile=false"
     if "lora" in asdict(config.model.freeze).values() and importlib.util.find_spec("peft") is None:
         yield "model.freeze.language=lora needs peft: pip install 'flamingo-vlm[run]'"
+    if config.optim.state == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        yield "optim.state=8bit needs bitsandbytes: pip install 'flamingo-vlm[quantization]', or optim.state=bf16"
     if run.wandb and importlib.util.find_spec("wandb") is None:
         yield f"run.wandb={run.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
     if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
