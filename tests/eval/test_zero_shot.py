@@ -28,7 +28,7 @@ from eval.__main__ import main
 from eval.retrieval.encoder import DualEncoder, load_encoder
 from eval.task import EncodedImage
 from flamingo.errors import UserError
-from flamingo.training.objectives.contrastive import PairTokenizer, build_clip, export
+from flamingo.training.objectives.contrastive import NEW, Clip, PairTokenizer, build_clip, export
 from tests.eval.worlds import COLOURS
 from tests.fixtures import byte_tokenizer, png
 
@@ -49,7 +49,7 @@ def trained_here(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     model, described = build_clip({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}, tokenizer)
-    export(model.state_dict(), described, tokenizer, folder)
+    export(model.state_dict(), Clip(model, described, NEW, PairTokenizer(tokenizer, 24), tokenizer), folder)
     return folder
 
 
