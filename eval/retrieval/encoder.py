@@ -256,27 +256,27 @@ def _from_open_clip(name: str, source: str, tag: str | None, device: str, batch_
         raise UserError(f"model={name} is on the network, which is not reachable; give a folder")
     try:
         model, transform = open_clip.create_model_from_pretrained(source, pretrained=tag, device="cpu")
-        tokenize = _own_tokenizer(Path(name)) if local else None
-        if tokenize is None:
-            tokenizer = open_clip.get_tokenizer(source)
-            tokenize = lambda texts, length: tokenizer(texts, context_length=length)  # noqa: E731
+        if local:
+            _check_own_tokenizer(Path(name))
+        tokenizer = open_clip.get_tokenizer(source)
     except UserError as error:
         raise UserError(f"model={name}: {error}") from None
     except Exception as error:  # damaged files raise exceptions of every kind
         raise UserError(f"model={name} cannot be loaded by open_clip: {first_line(error)}") from error
+
+    def tokenize(texts: list[str], length: int) -> Tensor:
+        ids: Tensor = tokenizer(texts, context_length=length)
+        return ids
+
     return OpenClipEncoder(name, model, transform, tokenize, device, batch_size=batch_size)
 
 
-def _own_tokenizer(folder: Path) -> Tokenize | None:
-    """Return the tokenizer of an encoder trained here, None for any other folder.
-
-    The config of one names the end-of-text and padding ids of the tokenizer beside it and no tokenizer of a hub.
-    """
+def _check_own_tokenizer(folder: Path) -> None:
+    """Raise UserError where the tokenizer that the config of a folder has ids of is not the one beside it."""
     text = json.loads((folder / OPEN_CLIP_CONFIG).read_text()).get("model_cfg", {}).get("text_cfg", {})
-    if text.get("hf_tokenizer_name") or not {"eos_id", "pad_id"} <= text.keys():
-        return None
+    if text.get("hf_tokenizer_name") != "local" or not {"eos_id", "pad_id"} <= text.keys():
+        return
     from flamingo.training.objectives.build import load_tokenizer
-    from flamingo.training.objectives.contrastive import PairTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"the tokenizer is missing: {OPEN_CLIP_CONFIG} names its ids, but no tokenizer_config.json")
@@ -285,7 +285,6 @@ def _own_tokenizer(folder: Path) -> Tokenize | None:
     if wrong := [key for key, value in ids.items() if text[key] != value]:
         key = wrong[0]
         raise UserError(f"{key} is {text[key]} in {OPEN_CLIP_CONFIG} and {ids[key]} in the tokenizer beside it")
-    return lambda texts, length: PairTokenizer(tokenizer, length)(texts)
 
 
 def _from_transformers(name: str, device: str, batch_size: int, texts: bool) -> DualEncoder:
