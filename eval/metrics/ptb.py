@@ -35,7 +35,7 @@ _LATEX = str.maketrans(
     | dict.fromkeys("\x94\u201d»", "''")
 )
 _PASSED_OVER = re.compile(r"[ \t\r\n\f\v\u00a0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-_PLAIN = re.compile(r"[a-z]+(?=[ ,;]|$)")  # a word that only _SPECIAL may split
+_PLAIN = re.compile(r"[a-zß-öø-ÿ]+(?=[,;]?(?: |$))")  # a word that only _SPECIAL may split
 _SPECIAL = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 SOFT_HYPHEN = "\u00ad"
 NBSP = "\u00a0"
