@@ -7,6 +7,7 @@ Read from top to bottom: config, data, model, parallel plan, optimizer, restore,
 of each dataset, sums their weighted losses, each divided by its labels on all processes, and makes one update
 (paper, section 2.2: accumulating over datasets before an update beats taking turns, 68.4 against 59.7).
 The run folder is the run's identity: starting again with the same folder resumes its newest complete checkpoint.
+A config with `stages` trains one after the other (flamingo/training/stages.py).
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.batches import collate as collates
 from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
 from data.loading.loader import MixLoader, StorageError
 from eval.in_training import Evaluations, FewShotEvaluation
 from flamingo.configs.validate import refuse
-from flamingo.training import compose, optim, run_folder
+from flamingo.training import compose, optim, run_folder, stages
 from flamingo.training.checkpoints import ema, store
 from flamingo.training.config import TrainConfig, unavailable
 from flamingo.training.distributed import fsdp, interruptions
@@ -36,7 +38,6 @@ from flamingo.training.metrics import sinks, throughput
 from flamingo.training.objectives import protocol
 
 Mixtures = tuple[list[DatasetSpec], list[DatasetSpec]]  # to train on, and held out for validation
-MicroBatches = Mapping[str, Sequence[Mapping[str, Tensor]]]  # dataset to this process's batches of it
 
 
 def train(config: TrainConfig) -> Path:
@@ -47,19 +48,20 @@ def train(config: TrainConfig) -> Path:
         Stopped: a signal asked for it; the run is saved.
         Failed: one of several processes failed and has printed why.
     """
-    mixtures, problems = checked(config)
+    parts, problems = checked(config)
     refuse(problems)
-    world_size = process_count(config)
     if config.plan:
         if int(os.environ.get("RANK", "0")) == 0:  # every process would print the same
-            print(plan.plan(config, [plan.largest_batch_of(spec) for spec in mixtures[0]], world_size), flush=True)
+            batches = [[plan.largest_batch_of(spec) for spec in specs] for _, (specs, _) in parts]
+            stages.print_plans([stage for stage, _ in parts], batches, plan.process_count(config))
         return Path(config.run.dir)
     with ExitStack() as cleanup:
         cleanup.callback(fsdp.stop_processes)
-        need_group = fsdp.sharding_strategy(config.run, 1) is not None
-        storage = config.data.storage_minutes
+        need_group = any(fsdp.sharding_strategy(stage.config.run, 1) is not None for stage, _ in parts)
+        storage = max(stage.config.data.storage_minutes for stage, _ in parts)
         processes = fsdp.start_processes(config.run.device, need_group=need_group, storage_minutes=storage)
-        return interruptions.report_failure(processes, lambda: run(config, mixtures, processes, cleanup))
+        work = partial(stages.run_all, config, parts, processes, cleanup, run)
+        return interruptions.report_failure(processes, work)
 
 
 def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, cleanup: ExitStack) -> Path:
@@ -142,7 +144,7 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
         lr = optim.set_learning_rate(optimizer, step, options.steps, config.optim)
 
         # One sum over processes for the divisors, and for what processes must agree on before they go on.
-        counts = count_terms(objective, micro_batches) if away is None else dict.fromkeys(counts, 0.0)
+        counts = protocol.count_terms(objective, micro_batches) if away is None else dict.fromkeys(counts, 0.0)
         summed = processes.sum([*counts.values(), float(away is not None), *checkpoints.votes()])
         totals, votes = summed[: len(counts)], summed[len(counts) + 1 :]
         if summed[len(counts)]:  # there is no update without the samples of every process
@@ -191,20 +193,10 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     return run_folder.write_results(config, setup, averages, processes, replaced=loader.bad.by_reason())
 
 
-def count_terms(objective: protocol.Objective, micro_batches: MicroBatches) -> dict[protocol.Term, float]:
-    """Return the count of each loss term of each dataset in the micro-batches of this process."""
-    counts: dict[protocol.Term, float] = {}
-    for name, batches in micro_batches.items():
-        for batch in batches:
-            for term, count in objective.counts(batch).items():
-                counts[name, term] = counts.get((name, term), 0.0) + count
-    return counts
-
-
 def accumulate_gradients(
     model: nn.Module,
     objective: protocol.Objective,
-    micro_batches: MicroBatches,
+    micro_batches: protocol.MicroBatches,
     weights: Mapping[str, float],
     divisors: Mapping[protocol.Term, float],
     processes: fsdp.Processes,
@@ -228,20 +220,24 @@ def accumulate_gradients(
     return sums
 
 
-def process_count(config: TrainConfig) -> int:
-    """Return how many processes train, or would in the plan."""
-    return (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
+def checked(config: TrainConfig) -> tuple[list[tuple[stages.Stage, Mixtures]], list[str]]:
+    """Return the stages, each with the datasets to train on and those held out, and all that is known to be wrong."""
+    found, problems = stages.stages_of(config)
+    checks = [checked_stage(stage.planned) for stage in found]
+    mixtures, clauses = [each for each, _ in checks], [each for _, each in checks]
+    return list(zip(found, mixtures, strict=True)), [*problems, *stages.named(found, clauses)]
 
 
-def checked(config: TrainConfig) -> tuple[Mixtures, list[str]]:
-    """Return the datasets to train on and those held out, and everything that can be known to be wrong by now."""
-    world_size, validation, seconds = process_count(config), config.run.validation, 60 * config.data.storage_minutes
+def checked_stage(config: TrainConfig) -> tuple[Mixtures, list[str]]:
+    """Return the datasets of one stage, and everything that can be known to be wrong by now."""
+    world_size, validation = plan.process_count(config), config.run.validation
     problems = config.problems(world_size)
     pipes = {"allow_pipe": config.data.allow_pipe}
     specs = dataset_specs("data", config.data.datasets, problems, **pipes)
     held_out = dataset_specs("run.validation", validation.datasets, problems, **pipes) if validation.every else []
     if not config.plan:
-        problems += [*unavailable(config), *too_small(specs, world_size * config.run.micro_batches, seconds)]
+        micro_batches = world_size * config.run.micro_batches
+        problems += [*unavailable(config), *too_small(specs, micro_batches, 60 * config.data.storage_minutes)]
     return (specs, held_out), problems
 
 

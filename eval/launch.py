@@ -18,7 +18,7 @@ from eval.config import EvalConfig
 from eval.inference.engine import Engine, Ranks
 from eval.inference.feature_cache import FeatureCache, ImageStore
 from eval.inference.model import check_model_folder, load_responder
-from eval.inference.provenance import code_hash, folder_hash, provenance
+from eval.inference.provenance import code_hash, provenance
 from eval.inference.response_log import ResponseLog
 from eval.prompting.strategies import requests_of
 from eval.reports.gallery import choose_for_strip, gallery_html, strip_png
@@ -29,7 +29,7 @@ from eval.spec import TaskSpec
 from eval.task import content_hash
 from eval.tasks.build import build_task, check_shots
 from flamingo.errors import UserError
-from flamingo.files import write_atomically
+from flamingo.files import folder_hash, write_atomically
 from flamingo.folder_lock import lock_folder
 
 
@@ -49,9 +49,9 @@ def evaluate(config: EvalConfig, command: Sequence[str]) -> dict[str, Any]:
             ranks.agree(f"task {name}", task.hash)
         axes = (config.shots, config.seed, config.images)
         grid = Grid(*axes, config.limit, config.batch_size, config.strategy, config.settings)
-        engine, model_key = build_engine(config, ranks)
         each = {cell: requests_of(cell.strategy, config.settings) for cell in grid.cells(tasks)}
         total = {cell: count * len(grid.query_ids(tasks[cell.task])) for cell, count in each.items()}
+        engine, model_key = build_engine(config, ranks)
         with progress_bar(total, config.progress and ranks.first) as on_batch:
             samples, cache = run(tasks, grid, engine.responder, on_batch, engine)
         shares = ranks.gathered((cache.encoded, engine.asked, engine.from_log))

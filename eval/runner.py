@@ -13,12 +13,20 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from eval.demonstrations.ablations import ABLATIONS, NEEDS_DEMOS
+from eval.demonstrations import ablations
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.protocol import Responder
 from eval.prompting.prompts import Request, Response
-from eval.prompting.strategies import NEEDS_RATIONALES, STRATEGIES, PromptingOutcome, PromptingSettings, Query, Steps
+from eval.prompting.strategies import (
+    NEEDS_DEMOS,
+    REASONS,
+    STRATEGIES,
+    PromptingOutcome,
+    PromptingSettings,
+    Query,
+    Steps,
+)
 from eval.samples import Cell, Sample
 from eval.task import Episode, Task
 from flamingo.errors import UserError
@@ -37,12 +45,29 @@ class Grid:
     settings: PromptingSettings = field(default_factory=PromptingSettings)
 
     def cells(self, tasks: Mapping[str, Task]) -> list[Cell]:
-        """Return every cell; ablations of demonstrations, and strategies over them, are left out at 0 shots."""
+        """Return every cell but those that `left_out` tells of.
+
+        Raises:
+            UserError: none is left.
+        """
         every = itertools.product(tasks, self.strategies, self.images, self.shots, self.seeds)
-        return [
+        cells = [
             Cell(task, shots, seed, images, strategy)
             for task, strategy, images, shots, seed in every
-            if shots > 0 or (images not in NEEDS_DEMOS and strategy not in NEEDS_RATIONALES and strategy != "orders")
+            if shots > 0 or not (images in ablations.NEEDS_DEMOS or strategy in NEEDS_DEMOS)
+        ]
+        if not cells:
+            raise UserError(f"nothing is left to ask: {'; '.join(self.left_out())}")
+        return cells
+
+    def left_out(self) -> list[str]:
+        """Return a sentence for each ablation and strategy that is about demonstrations, if there are 0 shots."""
+        settings = {"strategy": (self.strategies, NEEDS_DEMOS), "images": (self.images, ablations.NEEDS_DEMOS)}
+        return [
+            f"{key}={name} is left out at 0 shots, where it has no demonstrations to work on"
+            for key, (names, needing) in settings.items()
+            for name in names
+            if name in needing and 0 in self.shots
         ]
 
     def query_ids(self, task: Task) -> Sequence[str]:
@@ -57,6 +82,7 @@ class Grid:
             "seeds": list(self.seeds),
             "limit": self.limit,
             "batch_size": self.batch_size,
+            **({"left_out": left_out} if (left_out := self.left_out()) else {}),
         }
 
 
@@ -90,7 +116,7 @@ def run_cell(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """Return the samples of one cell, in the order of `query_ids`; `on_batch` is called as in `Engine.ask`."""
-    ablate, strategy = ABLATIONS[cell.images], STRATEGIES[cell.strategy]
+    ablate, strategy = ablations.ABLATIONS[cell.images], STRATEGIES[cell.strategy]
     episodes = [ablate(task.episode(query_id, cell.shots, cell.seed), cell.seed) for query_id in query_ids]
     settings, builder = settings or PromptingSettings(), engine.responder.builder
     runs = [strategy(Query(task, episode, builder, settings, cell.seed)) for episode in episodes]
@@ -150,6 +176,7 @@ def _sample(task: Task, cell: Cell, episode: Episode, outcome: PromptingOutcome)
         rationale=outcome.rationale,
         votes=outcome.votes,
         images_sha256=tuple(image.sha256 for image in prompt.images),
+        gold_rationale=episode.query.rationale if cell.strategy in REASONS else "",
     )
 
 

@@ -48,6 +48,7 @@ class Sample:
     rationale: str = ""
     votes: tuple[tuple[str, float], ...] = ()
     images_sha256: tuple[str, ...] = ()
+    gold_rationale: str = ""  # of the data, where the strategy asks for one
 
     @property
     def seed(self) -> int:

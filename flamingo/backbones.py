@@ -147,7 +147,7 @@ def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | 
     if pretrained is None:
         encoder = build_open_clip(arch)
     else:
-        weights = pretrained if Path(pretrained).is_file() else _cached_open_clip(name, pretrained)
+        weights = pretrained if Path(pretrained).is_file() else cached_open_clip(name, pretrained)
         options = {"force_quick_gelu": arch["quick_gelu"], "force_image_size": image_size}
         try:
             encoder = open_clip.create_model(name, pretrained=weights, **options).visual
@@ -156,7 +156,7 @@ def _vision_from_open_clip(name: str, pretrained: str | None, image_size: int | 
     return encoder.eval(), replace(config, width=checked_width(encoder, config.image_size, name))
 
 
-def _cached_open_clip(name: str, pretrained: str) -> str:
+def cached_open_clip(name: str, pretrained: str) -> str:
     """Return what to give open_clip as `pretrained`: the tag where the network is there, else the cached file."""
     if hub_reachable():
         return pretrained

@@ -1,11 +1,12 @@
 """Files and folders that are whole under their name, or not there at all.
 
-Both functions write under another name beside the target and rename at the end: a reader, or the next run after a kill,
+What writes does so under another name beside the target and renames at the end: a reader, or the next run after a kill,
 never meets half of a file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 from collections.abc import Callable
@@ -61,3 +62,14 @@ def write_folder(folder: Path, *writers: Callable[[Path], object], overwrite: bo
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder_hash(folder: Path) -> str:
+    """Return the SHA-256 over names and contents of a model folder's weights and configuration files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt"):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -15,19 +15,10 @@ from typing import Any
 
 import torch
 
+from flamingo.files import folder_hash
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "open_clip_torch", "xformers", "numpy", "pillow")
-
-
-def folder_hash(folder: Path) -> str:
-    """Return the SHA-256 over names and contents of a model folder's weights and configuration files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt"):
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @lru_cache

@@ -192,6 +192,13 @@ def _by_word(answers: Answers) -> dict[str, MetricValue]:
     return values
 
 
+def _rationale(answers: Answers) -> dict[str, MetricValue]:
+    """Measure ROUGE-L of the rationales that came before the answers, where the data have one."""
+    part = [answer for answer in answers if answer.gold_rationale]
+    each = [rouge_l(answer.rationale, [answer.gold_rationale]) for answer in part]
+    return {"rationale_rouge_l": _mean(each, part)} if part else {}
+
+
 NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
 """Metrics that are made of candidates' log-probabilities; a task that generates cannot have them."""
 METRICS: dict[str, Metric] = {
@@ -205,6 +212,7 @@ METRICS: dict[str, Metric] = {
     "wups": _wups,
     "winoground": _winoground,
     "mwap": _mwap,
+    "rationale": _rationale,
 }
 """Name in a task's `metrics` to what it measures."""
 

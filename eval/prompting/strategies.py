@@ -11,6 +11,7 @@ Closed answers are ranked, whatever the strategy. An answer that cannot be parse
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,6 +28,8 @@ REASON = " Let's think step by step."
 CONCLUDE = " Therefore, the answer is"
 SOLUTION = "\nSolution:"
 ANSWER = "\nAnswer:"
+CUE = re.compile(r"\s*\b(short )?answer:\s*$", re.IGNORECASE)
+"""What a task's own question ends with, where the answer comes next. In two stages a rationale comes first."""
 # The two triggers are those of Kojima et al. 2022; the two stages those of Zhang et al. 2023 (Multimodal-CoT).
 
 
@@ -142,7 +145,7 @@ def read_rationales(path: str) -> dict[tuple[str, int], str]:
         if rationales.setdefault(key, rationale) != rationale:
             raise UserError(
                 f"rationales={path} has two rationales for query {key[0]}, seed {key[1]}; "
-                "give a run of one task, one number of shots and one strategy"
+                "give a run of one task, one number of shots, one strategy and one image condition"
             )
     return rationales
 
@@ -196,8 +199,8 @@ def two_stage(query: Query) -> Steps:
     """Ask for a rationale, then for an answer to question and rationale (multimodal chain of thought)."""
     _need_rationales(query.episode)
     rationale = _stored(query) if query.settings.rationales else (yield from _first_stage(query))
-    demos = tuple(_given(demo, demo.rationale) for demo in query.episode.demos)
-    second = replace(query.episode, demos=demos, query=_given(query.episode.query, rationale))
+    demos = tuple(answer_turn(demo, demo.rationale) for demo in query.episode.demos)
+    second = replace(query.episode, demos=demos, query=answer_turn(query.episode.query, rationale))
     request = query.request(second)
     (response,) = yield [request]
     return query.outcome(second, request, response, rationale)
@@ -205,9 +208,8 @@ def two_stage(query: Query) -> Steps:
 
 def _first_stage(query: Query) -> Generator[list[Request], list[Response], str]:
     """Ask for a rationale; the demonstrations show theirs."""
-    asking = query.episode.query
-    shown = [replace(d, lead=f"{SOLUTION} ", answer=d.rationale, tail="") for d in query.episode.demos]
-    first = replace(query.episode, demos=tuple(shown), query=replace(asking, lead=SOLUTION, tail=""))
+    asking = replace(rationale_turn(query.episode.query), lead=SOLUTION)
+    first = replace(query.episode, demos=tuple(map(rationale_turn, query.episode.demos)), query=asking)
     (response,) = yield [query.free(first, query.settings.rationale_tokens)]
     assert isinstance(response, Completion)
     return parse_answer(response.text)
@@ -288,7 +290,11 @@ STRATEGIES: dict[str, PromptingStrategy] = {
 }
 """Names in `strategy=[...]`."""
 
-NEEDS_RATIONALES = frozenset({"cot", "sc_cot", "two_stage"})
+NEEDS_DEMOS = frozenset({"cot", "sc_cot", "orders"})
+"""Strategies that are another one, or nothing, without demonstrations; they are not run at 0 shots."""
+
+REASONS = frozenset({"cot0", "cot", "two_stage", "sc_cot0", "sc_cot"})
+"""Strategies that ask for a rationale first."""
 
 
 def requests_of(strategy: str, settings: PromptingSettings) -> int:
@@ -322,9 +328,22 @@ def _gap(turn: Turn) -> str:
     return turn.lead or " "
 
 
-def _given(turn: Turn, rationale: str) -> Turn:
-    """Return the turn with the rationale in its question."""
-    return replace(turn.with_question_suffix(f"{SOLUTION} {rationale}{ANSWER}"), lead=_gap(turn))
+def rationale_turn(turn: Turn) -> Turn:
+    """Return the turn of the first stage: its rationale in place of its answer."""
+    return replace(_uncued(turn), lead=f"{SOLUTION} ", answer=turn.rationale, tail="")
+
+
+def answer_turn(turn: Turn, rationale: str) -> Turn:
+    """Return the turn of the second stage: the rationale in its question."""
+    return replace(_uncued(turn).with_question_suffix(f"{SOLUTION} {rationale}{ANSWER}"), lead=_gap(turn))
+
+
+def _uncued(turn: Turn) -> Turn:
+    """Return the turn without the "Answer:" at the end of its question."""
+    if not turn.more:
+        return replace(turn, question=CUE.sub("", turn.question))
+    *before, (image, last) = turn.more
+    return replace(turn, more=(*before, (image, CUE.sub("", last))))
 
 
 def _conclude(query: Query, episode: Episode, rationales: Sequence[Response]) -> Steps:

@@ -46,7 +46,7 @@ def summary(
     refused: Counter[str] = Counter()
     for sample in samples:
         refused.update(dict(sample.refused))
-    measured = measure(metrics, samples)
+    measured = measure([*metrics, "rationale"] if any(s.gold_rationale for s in samples) else metrics, samples)
     notes = [f"score: {note}" for note in dict.fromkeys((interval.note, these.note)) if note]
     if metric == "cider" and not any(scores) and len({sample.query_id for sample in samples}) == 1:
         notes.append(f"score: {ONE_IMAGE}")
@@ -217,5 +217,5 @@ def table(results: Mapping[str, Any]) -> str:
             f"{row['task']:<18}{setting(row):<20}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
             f"{interval_text(row['interval']):<17}{chance:>7}{row['n']:>7}"
         )
-    lines += notes_of(results)
+    lines += [*results.get("left_out", ()), *notes_of(results)]
     return "\n".join(lines)

@@ -127,7 +127,7 @@ def from_yaml(name: str, line: CommandLine) -> Any:
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose(name, overrides=line.choices)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # a group that is null is the latter
         reason = f"{name}.yaml cannot be composed: {first_line(error)}"
         raise UserError("; ".join([*line.problems, reason])) from error
     finally:

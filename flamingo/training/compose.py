@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from flamingo.configs.compose import CONFIGS, from_yaml, parse, quoted, read, settle
 from flamingo.configs.validate import examine, refuse
 from flamingo.errors import UserError
+from flamingo.training import stages
 from flamingo.training.config import TrainConfig
 from flamingo.training.distributed import fsdp, interruptions
 from flamingo.training.distributed.launch import join_launcher
@@ -28,9 +29,7 @@ GROUPS = ("model", "data", "optim", "run", "launch", "experiment")
 ConfigStore.instance().store(name="train_defaults", node=TrainConfig().as_dict())
 
 
-def compose(
-    arguments: Sequence[str], check: Callable[[TrainConfig], Iterable[str]] = TrainConfig.problems
-) -> TrainConfig:
+def compose(arguments: Sequence[str], check: Callable[[TrainConfig], Iterable[str]] = stages.problems) -> TrainConfig:
     """Turn `key=value` arguments into a typed config.
 
     Args:
@@ -44,7 +43,7 @@ def compose(
     line = read(arguments, GROUPS)
     config, clauses = examine(TrainConfig, settle(from_yaml("train", line), line))
     assert config is not None  # every field has a default
-    if clauses := [*line.problems, *clauses]:
+    if (clauses := [*line.problems, *clauses]) or stages.stages_of(config)[1]:
         clauses += check(config)
     refuse(clauses)
     return config
@@ -75,11 +74,11 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
     values = {text for text, override in parsed.items() if _is_ours(text) and _is_value(override.key_or_group)}
     lines = {text: str(override.input_line) for text, override in parsed.items()}
     sys.argv[1:] = [f"++{lines[text].lstrip('+')}" if text in values else text for text in arguments]
+    places = [parsed[text] for text in sweeps if _key(text) == "run.dir"]
+    folders = [str(choice) for override in places for choice in override.sweep_iterator()]
+    folder = os.path.commonpath(folders) if folders else common.run.dir
     if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed.values()):
         # What hydra writes of its own goes below the run folders.
-        places = [parsed[text] for text in sweeps if _key(text) == "run.dir"]
-        folders = [str(choice) for override in places for choice in override.sweep_iterator()]
-        folder = os.path.commonpath(folders) if folders else common.run.dir
         sys.argv.append(f"hydra.sweep.dir={quoted(folder or '.')}")
     if "launch=" in " ".join(arguments):  # a submitted job begins in the folder of this command, with its environment
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -103,6 +102,10 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
 
     job()
     refuse(str(error) for error in mistakes)
+    if "launch=" in " ".join(arguments):  # the jobs have said so in logs of their own
+        files = [file for file in sorted(Path(folder or ".").rglob("model/*.json")) if "previous-" not in str(file)]
+        for model in dict.fromkeys(file.parent for file in files):
+            print(f"model in {model}", flush=True)
 
 
 def job_folder(run_dir: str, swept: Sequence[str]) -> str:

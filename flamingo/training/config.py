@@ -47,6 +47,10 @@ class VisionSource:
     """How an image becomes square: `squash`, `crop`, `pad`, `pad_mean` (the paper); none: as the encoder's own."""
     image_size: AtLeast1 | None = None
     """Side of the images in pixels, learned positions interpolated; none: the encoder's own."""
+    class_token: bool | None = None
+    """Whether the encoder's class token stands before its patch tokens; none: as the encoder is known to be used."""
+    final_norm: bool | None = None
+    """Whether tokens are taken after the encoder's final norm; none: likewise."""
     cache: Literal["memory", "disk"] | None = None
     """Where the tokens of a frozen encoder are kept, so that it encodes each image once: `memory` of each process, or
     `disk`, a folder that processes and runs share; none: every image is encoded every time."""
@@ -304,7 +308,8 @@ class RunConfig:
     """torch.compile, layer by layer: decoder layers, and feed-forwards of the gated blocks and the resampler."""
     activation_checkpointing: bool = False
     threads: AtLeast0 = 0
-    """CPU threads of a process; 0: torch's own choice, shared by the processes of a machine."""
+    """CPU threads of a process; 0: OMP_NUM_THREADS, else the cores that this command may use, shared by its processes.
+    torchrun itself sets OMP_NUM_THREADS=1, which is then not heeded."""
     log_every: AtLeast1 = 10
     checkpoint_every: AtLeast1 = 500
     keep_last: Annotated[int, Field(ge=2)] = 2
@@ -359,6 +364,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Name -> what a stage changes of the tables above; null leaves it out. See `flamingo.training.stages`."""
     nodes: AtLeast1 = 1
     """Machines that `launch=slurm` asks for."""
     launch: LaunchOptions = field(default_factory=LaunchOptions)
@@ -370,6 +377,8 @@ class TrainConfig:
         return [*clauses, *config._conflicts(world_size)]
 
     def _conflicts(self, world_size: int) -> Iterator[str]:
+        if self.stages:  # each of which is a config of its own
+            return
         yield from self._data_conflicts(world_size)
         yield from self._model_conflicts()
         yield from self._freeze_conflicts()
@@ -400,6 +409,10 @@ class TrainConfig:
         yield from self.model.problems()
         if objective == "contrastive" and self.run.micro_batches > 1:
             yield "run.micro_batches must be 1 for objective contrastive: its loss compares a whole batch"
+        tokens = {"class_token": vision.class_token, "final_norm": vision.final_norm}
+        if objective != "flamingo":
+            for key in (key for key, value in tokens.items() if value is not None):
+                yield f"model.vision.{key} is for objective flamingo, not {objective}: remove it"
         if objective == "contrastive" and self.run.activation_checkpointing:
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
         if self.model.init is not None:
@@ -409,14 +422,22 @@ class TrainConfig:
                 if source.name or source.config:
                     yield f"model.init and model.{key} both say where weights come from: remove one of them"
             own = {"vision.image_size": vision.image_size, "cross_attn_layers": self.model.cross_attn_layers}
+            own |= {f"vision.{key}": value for key, value in tokens.items()}
             for key in (key for key, value in own.items() if value is not None):
                 yield f"model.{key} has no effect with model.init, whose model has its own: remove it"
             return  # backbone and tokenizer come with that model
         if objective == "flamingo" and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
         if objective == "contrastive":
+            if vision.name:
+                if language.tokenizer:
+                    yield "model.language.tokenizer has no effect with model.vision.name, which has its own: remove it"
+                return
             if not vision.config:
-                yield "model.vision.config is missing: objective contrastive trains a new encoder of that shape"
+                yield (
+                    "model.vision.config is missing: objective contrastive trains a new encoder of that shape, or "
+                    "goes on with model.vision.name"
+                )
             if not language.tokenizer:
                 yield "model.language.tokenizer is missing: objective contrastive does not train its own tokenizer"
             return

@@ -45,7 +45,7 @@ OWN = (
     *("metrics.jsonl", "loss.png", "bad_samples*.jsonl", "nonfinite-*.json", "wandb-id.txt"),
 )
 """Names and patterns of what a run writes: what `run.resume=never` moves aside."""
-RESULTS = ("checkpoints", "model", "model-ema", "metrics.jsonl")
+RESULTS = ("checkpoints", "model", "model-ema", "metrics.jsonl", "stages.json")
 SHARED_SECONDS = 20.0
 """How long a file of another machine may take to be seen."""
 FRESH = ".fresh"
@@ -135,10 +135,10 @@ def _is_shared(run_dir: Path, token: str, processes: Processes) -> list[bool]:
 def _check_owner(config: TrainConfig, is_fresh: bool) -> None:
     """Raise UserError where the folder is not this run's to go on with, or to move aside."""
     run_dir = Path(config.run.dir)
-    described = run_dir / "config.yaml"
+    file = run_dir / "config.yaml"
     if is_fresh:
         old = _existing(run_dir)
-        if old and not (described.exists() and {"run", "objective"} <= _described(described).keys()):
+        if old and not (file.exists() and {"run", "objective"} <= described(file).keys()):
             raise UserError(
                 f"run.dir={run_dir} holds {old[0].name} and is not the folder of a run (no config.yaml of one), so "
                 "run.resume=never moves nothing: choose another run.dir"
@@ -148,8 +148,8 @@ def _check_owner(config: TrainConfig, is_fresh: bool) -> None:
             raise UserError(
                 f"{inside[0]} lies in run.dir={run_dir}, which run.resume=never moves aside: choose another run.dir"
             )
-    elif described.exists():
-        changed = differences(_described(described), config.as_dict())
+    elif file.exists():
+        changed = differences(described(file), config.as_dict())
         if changed:
             raise UserError(
                 f"{run_dir} holds a run with another config: {', '.join(changed[:3])}"
@@ -193,8 +193,8 @@ def _refuse_restart(config: TrainConfig, passed_over: Mapping[Path, str]) -> Non
         raise UserError(f"{run_dir} holds checkpoints and none can be used ({'; '.join(told[:4])}{more}): {remedy}")
     if (run_dir / "model").exists():
         raise UserError(f"{run_dir} holds a finished model and no checkpoint to go on from: {remedy}")
-    steps, described = last_step(run_dir / "metrics.jsonl"), run_dir / "config.yaml"
-    before = flatten(_described(described)) if described.exists() else {}
+    steps, file = last_step(run_dir / "metrics.jsonl"), run_dir / "config.yaml"
+    before = flatten(described(file)) if file.exists() else {}
     # One checkpoint is in flight at most, so the first one was complete when the second one began.
     if steps > 2 * max(config.run.checkpoint_every, int(before.get("run.checkpoint_every", 1))):
         raise UserError(f"{run_dir} holds figures of {steps} updates and no checkpoint to go on from: {remedy}")
@@ -223,9 +223,7 @@ def begin_anew(config: TrainConfig, processes: Processes) -> None:
     if processes.is_main:
         try:
             if old := _existing(run_dir):
-                names = (run_dir / f"previous-{number}" for number in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                aside.mkdir()
+                aside = free_folder(run_dir)
                 # The description goes last: a move that is interrupted is gone on with by the same command.
                 for path in sorted(old, key=lambda path: path.name == "config.yaml"):
                     path.rename(aside / path.name)
@@ -237,6 +235,13 @@ def begin_anew(config: TrainConfig, processes: Processes) -> None:
         except OSError as error:
             raise UserError(f"run.dir={run_dir} cannot be written ({error}): choose another folder") from error
     processes.wait()
+
+
+def free_folder(run_dir: Path) -> Path:
+    """Make the next folder for what is moved aside, and return it."""
+    aside = next(name for n in itertools.count(1) if not (name := run_dir / f"previous-{n}").exists())
+    aside.mkdir()
+    return aside
 
 
 def make_folder(folder: Path) -> None:
@@ -314,7 +319,7 @@ def _changes(config: TrainConfig, step: int) -> Iterator[str]:
         step: updates that the checkpoint has behind it.
     """
     file = Path(config.run.dir) / "config.yaml"
-    before = flatten(_described(file)) if file.exists() else {}
+    before = flatten(described(file)) if file.exists() else {}
     steps, micro_batches = (before.get(f"run.{key}", getattr(config.run, key)) for key in ("steps", "micro_batches"))
     old, new = (scheduled_scale(step, number, config.optim) * config.optim.lr for number in (steps, config.run.steps))
     if old != new:
@@ -329,15 +334,20 @@ def _changes(config: TrainConfig, step: int) -> Iterator[str]:
         )
 
 
-def _described(file: Path) -> dict[str, Any]:
+def described(file: Path) -> dict[str, Any]:
+    """Return the config that a run has written.
+
+    Raises:
+        UserError: it cannot be read, or does not describe a run.
+    """
     try:
-        described = yaml.safe_load(file.read_text())
+        found = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{file} cannot be read ({why}): repair it, or choose another run.dir") from error
-    if not isinstance(described, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{file} does not describe a run: choose another run.dir")
-    return described
+    return found
 
 
 def check_saved(extra: Mapping[str, Any], frozen: Mapping[str, str], checkpoint: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.inference.provenance import folder_hash, provenance
+from eval.inference.provenance import provenance
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
 from eval.reports.results import notes_of, results_of, sample_line, table, write_report
@@ -20,6 +20,7 @@ from eval.samples import Sample
 from eval.spec import SourceSpec, TaskSpec
 from eval.task import EncodedImage, Task
 from eval.tasks.build import build_task
+from flamingo.files import folder_hash
 from tests.eval.worlds import Looker, write_pool, write_scenes
 from tests.fixtures import png
 

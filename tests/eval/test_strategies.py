@@ -14,13 +14,23 @@ from torch import Tensor
 from eval.inference.engine import Engine
 from eval.inference.feature_cache import FeatureCache
 from eval.inference.protocol import Responder
+from eval.metrics.captions import rouge_l
 from eval.prompting.prompts import Completion, Decoding, EncodedPrompt, PromptBuilder
-from eval.prompting.strategies import STRATEGIES, PromptingSettings, Query, different_orders, read_rationales, softmax
-from eval.reports.results import sample_line
+from eval.prompting.strategies import (
+    STRATEGIES,
+    PromptingSettings,
+    Query,
+    answer_turn,
+    different_orders,
+    rationale_turn,
+    read_rationales,
+    softmax,
+)
+from eval.reports.results import sample_line, summary, table
 from eval.runner import Grid, run, run_cell
 from eval.samples import Cell, Sample
 from eval.spec import TaskSpec
-from eval.task import EncodedImage, Example
+from eval.task import EncodedImage, Example, Turn
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import COLOURS, Constant, Letters, Looker, colour_examples
@@ -121,6 +131,67 @@ def test_two_stages_are_joined_by_the_query_whatever_the_order() -> None:
         assert sample.answer == sample.rationale
         assert sample.turns[0][1].count("Solution: It is") == 1
         assert sample.turns[-1][1].endswith(f"Solution: {sample.rationale}\nAnswer:")
+
+
+def test_two_stages_need_no_demonstrations_and_no_leftover_of_the_tasks_own_prompt() -> None:
+    """The paper's setting. The rationale comes where the task's own question says "Answer:", so that goes."""
+    model = Script(lambda text, number: "blue" if text.endswith("Answer:") else "It is blue all over.")
+    for cue in ("", " Answer:", "\nAnswer: ", " Short answer:", "\nANSWER:"):
+        of = task(question="Question: {question}" + cue)
+        asked = of.episode(of.query_ids()[0], 0, 0).query
+        shown = replace(asked, question=f"Question: what colour?{cue}")
+        model.prompts.clear()
+        sample = samples_of("two_stage", model, _asking(of, shown), shots=0)[0]
+        assert model.prompts[0] == "#Question: what colour?\nSolution:"
+        assert sample.turns[-1][1] == "Question: what colour?\nSolution: It is blue all over.\nAnswer:"
+        assert (sample.answer, sample.rationale) == ("blue", "It is blue all over.")
+    kept = replace(asked, question="Is this an Answer: yes?")  # only at the end
+    assert rationale_turn(kept).question == "Is this an Answer: yes?"
+    several = replace(asked, more=((EncodedImage((b"x",)), " and this? Answer:"),))
+    assert answer_turn(several, "why").more[-1][1] == " and this?\nSolution: why\nAnswer:"
+
+
+def _asking(of: ExampleTask, turn: Turn) -> ExampleTask:
+    """The same task with another question in every episode."""
+    plain = of.episode
+    of.episode = lambda *given: replace(plain(*given), query=turn)  # type: ignore[method-assign]
+    return of
+
+
+def test_rationales_are_compared_with_those_of_the_data() -> None:
+    of = task()
+    right = samples_of("two_stage", Script(lambda text, number: "It is red all over (doc000)."), of, shots=0)
+    golds = {of.episode(query_id, 0, 0).query.rationale for query_id in of.query_ids()}
+    assert {sample.gold_rationale for sample in right} == golds
+    row = summary(right, of.baselines([sample.query_id for sample in right]))
+    measured = row["metrics"]["rationale_rouge_l"]
+    assert measured["n"] == len(right)
+    each = [rouge_l("It is red all over (doc000).", [sample.gold_rationale]) for sample in right]
+    assert measured["score"] == pytest.approx(sum(each) / len(each))
+    assert 0.5 < measured["score"] < 1
+    silent = samples_of("two_stage", Script(lambda text, number: ""), of, shots=0)
+    assert summary(silent, of.baselines(of.query_ids()))["metrics"]["rationale_rouge_l"]["score"] == 0.0
+    plain = samples_of("plain", Script(lambda text, number: "red"), of, shots=0)
+    assert {sample.gold_rationale for sample in plain} == {""}
+    assert "rationale_rouge_l" not in summary(plain, of.baselines(of.query_ids()))["metrics"]
+
+
+def test_what_is_left_out_is_said() -> None:
+    of = {"colours": task()}
+    grid = Grid([0, 2], [0], ["real", "shuffled"], strategies=["two_stage", "cot", "orders"])
+    assert [(c.strategy, c.images, c.shots) for c in grid.cells(of)][:3] == [
+        ("two_stage", "real", 0),
+        ("two_stage", "real", 2),
+        ("two_stage", "shuffled", 2),
+    ]
+    said = [f"{name} is left out at 0 shots" for name in ("strategy=cot", "strategy=orders", "images=shuffled")]
+    assert [sentence.split(",")[0] for sentence in grid.left_out()] == said
+    results = {"rows": [], **grid.description()}
+    assert all(sentence in table(results) for sentence in said)
+    assert Grid([2], [0], ["shuffled"], strategies=["cot"]).left_out() == []
+    assert "left_out" not in Grid([0], [0], ["real"]).description()
+    with pytest.raises(UserError, match="nothing is left to ask: strategy=cot is left out at 0 shots"):
+        Grid([0], [0], ["real"], strategies=["cot"]).cells(of)
 
 
 def test_the_second_stage_takes_the_rationales_of_another_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from eval.tasks.sources import shards_of
 from flamingo.errors import UserError
 from tests.data.helpers import write_documents
 from tests.training.world import config
-from train import checked
+from train import checked_stage
 
 
 def opened(shards: list[str], tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_the_refusal_says_how_to_allow_it_and_then_it_runs(tmp_path: Path) -> No
 def test_the_trainers_config_allows_commands_for_all_datasets(tmp_path: Path) -> None:
     settings = config(tmp_path, tmp_path / "run", "language")
     settings.data.datasets["words"] |= {"shards": [f"pipe:cat {tmp_path}/x.tar"], "cache": str(tmp_path / "cache")}
-    assert any("shell command" in clause for clause in checked(settings)[1])
+    assert any("shell command" in clause for clause in checked_stage(settings)[1])
     settings.data.allow_pipe, settings.data.storage_minutes = True, 0.0  # nothing is there to be waited for
-    (specs, _), problems = checked(settings)
+    (specs, _), problems = checked_stage(settings)
     assert specs[0].allow_pipe
     assert any("could not be fetched: 1 attempts in a row" in problem for problem in problems)
     settings.data.datasets["words"]["allow_pipe"] = False  # one dataset's own word counts
-    assert not checked(settings)[0][0][0].allow_pipe
+    assert not checked_stage(settings)[0][0][0].allow_pipe
 
 
 def test_a_file_named_like_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

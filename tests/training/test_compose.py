@@ -13,6 +13,7 @@ from data.dataset import dataset_specs
 from flamingo.configs.validate import refuse
 from flamingo.errors import UserError
 from flamingo.training.compose import compose
+from flamingo.training.stages import stages_of
 from train import checked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +27,12 @@ def check(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_valid(name: str) -> None:
-    config = compose([f"experiment={name}"])
-    problems = config.problems()
-    assert len(dataset_specs("data", config.data.datasets, problems)) == len(config.data.datasets)
+    stages, problems = stages_of(compose([f"experiment={name}"]))
     assert problems == []
+    for config in (stage.planned for stage in stages):
+        problems = config.problems()
+        assert len(dataset_specs("data", config.data.datasets, problems)) == len(config.data.datasets) > 0
+        assert problems == []
 
 
 @pytest.mark.parametrize("group", ["model", "data", "optim", "run"])
@@ -43,6 +46,7 @@ def test_every_group_file_composes(group: str) -> None:
     [
         (["run.stepz=3"], "unknown key run.stepz: did you mean run.steps?"),
         (["run.steps=many"], "run.steps=many must be a whole number"),
+        (["experiment=demo", "model=null"], "train.yaml cannot be composed: Config group override must be a string"),
         (["experiment=nope"], "experiment=nope is not one of demo, "),
         (
             ["experiment=demo", "data.datasets.binding.batchsize=3"],

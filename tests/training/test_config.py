@@ -100,10 +100,13 @@ def test_every_impossible_combination_is_named_with_its_remedy() -> None:
 def test_a_contrastive_run_needs_a_shape_and_a_tokenizer() -> None:
     config = TrainConfig(objective="contrastive")
     config.data.datasets = {"pairs": {"batch_size": 8}}
-    config.model.vision.name = "ViT-B-32"
     text = "; ".join(config.problems())
     assert "model.vision.config is missing" in text
     assert "model.language.tokenizer is missing: objective contrastive does not train its own" in text
+    config.model.vision.name = "ViT-B-32"  # which has both
+    assert config.problems() == []
+    config.model.vision.final_norm = True
+    assert config.problems() == ["model.vision.final_norm is for objective flamingo, not contrastive: remove it"]
 
 
 def test_what_the_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

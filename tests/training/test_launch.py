@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flamingo.errors import UserError
 from flamingo.training.compose import compose
+from flamingo.training.distributed.fsdp import set_threads
 from flamingo.training.distributed.launch import first_host, join_launcher, restarted
 from tests.training.commands import ROOT, begin, begin_two, children, free_port, given, lines, torchrun
 from tests.training.world import config, write_world
@@ -67,6 +69,52 @@ def test_a_task_of_srun_is_told_who_it_is() -> None:
     assert "RANK" not in shell
     assert first_host("rack[1-2]n[03-04],x") == "rack1n03"
     assert [restarted({}), restarted({"SLURM_RESTART_COUNT": "2"})] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "threads", "expected"),
+    [
+        ({}, 6, 0, 6),
+        ({}, 6, 3, 3),
+        ({"OMP_NUM_THREADS": "2"}, 6, 0, 2),
+        ({"OMP_NUM_THREADS": "4,2"}, 6, 0, 4),
+        ({"OMP_NUM_THREADS": "2"}, 6, 3, 3),
+        ({"OMP_NUM_THREADS": "many"}, 6, 0, 6),
+        ({"LOCAL_WORLD_SIZE": "2"}, 6, 0, 3),
+        ({"LOCAL_WORLD_SIZE": "8"}, 6, 0, 1),
+        # torchrun sets 1 itself where it starts several; any other value is the user's.
+        ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 6, 0, 3),
+        ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "2"}, 6, 0, 2),
+        ({"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 6, 0, 1),
+        # srun gives each task cores of its own, or all of them to all.
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"}, 3, 0, 3),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"}, 16, 0, 4),
+    ],
+)
+def test_threads_are_those_that_are_given(
+    environment: dict[str, str], cores: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    set_threads(threads, 1)
+    assert found == [expected]
+
+
+def test_threads_of_a_real_process_on_one_core() -> None:
+    """Under taskset, as containers and schedulers bind processes."""
+    code = "import torch; from flamingo.training.distributed.fsdp import set_threads; set_threads(0, 1); "
+    code += "print(torch.get_num_threads())"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    core = str(min(os.sched_getaffinity(0)))
+    command = ["taskset", "-c", core, sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 @pytest.mark.slow
@@ -159,8 +207,10 @@ def test_submitit_starts_a_process_each(world: Path, tmp_path: Path, whole: list
     done = begin(command, tmp_path / "log")
     assert done.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
     assert [line["loss"] for line in lines(tmp_path / "run")] == pytest.approx(whole, abs=1e-5)
+    assert f"model in {tmp_path / 'run' / 'model'}" in (tmp_path / "log").read_text()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "model", "launch"}
+    assert not list((tmp_path / "run").rglob("*%j*"))
     logs = sorted(path.name.split("_", 1)[1] for path in (tmp_path / "run" / "launch").rglob("*_log.out"))
     assert logs == ["0_log.out", "1_log.out"]
 

@@ -138,9 +138,24 @@ def start_processes(
 
 
 def set_threads(threads: int, size: int) -> None:
-    """Set the CPU threads of this process: as asked, else the machine's cores shared by its processes."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    """Set the CPU threads of this process: as asked, else OMP_NUM_THREADS, else its share of the cores it may use."""
+    torch.set_num_threads(threads or _told_threads() or _own_cores(int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))))
+
+
+def _told_threads() -> int:
+    """Return OMP_NUM_THREADS, 0 where it says nothing: torchrun sets it to 1 for several processes, whoever asks."""
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    by_torchrun = told == "1" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+    return int(told) if told.isdecimal() and not by_torchrun else 0
+
+
+def _own_cores(local: int) -> int:
+    """Return the cores of one of the `local` processes of this machine."""
+    every = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    # srun binds each of its tasks to cores of their own; whoever else starts processes gives all of them the same.
+    bound = "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return max(1, min(allowed, every // local) if bound else allowed // local)
 
 
 def stop_processes() -> None:

@@ -166,6 +166,11 @@ def _own_gpu(config: TrainConfig) -> float:
     return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
+def process_count(config: TrainConfig) -> int:
+    """Return how many processes train, or would in the plan."""
+    return (config.plan_for.processes if config.plan else 0) or int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def largest_batch_of(spec: Any) -> BatchShape:
     """Return the shape of a dataset's largest batch."""
     images = 0 if spec.kind == "text" else spec.max_images

@@ -25,7 +25,7 @@ from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.storage import is_quantized
-from flamingo.training.config import ModelConfig
+from flamingo.training.config import ModelConfig, VisionSource
 from flamingo.vision.encoder import build_open_clip, describe_encoder
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
@@ -94,14 +94,12 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
     """
     vision, language = model.vision, model.language
     encoder: Any = vision.name
-    options: dict[str, Any] = {}
+    size, options = vision.image_size, token_options(vision)
     if vision.name is None:
         arch = open_clip_arch(vision.config or {})
         encoder = build_open_clip(arch)
         size = arch["vision_cfg"].get("image_size", 224)
-        options = {"image_size": size, "vision_options": {"kind": "open_clip", "arch": arch}}
-    elif vision.image_size is not None:
-        options = {"image_size": vision.image_size}
+        options |= {"kind": "open_clip", "arch": arch}
     lm: Any = language.name
     if language.name is None:
         lm = build_language(language.config or {}, load_tokenizer(str(language.tokenizer)))
@@ -115,7 +113,8 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         connector=model.connector,
         resampler=model.connector_config(),
         cross_attention=asdict(model.cross_attention),
-        **options,
+        image_size=size,
+        vision_options=options,
     )
     if vision.resize_mode:  # of the processor, and of the model's config, which is what a saved folder remembers
         flamingo, processor = built
@@ -130,6 +129,12 @@ def save_flamingo(
     """Write a whole Flamingo of these weights, each in its own precision."""
     model.save_pretrained(str(folder), state_dict=weights)  # which empties `weights`
     processor.save_pretrained(str(folder))
+
+
+def token_options(vision: VisionSource) -> dict[str, Any]:
+    """Return which tokens of the encoder the config asks for, where it says so."""
+    asked = {"class_token": vision.class_token, "final_norm": vision.final_norm}
+    return {key: value for key, value in asked.items() if value is not None}
 
 
 def open_clip_arch(config: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +154,9 @@ def flamingo_shape(model: ModelConfig) -> FlamingoConfig:
         raise UserError("a shape needs model.vision.config and model.language.config")
     arch = open_clip_arch(model.vision.config)
     size = arch["vision_cfg"].get("image_size", 224)
+    described = {"image_size": size, "kind": "open_clip", "arch": arch, **token_options(model.vision)}
     with torch.device("meta"):
-        vision = describe_encoder(build_open_clip(arch), name="", image_size=size, kind="open_clip", arch=arch)
+        vision = describe_encoder(build_open_clip(arch), name="", **described)
     vocab = int(model.language.config["vocab_size"])
     return FlamingoConfig(
         vision_config=asdict(vision),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,8 @@ from flamingo.training.objective_table import OBJECTIVES
 
 Term = tuple[str, str]
 """Names of a dataset and of a term of its loss."""
+MicroBatches = Mapping[str, Sequence[Mapping[str, Tensor]]]
+"""Dataset to this process's batches of it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ class Objective(Protocol):
 
         Integers are real and on the CPU; images are on the meta device.
         """
+
+
+def count_terms(objective: Objective, micro_batches: MicroBatches) -> dict[Term, float]:
+    """Return the count of each loss term of each dataset in the micro-batches of this process."""
+    counts: dict[Term, float] = {}
+    for name, batches in micro_batches.items():
+        for batch in batches:
+            for term, count in objective.counts(batch).items():
+                counts[name, term] = counts.get((name, term), 0.0) + count
+    return counts
 
 
 def add_terms(terms: Iterable[Tensor]) -> Tensor:
