@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu
 from benchmarks.evaluation import print_evaluation
 from benchmarks.sizes import SIZES, Size
 from benchmarks.steps import BATCHES, IMAGES, TOKENS, grid, print_steps
@@ -23,9 +24,13 @@ from benchmarks.table import print_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("decode_step", "first_token", "ranking", "train_step", "shots", "cost", "eval_speed")
+TRAINED = ("fused", "bf16", "state_bf16", "bf16_state_8bit")
+"""Variants of `ours.py` in a training step."""
 ALONE = ("step_cost",)
 """Measured for this library alone, and only on request."""
 LIBRARIES = (("peer", "fp32"), ("ours", "fp32"))
+IDEFICS = (("idefics", "fp32"), ("ours", "idefics"))
+"""The second peer, and this library with its weights."""
 
 
 def jobs(
@@ -33,13 +38,13 @@ def jobs(
 ) -> Iterator[tuple[str, dict[str, int], tuple[tuple[str, str], ...]]]:
     """Yield (measurement, its options, its (library, variant) pairs) for a name of the command line."""
     if name == "decode_step":
-        yield "decode_step", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
+        yield "decode_step", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"), *IDEFICS)
     elif name == "first_token":
-        yield "first_token", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"))
+        yield "first_token", {"shots": size.shots}, (*LIBRARIES, ("ours", "bf16"), *IDEFICS)
     elif name == "ranking":
-        yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"))
+        yield "ranking", {"shots": size.rank_shots}, (*LIBRARIES, ("peer", "copied_cache"), ("ours", "bf16"), *IDEFICS)
     elif name == "train_step":
-        yield "train_step", {}, (*LIBRARIES, ("ours", "fused"), ("ours", "bf16"))
+        yield "train_step", {}, (*LIBRARIES, *(("ours", variant) for variant in TRAINED), *IDEFICS)
     elif name == "step_cost":
         for own in grid(options):
             yield "step_cost", own, (("ours", "fp32"),)
@@ -52,7 +57,7 @@ def jobs(
     else:
         for images in size.cost_images:
             for tokens in size.cost_tokens:
-                yield "forward", {"images": images, "tokens": tokens}, LIBRARIES
+                yield "forward", {"images": images, "tokens": tokens}, (*LIBRARIES, *IDEFICS)
 
 
 def measure(what: str, own: dict[str, int], library: str, variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def main() -> None:
     for name in options.names or NAMES:
         for what, own, libraries in jobs(name, SIZES[options.size], options):
             for library, variant in libraries:
-                if library == "peer" and options.without_peer:
+                if options.without_peer and (library != "ours" or variant == "idefics"):
                     continue
                 print(f"{name} {own} {library} {variant} ...", file=sys.stderr, flush=True)
                 # In a process of its own, because peak memory is that of a whole process.
@@ -117,4 +122,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1:2] == ["gpu"]:
+        sys.exit(gpu.main(sys.argv[2:]))
     main()

@@ -13,14 +13,14 @@ from benchmarks.sizes import Size
 from flamingo.vision.encoder import build_open_clip
 
 
-def seeded(name: str, shape: torch.Size) -> Tensor:
+def seeded(name: str, shape: torch.Size, device: str = "cpu") -> Tensor:
     """Return a parameter's weights from its name: norms 1, gates 0.5 (open), matrices normal by their fan-in."""
     if name.endswith("_gate"):
         return torch.full(shape, 0.5)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5
 
 
 def vision_arch(size: Size) -> dict[str, Any]:

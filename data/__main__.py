@@ -1,4 +1,4 @@
-"""`python -m data prepare|merge|inspect|verify|index|bench|simulate|assets`: makes shards, looks at them, measures.
+"""`python -m data prepare|instruct|merge|inspect|verify|index|bench|simulate|assets`: makes shards, looks, measures.
 
 A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 when it finds faults.
 """
@@ -6,10 +6,8 @@ A mistake ends with one sentence on stderr and status 2; `verify` ends with 1 wh
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,15 +17,21 @@ from data.shards.index import TarIndex, build_index, index_path
 from data.shards.samples import JSON, TEXT
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
-from flamingo.folder_lock import lock_folder
 from flamingo.terminal import printable
 
 TOOLS = {
     "bench": "this loader and open_flamingo's own on the same shards",
     "simulate": "what plan, start, resuming and reading cost for a corpus of any size",
+    "instruct": "conversations about images, by a language model, from captions and the sentences around them",
     "assets": "fetch the pretrained backbones and the drawings of the real demonstration, each pinned by its hash",
 }
-MODULES = {"bench": "data.bench.table", "simulate": "data.bench.simulate", "assets": "data.assets"}
+MODULES = {
+    "bench": "data.bench.table",
+    "simulate": "data.bench.simulate",
+    "instruct": "data.instruct.command",
+    "assets": "data.assets",
+}
+TASK = "a task's training split is written with the evaluation's prompt: python -m eval shards task={name} --out DIR"
 
 
 def parser(source: str | None = None, inspecting: bool = False) -> argparse.ArgumentParser:
@@ -152,39 +156,25 @@ def index(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _claimed(args: argparse.Namespace) -> Iterator[None]:
-    """Hold the output folder for a source, or for a part of it: parts and sources may be prepared side by side."""
-    what = re.sub(r"\W+", "-", f"{args.source}-{getattr(args, 'part', None) or 'all'}")
-    remedy = "wait for its end or stop it; several machines share the work with --part i/n"
-    from data.shards.writer import make_folder, output_place
-
-    out = output_place(args.out)
-    with ExitStack() as held:
-        try:
-            if isinstance(out, Path):  # a store has no locks; its shards come whole, under their own names
-                held.enter_context(lock_folder(out, f"prepare {what}", remedy, f".lock-{what}"))
-        except OSError as error:
-            make_folder(args.out)  # says what is in the way, if something is
-            raise UserError(f"--out {args.out} cannot be written ({error}); choose another folder") from error
-        yield
-
-
 def main(argv: list[str]) -> int:
     """Run one command and return the exit status."""
     if argv[:2] == ["prepare", "dedupe"]:
         argv = ["prepare", "deduplicate", *argv[2:]]
+    if argv[:2] == ["prepare", "task"]:
+        print(f"error: {TASK.format(name=argv[2] if len(argv) > 2 else 'NAME')}", file=sys.stderr)
+        return 2
     source = argv[1] if len(argv) > 1 and argv[0] == "prepare" and argv[1] in SOURCES else None
     if argv and argv[0] in TOOLS:
         source = argv[0]
     args = parser(source, argv[:1] == ["inspect"]).parse_args(argv)
     try:
         if args.command == "prepare":
-            with _claimed(args):
+            engine = import_module("data.prepare.engine")
+            with engine.claimed(args):
                 if args.source in DRAWN:
                     import_module(f"data.prepare.sources.{args.source}").run(args)
                 else:
-                    import_module("data.prepare.engine").run(args.source, args)
+                    engine.run(args.source, args)
             return 0
         if args.command == "merge":
             import_module("data.prepare.merge").merge(args.folder, args.out)

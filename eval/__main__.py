@@ -27,7 +27,15 @@ python -m eval compare FIRST SECOND [out=FILE.json]        paired differences wi
 python -m eval check FOLDER ...                            complete, and do the results follow from the samples?
 python -m eval export FOLDER format=vqa|vizwiz|captions to=FILE [ids=QUESTIONS.json] [task= shots= seed= strategy=]
 
+python -m eval rate RUN [RUN] out=FOLDER [axes=clinician|lay|FILE.yaml] [raters=2] [overlap=1] [questions=N] [seed=0]
+python -m eval rate --read FILES [key=FILE] [out=FOLDER]   shares, agreement and wins of filled sheets
+python -m eval judge RUN [RUN] url=URL model=NAME out=FOLDER [prompt=text|llava_med|FILE.yaml] [context=FILE]
+
 python -m eval prepare TASK --from FOLDER     which files of a data set are missing, and where they are published
+python -m eval shards task=NAME --out DIR     a task's training split as shards, with the task's own prompt
+
+python -m eval index FOLDER|SHARD model=ENCODER to=FOLDER    vectors of images, for search and for demonstrations
+python -m eval search "two red squares" index=FOLDER [k=10]  the nearest images; image=FILE instead of a text
 
 settings (hydra/eval.yaml), then tasks (hydra/task/): task.NAME.KEY=VALUE changes a task.
 """
@@ -42,6 +50,10 @@ def usage() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
+    if arguments and arguments[0] == "shards":
+        from eval.training_shards import main as shards
+
+        return shards(arguments[1:])
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
@@ -49,15 +61,28 @@ def main(arguments: Sequence[str]) -> int:
         from eval.check_data import main as prepare
 
         return prepare(arguments[1:])
+    if arguments and arguments[0] in ("index", "search"):
+        from eval.retrieval.commands import main as searching
+
+        return searching(arguments)
     if arguments and arguments[0] in FINISHED:
         from eval.reports.commands import main as finished
 
         return finished(arguments)
+    if arguments and arguments[0] in ("rate", "judge"):
+        from eval.judging.command import judge_runs
+        from eval.rating.command import rate
+        from eval.reports.commands import told
+
+        return told(rate if arguments[0] == "rate" else judge_runs, arguments[1:])
     try:
         from eval.compose import load_config
 
         config = load_config(arguments)
-        from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
+        if config.compares_vectors:
+            from eval.retrieval.launch import evaluate_encoder as evaluate
+        else:
+            from eval.launch import evaluate  # imports torch and the models, so only once the settings are right
 
         results = evaluate(config, arguments)
     except (UserError, OSError) as error:

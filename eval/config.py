@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from eval.demonstrations.ablations import ABLATIONS
 from eval.demonstrations.samplers import parse_sampler
 from eval.prompting.strategies import STRATEGIES, PromptingSettings
-from eval.spec import TaskSpec
+from eval.spec import VECTOR_KINDS, TaskSpec
 from flamingo.configs.validate import AboveZero, AsList, AtLeast0, AtLeast1, one_of
 from flamingo.errors import UserError
 
@@ -35,7 +35,7 @@ class EvalConfig:
     """`hydra/eval.yaml`. What has no default here must be given."""
 
     model: str
-    """Folder of a saved model and its processor, or a name that is cached."""
+    """Folder of a saved model and its processor, or a name that is cached; for zero_shot and retrieval an encoder."""
     out: str
     """Folder for the results; files of an earlier run in it are replaced."""
     data: str
@@ -68,6 +68,8 @@ class EvalConfig:
     """Order ensembling: different orders of the demonstrations."""
     demos: str | None = None
     """Sampler of demonstrations for all tasks, instead of each task's own; see eval/demonstrations/samplers.py."""
+    index: str | None = None
+    """Folder of an index (`python -m eval index`) whose vectors and encoder compare the images of rices and mmr."""
     limit: AtLeast1 | None = None
     """At most this many queries of each task, the first ones; null asks all."""
     batch_size: AtLeast1 = 32
@@ -91,12 +93,19 @@ class EvalConfig:
             yield "out is empty: name a folder for the results"
         if len(set(self.shots)) < len(self.shots):
             yield f"shots={self.shots} has duplicates: give different values, for example shots=[0,4]"
+        kinds = {spec.kind for spec in self.task.values()}
+        if len(kinds & VECTOR_KINDS) and kinds - VECTOR_KINDS:
+            yield "task has both tasks of prompts and tasks of vectors (zero_shot, retrieval): run them apart"
+        by_image = False
         samplers = {"": self.demos or "random"} | {f"task.{name}.": spec.demos for name, spec in self.task.items()}
         for path, sampler in samplers.items():
             try:
-                parse_sampler(sampler)
+                chosen = parse_sampler(sampler)
+                by_image = by_image or (chosen.retrieves and chosen.weight(images=True) > 0)
             except UserError as error:
                 yield f"{path}{error}"
+        if self.index is not None and not by_image:
+            yield f"index={self.index} has no effect: no task chooses its demonstrations by image, as demos=rices_image"
 
     @property
     def settings(self) -> PromptingSettings:
@@ -104,6 +113,11 @@ class EvalConfig:
         return PromptingSettings(
             self.samples, self.temperature, self.top_p, self.rationale_tokens, self.orders, self.rationales or ""
         )
+
+    @property
+    def compares_vectors(self) -> bool:
+        """Whether the tasks are for an encoder of images and texts, not for a Flamingo."""
+        return any(spec.kind in VECTOR_KINDS for spec in self.task.values())
 
     def device_name(self) -> str:
         """Return `device` with auto resolved."""

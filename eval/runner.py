@@ -28,7 +28,7 @@ from eval.prompting.strategies import (
     Steps,
 )
 from eval.samples import Cell, Sample
-from eval.task import Episode, Task
+from eval.task import Embedder, Episode, Task
 from flamingo.errors import UserError
 
 
@@ -186,11 +186,15 @@ def run(
     responder: Responder,
     on_batch: Callable[[Cell, int], None] = lambda cell, done: None,
     engine: Engine | None = None,
+    embed: Embedder | None = None,
 ) -> tuple[list[Sample], FeatureCache]:
-    """Run all cells. The returned cache knows every image shown and how many were encoded."""
+    """Run all cells; `embed` compares images in the model's place.
+
+    The returned cache knows every image shown and how many were encoded.
+    """
     engine = engine or Engine(responder, FeatureCache(responder), grid.batch_size)
     for task in tasks.values():
-        task.connect(engine, grid.query_ids(task))
+        task.connect(embed or engine, grid.query_ids(task))
     check_context(tasks, grid, responder)
     samples: list[Sample] = []
     for cell in grid.cells(tasks):

@@ -12,6 +12,10 @@ from eval.metrics.table import METRICS, NEEDS_RANKING
 from eval.metrics.text import SCORE_NAMES
 from flamingo.configs.validate import AtLeast1, one_of
 
+VECTOR_KINDS = frozenset({"zero_shot", "retrieval"})
+"""Kinds of tasks that an encoder does, not a Flamingo."""
+TEMPLATE_SETS = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+"""Sets of templates by the names that open_clip has for them."""
 Score = Annotated[str, one_of(SCORE_NAMES)]
 
 
@@ -47,8 +51,9 @@ class SourceSpec:
 class TaskSpec:
     """One YAML under `hydra/task/`. Every field is checked before a model is loaded."""
 
-    kind: Literal["examples", "binding"] = "examples"
-    """examples: demonstrations are other items with their answers; binding: new names for classes of images."""
+    kind: Literal["examples", "binding", "zero_shot", "retrieval"] = "examples"
+    """examples: demonstrations are other items with their answers; binding: new names for classes of images; zero_shot
+    and retrieval compare the vectors of an encoder that has images and texts."""
     source: SourceSpec = field(default_factory=SourceSpec)
     support: SourceSpec | None = None
     """Where demonstrations come from; null splits `source`: the first `queries` in hash order are asked, the rest
@@ -73,6 +78,9 @@ class TaskSpec:
     """Text after every demonstration."""
     end_of_chunk: bool = True
     """Whether a demonstration (and a ranked answer) ends with the end-of-chunk token; without it, with `separator`."""
+    chat: bool = False
+    """Whether demonstrations and query are turns of a conversation, written by the model's chat template; `prefix` is
+    its system message. Then neither `before`, `separator` nor `end_of_chunk` has a meaning."""
     options: Literal["lines", "inline"] = "lines"
     """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
     answer_as: Literal["text", "letter"] = "text"
@@ -135,13 +143,32 @@ class TaskSpec:
     """Binding: names to give; empty reads them from `names_source`."""
     names_source: SourceSpec | None = None
     """Binding: documents whose meta lists `names`."""
+    templates: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["a photo of a {}."])
+    """Zero-shot: texts with {} for the class, whose vectors are averaged; openai_imagenet and simple are open_clip's
+    sets of 80 and of 7."""
+    class_names: Literal["", "openai_imagenet"] = ""
+    """Zero-shot: what templates call the classes: as the data do, or ImageNet's in OpenAI's words."""
+    captions_each: AtLeast1 | None = None
+    """Retrieval: the first so many captions of each image (5 is usual); null takes all."""
 
     def conflicts(self) -> Iterator[str]:
         """Yield a clause for each impossible combination of values."""
+        if self.kind in VECTOR_KINDS:
+            yield from self._vector_conflicts()
         if self.output != "rank":
             for name in sorted(NEEDS_RANKING.intersection(self.metrics)):
                 yield f"metrics has {name}, which compares candidates: set output=rank"
         if self.own_names and (self.names or self.names_source is not None):
             yield "own_names is set, so names and names_source have no effect: remove them"
-        if not self.end_of_chunk and not self.separator:
+        if self.chat and (self.before or self.separator or not self.end_of_chunk or self.kind == "binding"):
+            yield "chat=true is for kind=examples, and before, separator and end_of_chunk have no effect: remove them"
+        elif not self.end_of_chunk and not self.separator:
             yield "separator is empty and end_of_chunk is false: a demonstration needs an end"
+
+    def _vector_conflicts(self) -> Iterator[str]:
+        if self.metric != "exact_match":
+            yield f"metric={self.metric} has no effect on kind={self.kind}: remove it"
+        if self.support is not None or self.demos != "random":
+            yield f"support and demos have no effect on kind={self.kind}, which shows no demonstrations: remove them"
+        if bad := [text for text in self.templates if text not in TEMPLATE_SETS and text.count("{}") != 1]:
+            yield f"templates has {bad[0]!r}: write {{}} once, where the class goes, or name {', '.join(TEMPLATE_SETS)}"

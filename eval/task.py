@@ -201,6 +201,7 @@ class Frame:
     before: str = ""  # before every turn's image
     separator: str = ""  # after every demonstration (and its end-of-chunk token)
     end_of_chunk: bool = True
+    chat: bool = False  # turns are messages of user and assistant, written by the model's chat template
 
 
 @dataclass(frozen=True)

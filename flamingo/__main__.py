@@ -1,5 +1,6 @@
-"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks; `convert` takes released
-checkpoints of OpenFlamingo, Otter and IDEFICS; `conformance` puts language models through the library's equalities.
+"""`python -m flamingo doctor` says what is installed and what is missing; `generate` speaks; `chat` talks; `convert`
+takes released checkpoints of OpenFlamingo, Otter and IDEFICS; `conformance` puts language models through the library's
+equalities.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import argparse
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from flamingo.convert.cli import add_arguments
 from flamingo.convert.cli import run as convert
@@ -54,13 +56,13 @@ def doctor() -> int:
     return 0
 
 
-def generate(options: argparse.Namespace) -> int:
-    """Load a saved model and print how it continues the prompt."""
+def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and the processor of `options.model`, on `options.device`."""
     import torch
     from transformers.utils import logging
 
     from flamingo.modeling import FlamingoForConditionalGeneration
-    from flamingo.processor import IMAGE_TOKEN, FlamingoProcessor
+    from flamingo.processor import FlamingoProcessor
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -69,7 +71,16 @@ def generate(options: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
         raise UserError(f"--device {options.device} cannot be used: {first_line(error)}") from None
     processor = FlamingoProcessor.from_pretrained(options.model)
-    model = FlamingoForConditionalGeneration.from_pretrained(options.model).to(options.device).eval()
+    return FlamingoForConditionalGeneration.from_pretrained(options.model).to(options.device).eval(), processor
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Load a saved model and print how it continues the prompt."""
+    import torch
+
+    from flamingo.processor import IMAGE_TOKEN
+
+    model, processor = loaded(options)
     prompt = options.prompt
     if IMAGE_TOKEN not in prompt:
         prompt = IMAGE_TOKEN * len(options.image) + prompt
@@ -77,6 +88,28 @@ def generate(options: argparse.Namespace) -> int:
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=options.max_new_tokens, num_beams=options.beams)
     print(printable(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :])[0].strip()))
+    return 0
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Converse about images by their paths: lines in, answers out."""
+    from flamingo.chat import HELP, ChatSession, converse, terminal_lines
+
+    model, processor = loaded(options)
+    if options.temperature < 0:
+        raise UserError(f"--temperature {options.temperature} must be 0 (greedy) or more")
+    if options.template:
+        processor.chat_template = options.template
+    if sys.stdin.isatty():
+        print(HELP)
+    drawn = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    converse(
+        lambda: ChatSession(model, processor, options.system),
+        terminal_lines(),
+        print,
+        max_new_tokens=options.max_new_tokens,
+        **drawn,
+    )
     return 0
 
 
@@ -111,12 +144,25 @@ def main(arguments: list[str] | None = None) -> int:
     speak.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of the answer")
     speak.add_argument("--beams", type=int, default=1, help="beams; 1 is greedy")
     speak.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    talk = commands.add_parser("chat", help="a conversation in the terminal, images by path")
+    talk.add_argument("model", help="folder written by save_pretrained")
+    talk.add_argument("--system", default="", metavar="TEXT", help="the system's message")
+    talk.add_argument("--template", default="", metavar="NAME", help="another chat template: a name or a Jinja file")
+    talk.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
+    talk.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    talk.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     conform = commands.add_parser("conformance", help="does a language model work inside a Flamingo?")
     conform.add_argument("language", nargs="*", help="families, folders or names; all families by default")
     conform.add_argument("--checks", nargs="+", help="some checks only, by name")
     add_arguments(commands.add_parser("convert", help="a released checkpoint to a folder that from_pretrained loads"))
     options = parser.parse_args(arguments)
-    known = {"doctor": lambda options: doctor(), "generate": generate, "conformance": conformance, "convert": convert}
+    known = {
+        "doctor": lambda options: doctor(),
+        "generate": generate,
+        "chat": chat,
+        "conformance": conformance,
+        "convert": convert,
+    }
     try:
         return known[options.command](options)
     except (UserError, OSError) as error:

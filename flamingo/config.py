@@ -219,6 +219,7 @@ class FlamingoConfig(PreTrainedConfig):
         media_reset_token_id: id of a token after which no image is seen until the next `<image>` (IDEFICS: the end
             of a sequence); None: an image is seen until the next one.
         attend_all_previous: a token sees the images before its own as well; no released model does.
+        soft_prompts: number of vectors of each soft prompt by its name, in the order of their ids.
         freezing_policy: which parts train, as `model.freeze()` was told last; None: the paper's policy.
         kwargs: of any transformers config.
 
@@ -247,6 +248,7 @@ class FlamingoConfig(PreTrainedConfig):
         media_reset_token_id: int | None = None,
         attend_all_previous: bool = False,
         freezing_policy: Mapping[str, str] | None = None,
+        soft_prompts: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _vision_config(vision_config)
@@ -278,6 +280,8 @@ class FlamingoConfig(PreTrainedConfig):
         self.media_reset_token_id = media_reset_token_id
         self.attend_all_previous = attend_all_previous
         self.freezing_policy = None if freezing_policy is None else dict(freezing_policy)
+        if soft_prompts:  # a config without is what it was before there were any: checkpoints know it by its content
+            self.soft_prompts = dict(soft_prompts)
         # transformers looks for the LM's flag here.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         with _implementations_kept(text_config, self.vision_config, self.vision_config.encoder_config):

@@ -10,7 +10,7 @@ width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from flamingo.inference import generation, scoring
 from flamingo.inference.assistants import vocabulary
 from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, recall, remember
 from flamingo.inference.prompts import call_mask, checked_phi
-from flamingo.labels import IGNORED
+from flamingo.labels import IGNORED, SOFT_ID
 from flamingo.language.hooks import (
     Call,
     Wiring,
@@ -52,7 +52,7 @@ from flamingo.language.hooks import (
     wire,
 )
 from flamingo.language.inputs import check_ids, checked_arguments, fitted_phi, ids_of_embeddings, takes
-from flamingo.language.loss import changes_logits, mean_nll, next_labels
+from flamingo.language.loss import changes_logits, next_labels, reducer
 from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import connector_class
@@ -107,7 +107,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
                 f"{self.vision_encoder.image_size} px; build the ImageTransform with that size"
             )
         frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
-        if torch.is_grad_enabled() or not counts:
+        if torch.is_grad_enabled() or not counts or type(frames) is not Tensor:  # a plan's have no values to compare
             return encode(self.vision_encoder, self.resampler, frames, counts)
         kept, positions = distinct(frames, counts)
         frames, counts = frames_of(frames, counts, kept)
@@ -211,7 +211,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 for i in config.cross_attn_layers or ()
             }
         )
-        self.new_tokens = new_tokens_for(causal_lm, list(config.new_token_ids or ()))
+        soft = sum(getattr(config, "soft_prompts", {}).values())
+        self.new_tokens = new_tokens_for(causal_lm, list(config.new_token_ids or ()), soft)
         # Whether the LM's logits are what its head gives; None: not known yet.
         self._head_is_last: bool | None = None
         self._adopt(causal_lm)
@@ -344,6 +345,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         media_cache: MediaCache | None = None,
         sequence_ids: Int[Tensor, "B T"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_reduction: str = "mean",
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         output_cross_attentions: bool = False,
@@ -362,9 +364,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             past_key_values: the cache of earlier calls, with their images; `use_cache`: by default off with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
-            num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
-            logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
-            skip_logits: with labels, no logits, the head over labelled positions only; the default in training.
+            num_items_in_batch: divisor of the token losses' sum, else their number; or `loss_reduction="none"`: (N,).
+            logits_to_keep: the last so many, 0 all, or positions; `skip_logits`: with labels none (so in training).
             output_cross_attentions: return every block's attention weights, computed the slow way.
             inputs_embeds: see `_ids`; what `phi` is too short for stands in front, no image (peft's prompt tuning).
             kwargs: go to the language model; `return_dict=False` gives a tuple.
@@ -386,7 +387,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
         call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
-        loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
+        loss, out = self._run_with_loss(ids, call, kwargs, labels, reducer(loss_reduction, num_items_in_batch), lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
 
@@ -480,7 +481,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         call: Call,
         options: dict[str, Any],
         labels: Tensor | None,
-        number: Tensor | int | None,
+        reduce: Callable[[Tensor], Tensor],
         lean: bool,
     ) -> tuple[Tensor | None, Any]:
         """Run the LM; return the loss, if there are labels, and what the LM gave, if `lean` without all its logits."""
@@ -488,7 +489,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if lean:
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
-        targets = next_labels(labels)
+        targets = next_labels(labels.masked_fill(labels >= SOFT_ID, IGNORED))  # a soft prompt is no text to learn
         positions = (targets != IGNORED).nonzero()[:, 0]
         targets = targets[positions]
         if lean:
@@ -503,10 +504,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 call.targets = None
                 out = self._run_language_model(input_ids, call, options)
         if call.targets is not None:
-            return mean_nll(out.logits.flatten(), number), out
+            return reduce(out.logits.flatten()), out
         logits = out.logits.flatten(0, -2)
         logits = logits if lean else logits[positions]
-        return mean_nll(F.cross_entropy(logits.float(), targets, reduction="none"), number), out
+        return reduce(F.cross_entropy(logits.float(), targets, reduction="none")), out
 
     def _output(
         self, out: Any, loss: Tensor | None, phi: Tensor, media: MediaCache, segments: Segments, lean: bool
@@ -564,6 +565,12 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         if hasattr(candidates, "vocab_size"):
             candidates.vocab_size = vocabulary(self)
         return candidates
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Show transformers' processors of logits no ids that have none."""
+        processors: Any = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        soft = self.new_tokens.soft is not None
+        return generation.WithoutSoftPrompts(processors, self.config.image_token_id) if soft else processors
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse what transformers' `generate_batch` needs: its paged cache knows no images."""

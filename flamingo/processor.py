@@ -9,9 +9,10 @@ Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in
 """
 
 # No `from __future__ import annotations`: transformers reads the types of the options while it runs.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ from flamingo.errors import UserError
 from flamingo.hub import loaded, push_folder
 from flamingo.processing import chat
 from flamingo.processing.begin import start_ids
+from flamingo.processing.conversation import ROLES, check_turns, is_chat, is_message, media_of, parts_of, source_of
 from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
 from flamingo.processing.media import by_row, looks_like_text, row_media
 from flamingo.processing.rows import PromptTokenizer, Row, Tag, Text, control_tokens
+from flamingo.processing.turns import CUT, TurnTokenizer
 from flamingo.processing.video_processor import FlamingoVideoProcessor, FlamingoVideosKwargs, stacked
 from flamingo.vision.transform import ImageInput, ImageTransform
 
@@ -51,15 +54,23 @@ except ImportError as error:
 HONOURED = {
     "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
     "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
-    "verbose", "return_mm_token_type_ids",
+    "verbose", "return_mm_token_type_ids", "soft_prompt",
 }  # fmt: skip
 """Options of text that are followed; others of transformers' are refused where they ask for something."""
 
 
+_TRIED: WeakKeyDictionary[Any, dict[tuple[str, int], TurnTokenizer | str]] = WeakKeyDictionary()
+"""Of each processor, what its templates are good for: not an attribute, since transformers saves and copies those."""
+
+
 class FlamingoTextKwargs(TextKwargs, total=False):
-    """Options of text in a call. `split_special_tokens`: the text is a user's, and nothing in it is a special token."""
+    """Options of text in a call. `split_special_tokens`: the text is a user's, and nothing in it is a special token.
+
+    `soft_prompt`: name of the soft prompt of all rows, or one for each row, "" for none; "default" if there is one.
+    """
 
     split_special_tokens: bool
+    soft_prompt: str | list[str]
 
 
 class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
@@ -78,7 +89,9 @@ class FlamingoProcessor(ProcessorMixin):
     image and the end of a chunk, whatever the model calls that one. `around_image` is a token that the processor puts
     in front of and behind every image, once between two of them (IDEFICS). `image_processor` may be an
     `ImageTransform`; `video_processor` then does the same with the frames of clips, of which it keeps `max_frames`.
-    `chat_template` is the tokenizer's own where none is given. `tokenizer.padding_side` becomes "left".
+    `chat_template` is a template or one of the names in `CHAT_TEMPLATES`; the tokenizer's own where none is given.
+    `soft_prompts` are the ids of each soft prompt of the model (`flamingo/soft_prompts.py`).
+    `tokenizer.padding_side` becomes "left".
     """
 
     valid_processor_kwargs = FlamingoProcessorKwargs  # type: ignore[assignment]
@@ -93,6 +106,7 @@ class FlamingoProcessor(ProcessorMixin):
         max_frames: int | None = None,
         new_tokens: Sequence[str] = (),
         around_image: str | None = None,
+        soft_prompts: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if isinstance(image_processor, ImageTransform):
             image_processor = FlamingoImageProcessor.of_transform(image_processor)
@@ -125,6 +139,7 @@ class FlamingoProcessor(ProcessorMixin):
         self.pad_token_id: int = tokenizer.pad_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.around_image = around_image
+        self.soft_prompts = {name: list(ids) for name, ids in (soft_prompts or {}).items()}
         self.auto_map = {"AutoProcessor": f"{FINDER_FILE.removesuffix('.py')}.FlamingoProcessor"}
 
     def _check_taken(self) -> None:
@@ -144,13 +159,22 @@ class FlamingoProcessor(ProcessorMixin):
 
     @property
     def start_ids(self) -> list[int]:
-        """What each row begins with: what the LM's own tokenizer puts in front of a text, often nothing."""
-        return start_ids(self.tokenizer)
+        """What each row begins with: what the LM's own tokenizer puts in front of a text, then the soft prompt."""
+        return [*start_ids(self.tokenizer), *self.soft_prompts.get("default", ())]
 
     @property
     def bos_token_id(self) -> int | None:
         """The token that each row begins with; None where the LM's tokenizer adds none, even if it has one."""
-        return next(iter(self.start_ids), None)
+        return next(iter(start_ids(self.tokenizer)), None)
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The template of messages, or several by name; what is set may be one of the names in `CHAT_TEMPLATES`."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
+        self._chat_template: str | dict[str, str] | None = chat.template_of(template)
 
     @property
     def image_transform(self) -> ImageTransform:
@@ -217,7 +241,7 @@ class FlamingoProcessor(ProcessorMixin):
         if looks_like_text(images, self.image_token) and not looks_like_text(text, self.image_token):
             images, text = text, images
         options = self._options(kwargs)
-        texts = [text] if isinstance(text, str) or chat.is_chat(text) else list([] if text is None else text)
+        texts = [text] if isinstance(text, str) or is_chat(text) else list([] if text is None else text)
         if not texts:
             raise UserError(
                 "the processor needs text, one string or chat-style list a row; for pixels alone there are "
@@ -264,7 +288,8 @@ class FlamingoProcessor(ProcessorMixin):
 
     def _rows(self, texts: list[Any], options: dict[str, Any]) -> tuple[list[Row], list[list[tuple[str, Any]]]]:
         """Return each row's tokens, and the images and clips that it carries itself."""
-        prompts, start = self._prompts, self._start(options)
+        prompts, own = self._prompts, start_ids(self.tokenizer)
+        start = [] if options.get("add_special_tokens") is False else own
         rows, inline = [], []
         for index, item in enumerate(texts):
             pieces, carried = self._parse(prompts, item, f"row {index}", bool(options.get("split_special_tokens")))
@@ -273,12 +298,27 @@ class FlamingoProcessor(ProcessorMixin):
                 if self.tokenizer.bos_token_id is None:
                     raise UserError(f"row {index} is empty, and the tokenizer has no token to begin with; give text")
                 row.ids = [self.tokenizer.bos_token_id]  # as transformers' generate begins where there is no prompt
+            row.put(len(start), own, self._soft_prompt(options, index, len(texts)))
             rows.append(row)
             inline.append(carried)
         return rows, inline
 
-    def _start(self, options: dict[str, Any]) -> list[int]:
-        return [] if options.get("add_special_tokens") is False else self.start_ids
+    def _soft_prompt(self, options: dict[str, Any], index: int, rows: int) -> list[int]:
+        """Return the ids of a row's soft prompt.
+
+        Raises:
+            UserError: names for another number of rows, or a name that the model does not know.
+        """
+        asked = options.get("soft_prompt")
+        if asked is None:
+            return self.soft_prompts.get("default", [])
+        names = [asked] * rows if isinstance(asked, str) else list(asked)
+        if len(names) != rows:
+            raise UserError(f"soft_prompt names {len(names)} soft prompts for {rows} rows; give one, or one for each")
+        if names[index] and names[index] not in self.soft_prompts:
+            known = ", ".join(self.soft_prompts) or "none"
+            raise UserError(f"row {index}: the model has no soft prompt {names[index]!r}; it has {known}")
+        return self.soft_prompts.get(names[index], [])
 
     def _parse(
         self, prompts: PromptTokenizer, item: Any, where: str, plain: bool
@@ -288,20 +328,20 @@ class FlamingoProcessor(ProcessorMixin):
             return prompts.pieces(item, plain=plain), []
         if not isinstance(item, list | tuple):
             raise UserError(f"{where} of the text is a {type(item).__name__}; give a string or a chat-style list")
-        if item and chat.is_message(item[0]):
+        if item and is_message(item[0]):
             goes_on = item[-1].get("role") == "assistant"
             flags = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
             prompt, _ = self._rendered(self._messages(item), where, **flags)
-            return prompts.pieces(prompt), chat.media_of(item, where)[0]
+            return prompts.pieces(prompt), media_of(item, where)[0]
         pieces: list[Text | Tag] = []
         media: list[tuple[str, Any]] = []
-        for part in chat.parts_of(item, where):
+        for part in parts_of(item, where):
             if part["type"] == "text":
                 pieces += prompts.pieces(part["text"], plain=not part.get("special_tokens"))
                 continue
             end = self.eoc_token if pieces else ""
             pieces += prompts.pieces(f"{end}{self.image_token if part['type'] == 'image' else self.video_token}")
-            if (source := chat.source_of(part)) is not None:
+            if (source := source_of(part)) is not None:
                 media.append((part["type"], source))
         return pieces, media
 
@@ -310,12 +350,11 @@ class FlamingoProcessor(ProcessorMixin):
         if options.get("truncation") in (None, False, "do_not_truncate"):
             return
         limit = options.get("max_length") or self.tokenizer.model_max_length
-        start = len(self._start(options))
         for index, row in enumerate(rows):
             if len(row.ids) > limit:
                 if options.get("return_offsets_mapping"):
                     raise UserError("a row is longer than max_length, and offsets of a truncated row are not kept")
-                rows[index], lost = self._prompts.truncated(row, limit, start, f"row {index}")
+                rows[index], lost = self._prompts.truncated(row, limit, f"row {index}")
                 media[index] = media[index][lost:]
 
     def _padded(self, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Tensor]:
@@ -373,22 +412,60 @@ class FlamingoProcessor(ProcessorMixin):
                 out[place] = span
         return spans
 
-    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
-        template, options = flags.pop("chat_template", None), flags.pop("template_options", {})
-        if template is None and self.chat_template is None:
-            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
-        template = self._resolve_template(template)
+    def turns(self, chat_template: str | None = None) -> TurnTokenizer:
+        """Return what makes rows of whole conversations by a template; it has been tried, once.
+
+        Raises:
+            UserError: there is no template, or one that training cannot use; says why.
+        """
+        return self._turns(self._resolve_template(chat_template, "the processor"))
+
+    def _turns(self, template: str) -> TurnTokenizer:
+        tried, key = _TRIED.setdefault(self, {}), (template, len(self.tokenizer))
+        if key not in tried:
+            try:
+                tried[key] = TurnTokenizer(self._renderer(template), self._prompts, self.start_ids)
+            except UserError as error:
+                tried[key] = error.args[0]
+        if isinstance(found := tried[key], str):
+            raise UserError(found)
+        return found
+
+    def _renderer(self, template: str, options: Mapping[str, Any] | None = None) -> chat.ChatRenderer:
         tags = [*self.new_tokens, self.video_token, *([self.around_image] if self.around_image else [])]
         pattern = control_tokens(self.tokenizer, tags, template)
-        options = {**self.tokenizer.special_tokens_map, **options}
-        renderer = chat.ChatRenderer(template, pattern, self.image_token, options)
-        return renderer.render(messages, where, **flags)
+        ours = {"image_token": self.image_token, "eoc_token": self.eoc_token}
+        options = {**self.tokenizer.special_tokens_map, **ours, **(options or {})}
+        return chat.ChatRenderer(template, pattern, self.image_token, options)
 
-    def _resolve_template(self, given: str | None) -> str:
+    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the prompt, and the characters of the assistant; what training tokenises apart is cut apart here."""
+        template = self._resolve_template(flags.pop("chat_template", None), where)
+        if all(message["role"] in ROLES for message in messages):  # what tools say comes in any order
+            check_turns(messages, where)
+        renderer = self._renderer(template, flags.pop("template_options", {}))
+        text, spans = renderer.render(messages, where, **flags)
+        if all(message["role"] != "assistant" for message in messages):
+            return text, spans
+        try:
+            turns = self._turns(template).by(renderer)
+            found = turns.turns_in(text, messages, where, goes_on=bool(flags.get("continue_final_message")))
+        except UserError:  # a template with which no training row can be made may still write prompts
+            return text, spans
+        cut, places = turns.cut(text, found)
+        moved = [
+            (a + len(CUT) * sum(p <= a for p in places), b + len(CUT) * sum(p < b for p in places))
+            for a, b in spans or found
+        ]
+        return cut, moved
+
+    def _resolve_template(self, given: str | None, where: str) -> str:
         """Return the template of a name, or the one that is given or kept."""
+        if given is None and self.chat_template is None:
+            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
         known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if given is not None:
-            return known.get(given) or given
+            return str(known.get(given) or chat.template_of(given))
         if known.get("default") is None:
             raise UserError(f"the processor has the chat templates {', '.join(known)}; name one: chat_template=...")
         return str(known["default"])
@@ -454,7 +531,7 @@ class FlamingoProcessor(ProcessorMixin):
         """Return the inputs of rendered chats, with the images that their messages carry or that the options give."""
         options = {k: v for k, v in options.items() if k != "return_text_replacement_offsets"}
         images, videos = options.pop("images", None), options.pop("videos", None)
-        carried = [chat.media_of(messages, f"row {i}")[0] for i, messages in enumerate(chats)]
+        carried = [media_of(messages, f"row {i}")[0] for i, messages in enumerate(chats)]
         if images is None and any(kind == "image" for row in carried for kind, _ in row):
             images = [[item for kind, item in row if kind == "image"] for row in carried]
         elif images is not None and one:
@@ -466,7 +543,7 @@ class FlamingoProcessor(ProcessorMixin):
     @staticmethod
     def _messages(conversation: Any) -> list[dict[str, Any]]:
         messages = getattr(conversation, "messages", conversation)
-        if not isinstance(messages, list | tuple) or not messages or not all(map(chat.is_message, messages)):
+        if not isinstance(messages, list | tuple) or not messages or not all(map(is_message, messages)):
             raise UserError("a conversation is a list of messages, each a dict with 'role' and 'content'")
         # As transformers does it: some programs write None for what is not there.
         return [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -550,7 +627,9 @@ class FlamingoProcessor(ProcessorMixin):
         """Return a saved processor; unlike a new one it keeps its tokenizer's `padding_side`."""
         options = {**processor_dict, **kwargs}
         settings = {
-            n: options.pop(n) for n in ("chat_template", "max_frames", "new_tokens", "around_image") if n in options
+            n: options.pop(n)
+            for n in ("chat_template", "max_frames", "new_tokens", "around_image", "soft_prompts")
+            if n in options
         }
         parts = [kwargs.pop(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)]
         side = parts[0].padding_side

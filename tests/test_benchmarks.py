@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import evaluation, measure, steps
+from benchmarks import evaluation, gpu, gpu_steps, measure, steps
+from benchmarks.idefics import Idefics, OursAsIdefics
 from benchmarks.ours import Ours
 from benchmarks.sizes import SIZES
 from benchmarks.table import print_tables
@@ -102,6 +103,24 @@ def test_both_compute_the_same() -> None:
 
 
 @pytest.mark.slow
+def test_we_compute_the_same_as_idefics_with_its_weights() -> None:
+    results: dict[str, dict[str, Any]] = {}
+    for library in (Idefics(TINY), OursAsIdefics(TINY)):
+        trained = sum(parameter.numel() for parameter in library.model.parameters() if parameter.requires_grad)
+        losses = measure.train_step(library, TINY, options())
+        library.model.eval().requires_grad_(False)
+        figures = {what: measure.WHAT[what](library, TINY, options()) for what in measure.WHAT if what != "train_step"}
+        results[type(library).__name__] = {"train_step": losses, "trained": trained, **figures}
+    theirs, ours = results.values()
+    assert ours["trained"] == theirs["trained"]
+    for what in ("train_step", "ranking", "forward"):
+        difference = torch.tensor(ours[what]["values"]) - torch.tensor(theirs[what]["values"])
+        assert float(difference.abs().max()) < 1e-3, what
+    for what in ("decode_step", "first_token"):
+        assert ours[what]["values"] == theirs[what]["values"]
+
+
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
     command = [sys.executable, "-m", "benchmarks", "decode_step", "--size", "tiny", "--without-peer"]
@@ -149,3 +168,56 @@ def test_both_evaluations_give_the_same_and_the_peer_encodes_again(capsys: pytes
     assert answers["encoded"] == TINY.eval_queries * 5 > 2 * answers["distinct"]
     evaluation.print_evaluation({"size": "tiny", "results": results})
     assert "same tokens" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--size", "tiny", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    results = {result["step"]: result for result in json.loads(out.read_text())["results"]}
+    assert list(results) == [*gpu.ONCE, *gpu.SIZED] == list(gpu_steps.STEPS)
+    assert not [result for result in results.values() if "failed" in result], done.stdout
+    assert done.returncode == 0, done.stdout
+    for name, result in results.items():
+        assert f"| {name}" in done.stdout
+        assert result["rows"], name
+        assert all(row["holds"] in (True, None) for row in result["rows"]), name
+
+
+def test_a_step_that_fails_or_takes_too_long_says_so_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps here are programs that end at once, raise, hang with a child of theirs, and print no rows."""
+    row = {"what": "it", "value": 1.5, "wanted": "", "holds": None}
+    bodies = {
+        "device": f"print({json.dumps(json.dumps([row]))})",
+        "attention": "raise RuntimeError('no | kernel')",
+        "collectives": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])",
+        "train": "print('nothing')",
+    }
+    popen = subprocess.Popen
+    monkeypatch.setattr(gpu, "SIZED", {"train": 60.0})
+    monkeypatch.setattr(gpu, "ONCE", {"device": 60.0, "attention": 60.0, "collectives": 2.0})
+    monkeypatch.setattr(
+        gpu.subprocess, "Popen", lambda command, **own: popen([sys.executable, "-c", bodies[command[3]]], **own)
+    )
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--size", "tiny", "--out", str(out)]) == 1
+    results = json.loads(out.read_text())["results"]
+    failures = [result.get("failed") for result in results]
+    assert failures == [None, "RuntimeError: no | kernel", "took more than its 2 s", "ended with status 0"]
+    assert "| attention | FAILED | RuntimeError: no / kernel |" in capsys.readouterr().out
+    assert gpu.main(["--device", "cpu", "--size", "tiny", "--out", str(out), "--seconds", "0"]) == 1
+    assert "not run: 0 s are over" in capsys.readouterr().out
+
+
+def test_mistakes_of_the_command_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, sentence in ((["dekode"], "'dekode' is not a step"), ([], "torch sees no GPU here")):
+        if not arguments and torch.cuda.is_available():
+            continue
+        with pytest.raises(SystemExit) as caught:
+            gpu.main(arguments)
+        assert caught.value.code == 2
+        assert sentence in capsys.readouterr().err

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,10 +32,11 @@ from data.batches.tokenize import (
     make_row,
     quick_encoder,
     tokenize_document,
+    turns_of,
 )
 from data.dataset import DatasetSpec
 from data.errors import ContentError, PassedOver
-from data.shards.document import Image, Node, Text
+from data.shards.document import Image, Node, Text, is_conversation
 from data.shards.reader import RawSample
 from flamingo.errors import UserError
 
@@ -93,21 +95,24 @@ class FlamingoCollate:
             eos=tokenizer.eos_token_id,
             pad=tokenizer.pad_token_id,
             bos=begin_of(tokenizer),
+            soft_prompt=tuple(getattr(processor, "soft_prompts", {}).get("default", ())),
         )
         self.encode = CachedEncoder(quick_encoder(tokenizer, processor.encode_text))
         self.transform: Transform = processor.image_transform
+        self.turns = turns_of(processor)
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[TokenRow, list[Tensor]]:
         """Return a row and the frames of its images, F for each."""
+        self._check_room(spec)
         draws = random.random(2).tolist()
         nodes = raw.nodes if spec.kind != "text" else [node for node in raw.nodes if isinstance(node, Text)]
         if not nodes:
             raise ContentError("empty", "the document has no text or images that this dataset uses")
-        if spec.space_probability and random.random() < spec.space_probability:
+        if spec.space_probability and not is_conversation(nodes) and random.random() < spec.space_probability:
             nodes = with_space(nodes)
         may_flip = spec.flip and not any(isinstance(node, Text) and SIDES.search(node.text) for node in nodes)
         row = make_row(
-            tokenize_document(nodes, self.encode, self.special),
+            tokenize_document(nodes, self.encode, self.special, self.turns),
             self.special,
             max_tokens=spec.max_tokens,
             max_images=spec.max_images,
@@ -118,7 +123,13 @@ class FlamingoCollate:
         )
         if len(row.images) == 1 and spec.single_image_share < 1 and random.random() >= spec.single_image_share:
             raise PassedOver
-        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in row.images]
+        return row, self._frames(spec, raw, row.images, may_flip, random)
+
+    def _frames(
+        self, spec: DatasetSpec, raw: RawSample, images: list[Image], may_flip: bool, random: np.random.Generator
+    ) -> list[Tensor]:
+        """Return the frames of a row's images, F for each."""
+        chosen = [(random.random() < 0.5 if may_flip else False, clip_frames(p, spec, random)) for p in images]
         # Only now, when cropping is done, is it known which images the row shows: the others are never read.
         raw.fetch(sorted({number for _, numbers in chosen for number in numbers}))
         frames: list[Tensor] = []
@@ -130,7 +141,14 @@ class FlamingoCollate:
                     decoded[number] = load_image(raw, number, self.transform)
                 frame = decoded[number].flip(-1) if flip else decoded[number]
                 frames.append(jittered(frame, spec.colour, draws) if spec.colour else frame)
-        return row, frames
+        return frames
+
+    def _check_room(self, spec: DatasetSpec) -> None:
+        if self.special.soft_prompt and spec.max_tokens < len(self.special.begin) + 2:
+            raise UserError(
+                f"data.datasets.{spec.name}.max_tokens={spec.max_tokens} leaves no room behind the soft prompt of "
+                f"{len(self.special.soft_prompt)} vectors: raise it by that number"
+            )
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[TokenRow, list[Tensor]]]) -> dict[str, Tensor]:
         """Return the tensors that the class describes."""
@@ -179,8 +197,55 @@ def with_space(nodes: Sequence[Node]) -> list[Node]:
     if first is not None:
         text = out[first]
         assert isinstance(text, Text)
-        out[first] = Text(f" {text.text}", text.loss)
+        out[first] = replace(text, text=f" {text.text}")
     return out
+
+
+class PreferenceCollate(FlamingoCollate):
+    """Two rows for each sample, the preferred answer's and the other's: the tensors of `FlamingoCollate` for 2B rows.
+
+    The preferred rows come first, then the others in the same order. `pixel_values` holds the images of the first B
+    rows, which are those of the others as well; `image_counts` counts them for all rows. Only answers have labels.
+
+    A sample's last node is the preferred text, and its meta's `rejected` the other one.
+    """
+
+    can_pack = False
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
+        """Return (preferred row, other row, frames). Raises ContentError for what is not a pair that can be used."""
+        self._check_room(spec)
+        prompt, last = raw.nodes[:-1], next(reversed(raw.nodes), None)
+        rejected = raw.meta.get("rejected")
+        if not isinstance(last, Text) or not isinstance(rejected, str) or not rejected:
+            raise ContentError("not a preference", "the last node is the chosen text, and meta.rejected the other one")
+        answers = [Text(last.text), Text(rejected)]
+        documents = [tokenize_document([*prompt, answer], self.encode, self.special) for answer in answers]
+        if documents[0].ids == documents[1].ids:
+            raise ContentError("equal preference", f"chosen and rejected are the same tokens: {rejected[:80]!r}")
+        longest = max(len(document.ids) for document in documents) + len(self.special.begin)
+        if longest > spec.max_tokens or len(documents[0].images) > spec.max_images:
+            raise ContentError(
+                "too long", f"{longest} tokens and {len(documents[0].images)} images; see max_tokens and max_images"
+            )
+        rows = [
+            make_row(document, self.special, max_tokens=spec.max_tokens, max_images=spec.max_images)
+            for document in documents
+        ]
+        for row, answer in zip(rows, answers, strict=True):
+            row.labels[: -len(self.encode(answer.text)) - 2] = IGNORED  # EOC and EOS end an answer
+        texts = [node.text for node in [*prompt, *answers] if isinstance(node, Text)]
+        may_flip = spec.flip and not any(map(SIDES.search, texts))
+        return *rows, self._frames(spec, raw, rows[0].images, may_flip, random)
+
+    def batch(self, spec: DatasetSpec, samples: list[Any]) -> dict[str, Tensor]:
+        """Return the tensors that the class describes."""
+        preferred = [(row, frames) for row, _, frames in samples]
+        return super().batch(spec, [*preferred, *((row, []) for _, row, _ in samples)])
+
+    def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
+        """Return the most bytes that a batch of this many samples can take."""
+        return super().most_bytes(spec, 2 * rows)
 
 
 class LanguageCollate:
@@ -206,6 +271,7 @@ class LanguageCollate:
         self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (ids, labels), both (T,). Raises ContentError for a document without text."""
+        refuse_conversation(raw.nodes)
         ids: list[int] = []
         loss_mask: list[bool] = []
         gap = False
@@ -250,6 +316,7 @@ class PairCollate:
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
         """Return the sample's first image (of a clip, the first frame) and all of its text."""
+        refuse_conversation(raw.nodes)
         first = next((node for node in raw.nodes if isinstance(node, Image)), None)
         text = caption(raw.nodes)
         if first is None or not text:
@@ -299,6 +366,15 @@ class AlignCollate(PairCollate):
             "share": torch.nn.utils.rnn.pad_sequence(shares, batch_first=True),
             "name": torch.tensor(names),
         }
+
+
+def refuse_conversation(nodes: Sequence[Node]) -> None:
+    """Raise UserError for nodes with roles, which would be lost."""
+    if is_conversation(nodes):
+        raise UserError(
+            "a document is a conversation, and only objective=flamingo keeps apart who says what; use that objective, "
+            "or prepare the data without roles"
+        )
 
 
 def caption(nodes: Sequence[Node]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from data.dataset import DatasetSpec
-from data.errors import ContentError
+from data.errors import ContentError, warn
 from data.shards.document import Image
 from data.shards.reader import RawSample
 from data.shards.tar import LFS
@@ -128,12 +129,23 @@ def jittered(frame: Tensor, strength: float, draws: Sequence[float]) -> Tensor:
     return (mean + (pixels - mean) * contrast).round_().clamp_(0, 255).to(torch.uint8)
 
 
+@cache  # once
+def _say_that_clips_are_cut(name: str) -> None:
+    warn(
+        f"dataset {name!r} holds clips, and max_frames=1 keeps one frame of each; set data.datasets.{name}.max_frames "
+        "to show more (images then repeat themselves)"
+    )
+
+
 def clip_frames(image: Image, spec: DatasetSpec, random: np.random.Generator) -> list[int]:
     """Return exactly `max_frames` frames: a crop of a longer clip, or a shorter one with its last frame repeated.
 
     With a `frame_rate`, a clip with a known rate is thinned to every n-th frame, n as close to that rate as possible.
+    A clip that is cut to one frame is said on stderr, once for a dataset in each process.
     """
     frames = list(image.frames)
+    if len(frames) > 1 == spec.max_frames:
+        _say_that_clips_are_cut(spec.name)
     every = 1
     if spec.frame_rate and isinstance(image.fps, int | float) and 0 < image.fps < 1e6:
         every = max(1, round(image.fps / spec.frame_rate))

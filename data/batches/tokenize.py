@@ -9,6 +9,9 @@ tokens are spliced in as ids, so "<image>" in a document's text stays text. A cr
 images whose token is inside are decoded. A row that would show more than `max_images` images ends before the first one
 too many, so that no text is trained on beside an image that is not its own.
 
+A conversation, whose nodes have roles, is written by a chat template instead (`flamingo.processing.turns`): what the
+assistant says is in the loss, with the end of each of its turns, and a row that is too long ends with a whole turn.
+
 The paper's image placement (section 3.1.3, p_next) is a choice of phi and moves no token:
 
     previous    1    1   1    1      2    2   2    2     2
@@ -21,16 +24,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from data.shards.document import Image, Node, Text
+from data.errors import ContentError
+from data.shards.document import Image, Node, Text, conversation_of, is_conversation
 from flamingo.errors import UserError
 from flamingo.labels import IGNORED
 from flamingo.processing.begin import start_ids
+
+if TYPE_CHECKING:  # it brings transformers along, which a worker needs for conversations only
+    from flamingo.processing.turns import TurnTokenizer
+
+NO_TURNS = "the processor knows no chat templates"
 
 # The tokenizers of transformers have mutable state and raise when two threads use one at once. A process forked
 # meanwhile gets a new lock: the thread that would release the old one does not exist there.
@@ -40,23 +49,33 @@ os.register_at_fork(after_in_child=lambda: _TOKENIZING.__setitem__(0, threading.
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids spliced between texts. `bos` is None for a tokenizer without one."""
+    """Ids spliced between texts. `bos` is None for a tokenizer without one; `soft_prompt` stands behind it."""
 
     image: int
     eoc: int
     eos: int
     pad: int
     bos: int | None = None
+    soft_prompt: tuple[int, ...] = ()
+
+    @property
+    def begin(self) -> list[int]:
+        """What every row begins with; it is not in the loss."""
+        return [*(() if self.bos is None else (self.bos,)), *self.soft_prompt]
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentTokens:
-    """A whole document before cropping: ids, which of them are in the loss, and the position of each image's token."""
+    """A whole document before cropping: ids, which of them are in the loss, and the position of each image's token.
+
+    `stops` are the numbers of tokens after which a row of a conversation may end: a turn of the assistant has.
+    """
 
     ids: list[int]
     loss_mask: list[bool]
     positions: list[int]
     images: list[Image]
+    stops: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +142,18 @@ def quick_encoder(tokenizer: Any, encode: Callable[[str], list[int]]) -> Callabl
 
 
 def tokenize_document(
-    nodes: Sequence[Node], encode: Callable[[str], list[int]], special: SpecialTokens
+    nodes: Sequence[Node],
+    encode: Callable[[str], list[int]],
+    special: SpecialTokens,
+    turns: TurnTokenizer | str = NO_TURNS,
 ) -> DocumentTokens:
-    """Return all tokens of a document, without BOS. An EOC after a text with `loss=False` is not in the loss."""
+    """Return all tokens of a document, without BOS. An EOC after a text with `loss=False` is not in the loss.
+
+    `turns` writes a conversation, or is the reason why there is nothing that could. Raises ContentError for one whose
+    roles are out of order or that the template refuses, UserError where no conversation can be written.
+    """
+    if is_conversation(nodes):
+        return _tokenize_conversation(nodes, special, turns)
     ids: list[int] = []
     loss_mask: list[bool] = []
     positions: list[int] = []
@@ -151,6 +179,23 @@ def tokenize_document(
     return DocumentTokens(ids, loss_mask, positions, images)
 
 
+def _tokenize_conversation(nodes: Sequence[Node], special: SpecialTokens, turns: TurnTokenizer | str) -> DocumentTokens:
+    if isinstance(turns, str):
+        raise UserError(f"a document is a conversation, which cannot be written: {turns}")
+    try:
+        conversation = conversation_of(nodes)
+        with _TOKENIZING[0]:
+            tokens = turns(conversation)
+    except UserError as error:
+        raise ContentError("not a conversation for this template", str(error)) from None
+    if not any(tokens.loss_mask):
+        raise ContentError("no answer", "the assistant says nothing that is in the loss")
+    positions = [position for position, token in enumerate(tokens.ids) if token == special.image]
+    return DocumentTokens(
+        tokens.ids, tokens.loss_mask, positions, [medium.source for medium in conversation.media], tokens.stops
+    )
+
+
 def crop_of(length: int, room: int, crop: str, draw: float) -> tuple[int, int]:
     """Return the [start, stop) of a crop of at most `room` tokens of `length`; `draw` in [0, 1) places a random one."""
     if length <= room:
@@ -170,12 +215,21 @@ def make_row(
     next_image_probability: float = 0.0,
     draws: tuple[float, float] = (0.0, 0.5),
 ) -> TokenRow:
-    """Crop a document to `max_tokens` tokens (BOS included) and its first `max_images` images.
+    """Crop a document to `max_tokens` tokens (BOS and soft prompt included) and its first `max_images` images.
 
-    `draws` are two numbers in [0, 1): where a random crop begins, and whether tokens see the next image.
+    `draws` are two numbers in [0, 1): where a random crop begins, and whether tokens see the next image. A conversation
+    begins at its beginning, ends behind a turn of the assistant, and sees the previous image, as its prompts will.
+
+    Raises:
+        ContentError: not even the first turn of a conversation fits.
     """
-    see_next = draws[1] < next_image_probability
-    start, stop = crop_of(len(document.ids), max_tokens - (special.bos is not None), crop, draws[0])
+    see_next = draws[1] < next_image_probability and not document.stops
+    begin = special.begin
+    room = max_tokens - len(begin)
+    if document.stops:
+        start, stop = 0, _last_stop(document, room, max_images)
+    else:
+        start, stop = crop_of(len(document.ids), room, crop, draws[0])
     inside = [k for k, position in enumerate(document.positions) if start <= position < stop]
     if len(inside) > max_images:
         stop = document.positions[inside[max_images]]
@@ -183,14 +237,28 @@ def make_row(
     while not see_next and inside and document.positions[inside[-1]] == stop - 1 and stop - start > 1:
         inside.pop()  # its token ends the crop: nothing in the loss would see it
         stop -= 1
-    begin = [] if special.bos is None else [special.bos]
     ids = np.array(begin + document.ids[start:stop], dtype=np.int64)
     loss_mask = np.array([False] * len(begin) + document.loss_mask[start:stop], dtype=np.bool_)
     positions = [document.positions[k] - start + len(begin) for k in inside]
     if labels == "openflamingo":
         loss_mask &= _inside_chunks(ids, special)
     phi = phi_of(len(ids), positions, see_next)
+    phi[len(begin) - len(special.soft_prompt) : len(begin)] = 0  # also where a row sees the next image
     return TokenRow(ids, phi, np.where(loss_mask, ids, IGNORED), [document.images[k] for k in inside])
+
+
+def _last_stop(document: DocumentTokens, room: int, max_images: int) -> int:
+    """Return how many tokens of a conversation fit, in whole turns."""
+    allowed = document.positions[max_images] if len(document.positions) > max_images else room
+    fitting = [stop for stop in document.stops if stop <= min(room, allowed)]
+    if not fitting:
+        shown = sum(position < document.stops[0] for position in document.positions)
+        raise ContentError(
+            "first turn too long",
+            f"{document.stops[0]} tokens and {shown} images up to the end of the first answer, of at most {room} and "
+            f"{max_images}; raise max_tokens or max_images",
+        )
+    return fitting[-1]
 
 
 def phi_of(length: int, positions: Sequence[int], see_next: bool) -> NDArray[np.int64]:
@@ -215,6 +283,14 @@ def _inside_chunks(ids: NDArray[np.int64], special: SpecialTokens) -> NDArray[np
         if token == special.eoc:
             open_chunk = False
     return inside
+
+
+def turns_of(processor: Any) -> TurnTokenizer | str:
+    """Return what writes conversations, tried once at the start, or why there is nothing that could."""
+    try:
+        return processor.turns() if hasattr(processor, "turns") else NO_TURNS
+    except UserError as error:
+        return str(error)
 
 
 def begin_of(tokenizer: Any) -> int | None:

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = (("mmc4", "open_flamingo's MMC4 shards"), ("pairs", "pairs"), ("raw", "the same documents, raw members"))
 # What the loader promises: documents per second and core relative to the peer, and absolute limits.
 LEAST_RATIO = {"mmc4": 3.0, "pairs": 2.5}
+MOST_WAIT = 0.02
+"""Of a training step's time, waiting for data."""
 MOST_PRIVATE, MOST_AMPLIFICATION, LEAST_INDEX_RATE, LEAST_FILL = 300e6, 1.05, 100_000, 0.95
 
 
@@ -31,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes of each loader")
     parser.add_argument("--count", type=int, default=20, help="batches of a measurement")
     parser.add_argument("--warm", type=int, default=6, help="batches before it, which are not counted")
+    parser.add_argument("--layers", type=int, default=12, help="of each backbone of the model that pairs are fed to")
     parser.add_argument("--without-peer", action="store_true", help="measure this loader only")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; status 1 when a promise is not kept."""
-    if min(args.documents, args.pairs, args.rounds, args.workers, args.count) < 1:
-        raise UserError("bench: --documents, --pairs, --rounds, --workers and --count must be at least 1")
+    if min(args.documents, args.pairs, args.rounds, args.workers, args.count, args.layers) < 1:
+        raise UserError("bench: --documents, --pairs, --rounds, --workers, --count and --layers must be at least 1")
     if not args.without_peer:
         from data.bench.peer import module
 
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = speed_rows(measurements)
     rows += limit_rows(material, args.documents, measurements)
+    rows += feeding_rows(args)
     (args.out / "bench.json").write_text(json.dumps([row[:-1] for row in rows], indent=1))
     print(f"{'':50} {'peer':>8} {'ours':>8}  {'ratio (least to most)':21}  promised")
     for label, peer, ours, ratio, promise, kept in rows:
@@ -62,20 +66,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(who: str, what: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return one measurement, made in a fresh process. Raises UserError with its last line when it fails."""
+    """Return one measurement of a loader alone."""
     options = {
         "--workers": args.workers,
         "--warm": args.warm,
         "--count": args.count,
         "--batch": 64 if what == "pairs" else 16,
     }
-    command = [sys.executable, "-m", "data.bench.measure", who, what, str(args.out.resolve())]
+    return in_a_process(["measure", who, what, str(args.out.resolve())], options)
+
+
+def in_a_process(words: list[str], options: dict[str, int]) -> dict[str, float]:
+    """Run a module of this folder in a fresh process. Raises UserError with its last line when it fails."""
+    command = [sys.executable, "-m", f"data.bench.{words[0]}", *words[1:]]
     command += [str(part) for option in options.items() for part in option]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
-        raise UserError(f"the measurement of {who} on {what} failed: {last}")
+        raise UserError(f"the measurement {' '.join(words)} failed: {last}")
     result: dict[str, float] = json.loads(lines[-1])
     return result
 
@@ -121,6 +130,17 @@ def speed_rows(measurements: dict[tuple[str, str], list[dict[str, float]]]) -> l
         kept = most["ours"] <= MOST_PRIVATE
         rows.append((f"{label}: private MB a worker", peer_memory, f"{most['ours'] / 1e6:.0f}", "", "<= 300", kept))
     return rows
+
+
+def feeding_rows(args: argparse.Namespace) -> list[TableRow]:
+    """Return rows for packed pairs at 224 px, made by two workers for a training step."""
+    found = in_a_process(["feeding", str(args.out.resolve())], {"--count": args.count, "--layers": args.layers})
+    label, share = "packed pairs, 224 px, 2 workers", f"{found['wait']:.4f}"
+    return [
+        (f"{label}: share of a step spent waiting", "", share, "", f"<= {MOST_WAIT}", found["wait"] <= MOST_WAIT),
+        (f"{label}: loader's share of processor time", "", f"{found['loading']:.3f}", "", "", True),
+        (f"{label}: images/s trained on", "", f"{found['images']:.1f}", "", "", True),
+    ]
 
 
 def limit_rows(

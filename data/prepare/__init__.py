@@ -19,6 +19,8 @@ SOURCES = {
     "mmc4": "Multimodal C4: jsonl or jsonl.zip, and the folder of its downloaded images",
     "openflamingo": "open_flamingo's MMC4 shards: tars whose JSON holds the images as base64",
     "obelics": "OBELICS' parquet, and its downloaded images",
+    "mint": "MINT-1T's documents, and those of NeMo Curator: tars of texts and images in one order",
+    "messages": "conversations of TRL, LLaMA-Factory, ms-swift, OpenAI, The Cauldron: JSONL, parquet, data sets",
     "llava": "LLaVA's and LLaVA-Med's conversations about an image (JSON)",
     "mimicit": "MIMIC-IT, Otter's instructions with their examples",
     "m3it": "M3IT's instructions, JSONL or parquet",

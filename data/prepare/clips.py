@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 from collections.abc import Iterator
@@ -10,6 +11,20 @@ from typing import Any
 
 from data.prepare.inputs import required
 from data.prepare.units import Dropped
+from flamingo.errors import UserError
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for which frames of a video are taken."""
+    parser.add_argument("--fps", type=float, default=1.0, help="frames a second (default 1, as in the paper)")
+    parser.add_argument("--max-frames", type=int, default=64, help="most frames kept of a video (default 64)")
+    parser.add_argument("--side", type=int, default=480, metavar="PX", help="frames fit into this square (default 480)")
+
+
+def check_clip_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for limits that no video has."""
+    if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
+        raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
 
 
 def frames_of(data: bytes, fps: float, most: int, side: int, max_pixels: int) -> list[bytes]:

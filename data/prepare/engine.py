@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -36,11 +36,13 @@ from data.shards.writer import (
     ShardWriter,
     check_version,
     make_folder,
+    output_place,
     read_manifest,
     replace_part,
     write_part,
 )
 from flamingo.errors import UserError
+from flamingo.folder_lock import lock_folder
 
 WORK, MARK = ".prepare", "fingerprint"
 Record = dict[str, Any]
@@ -50,14 +52,16 @@ class NothingKeptError(UserError):
     """All of the input was dropped."""
 
 
-def load_source(name: str) -> SourceModule:
-    """Return the module of a source."""
-    return cast(SourceModule, import_module(f"data.prepare.sources.{name}"))
+def load_source(name: str, module: str = "") -> SourceModule:
+    """Return the module of a source; `module` is where it lies when it is not one of `data.prepare.sources`."""
+    return cast(SourceModule, import_module(module or f"data.prepare.sources.{name}"))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every source has."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
+def add_arguments(
+    parser: argparse.ArgumentParser, metavar: str = "INPUT", about: str = "files, folders or patterns"
+) -> None:
+    """Add the options that every source has; `metavar` and `about` say what its inputs are."""
+    parser.add_argument("inputs", nargs="+", metavar=metavar, help=about)
     parser.add_argument("--part", metavar="i/n", help="only this part of the input; join the parts with `merge`")
     parser.add_argument("--workers", type=int, metavar="N", help="at the same time (default: one for each core)")
     parser.add_argument(
@@ -79,6 +83,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="discard an earlier, different preparation")
 
 
+@contextlib.contextmanager
+def claimed(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the output folder for a source, or for a part of it: parts and sources may be prepared side by side."""
+    what = re.sub(r"\W+", "-", f"{args.source}-{getattr(args, 'part', None) or 'all'}")
+    remedy = "wait for its end or stop it; several machines share the work with --part i/n"
+    out = output_place(args.out)
+    with contextlib.ExitStack() as held:
+        try:
+            if isinstance(out, Path):  # a store has no locks; its shards come whole, under their own names
+                held.enter_context(lock_folder(out, f"prepare {what}", remedy, f".lock-{what}"))
+        except OSError as error:
+            make_folder(args.out)  # says what is in the way, if something is
+            raise UserError(f"--out {args.out} cannot be written ({error}); choose another folder") from error
+        yield
+
+
 def run(source: str, args: argparse.Namespace) -> None:
     """Prepare a source as the command line says, and print what was kept and dropped. Raises UserError."""
     if args.documents_per_shard < 1 or args.mb_per_shard < 1:
@@ -90,7 +110,7 @@ def run(source: str, args: argparse.Namespace) -> None:
     if hasattr(args, "min_side"):
         ImageRule.of(args)  # refuses invalid limits before anything is read
     part = parse_part(args.part) if args.part else None
-    module = load_source(source)
+    module = load_source(source, getattr(args, "module", ""))
     units = module.units(args)
     out = make_folder(args.out)
     digest = fingerprint(source, options_of(args), units)
@@ -289,7 +309,7 @@ def _check_claim(args: argparse.Namespace) -> None:
 def run_unit(source: str, args: argparse.Namespace, number: int, unit: InputUnit) -> Record:
     """Write the shards and the record of one unit. A damaged input file raises UserError, or is counted if asked to."""
     _check_claim(args)
-    module, tally, scratch = load_source(source), Tally(), Path(args.work)
+    module, tally, scratch = load_source(source, getattr(args, "module", "")), Tally(), Path(args.work)
     scratch.mkdir(parents=True, exist_ok=True)  # another machine may have a disk of its own for it
     writer = ShardWriter(
         args.out,

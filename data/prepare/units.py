@@ -33,6 +33,7 @@ NOT_RECORDED = {
     "scratch",
     "state",
     "digest",
+    "module",
 }
 
 

@@ -1,30 +1,39 @@
 """A document in memory and as JSON: text and images in reading order.
 
     {"v":1,"nodes":[{"t":"text"},{"t":"question","loss":false},{"i":0},{"c":[1,2],"fps":1.0}],"meta":{}}
+    {"v":1.1,"nodes":[{"i":0,"r":"user"},{"t":"What?","r":"user"},{"t":"A cat.","r":"assistant"}],"meta":{}}
 
-`t` is text, `i` an image, `c` a clip (several frames), both as indices into the document's images. A sample without
-such a JSON is a pair as img2dataset writes it: its image, then its text.
+`t` is text, `i` an image, `c` a clip (several frames), both as indices into the document's images. In a conversation
+(version 1.1) every node has a role `r`: neighbours of one role are a message. A sample without such a JSON is a pair as
+img2dataset writes it: its image, then its text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from data.errors import ContentError
 from flamingo.errors import UserError
+from flamingo.processing.conversation import ROLES, Conversation, Medium, Message, check_turns
 
-VERSION = 1
+VERSION, WITH_ROLES = 1, 1.1
+"""Documents without roles are written as version 1, byte for byte as ever; older programs refuse those with roles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A run of text. `loss=False` marks text that is read but not in the loss (a question)."""
+    """A run of text. `loss=False` marks text that is read but not in the loss (a question).
+
+    `role`: who says it in a conversation, of which what the assistant says is in the loss.
+    """
 
     text: str
     loss: bool = True
+    role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,7 @@ class Image:
 
     frames: tuple[int, ...]
     fps: float | None = None
+    role: str | None = None
 
 
 Node = Text | Image
@@ -53,13 +63,19 @@ def nodes_to_json(nodes: Iterable[Node], meta: Mapping[str, Any]) -> bytes:
     out: list[dict[str, Any]] = []
     for node in nodes:
         if isinstance(node, Text):
-            out.append({"t": node.text} if node.loss else {"t": node.text, "loss": False})
+            out.append({"t": node.text} if node.loss == _learnt(node.role) else {"t": node.text, "loss": node.loss})
         elif len(node.frames) == 1:
             out.append({"i": node.frames[0]})
         else:
             out.append({"c": list(node.frames)} | ({} if node.fps is None else {"fps": node.fps}))
-    body = {"v": VERSION, "nodes": out, "meta": dict(meta)}
+        if node.role is not None:
+            out[-1]["r"] = node.role
+    body = {"v": WITH_ROLES if any("r" in item for item in out) else VERSION, "nodes": out, "meta": dict(meta)}
     return to_utf8(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
+
+
+def _learnt(role: str | None) -> bool:
+    return role in (None, "assistant")
 
 
 def to_utf8(text: str) -> bytes:
@@ -69,22 +85,71 @@ def to_utf8(text: str) -> bytes:
 
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
     """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
-    if type(body.get("v")) is not int or body["v"] != VERSION:
-        raise ValueError(f"format version {body.get('v')!r}, this program reads version {VERSION}")
+    version = body.get("v")
+    if (type(version) is not int or version != VERSION) and (type(version) is not float or version != WITH_ROLES):
+        raise ValueError(f"format version {version!r}, this program reads versions {VERSION} and {WITH_ROLES}")
     if not isinstance(body["nodes"], list):
         raise ValueError("'nodes' is not a list")
     nodes: list[Node] = []
     for number, item in enumerate(body["nodes"]):
         if not isinstance(item, dict):
             raise ValueError(f"node {number} is not an object")
+        role = item.get("r")
+        if (role is not None and role not in ROLES) or (nodes and (role is None) != (nodes[0].role is None)):
+            raise ValueError(f"node {number} has the role {role!r}: a conversation's nodes all have one of {ROLES}")
         if isinstance(text := item.get("t"), str):
-            nodes.append(Text(text, bool(item.get("loss", True))))
+            nodes.append(Text(text, bool(item.get("loss", _learnt(role))), role))
             continue
         frames = item.get("c", [item.get("i")])
         if not isinstance(frames, list) or not frames or not all(type(f) is int and f >= 0 for f in frames):
             raise ValueError(f"node {number} is neither text ('t'), an image ('i') nor a clip ('c')")
-        nodes.append(Image(tuple(frames), item.get("fps")))
+        nodes.append(Image(tuple(frames), item.get("fps"), role))
     return nodes
+
+
+def is_conversation(nodes: Sequence[Node]) -> bool:
+    """Say whether a document's nodes have roles."""
+    return bool(nodes) and nodes[0].role is not None
+
+
+def conversation_nodes(conversation: Conversation, media: Sequence[Image]) -> list[Node]:
+    """Return the nodes of a conversation whose images and clips are `media`, in their order.
+
+    Raises:
+        ValueError: they differ in number.
+    """
+    left = list(media)
+    if (count := sum(1 for _ in conversation.media)) != len(left):
+        raise ValueError(f"the conversation shows {count} images and clips, but {len(left)} are given")
+    nodes: list[Node] = []
+    for message in conversation.messages:
+        loss = message.loss and _learnt(message.role)
+        for part in message.content:
+            if isinstance(part, Medium):
+                nodes.append(replace(left.pop(0), role=message.role))
+            elif part:
+                nodes.append(Text(part, loss, message.role))
+    return nodes
+
+
+def conversation_of(nodes: Sequence[Node]) -> Conversation:
+    """Return the conversation of a document's nodes; what its media hold are the nodes themselves.
+
+    Raises:
+        UserError: roles out of order, or an empty turn; names the message.
+    """
+    messages = []
+    for role, group in groupby(nodes, key=lambda node: node.role):
+        inside = list(group)
+        content = tuple(
+            node.text if isinstance(node, Text) else Medium("image" if len(node.frames) == 1 else "video", node)
+            for node in inside
+        )
+        loss = all(node.loss for node in inside if isinstance(node, Text)) if role == "assistant" else True
+        messages.append(Message(str(role), content, loss))
+    conversation = Conversation(tuple(messages))
+    check_turns(conversation.to_messages(), "the document")
+    return conversation
 
 
 def facts_of(raw: bytes | None) -> dict[str, Any]:

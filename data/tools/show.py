@@ -27,7 +27,7 @@ def document_as_text(document: Document, where: str) -> str:
     lines = [f"{where}, key {document.key}", *(f"  {name}: {value}" for name, value in document.meta.items()), ""]
     for node in document.nodes:
         if isinstance(node, Text):
-            lines.append(f"  {' ' if node.loss else '?'} {node.text!r}")
+            lines.append(f"  {' ' if node.loss else '?'} {f'{node.role}: ' if node.role else ''}{node.text!r}")
             continue
         label = (
             f"[image {node.frames[0]}: " if len(node.frames) == 1 else f"[clip of {len(node.frames)} frames, first: "
@@ -43,7 +43,7 @@ def document_as_html(document: Document, where: str) -> str:
     nodes: list[dict[str, Any]] = []
     for node in document.nodes:
         if isinstance(node, Text):
-            nodes.append({"text": node.text, "loss": node.loss})
+            nodes.append({"text": f"\n{node.role}: {node.text}" if node.role else node.text, "loss": node.loss})
         else:
             nodes.append({"images": [figure(document.images[frame], f"image {frame}") for frame in node.frames]})
     title = f"{where}, key {document.key}"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, begin_of, make_row, tokenize_document
+from data.batches.tokenize import IGNORED, SpecialTokens, TokenRow, begin_of, make_row, tokenize_document, turns_of
 from data.dataset import CROPS, LABEL_POLICIES
+from data.errors import ContentError
 from data.shards.document import Document
 from data.tools.show import TEMPLATES, figure
 from data.tools.templates import render
@@ -40,6 +41,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 class WordTokenizer:
     """A tokenizer whose tokens are words, with the space before them."""
+
+    turns = "give --tokenizer, the folder of a saved model, whose chat template it is written by"
 
     def __init__(self) -> None:
         self.known: list[str] = ["<image>", "<EOC>", "<eos>", "<pad>"]
@@ -66,11 +69,12 @@ class SavedTokenizer:
 
         if (Path(folder) / PROCESSOR_FILE).is_file():
             processor = FlamingoProcessor.from_pretrained(folder)
-            self.tokenizer = processor.tokenizer
+            self.tokenizer, self.turns = processor.tokenizer, turns_of(processor)
             self.image, self.eoc = processor.image_token_id, processor.eoc_token_id
         else:
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                self.turns = WordTokenizer.turns
             except (OSError, ValueError):
                 raise UserError(f"--tokenizer {folder} holds no tokenizer; give the folder of a saved model") from None
             self.image, self.eoc = len(self.tokenizer), len(self.tokenizer) + 1
@@ -113,17 +117,20 @@ def sample_document(document: Document, args: argparse.Namespace) -> SampledRow:
         raise UserError("--max-tokens must be at least 2, --max-images not negative, --next-image in [0, 1]")
     tokenizer = SavedTokenizer(args.tokenizer) if args.tokenizer else WordTokenizer()
     draws = np.random.default_rng(args.seed).random(2).tolist()
-    tokens = tokenize_document(document.nodes, tokenizer.encode, tokenizer.special)
-    row = make_row(
-        tokens,
-        tokenizer.special,
-        max_tokens=args.max_tokens,
-        max_images=args.max_images,
-        crop=args.crop,
-        labels=args.labels,
-        next_image_probability=args.next_image,
-        draws=(draws[0], draws[1]),
-    )
+    try:
+        tokens = tokenize_document(document.nodes, tokenizer.encode, tokenizer.special, tokenizer.turns)
+        row = make_row(
+            tokens,
+            tokenizer.special,
+            max_tokens=args.max_tokens,
+            max_images=args.max_images,
+            crop=args.crop,
+            labels=args.labels,
+            next_image_probability=args.next_image,
+            draws=(draws[0], draws[1]),
+        )
+    except ContentError as error:
+        raise UserError(f"no row can be cut out of this document: {error}") from None
     texts = [tokenizer.text(token) for token in row.ids.tolist()]
     return SampledRow(row, texts, tokenizer.special, draws[1] < args.next_image, len(tokens.ids))
 

@@ -9,7 +9,7 @@ Letters: B rows, T tokens so far, V vocabulary, P columns from the cache, I imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +56,7 @@ class FlamingoResponder(Responder):
         self.processor = processor
         self.device = torch.device(device)
         self.start = tuple(processor.start_ids)
-        self.builder = PromptBuilder(processor, start=self.start, context=context_length(model))
+        self.builder = PromptBuilder(processor, start=self.start, context=context_length(model), turns=processor.turns)
         self.prefix = SharedPrefix(self.model) if share_prefix else None
         self._ends = {processor.eoc_token_id, processor.eos_token_id}
         self.generate_options: dict[str, Any] = {}
@@ -127,11 +127,15 @@ class FlamingoResponder(Responder):
         prompt = batch["input_ids"].shape[1]
         options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False}
         options |= self.generate_options
+        turns = self.processor.turns() if prompts[0].chat else None
+        ends = self._ends | ({turns.end_id} if turns else set())
+        if turns:
+            options["eos_token_id"] = sorted(end for end in ends if end is not None)
         if decoding.num_beams > 1:
             options |= {"num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty}
             out = self.model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
             rows = out.sequences[:, prompt:].tolist()
-            lengths = [self._length(row) for row in rows]
+            lengths = [_length(row, ends) for row in rows]
             # transformers divides a beam's sum by its length to the power of the penalty; undo that for the mean.
             sums = [s * n**decoding.length_penalty for s, n in zip(out.sequences_scores.tolist(), lengths, strict=True)]
             means: list[float | None] = [s / n if n else None for s, n in zip(sums, lengths, strict=True)]
@@ -140,21 +144,12 @@ class FlamingoResponder(Responder):
             processors = LogitsProcessorList([chooser])
             out = self.model.generate(**batch, **options, num_beams=1, logits_processor=processors)
             rows = out[:, prompt:].tolist()
-            means = chooser.mean_log_probs([self._length(row) for row in rows])
-        return [self._completion(row, mean) for row, mean in zip(rows, means, strict=True)]
-
-    def _end(self, ids: list[int]) -> int | None:
-        """Return the position of the token that ended a row."""
-        return next((position for position, token in enumerate(ids) if token in self._ends), None)
-
-    def _length(self, ids: list[int]) -> int:
-        """Return the number of tokens of a row, including the one that ended it and excluding the padding."""
-        end = self._end(ids)
-        return len(ids) if end is None else end + 1
-
-    def _completion(self, ids: list[int], log_prob: float | None) -> Completion:
-        end = self._end(ids)
-        return Completion(self.processor.decode(ids[:end]), end is not None, log_prob)
+            means = chooser.mean_log_probs([_length(row, ends) for row in rows])
+        said = turns.said if turns else self.processor.decode
+        return [
+            Completion(said(row[: _end(row, ends)]), _end(row, ends) is not None, mean)
+            for row, mean in zip(rows, means, strict=True)
+        ]
 
     def _inputs(self, prompts: Sequence[EncodedPrompt], features: Tensor) -> dict[str, Any]:
         """Return the model's inputs; where the prompts share their start, those that continue after it."""
@@ -178,6 +173,17 @@ class FlamingoResponder(Responder):
         if len(features):
             batch["media_features"] = features
         return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def _end(ids: list[int], ends: Collection[int | None]) -> int | None:
+    """Return the position of the token that ended a row."""
+    return next((position for position, token in enumerate(ids) if token in ends), None)
+
+
+def _length(ids: list[int], ends: Collection[int | None]) -> int:
+    """Return the number of tokens of a row, including the one that ended it and excluding the padding."""
+    end = _end(ids, ends)
+    return len(ids) if end is None else end + 1
 
 
 def check_model_folder(key: str, folder: str) -> None:

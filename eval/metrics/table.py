@@ -199,6 +199,33 @@ def _rationale(answers: Answers) -> dict[str, MetricValue]:
     return {"rationale_rouge_l": _mean(each, part)} if part else {}
 
 
+def _recall(answers: Answers) -> dict[str, MetricValue]:
+    """Measure R@1, R@5 and R@10 for each kind: is one of the right ones among the best candidates?"""
+    values = {}
+    for kind in sorted({answer.kind for answer in answers}):
+        part = [answer for answer in answers if answer.kind == kind]
+        for k in (1, 5, 10):
+            hits = [float(not set(answer.golds).isdisjoint(answer.candidates[:k])) for answer in part]
+            values[f"R@{k} {kind}".strip()] = _mean(hits, part)
+    return values
+
+
+def _classes(answers: Answers) -> dict[str, MetricValue]:
+    """Measure top-5, and the mean over classes of the accuracy in each, for sets with classes of different sizes."""
+    values = {"top_5": _mean([float(answer.golds[0] in answer.candidates[:5]) for answer in answers], answers)}
+    names, own = np.unique([answer.golds[0] for answer in answers], return_inverse=True)
+    right = np.array([float(answer.answer in answer.golds) for answer in answers])
+
+    def per_class(weights: np.ndarray) -> np.ndarray:
+        sums = np.stack(
+            [np.stack([w[:, own == c].sum(1) for c in range(len(names))]) for w in (weights * right, weights)]
+        )
+        with np.errstate(invalid="ignore"):
+            return np.nanmean(sums[0] / sums[1], axis=0)  # a resample may have lost a class
+
+    return values | {"mean_per_class": _statistic(per_class(np.ones((1, len(right))))[0], per_class, answers, 300)}
+
+
 NEEDS_RANKING = frozenset({"roc_auc", "winoground", "mwap"})
 """Metrics that are made of candidates' log-probabilities; a task that generates cannot have them."""
 METRICS: dict[str, Metric] = {
@@ -213,6 +240,8 @@ METRICS: dict[str, Metric] = {
     "winoground": _winoground,
     "mwap": _mwap,
     "rationale": _rationale,
+    "recall": _recall,
+    "classes": _classes,
 }
 """Name in a task's `metrics` to what it measures."""
 

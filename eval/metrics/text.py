@@ -22,6 +22,11 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
     return float(bool(answer) and answer in [" ".join(gold.split()) for gold in golds])
 
 
+def answered(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if there is an answer at all: for questions without a gold answer, which people have to rate."""
+    return float(bool(answer.strip()))
+
+
 def folded_match(answer: str, golds: Sequence[str]) -> float:
     """Return 1.0 if `answer` equals one of `golds` but for letter case, white space and a full stop at the end."""
     return float(bool(_folded(answer)) and _folded(answer) in [_folded(gold) for gold in golds])
@@ -50,6 +55,17 @@ def open_match(answer: str, golds: Sequence[str]) -> float:
     return 0.0
 
 
+def first_number(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if the first digits of the answer are a gold answer: VL-ICL's rule, by which no sign is ever read."""
+    found = re.search(r"\d+", answer)
+    return float(found is not None and found[0] in golds)
+
+
+def says_yes(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if "yes" being somewhere in the answer is right: VL-ICL's rule, by which anything else is a no."""
+    return float(("yes" in answer.lower()) == (golds[0].lower() == "yes"))
+
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Score = Callable[[str, Sequence[str]], float]
 SCORES: dict[str, Score] = {
@@ -62,6 +78,9 @@ SCORES: dict[str, Score] = {
     "rouge_l": rouge_l,
     "wups": wups_score,
     "open_match": open_match,
+    "answered": answered,
+    "first_number": first_number,
+    "says_yes": says_yes,
 }
 """Name in a task's YAML to score; a new score is an entry here."""
 OF_SET: dict[str, Callable[[Sequence[Sequence[str]]], Score]] = {"cider": lambda golds: Cider(golds).score}

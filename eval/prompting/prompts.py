@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from eval.task import EncodedImage, Episode, Frame, Turn
 from flamingo.errors import UserError
+from flamingo.processing.conversation import Conversation, Medium, Message
+from flamingo.processing.turns import TurnTokenizer
 
 
 class TextEncoder(Protocol):
@@ -50,6 +52,7 @@ class EncodedPrompt:
     turns: tuple[tuple[EncodedImage | None, str], ...]
     shots_kept: int
     shared: tuple[int, int] = (0, 0)
+    chat: bool = False  # the answer ends as the chat template ends one
 
     @property
     def beginning(self) -> tuple[object, ...] | None:
@@ -122,15 +125,26 @@ class Request:
             self.prompt.candidates if self.decoding is None else None,
             [image.sha256 for image in self.prompt.images],
             None if self.decoding is None else asdict(self.decoding),
+            *(["chat"] if self.prompt.chat else []),
         ]
         return hashlib.sha256(json.dumps(material).encode()).hexdigest()
 
 
 class PromptBuilder:
-    """Prompts for one model. Every row begins with the ids of `start`; `context` is the longest row, in tokens."""
+    """Prompts for one model. Every row begins with the ids of `start`; `context` is the longest row, in tokens.
 
-    def __init__(self, encoder: TextEncoder, *, start: Sequence[int] = (), context: int | None = None) -> None:
-        self._encoder = encoder
+    `turns` gives what writes conversations, for tasks with `chat: true`.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        start: Sequence[int] = (),
+        context: int | None = None,
+        turns: Callable[[], TurnTokenizer] | None = None,
+    ) -> None:
+        self._encoder, self._turns = encoder, turns
         self._start = tuple(start)
         self._context = context
         self._known: dict[str, tuple[int, ...]] = {}
@@ -153,6 +167,8 @@ class PromptBuilder:
         Raises:
             UserError: the query alone does not fit.
         """
+        if episode.frame.chat:
+            return self._conversation(episode, max_new_tokens, whole_candidates, end_candidates)
         lead, candidates = self._answer(episode, whole_candidates, end_candidates)
         room = max((len(candidate) for candidate in candidates), default=max_new_tokens)
         before, head = self.encode(episode.frame.before), [*self._start, *self.encode(episode.frame.prefix)]
@@ -163,20 +179,60 @@ class PromptBuilder:
         kept = len(demos)
         while self._context is not None and _length(head, demos[len(demos) - kept :], query) + room > self._context:
             if kept == 0:
-                raise UserError(
-                    f"query {episode.query_id} needs {_length(head, [], query) + room} tokens without any "
-                    f"demonstration; the model's context is {self._context}: shorten the question or max_new_tokens"
-                )
+                raise self._too_long(episode, _length(head, [], query) + room)
             kept -= 1
         shown = episode.demos[len(episode.demos) - kept :]
         ids = [*head, *(i for demo in demos[len(demos) - kept :] for i in demo), *query]
         images = tuple(image for turn in [*shown, episode.query] for image in turn.images)
+        shared = len(ids) - len(query) + len(before), len(images) - len(episode.query.images)
+        return self._encoded(episode, ids, images, candidates, kept, shared)
+
+    def _encoded(
+        self,
+        episode: Episode,
+        ids: Sequence[int],
+        images: tuple[EncodedImage, ...],
+        candidates: tuple[tuple[int, ...], ...],
+        kept: int,
+        shared: tuple[int, int],
+    ) -> EncodedPrompt:
         image_tokens = ids.count(self._encoder.image_token_id)
         assert image_tokens == len(images), f"{image_tokens} image tokens, {len(images)} images: {episode.query_id}"
+        shown = episode.demos[len(episode.demos) - kept :]
         turns = [(turn.image, f"{turn.question_text}{turn.text}") for turn in shown]
         turns.append((episode.query.image, f"{episode.query.question_text}{episode.query.lead.rstrip()}"))
-        shared = len(ids) - len(query) + len(before), len(images) - len(episode.query.images)
-        return EncodedPrompt(tuple(ids), images, candidates, tuple(_framed(turns, episode.frame)), kept, shared)
+        framed = tuple(_framed(turns, episode.frame))
+        return EncodedPrompt(tuple(ids), images, candidates, framed, kept, shared, episode.frame.chat)
+
+    def _too_long(self, episode: Episode, needed: int) -> UserError:
+        return UserError(
+            f"query {episode.query_id} needs {needed} tokens without any demonstration; the model's context is "
+            f"{self._context}: shorten the question or max_new_tokens"
+        )
+
+    def _conversation(self, episode: Episode, max_new_tokens: int, whole: bool, ended: bool) -> EncodedPrompt:
+        """Return the prompt of an episode whose turns are messages, as training rows of conversations have them."""
+        if self._turns is None:
+            raise UserError("chat=true needs a model with a chat template; use another protocol")
+        turns, query = self._turns(), episode.query
+        lead = turns.answer(query.lead.strip(), closed=False) if query.lead.strip() else []
+        answers = [turns.answer(f"{query.lead}{c}{query.tail}".strip(), closed=ended) for c in episode.candidates]
+        shared = shared_start(answers) if len(answers) > 1 else 0
+        shared = min(shared, len(lead)) if whole else shared
+        opened = answers[0][:shared] if answers else lead
+        candidates = tuple(tuple(answer[shared:]) for answer in answers)
+        room = max(map(len, candidates), default=max_new_tokens)
+        for kept in range(len(episode.demos), -1, -1):
+            shown = [*episode.demos[len(episode.demos) - kept :], query]
+            tokens = turns(asked(episode.frame.prefix, shown), f"query {episode.query_id}", prompt=True)
+            ids = [*self._start, *tokens.ids, *opened]
+            if self._context is None or len(ids) + room <= self._context:
+                break
+        else:
+            raise self._too_long(episode, len(ids) + room)
+        images = tuple(image for turn in shown for image in turn.images)
+        before = len(self._start) + tokens.stops[-1] if tokens.stops else 0
+        return self._encoded(episode, ids, images, candidates, kept, (before, len(images) - len(query.images)))
 
     def _end(self, frame: Frame) -> list[int]:
         return [self._encoder.eoc_token_id] if frame.end_of_chunk else []
@@ -202,6 +258,18 @@ class PromptBuilder:
             shared = min(shared, len(self.encode(turn.lead.rstrip())))
         end = (self._end(episode.frame) or self.encode(episode.frame.separator)) if end_candidates else ()
         return whole[0][:shared], tuple((*ids[shared:], *end) for ids in whole)
+
+
+def asked(system: str, turns: Sequence[Turn]) -> Conversation:
+    """Return turns, the last one without its answer, as a conversation; what its media hold are the turns' images."""
+    messages = [Message("system", (system,))] if system else []
+    for turn in turns:
+        parts: list[str | Medium] = []
+        for image, text in turn.segments:
+            parts += [] if image is None else [Medium("video" if len(image.frames) > 1 else "image", image)]
+            parts += [text] if text else []
+        messages += [Message("user", tuple(parts)), Message("assistant", (turn.text.strip(),))]
+    return Conversation(tuple(messages[:-1]))
 
 
 def _length(head: Sequence[int], demos: Sequence[Sequence[int]], query: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from flamingo.files import write_atomically
 from flamingo.terminal import printable
 
 
-def _split(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def split_settings(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return (folders, settings). Raises UserError for a setting that is not among `keys`.
 
     A folder may have `=` in its name, as those of a sweep's jobs: it exists, or has a separator before the `=`.
@@ -41,7 +41,7 @@ def report(arguments: Sequence[str]) -> int:
     from eval.reports.plots import curve_png, named_results, risk_png
     from eval.reports.report_page import report_html
 
-    folders, settings = _split(arguments, ["out"])
+    folders, settings = split_settings(arguments, ["out"])
     if not folders:
         raise UserError("report needs a folder that `python -m eval` wrote")
     runs = [read_run(folder) for folder in folders]
@@ -60,7 +60,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def compare_runs(arguments: Sequence[str]) -> int:
     """Run `compare FIRST SECOND [out=FILE.json]`: paired differences, second minus first."""
-    folders, settings = _split(arguments, ["out"])
+    folders, settings = split_settings(arguments, ["out"])
     if len(folders) != 2:
         raise UserError(f"compare needs two folders, got {len(folders)}")
     first, second = (read_run(folder) for folder in folders)
@@ -78,7 +78,7 @@ def compare_runs(arguments: Sequence[str]) -> int:
 
 def check(arguments: Sequence[str]) -> int:
     """Run `check FOLDER ...`: return 1 unless the results are complete and follow from the samples."""
-    folders, _ = _split(arguments, [])
+    folders, _ = split_settings(arguments, [])
     if not folders:
         raise UserError("check needs a folder that `python -m eval` wrote")
     bad = 0
@@ -96,7 +96,7 @@ def check(arguments: Sequence[str]) -> int:
 def export(arguments: Sequence[str]) -> int:
     """Run `export FOLDER format=vqa|vizwiz|captions to=FILE [task= shots= seed= strategy= ids=FILE pad=true]`."""
     keys = ["format", "to", "task", "shots", "seed", "strategy", "ids", "pad"]
-    folders, settings = _split(arguments, keys)
+    folders, settings = split_settings(arguments, keys)
     if len(folders) != 1 or not {"format", "to"} <= settings.keys():
         raise UserError(f"export needs a folder, format={'|'.join(KEYS)} and to=FILE")
     kind = settings["format"]
@@ -124,9 +124,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one of `COMMANDS`; a mistake ends as one sentence with exit status 2."""
+    """Run one of `COMMANDS`."""
+    return told(COMMANDS[arguments[0]], arguments[1:])
+
+
+def told(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; a mistake ends as one sentence with exit status 2."""
     try:
-        return COMMANDS[arguments[0]](arguments[1:])
+        return command(arguments)
     except (UserError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -115,12 +115,12 @@ def _sample(sample: Sample, images: Mapping[str, EncodedImage]) -> dict[str, Any
     }
 
 
-def data_uri(data: bytes) -> str:
-    """Return the image's own bytes, or a JPEG thumbnail of a large image, as a data URI."""
+def data_uri(data: bytes, most_side: int = MOST_SIDE) -> str:
+    """Return the image's own bytes, or a JPEG thumbnail of one beyond `most_side` pixels, as a data URI."""
     kind = sniff(data)
-    if kind not in SHOWN_BY_BROWSERS or max(read_image(data, lambda image: image.size)) > MOST_SIDE:
+    if kind not in SHOWN_BY_BROWSERS or max(read_image(data, lambda image: image.size)) > most_side:
         image = as_seen(data)
-        image.thumbnail((MOST_SIDE, MOST_SIDE))
+        image.thumbnail((most_side, most_side))
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=85)
         data, kind = buffer.getvalue(), "jpg"

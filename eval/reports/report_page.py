@@ -36,8 +36,8 @@ def report_html(runs: Sequence[SavedRun], curve: bytes, risk: bytes | None) -> s
     first = ["task", "setting", "shots"]
     return render(
         TEMPLATE,
-        curve=_png_uri(curve),
-        risk=None if risk is None else _png_uri(risk),
+        curve=png_uri(curve),
+        risk=None if risk is None else png_uri(risk),
         head=[*first, *(title for _, title in COLUMNS)],
         selective_head=[*first, *(title for _, title in SELECTIVE), "AURC", "E-AURC", "ECE", "Brier"],
         runs=[_run(run) for run in runs],
@@ -86,5 +86,6 @@ def _kinds(row: Mapping[str, Any]) -> tuple[str, list[list[object]]]:
     return title, [[kind or "(none)", "", percent(own["score"]), own["n"]] for kind, own in kinds]
 
 
-def _png_uri(png: bytes) -> str:
+def png_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

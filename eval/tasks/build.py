@@ -12,7 +12,7 @@ from eval.demonstrations.samplers import parse_sampler
 from eval.metrics.stems import Stems
 from eval.metrics.table import check_metric
 from eval.metrics.wordnet import wordnet_if_there
-from eval.spec import TaskSpec
+from eval.spec import VECTOR_KINDS, TaskSpec
 from eval.task import Example, Task
 from eval.tasks.binding import BindingTask
 from eval.tasks.examples import ExampleTask
@@ -37,6 +37,8 @@ def check_spec(name: str, spec: TaskSpec) -> None:
 
 def build_task(name: str, spec: TaskSpec) -> Task:
     """Read the task's data. Raises UserError in one sentence for what is wrong with it."""
+    if spec.kind in VECTOR_KINDS:
+        raise UserError(f"task {name} of kind {spec.kind} is for an encoder of images and texts: use python -m eval")
     check_spec(name, spec)
     examples = read_examples(name, spec, spec.source)
     if spec.kind == "examples":

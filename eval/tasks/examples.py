@@ -22,7 +22,8 @@ LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_f
 """Settings that a task's hash leaves out: the same data elsewhere is the same task."""
 _LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
-    "remove metrics support_size ranking rank_end open_metric stem ask own_names"
+    "remove metrics support_size ranking rank_end open_metric stem ask own_names chat templates class_names "
+    "captions_each"
 )
 LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
@@ -81,7 +82,7 @@ class ExampleTask(Task):
         self._spec = spec
         self.metrics = tuple(spec.metrics)
         self.num_beams, self.length_penalty = spec.num_beams, spec.length_penalty
-        self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk)
+        self._frame = Frame(spec.prefix, spec.before, spec.separator, spec.end_of_chunk, spec.chat)
         self.ranking, self.rank_end = spec.ranking, spec.rank_end
         self._closed = tuple(vocabulary or spec.candidates)
         self._stems = stems

@@ -32,7 +32,10 @@ def from_otter(state_dict: Mapping[str, Tensor], **options: Any) -> Converted:
 
     `language` is usually the LM's config, since the checkpoint holds its weights.
     """
-    return from_openflamingo(state_dict, **{"extra_tokens": (ANSWER,), **options})
+    model, processor = from_openflamingo(state_dict, **{"extra_tokens": (ANSWER,), **options})
+    if ANSWER in processor.new_tokens:
+        processor.chat_template = "otter"  # whatever its language model's is
+    return model, processor
 
 
 def backbones_of(

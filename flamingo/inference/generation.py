@@ -41,6 +41,7 @@ from flamingo.inference.prompts import (
     token_phi,
 )
 from flamingo.inference.protocol import MediaModel
+from flamingo.labels import SOFT_ID
 
 
 def default_generation_config(lm: PreTrainedModel, config: FlamingoConfig) -> GenerationConfig:
@@ -124,6 +125,20 @@ class FiniteLogits(LogitsProcessor):
                 "at the pixel values given, or compute in float32 or bfloat16 instead of float16"
             )
         return scores
+
+
+class WithoutSoftPrompts(LogitsProcessorList):
+    """Processors that see another token in the places of a soft prompt's vectors: some look up logits by the ids."""
+
+    def __init__(self, processors: LogitsProcessorList, stand_in: int) -> None:
+        super().__init__(processors)
+        self.stand_in = stand_in
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return (B, V) scores; `stand_in` is a token that is never generated."""
+        seen: Any = input_ids.masked_fill(input_ids >= SOFT_ID, self.stand_in)
+        out: Tensor = super().__call__(seen, scores, **kwargs)
+        return out
 
 
 @dataclass
@@ -253,6 +268,8 @@ def _checked_prompt(model: MediaModel, inputs: Tensor | None, kwargs: dict[str, 
     rows, assistant = len(prompt.ids), options("assistant_model")
     if options.assisted() and rows > 1:
         raise UserError("assisted decoding takes one row at a time; call generate for each")
+    if assistant is not None and bool((prompt.ids >= SOFT_ID).any()):
+        raise UserError("an assistant does not know this model's soft prompts; leave assistant_model out")
     if assistant is not None:
         translated = options("assistant_tokenizer") is not None
         longest = prompt.width + new

@@ -31,7 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import flamingo.mosaic_gpt.modeling  # noqa: F401  (makes its model type known to transformers)
 from flamingo.config import num_decoder_layers
 from flamingo.errors import UserError
-from flamingo.language.loss import chunk_of, nll_in_chunks
+from flamingo.labels import SOFT_ID
+from flamingo.language.loss import chunk_of, logits_in_chunks, long_chunk_of, nll_in_chunks
 from flamingo.layers.cross_attention import KeysValues
 from flamingo.layers.media_mask import Segments
 
@@ -60,8 +61,8 @@ class Call:
     """Latents of all images that the rows may see, those of earlier calls included."""
     segments: Segments
     cache: dict[str, KeysValues] | None
-    is_new: Bool[Tensor, "B T n"]
-    """Which token is which new token."""
+    is_new: Bool[Tensor, "B T k"]
+    """Which token is which new token, or which vector of the soft prompts."""
     keep: Int[Tensor, "N"] | None = None
     """Positions in the flattened (B*T) text whose logits are wanted; None: as the LM would give them."""
     targets: Int[Tensor, "N"] | None = None
@@ -186,22 +187,45 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def _arange(ids: range, device: torch.device) -> Tensor:
+    return torch.arange(ids.start, ids.stop, device=device)
+
+
+class SoftPrompts(nn.Module):
+    """The vectors of all soft prompts of a model, (m, D), one after the other; their ids count from `SOFT_ID`.
+
+    A vector stands in a row as a token does, by its id, so that whatever handles ids handles soft prompts: padding,
+    packing, beams, caches, ranking. It has no row on the output side and is never generated.
+    """
+
+    def __init__(self, number: int, width: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(number, width).normal_(std=0.02))
+
+    def forward(self, is_soft: Float[Tensor, "B T m"]) -> Float[Tensor, "B T D"]:
+        """Return each position's vector, zero where there is none."""
+        return is_soft @ self.rows.to(is_soft)
+
+
 class NewTokens(nn.Module):
     """The rows of the new tokens: n rows on the input side, n on the output side, one table for both if tied.
 
-    Both sides go through `forward`, so that FSDP2 may shard the module.
+    Both sides go through `forward`, so that FSDP2 may shard the module. `soft` are the model's soft prompts, if any.
     """
 
-    def __init__(self, ids: list[int], input_width: int, output_width: int, *, tied: bool) -> None:
+    def __init__(
+        self, ids: list[int], input_width: int, output_width: int, *, tied: bool, soft_prompts: int = 0
+    ) -> None:
         super().__init__()
         self.ids = tuple(ids)
         self.input_rows = nn.Parameter(torch.empty(len(ids), input_width).normal_(std=0.02))
         self.output_rows = None if tied else nn.Parameter(torch.empty(len(ids), output_width).normal_(std=0.02))
+        self.soft = SoftPrompts(soft_prompts, input_width) if soft_prompts else None
 
     def forward(
         self,
         x: Float[Tensor, "*batch D"],
-        is_new: Bool[Tensor, "*batch n"] | None = None,
+        is_new: Bool[Tensor, "*batch k"] | None = None,
         scale: Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "*batch E"]:
         """Input side (`is_new` given): embeddings (B, T, D) with the new tokens' rows put in. Output side: logits.
@@ -209,15 +233,25 @@ class NewTokens(nn.Module):
         `scale` is what the LM's own embedding multiplies its rows with (`embedding_scale`).
         """
         if is_new is not None:
-            rows = is_new.to(x.dtype) @ self.input_rows.to(x)
+            rows = is_new[..., : len(self.ids)].to(x.dtype) @ self.input_rows.to(x)
+            if self.soft is not None and is_new.shape[-1] > len(self.ids):
+                rows = rows + self.soft(is_new[..., len(self.ids) :].to(x.dtype))
             rows = rows if scale is None else rows * scale.to(x)
             return torch.where(is_new.any(-1, keepdim=True), rows, x)
         rows = self.input_rows if self.output_rows is None else self.output_rows
         return x @ rows.to(x).T
 
-    def match(self, input_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T n"]:
-        """Return which token is which of the new ones."""
-        return torch.stack([input_ids == token for token in self.ids], dim=-1)
+    def match(self, input_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T k"]:
+        """Return which token is which of the new ones, or behind them which vector of the soft prompts."""
+        is_new = torch.stack([input_ids == token for token in self.ids], dim=-1)
+        if self.soft is None:
+            return is_new
+        return torch.cat([is_new, input_ids[..., None] == _arange(self.soft_ids, input_ids.device)], -1)
+
+    @property
+    def soft_ids(self) -> range:
+        """The ids of the soft prompts' vectors."""
+        return range(SOFT_ID, SOFT_ID + (0 if self.soft is None else len(self.soft.rows)))
 
     @torch.no_grad()
     def init_from(self, lm: PreTrainedModel, *, seed: int) -> None:
@@ -233,12 +267,15 @@ class NewTokens(nn.Module):
                     rows.copy_(values.mean(0) + 0.1 * values.std() * noise.to(values.device))
 
 
-def new_tokens_for(lm: PreTrainedModel, ids: list[int]) -> NewTokens:
-    """Return a table for `ids` that fits the LM, tied where the LM is tied; ids with a gap are a UserError."""
+def new_tokens_for(lm: PreTrainedModel, ids: list[int], soft_prompts: int = 0) -> NewTokens:
+    """Return a table for `ids` that fits the LM, tied where the LM is tied; ids with a gap are a UserError.
+
+    `soft_prompts` is the number of vectors of all soft prompts.
+    """
     table, head = table_shape(embedding_table(lm)), table_shape(output_head(lm))
     tied = bool(getattr(lm.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     check_new_ids(ids, head[0], type(lm).__name__)
-    return NewTokens(ids, table[1], head[1], tied=tied and table[1] == head[1])
+    return NewTokens(ids, table[1], head[1], tied=tied and table[1] == head[1], soft_prompts=soft_prompts)
 
 
 def wire(
@@ -426,8 +463,13 @@ def _after_embedding(table: nn.Module, args: tuple[Any, ...], output: Tensor) ->
 def _before_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Let only those positions into the head whose logits are wanted."""
     call = _thread.call
-    if call is None or head is not call.wiring.head or call.keep is None:
+    if call is None or head is not call.wiring.head:
         return None
+    if call.keep is None:
+        if not _is_long(args[0], call.wiring):
+            return None
+        call.kept = args[0]
+        return (args[0][:, :0], *args[1:])
     kept = args[0].flatten(0, 1).index_select(0, call.keep.to(args[0].device))
     if call.targets is not None:
         call.kept, kept = kept, kept[:0]
@@ -441,8 +483,12 @@ def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         return None
     call.ran.add("head")
     new_tokens = call.wiring.new_tokens
-    if call.targets is None or call.kept is None:
+    if call.kept is None:
         return _with_new(new_tokens.ids, output, new_tokens(args[0]))
+    if call.targets is None:
+        kept, call.kept = call.kept, None
+        rows = long_chunk_of(output.shape[-1], kept.device)
+        return logits_in_chunks(partial(_logits, head, new_tokens.ids), kept, new_tokens(kept), chunk=rows)
     # All of this within the head's own call: FSDP2 has its weights gathered here, and here only.
     kept, call.kept = call.kept, None
     frozen = not any(parameter.requires_grad for parameter in head.parameters())
@@ -455,6 +501,15 @@ def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         frozen_head=frozen,
     )
     return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+
+
+def _is_long(hidden: Tensor, wiring: Wiring) -> bool:
+    """Return whether a second copy of these positions' logits, with the new tokens' behind them, is worth avoiding."""
+    if torch.is_grad_enabled() or hidden.ndim != 3:
+        return False
+    size = table_shape(wiring.head)[0]
+    chunk = long_chunk_of(size, hidden.device)
+    return any(i >= size for i in wiring.new_tokens.ids) and hidden.shape[:-1].numel() > chunk
 
 
 def _logits(head: nn.Module, ids: tuple[int, ...], hidden: Tensor, new_logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
 from flamingo.errors import UserError
+from flamingo.labels import SOFT_ID
 from flamingo.language.hooks import Wiring, embedding_scale, table_shape, unwrapped
 
 UNKNOWN = -1
@@ -70,14 +71,21 @@ def check_ids(input_ids: Int[Tensor, "B T"], wiring: Wiring, *, training: bool) 
     kind = input_ids.device.type
     if kind == "meta" or not input_ids.numel() or (kind != "cpu" and (training or input_ids.shape[1] == 1)):
         return
-    rows, new = table_shape(wiring.embedding)[0], wiring.new_tokens.ids
+    rows, own = table_shape(wiring.embedding)[0], wiring.new_tokens.ids
+    soft = wiring.new_tokens.soft_ids
+    new = (*own, *soft)
     low, high = (int(x) for x in input_ids.aminmax())
     if low >= 0 and (high < rows or not (bad := input_ids[_without_row(input_ids, rows, new)]).numel()):
         return
     bad = input_ids[_without_row(input_ids, rows, new)]
+    if int(bad[0]) >= SOFT_ID:
+        raise UserError(
+            f"input_ids begin with vector {int(bad[0]) - SOFT_ID} of the soft prompts, and this model has {len(soft)}: "
+            "the processor is of another model; load_soft_prompt(model, processor, file) makes one known to both"
+        )
     raise UserError(
         f"input_ids has the id {int(bad[0])}, but the language model's table has rows 0 to {rows - 1} and the new "
-        f"tokens are {', '.join(map(str, new)) or 'none'}; after adding tokens to the tokenizer call "
+        f"tokens are {', '.join(map(str, own)) or 'none'}; after adding tokens to the tokenizer call "
         "model.resize_token_embeddings(len(tokenizer))"
     )
 

@@ -11,6 +11,7 @@ Letters: B batch, T text tokens, N labelled positions, D width, V vocabulary of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from flamingo.errors import UserError
 from flamingo.labels import IGNORED
 
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
@@ -43,6 +45,26 @@ def changes_logits(text_config: Any) -> bool:
 def chunk_of(vocabulary: int, device: torch.device) -> int:
     """Return how many positions are in a chunk."""
     return max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * max(vocabulary, 1)))
+
+
+def long_chunk_of(vocabulary: int, device: torch.device) -> int:
+    """Return how many positions are in a chunk where all logits are wanted: larger products waste less."""
+    return 4 * chunk_of(vocabulary, device)
+
+
+def logits_in_chunks(
+    head: Head, hidden: Float[Tensor, "B T D"], new_logits: Float[Tensor, "B T n"], *, chunk: int
+) -> Float[Tensor, "B T V"]:
+    """Return the logits of all positions, without gradients: a chunk of them exists twice, never all."""
+    flat, new = hidden.flatten(0, 1), new_logits.flatten(0, 1)
+    out: Tensor | None = None
+    for start in range(0, len(flat), chunk):
+        part = slice(start, start + chunk)
+        logits = head(flat[part], new[part])
+        out = logits.new_empty(len(flat), logits.shape[-1]) if out is None else out
+        out[part] = logits
+    assert out is not None
+    return out.unflatten(0, hidden.shape[:-1])
 
 
 def nll_in_chunks(
@@ -110,3 +132,14 @@ class _OnePass(torch.autograd.Function):
 def mean_nll(nll: Float[Tensor, "N"], number: Tensor | int | None) -> Float[Tensor, ""]:
     """Return the sum of the token losses over `number`, by default over their number."""
     return nll.sum() / (max(len(nll), 1) if number is None else number)
+
+
+def reducer(reduction: str, number: Tensor | int | None) -> Callable[[Tensor], Tensor]:
+    """Return what makes a loss of the token losses (N,): `mean_nll`, or with "none" nothing.
+
+    Raises:
+        UserError: another word.
+    """
+    if reduction not in ("mean", "none"):
+        raise UserError(f"loss_reduction={reduction!r} must be 'mean' or 'none'")
+    return partial(mean_nll, number=number) if reduction == "mean" else lambda nll: nll

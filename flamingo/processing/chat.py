@@ -1,103 +1,55 @@
-"""Chat messages to a prompt, by the LM's own chat template or one of ours.
+"""Chat messages to a prompt, by the LM's own chat template or one of ours (`templates/`).
 
 Text LMs' templates know no images: where a template does not write `<image>` for an image's part, the parts of a
 message are joined to one text with the tags in it, and the template gets that. Nothing may get lost on the way: every
-image has its tag in the prompt, or the template is refused. What users wrote is marked (`rows.py`), so that it cannot
-forge a tag or a turn; a part with `"special_tokens": True` is trusted as a prompt is.
+image has its tag in the prompt, and what system and user say is in it, or the template is refused. What users wrote is
+marked (`rows.py`), so that it cannot forge a tag or a turn; a part with `"special_tokens": True` is trusted as a prompt
+is.
 """
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flamingo.errors import UserError
+from flamingo.processing.conversation import media_of, parts_of
 from flamingo.processing.rows import PLAIN_BEGIN, VIDEO_TAG, marked
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<|endofchunk|>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-OTTER_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set content = message['content'] %}"
-    "{% set parts = [{'type': 'text', 'text': content}] if content is string else content %}"
-    "{% set texts = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') | trim %}"
-    "{% if message['role'] == 'assistant' %} {{ texts }}<|endofchunk|>"
-    "{% elif message['role'] == 'user' %}"
-    "{% for part in parts if part['type'] != 'text' %}{{ '<' + part['type'] + '>' }}{% endfor %}"
-    "User: {{ texts }} GPT:<answer>"
-    "{% else %}{{ raise_exception('Otter knows the roles user and assistant only') }}{% endif %}{% endfor %}"
-)
-CHAT_TEMPLATES = {"plain": PLAIN_TEMPLATE, "otter": OTTER_TEMPLATE}
-"""For `processor.chat_template`, where the LM's tokenizer has none: "plain" names the roles; "otter" is Otter's."""
+CHAT_TEMPLATES = {
+    file.stem: file.read_text("utf-8").rstrip("\n")
+    for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
+"""By name, for `processor.chat_template`: "plain" names the roles; the others are those of released models."""
 
 NO_TEMPLATE = (
     "the messages have roles, but neither the processor nor the LM's tokenizer has a chat template; set "
-    "processor.chat_template, for example to flamingo.processing.chat.CHAT_TEMPLATES['plain'], or give a list of parts "
-    "without roles"
+    f"processor.chat_template to a template or one of {', '.join(CHAT_TEMPLATES)}, or give a list of parts without "
+    "roles"
 )
-_SOURCES = {"image": ("image", "path", "url", "base64"), "video": ("video", "path", "url", "base64")}
 _AS_CODE = re.compile(r"""['"]type['"]: ?['"](?:text|image|video)['"]""")
 
-Part = Mapping[str, Any]
 
-
-def is_message(node: Any) -> bool:
-    """Say whether a mapping is a message, which has a role."""
-    return isinstance(node, Mapping) and "role" in node
-
-
-def is_chat(item: Any) -> bool:
-    """Say whether something is a list of messages or of parts."""
-    return isinstance(item, list | tuple) and len(item) > 0 and isinstance(item[0], Mapping)
-
-
-def parts_of(nodes: Any, where: str) -> list[Part]:
-    """Return the parts of a list of parts or of contents, with OpenAI's `image_url` as an image.
+def template_of(given: Any) -> Any:
+    """Return the template of one of our names or in a file, anything else as it is.
 
     Raises:
-        UserError: a part of an unknown type.
+        UserError: a text that is neither a name nor a file nor a template.
     """
-    if isinstance(nodes, str):
-        return [{"type": "text", "text": nodes}]
-    parts: list[Part] = []
-    for node in nodes or []:
-        if not isinstance(node, Mapping):
-            raise UserError(f"{where} has a part that is a {type(node).__name__}; a part is a dict with a 'type'")
-        if "type" not in node and "content" in node:
-            parts += parts_of(node["content"], where)
-            continue
-        kind = node.get("type")
-        if kind == "image_url":
-            given = node.get("image_url")
-            node, kind = {"type": "image", "url": given.get("url") if isinstance(given, Mapping) else given}, "image"
-        if kind not in ("text", "image", "video"):
-            raise UserError(f"{where} has a part of type {kind!r}; known are text, image and video")
-        if kind == "text" and not isinstance(node.get("text"), str):
-            raise UserError(f"{where} has a text part without a 'text'")
-        parts.append(node)
-    return parts
-
-
-def source_of(part: Part) -> Any:
-    """Return what an image's or a video's part holds (a path, URL, PIL image, bytes, frames), None for nothing."""
-    for key in _SOURCES[part["type"]]:
-        if (value := part.get(key)) is not None:
-            return base64.b64decode(value.partition(",")[2] or value) if key == "base64" else value
-    return None
-
-
-def media_of(messages: Sequence[Mapping[str, Any]], where: str) -> tuple[list[tuple[str, Any]], int]:
-    """Return (kind, what it holds) of the images and clips that messages carry, and how many parts there are."""
-    parts = [part for message in messages for part in parts_of(message.get("content"), where)]
-    seen = [(part["type"], source_of(part)) for part in parts if part["type"] != "text"]
-    return [(kind, source) for kind, source in seen if source is not None], len(seen)
+    if not isinstance(given, str) or "{" in given:
+        return given
+    if given in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[given]
+    if not Path(given).is_file():
+        raise UserError(
+            f"chat_template={given!r} is neither a Jinja template, nor a file with one, nor one of "
+            f"{', '.join(CHAT_TEMPLATES)}"
+        )
+    return Path(given).read_text("utf-8")
 
 
 class ChatRenderer:
@@ -113,14 +65,17 @@ class ChatRenderer:
         """Return the prompt, and the characters that the template marks as the assistant's.
 
         Raises:
-            UserError: the template refuses the messages, or leaves an image out.
+            UserError: the template refuses the messages, or leaves an image or what system and user say out.
         """
         plain = [self._marked(message, where) for message in messages]
         wanted = media_of(messages, where)[1]
-        texts = [part["text"].strip() for message in plain for part in parts_of(message.get("content"), where)
-                 if part["type"] == "text"]  # fmt: skip
+        texts, given = (
+            [part["text"].strip() for message in plain if message.get("role") != "assistant" or not kept
+             for part in parts_of(message.get("content"), where) if part["type"] == "text"]
+            for kept in (False, True)
+        )  # fmt: skip
         best: tuple[str, list[tuple[int, int]]] | None = None
-        problem = "it leaves an image out"
+        problem, dropped = "it leaves an image out", ""
         for form in (_as_parts, self._as_text, self._as_text_part):
             try:
                 rendered: Any = render_jinja_template(  # typed as a text there
@@ -136,13 +91,16 @@ class ChatRenderer:
             tags = sum(prompt.count(tag) - prompt.count(f"{PLAIN_BEGIN}{tag}") for tag in (self.image_tag, VIDEO_TAG))
             if tags != wanted or (_AS_CODE.search(prompt) and not any(_AS_CODE.search(text) for text in texts)):
                 continue
+            if lost := next((text for text in given if text not in prompt), None):
+                dropped = f"it leaves out {lost[:40]!r}"
+                continue
             found = prompt, spans[0] if spans else []
             if all(text in prompt for text in texts):
                 return found
             best = best or found  # some templates leave out old thoughts
         if best is None:
             raise UserError(
-                f"{where}: the chat template cannot write these messages ({problem}); set another "
+                f"{where}: the chat template cannot write these messages ({dropped or problem}); set another "
                 "processor.chat_template or give a prompt as text"
             )
         return best

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flamingo.errors import UserError
-from flamingo.processing.chat import is_chat
+from flamingo.processing.conversation import is_chat
 from flamingo.processing.rows import VIDEO_TAG
 from flamingo.processing.video_processor import is_frame
 

@@ -49,11 +49,22 @@ class Tag:
 
 @dataclass(slots=True)
 class Row:
-    """What a row shows: the ids, which kind of tag each `<image>` was, and each token's characters if asked for."""
+    """What a row shows: the ids, which kind of tag each `<image>` was, and each token's characters if asked for.
+
+    The first `start` tokens are not the prompt's own and stay when it is truncated.
+    """
 
     ids: list[int]
     tags: list[str]
     spans: list[tuple[int, int]] = field(default_factory=list)
+    start: int = 0
+
+    def put(self, start: int, begin: Sequence[int], soft_prompt: Sequence[int]) -> None:
+        """Put a soft prompt behind `begin`, where the row begins with that; `start` of its tokens stay anyway."""
+        place = len(begin) if self.ids[: len(begin)] == list(begin) else 0
+        self.ids[place:place] = soft_prompt
+        self.spans[place:place] = [(0, 0)] * len(soft_prompt)
+        self.start = place + len(soft_prompt) if soft_prompt else start
 
 
 class PromptTokenizer:
@@ -83,8 +94,8 @@ class PromptTokenizer:
         out: list[Text | Tag] = []
         start = 0
         for place, part in enumerate(_PLAIN.split(prompt)):
-            if place % 2:  # between two marks
-                out.append(Text(part, False, start + len(PLAIN_BEGIN)))
+            if place % 2:  # between two marks, of which a pair around nothing only divides
+                out += [Text(part, False, start + len(PLAIN_BEGIN))] if part else []
                 start += len(PLAIN_BEGIN) + len(part) + len(PLAIN_END)
                 continue
             for piece in self.pattern.split(part):
@@ -98,7 +109,7 @@ class PromptTokenizer:
     def row(self, pieces: Sequence[Text | Tag], start: Sequence[int], *, spans: bool = False) -> Row:
         """Return the row's ids, behind `start` where it does not begin with that already."""
         row = Row([], [])
-        for piece in pieces if self.around is None else self._surrounded(pieces, self.around):
+        for piece in self.surrounded(pieces):
             if isinstance(piece, Tag):
                 row.ids.append(piece.id)
                 row.spans.append((piece.start, piece.start + len(piece.written)))
@@ -112,6 +123,10 @@ class PromptTokenizer:
             row.ids[:0] = start
             row.spans[:0] = [(0, 0)] * len(start)
         return row
+
+    def ids_of(self, piece: Text | Tag) -> list[int]:
+        """Return the ids of a text or a tag."""
+        return [piece.id] if isinstance(piece, Tag) else self._encoded(piece, False)[0]
 
     def _encoded(self, piece: Text, spans: bool) -> tuple[list[int], list[tuple[int, int]]]:
         if not piece.special:
@@ -130,8 +145,10 @@ class PromptTokenizer:
             return self.encode_text(text[:1]) + self.encode_text(text[1:])
         return ids
 
-    def _surrounded(self, pieces: Sequence[Text | Tag], around: int) -> list[Text | Tag]:
+    def surrounded(self, pieces: Sequence[Text | Tag]) -> list[Text | Tag]:
         """Return the pieces with the token `around` on both sides of each image, where it is not there already."""
+        if (around := self.around) is None:
+            return list(pieces)
         out: list[Text | Tag] = []
         for piece in pieces:
             last = out[-1].id if out and isinstance(out[-1], Tag) else None
@@ -145,7 +162,7 @@ class PromptTokenizer:
                 out.append(Tag(around, "", piece.start))
         return out
 
-    def truncated(self, row: Row, limit: int, start: int, where: str) -> tuple[Row, int]:
+    def truncated(self, row: Row, limit: int, where: str) -> tuple[Row, int]:
         """Return a row of at most `limit` tokens, and how many images it has lost from its left.
 
         Whole examples (up to a chunk's end) go from the left, with their images, as long as another is behind them.
@@ -154,8 +171,8 @@ class PromptTokenizer:
         Raises:
             UserError: that would cut an image's tag.
         """
-        ids, head = row.ids, row.ids[:start]
-        body = ids[start:]
+        ids, head = row.ids, row.ids[: row.start]
+        body = ids[row.start :]
         while len(head) + len(body) > limit and self.end_id in body[:-1]:
             body = body[body.index(self.end_id) + 1 :]
         lost = ids.count(self.image_id) - body.count(self.image_id)

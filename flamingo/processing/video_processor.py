@@ -84,11 +84,16 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
             )
         if self._sampling and self.fps is not None:
             raise UserError(f"{where} is a list of frames, whose rate is not known; give num_frames instead of fps")
+        self._refuse_one(len(frames), where)
         return [frames[i] for i in self._positions(len(frames), None)]
 
     @property
     def _sampling(self) -> bool:
         return self.do_sample_frames is not False
+
+    def _refuse_one(self, frames: int, where: str) -> None:
+        if self.max_frames == 1 < frames:
+            raise UserError(f"{where} is a clip of {frames} frames, and max_frames=1 would keep one; give an image")
 
     def _positions(self, total: int, rate: float | None) -> list[int]:
         """Return which of `total` frames are kept; `rate` is the file's, in frames a second."""
@@ -108,6 +113,7 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
         """Return the frames of a file that are kept, (F, h, w, 3)."""
 
         def sample(metadata: Any, **_: Any) -> NDArray[Any]:
+            self._refuse_one(metadata.total_num_frames, where)
             return np.array(self._positions(metadata.total_num_frames, metadata.fps))
 
         content = read_source(source, where) if isinstance(source, str) else source
@@ -120,6 +126,8 @@ class FlamingoVideoProcessor(PixelOptions, VideoProcessorMixin):
                 frames, _ = load_video(str(content), backend="pyav", sample_indices_fn=sample)  # type: ignore[arg-type]
         except ImportError as error:
             raise UserError(f"{where} is a video file, which needs PyAV: pip install av, or give its frames") from error
+        except UserError:
+            raise
         except Exception as error:  # PyAV's errors have no common class that is here without PyAV
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise UserError(f"{where} ({str(source)[:200]!r}) cannot be decoded as a video: {reason[0]}") from error

@@ -81,27 +81,52 @@ class LanguageSource:
 
 @dataclass(kw_only=True, slots=True)
 class FreezePolicy:
-    """`frozen` or `train` for each part, for the language model also `lora`; the defaults are the paper's.
+    """`frozen` or `train` for each part, for the LM and the gated blocks also `lora`; the defaults are the paper's.
 
+    Of the gated blocks objective align trains the first one's attention alone, and no new tokens.
     Objectives contrastive and language train their whole model; of this table they heed only `language: lora`.
     """
 
     vision: Freeze = "frozen"
     language: Literal["frozen", "train", "lora"] = "frozen"
     resampler: Freeze = "train"
-    cross_attention: Freeze = "train"
+    cross_attention: Literal["frozen", "train", "lora"] = "train"
     new_tokens: Freeze = "train"
 
 
 @dataclass(kw_only=True, slots=True)
 class LoraOptions:
-    """Low-rank adapters in the frozen LM (Hu et al. 2021), with `model.freeze.language=lora`."""
+    """Low-rank adapters (Hu et al. 2021) in the LM, with `model.freeze.language=lora`, and in the gated blocks, with
+    `model.freeze.cross_attention=lora`."""
 
     rank: AtLeast1 = 16
     alpha: AboveZero = 32.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[list[str], Field(min_length=1)] | None = None
-    """Last names of the linear layers that get one, such as `q_proj`; none: all in the decoder layers."""
+    """Last names of the LM's linear layers that get one, such as `q_proj`; none: all in the decoder layers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SoftPromptOptions:
+    """Trained vectors in front of every row (Lester et al. 2021, Med-PaLM), beside whatever else trains."""
+
+    tokens: Annotated[int, Field(ge=0, le=100)] = 0
+    """Number of vectors, which start as embeddings of random tokens; 0: none, or those of `text`."""
+    text: str | None = None
+    """Start from the embeddings of this text, one vector a token: the model first answers as if it were told that."""
+
+    @property
+    def given(self) -> bool:
+        """Whether a soft prompt is asked for."""
+        return bool(self.tokens or self.text)
+
+
+@dataclass(kw_only=True, slots=True)
+class PreferenceOptions:
+    """Objective `preference` (DPO, Rafailov et al. 2023)."""
+
+    beta: AboveZero = 0.1
+    """How strongly the model is held to the reference, which is the model without its adapters."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,9 +163,14 @@ class ModelConfig:
     connector_options: dict[str, Any] = field(default_factory=dict)
     """Options of any other connector."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    chat_template: str | None = None
+    """What writes conversations: a name of `flamingo.processing.chat.CHAT_TEMPLATES` or a Jinja file; none: that of the
+    model or its tokenizer. Saved with the model."""
     freeze: FreezePolicy = field(default_factory=FreezePolicy)
     lora: LoraOptions = field(default_factory=LoraOptions)
     align: AlignOptions = field(default_factory=AlignOptions)
+    soft_prompt: SoftPromptOptions = field(default_factory=SoftPromptOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -211,6 +241,8 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How the two moments of matrices are kept between updates: 4, 2 or 1 bytes a weight each."""
     weight_decay: float = 0.1
     """On matrices only: never on norms, biases, gates, latents and new-token rows."""
     clip_norm: AboveZero = 1.0
@@ -397,6 +429,7 @@ class TrainConfig:
         yield from self._freeze_conflicts()
         yield from self._length_conflicts()
         yield from self._lora_conflicts()
+        yield from self._preference_conflicts()
         yield from self._cache_conflicts()
         yield from self._sharding_conflicts(world_size)
         yield from self._evaluation_conflicts()
@@ -428,8 +461,10 @@ class TrainConfig:
                 yield f"model.vision.{key} is for objective flamingo, not {objective}: remove it"
         if objective in ("align", "contrastive") and self.run.activation_checkpointing:
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
+        if self.model.chat_template is not None and objective != "flamingo":
+            yield f"model.chat_template is for objective flamingo, not {objective}: remove it"
         if self.model.init is not None:
-            if objective not in OF_FLAMINGO:
+            if objective not in (*OF_FLAMINGO, "preference"):
                 yield f"model.init is for objective flamingo, not {objective}: use model.language.name=FOLDER"
             for key, source in (("vision", vision), ("language", language)):
                 if source.name or source.config:
@@ -461,13 +496,16 @@ class TrainConfig:
 
     def _freeze_conflicts(self) -> Iterator[str]:
         parts = asdict(self.model.freeze)
-        if self.objective == "flamingo" and set(parts.values()) == {"frozen"}:
+        soft = self.model.soft_prompt.given
+        if self.objective == "flamingo" and set(parts.values()) == {"frozen"} and not soft:
             yield f"model.freeze leaves nothing to train: set one of {', '.join(parts)} to train"
         if self.objective == "align":
             for part in (part for part in ("resampler", "cross_attention") if parts[part] != "train"):
-                yield f"model.freeze.{part}=frozen leaves objective align nothing to learn with: set it to train"
+                yield f"model.freeze.{part}={parts[part]} leaves objective align nothing to learn with: set it to train"
             for part in (part for part in ("vision", "language") if parts[part] != "frozen"):
                 yield f"model.freeze.{part}={parts[part]} is not for objective align: set it to frozen"
+        if soft and self.objective != "flamingo":
+            yield f"model.soft_prompt is for objective flamingo, not {self.objective}: remove it"
 
     def _length_conflicts(self) -> Iterator[str]:
         """Yield the datasets whose rows may be longer than the LM's positions, where its config is at hand."""
@@ -492,11 +530,23 @@ class TrainConfig:
         if self.objective == "language" and not self.model.language.name:
             yield "model.freeze.language=lora adapts an existing language model: set model.language.name"
 
+    def _preference_conflicts(self) -> Iterator[str]:
+        if self.objective != "preference":
+            return
+        if self.model.init is None:
+            yield "model.init is missing: objective preference tunes a model that answers already"
+        parts = asdict(self.model.freeze)
+        if set(parts.values()) != {"frozen", "lora"}:
+            yield (
+                "objective preference compares a model with itself without adapters, so only these train: set "
+                "model.freeze.language=lora, the other parts to frozen (cross_attention may be lora)"
+            )
+
     def _cache_conflicts(self) -> Iterator[str]:
         where = f"model.vision.cache={self.model.vision.cache}"
         if self.model.vision.cache is None:
             return
-        if self.objective not in OF_FLAMINGO:
+        if self.objective not in (*OF_FLAMINGO, "preference"):
             yield f"{where} is for objective flamingo, not {self.objective}: set it to null"
         if self.model.freeze.vision != "frozen":
             yield f"{where} keeps what a frozen encoder gives: set model.freeze.vision=frozen, or the cache to null"
@@ -613,8 +663,10 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.precision=bf16, but this GPU does not compute in bf16: set run.precision=fp32"
     if run.compile and not uses_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         yield "run.compile=true needs a C++ compiler on a CPU: install g++, or set run.compile=false"
-    if config.model.freeze.language == "lora" and importlib.util.find_spec("peft") is None:
+    if "lora" in asdict(config.model.freeze).values() and importlib.util.find_spec("peft") is None:
         yield "model.freeze.language=lora needs peft: pip install 'flamingo-vlm[run]'"
+    if config.optim.state == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        yield "optim.state=8bit needs bitsandbytes: pip install 'flamingo-vlm[quantization]', or optim.state=bf16"
     if run.wandb and importlib.util.find_spec("wandb") is None:
         yield f"run.wandb={run.wandb} needs wandb: pip install 'flamingo-vlm[wandb]', or run.wandb=null"
     if run.tensorboard and importlib.util.find_spec("tensorboard") is None:

@@ -8,6 +8,7 @@ OBJECTIVES = {
     "contrastive": "flamingo.training.objectives.contrastive",
     "language": "flamingo.training.objectives.language",
     "flamingo": "flamingo.training.objectives.flamingo",
+    "preference": "flamingo.training.objectives.preference",
 }
 OF_FLAMINGO = ("flamingo", "align")
 """Those that train a Flamingo, and start from one."""

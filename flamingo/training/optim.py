@@ -19,6 +19,7 @@ from torch import nn
 from flamingo.errors import UserError
 from flamingo.training.config import OptimConfig
 from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.optim_state import SmallStateAdamW, moments
 
 PartOf = Callable[[str], str]
 """Parameter name -> part of the model (`vision`, `language`, `resampler`, `cross_attention`, `new_tokens`)."""
@@ -65,23 +66,28 @@ def parameter_groups(
     ]
 
 
-def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+def adamw(
+    groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, state: str = "fp32"
+) -> torch.optim.Optimizer:
     """Return AdamW of these groups as one kernel: the plain one's values to rounding, several times faster.
+
+    `state` says how its moments are kept: see `optim_state`.
 
     Every parameter has its state from the start. AdamW makes it with the first gradient, so a weight that never gets
     one (the last norm of an encoder whose tokens are taken before it) would be missing in checkpoints, which torch then
     cannot read.
     """
+    if state != "fp32":
+        return SmallStateAdamW(groups, betas=betas, eps=eps, state=state)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
-            optimizer.state[parameter] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+            optimizer.state[parameter] = {"step": step, **moments(parameter, state)}
     return optimizer
 
 
-def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> torch.optim.Optimizer:
     """Return the optimizer of everything in `model` that trains, as a run's config describes it."""
     groups = parameter_groups(
         model.named_parameters(),
@@ -91,7 +97,7 @@ def build_optimizer(model: nn.Module, options: OptimConfig, part_of: PartOf) -> 
         part_of=part_of,
         decay_factors=asdict(options.weight_decay_factors),
     )
-    return adamw(groups, betas=(options.beta1, options.beta2), eps=options.eps)
+    return adamw(groups, betas=(options.beta1, options.beta2), eps=options.eps, state=options.state)
 
 
 def lr_scale(step: int, *, steps: int, warmup_steps: int, schedule: str, final_ratio: float) -> float:

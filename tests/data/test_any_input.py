@@ -75,6 +75,14 @@ def turn(who: str, value: str) -> dict[str, str]:
 
 ROWS: dict[str, dict[str, Any]] = {
     "llava": {"id": "1", "image": "a.jpg", "conversations": [turn("human", "<image>\nwhat?"), turn("gpt", "that")]},
+    "messages": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "index": 0}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "<image>that"},
+        ],
+        "images": ["a.jpg", {"bytes": BASE64}],
+        "system": "x",
+    },
     "m3it": {"instruction": "look", "inputs": "what?", "image_base64_str": [BASE64], "outputs": "that"},
     "mmc4": mmc4_document(["one", "two"], ("a.jpg", 1, 0.5)),
 }

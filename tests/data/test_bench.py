@@ -40,11 +40,11 @@ def test_ratios_are_taken_within_a_round() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
-    sizes = ["--documents", 24, "--pairs", 200, "--rounds", 1, "--count", 2, "--warm", 1]
+    sizes = ["--documents", 24, "--pairs", 200, "--rounds", 1, "--count", 2, "--warm", 1, "--layers", 1]
     status, shown, said = command("bench", "--out", tmp_path, *sizes)
     assert status in (0, 1), said  # so small it may well be slow
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert len(rows) == 6 + 3 + 3 + 1 + 3
+    assert len(rows) == 6 + 3 + 3 + 1 + 3 + 3
     for label, *_ in rows:
         assert label in shown
     values = {label: (peer, ours) for label, peer, ours, *_ in rows}
@@ -53,6 +53,10 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     for what in ("open_flamingo's MMC4 shards", "pairs", "the same documents, raw members"):
         assert 1.0 <= float(values[f"{what}: bytes read/used"][1]) <= 1.05
     assert float(values["the same, packed in rows of 256"][1]) >= LEAST_FILL
+    feeding = "packed pairs, 224 px, 2 workers"
+    assert 0 <= float(values[f"{feeding}: share of a step spent waiting"][1]) <= 1
+    assert 0 < float(values[f"{feeding}: loader's share of processor time"][1]) < 1
+    assert float(values[f"{feeding}: images/s trained on"][1]) > 0
     rounds = json.loads((tmp_path / "rounds.json").read_text())
     assert set(rounds) == {"peer mmc4", "ours mmc4", "peer pairs", "ours pairs", "ours raw"}
 

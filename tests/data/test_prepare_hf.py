@@ -92,9 +92,14 @@ def test_questions_classes_lists_and_templates(tmp_path: Path) -> None:
     folder = write(vqa, tmp_path / "vqa", "disk")
     done = prepare(tmp_path / "a", "hf", folder, "--question-column", "question", "--text-column", "answer")
     (document,) = done.documents
-    assert flat(document) == [jpeg(0), "User: is it?\nAssistant:", " yes"]
+    assert flat(document) == [jpeg(0), "is it?", "yes"]
+    assert [node.role for node in document.nodes] == ["user", "user", "assistant"]
     assert [getattr(node, "loss", None) for node in document.nodes] == [None, False, True]
     assert done.dropped == {"no question": 1}
+    columns = ("--question-column", "question", "--text-column", "answer", "--assistant", " A:")
+    (document,) = prepare(tmp_path / "text", "hf", folder, *columns).documents
+    assert flat(document) == [jpeg(0), "User: is it? A:", " yes"]
+    assert [getattr(node, "loss", None) for node in document.nodes] == [None, False, True]
 
     labels = datasets.ClassLabel(names=["cat", "dog"])
     classes = made([{"image": stored(n), "label": label} for n, label in enumerate((1, 0, -1))], label=labels)

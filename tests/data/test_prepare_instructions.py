@@ -12,10 +12,17 @@ import pyarrow.parquet
 import pytest
 
 from data.prepare import inputs
-from data.prepare.sources import llava, mimicit
+from data.prepare.sources import messages, mimicit
 from data.shards.document import Document, Text
 from flamingo.errors import UserError
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
+
+AS_TEXT = ("--user", "User: ", "--assistant", "\nAssistant:")
+
+
+def spoken(document: Document) -> list[tuple[str | None, str | bytes | tuple[bytes, ...]]]:
+    """The nodes with their roles."""
+    return [(node.role, value) for node, value in zip(document.nodes, flat(document), strict=True)]
 
 
 def in_loss(document: Document) -> str:
@@ -40,7 +47,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(llava, "IN_A_UNIT", chunk)
+    monkeypatch.setattr(messages, "IN_A_UNIT", chunk)
     items: list[Any] = [
         {"id": "1", "image": "coco/0.jpg", "conversations": turns("What?\n<image>", "A cät.", "And?", "A dog.")},
         {"id": "2", "conversations": turns("Hi", "Ho")},
@@ -58,7 +65,7 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
     ]
     path = tmp_path / "llava.json"
     path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
-    done = prepare(tmp_path / "out", "llava", path, "--images", images)
+    done = prepare(tmp_path / "out", "llava", path, "--images", images, *AS_TEXT)
     assert [flat(document) for document in done.documents] == [
         [jpeg(0), "User: What?\nAssistant:", " A cät.", "\nUser: And?\nAssistant:", " A dog."],
         ["User: Hi\nAssistant:", " Ho"],
@@ -71,14 +78,23 @@ def test_llava(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, ch
         "image is missing": 1,
         "image's name leads out of its folder": 1,
         "the numbers of <image> tags and images differ": 1,
-        "'image' is neither a path nor a list of paths": 1,
-        "'conversations' is not a list of turns": 1,
-        "a turn is neither from 'human' nor from 'gpt'": 1,
-        "a turn is not an object with 'from' and 'value'": 1,
+        "image of a type that is not read": 1,
+        "no messages": 1,
+        "a turn is neither the user's, the assistant's nor the system's": 1,
+        "a turn's content is neither text nor a list of parts": 1,
         "no answer": 1,
-        "item is not a JSON object": 1,
+        "line is not a JSON object": 1,
     }
     assert "(first: llava.json item 4)" in done.report
+    roles = prepare(tmp_path / "roles", "llava", path, "--images", images)
+    assert roles.dropped == done.dropped
+    assert [spoken(document) for document in roles.documents] == [
+        [("user", jpeg(0)), ("user", "What?"), ("assistant", "A cät."), ("user", "And?"), ("assistant", "A dog.")],
+        [("user", "Hi"), ("assistant", "Ho")],
+        [("user", jpeg(1)), ("user", " or "), ("user", jpeg(2)), ("user", "?"), ("assistant", "Both.")],
+        [("user", jpeg(1)), ("user", "Look."), ("assistant", "Yes.")],
+    ]
+    assert [in_loss(document) for document in roles.documents] == ["A cät.A dog.", "Ho", "Both.", "Yes."]
 
 
 def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
@@ -87,7 +103,7 @@ def test_llava_as_lines_and_mistakes(tmp_path: Path, images: Path) -> None:
     options = ("--images", images, "--user", "Q: ", "--assistant", " A:", "--drop-text-only")
     done = prepare(tmp_path / "out", "llava", path, *options)
     assert [flat(document) for document in done.documents] == [[jpeg(0), "Q: What? A:", " A cat."]]
-    assert done.dropped == {"no image": 1, "item is not a JSON object": 1}
+    assert done.dropped == {"no image": 1, "line is not a JSON object": 1}
     pointer = tmp_path / "p.json"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "p.json is a Git-LFS pointer" in refusal(tmp_path / "o", "llava", pointer, "--images", images)
@@ -146,13 +162,19 @@ def write_mimicit(folder: Path, *, parquet: bool = False, train: bool = True) ->
 @pytest.mark.parametrize("parquet", [False, True])
 def test_mimicit_by_its_train_file(tmp_path: Path, parquet: bool) -> None:
     instructions, images = write_mimicit(tmp_path / "in", parquet=parquet)
-    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", images)
+    done = prepare(tmp_path / "out", "mimicit", instructions, "--images", images, *AS_TEXT)
     assert [flat(document) for document in done.documents] == [
         [jpeg(1), "User: And this?\nAssistant:", " A dog.", jpeg(0), "User: What is it?\nAssistant:", " A cat."],
         [(jpeg(0), jpeg(1), jpeg(2)), "User: What happens?\nAssistant:", " It runs."],
     ]
     assert done.documents[0].meta == {"id": "LA_1", "examples": ["LA_2"]}
     assert done.dropped == {"instruction is missing": 1}
+    roles = prepare(tmp_path / "roles", "mimicit", instructions, "--images", images)
+    assert spoken(roles.documents[0]) == [
+        *(("user", jpeg(1)), ("user", "And this?"), ("assistant", "A dog.")),
+        *(("user", jpeg(0)), ("user", "What is it?"), ("assistant", "A cat.")),
+    ]
+    assert spoken(roles.documents[1])[0] == ("user", (jpeg(0), jpeg(1), jpeg(2)))
 
 
 def test_mimicit_by_its_own_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +222,7 @@ def test_m3it(tmp_path: Path, form: str) -> None:
     else:
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    done = prepare(tmp_path / "out", "m3it", path)
+    done = prepare(tmp_path / "out", "m3it", path, *AS_TEXT)
     assert [flat(document) for document in done.documents] == [
         [jpeg(0), "User: Describe.\nAssistant:", " A cat."],
         [jpeg(1), jpeg(2), "User: Compare.\nWhich?\nAssistant:", " 1"],
@@ -208,7 +230,11 @@ def test_m3it(tmp_path: Path, form: str) -> None:
     ]
     assert done.dropped == {"no answer": 1, "image's base64 cannot be read": 1}
     clips = prepare(tmp_path / "clips", "m3it", path, "--clips")
-    assert flat(clips.documents[1])[0] == (jpeg(1), jpeg(2))
+    assert spoken(clips.documents[1]) == [
+        ("user", (jpeg(1), jpeg(2))),
+        ("user", "Compare.\nWhich?"),
+        ("assistant", "1"),
+    ]
 
 
 def test_m3it_under_other_names(tmp_path: Path) -> None:
@@ -216,7 +242,7 @@ def test_m3it_under_other_names(tmp_path: Path) -> None:
     wrong = {"instruction": ["Q"], "img_str": b64(jpeg(0)), "answer": "A"}
     path = jsonl(tmp_path / "a.jsonl", row, wrong, row | {"img_str": 7}, b"x")
     fields = ("--field", "image_base64_str=img_str", "outputs=answer")
-    done = prepare(tmp_path / "out", "m3it", path, *fields)
+    done = prepare(tmp_path / "out", "m3it", path, *fields, *AS_TEXT)
     assert [flat(document) for document in done.documents] == [[jpeg(0), "User: Q\nAssistant:", " A"]]
     assert done.dropped == {
         "'instruction' is not text": 1,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from data.__main__ import main
+from data.__main__ import main, parser
 from data.prepare import DRAWN, SOURCES
 from data.prepare.engine import load_source
+from eval.compose import load_config
 from tests.data.sources import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,3 +64,19 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     told = refusal(tmp_path / "out", source, tmp_path / file)
     assert f"needs the package {package.split('.')[0]}; install it with: pip install 'flamingo-vlm[prepare]'" in told
+
+
+def test_the_page_on_fine_tuning_begins_with_commands_that_exist() -> None:
+    page = (ROOT / "docs" / "finetune.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^    python -m (.*)$", page.split("\n## ")[0], re.M)]
+    assert len(commands) >= 5
+    for area, *words in commands:
+        if area == "data":
+            assert parser(words[1]).parse_args(words).source == words[1]
+        else:
+            assert words[0] == "shards"
+            end = words.index("--out")
+            assert load_config([*words[1:end], "model=none"]).task
+    named = set(re.findall(r"`(?:python -m data prepare )?([a-z0-9]+)`", page.split("\nFor example")[0]))
+    assert named - {"jsonl"} <= set(SOURCES)
+    assert main(["prepare", "task", "slake", "--out", "x"]) == 2

@@ -61,7 +61,7 @@ def test_a_table_that_a_task_leaves_out_is_made_by_its_first_key() -> None:
         (["model=m", "task.toy_vqa.suport.path=1"], "task.toy_vqa.suport"),
         (["model=m", "task.toy_vqa.support.pathh=1"], "pathh"),
         (["model=m", "task.toy_vqa.queries.x=1"], "task.toy_vqa.queries"),
-        (["model=m", "task=nope"], "task=nope is not one of coco, csv, digits_binding, digits_naming"),
+        (["model=m", "task=nope"], "task=nope is not one of coco, coco_retrieval, conversations, csv, digits_binding"),
         (["model=m", "task=[toy_vqa,nope]"], "task=nope is not one of coco"),
         (["model=m", "tassk=1"], "tassk"),
         (["model=m", "+shot=1"], "shot"),

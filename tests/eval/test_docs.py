@@ -19,6 +19,7 @@ from eval.demonstrations.samplers import SAMPLERS
 from eval.prompting.strategies import STRATEGIES
 from eval.protocols import names, settings_of
 from eval.reports.commands import COMMANDS
+from eval.spec import VECTOR_KINDS
 from flamingo.configs import compose
 from flamingo.configs.compose import CONFIGS
 from flamingo.errors import UserError
@@ -50,7 +51,8 @@ def table() -> list[str]:
             files = " ".join(f"`{file}`" for file in task["published"])
             score = ", ".join([task["metric"], *task.get("metrics", [])])
             output = {"rank": "ranked"}.get(task.get("output", ""), "generated")
-            protocols = protocols_of(path.stem, task["form"])
+            vectors = task.get("kind") in VECTOR_KINDS
+            protocols = "no prompt" if vectors else protocols_of(path.stem, task.get("form", ""))
             lines.append(f"| `{path.stem}` | {asked} | {files} | {score} | {output} | {protocols} |")
     return lines
 

@@ -112,7 +112,7 @@ def test_the_command_line_has_the_last_word_and_other_tasks_keep_their_own_form(
 
 def test_what_a_protocol_cannot_do_is_one_sentence() -> None:
     for arguments, message in (
-        (["task=vqav2", "protocol=mine"], "protocol=mine; use one of flamingo, idefics, modern, openflamingo"),
+        (["task=vqav2", "protocol=mine"], "protocol=mine; use one of chat, flamingo, idefics, modern, openflamingo"),
         (["task=toy_vqa", "protocol=flamingo"], "task toy_vqa has no form"),
         (["task=medqa", "protocol=openflamingo"], r"no prompt for task medqa \(form choice\)"),
     ):

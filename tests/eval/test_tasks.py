@@ -77,8 +77,12 @@ EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
 
 
 def test_every_published_task_has_files_here() -> None:
-    published = {name for name in OWN if load_config(["model=m", f"task={name}"]).task[name].published}
-    assert published == WRITERS.keys() == EXPECTED.keys()
+    specs = {name: load_config(["model=m", f"task={name}"]).task[name] for name in OWN}
+    # The long-form ones are in XML and Excel: tests/eval/test_long_form.py has their files.
+    published = {name for name, spec in specs.items() if spec.published and spec.form != "long_form"}
+    apart = {"imagenet_zero_shot", "coco_retrieval", "flickr30k_retrieval"}  # no prompt; VL-ICL: test_vl_icl.py
+    apart |= {name for name in published if name.startswith("vl_icl_")}
+    assert published - apart == WRITERS.keys() == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

@@ -30,7 +30,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
     for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
         Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.jpg")
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         cwd=tmp_path,
@@ -44,11 +44,13 @@ def test_the_page_runs(tmp_path: Path) -> None:
         "answer: ['",
         "pipeline: str",
         "images of the conversation: [2]",
+        "messages: 4",
         "without a gradient: 0 of ",
         "soft prompt: (4, 32)",
         "4 bits: True",
         "adapters: True",
         "steps: 2",
+        "preferred: 2",
         "processes: 2 equal weights: True",
     ):
         assert expected in done.stdout, (expected, done.stdout, done.stderr[-1500:])

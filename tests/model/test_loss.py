@@ -99,6 +99,35 @@ def test_a_training_step_in_chunks_has_the_gradients_of_whole_logits(
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_all_logits_of_a_long_text_exist_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new tokens' logits go behind the LM's, which doubled them for a moment."""
+    model, processor = tiny.flamingo(family, tied=False)
+    inputs = dict(tiny.batch(processor, padding_side="right"))
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": 4 * tiny.TOKENS})  # a position, so four here
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+    assert found.shape[:-1].numel() > 8
+    calls: list[int] = []
+    head: Any = model.language_model.get_output_embeddings()
+    forward = head.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape[:-1].numel())
+        out: Tensor = forward(x)
+        return out
+
+    monkeypatch.setattr(head, "forward", counted)
+    with torch.no_grad():
+        model(**inputs)
+    assert max(calls) == 4
+    calls.clear()
+    model(**inputs)  # with gradients, which chunks would keep anyway
+    assert calls == [found.shape[:-1].numel()]
+
+
 def capped(cap: float | None) -> tuple[FlamingoForConditionalGeneration, Any]:
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 259}
     torch.manual_seed(0)

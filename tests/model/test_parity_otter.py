@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flamingo.convert import from_otter
+from flamingo.processing.chat import CHAT_TEMPLATES
 from tests.model import otter, peers, tiny
 from tests.model.test_parity_openflamingo import IMAGES, ROWS, padded, show
 
@@ -26,6 +27,7 @@ def test_whole_model(family: str, every: int, frames: int | None, dtype: torch.d
         image_size=tiny.SIZE,
     )
     assert processor.tokenizer.get_vocab() == otter.tokenizer().get_vocab()
+    assert processor.chat_template == CHAT_TEMPLATES["otter"]
     if dtype == torch.float64:
         peers.exact_norms(ours)
         peers.exact_norms(theirs)

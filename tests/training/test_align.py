@@ -90,13 +90,11 @@ def test_images_come_to_look_like_their_names(world: Path, trained: TrainConfig)
     assert sum(line["loss"] for line in log[-5:]) < 0.5 * sum(line["loss"] for line in log[:5])
     rng, names = np.random.default_rng(99), list(COLOURS)
     collate = collate_of(trained)
-    images = [
-        collate.transform(PIL.Image.open(io.BytesIO(png(COLOURS[name], rng, 16)))) for name in names for _ in range(4)
-    ]
-    batch = collate.batch(
-        DatasetSpec(name="x", batch_size=1, shards=["x"]),
-        list(zip(images, [f"a {name} square" for name in names for _ in range(4)], strict=True)),
-    )
+    asked = [name for name in names for _ in range(4)]
+    pixels = (np.asarray(PIL.Image.open(io.BytesIO(png(COLOURS[name], rng, 16)))) for name in asked)
+    images = [collate.transform(torch.from_numpy(each.copy()).permute(2, 0, 1)) for each in pixels]
+    samples = list(zip(images, (f"a {name} square" for name in asked), strict=True))
+    batch = collate.batch(DatasetSpec(name="x", batch_size=1, shards=["x"]), samples)
     flamingo = FlamingoForConditionalGeneration.from_pretrained(str(run / "model"))
     with torch.no_grad():
         seen, said = Aligned(flamingo, trained.model.align)(batch["image"], batch["text"], batch["share"])

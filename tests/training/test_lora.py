@@ -47,10 +47,50 @@ def test_adapters_start_as_nothing_and_merge_into_an_ordinary_model(family: str,
     adapted = model(**inputs).logits
     assert not torch.allclose(adapted, before, atol=1e-2)
     plain = subject(partial(tiny_lm, family))
-    weights = lora.merge(model.state_dict(), adapters)
+    weights = lora.merge(model.state_dict(), {"language_model.": adapters})
     assert weights.keys() == plain.state_dict().keys()
     plain.load_state_dict(weights)
     torch.testing.assert_close(plain(**inputs).logits, adapted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_in_lm_and_gated_blocks_merge_together(family: str) -> None:
+    """GPT-2's layers are transposed, and those of the blocks beside them are not."""
+    model, plain = (subject(partial(tiny_lm, family)) for _ in range(2))
+    model.requires_grad_(False)
+    inputs: Any = document(model)
+    before = model(**inputs).logits
+    adapters = {
+        "language_model.": lora.add_adapters(model.language_model, rank=2, alpha=6.0),
+        "cross_attn_blocks.": lora.add_block_adapters(model.cross_attn_blocks, rank=3, alpha=2.0),
+    }
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[0] + "." for name in trained} == set(adapters)
+    torch.testing.assert_close(model(**inputs).logits, before)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).normal_(std=0.1, generator=generator)
+    plain.load_state_dict(lora.merge(model.state_dict(), adapters))
+    torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits, atol=2e-5, rtol=1e-4)
+    with lora.without_adapters(model):
+        torch.testing.assert_close(model(**inputs).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
+def test_a_run_may_adapt_the_blocks_alone_or_beside_the_lm(world: Path, tmp_path: Path) -> None:
+    for language in ("frozen", "lora"):
+        for name, ends in (("whole", (3,)), ("parts", (1, 3))):
+            for steps in ends:
+                settings = config(world, tmp_path / f"{name}-{language}", "flamingo", steps=steps)
+                settings.model.freeze.language = language
+                settings.model.freeze.cross_attention = "lora"
+                train(settings)
+        assert losses(tmp_path / f"parts-{language}") == losses(tmp_path / f"whole-{language}")
+        folder = tmp_path / f"whole-{language}" / "model"
+        model = FlamingoForConditionalGeneration.from_pretrained(folder)
+        assert not any("lora" in name for name, _ in model.named_parameters())
+        assert (folder / lora.ADAPTER).exists() == (language == "lora")
 
 
 def test_targets_are_chosen_by_name_and_a_wrong_one_is_named() -> None:

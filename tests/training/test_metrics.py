@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from flamingo.training.metrics import sinks
 from flamingo.training.metrics.loss_plot import draw_losses, read_metrics, smooth
-from flamingo.training.metrics.sinks import JsonLines
+from flamingo.training.metrics.sinks import JsonLines, ProgressLine
 
 
 def test_resume_drops_what_lies_beyond_and_the_torn_line(tmp_path: Path) -> None:
@@ -42,3 +44,23 @@ def test_curve_is_drawn(tmp_path: Path) -> None:
 def test_smooth_is_a_mean() -> None:
     assert np.allclose(smooth(np.ones(50)), 1.0)
     assert smooth(np.arange(41.0))[20] == 20.0
+
+
+def test_the_time_that_is_left_is_not_taken_from_the_first_update(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first update takes five minutes here, all others ten seconds; the run resumed at 100."""
+    now = 0.0
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now)
+    line = ProgressLine("flamingo", total=200, start=100)
+    shown = []
+    for step, seconds in ((101, 300.0), (102, 310.0), (110, 390.0), (200, 1290.0)):
+        now = seconds
+        line.update(step, "loss 1.0")
+        shown.append(capsys.readouterr().err.strip())
+    assert shown == [
+        "flamingo  101/200  loss 1.0",
+        "flamingo  102/200  loss 1.0  16:20 left",
+        "flamingo  110/200  loss 1.0  15:00 left",
+        "flamingo  200/200  loss 1.0  0:00 left",
+    ]

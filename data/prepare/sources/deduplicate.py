@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from data.prepare.web.duplicates import (
     site_of,
     tabulate,
 )
-from data.shards.document import Document, Image, Node, Text
+from data.shards.document import Document, Image, Node, Text, is_conversation
 from data.shards.index import build_index, index_path, load_index
 from data.shards.places import is_store
 from data.shards.reader import ShardReader
@@ -136,7 +137,9 @@ def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentEr
                 continue
             position = {number: index for index, number in enumerate(sample.numbers)}
             nodes = [
-                Image(tuple(position[frame] for frame in node.frames), node.fps) if isinstance(node, Image) else node
+                replace(node, frames=tuple(position[frame] for frame in node.frames))
+                if isinstance(node, Image)
+                else node
                 for node in sample.nodes
             ]
             yield row, where, Document("", nodes, images, sample.meta)
@@ -189,7 +192,12 @@ def _is_the_one(document: Document, position: int, table: RepeatTable, args: arg
 
 
 def without(document: Document, table: RepeatTable, where: str, tally: Tally) -> Document:
-    """Return a document without repeated images and paragraphs; texts around a removed image stay two paragraphs."""
+    """Return a document without repeated images and paragraphs; texts around a removed image stay two paragraphs.
+
+    A conversation stays whole: its answers are about what was said and shown before.
+    """
+    if is_conversation(document.nodes):
+        return document
     site = site_of(document)
     nodes: list[Node] = []
     images: list[bytes] = []

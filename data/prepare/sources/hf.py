@@ -19,7 +19,7 @@ from typing import Any
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import one_line
-from data.prepare.turns import add_turn_arguments, answer, question
+from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
 from flamingo.errors import UserError
@@ -34,9 +34,7 @@ PLAIN = (str, int, float, bool)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m data prepare hf`."""
-    parser.add_argument("--split", default="train", metavar="NAME", help="(default train)")
-    parser.add_argument("--config", metavar="NAME", help="the subset, where a data set has several")
-    parser.add_argument("--revision", metavar="COMMIT", help="of the hub: fix it, so that the result stays the same")
+    add_split_arguments(parser)
     parser.add_argument("--image-column", nargs="+", metavar="NAME", help="(default: the only column of images)")
     parser.add_argument("--text-column", metavar="NAME", help=f"(default: the first of {', '.join(TEXTS)})")
     parser.add_argument("--question-column", metavar="NAME", help="what is asked; the text is its answer")
@@ -46,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
+def add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for which part of a data set is read."""
+    parser.add_argument("--split", default="train", metavar="NAME", help="(default train)")
+    parser.add_argument("--config", metavar="NAME", help="the subset, where a data set has several")
+    parser.add_argument("--revision", metavar="COMMIT", help="of the hub: fix it, so that the result stays the same")
+
+
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units: rows of what `save_to_disk` wrote, else files."""
     conditions_of(tuple(args.where))
@@ -53,27 +58,32 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
         raise UserError("--template stands for all of the text; give it without --text-column and --question-column")
     result: list[InputUnit] = []
     for item in args.inputs:
-        rows = _open(item, args)
+        rows = open_split(item, args)
         _columns(rows, item, args)
-        name, size = Path(item).name, _size(item)
-        if _on_disk(item):
-            for first in range(0, len(rows), IN_A_UNIT):
-                last = min(first + IN_A_UNIT, len(rows))
-                result.append(InputUnit(f"{name} {args.split} from row {first}", item, first, last, size))
-            continue
-        count = min(rows.num_shards, MOST_UNITS)
-        result += [InputUnit(f"{name} {args.split} part {n}", item, n, count, size) for n in range(count)]
+        result += split_units(rows, item, args)
     return result
+
+
+def split_units(rows: Any, item: str, args: argparse.Namespace) -> list[InputUnit]:
+    """Return the units of an opened split."""
+    name, size = Path(item).name, _size(item)
+    if on_disk(item):
+        return [
+            InputUnit(f"{name} {args.split} from row {n}", item, n, min(n + IN_A_UNIT, len(rows)), size)
+            for n in range(0, len(rows), IN_A_UNIT)
+        ]
+    count = min(rows.num_shards, MOST_UNITS)
+    return [InputUnit(f"{name} {args.split} part {n}", item, n, count, size) for n in range(count)]
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield the documents of the rows of a unit."""
     rule, conditions = ImageRule.of(args), conditions_of(tuple(args.where))
-    rows = _open(unit.path, args)
+    rows = open_split(unit.path, args)
     images, names = _columns(rows, unit.path, args)
     features = rows.features
     folder = ImageFolder(unit.path) if Path(unit.path).is_dir() else None
-    for where, row in _rows(rows, unit):
+    for where, row in split_rows(rows, unit):
         facts = {name: _plain(value, features[name]) for name, value in row.items() if name not in images}
         try:
             hold(facts, conditions)
@@ -90,8 +100,9 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
             if not text.strip():
                 tally.drop_document("no text", where)
             elif args.question_column:
-                asked = question(str(facts[args.question_column]).strip(), args, first=True)
-                yield Document("", [*shown, asked, answer(text)], list(kept), meta)
+                asked = str(facts[args.question_column]).strip()
+                nodes = turn_nodes(question_and_answer(shown, asked, text.strip()), args)
+                yield Document("", nodes, list(kept), meta)
             else:
                 yield Document("", [*shown, Text(text.strip())], list(kept), meta)
 
@@ -113,11 +124,11 @@ def _texts(facts: dict[str, Any], names: list[str], args: argparse.Namespace) ->
     return value
 
 
-def _open(item: str, args: argparse.Namespace) -> Any:
+def open_split(item: str, args: argparse.Namespace) -> Any:
     """Return a split of a data set, without reading its rows. Raises UserError."""
     datasets = _library()
     try:
-        if _on_disk(item):
+        if on_disk(item):
             opened = datasets.load_from_disk(item)
             return opened[args.split] if isinstance(opened, datasets.DatasetDict) else opened
         if not Path(item).is_dir() and (Path(item).exists() or item.count("/") > 1 or item.startswith((".", "/"))):
@@ -145,7 +156,7 @@ def _library() -> Any:
     return datasets
 
 
-def _on_disk(item: str) -> bool:
+def on_disk(item: str) -> bool:
     """Return whether `save_to_disk` wrote a folder."""
     return any((Path(item) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
@@ -155,7 +166,7 @@ def _size(item: str) -> int:
     return sum(path.stat().st_size for path in Path(item).rglob("*") if path.is_file()) if Path(item).is_dir() else 0
 
 
-def _rows(rows: Any, unit: InputUnit) -> Iterator[tuple[str, dict[str, Any]]]:
+def split_rows(rows: Any, unit: InputUnit) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) of a unit; images as they are stored, not decoded. Raises UserError when it is damaged."""
     for name, feature in list(rows.features.items()):  # sounds, films and images that are not shown, too
         inner = getattr(feature, "feature", feature)
@@ -163,7 +174,7 @@ def _rows(rows: Any, unit: InputUnit) -> Iterator[tuple[str, dict[str, Any]]]:
             bare = type(inner)(decode=False)
             rows = rows.cast_column(name, bare if inner is feature else type(feature)(bare))
     first = 0
-    if _on_disk(unit.path):
+    if on_disk(unit.path):
         rows, first = rows.select(range(unit.begin, unit.end)), unit.begin
     else:
         rows = rows.shard(num_shards=unit.end, index=unit.begin, contiguous=True)

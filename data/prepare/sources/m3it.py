@@ -15,7 +15,7 @@ from data.prepare.images import ImageRule, add_image_arguments, from_base64
 from data.prepare.inputs import input_files, record_units, records
 from data.prepare.media_fields import refuse_other_media
 from data.prepare.sources.obelics import parquet_rows, parquet_units
-from data.prepare.turns import add_turn_arguments, answer, question
+from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
@@ -86,4 +86,4 @@ def _document(row: dict[str, Any], names: dict[str, str], args: argparse.Namespa
     question_text = "\n".join(text.strip() for text in (texts["instruction"], texts["inputs"]) if text and text.strip())
     numbers = tuple(range(len(kept)))
     images = [Image(numbers)] if args.clips and kept else [Image((index,)) for index in numbers]
-    return Document("", [*images, question(question_text, args, first=True), answer(answer_text)], kept)
+    return Document("", turn_nodes(question_and_answer(images, question_text, answer_text), args), kept)

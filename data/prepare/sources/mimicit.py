@@ -1,8 +1,9 @@
 """MIMIC-IT (Otter): `T_instructions.json`, the images of `T.json` or `T.parquet` as base64, and `T_train.json`.
 
-A document is an instruction with its examples before it: the related instructions that `T_train.json` (or, without it,
-the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter keeps all images in memory; here one
-pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or FunQA) are one clip.
+A document is a conversation, an instruction with its examples before it: the related instructions that `T_train.json`
+(or, without it, the instruction's own `rel_ins_ids`) names, then the instruction itself. Otter keeps all images in
+memory; here one pass notes where each lies. The frames of the video tasks (an id that begins with DC, TVC, E4D or
+FunQA) are one clip.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from data.prepare.inputs import input_files, json_spans
 from data.prepare.lookup import Entry, build_lookup, open_lookup
 from data.prepare.media_fields import refuse_other_media
 from data.prepare.sources.obelics import parquet_columns, parquet_rows, parquet_units
-from data.prepare.turns import add_turn_arguments, answer, question
+from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
 from data.shards.document import Document, Image
 from flamingo.errors import UserError
+from flamingo.processing.conversation import Message
 
 LAYOUT = "interleaved"
 ENDING = "_instructions.json"
@@ -121,18 +123,22 @@ def _document(name: str, args: argparse.Namespace, rule: ImageRule, tally: Tally
     if not isinstance(related, list) or not all(isinstance(other, str) for other in related):
         raise Dropped("related instructions are not a list of ids")
     document = Document("", [], [], {"id": name, "examples": []})
+    said: list[Message] = []
     for other in [other for other in related if other != name][: args.examples]:
         try:
-            _append(document, other, _instruction(other, args), args, rule)
+            said += _turns(document.images, other, _instruction(other, args), args, rule)
             document.meta["examples"].append(other)
         except Dropped as dropped:
             tally.drop_image(f"example left out: {dropped.reason}", f"{name} example {other}")
-    _append(document, name, wanted, args, rule)
+    said += _turns(document.images, name, wanted, args, rule)
+    document.nodes = turn_nodes(said, args)
     return document
 
 
-def _append(document: Document, name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule) -> None:
-    """Add an instruction, all of it or nothing. Raises Dropped."""
+def _turns(
+    shown: list[bytes], name: str, body: dict[str, Any], args: argparse.Namespace, rule: ImageRule
+) -> list[Message]:
+    """Return an instruction and its answer, its images added to those shown; all of it, or Dropped is raised."""
     refuse_other_media(body, ("image_ids", "rel_ins_ids"))
     ids = body.get("image_ids") or []
     if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids):
@@ -144,12 +150,11 @@ def _append(document: Document, name: str, body: dict[str, Any], args: argparse.
     for image_id in ids:
         text = _value("images.sqlite", image_id, args)
         images.append(rule.check(from_base64(text)))
-    numbers = range(len(document.images), len(document.images) + len(images))
-    document.images += images
+    numbers = range(len(shown), len(shown) + len(images))
+    shown += images
     clip = len(ids) > 1 and (args.clips == "always" or (args.clips == "auto" and name.startswith(VIDEO)))
-    first = not document.nodes
-    document.nodes += [Image(tuple(numbers))] if clip else [Image((index,)) for index in numbers]
-    document.nodes += [question(instruction.strip(), args, first=first or bool(images)), answer(response)]
+    nodes = [Image(tuple(numbers))] if clip else [Image((index,)) for index in numbers]
+    return question_and_answer(nodes, instruction.strip(), response.strip())
 
 
 def _instruction(name: str, args: argparse.Namespace) -> dict[str, Any]:

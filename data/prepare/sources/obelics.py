@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +120,30 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
     for where, row in parquet_rows(unit, columns):
         try:
             hold(_facts(row), conditions_of(tuple(args.where)))
-            parts = _parts(row, args, rule, where, tally)
+            known = _of_images(row) if args.where_image else []
+            parts = parts_of(row, partial(_read, args, rule, known), where, tally)
         except Dropped as dropped:
             tally.drop_document(dropped.reason, where)
             continue
-        for inside in _documents(parts):
-            document = _document(inside, _url(row))
-            if len(document.images) < args.min_images:
-                tally.drop_document(f"fewer than {args.min_images} images left", where)
-            elif not any(isinstance(node, Text) for node in document.nodes):
-                tally.drop_document("no text", where)
-            else:
-                yield document
+        yield from documents_of(parts, _url(row), args.min_images, where, tally)
 
 
-def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where: str, tally: Tally) -> list[Part]:
-    """Return the texts and the bytes of the kept images, in order. Raises Dropped for a wrong type."""
-    images, texts = row["images"], row["texts"]
+def _read(args: argparse.Namespace, rule: ImageRule, known: list[dict[str, Any]], index: int, image: Any) -> bytes:
+    if args.where_image:
+        hold(known[index], conditions_of(tuple(args.where_image)))
+    return rule.check(_bytes(image, args))
+
+
+def parts_of(row: dict[str, Any], read: Callable[[int, Any], bytes], where: str, tally: Tally) -> list[Part]:
+    """Return the texts and the bytes of the kept images, in order: at each position is one of `texts` or of `images`.
+
+    `read` returns the bytes of an image from its position and what `images` says of it. Raises Dropped for a wrong
+    type.
+    """
+    images, texts = row.get("images"), row.get("texts")
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Dropped("'images' and 'texts' are not lists of the same length")
     parts: list[Part] = []
-    known = _of_images(row, len(images)) if args.where_image else []
     for index, (image, text) in enumerate(zip(images, texts, strict=True)):
         if image == "" or text == "":  # where other copies have None
             image, text = image or None, text or None
@@ -152,12 +156,24 @@ def _parts(row: dict[str, Any], args: argparse.Namespace, rule: ImageRule, where
             parts.append(text)
             continue
         try:
-            if args.where_image:
-                hold(known[index], conditions_of(tuple(args.where_image)))
-            parts.append(rule.check(_bytes(image, args)))
+            parts.append(read(index, image))
         except Dropped as dropped:
             tally.drop_image(dropped.reason, f"{where} image {index}")
     return parts
+
+
+def documents_of(
+    parts: list[Part], meta: dict[str, Any], min_images: int, where: str, tally: Tally
+) -> Iterator[Document]:
+    """Yield the document of a row's parts, or several where it holds several."""
+    for inside in _documents(parts):
+        document = _document(inside, dict(meta))
+        if len(document.images) < min_images:
+            tally.drop_document(f"fewer than {min_images} images left", where)
+        elif not any(isinstance(node, Text) for node in document.nodes):
+            tally.drop_document("no text", where)
+        else:
+            yield document
 
 
 def _bytes(image: Any, args: argparse.Namespace) -> bytes:
@@ -193,8 +209,9 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {f"{GENERAL}{name}": value for name, value in _general(row).items()}
 
 
-def _of_images(row: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def _of_images(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the entries of `metadata`, one for each position; empty ones when they are missing."""
+    count = len(row["images"]) if isinstance(row["images"], list) else 0
     try:
         value = _json(row.get("metadata") or [])
     except (ValueError, RecursionError):

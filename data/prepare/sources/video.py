@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.prepare.clips import frames_of
+from data.prepare.clips import add_clip_arguments, check_clip_arguments, frames_of
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
 from data.prepare.inputs import file_units, folder_units
 from data.prepare.tars import json_of, tar_samples
@@ -32,17 +32,14 @@ IN_A_UNIT = 500
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m data prepare video`."""
-    parser.add_argument("--fps", type=float, default=1.0, help="frames a second (default 1, as in the paper)")
-    parser.add_argument("--max-frames", type=int, default=64, help="most frames kept of a video (default 64)")
-    parser.add_argument("--side", type=int, default=480, metavar="PX", help="frames fit into this square (default 480)")
+    add_clip_arguments(parser)
     parser.add_argument("--caption-key", default="caption", metavar="NAME", help="in a JSON (default caption)")
     add_image_arguments(parser)
 
 
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units: whole tars, files of folders."""
-    if not args.fps > 0 or args.max_frames < 1 or args.side < 16:
-        raise UserError("--fps must be positive, --max-frames at least 1, --side at least 16")
+    check_clip_arguments(args)
     result: list[InputUnit] = []
     for item in args.inputs:
         path = Path(item)

@@ -13,7 +13,9 @@ from eval.spec import SourceSpec
 from eval.tasks.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
 from eval.tasks.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
 from eval.tasks.formats.files import Item
+from eval.tasks.formats.in_context import vl_icl
 from eval.tasks.formats.labels import hateful_memes, imagenet, rareact, winoground
+from eval.tasks.formats.long_form import conversations, healthsearchqa, liveqa, medicationqa
 from eval.tasks.formats.mmmu import mmmu
 from eval.tasks.formats.questions import ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad
 
@@ -25,6 +27,8 @@ FORMATS: dict[str, Reader] = {
         *(ivqa, nextqa, pathvqa, slake, textvqa, video_qa, vizwiz, vqa, vqa_rad),
         *(medmcqa, medqa, mmlu, mmmu, nextqa_choice, pubmedqa, scienceqa, star),
         *(hateful_memes, imagenet, rareact, winoground),
+        *(conversations, healthsearchqa, liveqa, medicationqa),
+        vl_icl,
     )
 }
 """Name in a task's `source.format` to its reader."""

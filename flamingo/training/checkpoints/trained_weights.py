@@ -12,11 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import xxhash
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from flamingo.fingerprints import fingerprint, hash_tensors
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.pretrained import PARTS
 
@@ -25,28 +24,9 @@ _INCIDENTAL = re.compile(r"_?(name_or_path|commit_hash|attn_implementation\w*|ex
 _INCIDENTAL_KEYS = {"name", "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Return a short hash of a module: the names and shapes of its weights, and all of their values.
-
-    Values are taken in bfloat16, so that a module stored in bfloat16 and its float32 original have one fingerprint.
-    They are read from memory, at several GB/s.
-    """
-    return _hash_tensors(module.state_dict())
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        values = tensor.detach().to("cpu")
-        values = values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def trained_fingerprint(module: nn.Module) -> str:
     """Return a short hash of the weights that train, as they are before the first update or the checkpoint's."""
-    return _hash_tensors({name: weight for name, weight in module.named_parameters() if weight.requires_grad})
+    return hash_tensors({name: weight for name, weight in module.named_parameters() if weight.requires_grad})
 
 
 def frozen_fingerprints(

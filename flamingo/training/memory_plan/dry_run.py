@@ -29,6 +29,7 @@ from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prep
 from flamingo.training.distributed.traffic import Traffic
 from flamingo.training.memory_plan.ledger import Ledger, local
 from flamingo.training.objectives.protocol import Objective, add_terms
+from flamingo.training.optim_state import moments
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
 
@@ -114,6 +115,7 @@ def plan_step(
     strategy: ShardingStrategy | None,
     processes: int = 1,
     device: str = "cpu",
+    state: str = "fp32",
 ) -> Memory:
     """Return what the first process needs for one update from these micro-batches.
 
@@ -124,6 +126,7 @@ def plan_step(
         strategy: how it is sharded; None: not at all.
         processes: that share the work.
         device: `cpu` or `cuda`, which decides the chunks of the loss.
+        state: how the optimizer keeps its moments.
     """
     ledger, traffic = Ledger(), Traffic()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -137,14 +140,14 @@ def plan_step(
         if strategy is not None:
             shard(model, objective.fsdp_units(model), group, strategy)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        moments = [torch.empty_like(local(parameter)) for parameter in trained for _ in range(2)]
+        kept = [tensor for parameter in trained for tensor in moments(local(parameter), state).values()]
         subject: Any = model
         if getattr(model, "_head_is_last", False) is None:
             subject._head_is_last = True  # normally determined by comparing values, of which there are none
         model.train()
         with ledger:
             ledger.own((*model.parameters(), *model.buffers()), "weights")
-            ledger.own(moments, "optimizer")
+            ledger.own(kept, "optimizer")
             for index, batch in enumerate(batches):
                 if strategy is not None:
                     prepare_backward(model, strategy, last=index + 1 == len(batches))
@@ -155,5 +158,5 @@ def plan_step(
                 del loss, tensors
             ledger._note_peak()
     parts = {part: ledger.at_peak.get(part, 0) for part in PARTS}
-    kept = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
-    return Memory(parts, kept if strategy is not None and strategy.offload else 0, traffic)
+    resting = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
+    return Memory(parts, resting if strategy is not None and strategy.offload else 0, traffic)

@@ -81,7 +81,8 @@ def memory_of(config: TrainConfig, datasets: list[BatchShape], processes: int) -
         batches += [largest] * min(run.micro_batches, 2)  # a third changes nothing
     device = "cuda" if run.device == "cuda" or config.plan_for.gib else "cpu"
     strategy = sharding_strategy(run, processes)
-    return plan_step(model, objective, batches, strategy=strategy, processes=processes, device=device)
+    where: dict[str, Any] = {"strategy": strategy, "processes": processes, "device": device}
+    return plan_step(model, objective, batches, **where, state=config.optim.state)
 
 
 def plan(config: TrainConfig, datasets: list[BatchShape], processes: int) -> str:
@@ -129,6 +130,7 @@ def remedies(config: TrainConfig, memory: Memory) -> list[str]:
         ],
         "optimizer": [
             (run.parallel == "hybrid", "run.parallel=fsdp"),
+            (config.optim.state == "fp32", "optim.state=bf16"),
             (config.model.freeze.language == "train", "model.freeze.language=lora"),
             (True, "more processes"),
         ],

@@ -144,12 +144,16 @@ QUIET_SECONDS = 10.0
 
 
 class ProgressLine:
-    """A bar in a terminal; elsewhere (a log file, CI) a plain line now and then. Both say how much time is left."""
+    """A bar in a terminal; elsewhere (a log file, CI) a plain line now and then. Both say how much time is left.
+
+    That is counted from the first step they are shown on: what is before it warms up, compiles and starts workers.
+    """
 
     def __init__(self, title: str, total: int, start: int) -> None:
         """Begin at `start` of `total` steps."""
-        self._title, self._total, self._start = title, total, start
-        self._began = self._printed = time.monotonic()
+        self._title, self._total = title, total
+        self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -161,6 +165,7 @@ class ProgressLine:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
+                speed_estimate_period=600.0,  # of rich's own 30 s no two steps may be left
             )
             self._task = self._bar.add_task(title, total=total, completed=start, note="")
             self._bar.start()
@@ -171,13 +176,11 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, note=note)
             return
         now = time.monotonic()
+        first, since = self._first = self._first or (step, now)
         if now - self._printed >= QUIET_SECONDS or step == self._total:
-            left = (now - self._began) / max(1, step - self._start) * (self._total - step)
-            print(
-                f"{self._title}  {step}/{self._total}  {note}  {_clock(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            seconds = (now - since) / max(1, step - first) * (self._total - step)
+            left = f"  {_clock(seconds)} left" if step > first or step == self._total else ""
+            print(f"{self._title}  {step}/{self._total}  {note}{left}", file=sys.stderr, flush=True)
             self._printed = now
 
     def close(self) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo import soft_prompts
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.labels import IGNORED
-from flamingo.language.hooks import find_decoder_layers
+from flamingo.language.hooks import SoftPrompts, find_decoder_layers
 from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
-from flamingo.training.config import ModelConfig, VisionSource
+from flamingo.training.config import ModelConfig, SoftPromptOptions, VisionSource
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives import build as builders
@@ -83,18 +84,31 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         processor = FlamingoProcessor.from_pretrained(model.init)
     else:
         flamingo, processor = builders.build_flamingo(model)
+    if model.chat_template is not None:
+        processor.chat_template = model.chat_template
+        end = processor.turns().end_id  # refuses a template that training cannot use, before anything else is done
+        own = flamingo.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        flamingo.generation_config.eos_token_id = [*own, *({end} - {*own})]  # the saved model ends its answers
     builders.refuse_quantized(flamingo.language_model)
     _freeze(flamingo, model)
-    frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before the adapters, which change the LM's keys
+    frozen = frozen_fingerprints(flamingo, processor.tokenizer)  # before what is added, which changes keys
+    _add_soft_prompt(flamingo, processor, model.soft_prompt)
     adapters = _add_adapters(flamingo, model)
     if model.vision.cache:
         frozen["features"] = _keep_features(flamingo, processor, model.vision)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        merged = weights if adapters is None else lora.merge(weights, adapters)
+        merged = lora.merge(weights, adapters) if adapters else weights
+        prompt: list[Any] = []
+        if model.soft_prompt.given:  # before `merged` is emptied
+            rows = soft_prompts.rows_of(flamingo, soft_prompts.DEFAULT, merged.get(soft_prompts.KEY))
+            prompt = [rows, folder / soft_prompts.SOFT_PROMPT_FILE, soft_prompts.weights_fingerprint(merged)]
         builders.save_flamingo(flamingo, processor, merged, folder)
-        if adapters is not None:
-            lora.save_adapters(weights, adapters, "language_model.", folder / lora.ADAPTER)
+        if "language_model." in adapters:
+            lora.save_adapters(weights, adapters["language_model."], "language_model.", folder / lora.ADAPTER)
+        if prompt:
+            soft_prompts.write_soft_prompt(*prompt)
 
     return Setup(
         flamingo,
@@ -133,18 +147,41 @@ def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, Flamin
     with torch.device("meta"):
         flamingo = FlamingoForConditionalGeneration(described)
         _freeze(flamingo, model)
+        if model.soft_prompt.given:  # how many a text gives, its tokenizer says; not more than it has characters
+            number = model.soft_prompt.tokens or len(model.soft_prompt.text or "")
+            flamingo.new_tokens.soft = SoftPrompts(number, flamingo.new_tokens.input_rows.shape[1])
         _add_adapters(flamingo, model)
     return flamingo, FlamingoObjective()
 
 
 def _freeze(flamingo: FlamingoForConditionalGeneration, model: ModelConfig) -> None:
     policy = asdict(model.freeze)
-    flamingo.freeze({**policy, "language": "frozen"} if policy["language"] == "lora" else policy)
+    flamingo.freeze({part: "frozen" if value == "lora" else value for part, value in policy.items()})
 
 
-def _add_adapters(flamingo: FlamingoForConditionalGeneration, model: ModelConfig) -> Any:
-    """Add adapters to the LM where the config asks for them; return peft's config, or None."""
-    if model.freeze.language != "lora":
-        return None
-    path = flamingo.config.decoder_layers_path
-    return lora.add_adapters(flamingo.language_model, **asdict(model.lora), layers_path=path)
+def _add_soft_prompt(
+    flamingo: FlamingoForConditionalGeneration, processor: FlamingoProcessor, options: SoftPromptOptions
+) -> None:
+    if not options.given:
+        return
+    if soft_prompts.DEFAULT in processor.soft_prompts:
+        raise UserError(
+            "the model of model.init has a soft prompt already: to train it on, leave model.soft_prompt out and set "
+            "model.freeze.new_tokens=train"
+        )
+    soft_prompts.new_soft_prompt(flamingo, processor, tokens=options.tokens, text=options.text)
+    assert flamingo.new_tokens.soft is not None
+    flamingo.new_tokens.soft.requires_grad_(True)  # whatever the policy says of the rows beside it
+
+
+def _add_adapters(flamingo: FlamingoForConditionalGeneration, model: ModelConfig) -> dict[str, Any]:
+    """Add adapters where the config asks for them; return peft's configs by the beginning of their weights' names."""
+    adapters = {}
+    if model.freeze.language == "lora":
+        path = flamingo.config.decoder_layers_path
+        lm = flamingo.language_model
+        adapters["language_model."] = lora.add_adapters(lm, **asdict(model.lora), layers_path=path)
+    if model.freeze.cross_attention == "lora":
+        blocks, rank, alpha = flamingo.cross_attn_blocks, model.lora.rank, model.lora.alpha
+        adapters["cross_attn_blocks."] = lora.add_block_adapters(blocks, rank=rank, alpha=alpha)
+    return adapters

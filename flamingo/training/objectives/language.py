@@ -100,7 +100,7 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
         adapters = lora.add_adapters(lm.requires_grad_(False), **asdict(model.lora))
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        lm.save_pretrained(str(folder), state_dict=weights if adapters is None else lora.merge(weights, adapters))
+        lm.save_pretrained(str(folder), state_dict=weights if adapters is None else lora.merge(weights, {"": adapters}))
         tokenizer.save_pretrained(str(folder))
         if adapters is not None:
             lora.save_adapters(weights, adapters, "", folder / lora.ADAPTER)
