@@ -62,6 +62,7 @@ class RawProcessor:
 
     bos_token_id = None
     start_ids: Sequence[int] = ()
+    turns = None  # its prompts are no conversations
 
     def __init__(self, size: Size) -> None:
         self.image_token_id, self.eoc_token_id = image_id(size), image_id(size) + 1

@@ -200,8 +200,9 @@ def test_single_answers() -> None:
     assert folded_match("A Dog.", ["a dog"]) == 1.0
     assert folded_match("", [""]) == 0.0
     assert [ivqa_accuracy(a, ["spoon", "spoon", "fork", "ladle"]) for a in ("Spoon", "fork", "cup")] == [1.0, 0.5, 0.0]
+    assert [scorer("answered", [[]])(answer, []) for answer in ("yes", " ")] == [1.0, 0.0]
     assert scorer("cider", [["a man"], ["a dog runs"]])("a dog runs", ["a dog runs"]) > 0
-    for name in set(SCORE_NAMES) - {"wups", "says_yes"}:  # to the latter all but yes is a no
+    for name in set(SCORE_NAMES) - {"wups", "says_yes", "answered"}:  # all but yes is a no; any answer is one
         assert scorer(name, [["x"], ["y"]])("never said", ["x"] * 10) == 0.0
 
 

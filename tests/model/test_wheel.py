@@ -39,7 +39,7 @@ def declared() -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-EXTRAS = {"pillow_heif"}  # of the extra heif; without it such images are refused
+EXTRAS = {"pillow_heif", "trl"}  # of the extras heif and trl; what needs them is refused in a sentence without them
 
 
 def test_what_the_library_imports_is_declared() -> None:
