@@ -9,6 +9,7 @@ Letters: B rows, T tokens (the longest row of the batch), I images of all rows, 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -332,6 +333,39 @@ class PairCollate:
     def most_bytes(self, spec: DatasetSpec, rows: int) -> int:
         """Return the most bytes that a batch of this many pairs can take, with texts of up to 512 tokens."""
         return rows * (image_bytes(1, self.transform.size) + 8 * 512)
+
+
+class AlignCollate(PairCollate):
+    """Images with their names and keywords, "onion, food, vegetable", for objective align.
+
+    Tensors: image (B, 3, S, S) uint8; text (B, T) int64, the ids of all words, each with a space before it; share
+    (B, T) float, what each counts (a row's sum is 1); name (B,) int64, equal for equal names.
+    """
+
+    def __init__(self, processor: Any, name_share: float) -> None:
+        self.transform = processor.image_transform
+        self.encode = CachedEncoder(quick_encoder(processor.tokenizer, processor.encode_text))
+        self.name_share = name_share
+
+    def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
+        """Return the tensors that the class describes."""
+        rows, shares, names = [], [], []
+        for _, text in samples:
+            name, *words = (part.strip() for part in text.split(","))
+            own = self.encode(f" {name}")[: spec.max_tokens]
+            more = [number for word in words if word for number in self.encode(f" {word}")][
+                : spec.max_tokens - len(own)
+            ]
+            part = self.name_share if more else 1.0
+            rows.append(np.array([*own, *more], dtype=np.int64))
+            shares.append(torch.tensor([part / len(own)] * len(own) + [(1 - part) / max(len(more), 1)] * len(more)))
+            names.append(int.from_bytes(hashlib.blake2b(name.casefold().encode(), digest_size=8).digest(), signed=True))
+        return {
+            "image": stacked([image for image, _ in samples], self.transform.size, self.empty),
+            "text": pad_rows(rows, 0),
+            "share": torch.nn.utils.rnn.pad_sequence(shares, batch_first=True),
+            "name": torch.tensor(names),
+        }
 
 
 def refuse_conversation(nodes: Sequence[Node]) -> None:

@@ -26,7 +26,7 @@ from flamingo.convert.presets import preset
 from flamingo.errors import UserError
 from flamingo.gguf_files import from_gguf, gguf_file
 from flamingo.layers.resampler import ResamplerConfig
-from flamingo.training.objective_table import OBJECTIVES
+from flamingo.training.objective_table import OBJECTIVES, OF_FLAMINGO
 
 Freeze = Literal["frozen", "train"]
 DEFAULT_MAX_TOKENS = 256
@@ -83,6 +83,7 @@ class LanguageSource:
 class FreezePolicy:
     """`frozen` or `train` for each part, for the LM and the gated blocks also `lora`; the defaults are the paper's.
 
+    Of the gated blocks objective align trains the first one's attention alone, and no new tokens.
     Objectives contrastive and language train their whole model; of this table they heed only `language: lora`.
     """
 
@@ -129,6 +130,18 @@ class PreferenceOptions:
 
 
 @dataclass(kw_only=True, slots=True)
+class AlignOptions:
+    """Of objective `align`."""
+
+    temperature: AboveZero = 0.07
+    """The cosines of images and texts are divided by it."""
+    name_share: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Weight of a text's name, which ends at its first comma, beside that of the keywords after it."""
+    gate: float = 0.4
+    """The first block's attention gate that the model gets, before its tanh; it does not train meanwhile."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Backbones, what joins them, and what trains."""
 
@@ -155,6 +168,7 @@ class ModelConfig:
     model or its tokenizer. Saved with the model."""
     freeze: FreezePolicy = field(default_factory=FreezePolicy)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    align: AlignOptions = field(default_factory=AlignOptions)
     soft_prompt: SoftPromptOptions = field(default_factory=SoftPromptOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
 
@@ -439,18 +453,18 @@ class TrainConfig:
     def _model_conflicts(self) -> Iterator[str]:
         objective, vision, language = self.objective, self.model.vision, self.model.language
         yield from self.model.problems()
-        if objective == "contrastive" and self.run.micro_batches > 1:
-            yield "run.micro_batches must be 1 for objective contrastive: its loss compares a whole batch"
+        if objective in ("align", "contrastive") and self.run.micro_batches > 1:
+            yield f"run.micro_batches must be 1 for objective {objective}: its loss compares a whole batch"
         tokens = {"class_token": vision.class_token, "final_norm": vision.final_norm}
-        if objective != "flamingo":
+        if objective not in OF_FLAMINGO:
             for key in (key for key, value in tokens.items() if value is not None):
                 yield f"model.vision.{key} is for objective flamingo, not {objective}: remove it"
-        if objective == "contrastive" and self.run.activation_checkpointing:
+        if objective in ("align", "contrastive") and self.run.activation_checkpointing:
             yield "run.activation_checkpointing is for objectives flamingo and language: set it to false"
         if self.model.chat_template is not None and objective != "flamingo":
             yield f"model.chat_template is for objective flamingo, not {objective}: remove it"
         if self.model.init is not None:
-            if objective not in ("flamingo", "preference"):
+            if objective not in (*OF_FLAMINGO, "preference"):
                 yield f"model.init is for objective flamingo, not {objective}: use model.language.name=FOLDER"
             for key, source in (("vision", vision), ("language", language)):
                 if source.name or source.config:
@@ -460,7 +474,7 @@ class TrainConfig:
             for key in (key for key, value in own.items() if value is not None):
                 yield f"model.{key} has no effect with model.init, whose model has its own: remove it"
             return  # backbone and tokenizer come with that model
-        if objective == "flamingo" and not (vision.name or vision.config):
+        if objective in OF_FLAMINGO and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
         if objective == "contrastive":
             if vision.name:
@@ -477,20 +491,25 @@ class TrainConfig:
             return
         if not (language.name or language.config):
             yield "model.language needs a name (weights) or a config (shape)"
-        if objective == "flamingo" and not (language.name or language.tokenizer):
-            yield "model.language.tokenizer is missing: objective flamingo does not train its own tokenizer"
+        if objective in OF_FLAMINGO and not (language.name or language.tokenizer):
+            yield f"model.language.tokenizer is missing: objective {objective} does not train its own tokenizer"
 
     def _freeze_conflicts(self) -> Iterator[str]:
         parts = asdict(self.model.freeze)
         soft = self.model.soft_prompt.given
         if self.objective == "flamingo" and set(parts.values()) == {"frozen"} and not soft:
             yield f"model.freeze leaves nothing to train: set one of {', '.join(parts)} to train"
+        if self.objective == "align":
+            for part in (part for part in ("resampler", "cross_attention") if parts[part] != "train"):
+                yield f"model.freeze.{part}={parts[part]} leaves objective align nothing to learn with: set it to train"
+            for part in (part for part in ("vision", "language") if parts[part] != "frozen"):
+                yield f"model.freeze.{part}={parts[part]} is not for objective align: set it to frozen"
         if soft and self.objective != "flamingo":
             yield f"model.soft_prompt is for objective flamingo, not {self.objective}: remove it"
 
     def _length_conflicts(self) -> Iterator[str]:
         """Yield the datasets whose rows may be longer than the LM's positions, where its config is at hand."""
-        if self.objective == "contrastive" or (limit := _positions(self.model)) is None:
+        if self.objective in ("align", "contrastive") or (limit := _positions(self.model)) is None:
             return
         positions, are_learned = limit
         for group, datasets in (("data", self.data.datasets), ("run.validation", self.run.validation.datasets)):
@@ -527,7 +546,7 @@ class TrainConfig:
         where = f"model.vision.cache={self.model.vision.cache}"
         if self.model.vision.cache is None:
             return
-        if self.objective not in ("flamingo", "preference"):
+        if self.objective not in (*OF_FLAMINGO, "preference"):
             yield f"{where} is for objective flamingo, not {self.objective}: set it to null"
         if self.model.freeze.vision != "frozen":
             yield f"{where} keeps what a frozen encoder gives: set model.freeze.vision=frozen, or the cache to null"

@@ -4,8 +4,11 @@ Names, not modules: the config knows which objectives there are without importin
 """
 
 OBJECTIVES = {
+    "align": "flamingo.training.objectives.align",
     "contrastive": "flamingo.training.objectives.contrastive",
     "language": "flamingo.training.objectives.language",
     "flamingo": "flamingo.training.objectives.flamingo",
     "preference": "flamingo.training.objectives.preference",
 }
+OF_FLAMINGO = ("flamingo", "align")
+"""Those that train a Flamingo, and start from one."""

@@ -30,6 +30,7 @@ from flamingo.training.config import LanguageSource, TrainConfig, VisionSource, 
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
 from flamingo.training.memory_plan.plan import plan
+from flamingo.training.objective_table import OF_FLAMINGO
 from flamingo.training.objectives.protocol import BatchShape
 
 T = TypeVar("T")
@@ -81,9 +82,9 @@ def stages_of(config: TrainConfig) -> tuple[list[Stage], list[str]]:
         planned, clauses = examine(TrainConfig, table, at)
         assert planned is not None  # every field has a default
         problems += clauses
-        if before is not None and {planned.objective, before.planned.objective} != {"flamingo"}:
+        if before is not None and not {planned.objective, before.planned.objective} <= set(OF_FLAMINGO):
             problems.append(
-                f"{at} starts from the model of stage {after}, which only objective flamingo can: set "
+                f"{at} starts from the model of stage {after}, which only objectives flamingo and align can: set "
                 f"{at}.after=null and name that model's folder, {before.config.run.dir}/model, in {at}.model"
             )
         found[name] = Stage(name, after, planned if before is None else _starting(planned, before), planned)

@@ -50,7 +50,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.parametrize("objective", ["contrastive", "language", "flamingo"])
+@pytest.mark.parametrize("objective", ["align", "contrastive", "language", "flamingo"])
 def test_two_processes_are_one(world: Path, tmp_path: Path, objective: str) -> None:
     one = run(config(world, tmp_path / "one", objective, steps=4), tmp_path)
     two = run(config(world, tmp_path / "two", objective, steps=4), tmp_path, processes=2)

@@ -73,8 +73,10 @@ def write_world(root: Path) -> Path:
 
 def config(world: Path, run_dir: Path, objective: Any, **run: Any) -> TrainConfig:
     """A run of a few updates on the world."""
+    pairs = {"pairs": {"shards": [str(world / "pairs")], "batch_size": 8, "kind": "pairs"}}
     datasets: dict[str, dict[str, dict[str, Any]]] = {
-        "contrastive": {"pairs": {"shards": [str(world / "pairs")], "batch_size": 8, "kind": "pairs"}},
+        "align": pairs,
+        "contrastive": pairs,
         "language": {"words": {"shards": [str(world / "words")], "batch_size": 8, "max_tokens": 32}},
         "flamingo": {
             "pages": {"shards": [str(world / "pages")], "batch_size": 8, "max_tokens": 32},
