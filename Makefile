@@ -85,11 +85,11 @@ learn:
 real: setup $(REAL)/data/.complete
 	$(PY) train.py experiment=real $(REAL_TRAIN_ARGS)
 	$(PY) -m eval task=[labelled_binding,labelled_names] images=[real,shuffled] shots=[0,1,2,4] \
-	  model=$(REAL)/flamingo/model data=$(REAL)/data out=$(REAL)/eval $(REAL_EVAL_ARGS)
+	  model=$(REAL)/run/flamingo/model data=$(REAL)/data out=$(REAL)/eval $(REAL_EVAL_ARGS)
 	@echo
 	@echo "Look at  $(REAL)/eval/gallery.html     prompts, images and answers"
 	@echo "         $(REAL)/eval/curve.png        accuracy against shots"
-	@echo "         $(REAL)/flamingo/loss.png     the loss of each data set"
+	@echo "         $(REAL)/run/flamingo/loss.png the loss of each data set"
 
 $(REAL)/data/.complete: $(VENV)/.real
 	$(PY) -m data assets --out $(REAL)/assets

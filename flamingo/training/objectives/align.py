@@ -38,6 +38,9 @@ PREFIX = "flamingo."
 class Aligned(nn.Module):
     """A Flamingo whose `forward` gives the two sides of each pair."""
 
+    table: Tensor
+    image_token: Tensor
+
     def __init__(self, flamingo: FlamingoForConditionalGeneration, options: AlignOptions) -> None:
         """Leave only the resampler and the first block's attention to train, and set that block's gate."""
         super().__init__()
