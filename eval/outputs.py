@@ -60,7 +60,8 @@ def write_outputs(
         write_atomically(out / "curve.png", curve_png({"": results}))
         if config.gallery:
             write_atomically(out / "gallery.html", gallery_html(results, samples, images, config.gallery))
-            write_atomically(out / "gallery.png", strip_png(choose_for_strip(samples), images))
+            if shown := choose_for_strip(samples):  # none where no images are real
+                write_atomically(out / "gallery.png", strip_png(shown, images))
     except OSError as error:
         raise UserError(
             f"the results cannot be written to out={out} ({error}): free space and give the same command again, which "

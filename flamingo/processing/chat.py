@@ -38,12 +38,14 @@ def template_of(given: Any) -> Any:
     """Return the template of one of our names or in a file, anything else as it is.
 
     Raises:
-        UserError: a text that is neither a name nor a file nor a template.
+        UserError: a text that is neither a name nor a file, and one word, so that it can be no template.
     """
     if not isinstance(given, str) or "{" in given:
         return given
     if given in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[given]
+    if " " in given and not Path(given).is_file():
+        return given
     if not Path(given).is_file():
         raise UserError(
             f"chat_template={given!r} is neither a Jinja template, nor a file with one, nor one of "

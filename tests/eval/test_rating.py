@@ -393,9 +393,15 @@ def browse(page: Path, profile: Path, keys: list[str]) -> dict[str, Any]:
     typed = page.read_text().replace("</html>", TYPED.replace("KEYS", json.dumps(keys)) + "</html>")
     page.write_text(typed)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--virtual-time-budget=5000"]
-    dom = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+    flags += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [BROWSER, *flags, "--dump-dom", page.as_uri()]
+    for last in (False, True):  # Chromium itself hangs once in a while on a busy machine; the page is the same again
+        try:
+            dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+            break
+        except subprocess.TimeoutExpired:
+            if last:
+                raise
     found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None, dom[-2000:]
     return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))

@@ -6,12 +6,15 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from eval.config import EvalConfig
 from eval.inference.provenance import provenance
+from eval.outputs import write_outputs
 from eval.reports.gallery import choose, data_uri, gallery_html, strip_png
 from eval.reports.plots import curve_png
 from eval.reports.results import notes_of, results_of, sample_line, table, write_report
@@ -114,6 +117,14 @@ def test_strip_shows_each_chosen_prompt(finished: tuple) -> None:
     _, samples, images = finished
     image = Image.open(io.BytesIO(strip_png(samples[:3], images, side=50)))
     assert image.height > 3 * 50
+
+
+def test_without_real_images_there_is_no_strip(finished: tuple, tmp_path: Path) -> None:
+    results, samples, images = finished
+    shuffled = [replace(sample, cell=replace(sample.cell, images="shuffled")) for sample in samples]
+    write_outputs(EvalConfig(model="m", task={}, data="", out=str(tmp_path)), results, shuffled, images)
+    assert (tmp_path / "gallery.html").exists()
+    assert not (tmp_path / "gallery.png").exists()
 
 
 def test_chosen_samples_are_half_wrong_where_possible(finished: tuple) -> None:
