@@ -25,7 +25,7 @@ def test_all_problems_are_reported_at_once() -> None:
     config.model.freeze.language = "half"  # type: ignore[assignment]
     text = "; ".join(config.problems())
     for expected in (
-        "objective=flamenco is not one of contrastive, language, flamingo",
+        "objective=flamenco is not one of align, contrastive, language, flamingo, preference",
         "model.freeze.language=half is not one of frozen, train",
         "run.steps=0 must be at least 1",
         "run.keep_last=1 must be at least 2",
