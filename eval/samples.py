@@ -32,17 +32,17 @@ class Sample:
     answer: str
     golds: tuple[str, ...]
     score: float
-    kind: str
-    cluster: str
-    candidates: tuple[str, ...]
-    log_probs: tuple[float, ...]
-    ended: bool  # whether the model ended its answer itself; always true when ranked
-    parse_failed: bool
-    copied: bool  # the answer is one of the demonstrations'
-    copied_last: bool  # ... the one nearest to the query
-    shots_kept: int  # demonstrations that fitted the context
-    demos_dropped: int
-    excluded: int
+    kind: str = ""
+    cluster: str = ""
+    candidates: tuple[str, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    ended: bool = True  # whether the model ended its answer itself; always true when ranked
+    parse_failed: bool = False
+    copied: bool = False  # the answer is one of the demonstrations'
+    copied_last: bool = False  # ... the one nearest to the query
+    shots_kept: int = 0  # demonstrations that fitted the context
+    demos_dropped: int = 0
+    excluded: int = 0
     refused: tuple[tuple[str, int], ...] = ()  # counted by the guard's reason
     confidence: float | None = None  # in [0, 1], as the strategy defines it
     rationale: str = ""

@@ -166,10 +166,15 @@ def samples_text(samples: Sequence[Sample]) -> str:
     return "".join(json.dumps(sample_line(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 
+NOT_IN_EVERY_RUN = frozenset({"confidence", "rationale", "images_sha256", "gold_rationale"})
+"""Fields of a sample that older lines lack; a line without another one is damaged."""
+
+
 def sample_of(line: Mapping[str, Any]) -> Sample:
     """Return the inverse of `sample_line`. Raises KeyError or TypeError for a line that is not a sample."""
     cell = Cell(line["task"], line["shots"], line["seed"], line["images"], line.get("strategy", "plain"))
-    fields = {key: line[key] for key in Sample.__dataclass_fields__ if key != "cell" and key in line}
+    names = Sample.__dataclass_fields__.keys() - {"cell"}
+    fields = {name: line[name] for name in names if name in line or name not in NOT_IN_EVERY_RUN}
     for key in ("demo_ids", "golds", "candidates", "log_probs", "images_sha256"):
         fields[key] = tuple(fields.get(key, ()))
     for key in ("turns", "refused", "votes"):

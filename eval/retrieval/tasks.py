@@ -112,13 +112,6 @@ class MatchingTask(Task):
             cluster=query.cluster,
             candidates=tuple(names),
             log_probs=tuple(round(value, 4) for value in log_probs),
-            ended=True,
-            parse_failed=False,
-            copied=False,
-            copied_last=False,
-            shots_kept=0,
-            demos_dropped=0,
-            excluded=0,
             images_sha256=() if image is None else (image.sha256,),
         )
 

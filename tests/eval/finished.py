@@ -19,17 +19,6 @@ _BLANK = Sample(
     answer="",
     golds=("gold",),
     score=0.0,
-    kind="",
-    cluster="",
-    candidates=(),
-    log_probs=(),
-    ended=True,
-    parse_failed=False,
-    copied=False,
-    copied_last=False,
-    shots_kept=0,
-    demos_dropped=0,
-    excluded=0,
 )
 
 

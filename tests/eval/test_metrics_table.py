@@ -44,13 +44,6 @@ def answered(
         cluster=cluster,
         candidates=candidates,
         log_probs=log_probs,
-        ended=True,
-        parse_failed=False,
-        copied=False,
-        copied_last=False,
-        shots_kept=0,
-        demos_dropped=0,
-        excluded=0,
     )
 
 

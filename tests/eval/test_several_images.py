@@ -77,6 +77,8 @@ def test_open_and_closed_answers_are_scored_each_in_its_way(tmp_path: Path) -> N
     for sample in samples:
         assert sample.prompt.count("<image>") == len(sample.images_sha256)
         assert sample_of(sample_line(sample)) == sample
+        with pytest.raises(KeyError):
+            sample_of({key: value for key, value in sample_line(sample).items() if key != "ended"})
         figures = figures_of(sample)  # in the gallery every image has a place of its own, with its own text
         assert [image for image, _, _ in figures if image is not None] == list(sample.images_sha256)
         said = "".join(text for _, text in sample.turns)
