@@ -26,10 +26,11 @@ from flamingo.errors import UserError
 from flamingo.files import folder_hash, write_atomically
 from flamingo.folder_lock import lock_folder
 from flamingo.training import run_folder
-from flamingo.training.config import LanguageSource, TrainConfig, VisionSource, differences
+from flamingo.training.config import TrainConfig, differences
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.distributed.launch import restarted
 from flamingo.training.memory_plan.plan import plan
+from flamingo.training.model_config import LanguageSource, VisionSource
 from flamingo.training.objective_table import OF_FLAMINGO
 from flamingo.training.objectives.protocol import BatchShape
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flamingo.errors import UserError
-from flamingo.training.config import LanguageSource, TrainConfig, VisionSource
+from flamingo.training.config import TrainConfig
+from flamingo.training.model_config import LanguageSource, VisionSource
 from flamingo.training.objectives import contrastive
 from tests.training.commands import lines
 from tests.training.world import CLIP, config, write_world

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo.training.config import (
-    RunConfig,
-    Sharding,
-    TrainConfig,
-    VisionSource,
-    differences,
-    flatten,
-    unavailable,
-)
+from flamingo.training.config import RunConfig, Sharding, TrainConfig, differences, flatten, unavailable
+from flamingo.training.model_config import VisionSource
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from flamingo import FlamingoForConditionalGeneration
-from flamingo.training.config import LanguageSource, TrainConfig, VisionSource
+from flamingo.training.config import TrainConfig
+from flamingo.training.model_config import LanguageSource, VisionSource
 from flamingo.training.objectives.build import build_flamingo, flamingo_shape
 from tests.training.world import CLIP, LLAMA, config, write_world
 from train import train

@@ -20,7 +20,8 @@ from data.shards.document import Document, Image, Text
 from data.shards.reader import RawSample, raw_sample
 from data.shards.writer import ShardWriter
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.training.config import FreezePolicy, TrainConfig
+from flamingo.training.config import TrainConfig
+from flamingo.training.model_config import FreezePolicy
 from flamingo.training.objectives import lora
 from flamingo.training.objectives.preference import PreferenceObjective
 from tests.fixtures import png

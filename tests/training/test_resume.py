@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from data.dataset import DatasetSpec
 from flamingo.errors import UserError
 from flamingo.training import optim
-from flamingo.training.config import DEFAULT_MAX_TOKENS, LanguageSource, OptimConfig, TrainConfig
+from flamingo.training.config import DEFAULT_MAX_TOKENS, OptimConfig, TrainConfig
+from flamingo.training.model_config import LanguageSource
 from tests.training.commands import lines
 from tests.training.world import LLAMA, config, swap_words, write_world
 from train import train

@@ -11,7 +11,8 @@ import torch
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError
 from flamingo.soft_prompts import SOFT_PROMPT_FILE, load_soft_prompt
-from flamingo.training.config import FreezePolicy, TrainConfig
+from flamingo.training.config import TrainConfig
+from flamingo.training.model_config import FreezePolicy
 from flamingo.training.objectives import flamingo as objective
 from tests.training.commands import begin, given, torchrun
 from tests.training.world import config, write_world

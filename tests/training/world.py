@@ -16,16 +16,9 @@ from flamingo.config import CrossAttentionConfig
 from flamingo.layers.resampler import ResamplerConfig
 from flamingo.training.checkpoints.ema import Ema
 from flamingo.training.checkpoints.store import Checkpoints
-from flamingo.training.config import (
-    DataConfig,
-    LanguageSource,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    VisionSource,
-)
+from flamingo.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.model_config import LanguageSource, ModelConfig, VisionSource
 from tests.fixtures import png
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (230, 230, 230)}

@@ -17,9 +17,10 @@ from transformers import AutoConfig
 from flamingo.backbones import OPEN_CLIP_CONFIG
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
-from flamingo.training.config import ModelConfig, TrainConfig
+from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.fsdp import sharding_strategy
 from flamingo.training.memory_plan.dry_run import PARTS, Memory, plan_step
+from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives.protocol import BatchShape, Objective, objective_module
 from flamingo.vision.resize import TIMM, timm_arch
 

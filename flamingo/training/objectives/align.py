@@ -26,8 +26,8 @@ from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import segments_from_slots
 from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.config import AlignOptions, ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
+from flamingo.training.model_config import AlignOptions, ModelConfig
 from flamingo.training.objectives import flamingo as objective
 from flamingo.training.objectives.protocol import BatchShape, Setup
 

@@ -25,7 +25,7 @@ from flamingo.hub import from_hub
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.storage import is_quantized
-from flamingo.training.config import ModelConfig, VisionSource
+from flamingo.training.model_config import ModelConfig, VisionSource
 from flamingo.vision.encoder import build_open_clip, describe_encoder
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"

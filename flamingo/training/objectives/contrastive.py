@@ -25,9 +25,9 @@ from flamingo.backbones import OPEN_CLIP_CONFIG, cached_open_clip, open_clip_con
 from flamingo.errors import UserError, first_line
 from flamingo.processor import ImageTransform
 from flamingo.training.checkpoints.trained_weights import tokenizer_fingerprint
-from flamingo.training.config import ModelConfig, VisionSource
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import layer_units
+from flamingo.training.model_config import ModelConfig, VisionSource
 from flamingo.training.objectives.build import load_tokenizer
 from flamingo.training.objectives.protocol import BatchShape, Setup
 from flamingo.vision.encoder import RESIZE_MODES

@@ -19,9 +19,9 @@ from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
 from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
-from flamingo.training.config import ModelConfig, SoftPromptOptions, VisionSource
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
+from flamingo.training.model_config import ModelConfig, SoftPromptOptions, VisionSource
 from flamingo.training.objectives import build as builders
 from flamingo.training.objectives import lora
 from flamingo.training.objectives.protocol import BatchShape, Setup

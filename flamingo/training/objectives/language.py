@@ -20,9 +20,9 @@ from flamingo.language.hooks import embedding_table, find_decoder_layers, table_
 from flamingo.language.loss import next_labels
 from flamingo.storage import refuse_nonfinite
 from flamingo.training.checkpoints.trained_weights import config_fingerprint, fingerprint, tokenizer_fingerprint
-from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import layer_units
+from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives import build as builders
 from flamingo.training.objectives import lora
 from flamingo.training.objectives.protocol import BatchShape, Setup

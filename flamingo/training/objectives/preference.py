@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from flamingo.labels import IGNORED
 from flamingo.language.loss import next_labels
-from flamingo.training.config import ModelConfig
 from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives import flamingo, lora
 from flamingo.training.objectives.protocol import BatchShape, Setup
 

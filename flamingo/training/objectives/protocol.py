@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo.processor import FlamingoProcessor
-from flamingo.training.config import ModelConfig, RunConfig
+from flamingo.training.config import RunConfig
 from flamingo.training.distributed.fsdp import (
     FsdpUnit,
     Processes,
@@ -22,6 +22,7 @@ from flamingo.training.distributed.fsdp import (
     set_weight_dtypes,
     shard,
 )
+from flamingo.training.model_config import ModelConfig
 from flamingo.training.objective_table import OBJECTIVES
 
 Term = tuple[str, str]
