@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def losses(run_dir: Path, key: str = "loss") -> list[float]:
+    """What a run has logged under a key, a figure for each line."""
+    found = [line[key] for line in lines(run_dir)]
+    assert found, f"{run_dir} has logged nothing"
+    return found
+
+
+def on_one_and_two_processes(settings: Callable[[Path], TrainConfig], folder: Path) -> tuple[list[float], list[float]]:
+    """The losses of a run on one process and on two, started by torchrun."""
+    for size in (1, 2):
+        given_so = given(settings(folder / f"run-{size}"), folder)
+        command = [*torchrun("--standalone", f"--nproc-per-node={size}"), *given_so]
+        assert begin(command, folder / "log").wait(250) == 0, (folder / "log").read_text()[-3000:]
+    return losses(folder / "run-1"), losses(folder / "run-2")
 
 
 def children(pid: int) -> list[int]:

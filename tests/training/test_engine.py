@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.errors import UserError
+from tests.training.commands import losses
 from tests.training.world import config, write_world
 from train import train
 
@@ -19,10 +20,6 @@ from train import train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def losses(run_dir: Path, key: str = "loss") -> list[float]:
-    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("objective", ["contrastive", "language", "flamingo"])

@@ -11,7 +11,7 @@ from flamingo.errors import UserError
 from flamingo.training.config import TrainConfig
 from flamingo.vision.features import FrozenFeatures
 from flamingo.vision.image_store import ImageStore
-from tests.training.commands import lines
+from tests.training.commands import lines, losses
 from tests.training.world import config, write_world
 from train import train
 
@@ -26,10 +26,6 @@ def cached(world: Path, run_dir: Path, kind: str | None, folder: Path | None = N
     settings.model.vision.cache = kind  # type: ignore[assignment]
     settings.model.vision.cache_dir = str(folder or run_dir / "features")
     return settings
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines(folder)]
 
 
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
 from flamingo.errors import UserError
 from flamingo.training.objectives import lora
-from tests.training.commands import begin, given, torchrun
+from tests.training.commands import begin, given, losses, torchrun
 from tests.training.world import config, write_world
 from train import train
 
@@ -24,10 +23,6 @@ from train import train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "mpt", "mosaic_gpt"])

@@ -26,7 +26,7 @@ from flamingo.training.objectives import lora
 from flamingo.training.objectives.preference import PreferenceObjective
 from tests.fixtures import png
 from tests.model import tiny
-from tests.training.commands import begin, given, torchrun
+from tests.training.commands import losses, on_one_and_two_processes
 from tests.training.world import COLOURS, config, write_world
 from train import train
 
@@ -200,10 +200,6 @@ def win_rate(folder: Path, shards: Path) -> float:
     return sum(wins) / len(wins)
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_planted_preferences_turn_the_win_rate_and_equal_pairs_are_counted(world: Path, tmp_path: Path) -> None:
     assert win_rate(world / "start" / "model", world / "held") < 0.1
     train(run_of(world, tmp_path / "run", steps=30))
@@ -250,8 +246,5 @@ def test_its_memory_is_planned(world: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
-    for size in (1, 2):
-        settings = run_of(world, tmp_path / f"run-{size}", steps=3)
-        command = [*torchrun("--standalone", f"--nproc-per-node={size}"), *given(settings, tmp_path)]
-        assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), abs=1e-5)
+    one, two = on_one_and_two_processes(lambda folder: run_of(world, folder, steps=3), tmp_path)
+    assert two == pytest.approx(one, abs=1e-5)

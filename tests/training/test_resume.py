@@ -15,7 +15,7 @@ from flamingo.errors import UserError
 from flamingo.training import optim
 from flamingo.training.config import DEFAULT_MAX_TOKENS, OptimConfig, TrainConfig
 from flamingo.training.model_config import LanguageSource
-from tests.training.commands import lines
+from tests.training.commands import losses
 from tests.training.world import LLAMA, config, swap_words, write_world
 from train import train
 
@@ -23,10 +23,6 @@ from train import train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines(folder)]
 
 
 def with_vision(settings: TrainConfig) -> TrainConfig:

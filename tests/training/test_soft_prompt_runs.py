@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from flamingo.soft_prompts import SOFT_PROMPT_FILE, load_soft_prompt
 from flamingo.training.config import TrainConfig
 from flamingo.training.model_config import FreezePolicy
 from flamingo.training.objectives import flamingo as objective
-from tests.training.commands import begin, given, torchrun
+from tests.training.commands import losses, on_one_and_two_processes
 from tests.training.world import config, write_world
 from train import train
 
@@ -35,10 +34,6 @@ def run_of(world: Path, run_dir: Path, **run: Any) -> TrainConfig:
     settings.model.soft_prompt.tokens = 6
     settings.optim.lr = 0.1
     return settings
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_only_the_vectors_change_and_the_model_that_is_written_has_them(world: Path, tmp_path: Path) -> None:
@@ -131,8 +126,5 @@ def test_a_plan_counts_it(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
-    for size in (1, 2):
-        settings = run_of(world, tmp_path / f"run-{size}", steps=3)
-        command = [*torchrun("--standalone", f"--nproc-per-node={size}"), *given(settings, tmp_path)]
-        assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), abs=1e-5)
+    one, two = on_one_and_two_processes(lambda folder: run_of(world, folder, steps=3), tmp_path)
+    assert two == pytest.approx(one, abs=1e-5)

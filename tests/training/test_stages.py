@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 from flamingo.files import folder_hash
 from flamingo.training.config import TrainConfig
 from flamingo.training.stages import problems, stages_of
-from tests.training.commands import ROOT, begin, given, lines, torchrun
+from tests.training.commands import ROOT, begin, given, lines, losses, torchrun
 from tests.training.world import config, write_world
 from train import train
 
@@ -39,10 +39,6 @@ def staged(world: Path, run_dir: Path, stages: Stages = STAGES, **run: Any) -> T
     settings = config(world, run_dir, "flamingo", **run)
     settings.stages = dict(stages)
     return settings
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in lines(folder)]
 
 
 @pytest.fixture(scope="module")

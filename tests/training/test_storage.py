@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 from data.errors import StorageError
 from data.loading.step_dataset import StepDataset
 from data.shards.writer import MANIFEST
+from tests.training.commands import losses
 from tests.training.world import config, write_world
 from train import train
 
@@ -22,10 +22,6 @@ from train import train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def losses(run_dir: Path) -> list[Any]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def test_a_run_whose_storage_stays_away_saves_before_it_ends(
