@@ -104,19 +104,21 @@ def _image(rule: ImageRule, files: Files, read: Read, index: int, name: Any) -> 
     if index not in files:
         raise Dropped("image is missing")
     suffix, frame = files[index]
-    data = rule.check(read(suffix))
+    data = read(suffix)
     if frame is None or sniff(data) != "tif":
-        return data
+        return rule.check(data)
 
     def as_png(image: PILImage.Image) -> bytes:
         image.seek(frame)
+        rule.check_size(*image.size)  # of this frame, before it is decoded
         out = io.BytesIO()
         (image if image.mode in PNG_MODES else image.convert("RGB")).save(out, "PNG")
         return out.getvalue()
 
     try:
-        return rule.check(read_image(data, as_png))
+        png = read_image(data, as_png)
     except Dropped:
         raise
     except Exception:
         raise Dropped("image cannot be decoded") from None
+    return rule.check(png)
