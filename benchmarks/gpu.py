@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.sizes import SIZES
 from benchmarks.table import print_table
+from flamingo.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_SECONDS = 540.0
@@ -101,21 +102,17 @@ def main(arguments: list[str]) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: install a CUDA build, or see that all steps run with --device cpu")
     began, results = time.monotonic(), []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, size, seconds in jobs(options.size, options.steps):
         left = options.seconds - (time.monotonic() - began)
         if left < 1:
-            result: dict[str, Any] = {
-                "step": name,
-                "size": size,
-                "failed": f"not run: {options.seconds:.0f} s are over",
-            }
+            failed = f"not run: {options.seconds:.0f} s are over"
+            result: dict[str, Any] = {"step": name, "size": size, "failed": failed}
         else:
             print(f"{name} {size} ...", file=sys.stderr, flush=True)
             result = measured(name, size, options.device, min(seconds, left))
         results.append(result)
         # After every step: whatever ends this process, what was measured is kept.
-        options.out.write_text(json.dumps({"device": options.device, "results": results}, indent=1) + "\n")
+        write_atomically(options.out, json.dumps({"device": options.device, "results": results}, indent=1) + "\n")
     head = ["step", "what", "value", "wanted", "holds"]
     print_table([head, ["---"] * len(head), *(line for result in results for line in lines_of(result))])
     print(f"\n{time.monotonic() - began:.0f} s; written to {options.out}")

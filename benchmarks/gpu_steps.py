@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from benchmarks import evaluation
-from benchmarks.measure import Stamps
+from benchmarks.measure import Stamps, timed
 from benchmarks.ours import Ours
 from benchmarks.sizes import SIZES, Size
 from benchmarks.work import Row, class_names, prompt, training_steps
@@ -54,6 +54,11 @@ def row(what: str, value: Any, wanted: str = "", holds: bool | None = None) -> d
     return {"what": what, "value": value, "wanted": wanted, "holds": holds}
 
 
+def at_most(what: str, value: float, limit: float, judged: bool = True) -> dict[str, Any]:
+    """Return a row whose value must not be above a limit, where it is judged."""
+    return row(what, value, f"<= {limit:g}", value <= limit) if judged else row(what, value)
+
+
 def finish(device: str) -> None:
     """Wait until the GPU has done what it was given."""
     if device == "cuda":
@@ -62,15 +67,12 @@ def finish(device: str) -> None:
 
 def seconds_of(work: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
     """Return the median seconds of a call, after one that warms up."""
-    work()
-    taken = []
-    for _ in range(repeats):
-        finish(device)
-        began = time.perf_counter()
+
+    def whole() -> None:
         work()
         finish(device)
-        taken.append(time.perf_counter() - began)
-    return median(taken)
+
+    return median(timed(whole, repeats)[0])
 
 
 # Steps that do not depend on the size.
@@ -111,7 +113,7 @@ def attention_step(size: Size, device: str) -> list[dict[str, Any]]:
                     found = _attended([x.to(dtype) for x in given], attention.attend_segments)
                 apart = max(_apart(a, b) for a, b in zip(found, exact, strict=True))
                 what = f"{name} and the formula, {heads} x {width}, {str(dtype).removeprefix('torch.')}"
-                rows.append(row(what, apart, f"<= {limit:g}", apart <= limit))
+                rows.append(at_most(what, apart, limit))
     if "xformers" not in ways:
         rows.append(row("xformers", f"not compared: {attention.xformers_error() or 'it has no CPU operator'}"))
     return rows
@@ -184,9 +186,8 @@ def _group(device: str) -> Iterator[fsdp.Processes]:
 
 def _batch(rows: list[Row], device: str) -> dict[str, Tensor]:
     counts = torch.tensor([len(each.images) for each in rows])
-    batch = {name: torch.stack([getattr(each, name) for each in rows]) for name in ("ids", "labels")}
-    batch = {"input_ids": batch["ids"], "labels": batch["labels"], "image_counts": counts}
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    ids, labels = (torch.stack([getattr(each, name) for each in rows]) for name in ("ids", "labels"))
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "image_counts": counts}
     batch["pixel_values"] = torch.cat([each.images for each in rows])[:, None]
     return {name: value.to(device) for name, value in batch.items()}
 
@@ -196,8 +197,6 @@ class Training:
 
     def __init__(self, size: Size, device: str, processes: fsdp.Processes) -> None:
         self.model = Ours(size, device=device).model
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.model.part_of(name) not in ("vision", "language"))
         self.objective, self.device = FlamingoObjective(), device
         run = RunConfig(precision="bf16", device=device)  # type: ignore[arg-type]
         self.strategy = fsdp.sharding_strategy(run, 1)
@@ -271,8 +270,6 @@ def memory_step(size: Size, device: str) -> list[dict[str, Any]]:
     objective = FlamingoObjective()
     with torch.device("meta"):
         model = Ours(size).model
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) not in ("vision", "language"))
     strategy = fsdp.sharding_strategy(RunConfig(precision="bf16"), 1)
     planned = plan_step(model, objective, [_batch(rows, "cpu")], strategy=strategy, device=device)
     with _group(device) as processes:
@@ -291,12 +288,11 @@ def memory_step(size: Size, device: str) -> list[dict[str, Any]]:
             found = ledger.peak
     apart = abs(planned.device - found) / found
     parts = [row(f"planned, {part}, GiB", value / 2**30) for part, value in planned.parts.items()]
-    limit = f"<= {PLAN_APART}" * (device == "cuda")
     return [
         *parts,
         row("planned in all, GiB", planned.device / 2**30),
         row("measured, GiB", found / 2**30),
-        row("apart, share of the measured", apart, limit, apart <= PLAN_APART if device == "cuda" else None),
+        at_most("apart, share of the measured", apart, PLAN_APART, judged=device == "cuda"),
     ]
 
 
@@ -373,16 +369,10 @@ def decode_step(size: Size, device: str) -> list[dict[str, Any]]:
             taken["ours"] += ours.steps()[1:]
             taken["bare"] += theirs.steps()[1:]
     own, alone = median(taken["ours"]), median(taken["bare"])
-    judged = device == "cuda"
     return [
         row(f"decode step after {size.shots} shots, ms", 1000 * own),
         row("the bare LM's, ms", 1000 * alone),
-        row(
-            "ratio, both eager",
-            own / alone,
-            f"<= {DECODE_RATIO}" * judged,
-            own / alone <= DECODE_RATIO if judged else None,
-        ),
+        at_most("ratio, both eager", own / alone, DECODE_RATIO, judged=device == "cuda"),
     ]
 
 
@@ -400,7 +390,7 @@ def ranking_step(size: Size, device: str) -> list[dict[str, Any]]:
     return [
         row(f"ranking {len(names)} names, {size.rank_shots} shots, ms", 1000 * seconds),
         row("tokens that are run for it", len(Trie.of(names).inner)),
-        row("score of a name and of the whole text apart", apart, f"<= {limit:g}", apart <= limit),
+        at_most("score of a name and of the whole text apart", apart, limit),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -57,58 +57,48 @@ class Size:
 # Rows of 1 to 5 images, 2.5 on average, after a warm-up step.
 COUNTS = ((2, 3), (1, 4), (5, 1), (2, 3), (3, 1), (2, 3))
 
+# ViT-B/32 at 224 px; an OPT of 12 layers x 768.
+SMALL = Size(
+    vision_width=768,
+    vision_layers=12,
+    patch=32,
+    image_size=224,
+    lm_width=768,
+    lm_layers=12,
+    lm_heads=12,
+    vocab=50272,
+    latents=64,
+    depth=6,
+    shots=32,
+    rank_shots=4,
+    names=100,
+    new_tokens=8,
+    batch=2,
+    tokens=256,
+    counts=COUNTS,
+    cost_images=(1, 5, 32),
+    cost_tokens=(256, 1024, 2048),
+    eval_queries=64,
+    eval_support=64,
+    eval_shots=8,
+    eval_ranked=4,
+)
+
 SIZES = {
-    # ViT-B/32 at 224 px; an OPT of 12 layers x 768.
-    "small": Size(
-        vision_width=768,
-        vision_layers=12,
-        patch=32,
-        image_size=224,
-        lm_width=768,
-        lm_layers=12,
-        lm_heads=12,
-        vocab=50272,
-        latents=64,
-        depth=6,
-        shots=32,
-        rank_shots=4,
-        names=100,
-        new_tokens=8,
-        batch=2,
-        tokens=256,
-        counts=COUNTS,
-        cost_images=(1, 5, 32),
-        cost_tokens=(256, 1024, 2048),
-        eval_queries=64,
-        eval_support=64,
-        eval_shots=8,
-        eval_ranked=4,
-    ),
+    "small": SMALL,
     # ViT-L/14 at 224 px and 24 layers x 2048, as OpenFlamingo-3B; for a GPU.
-    "3b": Size(
+    "3b": replace(
+        SMALL,
         vision_width=1024,
         vision_layers=24,
         patch=14,
-        image_size=224,
         lm_width=2048,
         lm_layers=24,
         lm_heads=16,
         vocab=50432,
-        latents=64,
-        depth=6,
-        shots=32,
-        rank_shots=4,
-        names=100,
         new_tokens=16,
         batch=16,
-        tokens=256,
         counts=tuple(count * 8 for count in COUNTS),
-        cost_images=(1, 5, 32),
-        cost_tokens=(256, 1024, 2048),
-        eval_queries=64,
-        eval_support=64,
-        eval_shots=8,
-        eval_ranked=4,
     ),
     # To see that everything runs, in seconds.
     "tiny": Size(

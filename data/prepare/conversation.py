@@ -165,7 +165,9 @@ def _part(part: Any, media: Media) -> Iterator[Content]:
     else:
         given: Any = part.get(f"{kind}_url")
         given = given.get("url") if isinstance(given, Mapping) else given
-        given = given or next((part[key] for key in SOURCES if part.get(key) is not None), None)
+        key = next((key for key in SOURCES if part.get(key) is not None), "")
+        # Base64 keeps its name: a short one could be a path.
+        given = given or (part if key in ("base64", "bytes") else part.get(key))
         index = part.get("index")
         # What the row lists comes first: parts may name the files that its images were read from.
         from_list = media.listed[kind] or not given

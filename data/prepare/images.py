@@ -73,6 +73,13 @@ class ImageRule:
             raise Dropped(f"image of more than {self.max_pixels} pixels") from None
         except Exception:  # decoders raise all kinds of exceptions for foreign bytes
             raise Dropped("image cannot be decoded") from None
+        self.check_size(width, height)
+        if self.decode or not self.plain:
+            self._look(data)
+        return data
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise Dropped for an image of a size that is not kept."""
         short, long = sorted((width, height))
         if width * height > self.max_pixels:
             raise Dropped(f"image of more than {self.max_pixels} pixels")
@@ -82,9 +89,6 @@ class ImageRule:
             raise Dropped(f"image with a side above {self.max_side} pixels")
         if long > short * self.max_aspect:
             raise Dropped(f"image longer than {self.max_aspect:g} times its width")
-        if self.decode or not self.plain:
-            self._look(data)
-        return data
 
     def _look(self, data: bytes) -> None:
         def extremes_of(image: Image.Image) -> Any:

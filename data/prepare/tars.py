@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.prepare.units import Dropped, Tally
+from data.prepare.units import Dropped, InputUnit, Tally
+from data.records import parse_json
 from data.shards.samples import IMAGE, SampleMember, samples_of
 
 
@@ -57,13 +58,26 @@ def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSampl
         os.close(descriptor)
 
 
-def json_of(sample: TarSample, decode: Any) -> dict[str, Any]:
-    """Return a sample's JSON object, decoded by `decode`; empty when it has none. Raises Dropped."""
+def json_samples(unit: InputUnit, tally: Tally) -> Iterator[tuple[TarSample, dict[str, Any]]]:
+    """Yield the samples of a tar with their JSON objects; those without one are dropped and counted."""
+    for sample in tar_samples(unit.path, unit.label, tally):
+        try:
+            if "json" not in sample.members:
+                raise Dropped("sample without JSON")
+            body = json_of(sample)
+        except Dropped as dropped:
+            tally.drop_document(dropped.reason, sample.where)
+            continue
+        yield sample, body
+
+
+def json_of(sample: TarSample) -> dict[str, Any]:
+    """Return a sample's JSON object; empty when it has none. Raises Dropped."""
     if "json" not in sample.members:
         return {}
     try:
-        body = decode(sample.read("json"))
-    except (ValueError, RecursionError):
+        body = parse_json(sample.read("json"))
+    except ValueError:
         raise Dropped("JSON cannot be read") from None
     if not isinstance(body, dict):
         raise Dropped("JSON is not an object")

@@ -169,6 +169,9 @@ def test_refusals_are_one_sentence(tmp_path: Path) -> None:
     assert "is not a folder" in refusal(out, "hf", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "cannot be opened" in refusal(out, "hf", tmp_path / "empty")
+    (tmp_path / "empty" / "dataset_info.json").write_text("{}")
+    (tmp_path / "empty" / "state.json").write_text("{}")  # something else's
+    assert "split train cannot be opened: KeyError" in refusal(out, "hf", tmp_path / "empty")
     two = made([{"image": stored(0), "depth": stored(1), "caption": "a"}], depth=datasets.Image())
     path = write(two, tmp_path / "two", "disk")
     assert "several columns of images (image, depth)" in refusal(out, "hf", path)

@@ -16,6 +16,7 @@ from data.shards.document import Document, Text, conversation_of
 from tests.data.helpers import byte_processor
 from tests.data.sources import flat, jpeg, jsonl, prepare, refusal
 from tests.data.test_prepare_video import mp4
+from tests.fixtures import png
 
 Spoken = list[tuple[str | None, str | bytes | tuple[bytes, ...]]]
 ASK, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}
@@ -93,6 +94,16 @@ def test_every_form_gives_the_same_conversation(folder: Path, form: str) -> None
     assert learnt(document) == ["A cat."]
     assert document.meta == {"id": 7}
     assert [message.role for message in conversation_of(document.nodes).messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", ["base64", "bytes"])
+def test_base64_of_a_part_is_not_a_path_however_short(folder: Path, name: str) -> None:
+    small = png(9)
+    encoded = base64.b64encode(small).decode()
+    assert len(encoded) < 255
+    row = {"messages": [ASK | {"content": [{"type": "image", name: encoded}, text("What?")]}, ANSWER]}
+    done = prepare(folder / "out", "messages", jsonl(folder / "a.jsonl", row))
+    assert [document.images for document in done.documents] == [[small]]
 
 
 def test_turns_a_system_message_and_images_anywhere(folder: Path) -> None:

@@ -71,6 +71,21 @@ def test_the_frames_of_a_tiff_are_the_images_in_their_order(tmp_path: Path) -> N
     assert done.dropped_images == {"image is missing": 1}
 
 
+def test_every_frame_is_judged_by_its_own_size(tmp_path: Path) -> None:
+    """A page often begins with a rule across it, which is much wider than it is high."""
+    line, small, photo = (PILImage.new("L", size, 50) for size in ((400, 2), (9, 9), (40, 40)))
+    out = io.BytesIO()
+    line.save(out, "TIFF", save_all=True, append_images=[photo, small])
+    members = [("a.json", body("One.", ("x",), ("y",), ("z",))), ("a.tiff", out.getvalue())]
+    make_tar(tmp_path / "a.tar", members)
+    done = prepare(tmp_path / "out", "mint", tmp_path / "a.tar", "--min-side", "10", "--max-aspect", "200")
+    assert [[shade(image) for image in document.images] for document in done.documents] == [[50]]
+    assert done.dropped_images == {"image with a side below 10 pixels": 2}
+    thin = prepare(tmp_path / "thin", "mint", tmp_path / "a.tar")
+    assert [len(document.images) for document in thin.documents] == [2]
+    assert thin.dropped_images == {"image longer than 20 times its width": 1}
+
+
 def test_curator_names_a_file_for_each_image(tmp_path: Path) -> None:
     one, two = jpeg(1), jpeg(2)
     members = [

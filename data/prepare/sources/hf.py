@@ -18,7 +18,7 @@ from typing import Any
 
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
-from data.prepare.inputs import one_line
+from data.prepare.inputs import one_line, required
 from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
@@ -126,11 +126,14 @@ def _texts(facts: dict[str, Any], names: list[str], args: argparse.Namespace) ->
 
 def open_split(item: str, args: argparse.Namespace) -> Any:
     """Return a split of a data set, without reading its rows. Raises UserError."""
-    datasets = _library()
+    datasets, known = _library(), ""
     try:
         if on_disk(item):
             opened = datasets.load_from_disk(item)
-            return opened[args.split] if isinstance(opened, datasets.DatasetDict) else opened
+            if not isinstance(opened, datasets.DatasetDict):
+                return opened
+            known = f" (its splits are {', '.join(opened)})"
+            return opened[args.split]
         if not Path(item).is_dir() and (Path(item).exists() or item.count("/") > 1 or item.startswith((".", "/"))):
             raise UserError(f"input {item} is not a folder; give the folder of the data set, or its name on the hub")
         more = {} if Path(item).is_dir() else {"revision": args.revision}
@@ -138,7 +141,6 @@ def open_split(item: str, args: argparse.Namespace) -> Any:
     except UserError:
         raise
     except Exception as error:  # of every kind: files, formats, names, the network
-        known = f" (its splits are {', '.join(opened)})" if isinstance(error, KeyError) else ""
         raise UserError(
             f"data set {item}, split {args.split}{known} cannot be opened: {type(error).__name__}: {one_line(error)}; "
             "correct --split or --config, or download it where there is a network and give its folder"
@@ -146,12 +148,7 @@ def open_split(item: str, args: argparse.Namespace) -> Any:
 
 
 def _library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "reading data sets of the hub needs the package datasets; install it with: pip install 'flamingo-vlm[hf]'"
-        ) from None
+    datasets = required("datasets", "reading data sets of the hub", "hf")
     datasets.disable_progress_bars()
     return datasets
 

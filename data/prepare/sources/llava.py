@@ -10,13 +10,7 @@ read too.
 
 from __future__ import annotations
 
-import argparse
-
 from data.prepare.sources import messages
 
-LAYOUT, units, documents = messages.LAYOUT, messages.units, messages.documents
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m data prepare llava`."""
-    messages.add_arguments(parser)
+LAYOUT, add_arguments = messages.LAYOUT, messages.add_arguments
+units, documents = messages.units, messages.documents

@@ -48,9 +48,8 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of lines of JSONL or row groups of parquet."""
     names, result = fields(args), []
     for label, path in input_files(args.inputs, (".jsonl", ".jsonl.gz", ".parquet")):
-        file_args = argparse.Namespace(inputs=[str(path)])
         result += (
-            parquet_units(file_args, (names["instruction"], names["outputs"]))
+            parquet_units([str(path)], (names["instruction"], names["outputs"]))
             if path.suffix.lower() == ".parquet"
             else record_units(path, label, IN_A_UNIT)
         )

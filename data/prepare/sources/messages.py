@@ -57,7 +57,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
             continue
         for label, path in input_files([item], FILES):
             result += (
-                parquet_units(argparse.Namespace(inputs=[str(path)]), ())
+                parquet_units([str(path)])
                 if path.suffix.lower() == ".parquet"
                 else record_units(path, label, IN_A_UNIT)
             )

@@ -89,7 +89,7 @@ def _images(images: list[str], work: Path) -> Iterator[Entry]:
         columns = (index, "base64")
         written = work / f"images-{file_index}.txt"
         with written.open("wb") as out:
-            for unit in parquet_units(argparse.Namespace(inputs=[str(path)]), columns):
+            for unit in parquet_units([str(path)], columns):
                 for _, row in parquet_rows(unit, list(columns)):
                     text = json.dumps(row["base64"]).encode()
                     yield str(row[index]), str(written), out.tell(), len(text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -22,7 +21,7 @@ from PIL import Image as PILImage
 from data.prepare.images import ImageRule, add_image_arguments
 from data.prepare.inputs import file_units
 from data.prepare.sources.obelics import documents_of, parts_of
-from data.prepare.tars import TarSample, json_of, tar_samples
+from data.prepare.tars import TarSample, json_samples
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document
 from flamingo.vision.image_files import read_image, sniff
@@ -45,11 +44,8 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each sample."""
     rule = ImageRule.of(args)
-    for sample in tar_samples(unit.path, unit.label, tally):
+    for sample, body in json_samples(unit, tally):
         try:
-            if "json" not in sample.members:
-                raise Dropped("sample without JSON")
-            body = json_of(sample, json.loads)
             read = lru_cache(maxsize=1)(sample.read)  # of a file with all of a document's images
             files = _files(sample, body.get("images"), read)
             parts = parts_of(body, partial(_image, rule, files, read), sample.where, tally)
@@ -71,7 +67,6 @@ def _files(sample: TarSample, names: Any, read: Read) -> Files:
     Raises:
         Dropped: a file of several frames has more or fewer than the positions that it would fill.
     """
-    files = sample.images()
     key = sample.key.rpartition("/")[2]
     found: Files = {}
     unnamed = []
@@ -83,7 +78,8 @@ def _files(sample: TarSample, names: Any, read: Read) -> Files:
             found[index] = suffix, None
         else:
             unnamed.append(index)
-    others = [suffix for suffix in files if suffix not in {suffix for suffix, _ in found.values()}]
+    named = {suffix for suffix, _ in found.values()}
+    others = [suffix for suffix in sample.images() if suffix not in named]
     if unnamed and len(others) == 1:
         (suffix,) = others
         if _frames(read(suffix)) != len(unnamed):
@@ -104,19 +100,21 @@ def _image(rule: ImageRule, files: Files, read: Read, index: int, name: Any) -> 
     if index not in files:
         raise Dropped("image is missing")
     suffix, frame = files[index]
-    data = rule.check(read(suffix))
+    data = read(suffix)
     if frame is None or sniff(data) != "tif":
-        return data
+        return rule.check(data)
 
     def as_png(image: PILImage.Image) -> bytes:
         image.seek(frame)
+        rule.check_size(*image.size)  # of this frame, before it is decoded
         out = io.BytesIO()
         (image if image.mode in PNG_MODES else image.convert("RGB")).save(out, "PNG")
         return out.getvalue()
 
     try:
-        return rule.check(read_image(data, as_png))
+        png = read_image(data, as_png)
     except Dropped:
         raise
     except Exception:
         raise Dropped("image cannot be decoded") from None
+    return rule.check(png)

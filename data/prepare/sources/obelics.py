@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def parquet_units(args: argparse.Namespace, columns: tuple[str, ...], rows: int = ROWS) -> list[InputUnit]:
+def parquet_units(inputs: Sequence[str], columns: Sequence[str] = (), rows: int = ROWS) -> list[InputUnit]:
     """Return row groups of parquet files, several together where they are small; `begin` and `end` count row groups.
 
     Raises UserError for a file that is not parquet or lacks one of the columns.
     """
     units = []
-    for unit in file_units(args.inputs, (".parquet",)):
+    for unit in file_units(inputs, (".parquet",)):
         names, sizes = parquet_columns(unit.path)
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{unit.path} has no column {missing[0]!r}; it has {', '.join(names)}")
@@ -98,7 +98,7 @@ def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[
 def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of row groups."""
     conditions_of(tuple(args.where_image))
-    return parquet_units(args, ("images", "texts", *_columns(args)))
+    return parquet_units(args.inputs, ("images", "texts", *_columns(args)))
 
 
 def _columns(args: argparse.Namespace) -> list[str]:

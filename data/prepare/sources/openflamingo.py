@@ -8,14 +8,13 @@ bytes are kept unchanged; without base64 they are a quarter smaller.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from data.prepare.images import ImageRule, from_base64
 from data.prepare.inputs import file_units
 from data.prepare.sources.mmc4 import add_document_arguments, parsed_document
-from data.prepare.tars import json_of, tar_samples
+from data.prepare.tars import json_samples
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Text
 from data.shards.mmc4 import Malformed, generated
@@ -36,11 +35,8 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each sample."""
     rule = ImageRule.of(args)
-    for sample in tar_samples(unit.path, unit.label, tally):
+    for sample, body in json_samples(unit, tally):
         try:
-            if "json" not in sample.members:
-                raise Dropped("sample without JSON")
-            body = json_of(sample, json.loads)
             document = (
                 _generated(body, sample.where, rule, tally)
                 if "is_gpt" in body

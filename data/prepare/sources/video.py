@@ -86,7 +86,7 @@ def _from_tar(unit: InputUnit, tally: Tally) -> Iterator[tuple[str, Read]]:
     for sample in tar_samples(unit.path, unit.label, tally):
 
         def read(sample: Any = sample) -> Any:
-            facts = {"key": sample.key} | json_of(sample, json.loads)
+            facts = {"key": sample.key} | json_of(sample)
             caption = _utf8(sample.read("txt")) if "txt" in sample.members else None
             return caption, facts, {suffix: partial(sample.read, suffix) for suffix in sample.members}
 
