@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.retrieval.encoder import FlamingoEncoder, OpenClipEncoder, load_encoder
-from eval.retrieval.index import VectorIndex, entries_of, write_index
+from eval.retrieval.index import VectorIndex, entries_of, json_bytes, write_index
 from eval.task import EncodedImage
 from eval.tasks.formats.files import stored
 from flamingo.errors import UserError
@@ -99,7 +98,7 @@ def search(arguments: Sequence[str]) -> int:
         print(printable(f"{hit['rank']:>3}  {hit['cosine']:.4f}  {hit['id']}  {hit['text']}".rstrip()))
     if settings["out"]:
         content = {"query": settings["image"] or texts[0], "index": settings["index"], "hits": hits}
-        write_atomically(Path(settings["out"]), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(Path(settings["out"]), json_bytes(content, indent=1))
     return 0
 
 
