@@ -51,8 +51,8 @@ class ResponseLog:
             self._lines.append(lines)
         except OSError as error:
             raise UserError(
-                f"the log of responses {self._lines.path} cannot be written ({error}): free space, or give another out=; "
-                "started again, the evaluation goes on behind the last whole line"
+                f"the log of responses {self._lines.path} cannot be written ({error}): free space, or give another "
+                "out=; started again, the evaluation goes on behind the last whole line"
             ) from None
         self.known.update(entries)
 
