@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.reports.commands import told
 from eval.retrieval.encoder import FlamingoEncoder, OpenClipEncoder, load_encoder
 from eval.retrieval.index import VectorIndex, entries_of, json_bytes, write_index
 from eval.task import EncodedImage
@@ -109,9 +110,5 @@ def _image(name: str) -> EncodedImage:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `index` or `search`; a mistake ends as one sentence with exit status 2."""
-    try:
-        return {"index": index, "search": search}[arguments[0]](arguments[1:])
-    except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+    """Run `index` or `search`."""
+    return told({"index": index, "search": search}[arguments[0]], arguments[1:])

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.shards.writer import MANIFEST, read_documents
-from eval.retrieval.encoder import DualEncoder, decoded
+from eval.retrieval.encoder import DIGITS, DualEncoder, decoded
 from eval.task import EncodedImage
 from eval.tasks.formats.files import stored
 from eval.tasks.sources import document_turns, shards_of
@@ -34,8 +34,6 @@ from flamingo.vision.image_files import SUFFIXES
 FORMAT = 1
 BLOCK = 1 << 16
 """Rows compared at once: bounds the memory of a search to 256 KiB a query."""
-DIGITS = 6
-"""Decimals of a cosine that count: blocks of other shapes change only what is below. Ties go to the earlier row."""
 
 
 @dataclass(frozen=True)
