@@ -1,7 +1,7 @@
-"""Files and folders that are whole under their name, or not there at all.
+"""Files and folders that are whole under their name, or not there at all, and logs of which every line is whole.
 
 What writes does so under another name beside the target and renames at the end: a reader, or the next run after a kill,
-never meets half of a file.
+never meets half of a file. A log grows by lines, of which the last one counts once it ends in a newline.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -62,6 +62,32 @@ def write_folder(folder: Path, *writers: Callable[[Path], object], overwrite: bo
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """Return the lines of a log without their newlines; none where there is no file, and no incomplete last line."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+class LineLog:
+    """A log that one process appends to. A line that was cut off by a kill is removed before the first new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begun = False
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Write lines and hand them to the operating system, which keeps them if this process is killed.
+
+        Raises OSError.
+        """
+        if not self._begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+            self._begun = True
+        with self.path.open("ab") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
 
 
 def folder_hash(folder: Path) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class InstructPrompt:
         for pattern in (*self.lead_ins, *self.refusals, *self.giveaways):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError) as error:
                 yield f"{pattern!r} is not a regular expression ({error})"
         for number, example in enumerate(self.examples, 1):
             try:
@@ -186,7 +185,7 @@ def _kept(question: str, answer: str, prompt: InstructPrompt, lengths: Lengths) 
     if any(_found(pattern, answer) for pattern in prompt.refusals):
         raise Dropped("answer is a refusal")
     for pattern in prompt.lead_ins:
-        match = _compiled(pattern).match(answer)
+        match = re.match(pattern, answer, re.IGNORECASE)
         rest = answer[match.end() :] if match else ""
         if rest:
             answer = rest[0].upper() + rest[1:]
@@ -202,10 +201,5 @@ def _kept(question: str, answer: str, prompt: InstructPrompt, lengths: Lengths) 
     return answer
 
 
-@lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
-
-
 def _found(pattern: str, text: str) -> bool:
-    return _compiled(pattern).search(text) is not None
+    return re.search(pattern, text, re.IGNORECASE) is not None

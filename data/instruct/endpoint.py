@@ -10,11 +10,12 @@ only for the rest.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -60,6 +61,16 @@ class EndpointConfig:
     """Seconds that a reply may take."""
     pause_s: AboveZero = 0.5
     """Seconds before the second try, doubled before each further one."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a clause for each impossible combination of values."""
+        for key in ("model", "messages"):
+            if key in self.options:
+                yield f"options has {key}, which is sent already: take it out"
+        try:
+            json.dumps(self.options, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            yield f"options cannot be sent as JSON ({error}): put dates and the like in quotes"
 
 
 class Endpoint:
@@ -107,6 +118,8 @@ class Endpoint:
 
     async def _ask(self, todo: deque[tuple[str, dict[str, Any]]], total: int) -> None:
         key = os.environ.get(self.config.key_env, "").strip()
+        if not key.isascii():
+            raise UserError(f"the key in {self.config.key_env} has letters that no key has: set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
         async with httpx.AsyncClient(headers=headers, timeout=self.config.timeout_s, limits=limits) as client:

@@ -1,8 +1,7 @@
 """An append-only log of an endpoint's replies, so that nothing is asked, or paid for, twice.
 
-One JSON object a line: the key of the request (a hash of all that is sent), its last message and the reply. A line
-counts once it ends in a newline; an incomplete last line is cut off, and the request of a line that cannot be read is
-asked again.
+One JSON object a line (`flamingo.files.LineLog`): the key of the request (a hash of all that is sent), its last message
+and the reply. The request of a line that cannot be read is asked again.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo.errors import UserError
+from flamingo.files import LineLog, whole_lines
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,10 @@ class ReplyLog:
         self.known: dict[str, Reply] = {}
         self.tokens = 0  # of all replies
         self.unreadable = 0
+        self._lines = LineLog(path)
         try:
-            content = path.read_bytes() if path.exists() else b""
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = content.rfind(b"\n") + 1
-            for line in content[:whole].split(b"\n")[:-1]:
+            for line in whole_lines(path):
                 self._read(line)
-            if whole < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(whole)
         except OSError as error:
             raise UserError(f"the log of replies {path} cannot be read ({error}); give another folder") from None
 
@@ -73,8 +68,7 @@ class ReplyLog:
         question = body["messages"][-1]["content"]
         line = json.dumps({"key": key, "question": question, "reply": asdict(reply)}, ensure_ascii=False)
         try:
-            with self.path.open("ab") as file:
-                file.write(f"{line}\n".encode("utf-8", "replace"))
+            self._lines.append([line])
         except OSError as error:
             raise UserError(
                 f"the log of replies {self.path} cannot be written ({error}): free space and give the same command "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ def read_filled(files: Sequence[Path], plan: Plan) -> Filled:
 def _done(plan: Plan, ratings: Sequence[Rating]) -> dict[str, tuple[int, int]]:
     compared = sum(axis.compares for axis in plan.axes.values())
     each = compared + (len(plan.axes) - compared) * len(plan.systems)
-    return {rater: (sum(r.rater == rater for r in ratings), each * len(own)) for rater, own in plan.sheets.items()}
+    rated = Counter(rating.rater for rating in ratings)
+    return {rater: (rated[rater], each * len(own)) for rater, own in plan.sheets.items()}
 
 
 def _rating(plan: Plan, rater: str, item: str, side: str, axis: str, value: int) -> Rating:

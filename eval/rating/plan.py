@@ -117,6 +117,12 @@ def read_key(path: Path) -> Plan:
             rater: [(name, tuple(int(side) for side in sides)) for name, sides in entries]
             for rater, entries in body["sheets"].items()
         }
-        return Plan(body["sheet"], list(body["systems"]), axes_of(body["axes"], str(path)), questions, sheets)
-    except (KeyError, TypeError, AttributeError) as error:
+        plan = Plan(body["sheet"], list(body["systems"]), axes_of(body["axes"], str(path)), questions, sheets)
+        for name, sides in (item for sheet in sheets.values() for item in sheet):
+            if name not in questions or sorted(sides) != list(range(len(plan.systems))):
+                raise ValueError(f"question {name} is not whole")
+        return plan
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not the key of rating sheets ({type(error).__name__}: {error})") from None

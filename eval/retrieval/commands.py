@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.reports.commands import told
 from eval.retrieval.encoder import FlamingoEncoder, OpenClipEncoder, load_encoder
-from eval.retrieval.index import VectorIndex, entries_of, write_index
+from eval.retrieval.index import VectorIndex, entries_of, json_bytes, write_index
 from eval.task import EncodedImage
 from eval.tasks.formats.files import stored
 from flamingo.errors import UserError
@@ -99,7 +99,7 @@ def search(arguments: Sequence[str]) -> int:
         print(printable(f"{hit['rank']:>3}  {hit['cosine']:.4f}  {hit['id']}  {hit['text']}".rstrip()))
     if settings["out"]:
         content = {"query": settings["image"] or texts[0], "index": settings["index"], "hits": hits}
-        write_atomically(Path(settings["out"]), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(Path(settings["out"]), json_bytes(content, indent=1))
     return 0
 
 
@@ -110,9 +110,5 @@ def _image(name: str) -> EncodedImage:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `index` or `search`; a mistake ends as one sentence with exit status 2."""
-    try:
-        return {"index": index, "search": search}[arguments[0]](arguments[1:])
-    except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+    """Run `index` or `search`."""
+    return told({"index": index, "search": search}[arguments[0]], arguments[1:])

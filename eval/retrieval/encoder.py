@@ -29,6 +29,8 @@ from flamingo.hub import from_hub, hub_reachable
 from flamingo.vision.image_store import weights_hash
 from flamingo.vision.transform import to_rgb
 
+DIGITS = 6
+"""Decimals of a cosine that count: batches of other shapes change only what is below. Ties go to the earlier one."""
 PROBES = ("two red squares", "A photo of a naïve cat, 12 o'clock; 日本")
 """Texts whose ids stand for a tokenizer in an encoder's key."""
 NO_TEXTS = (

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.shards.writer import MANIFEST, read_documents
-from eval.retrieval.encoder import DualEncoder, decoded
+from eval.retrieval.encoder import DIGITS, DualEncoder, decoded
 from eval.task import EncodedImage
 from eval.tasks.formats.files import stored
 from eval.tasks.sources import document_turns, shards_of
@@ -34,8 +34,6 @@ from flamingo.vision.image_files import SUFFIXES
 FORMAT = 1
 BLOCK = 1 << 16
 """Rows compared at once: bounds the memory of a search to 256 KiB a query."""
-DIGITS = 6
-"""Decimals of a cosine that count: blocks of other shapes change only what is below. Ties go to the earlier row."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class VectorIndex:
                 f"index={folder} is not an index: index.json is missing; make one with python -m eval index"
             )
         try:
-            self.facts: dict[str, Any] = json.loads((folder / "index.json").read_text())
+            self.facts: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
             if self.facts["format"] != FORMAT:
                 raise UserError(f"index={folder} has format {self.facts['format']}, not {FORMAT}: make it again")
             shape = (int(self.facts["rows"]), int(self.facts["width"]))
@@ -209,7 +207,7 @@ def write_index(
         facts |= {"left_out": dict(faults), "first_left_out": first_fault}
         if faiss:
             _write_faiss(partial, (count, width), faiss)
-        (partial / "index.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        (partial / "index.json").write_bytes(json_bytes(facts, indent=1))
 
     write_folder(folder, write, overwrite=overwrite)
     return VectorIndex(folder)
@@ -223,11 +221,16 @@ def _write_rows(folder: Path, batches: Iterable[tuple[Sequence[Entry], np.ndarra
             vectors.write(np.ascontiguousarray(encoded, "<f4").tobytes())
             for entry in entries:
                 facts = {"id": entry.id, "source": entry.source, "sha256": entry.image.sha256, "text": entry.text}
-                line = (json.dumps(facts, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
+                line = json_bytes(facts)
                 rows.write(line)
                 offsets.append(offsets[-1] + len(line))
     np.array(offsets, "<i8").tofile(folder / "offsets.i64")
     return len(offsets) - 1, width
+
+
+def json_bytes(value: object, indent: int | None = None) -> bytes:
+    """Return JSON with a line feed. A file's name that is not UTF-8 holds half surrogates, which become escapes."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _write_faiss(folder: Path, shape: tuple[int, int], factory: str) -> None:

@@ -57,12 +57,11 @@ class IndexEmbedder:
 
     def __call__(self, images: Sequence[EncodedImage]) -> np.ndarray:
         """Return (N, E) vectors of length 1."""
-        rows = [self._rows.get(image.sha256, -1) for image in images]
-        missing = [at for at, row in enumerate(rows) if row < 0]
+        rows = np.array([self._rows.get(image.sha256, -1) for image in images], dtype=np.int64)
+        known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         vectors = np.empty((len(images), self._index.vectors.shape[1]), dtype=np.float32)
-        known = np.array(rows) >= 0
-        vectors[known] = self._index.vectors[np.array(rows)[known]]
-        if missing:
-            vectors[missing] = self._encoder.encode_images([images[at] for at in missing])
-        self.taken, self.encoded = self.taken + int(known.sum()), self.encoded + len(missing)
+        vectors[known] = self._index.vectors[rows[known]]
+        if len(missing):
+            vectors[missing] = self._encoder.encode_images([images[int(at)] for at in missing])
+        self.taken, self.encoded = self.taken + len(known), self.encoded + len(missing)
         return vectors

@@ -39,13 +39,8 @@ def evaluate_encoder(config: EvalConfig, command: Sequence[str]) -> dict[str, An
             for sample in task.samples(encoder, config.limit):
                 samples.append(sample)
                 on_batch(sample.cell, 1)
-        asked = {name: {s.query_id for s in samples if s.cell.task == name} for name in tasks}
-        shown = {
-            image.sha256: image
-            for name, task in tasks.items()
-            for query_id in asked[name]
-            if (image := task.episode(query_id, 0, 0).query.image) is not None
-        }
+        queries = (tasks[sample.cell.task].episode(sample.query_id, 0, 0).query for sample in samples)
+        shown = {query.image.sha256: query.image for query in queries if query.image is not None}
         wall_s = time.perf_counter() - start
         facts = provenance(config.model, command, config.device_name(), wall_s, encoder.key) | {
             "images": {"shown": len(shown), "distinct": len(shown), "encoded": len(shown)},

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from eval.retrieval.encoder import DualEncoder
+from eval.retrieval.encoder import DIGITS, DualEncoder
 from eval.samples import Cell, Sample
 from eval.spec import TEMPLATE_SETS, TaskSpec
 from eval.task import Baselines, Episode, Example, Task, Turn, content_hash, hash_order
@@ -25,8 +25,6 @@ from flamingo.errors import UserError
 
 KEPT = 10
 """Best candidates that a sample keeps: as many as R@10 asks for."""
-DIGITS = 6
-"""Decimals of a cosine that count. Batches of other shapes change only what is below; ties go to the earlier one."""
 
 
 @dataclass(frozen=True)

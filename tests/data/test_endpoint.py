@@ -107,6 +107,26 @@ def test_an_endpoint_that_is_down_ends_the_run(fault: Fault, message: str, reque
     assert fault.stalls or len(server.requests) == requests  # of those that stall, the last may come too late
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{messages: null}", "options has messages"),
+        ("{model: other}", "options has model"),
+        ("{since: 2024-01-01}", "cannot be sent as JSON"),
+        ("{top_p: .nan}", "cannot be sent as JSON"),
+    ],
+)
+def test_options_that_no_request_can_have_are_refused(options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings_of(EndpointConfig, {"url": "http://127.0.0.1:9", "model": "m", "options": options})
+
+
+def test_a_key_that_no_header_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "“secret”")
+    with pytest.raises(UserError, match="the key in JUDGE_KEY has letters that no key has"):
+        ask("http://127.0.0.1:9", tmp_path, ["x"], key_env="JUDGE_KEY")
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -210,6 +210,7 @@ def test_our_prompt_passes_its_own_filters() -> None:
         (["--prompt", "none"], "", "prompt=none: there is no such file; give llava_med"),
         (["--prompt", "p.yaml"], "system: x\nuser: y", "user must have {caption}"),
         (["--prompt", "p.yaml"], "system: x\nuser: '{caption}'\nrefusals: ['(']", "is not a regular expression"),
+        (["--prompt", "p.yaml"], "system: x\nuser: '{caption}'\nlead_ins: ['a{99999999999}']", "number is too large"),
         (
             ["--prompt", "p.yaml"],
             "system: x\nuser: '{caption}'\nexamples: [{caption: a, conversation: b}]",

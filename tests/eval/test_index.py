@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_a_folder_is_indexed_and_searched_by_text_and_image(tmp_path: Path, caps
     assert capsys.readouterr().out.splitlines()[0].split()[2] == kept[best[0]].id.split()[0]
     assert main(["search", f"image={source / '04 red.png'}", f"index={to}", "k=1"]) == 0
     assert "04 red.png" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, source, to = trained_here(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    source.mkdir()
+    odd, hits = os.fsdecode(b"r\xe9d.png"), tmp_path / "hits.json"
+    (source / odd).write_bytes(png(COLOURS["red"], 1))
+    (source / os.fsdecode(b"\xff.png")).write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    assert main(["index", str(source), f"model={model}", f"to={to}"]) == 0
+    assert main(["search", "red", f"index={to}", f"out={hits}"]) == 0
+    assert "r\\udce9d.png" in capsys.readouterr().out
+    (hit,) = json.loads(hits.read_bytes())["hits"]
+    assert (hit["id"], Path(hit["source"])) == (odd, source / odd)
+    assert list(VectorIndex(to).rows_by_sha256()) == [hit["sha256"]]
 
 
 def test_shards_are_indexed_with_their_texts(tmp_path: Path) -> None:

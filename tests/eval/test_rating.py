@@ -241,6 +241,20 @@ def test_sheets_that_do_not_belong_are_refused(
     assert not (tmp_path / "sheets" / "report").exists()
 
 
+@pytest.mark.parametrize("entry", [["q"], ["q", [0, 1]], ["NAME", [0]], ["NAME", [0, 2]], ["NAME", ["A", "B"]]])
+def test_a_key_that_was_changed_is_refused(
+    entry: list[Any], two_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make(two_runs, tmp_path / "sheets", "questions=4")
+    (tmp_path / "sheets" / "R1.json").write_text(json.dumps(export(plan, "R1", lambda *_: 0)))
+    key = tmp_path / "sheets" / "key.json"
+    body = json.loads(key.read_text())
+    body["sheets"]["R1"][0] = [part if part != "NAME" else plan.sheets["R1"][0][0] for part in entry]
+    key.write_text(json.dumps(body))
+    capsys.readouterr()
+    assert "is not the key of rating sheets" in refused(["--read", str(tmp_path / "sheets" / "R1.json")], capsys)
+
+
 def test_one_thing_in_two_ways_is_refused(
     two_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
