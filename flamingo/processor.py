@@ -424,7 +424,7 @@ class FlamingoProcessor(ProcessorMixin):
         tried, key = _TRIED.setdefault(self, {}), (template, len(self.tokenizer))
         if key not in tried:
             try:
-                tried[key] = TurnTokenizer(self._renderer(template), self._prompts, self.start_ids)
+                tried[key] = TurnTokenizer(self._renderer(template), self._prompts, start_ids(self.tokenizer))
             except UserError as error:
                 tried[key] = error.args[0]
         if isinstance(found := tried[key], str):

@@ -296,6 +296,17 @@ def test_an_answer_that_is_shown_and_not_learnt() -> None:
         row_of(processor, messages)
 
 
+def test_behind_a_soft_prompt_a_template_that_writes_the_begin_writes_it_once() -> None:
+    soft = [500, 501, 502]
+    processor, messages = make(LLAMA2, soft_prompts={"default": soft}), talk(2)
+    row, _ = row_of(processor, messages)
+    bare, _ = row_of(make(LLAMA2), messages)
+    assert row.ids.tolist() == [1, *soft, *bare.ids[1:].tolist()]
+    assert row.labels.tolist() == [IGNORED] * 4 + bare.labels[1:].tolist()
+    prompt = processor(text=[messages[:3]])["input_ids"][0].tolist()
+    assert row.ids[: len(prompt)].tolist() == prompt
+
+
 def test_a_token_around_images_is_not_learnt_and_stands_once() -> None:
     processor = make("plain", around_image="<|im_start|>")
     answer: list[dict[str, Any]] = [
