@@ -306,10 +306,11 @@ class FlamingoProcessor(TemplatedProcessor):
         if not isinstance(item, list | tuple):
             raise UserError(f"{where} of the text is a {type(item).__name__}; give a string or a chat-style list")
         if item and is_message(item[0]):
-            goes_on = item[-1].get("role") == "assistant"
+            messages = self._messages(item)
+            goes_on = messages[-1]["role"] == "assistant"
             flags = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-            prompt, _ = self._rendered(self._messages(item), where, **flags)
-            return prompts.pieces(prompt), media_of(item, where)[0]
+            prompt, _ = self._rendered(messages, where, **flags)
+            return prompts.pieces(prompt), media_of(messages, where)[0]
         pieces: list[Text | Tag] = []
         media: list[tuple[str, Any]] = []
         for part in parts_of(item, where):
@@ -478,9 +479,9 @@ class FlamingoProcessor(TemplatedProcessor):
         Raises:
             UserError: a text contains a tag.
         """
-        chunks = [*demos, query]
+        chunks, tags = [*demos, query], self._prompts.pattern
         for _, text in chunks:
-            if self._prompts.pattern.search(text):
+            if tags.search(text):
                 raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
         images = [image for image, _ in chunks if image is not None]
         return images, self.eoc_token.join(("" if p is None else self.image_token) + text for p, text in chunks)
