@@ -52,7 +52,7 @@ except ImportError as error:
 HONOURED = {
     "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
     "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
-    "verbose", "return_mm_token_type_ids", "soft_prompt",
+    "verbose", "return_mm_token_type_ids", "return_offsets_mapping", "soft_prompt",
 }  # fmt: skip
 """Options of text that are followed; others of transformers' are refused where they ask for something."""
 
@@ -257,9 +257,8 @@ class FlamingoProcessor(TemplatedProcessor):
                 raise UserError(f"the processor has no option {name!r}")
         given = {name: value for name, value in given.items() if name in known}
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given)
-        followed = {*HONOURED, "return_offsets_mapping"}
         for name, value in options["text_kwargs"].items():
-            if name not in followed and value:
+            if name not in HONOURED and value:
                 raise UserError(f"{name}={value!r} cannot be followed: the processor makes the rows of a Flamingo only")
         return options
 
