@@ -6,6 +6,7 @@ equalities.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,9 @@ def doctor() -> int:
 
 def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and the processor of `options.model`, on `options.device`."""
+    for name in ("max_new_tokens", "beams"):
+        if (value := getattr(options, name, 1)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     import torch
     from transformers.utils import logging
 
@@ -95,9 +99,9 @@ def chat(options: argparse.Namespace) -> int:
     """Converse about images by their paths: lines in, answers out."""
     from flamingo.chat import HELP, ChatSession, converse, terminal_lines
 
-    model, processor = loaded(options)
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature {options.temperature} must be 0 (greedy) or more")
+    model, processor = loaded(options)
     if options.template:
         processor.chat_template = options.template
     if sys.stdin.isatty():

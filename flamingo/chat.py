@@ -53,8 +53,9 @@ class ChatSession:
         Raises:
             UserError: nothing is said, a medium cannot be read, or there is no room left; the conversation stays.
         """
-        if options.get("num_beams", 1) > 1:
-            raise UserError("a conversation goes on behind one answer, not behind beams; leave num_beams out")
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or 1) > 1:
+                raise UserError(f"a conversation goes on behind one answer, not behind several; leave {name} out")
         shown = [item if isinstance(item, dict) else {"type": "image", "image": item} for item in media]
         if not shown and not text.strip():
             raise UserError("the message is empty; write something or show an image")
@@ -138,9 +139,13 @@ def medium_of(path: str) -> dict[str, Any]:
     """Return the part of a message for a file. Raises UserError when there is none."""
     if not path:
         raise UserError("/image needs the path of a file")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"{path} is not a file; give the path of an image or a video")
+    try:
+        file = Path(path).expanduser()
+        found = file.is_file()
+    except (OSError, RuntimeError):  # longer than a file's name can be; the home of nobody
+        found = False
+    if not found:
+        raise UserError(f"{path[:200]} is not a file; give the path of an image or a video")
     kind = "video" if (mimetypes.guess_type(file.name)[0] or "").startswith("video/") else "image"
     return {"type": kind, kind: str(file)}
 

@@ -12,7 +12,6 @@ Letters: B rows, T tokens, I images of all rows, F frames, C channels, S side in
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,18 +23,17 @@ from transformers import (
     BatchFeature,
     PreTrainedTokenizerBase,
 )
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
 from flamingo.hub import loaded, push_folder
-from flamingo.processing import chat
 from flamingo.processing.begin import start_ids
-from flamingo.processing.conversation import ROLES, check_turns, is_chat, is_message, media_of, parts_of, source_of
+from flamingo.processing.conversation import is_chat, is_message, media_of, parts_of, source_of
 from flamingo.processing.image_processor import FlamingoImageProcessor, FlamingoImagesKwargs, as_asked
 from flamingo.processing.media import by_row, looks_like_text, row_media
-from flamingo.processing.rows import PromptTokenizer, Row, Tag, Text, control_tokens
-from flamingo.processing.turns import CUT, TurnTokenizer
+from flamingo.processing.rows import PromptTokenizer, Row, Tag, Text
+from flamingo.processing.templated import TemplatedProcessor
 from flamingo.processing.video_processor import FlamingoVideoProcessor, FlamingoVideosKwargs, stacked
 from flamingo.vision.transform import ImageInput, ImageTransform
 
@@ -54,13 +52,9 @@ except ImportError as error:
 HONOURED = {
     "add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
     "split_special_tokens", "return_attention_mask", "return_tensors", "sanitize_control_tokens",
-    "verbose", "return_mm_token_type_ids", "soft_prompt",
+    "verbose", "return_mm_token_type_ids", "return_offsets_mapping", "soft_prompt",
 }  # fmt: skip
 """Options of text that are followed; others of transformers' are refused where they ask for something."""
-
-
-_TRIED: WeakKeyDictionary[Any, dict[tuple[str, int], TurnTokenizer | str]] = WeakKeyDictionary()
-"""Of each processor, what its templates are good for: not an attribute, since transformers saves and copies those."""
 
 
 class FlamingoTextKwargs(TextKwargs, total=False):
@@ -81,7 +75,7 @@ class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: FlamingoVideosKwargs  # type: ignore[misc]
 
 
-class FlamingoProcessor(ProcessorMixin):
+class FlamingoProcessor(TemplatedProcessor):
     """Tokenizer, image processor and video processor of one model.
 
     Adds `<image>`, `<|endofchunk|>` and, where there is none, a padding token to `tokenizer`, if they are not in it.
@@ -168,15 +162,6 @@ class FlamingoProcessor(ProcessorMixin):
         return next(iter(start_ids(self.tokenizer)), None)
 
     @property
-    def chat_template(self) -> str | dict[str, str] | None:
-        """The template of messages, or several by name; what is set may be one of the names in `CHAT_TEMPLATES`."""
-        return self._chat_template
-
-    @chat_template.setter
-    def chat_template(self, template: str | dict[str, str] | None) -> None:
-        self._chat_template: str | dict[str, str] | None = chat.template_of(template)
-
-    @property
     def image_transform(self) -> ImageTransform:
         """What makes an image square, for training and evaluation as well."""
         transform: ImageTransform = self.image_processor.transform
@@ -201,14 +186,6 @@ class FlamingoProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The names of what a call may return; `frame_counts` only where clips differ in length."""
         return ["input_ids", "attention_mask", "pixel_values", "image_counts", "frame_counts"]
-
-    @property
-    def _prompts(self) -> PromptTokenizer:
-        ids = dict(zip(self.new_tokens[:2], self.new_token_ids, strict=False))
-        around = None
-        if self.around_image is not None:
-            around = ids[self.around_image] = int(self.tokenizer.convert_tokens_to_ids(self.around_image))
-        return PromptTokenizer(self.tokenizer, ids, self.image_token_id, self.eoc_token_id, around)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text: nothing is added, and a tag inside it is not special."""
@@ -280,9 +257,8 @@ class FlamingoProcessor(ProcessorMixin):
                 raise UserError(f"the processor has no option {name!r}")
         given = {name: value for name, value in given.items() if name in known}
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given)
-        followed = {*HONOURED, "return_offsets_mapping"}
         for name, value in options["text_kwargs"].items():
-            if name not in followed and value:
+            if name not in HONOURED and value:
                 raise UserError(f"{name}={value!r} cannot be followed: the processor makes the rows of a Flamingo only")
         return options
 
@@ -329,10 +305,11 @@ class FlamingoProcessor(ProcessorMixin):
         if not isinstance(item, list | tuple):
             raise UserError(f"{where} of the text is a {type(item).__name__}; give a string or a chat-style list")
         if item and is_message(item[0]):
-            goes_on = item[-1].get("role") == "assistant"
+            messages = self._messages(item)
+            goes_on = messages[-1]["role"] == "assistant"
             flags = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-            prompt, _ = self._rendered(self._messages(item), where, **flags)
-            return prompts.pieces(prompt), media_of(item, where)[0]
+            prompt, _ = self._rendered(messages, where, **flags)
+            return prompts.pieces(prompt), media_of(messages, where)[0]
         pieces: list[Text | Tag] = []
         media: list[tuple[str, Any]] = []
         for part in parts_of(item, where):
@@ -411,64 +388,6 @@ class FlamingoProcessor(ProcessorMixin):
             for place, span in zip(seen.nonzero()[:, 0].tolist(), row.spans, strict=True):
                 out[place] = span
         return spans
-
-    def turns(self, chat_template: str | None = None) -> TurnTokenizer:
-        """Return what makes rows of whole conversations by a template; it has been tried, once.
-
-        Raises:
-            UserError: there is no template, or one that training cannot use; says why.
-        """
-        return self._turns(self._resolve_template(chat_template, "the processor"))
-
-    def _turns(self, template: str) -> TurnTokenizer:
-        tried, key = _TRIED.setdefault(self, {}), (template, len(self.tokenizer))
-        if key not in tried:
-            try:
-                tried[key] = TurnTokenizer(self._renderer(template), self._prompts, self.start_ids)
-            except UserError as error:
-                tried[key] = error.args[0]
-        if isinstance(found := tried[key], str):
-            raise UserError(found)
-        return found
-
-    def _renderer(self, template: str, options: Mapping[str, Any] | None = None) -> chat.ChatRenderer:
-        tags = [*self.new_tokens, self.video_token, *([self.around_image] if self.around_image else [])]
-        pattern = control_tokens(self.tokenizer, tags, template)
-        ours = {"image_token": self.image_token, "eoc_token": self.eoc_token}
-        options = {**self.tokenizer.special_tokens_map, **ours, **(options or {})}
-        return chat.ChatRenderer(template, pattern, self.image_token, options)
-
-    def _rendered(self, messages: Any, where: str, **flags: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Return the prompt, and the characters of the assistant; what training tokenises apart is cut apart here."""
-        template = self._resolve_template(flags.pop("chat_template", None), where)
-        if all(message["role"] in ROLES for message in messages):  # what tools say comes in any order
-            check_turns(messages, where)
-        renderer = self._renderer(template, flags.pop("template_options", {}))
-        text, spans = renderer.render(messages, where, **flags)
-        if all(message["role"] != "assistant" for message in messages):
-            return text, spans
-        try:
-            turns = self._turns(template).by(renderer)
-            found = turns.turns_in(text, messages, where, goes_on=bool(flags.get("continue_final_message")))
-        except UserError:  # a template with which no training row can be made may still write prompts
-            return text, spans
-        cut, places = turns.cut(text, found)
-        moved = [
-            (a + len(CUT) * sum(p <= a for p in places), b + len(CUT) * sum(p < b for p in places))
-            for a, b in spans or found
-        ]
-        return cut, moved
-
-    def _resolve_template(self, given: str | None, where: str) -> str:
-        """Return the template of a name, or the one that is given or kept."""
-        if given is None and self.chat_template is None:
-            raise UserError(f"{where}: {chat.NO_TEMPLATE}")
-        known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        if given is not None:
-            return str(known.get(given) or chat.template_of(given))
-        if known.get("default") is None:
-            raise UserError(f"the processor has the chat templates {', '.join(known)}; name one: chat_template=...")
-        return str(known["default"])
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -559,9 +478,9 @@ class FlamingoProcessor(ProcessorMixin):
         Raises:
             UserError: a text contains a tag.
         """
-        chunks = [*demos, query]
+        chunks, tags = [*demos, query], self._prompts.pattern
         for _, text in chunks:
-            if self._prompts.pattern.search(text):
+            if tags.search(text):
                 raise UserError(f"the example text {text!r} contains a tag; the builder places the tags itself")
         images = [image for image, _ in chunks if image is not None]
         return images, self.eoc_token.join(("" if p is None else self.image_token) + text for p, text in chunks)

@@ -214,6 +214,7 @@ class PreferenceCollate(FlamingoCollate):
 
     def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> Any:
         """Return (preferred row, other row, frames). Raises ContentError for what is not a pair that can be used."""
+        refuse_conversation(raw.nodes)
         self._check_room(spec)
         prompt, last = raw.nodes[:-1], next(reversed(raw.nodes), None)
         rejected = raw.meta.get("rejected")
@@ -346,6 +347,14 @@ class AlignCollate(PairCollate):
         self.transform = processor.image_transform
         self.encode = CachedEncoder(quick_encoder(processor.tokenizer, processor.encode_text))
         self.name_share = name_share
+
+    def sample(self, spec: DatasetSpec, raw: RawSample, random: np.random.Generator) -> tuple[Tensor, str]:
+        """Return the sample's image and its text, which begins with a name. Raises ContentError where there is none."""
+        image, text = super().sample(spec, raw, random)
+        name = text.partition(",")[0].strip()
+        if not name or not self.encode(f" {name}"):
+            raise ContentError("no name", f"no word stands before the first comma of {text[:80]!r}")
+        return image, text
 
     def batch(self, spec: DatasetSpec, samples: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
         """Return the tensors that the class describes."""

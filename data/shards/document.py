@@ -86,7 +86,7 @@ def to_utf8(text: str) -> bytes:
 def parse_nodes(body: Mapping[str, Any]) -> list[Node]:
     """Return the nodes of a document's decoded JSON. Raises ValueError, naming the node, for a wrong format."""
     version = body.get("v")
-    if (type(version) is not int or version != VERSION) and (type(version) is not float or version != WITH_ROLES):
+    if (type(version), version) not in ((int, VERSION), (float, WITH_ROLES)):
         raise ValueError(f"format version {version!r}, this program reads versions {VERSION} and {WITH_ROLES}")
     if not isinstance(body["nodes"], list):
         raise ValueError("'nodes' is not a list")

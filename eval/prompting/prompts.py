@@ -148,12 +148,19 @@ class PromptBuilder:
         self._start = tuple(start)
         self._context = context
         self._known: dict[str, tuple[int, ...]] = {}
+        self._replies: dict[tuple[TurnTokenizer, str, bool], list[int]] = {}
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of one text node. They are cached: the same few nodes occur in thousands of prompts."""
         if text not in self._known:
             self._known[text] = tuple(self._encoder.encode_text(text)) if text else ()
         return self._known[text]
+
+    def _reply(self, turns: TurnTokenizer, text: str, *, closed: bool) -> list[int]:
+        """Return the ids of an answer, cached as well: a template is slow, and every query has the same classes."""
+        if (key := (turns, text, closed)) not in self._replies:
+            self._replies[key] = turns.answer(text, closed=closed)
+        return self._replies[key]
 
     def build(
         self, episode: Episode, max_new_tokens: int, *, whole_candidates: bool = False, end_candidates: bool = True
@@ -215,8 +222,8 @@ class PromptBuilder:
         if self._turns is None:
             raise UserError("chat=true needs a model with a chat template; use another protocol")
         turns, query = self._turns(), episode.query
-        lead = turns.answer(query.lead.strip(), closed=False) if query.lead.strip() else []
-        answers = [turns.answer(f"{query.lead}{c}{query.tail}".strip(), closed=ended) for c in episode.candidates]
+        lead = self._reply(turns, query.lead.strip(), closed=False) if query.lead.strip() else []
+        answers = [self._reply(turns, f"{query.lead}{c}{query.tail}".strip(), closed=ended) for c in episode.candidates]
         shared = shared_start(answers) if len(answers) > 1 else 0
         shared = min(shared, len(lead)) if whole else shared
         opened = answers[0][:shared] if answers else lead

@@ -9,6 +9,7 @@ is.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,20 +39,26 @@ def template_of(given: Any) -> Any:
     """Return the template of one of our names or in a file, anything else as it is.
 
     Raises:
-        UserError: a text that is neither a name nor a file, and one word, so that it can be no template.
+        UserError: one word that is neither a name nor a file, so that it can be no template; a file that is no text.
     """
     if not isinstance(given, str) or "{" in given:
         return given
     if given in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[given]
-    if " " in given and not Path(given).is_file():
+    try:
+        if Path(given).is_file():
+            return Path(given).read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"chat_template={given!r} is not a text in UTF-8; give a Jinja template") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+    if " " in given:
         return given
-    if not Path(given).is_file():
-        raise UserError(
-            f"chat_template={given!r} is neither a Jinja template, nor a file with one, nor one of "
-            f"{', '.join(CHAT_TEMPLATES)}"
-        )
-    return Path(given).read_text("utf-8")
+    raise UserError(
+        f"chat_template={given!r} is neither a Jinja template, nor a file with one, nor one of "
+        f"{', '.join(CHAT_TEMPLATES)}"
+    )
 
 
 class ChatRenderer:

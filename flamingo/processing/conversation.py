@@ -181,10 +181,21 @@ def parts_of(nodes: Any, where: str) -> list[Part]:
 
 
 def source_of(part: Part) -> Any:
-    """Return what an image's or a video's part holds (a path, URL, PIL image, bytes, frames), None for nothing."""
+    """Return what an image's or a video's part holds (a path, URL, PIL image, bytes, frames), None for nothing.
+
+    Raises:
+        UserError: its `base64` is not the base64 of anything.
+    """
     for key in _SOURCES[part["type"]]:
-        if (value := part.get(key)) is not None:
-            return base64.b64decode(value.partition(",")[2] or value) if key == "base64" else value
+        if (value := part.get(key)) is None:
+            continue
+        if key != "base64":
+            return value
+        try:
+            return base64.b64decode(value.partition(",")[2] or value)
+        except (AttributeError, TypeError, ValueError) as error:
+            kind, shown = part["type"], repr(value)[:40]
+            raise UserError(f"the 'base64' of a part of type {kind!r} cannot be decoded ({error}): {shown}") from None
     return None
 
 

@@ -120,6 +120,7 @@ def test_mistakes_leave_the_conversation_as_it_was(tmp_path: Path) -> None:
         ("Look", [str(broken)], {}, "image 0 of row 0"),
         ("Look", [str(tmp_path / "none.png")], {}, "image 0 of row 0"),
         ("x", [], {"num_beams": 2}, "leave num_beams out"),
+        ("x", [], {"num_return_sequences": 2, "do_sample": True}, "leave num_return_sequences out"),
         ("x", [], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ):
         with pytest.raises(UserError, match=said):
@@ -166,6 +167,9 @@ def test_a_terminal_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(line.startswith("error: ") for line in errors)
     (tmp_path / "b.mp4").write_bytes(b"x")
     assert medium_of(str(tmp_path / "b.mp4"))["type"] == "video"
+    for nothing in ("x" * 400, "~nobody of this name/a.png"):
+        with pytest.raises(UserError, match="is not a file"):
+            medium_of(nothing)
 
 
 @pytest.mark.slow

@@ -52,5 +52,15 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert f"error: image 0 of row 0 ({tmp_path / 'a.png'}) cannot be decoded: begins with b'nothing'" in error
     assert main(["generate", "--model", str(tmp_path / "none")]) == 2
+    folder = str(tmp_path / "model")
+    for arguments, said in (
+        (["generate", *options, "--beams", "0"], "--beams 0 must be at least 1"),
+        (["generate", "--model", folder, "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["chat", folder, "--max-new-tokens", "-1"], "--max-new-tokens -1 must be at least 1"),
+        (["chat", folder, "--temperature", "nan"], "--temperature nan must be 0 (greedy) or more"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out

@@ -296,6 +296,17 @@ def test_an_answer_that_is_shown_and_not_learnt() -> None:
         row_of(processor, messages)
 
 
+def test_behind_a_soft_prompt_a_template_that_writes_the_begin_writes_it_once() -> None:
+    soft = [500, 501, 502]
+    processor, messages = make(LLAMA2, soft_prompts={"default": soft}), talk(2)
+    row, _ = row_of(processor, messages)
+    bare, _ = row_of(make(LLAMA2), messages)
+    assert row.ids.tolist() == [1, *soft, *bare.ids[1:].tolist()]
+    assert row.labels.tolist() == [IGNORED] * 4 + bare.labels[1:].tolist()
+    prompt = processor(text=[messages[:3]])["input_ids"][0].tolist()
+    assert row.ids[: len(prompt)].tolist() == prompt
+
+
 def test_a_token_around_images_is_not_learnt_and_stands_once() -> None:
     processor = make("plain", around_image="<|im_start|>")
     answer: list[dict[str, Any]] = [
@@ -364,8 +375,14 @@ def test_names_and_files_of_templates(tmp_path: Path) -> None:
         processor.save_pretrained(tmp_path / "saved")
         assert FlamingoProcessor.from_pretrained(tmp_path / "saved").chat_template == template
         assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
-    with pytest.raises(UserError, match="chat_template='oter' is neither"):
-        processor.chat_template = "oter"
+    for wrong in ("oter", "oter" * 100):
+        with pytest.raises(UserError, match=r"chat_template='oter.* is neither"):
+            processor.chat_template = wrong
+    processor.chat_template = words = "no braces " * 40  # longer than the name of a file can be
+    assert processor.chat_template == words
+    (tmp_path / "picture.jinja").write_bytes(png(1))
+    with pytest.raises(UserError, match="is not a text in UTF-8"):
+        processor.chat_template = str(tmp_path / "picture.jinja")
     text = processor.apply_chat_template([{"role": "user", "content": "hi"}], "plain", add_generation_prompt=True)
     assert text == "User: hi\nAssistant:"
 
@@ -404,6 +421,15 @@ def test_wrong_conversations_are_one_sentence(said: str) -> None:
     if known and "an empty turn" in said:
         with pytest.raises(UserError, match=said):
             make("plain").apply_chat_template(WRONG[said])
+
+
+def test_rows_that_are_no_messages_and_images_that_are_no_base64_are_one_sentence() -> None:
+    processor = make("plain")
+    with pytest.raises(UserError, match="a conversation is a list of messages"):
+        processor(text=[[user(), "ho"]])
+    for wrong in ("abc", b"abcd", 3):
+        with pytest.raises(UserError, match="'base64' of a part of type 'image' cannot be decoded"):
+            processor(text=[[{"type": "image", "base64": wrong}, {"type": "text", "text": "What?"}]])
 
 
 def test_openais_form_there_and_back() -> None:

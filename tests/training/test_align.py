@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 import data.batches.collate as collate_classes
 from data.batches.collate import AlignCollate
 from data.dataset import DatasetSpec
+from data.errors import ContentError
+from data.shards.document import Document, Image, Text
+from data.shards.reader import RawSample, raw_sample
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.fsdp import Processes
@@ -67,6 +70,19 @@ def test_texts_are_name_and_keywords(world: Path, tmp_path: Path) -> None:
     long = collate.batch(DatasetSpec(name="x", batch_size=1, shards=["x"], max_tokens=2), [(image, ", ".join(texts))])
     assert long["text"].shape == (1, 2)
     torch.testing.assert_close(long["share"].sum(1), torch.ones(1))
+
+
+def test_a_text_that_begins_with_no_name_is_passed_over(world: Path, tmp_path: Path) -> None:
+    collate, random = collate_of(config(world, tmp_path / "run", "align")), np.random.default_rng(0)
+    spec = DatasetSpec(name="x", batch_size=1, shards=["x"])
+    with pytest.raises(ContentError, match="before the first comma of ', big'"):
+        collate.sample(spec, sample_of(" , big"), random)
+    assert collate.sample(spec, sample_of("red, big"), random)[1] == "red, big"
+
+
+def sample_of(text: str) -> RawSample:
+    document = Document("k", [Image((0,)), Text(text)], [png(COLOURS["red"], np.random.default_rng(0), 16)], {})
+    return raw_sample(document, "k")
 
 
 def collate_of(settings: TrainConfig) -> AlignCollate:

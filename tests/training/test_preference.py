@@ -19,7 +19,7 @@ from data.errors import ContentError
 from data.shards.document import Document, Image, Text
 from data.shards.reader import RawSample, raw_sample
 from data.shards.writer import ShardWriter
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError
 from flamingo.training.config import TrainConfig
 from flamingo.training.model_config import FreezePolicy
 from flamingo.training.objectives import lora
@@ -79,6 +79,14 @@ def test_what_is_not_a_pair_is_named(document: Document, reason: str) -> None:
     with pytest.raises(ContentError) as caught:
         sample(PreferenceCollate(processor), document)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("question", [[], [Text("What?", role="user")]])
+def test_a_conversation_is_refused_by_its_roles(question: list[Text]) -> None:
+    _, processor = tiny.flamingo("llama")
+    document = Document("k", [*question, Text("a", role="assistant")], [], {"rejected": "b"})
+    with pytest.raises(UserError, match="only objective=flamingo keeps apart who says what"):
+        sample(PreferenceCollate(processor), document)
 
 
 def adapted(family: str = "llama") -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
