@@ -75,9 +75,11 @@ def check_ids(input_ids: Int[Tensor, "B T"], wiring: Wiring, *, training: bool) 
     soft = wiring.new_tokens.soft_ids
     new = (*own, *soft)
     low, high = (int(x) for x in input_ids.aminmax())
-    if low >= 0 and (high < rows or not (bad := input_ids[_without_row(input_ids, rows, new)]).numel()):
+    if low >= 0 and high < rows:
         return
     bad = input_ids[_without_row(input_ids, rows, new)]
+    if not len(bad):
+        return
     if int(bad[0]) >= SOFT_ID:
         raise UserError(
             f"input_ids begin with vector {int(bad[0]) - SOFT_ID} of the soft prompts, and this model has {len(soft)}: "
