@@ -94,16 +94,21 @@ def _vision_by_name(
     return _vision_from_transformers(str(vision), image_size)
 
 
+def read_open_clip_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return open_clip's `model_cfg` and `preprocess_cfg` from a file; what is not readable is a UserError."""
+    try:
+        document = json.loads(file.read_text())
+        return document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+
+
 def _vision_from_folder(path: Path, image_size: int | None) -> tuple[nn.Module, VisionConfig]:
     if not (path / OPEN_CLIP_CONFIG).is_file():
         if (path / "config.json").is_file():
             return _vision_from_transformers(str(path), image_size)
         raise UserError(f"{path} holds no vision encoder: neither {OPEN_CLIP_CONFIG} nor config.json is there")
-    try:
-        document = json.loads((path / OPEN_CLIP_CONFIG).read_text())
-        model_cfg, preprocess = document.get("model_cfg", document), document.get("preprocess_cfg", {})
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path / OPEN_CLIP_CONFIG} cannot be read: {first_line(error)}") from error
+    model_cfg, preprocess = read_open_clip_config(path / OPEN_CLIP_CONFIG)
     if not (path / OPEN_CLIP_WEIGHTS).is_file():
         raise UserError(f"{path} has an {OPEN_CLIP_CONFIG} but no weights; {OPEN_CLIP_WEIGHTS} is missing")
     config = _open_clip_config(str(path), model_cfg, preprocess)

@@ -38,7 +38,7 @@ from flamingo.inference import generation, scoring
 from flamingo.inference.assistants import vocabulary
 from flamingo.inference.media_cache import ImageInputs, MediaCache, cached_length, recall, remember
 from flamingo.inference.prompts import call_mask, checked_phi
-from flamingo.labels import IGNORED, SOFT_ID
+from flamingo.labels import IGNORED
 from flamingo.language.hooks import (
     Call,
     Wiring,
@@ -51,7 +51,14 @@ from flamingo.language.hooks import (
     unwrapped,
     wire,
 )
-from flamingo.language.inputs import check_ids, checked_arguments, fitted_phi, ids_of_embeddings, takes
+from flamingo.language.inputs import (
+    check_ids,
+    checked_arguments,
+    counted_positions,
+    fitted_phi,
+    ids_of_embeddings,
+    takes,
+)
 from flamingo.language.loss import changes_logits, next_labels, reducer
 from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
@@ -59,15 +66,7 @@ from flamingo.layers.connector import connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
 from flamingo.layers.media_mask import Segments, segments_from_slots, segments_of_rows, slots_from_phi
 from flamingo.pretrained import FlamingoPreTrainedModel
-from flamingo.vision.encoder import (
-    VisionEncoder,
-    build_encoder,
-    distinct,
-    encode,
-    flat_frames,
-    frames_of,
-    touched,
-)
+from flamingo.vision.encoder import VisionEncoder, build_encoder, distinct, encode, flat_frames, frames_of, touched
 
 
 @dataclass
@@ -256,10 +255,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
     def _check_vocabulary(self, lm: Any) -> None:
         """Raise UserError where rows of another LM would be taken for those of the new tokens."""
-        before, after = (
-            self.config.text_config.get_text_config(decoder=True).vocab_size,
-            table_shape(output_head(lm))[0],
-        )
+        before = self.config.text_config.get_text_config(decoder=True).vocab_size
+        after = table_shape(output_head(lm))[0]
         if taken := [token for token in self.new_tokens.ids if before <= token < after]:
             raise UserError(
                 f"the language model put in has a vocabulary of {after} rows, the one before had {before}, so the new "
@@ -438,13 +435,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return input_ids
 
     def _call(
-        self,
-        input_ids: Tensor,
-        phi: Tensor,
-        media: MediaCache,
-        options: dict[str, Any],
-        maps: bool,
-        wiring: Wiring,
+        self, input_ids: Tensor, phi: Tensor, media: MediaCache, options: dict[str, Any], maps: bool, wiring: Wiring
     ) -> Call:
         """Return what the hooks need to know; makes the LM's cache that is asked for and missing."""
         if options["use_cache"]:
@@ -489,7 +480,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if lean:
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
-        targets = next_labels(labels.masked_fill(labels >= SOFT_ID, IGNORED))  # a soft prompt is no text to learn
+        targets = next_labels(labels)
         positions = (targets != IGNORED).nonzero()[:, 0]
         targets = targets[positions]
         if lean:
@@ -598,10 +589,3 @@ def last_of(logits: Float[Tensor, "B T V"], keep: int | Tensor) -> Float[Tensor,
 # AutoModel too: there is no model without a head.
 for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
-
-
-def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
-    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are not padding."""
-    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return given

@@ -65,6 +65,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    lm_drops_out = True
+    """Whether an LM in which something trains is in training mode; else only its adapters know that it trains."""
 
     vision_encoder: VisionEncoder
     language_model: PreTrainedModel
@@ -124,11 +126,13 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         return {**PAPER_POLICY, **(self.config.freezing_policy or {})}
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training mode; parts in which no parameter trains now stay in eval mode."""
+        """Switch to training mode; parts in which no parameter trains stay in eval mode; see also `lm_drops_out`."""
         super().train(mode)
         for attribute in PARTS:
             if not trains(getattr(self, attribute)):
                 getattr(self, attribute).eval()
+        if not self.lm_drops_out:
+            self.language_model.eval()
         self._let_frozen_layers_recompute(mode and not self.language_model.training)
         return self
 

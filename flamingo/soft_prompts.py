@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def new_soft_prompt(
         )
     ids = torch.tensor(processor.encode_text(text or ""), dtype=torch.long)
     if not len(ids):
-        ids = torch.randint(len(table), (tokens,))
+        ids = torch.randint(len(table), (max(tokens, 0),))
     if not len(ids) or len(ids) != (tokens or len(ids)):
         raise UserError(
             f"a soft prompt of {tokens} vectors from a text of {len(ids)} tokens: give a text, whose tokens it then "
@@ -122,19 +123,22 @@ def rows_of(model: FlamingoForConditionalGeneration, name: str, rows: Tensor | N
     Raises:
         UserError: there is none of that name; says which there are.
     """
-    start, sizes = 0, sizes_of(model)
-    if name not in sizes or rows is None:
-        raise UserError(f"the model has no soft prompt {name!r}; it has {', '.join(sizes) or 'none'}")
-    for other, number in sizes.items():
-        if other == name:
-            break
-        start += number
-    return rows[start : start + sizes[name]]
+    known = ids_of(model)
+    if name not in known or rows is None:
+        raise UserError(f"the model has no soft prompt {name!r}; it has {', '.join(known) or 'none'}")
+    return rows[known[name].start - SOFT_ID : known[name].stop - SOFT_ID]
 
 
 def sizes_of(model: FlamingoForConditionalGeneration) -> dict[str, int]:
     """Return the number of vectors of each soft prompt that a model has, in the order of their ids."""
     return dict(getattr(model.config, "soft_prompts", {}))
+
+
+def ids_of(model: FlamingoForConditionalGeneration) -> dict[str, range]:
+    """Return the ids of the vectors of each soft prompt that a model has."""
+    sizes = sizes_of(model)
+    stops = [SOFT_ID + stop for stop in accumulate(sizes.values())]
+    return {name: range(stop - sizes[name], stop) for name, stop in zip(sizes, stops, strict=True)}
 
 
 @torch.no_grad()
@@ -167,7 +171,4 @@ def _put(
 
 def register(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
     """Tell a processor the ids of a model's soft prompts."""
-    start = SOFT_ID
-    for name, number in sizes_of(model).items():
-        processor.soft_prompts[name] = list(range(start, start + number))
-        start += number
+    processor.soft_prompts |= {name: list(ids) for name, ids in ids_of(model).items()}

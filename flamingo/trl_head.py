@@ -18,6 +18,7 @@ from torch import Tensor
 from flamingo.errors import UserError
 from flamingo.labels import IGNORED
 from flamingo.language.hooks import unwrapped
+from flamingo.language.loss import next_labels
 from flamingo.modeling import FlamingoForConditionalGeneration
 
 
@@ -42,7 +43,8 @@ def use_own_head(trainer: Any) -> None:
             return own(self, *args, **kwargs)
         labels, number = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         logits = own(self, *args, **{**kwargs, "use_cache": False}).logits
-        return FusedCausalLMOutput(**token_facts(logits[:, :-1], labels[:, 1:], number))
+        targets = next_labels(labels).view_as(labels)[:, :-1]
+        return FusedCausalLMOutput(**token_facts(logits[:, :-1], targets, number))
 
     model.forward = types.MethodType(forward, model)
 

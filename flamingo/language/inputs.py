@@ -75,9 +75,11 @@ def check_ids(input_ids: Int[Tensor, "B T"], wiring: Wiring, *, training: bool) 
     soft = wiring.new_tokens.soft_ids
     new = (*own, *soft)
     low, high = (int(x) for x in input_ids.aminmax())
-    if low >= 0 and (high < rows or not (bad := input_ids[_without_row(input_ids, rows, new)]).numel()):
+    if low >= 0 and high < rows:
         return
     bad = input_ids[_without_row(input_ids, rows, new)]
+    if not len(bad):
+        return
     if int(bad[0]) >= SOFT_ID:
         raise UserError(
             f"input_ids begin with vector {int(bad[0]) - SOFT_ID} of the soft prompts, and this model has {len(soft)}: "
@@ -130,3 +132,10 @@ def fitted_phi(phi: Shaped[Tensor, "B P"], shape: tuple[int, int], *, embedded: 
     if len(phi) != shape[0] or missing < 0 or (missing and not embedded):
         raise UserError(f"phi is {tuple(phi.shape)}, but the text has {shape[0]} rows of {shape[1]} tokens")
     return nn.functional.pad(phi, (missing, 0)) if missing else phi
+
+
+def counted_positions(given: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
+    """Return the positions of the last `length` tokens: as given, else counted over the tokens that are not padding."""
+    if given is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return given

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flamingo.errors import UserError
-from flamingo.labels import IGNORED
+from flamingo.labels import IGNORED, SOFT_ID
 
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 """Memory for the float32 logits of a chunk. glibc gives blocks of up to 32 MiB again without fetching new documents."""
@@ -32,7 +32,11 @@ Head = Callable[[Tensor, Tensor], Tensor]
 
 
 def next_labels(labels: Int[Tensor, "B T"]) -> Int[Tensor, "Z"]:
-    """Return for each position in the flattened (B*T) text the label of the token after it, -100 for none."""
+    """Return for each position in the flattened (B*T) text the label of the token after it, -100 for none.
+
+    A vector of a soft prompt is no text to learn.
+    """
+    labels = labels.masked_fill(labels >= SOFT_ID, IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 

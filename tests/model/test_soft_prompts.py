@@ -122,6 +122,8 @@ def test_mistakes_of_names_and_numbers_are_named() -> None:
     model, processor = tiny.flamingo("llama")
     with pytest.raises(UserError, match="0 vectors from a text of 0 tokens"):
         new_soft_prompt(model, processor)
+    with pytest.raises(UserError, match="of -1 vectors"):
+        new_soft_prompt(model, processor, tokens=-1)
     with pytest.raises(UserError, match="5 vectors from a text of 19 tokens"):
         new_soft_prompt(model, processor, tokens=5, text=TEXT)
     with pytest.raises(UserError, match="cannot be called"):

@@ -13,6 +13,8 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from flamingo import FlamingoForConditionalGeneration, UserError
+from flamingo.labels import SOFT_ID
+from flamingo.soft_prompts import new_soft_prompt
 from flamingo.training.objectives.flamingo import FlamingoObjective
 from flamingo.training.objectives.preference import PreferenceObjective
 from flamingo.trl_head import use_own_head
@@ -113,6 +115,26 @@ def test_sft(images: bool, tmp_path: Path) -> None:
     trainer.train()
     out = trainer.model.generate(**processor(images=[[picture(0)]], text="<image>What?"), max_new_tokens=3)
     assert out.shape[0] == 1
+
+
+def test_labels_on_a_soft_prompt_are_none_to_learn() -> None:
+    """TRL's labels are the ids, those of a soft prompt's vectors among them, which have no logit."""
+    model, processor = tiny.flamingo("llama")
+    new_soft_prompt(model, processor, tokens=2)
+    inputs = processor(text="Is it red?")
+    ids = inputs["input_ids"]
+    assert bool((ids >= SOFT_ID).any())
+
+    class Trainer:
+        pass
+
+    trainer: Any = Trainer()
+    trainer.model = model.eval()
+    expected = model(**inputs, labels=ids).loss
+    use_own_head(trainer)
+    found = model(**inputs, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(found.loss, expected, atol=1e-6, rtol=1e-6)
+    assert not bool((found.label_mask & (ids[:, 1:] >= SOFT_ID)).any())
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

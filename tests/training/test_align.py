@@ -21,11 +21,12 @@ from data.errors import ContentError
 from data.shards.document import Document, Image, Text
 from data.shards.reader import RawSample, raw_sample
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.config import TrainConfig
+from flamingo.training.config import AlignOptions, TrainConfig
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.objectives import align
-from flamingo.training.objectives.align import Aligned, info_nce
+from flamingo.training.objectives.align import Aligned, AlignObjective, info_nce
 from tests.fixtures import png
+from tests.model import tiny
 from tests.training.commands import lines
 from tests.training.world import COLOURS, config, write_world
 from train import train
@@ -52,6 +53,25 @@ def test_the_loss_is_the_slow_formula() -> None:
         )
         total += (math.log(by_image) + math.log(by_text)) / 2
     assert info_nce(seen, said, torch.tensor(names), 0.1).item() == pytest.approx(total / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_texts_that_are_all_alike_teach_nothing(pairs: int) -> None:
+    """Three equal vectors differ from their mean by rounding: divided by that, the distance was 1e17."""
+    flamingo, _ = tiny.flamingo("llama")
+    aligned = Aligned(flamingo, AlignOptions())
+    batch = {
+        "image": torch.stack([tiny.picture(seed) for seed in range(pairs)]),
+        "text": torch.full((pairs, 2), 5),
+        "share": torch.full((pairs, 2), 0.5),
+        "name": torch.zeros(pairs, dtype=torch.long),
+    }
+    terms = AlignObjective(0.07).sums(aligned, batch)
+    assert {name: float(term.detach()) for name, term in terms.items()} == {"pairs": 0.0, "distance": 0.0}
+    torch.stack(list(terms.values())).sum().backward()
+    gradients = [weight.grad for weight in aligned.parameters() if weight.grad is not None]
+    assert gradients
+    assert all(float(gradient.abs().max()) < 1e-6 for gradient in gradients)
 
 
 def test_texts_are_name_and_keywords(world: Path, tmp_path: Path) -> None:

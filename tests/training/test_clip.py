@@ -127,6 +127,12 @@ def test_what_cannot_go_on_is_refused(world: Path, first: Path, tmp_path: Path) 
     (spoiled / "open_clip_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"spoiled cannot be loaded by open_clip: "):
         train(going_on(world, tmp_path / "run", str(spoiled)))
+    for plan in (False, True):
+        broken = going_on(world, tmp_path / "run", str(spoiled))
+        broken.plan = plan
+        (spoiled / "open_clip_config.json").write_text("{")
+        with pytest.raises(UserError, match=r"open_clip_config\.json cannot be read: "):
+            train(broken)
     described = json.loads((first / "open_clip_config.json").read_text())
     (spoiled / "open_clip_model.safetensors").write_bytes((first / "open_clip_model.safetensors").read_bytes())
     del described["model_cfg"]["text_cfg"]["hf_tokenizer_name"]

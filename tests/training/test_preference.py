@@ -21,8 +21,9 @@ from data.shards.reader import RawSample, raw_sample
 from data.shards.writer import ShardWriter
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError
 from flamingo.training.config import TrainConfig
-from flamingo.training.model_config import FreezePolicy
-from flamingo.training.objectives import lora
+from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.model_config import FreezePolicy, ModelConfig
+from flamingo.training.objectives import lora, preference
 from flamingo.training.objectives.preference import PreferenceObjective
 from tests.fixtures import png
 from tests.model import tiny
@@ -144,6 +145,31 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(family: str) -> None
     for name, weight in model.named_parameters():
         if name in found:
             torch.testing.assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["opt", "mosaic_gpt"])
+def test_an_lm_that_drops_out_answers_both_times_alike(family: str, recompute: bool, tmp_path: Path) -> None:
+    """OPT and MosaicGPT drop out by rates that are not modules'; with fresh adapters both passes are of one network."""
+    model, processor = tiny.flamingo(family)
+    for name in ("dropout", "attn_pdrop"):
+        if hasattr(model.config.text_config, name):
+            setattr(model.config.text_config, name, 0.5)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    frozen: Any = "frozen"
+    only_lora = FreezePolicy(language="lora", resampler=frozen, cross_attention=frozen, new_tokens=frozen)
+    alone = Processes(0, 1, torch.device("cpu"))
+    setup = preference.build(ModelConfig(init=str(tmp_path), freeze=only_lora), tmp_path, alone, list)
+    if recompute:
+        setup.model.activation_checkpointing_enable()  # type: ignore[operator]
+    setup.model.train()
+    collate = PreferenceCollate(processor)
+    batch = collate.batch(SPEC, [sample(collate, pair(" red", " a blue one")), sample(collate, pair(" one", " no"))])
+    loss = setup.objective.sums(setup.model, batch)["preference"]
+    assert float(loss.detach()) == pytest.approx(2 * float(torch.tensor(2.0).log()), abs=1e-6)
+    loss.backward()
+    assert any(w.grad is not None and bool(w.grad.any()) for n, w in setup.model.named_parameters() if "lora_B" in n)
 
 
 def test_without_its_adapters_a_model_is_what_it_was_and_they_still_train() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from flamingo.backbones import OPEN_CLIP_CONFIG
+from flamingo.backbones import OPEN_CLIP_CONFIG, read_open_clip_config
 from flamingo.errors import UserError
 from flamingo.hub import from_hub
 from flamingo.training.config import TrainConfig
@@ -39,8 +38,7 @@ def complete(model: ModelConfig) -> ModelConfig:
     if vision.config is None and vision.name is not None:
         described = Path(vision.name) / OPEN_CLIP_CONFIG
         if described.is_file():
-            document = json.loads(described.read_text())
-            vision = replace(vision, config=document.get("model_cfg", document))
+            vision = replace(vision, config=read_open_clip_config(described)[0])
         elif (name := str(vision.name)).startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)):
             native: Any = timm.get_pretrained_cfg(name.removeprefix(TIMM))
             vision = replace(vision, config=timm_arch(name, int(native.input_size[-1])))

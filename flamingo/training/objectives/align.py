@@ -90,11 +90,13 @@ class AlignObjective:
         names = batch["name"]
         if dist.is_initialized() and dist.get_world_size() > 1:
             seen, said, names = (torch.cat(list(dist_nn.all_gather(each))) for each in (seen, said, names))
-        said = said - said.mean(0)  # what all texts have in common tells nothing
-        pairs = len(batch["text"])
+        whole, said = said.square().sum(), said - said.mean(0)  # what all texts have in common tells nothing
+        spread, pairs = said.square().sum(), len(batch["text"])
+        # Of texts that are all alike only rounding would be left to divide by: they teach nothing.
+        spread = spread.masked_fill(spread <= 1e-10 * whole, torch.inf)
         return {
             "pairs": info_nce(seen, said, names, self._temperature) * pairs,
-            "distance": (seen - said).square().sum() / said.square().sum() * pairs,
+            "distance": (seen - said).square().sum() / spread * pairs,
         }
 
     def fsdp_units(self, model: Any) -> Iterator[FsdpUnit]:

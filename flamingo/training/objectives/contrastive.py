@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flamingo.backbones import OPEN_CLIP_CONFIG, cached_open_clip, open_clip_config
+from flamingo.backbones import OPEN_CLIP_CONFIG, cached_open_clip, open_clip_config, read_open_clip_config
 from flamingo.errors import UserError, first_line
 from flamingo.processor import ImageTransform
 from flamingo.training.checkpoints.trained_weights import tokenizer_fingerprint
@@ -161,7 +161,7 @@ def load_clip(vision: VisionSource) -> Clip:
     name, size, described = str(vision.name), vision.image_size, Path(str(vision.name)) / OPEN_CLIP_CONFIG
     options: dict[str, Any] = {"force_image_size": size}
     if described.is_file():
-        source, config = f"local-dir:{name}", json.loads(described.read_text())["model_cfg"]
+        source, config = f"local-dir:{name}", read_open_clip_config(described)[0]
     elif name in open_clip.list_models():
         if vision.pretrained is None:
             raise UserError(f"model.vision.pretrained is missing: name open_clip's weights of {name}, or their file")

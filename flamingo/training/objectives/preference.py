@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flamingo.labels import IGNORED
 from flamingo.language.loss import next_labels
+from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives import flamingo, lora
@@ -66,9 +67,7 @@ def log_probs(
 def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]) -> Setup:
     """Load a Flamingo with adapters in its LM, without dropout: both passes are of the same network."""
     setup = flamingo.build(model, run_dir, processes, texts)
-    for part in setup.model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
+    cast("FlamingoForConditionalGeneration", setup.model).lm_drops_out = False
     return replace(
         setup,
         objective=PreferenceObjective(model.preference.beta),
@@ -78,4 +77,6 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
 
 def build_on_meta(model: ModelConfig, processes: int) -> tuple[nn.Module, PreferenceObjective]:
     """Build the same without memory."""
-    return flamingo.build_on_meta(model, processes)[0], PreferenceObjective(model.preference.beta)
+    built, _ = flamingo.build_on_meta(model, processes)
+    cast("FlamingoForConditionalGeneration", built).lm_drops_out = False
+    return built, PreferenceObjective(model.preference.beta)
