@@ -335,6 +335,8 @@ class TrainConfig:
                 yield f"model.freeze.{part}={parts[part]} leaves objective align nothing to learn with: set it to train"
             for part in (part for part in ("vision", "language") if parts[part] != "frozen"):
                 yield f"model.freeze.{part}={parts[part]} is not for objective align: set it to frozen"
+            for name in (name for name, dataset in self.data.datasets.items() if dataset.get("batch_size") == 1):
+                yield f"data.datasets.{name}.batch_size=1 gives objective align nothing to compare: set at least 2"
         if soft and self.objective != "flamingo":
             yield f"model.soft_prompt is for objective flamingo, not {self.objective}: remove it"
 
@@ -354,6 +356,11 @@ class TrainConfig:
                     )
 
     def _lora_conflicts(self) -> Iterator[str]:
+        if self.model.freeze.cross_attention == "lora" and self.objective in ("contrastive", "language"):
+            yield (
+                f"model.freeze.cross_attention=lora is not for objective {self.objective}, which has no gated blocks: "
+                "set it to train"
+            )
         if self.model.freeze.language != "lora":
             return
         if self.objective == "contrastive":
@@ -494,8 +501,9 @@ def unavailable(config: TrainConfig) -> Iterator[str]:
         yield "run.precision=bf16, but this GPU does not compute in bf16: set run.precision=fp32"
     if run.compile and not uses_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         yield "run.compile=true needs a C++ compiler on a CPU: install g++, or set run.compile=false"
-    if "lora" in asdict(config.model.freeze).values() and importlib.util.find_spec("peft") is None:
-        yield "model.freeze.language=lora needs peft: pip install 'flamingo-vlm[run]'"
+    adapted = next((part for part, policy in asdict(config.model.freeze).items() if policy == "lora"), None)
+    if adapted and importlib.util.find_spec("peft") is None:
+        yield f"model.freeze.{adapted}=lora needs peft: pip install 'flamingo-vlm[run]'"
     if config.optim.state == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
         yield "optim.state=8bit needs bitsandbytes: pip install 'flamingo-vlm[quantization]', or optim.state=bf16"
     if run.wandb and importlib.util.find_spec("wandb") is None:

@@ -21,8 +21,9 @@ from data.errors import ContentError
 from data.shards.document import Document, Image, Text
 from data.shards.reader import RawSample, raw_sample
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.training.config import AlignOptions, TrainConfig
+from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.fsdp import Processes
+from flamingo.training.model_config import AlignOptions
 from flamingo.training.objectives import align
 from flamingo.training.objectives.align import Aligned, AlignObjective, info_nce
 from tests.fixtures import png
@@ -186,3 +187,9 @@ def test_what_it_cannot_do_is_refused(world: Path, tmp_path: Path) -> None:
     assert "run.micro_batches must be 1 for objective align" in said(micro_batches=2)
     assert "model.freeze.language=lora is not for objective align" in said(language="lora")
     assert "model.freeze.resampler=frozen leaves objective align nothing to learn with" in said(resampler="frozen")
+    settings = config(world, tmp_path / "run", "align")
+    (name,) = settings.data.datasets
+    settings.data.datasets[name]["batch_size"] = 1
+    assert f"data.datasets.{name}.batch_size=1 gives objective align nothing to compare" in " ".join(
+        settings.problems()
+    )

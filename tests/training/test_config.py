@@ -12,6 +12,15 @@ from flamingo.training.config import RunConfig, Sharding, TrainConfig, differenc
 from flamingo.training.model_config import VisionSource
 
 
+def test_adapters_of_blocks_are_for_objectives_with_blocks() -> None:
+    for objective in ("contrastive", "language"):
+        config = TrainConfig(objective=objective)
+        assert "cross_attention=lora" not in "; ".join(config.problems())
+        config.model.freeze.cross_attention = "lora"
+        expected = f"model.freeze.cross_attention=lora is not for objective {objective}"
+        assert expected in "; ".join(config.problems())
+
+
 def test_all_problems_are_reported_at_once() -> None:
     config = TrainConfig(run=RunConfig(steps=0, keep_last=1))
     config.objective = "flamenco"
