@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.adamw import adamw as adamw_update
 
+from flamingo.training.distributed.fsdp import local_tensor
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
 """Values that share a scale."""
@@ -51,7 +53,7 @@ def moments(parameter: Tensor, state: str) -> dict[str, Tensor]:
 
 def _scales(parameter: Tensor) -> Tensor:
     """Return zeros (rows, blocks of a row), sharded as the parameter's rows are."""
-    mine = _local(parameter)
+    mine = local_tensor(parameter)
     blocks = mine.shape[1:].numel() // BLOCK
     own = torch.zeros(mine.shape[0], blocks, dtype=torch.float32, device=mine.device)
     if not isinstance(parameter, DTensor):
@@ -95,36 +97,31 @@ class SmallStateAdamW(torch.optim.Optimizer):
         """Make one update of every parameter that has a gradient."""
         assert closure is None
         for index, (group, parameter) in enumerate(self._parameters()):
-            if parameter.grad is None or not (mine := _local(parameter)).numel():
+            if parameter.grad is None or not (mine := local_tensor(parameter)).numel():
                 continue
             state = self.state[parameter]
             kind = stored_as(parameter, self._kind)
             if kind == "fp32":
-                mean, square = (_local(state[name]) for name in MOMENTS)
-                _update(group, mine, _local(parameter.grad), mean, square, state["step"])
+                mean, square = (local_tensor(state[name]) for name in MOMENTS)
+                _update(group, mine, local_tensor(parameter.grad), mean, square, state["step"])
             else:
                 self._update_rows(group, parameter, kind, seed=_hash_number(index, int(state["step"])))
             state["step"] += 1
 
     def _update_rows(self, group: dict[str, Any], parameter: nn.Parameter, kind: str, seed: int) -> None:
+        assert parameter.grad is not None
         state = self.state[parameter]
-        rows = len(_local(parameter))
+        rows = len(local_tensor(parameter))
         # Views, but of a gradient that lies transposed.
-        weight, gradient = (_local(x).reshape(rows, -1) for x in (parameter, parameter.grad))
+        weight, gradient = (local_tensor(x).reshape(rows, -1) for x in (parameter, parameter.grad))
         width = weight.shape[1]
         first = _first_row(parameter)
         for start in range(0, rows, max(1, CHUNK // width)):
             part = slice(start, start + max(1, CHUNK // width))
-            own = {key: _local(value).view(rows, -1)[part] for key, value in state.items() if key != "step"}
+            own = {key: local_tensor(value).view(rows, -1)[part] for key, value in state.items() if key != "step"}
             mean, square = _read(own, kind)
             _update(group, weight[part], gradient[part], mean, square, state["step"])
             _write(own, kind, mean, square, seed, (first + start) * width)
-
-
-def _local(value: Any) -> Tensor:
-    """Return this process's part of a tensor."""
-    own: Tensor = value.to_local() if isinstance(value, DTensor) else value.detach()
-    return own
 
 
 def _first_row(parameter: Tensor) -> int:

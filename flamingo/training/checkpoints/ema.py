@@ -8,15 +8,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from flamingo.training.distributed.fsdp import local_tensor
 
 # Wrappers for recomputing and compiling appear in the names of parameters, not in those of a checkpoint.
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
-
-
-def _own(value: Tensor) -> Tensor:
-    """Return this process's shard."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 class Ema:
@@ -34,8 +30,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Follow an update."""
-        means = [_own(mean) for mean in self.means.values()]
-        weights = [_own(parameter.detach()) for parameter in self._weights.values()]
+        means = [local_tensor(mean) for mean in self.means.values()]
+        weights = [local_tensor(parameter.detach()) for parameter in self._weights.values()]
         torch._foreach_lerp_(means, weights, 1.0 - self._decay)
 
     @contextmanager
@@ -51,4 +47,4 @@ class Ema:
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self._weights.items():
-            _own(parameter.detach()).copy_(_own(values[name]))
+            local_tensor(parameter.detach()).copy_(local_tensor(values[name]))

@@ -339,6 +339,13 @@ def full_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def local_tensor(value: Tensor) -> Tensor:
+    """Return this process's part of a DTensor, or the tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def compile_layers(layers: Iterable[nn.Module], *, backend: str = "inductor") -> None:
     """Compile the layers in place; parameters keep their names. The first updates of each shape take longer."""
     layer: Any

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
 from flamingo.labels import IGNORED
-from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard, spawn
+from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, local_tensor, prepare_backward, shard, spawn
 from flamingo.training.distributed.traffic import KINDS, CountTraffic
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives.flamingo import FlamingoObjective
@@ -46,7 +45,7 @@ STRATEGIES = {
 
 def local_bytes(tensors: Any) -> int:
     """Return the bytes of this process's part of the tensors."""
-    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    own = [local_tensor(tensor) for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
