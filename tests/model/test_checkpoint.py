@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flamingo.__main__ import main
-from flamingo.training.checkpoints.trained_weights import fingerprint, frozen_fingerprints
+from flamingo.training.checkpoints.trained_weights import FrozenWeights, fingerprint, frozen_fingerprints
 from tests.model import tiny
 
 
@@ -64,3 +64,22 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == f"error: {said}\n"
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_what_is_frozen_is_shown_to_be_unchanged() -> None:
+    """In float32 and rounded to bfloat16, buffers too; a single bit of a single weight is found, and a missing one."""
+    model, _ = tiny.flamingo("llama")
+    frozen = FrozenWeights(model)
+    weights = model.state_dict()
+    assert frozen.require_unchanged(weights) == "frozen, and bit for bit as before: vision, language"
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    frozen.require_unchanged(half)
+    trained = {name: value + 1 for name, value in weights.items() if name.startswith("resampler.")}
+    frozen.require_unchanged(weights | trained)
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    changed = weights[name].clone()
+    changed.view(torch.int32)[0, 0] ^= 1
+    with pytest.raises(RuntimeError, match=rf"^1 frozen weights are not what they were .* the first is {name}: the"):
+        frozen.require_unchanged(weights | {name: changed})
+    with pytest.raises(RuntimeError, match=name):
+        frozen.require_unchanged({key: value for key, value in weights.items() if key != name})

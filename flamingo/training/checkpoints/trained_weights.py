@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+import xxhash
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flamingo.fingerprints import fingerprint, hash_tensors
@@ -39,6 +41,43 @@ def frozen_fingerprints(
     if tokenizer is not None:
         frozen["tokenizer"] = tokenizer_fingerprint(tokenizer)
     return {**frozen, "config": config_fingerprint(model.config)}
+
+
+class FrozenWeights:
+    """What the weights that do not train are before a run, to show after it that they still are.
+
+    A run may keep them in float32 or in bfloat16, so each is known in both; buffers, as of batch norms, are among them.
+    """
+
+    def __init__(self, model: FlamingoForConditionalGeneration) -> None:
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        self._before = {
+            name: tuple(_digest_of(value, dtype) for dtype in (torch.float32, torch.bfloat16))
+            for name, value in model.state_dict().items()
+            if name not in trained
+        }
+        self._parts = [part for part, policy in model.policy.items() if policy == "frozen"]
+
+    def require_unchanged(self, weights: Mapping[str, Tensor]) -> str:
+        """Return a sentence that says what is unchanged.
+
+        Raises:
+            RuntimeError: a weight is missing or another than before; this is a fault of the library.
+        """
+        found = {name: _digest_of(weights[name], weights[name].dtype) for name in self._before if name in weights}
+        odd = [name for name, before in self._before.items() if found.get(name) not in before]
+        if odd:
+            raise RuntimeError(
+                f"{len(odd)} frozen weights are not what they were before the run, the first is {odd[0]}: the model is "
+                "not written; its checkpoint is there. Please report this"
+            )
+        return f"frozen, and bit for bit as before: {', '.join(self._parts)}" if self._parts else ""
+
+
+def _digest_of(value: Tensor, dtype: torch.dtype) -> bytes:
+    value = value.detach().to("cpu")
+    kept = value.to(dtype) if value.is_floating_point() else value
+    return xxhash.xxh3_128_digest(kept.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def config_fingerprint(config: PreTrainedConfig) -> str:

@@ -18,7 +18,7 @@ from flamingo.language.hooks import SoftPrompts, find_decoder_layers
 from flamingo.layers.resampler import FeedForward
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processor import FlamingoProcessor
-from flamingo.training.checkpoints.trained_weights import frozen_fingerprints
+from flamingo.training.checkpoints.trained_weights import FrozenWeights, frozen_fingerprints
 from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.model_config import ModelConfig, SoftPromptOptions, VisionSource
@@ -97,8 +97,11 @@ def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callab
     adapters = _add_adapters(flamingo, model)
     if model.vision.cache:
         frozen["features"] = _keep_features(flamingo, processor, model.vision)
+    unchanged = FrozenWeights(flamingo) if processes.is_main else None  # which alone exports
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
+        if unchanged is not None and (said := unchanged.require_unchanged(weights)):
+            print(said, flush=True)
         merged = lora.merge(weights, adapters) if adapters else weights
         prompt: list[Any] = []
         if model.soft_prompt.given:  # before `merged` is emptied
