@@ -26,6 +26,7 @@ from flamingo.config import (
 from flamingo.errors import UserError, first_line
 from flamingo.hub import from_hub, hub_reachable, read_safetensors
 from flamingo.language.hooks import embedding_table, place_beside
+from flamingo.processing.begin import start_ids
 from flamingo.processor import FlamingoProcessor
 from flamingo.storage import refuse_incomplete, refuse_nonfinite
 from flamingo.vision.encoder import (
@@ -260,6 +261,7 @@ def from_backbones(
     *,
     vision_pretrained: str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    add_bos_token: bool | None = None,
     image_size: int | None = None,
     cross_attn_every_n_layers: int = 1,
     cross_attn_layers: list[int] | None = None,
@@ -281,6 +283,7 @@ def from_backbones(
         language: folder, GGUF file, transformers name, or built causal LM (then `tokenizer`).
         vision_pretrained: open_clip's tag or a file of weights; None: random weights.
         tokenizer: of the LM; by default the one beside it. A copy gets the new tokens.
+        add_bos_token: whether that copy begins each row with its BOS; None: as it does by itself.
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
         connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
@@ -300,7 +303,7 @@ def from_backbones(
     lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
     _check_and_cast(encoder, described.name, lm, dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
-    processor = _processor(lm_tokenizer, described, resampler.get("max_frames"))
+    processor = _processor(_own_tokenizer(lm_tokenizer, add_bos_token), described, resampler.get("max_frames"))
     config = FlamingoConfig(
         vision_config=asdict(described),
         text_config=lm.config,
@@ -318,7 +321,22 @@ def from_backbones(
 
 def _processor(tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, max_frames: int | None) -> FlamingoProcessor:
     transform = ImageTransform(vision.image_size, vision.mean, vision.std, mode=vision.resize_mode)
-    return FlamingoProcessor(copy.deepcopy(tokenizer), transform, max_frames=max_frames)
+    return FlamingoProcessor(tokenizer, transform, max_frames=max_frames)
+
+
+def _own_tokenizer(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> PreTrainedTokenizerBase:
+    """Return a copy which begins texts with its BOS, or does not; such an LM sees little of an image at position 0."""
+    own = copy.deepcopy(tokenizer)
+    if add_bos_token is not None:
+        if add_bos_token and own.bos_token_id is None:
+            raise UserError("add_bos_token=True, but the language model's tokenizer has no BOS: set its bos_token")
+        own.add_bos_token = add_bos_token
+        if start_ids(own) != [own.bos_token_id] * add_bos_token:
+            raise UserError(
+                f"add_bos_token={add_bos_token}, but a {type(own).__name__} begins texts in its own way: "
+                "give a tokenizer with another post-processor"
+            )
+    return own
 
 
 def _cast(modules: tuple[nn.Module, ...], dtype: torch.dtype | str | None) -> None:

@@ -302,9 +302,12 @@ class TrainConfig:
                     yield f"model.init and model.{key} both say where weights come from: remove one of them"
             own = {"vision.image_size": vision.image_size, "cross_attn_layers": self.model.cross_attn_layers}
             own |= {f"vision.{key}": value for key, value in tokens.items()}
+            own["language.add_bos_token"] = language.add_bos_token
             for key in (key for key, value in own.items() if value is not None):
                 yield f"model.{key} has no effect with model.init, whose model has its own: remove it"
             return  # backbone and tokenizer come with that model
+        if objective not in OF_FLAMINGO and language.add_bos_token is not None:
+            yield f"model.language.add_bos_token has no effect with objective {objective}: remove it"
         if objective in OF_FLAMINGO and not (vision.name or vision.config):
             yield "model.vision needs a name (weights) or a config (shape)"
         if objective == "contrastive":

@@ -62,6 +62,8 @@ class LanguageSource:
     """Arguments of the transformers config, with `model_type`."""
     tokenizer: str | None = None
     """A tokenizer's name or folder; none: beside `name`, or trained on the document text (objective `language`)."""
+    add_bos_token: bool | None = None
+    """Whether each row begins with the tokenizer's BOS; none: as the tokenizer does by itself."""
     vocab_size: Annotated[int, Field(ge=260)] = 512
     """Tokens of a tokenizer trained here."""
 

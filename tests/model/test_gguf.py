@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from flamingo import FlamingoForConditionalGeneration, UserError, gguf_files
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, UserError, gguf_files
 from flamingo.backbones import load_language
 from tests.model import tiny
 
@@ -100,6 +100,27 @@ def test_a_begin_token_that_the_file_asks_for(tmp_path: Path) -> None:
         tiny.vision(), tmp_path / "tiny.gguf", image_size=tiny.SIZE
     )
     assert processor.start_ids == [1]
+
+
+def test_a_begin_token_that_the_caller_asks_for_or_forbids(tmp_path: Path) -> None:
+    """Beside any LM; it is saved with the processor, the given tokenizer stays as it is, and one without BOS is refused."""
+    for bos in (True, False):
+        write_gguf(tmp_path / "tiny.gguf", bos=not bos)
+        _, processor = FlamingoForConditionalGeneration.from_backbones(
+            tiny.vision(), tmp_path / "tiny.gguf", image_size=tiny.SIZE, add_bos_token=bos
+        )
+        processor.save_pretrained(tmp_path / f"saved {bos}")
+        again = FlamingoProcessor.from_pretrained(tmp_path / f"saved {bos}")
+        row = again(images=[[tiny.picture(0)]], text=["<image>a"])["input_ids"][0].tolist()
+        assert row == [1] * bos + [again.image_token_id, *again.encode_text("a")]
+    silent = tiny.tokenizer(bos=False)
+    options: dict[str, Any] = {"tokenizer": silent, "image_size": tiny.SIZE, "add_bos_token": True}
+    with pytest.raises(UserError, match="has no BOS: set its bos_token"):
+        FlamingoForConditionalGeneration.from_backbones(tiny.vision(), tiny.lm("llama"), **options)
+    silent.bos_token = "<s>"
+    _, processor = FlamingoForConditionalGeneration.from_backbones(tiny.vision(), tiny.lm("llama"), **options)
+    assert processor.start_ids == [silent.bos_token_id]
+    assert silent("a")["input_ids"] == silent.encode("a", add_special_tokens=False)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.99])

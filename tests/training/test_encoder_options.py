@@ -61,6 +61,7 @@ def test_they_are_heeded_and_saved(world: Path, tmp_path: Path, name: str | None
 def test_beside_a_whole_model_they_are_refused(world: Path, tmp_path: Path) -> None:
     settings = of(world, tmp_path / "run", None, class_token=True, final_norm=False)
     settings.model.init, settings.model.vision.config = "folder", None
+    settings.model.language.add_bos_token = True
     text = "; ".join(settings.problems())
-    for key in ("class_token", "final_norm"):
-        assert f"model.vision.{key} has no effect with model.init, whose model has its own: remove it" in text
+    for key in ("vision.class_token", "vision.final_norm", "language.add_bos_token"):
+        assert f"model.{key} has no effect with model.init, whose model has its own: remove it" in text

@@ -108,6 +108,7 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         lm,
         vision_pretrained=vision.pretrained,
         tokenizer=language.tokenizer,
+        add_bos_token=language.add_bos_token,
         cross_attn_every_n_layers=model.cross_attn_every_n_layers or 1,
         cross_attn_layers=model.cross_attn_layers,
         connector=model.connector,
