@@ -31,7 +31,7 @@ REAL_TRAIN_ARGS ?=
 REAL_EVAL_ARGS  ?=
 export REAL
 
-.PHONY: help setup test test-fast peer-tests check bench demo toy learn real clean
+.PHONY: help setup test test-fast peer-tests check bench doctor demo toy learn real clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -64,8 +64,12 @@ check: setup
 bench: setup
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
+# What is installed, and how long the demonstrations take here.
+doctor: setup
+	@$(PY) -m flamingo doctor
+
 # Every step resumes where it was stopped, and ends at once where it is complete.
-demo: setup $(OUT)/data/.complete
+demo: setup doctor $(OUT)/data/.complete
 	$(PY) train.py experiment=$(WHICH)_language $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH)_vision $(TRAIN_ARGS)
 	$(PY) train.py experiment=$(WHICH) $(TRAIN_ARGS)
@@ -82,7 +86,7 @@ toy: demo
 learn:
 	$(MAKE) demo WHICH=learn
 
-real: setup $(REAL)/data/.complete
+real: setup doctor $(REAL)/data/.complete
 	$(PY) train.py experiment=real $(REAL_TRAIN_ARGS)
 	$(PY) -m eval task=[labelled_binding,labelled_names] images=[real,shuffled] shots=[0,1,2,4] \
 	  model=$(REAL)/run/flamingo/model data=$(REAL)/data out=$(REAL)/eval $(REAL_EVAL_ARGS)

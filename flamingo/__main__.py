@@ -9,6 +9,7 @@ import argparse
 import math
 import platform
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,6 +27,8 @@ OPTIONAL = {
     "matplotlib": "plots",
     "tensorboard": "training curves",
 }
+DEMONSTRATIONS = {"make demo": ("float32", 17.5, 135.0), "make real": ("bfloat16", 18.0, 790.0)}
+"""What its time depends on, the minutes that it took on a machine, and that machine's speed in GFLOP/s."""
 
 
 def doctor() -> int:
@@ -45,6 +48,10 @@ def doctor() -> int:
     from flamingo.layers.attention import xformers_error
 
     print(f"cpu: {torch.get_num_threads()} threads; attention by torch's SDPA")
+    speeds = {kind: _product_speed(getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+    print(f"cpu: {speeds['float32']:,.0f} GFLOP/s in float32, {speeds['bfloat16']:,.0f} in bfloat16")
+    for command, (kind, minutes, speed) in DEMONSTRATIONS.items():
+        print(f"{command}: about {max(1, round(minutes * speed / speeds[kind]))} minutes here, if nothing else runs")
     if not torch.cuda.is_available():
         print("cuda: none")
         return 0
@@ -55,6 +62,17 @@ def doctor() -> int:
     error = xformers_error()
     print("attention on cuda: " + ("xformers" if error is None else f"torch's SDPA, slower: no xformers ({error})"))
     return 0
+
+
+def _product_speed(dtype: Any, side: int = 1024, seconds: float = 0.3) -> float:
+    """Return the GFLOP/s of matrix products of `side` x `side`: the best of those that fit into some time."""
+    import torch
+
+    matrix, best, end = torch.ones(side, side, dtype=dtype), math.inf, time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or best == math.inf:
+        matrix @ matrix
+        best = min(best, time.perf_counter() - start)
+    return 2e-9 * side**3 / best
 
 
 def loaded(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -103,7 +103,7 @@ def test_a_begin_token_that_the_file_asks_for(tmp_path: Path) -> None:
 
 
 def test_a_begin_token_that_the_caller_asks_for_or_forbids(tmp_path: Path) -> None:
-    """Beside any LM; it is saved with the processor, the given tokenizer stays as it is, and one without BOS is refused."""
+    """Beside any LM, and saved; the given tokenizer stays as it is, and one without a BOS is refused."""
     for bos in (True, False):
         write_gguf(tmp_path / "tiny.gguf", bos=not bos)
         _, processor = FlamingoForConditionalGeneration.from_backbones(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def test_doctor_names_versions_and_what_is_missing(
     said = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in said
     assert "attention by torch's SDPA" in said
+    assert re.search(r"cpu: [\d,]+ GFLOP/s in float32, [\d,]+ in bfloat16\n", said)
+    for demonstration in ("demo", "real"):
+        assert re.search(rf"make {demonstration}: about \d+ minutes here", said)
     monkeypatch.setattr(command, "NEEDED", (*command.NEEDED, "no-such-package"))
     assert command.main(["doctor"]) == 1
     assert "no-such-package" in (said := capsys.readouterr().out)
