@@ -11,7 +11,7 @@ from data.shards.document import Image, Node, Text
 from eval.demonstrations.ablations import ABLATIONS
 from eval.prompting.prompts import PromptBuilder
 from eval.spec import TaskSpec
-from eval.task import Episode
+from eval.task import EncodedImage, Episode
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import EOC, IMAGE, Letters, colour_examples
@@ -96,3 +96,29 @@ def test_blank_keeps_the_size_and_text_only_keeps_the_query() -> None:
     prompt = PromptBuilder(Letters()).build(bare, 8)
     assert prompt.images == (shown.query.image,)
     assert spelled(prompt.ids).count("<eoc>") == 2
+
+
+def test_unordered_mixes_the_frames_of_clips_and_nothing_else() -> None:
+    shown = episode(1)
+    assert shown.query.image is not None
+    clips = [EncodedImage(tuple(bytes([number, frame]) for frame in range(6))) for number in range(8)]
+    episodes = [replace(shown, query=shown.query.with_images([clip])) for clip in clips]
+    mixed = [ABLATIONS["unordered"](each, 0) for each in episodes]
+    orders = set()
+    for before, after, clip in zip(episodes, mixed, clips, strict=True):
+        assert [replace(turn, image=None) for turn in after.demos] == [replace(turn, image=None) for turn in before.demos]
+        assert after.demos[0].image is not None
+        assert before.demos[0].image is not None
+        assert after.demos[0].image.sha256 == before.demos[0].image.sha256  # one frame
+        image = after.query.image
+        assert image is not None
+        assert sorted(image.frames) == sorted(clip.frames)
+        assert (image.sha256 == clip.sha256) == (image.frames == clip.frames)
+        orders.add(tuple(frame[1] for frame in image.frames))
+    assert len(orders) > 4
+    again = ABLATIONS["unordered"](episodes[0], 0).query.image
+    assert again is not None
+    assert mixed[0].query.image is not None
+    assert again.frames == mixed[0].query.image.frames
+    with pytest.raises(UserError, match="shows no clip of two frames or more"):
+        ABLATIONS["unordered"](shown, 0)
