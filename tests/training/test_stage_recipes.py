@@ -66,6 +66,8 @@ def run_page(name: str, settings: Mapping[str, Sequence[str]], shrink: dict[str,
                 train(compose([*words[2:], *more, *SMALL]))
             elif words[:3] == ["python", "-m", "data"]:
                 assert prepare_data(words[3:]) == 0
+            elif words[:4] == ["python", "-m", "eval", "shards"]:
+                assert main(words[3:]) == 0
             else:
                 assert words[:3] == ["python", "-m", "eval"]
                 assert main([*words[3:], *more, "progress=false", "cache=null", "gallery=0", "device=cpu"]) == 0
@@ -133,7 +135,7 @@ def test_multimodal_cot() -> None:
     settings = {"run.dir=runs/cot": two, "run.dir=runs/cot_direct": short, "run.dir=runs/cot_joint": short}
     settings |= {"task=jsonl": asked}
     ran = run_page("multimodal_cot", settings, {"6000": "40", "400}": "24}"})
-    assert len(ran) == 7
+    assert len(ran) == 11
     rationale, answer = results("runs/cot/eval/rationale"), results("runs/cot/eval/answer")
     for row in (rationale, answer, results("runs/cot_joint/eval")):
         assert (row["strategy"], row["shots"], row["n"]) == ("two_stage", 0, 6)
@@ -153,7 +155,7 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
     rows = {
         name: [
             tokenize_document(document.nodes, processor.encode_text, special).ids
-            for document in read_documents(Path(f"shards/cot/{name}/{name}-000000.tar"))
+            for document in read_documents(next(Path(f"shards/cot/{name}").glob("*.tar")))
         ]
         for name in ("rationale", "answer", "direct", "joint")
     }
@@ -221,3 +223,17 @@ def test_dolphins() -> None:
     asked = {task.episode(query_id, 0, 0) for query_id in task.query_ids()}
     prompts = {PromptBuilder(processor).build(episode, 8).ids for episode in asked}
     assert any(tuple(ids[: len(prompt)]) == prompt for prompt in prompts)
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_multimodal_gpt(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"experiment=multimodal_gpt": ["run.steps=2", "data.datasets.mine.batch_size=2"]}
+    settings |= {"task=toy_caption": ["limit=6"]}
+    assert len(run_page("multimodal_gpt", settings, {"3000": "12", "200}": "4}"})) == 4
+    assert re.search(r"of 4: first turn right \d, second \d, both \d", capsys.readouterr().out)
+    assert results("runs/multimodal_gpt_eval/after")["n"] == 6
+    before, after = (
+        load_file(f"{folder}/model.safetensors") for folder in ("runs/demo/flamingo/model", "runs/multimodal_gpt/model")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model", "cross_attn_blocks"}
