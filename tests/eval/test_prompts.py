@@ -100,25 +100,21 @@ def test_blank_keeps_the_size_and_text_only_keeps_the_query() -> None:
 
 def test_unordered_mixes_the_frames_of_clips_and_nothing_else() -> None:
     shown = episode(1)
-    assert shown.query.image is not None
-    clips = [EncodedImage(tuple(bytes([number, frame]) for frame in range(6))) for number in range(8)]
-    episodes = [replace(shown, query=shown.query.with_images([clip])) for clip in clips]
-    mixed = [ABLATIONS["unordered"](each, 0) for each in episodes]
     orders = set()
-    for before, after, clip in zip(episodes, mixed, clips, strict=True):
-        assert [replace(turn, image=None) for turn in after.demos] == [replace(turn, image=None) for turn in before.demos]
-        assert after.demos[0].image is not None
-        assert before.demos[0].image is not None
-        assert after.demos[0].image.sha256 == before.demos[0].image.sha256  # one frame
-        image = after.query.image
-        assert image is not None
-        assert sorted(image.frames) == sorted(clip.frames)
-        assert (image.sha256 == clip.sha256) == (image.frames == clip.frames)
-        orders.add(tuple(frame[1] for frame in image.frames))
+    for number in range(8):
+        clip = EncodedImage(tuple(bytes([number, frame]) for frame in range(6)))
+        before = replace(shown, query=shown.query.with_images([clip]))
+        after, again = ABLATIONS["unordered"](before, 0), ABLATIONS["unordered"](before, 0)
+        assert [replace(turn, image=None) for turn in after.demos] == [
+            replace(turn, image=None) for turn in shown.demos
+        ]
+        for image, still in zip(after.demos[0].images, shown.demos[0].images, strict=True):  # of one frame
+            assert image.sha256 == still.sha256
+        (mixed,), (same,) = after.query.images, again.query.images
+        assert mixed.frames == same.frames
+        assert sorted(mixed.frames) == sorted(clip.frames)
+        assert (mixed.sha256 == clip.sha256) == (mixed.frames == clip.frames)
+        orders.add(tuple(frame[1] for frame in mixed.frames))
     assert len(orders) > 4
-    again = ABLATIONS["unordered"](episodes[0], 0).query.image
-    assert again is not None
-    assert mixed[0].query.image is not None
-    assert again.frames == mixed[0].query.image.frames
     with pytest.raises(UserError, match="shows no clip of two frames or more"):
         ABLATIONS["unordered"](shown, 0)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.batches.tokenize import SpecialTokens, tokenize_document
 from data.__main__ import main as prepare_data
+from data.batches.tokenize import SpecialTokens, tokenize_document
 from data.prepare.sources import toy
 from data.shards.writer import read_documents
 from eval.__main__ import main
