@@ -51,7 +51,7 @@ class EvalConfig:
     seed: Annotated[list[AtLeast0], AsList, NotEmpty] = field(default_factory=lambda: [0])
     """Seed of the demonstrations, or a list: the queries are then asked once per seed and scored together."""
     images: Annotated[list[Ablation], AsList, NotEmpty] = field(default_factory=lambda: ["real"])
-    """real, and as controls shuffled, blank, text_only."""
+    """real, and as controls shuffled, blank, text_only, unordered."""
     strategy: Annotated[list[Strategy], AsList, NotEmpty] = field(default_factory=lambda: ["plain"])
     """plain, cot0, cot, two_stage, sc, sc_cot0, sc_cot, orders, calibrated; see eval/prompting/strategies.py."""
     samples: AtLeast1 = 11

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -26,6 +26,7 @@ from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node, Text, conversation_nodes
 from eval.compose import load_config
 from eval.prompting.prompts import asked as questions
+from eval.prompting.strategies import ANSWER, answer_turn, rationale_turn
 from eval.spec import TaskSpec
 from eval.task import EncodedImage, Example, Frame, StoredImage, Turn, content_hash, hash_order
 from eval.tasks.formats.files import VIDEO_ENDINGS, below_root
@@ -36,6 +37,11 @@ from flamingo.terminal import printable
 
 LAYOUT = "interleaved"
 IN_A_UNIT = 5000
+STAGES: dict[str, Callable[[Turn], Turn]] = {
+    "rationale": rationale_turn,
+    "answer": lambda turn: answer_turn(turn, turn.rationale),
+    "joint": lambda turn: replace(rationale_turn(turn), tail=f"{ANSWER}{turn.lead or ' '}{turn.answer}{turn.tail}"),
+}
 ALSO_ASKED = "also asked by the evaluation"
 
 
@@ -46,6 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     engine.add_arguments(parser, "SETTING", "task=NAME, protocol=NAME, task.NAME.KEY=VALUE")
     parser.add_argument(
         "--all-answers", action="store_true", help="a document for each accepted answer (all captions of an image)"
+    )
+    parser.add_argument(
+        "--stage",
+        choices=tuple(STAGES),
+        help="as strategy=two_stage asks: for the rationale, for the answer behind it, or for both at once (joint)",
     )
     add_image_arguments(parser)
     args = parser.parse_args(arguments)
@@ -86,9 +97,12 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
         try:
             if asked and _identity(example) in asked:
                 raise Dropped(ALSO_ASKED)
+            if args.stage and not example.turn.rationale.strip():
+                raise Dropped("no rationale")
             clips = [_frames(image, rule) for image in example.turn.images]
             for answer in answers:
-                nodes = training_nodes(replace(example.turn, answer=answer), clips, frame)
+                turn = replace(example.turn, answer=answer)
+                nodes = training_nodes(STAGES[args.stage](turn) if args.stage else turn, clips, frame)
                 yield Document("", nodes, [image for clip in clips for image in clip], meta)
         except Dropped as dropped:
             tally.drop_document(dropped.reason, f"{args.source} item {example.id}")

@@ -2,7 +2,7 @@
 
 real: as they are. shuffled: all images of the prompt, including the query's, are permuted at random, so names and
 images no longer belong together. blank: every image is uniform grey, of the same size. text_only: demonstrations keep
-their text and lose their images, the query keeps its own.
+their text and lose their images, the query keeps its own. unordered: the frames of every clip, in a random order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from eval.task import Episode, Turn, generator
+from eval.task import EncodedImage, Episode, StoredImage, Turn, generator
+from flamingo.errors import UserError
 
 T = TypeVar("T")
 
@@ -44,6 +45,22 @@ def _text_only(episode: Episode, seed: int) -> Episode:
     return _with(episode, [*(turn.with_images(()) for turn in episode.demos), episode.query])
 
 
+def _unordered(episode: Episode, seed: int) -> Episode:
+    turns = [*episode.demos, episode.query]
+    clips = [len(image.frames) > 1 for turn in turns for image in turn.images]
+    if not any(clips):
+        raise UserError(
+            f"images=unordered: query {episode.query_id} shows no clip of two frames or more, so there is no order to "
+            "lose; leave unordered out"
+        )
+
+    def mixed(image: EncodedImage) -> EncodedImage:
+        order = generator("unordered", seed, image.sha256).permutation(len(image.frames)).tolist()
+        return StoredImage(lambda: tuple(image.frames[index] for index in order), names=lambda: image.names)
+
+    return _with(episode, [turn.with_images([mixed(image) for image in turn.images]) for turn in turns])
+
+
 def _with(episode: Episode, turns: list[Turn]) -> Episode:
     return replace(episode, demos=tuple(turns[:-1]), query=turns[-1])
 
@@ -53,6 +70,7 @@ ABLATIONS: dict[str, Callable[[Episode, int], Episode]] = {
     "shuffled": _shuffled,
     "blank": _blank,
     "text_only": _text_only,
+    "unordered": _unordered,
 }
 """Names in `images=[...]`, and what each does with an episode."""
 

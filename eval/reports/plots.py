@@ -20,10 +20,11 @@ from eval.reports.saved_run import SavedRun
 
 # Okabe and Ito's colours, distinct for any colour vision.
 COLOURS = {"real": "#0072B2", "shuffled": "#D55E00", "blank": "#999999", "text_only": "#009E73"}
+COLOURS["unordered"] = "#CC79A7"
 MORE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKS = {"real": "o", "shuffled": "s", "blank": "^", "text_only": "D"}
+MARKS = {"real": "o", "shuffled": "s", "blank": "^", "text_only": "D", "unordered": "v"}
 LABELS = {"real": "images as they are", "shuffled": "images shuffled", "blank": "images blank"}
-LABELS["text_only"] = "demonstrations without images"
+LABELS |= {"text_only": "demonstrations without images", "unordered": "frames in another order"}
 
 Results = Mapping[str, Any]
 ResultsRow = Mapping[str, Any]

@@ -75,7 +75,7 @@ def test_a_table_that_a_task_leaves_out_is_made_by_its_first_key() -> None:
         (["model=m", "~seed"], "~seed"),
         (["model=m", "seed=a"], "seed[0]=a must be a whole number"),
         (["model=m", "batch_size=0"], "batch_size=0"),
-        (["model=m", "images=[gone]"], "real, shuffled, blank, text_only"),
+        (["model=m", "images=[gone]"], "real, shuffled, blank, text_only, unordered"),
         (["model=m", "dtype=int8"], "dtype=int8"),
         (["model=m", "device=tpu"], "device=tpu"),
         (["model=m", "task.toy_vqa.queries=many"], "task.toy_vqa.queries"),

@@ -11,7 +11,7 @@ from data.shards.document import Image, Node, Text
 from eval.demonstrations.ablations import ABLATIONS
 from eval.prompting.prompts import PromptBuilder
 from eval.spec import TaskSpec
-from eval.task import Episode
+from eval.task import EncodedImage, Episode
 from eval.tasks.examples import ExampleTask
 from flamingo.errors import UserError
 from tests.eval.worlds import EOC, IMAGE, Letters, colour_examples
@@ -96,3 +96,25 @@ def test_blank_keeps_the_size_and_text_only_keeps_the_query() -> None:
     prompt = PromptBuilder(Letters()).build(bare, 8)
     assert prompt.images == (shown.query.image,)
     assert spelled(prompt.ids).count("<eoc>") == 2
+
+
+def test_unordered_mixes_the_frames_of_clips_and_nothing_else() -> None:
+    shown = episode(1)
+    orders = set()
+    for number in range(8):
+        clip = EncodedImage(tuple(bytes([number, frame]) for frame in range(6)))
+        before = replace(shown, query=shown.query.with_images([clip]))
+        after, again = ABLATIONS["unordered"](before, 0), ABLATIONS["unordered"](before, 0)
+        assert [replace(turn, image=None) for turn in after.demos] == [
+            replace(turn, image=None) for turn in shown.demos
+        ]
+        for image, still in zip(after.demos[0].images, shown.demos[0].images, strict=True):  # of one frame
+            assert image.sha256 == still.sha256
+        (mixed,), (same,) = after.query.images, again.query.images
+        assert mixed.frames == same.frames
+        assert sorted(mixed.frames) == sorted(clip.frames)
+        assert (mixed.sha256 == clip.sha256) == (mixed.frames == clip.frames)
+        orders.add(tuple(frame[1] for frame in mixed.frames))
+    assert len(orders) > 4
+    with pytest.raises(UserError, match="shows no clip of two frames or more"):
+        ABLATIONS["unordered"](shown, 0)

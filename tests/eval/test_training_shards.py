@@ -20,11 +20,13 @@ from data.shards.writer import read_documents, read_manifest
 from data.tools.verify import verify
 from eval.__main__ import main
 from eval.compose import load_config
-from eval.prompting.prompts import PromptBuilder
+from eval.prompting.prompts import Completion, PromptBuilder
+from eval.prompting.strategies import PromptingSettings, Query, two_stage
 from eval.protocols import names
 from eval.spec import TaskSpec
 from eval.task import Episode
 from eval.tasks.build import build_task
+from eval.training_shards import STAGES
 from flamingo import FlamingoProcessor, ImageTransform
 from flamingo.labels import IGNORED
 from flamingo.processing.begin import start_ids
@@ -289,3 +291,35 @@ def test_the_collate_takes_what_was_written(tmp_path: Path, processor: FlamingoP
     assert document.meta["kind"] == "k"
     assert document.images == []
     assert row_of(document, processor).images == []
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stage_s_rows_are_what_two_stages_ask(tmp_path: Path, processor: FlamingoProcessor, chat: bool) -> None:
+    image(tmp_path / "0.png", 0)
+    row = {"image": "0.png", "question": "Which? Answer:", "answer": "red", "rationale": "It is a thing."}
+    rows = [row, {**row, "image": "", "answer": "A"}, {**row, "rationale": " "}]
+    dump_lines(tmp_path / "train.jsonl", rows)
+    dump_lines(tmp_path / "asked.jsonl", [{**row, "question": "number?"}])
+    settings = [f"task.jsonl.source.path={tmp_path / 'asked.jsonl'}", f"task.jsonl.chat={chat}"]
+    settings.append(f"task.jsonl.support={{format:jsonl,path:{tmp_path / 'train.jsonl'}}}")
+    settings += [] if chat else ["task.jsonl.lead=' '"]
+    (spec,) = load_config(["task=jsonl", "model=m", *settings]).task.values()
+    assert spec.support is not None
+    task = build_task("jsonl", replace(spec, source=spec.support, support=None, queries=None))
+    start, turns = start_ids(processor.tokenizer), processor.turns
+    builder = PromptBuilder(processor, start=start, turns=turns)
+    for stage in STAGES:
+        written = shards(tmp_path / stage, "jsonl", *settings, "--stage", stage)
+        assert written.dropped == {"no rationale": 1}
+        assert len(written.documents) == 2
+        for document in written.documents:
+            episode = task.episode(document.meta["id"], 0, 0)
+            steps = two_stage(Query(task, episode, builder, PromptingSettings(), 0))
+            first = next(steps)[0].prompt.ids
+            second = steps.send([Completion("It is a thing.", True)])[0].prompt.ids
+            gold = episode.golds[0]
+            said = {"rationale": " It is a thing.", "answer": f" {gold}", "joint": f" It is a thing.\nAnswer: {gold}"}
+            prompt, row_ids = second if stage == "answer" else first, row_of(document, processor).ids.tolist()
+            assert tuple(row_ids[: len(prompt)]) == prompt
+            rest = processor.tokenizer.decode(row_ids[len(prompt) :], skip_special_tokens=True)
+            assert rest.strip() == said[stage].strip()

@@ -1,4 +1,4 @@
-"""docs/recipes/llava_med.md and multimodal_cot.md, block by block, on a demo of the tests' size."""
+"""Pages of docs/recipes that build on the demo, block by block, on a demo of the tests' size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.__main__ import main as prepare_data
 from data.batches.tokenize import SpecialTokens, tokenize_document
 from data.prepare.sources import toy
 from data.shards.writer import read_documents
@@ -63,6 +64,10 @@ def run_page(name: str, settings: Mapping[str, Sequence[str]], shrink: dict[str,
             more = [setting for word, given in settings.items() if word in words for setting in given]
             if words[:2] == ["python", "train.py"]:
                 train(compose([*words[2:], *more, *SMALL]))
+            elif words[:3] == ["python", "-m", "data"]:
+                assert prepare_data(words[3:]) == 0
+            elif words[:4] == ["python", "-m", "eval", "shards"]:
+                assert main(words[3:]) == 0
             else:
                 assert words[:3] == ["python", "-m", "eval"]
                 assert main([*words[3:], *more, "progress=false", "cache=null", "gallery=0", "device=cpu"]) == 0
@@ -112,20 +117,25 @@ def test_llava_med_from_a_model_that_is_aligned() -> None:
     assert [stage.planned.problems() for stage in stages] == [[], []]
 
 
-def test_multimodal_cot(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Path("runs/demo/flamingo/model")
-    if not model.exists():
-        start = ["experiment=llava_med", "stages.instruct=null", "stages.tune=null", "run.dir=runs/start", *SMALL]
-        made = train(compose([*start, "stages.align.run.steps=1"]))
-        model.parent.mkdir(parents=True)
-        made.rename(model)
+@pytest.fixture(scope="module")
+def pretrained(demo: Path) -> Path:
+    """`runs/demo/flamingo/model`, of one update."""
+    start = ["experiment=llava_med", "stages.instruct=null", "stages.tune=null", "run.dir=runs/start", *SMALL]
+    made = train(compose([*start, "stages.align.run.steps=1"]))
+    model = demo / "runs" / "demo" / "flamingo" / "model"
+    model.parent.mkdir(parents=True)
+    return made.rename(model)
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_multimodal_cot() -> None:
     short = ["run.steps=2", "stages.rationale.data.datasets.rationale.batch_size=4"]
     two = [*short, "stages.answer.data.datasets.answer.batch_size=4"]
     asked = ["rationale_tokens=8", "limit=6"]
     settings = {"run.dir=runs/cot": two, "run.dir=runs/cot_direct": short, "run.dir=runs/cot_joint": short}
     settings |= {"task=jsonl": asked}
     ran = run_page("multimodal_cot", settings, {"6000": "40", "400}": "24}"})
-    assert len(ran) == 7
+    assert len(ran) == 11
     rationale, answer = results("runs/cot/eval/rationale"), results("runs/cot/eval/answer")
     for row in (rationale, answer, results("runs/cot_joint/eval")):
         assert (row["strategy"], row["shots"], row["n"]) == ("two_stage", 0, 6)
@@ -145,7 +155,7 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
     rows = {
         name: [
             tokenize_document(document.nodes, processor.encode_text, special).ids
-            for document in read_documents(Path(f"shards/cot/{name}/{name}-000000.tar"))
+            for document in read_documents(next(Path(f"shards/cot/{name}").glob("*.tar")))
         ]
         for name in ("rationale", "answer", "direct", "joint")
     }
@@ -161,3 +171,69 @@ def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
         for name, prompt in prompts.items():
             end = processor.encode_text(golds[name])
             assert rows[name][number] == [*prompt, *end, special.eoc, special.eos]
+
+
+def _first_ids(processor: FlamingoProcessor, shards: str) -> list[int]:
+    """Return the training ids of a folder's first document, all that is in one row."""
+    special = SpecialTokens(processor.image_token_id, processor.eoc_token_id, eos=0, pad=0)
+    (first, *_) = sorted(Path(shards).glob("*.tar"))
+    return tokenize_document(next(iter(read_documents(first))).nodes, processor.encode_text, special).ids
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_otter() -> None:
+    settings = {"experiment=otter": ["run.steps=2", "data.datasets.instructions.batch_size=4"]}
+    settings |= {"task=jsonl": ["limit=6"]}
+    assert len(run_page("otter", settings, {"6000": "40", "400)": "40)"})) == 8
+    for name in ("before", "after", "random", "alone"):
+        rows = json.loads(Path(f"runs/otter_eval/{name}/results.json").read_text())["rows"]
+        assert [(row["shots"], row["n"]) for row in rows] == [(shots, 6) for shots in (0, 1, 2, 4)]
+    processor = FlamingoProcessor.from_pretrained("runs/otter/model")
+    shown, asked = (Path(f"otter/{name}.jsonl").read_text().splitlines()[0] for name in ("shown", "heldout"))
+    assert json.loads(shown)["kind"] == json.loads(asked)["kind"] == "colour"
+    related, alone = _first_ids(processor, "shards/otter"), _first_ids(processor, "shards/otter_alone")
+    assert related.count(processor.image_token_id) > alone.count(processor.image_token_id) == 1
+    source = ["task.jsonl.source.path=otter/heldout.jsonl", "task.jsonl.support={format:jsonl,path:otter/shown.jsonl}"]
+    spec = load_config(["task=jsonl", *source, "task.jsonl.demos=same_kind", "task.jsonl.lead=' '", "model=none"])
+    task = build_task("jsonl", spec.task["jsonl"])
+    for query_id in task.query_ids()[:8]:  # a row of training, but for its answers, is a prompt with demonstrations
+        episode = task.episode(query_id, 4, 0)
+        prompt = PromptBuilder(processor).build(episode, 8)
+        turn = prompt.ids[-(len(alone) - len(processor.encode_text(" red")) - 2) :]
+        assert list(turn) == alone[: len(turn)]
+        assert prompt.ids.count(processor.eoc_token_id) == 4
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_dolphins() -> None:
+    short = ["stages.instruct.run.steps=2", "stages.instruct.data.datasets.instructions.batch_size=2"]
+    first = ["stages.grounded.run.steps=2", "stages.grounded.data.datasets.chains.batch_size=2"]
+    settings = {"experiment=dolphins": short, "run.dir=runs/dolphins": first, "task=jsonl": ["limit=6"]}
+    assert len(run_page("dolphins", settings, {"4000": "12", "2000": "12", "400}": "12}"})) == 7
+    assert not Path("runs/dolphins_direct/grounded").exists()
+    for name in ("before", "after", "direct"):
+        rows = json.loads(Path(f"runs/dolphins_eval/{name}/results.json").read_text())["rows"]
+        assert [(row["images"], row["n"]) for row in rows] == [("real", 6), ("unordered", 6)]
+        assert set(rows[0]["score_by_kind"]) == {"motion", "order"}
+    processor = FlamingoProcessor.from_pretrained("runs/dolphins/instruct/model")
+    source = "task.jsonl.source.path=dolphins/heldout.jsonl"
+    spec = load_config(["task=jsonl", source, "task.jsonl.lead=' '", "model=none"]).task["jsonl"]
+    task = build_task("jsonl", spec)
+    ids = _first_ids(processor, "shards/dolphins/instruct")
+    asked = {task.episode(query_id, 0, 0) for query_id in task.query_ids()}
+    prompts = {PromptBuilder(processor).build(episode, 8).ids for episode in asked}
+    assert any(tuple(ids[: len(prompt)]) == prompt for prompt in prompts)
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_multimodal_gpt(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"experiment=multimodal_gpt": ["run.steps=2", "data.datasets.mine.batch_size=2"]}
+    settings |= {"task=toy_caption": ["limit=6"]}
+    assert len(run_page("multimodal_gpt", settings, {"3000": "12", "200}": "4}"})) == 4
+    assert re.search(r"of 4: first turn right \d, second \d, both \d", capsys.readouterr().out)
+    assert results("runs/multimodal_gpt_eval/after")["n"] == 6
+    before, after = (
+        load_file(f"{folder}/model.safetensors") for folder in ("runs/demo/flamingo/model", "runs/multimodal_gpt/model")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model", "cross_attn_blocks"}
