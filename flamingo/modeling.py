@@ -10,7 +10,8 @@ width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    CompileConfig,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -57,8 +59,9 @@ from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
-from flamingo.layers.media_mask import Segments, segments_from_slots, segments_of_rows, slots_from_phi
+from flamingo.layers.media_mask import Segments, segments_of_rows, slots_from_phi
 from flamingo.pretrained import FlamingoPreTrainedModel
+from flamingo.transfer import on_host, sent
 from flamingo.vision.encoder import (
     VisionEncoder,
     build_encoder,
@@ -96,7 +99,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
         """Return the latents of each image or clip; uint8 pixels are normalised with the encoder's statistics.
 
         `pixel_values` is (I, F, C, S, S), or (frames of all images, C, S, S) with `frame_counts`. Without gradients
-        equal images are encoded once.
+        equal images are encoded once, if they are on the host: on a device one would have to wait to see which.
 
         Raises:
             UserError: images of another size than the encoder's, or counts that do not fit the frames.
@@ -106,13 +109,21 @@ class EncodesMedia(FlamingoPreTrainedModel):
                 f"the images are {pixel_values.shape[-1]} px wide, but the encoder takes "
                 f"{self.vision_encoder.image_size} px; build the ImageTransform with that size"
             )
-        frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
-        if torch.is_grad_enabled() or not counts:
-            return encode(self.vision_encoder, self.resampler, frames, counts)
-        kept, positions = distinct(frames, counts)
-        frames, counts = frames_of(frames, counts, kept)
-        latents = encode(self.vision_encoder, self.resampler, frames, counts)
-        return latents if len(kept) == len(positions) else latents[torch.tensor(positions, device=latents.device)]
+        frames, counts = flat_frames(pixel_values, None if frame_counts is None else on_host(frame_counts).tolist())
+        positions: list[int] = []
+        if frames.device.type == "cpu" and counts and not torch.is_grad_enabled():
+            kept, positions = distinct(frames, counts)
+            positions = positions if len(kept) < len(positions) else []
+            frames, counts = frames_of(frames, counts, kept)
+        latents = encode(self.vision_encoder, self.resampler, sent(frames, self._runs_on(frames)), counts)
+        return latents[sent(torch.tensor(positions), latents.device)] if positions else latents
+
+    def _runs_on(self, *inputs: Tensor | None) -> torch.device:
+        """Return the device that the model runs on: its own, or where an input is whose weights only visit (FSDP2)."""
+        own = self.device
+        if own.type not in ("cpu", "meta"):
+            return own
+        return next((x.device for x in inputs if x is not None and x.device.type != "cpu"), torch.device("cpu"))
 
     def media_cache(
         self,
@@ -132,7 +143,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
         if image_counts is None:
             if rows > 1 and number:
                 raise UserError(f"{number} images for {rows} rows need image_counts, the number of images of each row")
-            image_counts = torch.tensor([number] + [0] * (rows - 1), device=self.device)
+            image_counts = torch.tensor([number] + [0] * (rows - 1))
         if len(image_counts) != rows:
             raise UserError(f"image_counts has {len(image_counts)} entries for {rows} rows")
         if media_features is None:
@@ -141,7 +152,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
             # Encoder and resampler do not run; see `_encode_some`.
             skipped: Iterable[nn.Parameter] = (*self.vision_encoder.parameters(), *self.resampler.parameters())
             media_features = touched(media_features, (p for p in skipped if p.requires_grad))
-        return MediaCache.of(media_features, image_counts.to(media_features.device))
+        return MediaCache.of(media_features, image_counts)
 
     def _encode_some(self, pixel_values: Tensor | None, frame_counts: Tensor | None) -> Tensor:
         if pixel_values is not None and len(pixel_values):
@@ -272,6 +283,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self.config.tie_word_embeddings = bool(getattr(lm.config, "tie_word_embeddings", False))
         self._head_is_last = False if changes_logits(lm.config.get_text_config(decoder=True)) else None
 
+    def check_ids(self, input_ids: Int[Tensor, "B T"]) -> None:
+        """Raise UserError where an id has no row in the tables; only ids on the host are looked at."""
+        check_ids(input_ids, self._wiring())
+
     @property
     def lm_takes_positions(self) -> bool:
         """Whether the language model's `forward` has `position_ids`."""
@@ -372,20 +387,27 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Raises:
             UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
+        compiled = kwargs.pop("compiled_language_model", None)  # of `get_compiled_call`
         kwargs = checked_arguments(self.language_model, kwargs, type(self))
         ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
+        where = self._runs_on(pixel_values, media_features, inputs_embeds, ids)
         if sequence_ids is not None:
+            sequence_ids = sent(sequence_ids, where)
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(ids), media_cache, past_key_values, images)
         phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
-        phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
+        phi = fitted_phi(on_host(phi), (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
         attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
+        # What shapes depend on is known by now, and the rest goes to the device.
+        ids, attention_mask, position_ids = (
+            sent(x, where) if isinstance(x, Tensor) else x for x in (ids, attention_mask, position_ids)
+        )
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
-        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
+        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring, compiled)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
@@ -420,7 +442,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             UserError: neither is given, they differ in shape, an id has no row, or the LM takes no embeddings.
         """
         if input_ids is not None:
-            check_ids(input_ids, wiring, training=self.training)
+            check_ids(input_ids, wiring)
         if inputs_embeds is None:
             if input_ids is None:
                 raise UserError("forward needs input_ids, as from the processor, or inputs_embeds")
@@ -444,6 +466,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         options: dict[str, Any],
         maps: bool,
         wiring: Wiring,
+        compiled: Any,
     ) -> Call:
         """Return what the hooks need to know; makes the LM's cache that is asked for and missing."""
         if options["use_cache"]:
@@ -451,14 +474,20 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 options["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
             reset, mask = self.config.media_reset_token_id, options["attention_mask"]
             remember(options["past_key_values"], media, phi, input_ids, mask, reset)
+        features, keys_values = media.features, media.keys_values if options["use_cache"] else None
+        images, maps = on_host(media.images), maps or media.maps is not None
         if self.config.attend_all_previous:
-            segments = segments_of_rows(phi, media.images)
+            segments = segments_of_rows(phi, images).on(features.device)
         else:
-            segments = segments_from_slots(slots_from_phi(phi, media.images), len(media.features))
-        if maps or media.maps is not None:
-            segments = replace(segments, maps=[])
-        keys_values = media.keys_values if options["use_cache"] else None
-        return Call(wiring, media.features, segments, keys_values, self.new_tokens.match(input_ids))
+            slots = slots_from_phi(phi, images)
+            fixed = phi.shape[1] == 1 and bool(options["use_cache"]) and compiled is not None and not maps
+            if fixed and (step := media.step(slots)) is not None:
+                features, segments, keys_values = step
+            else:
+                segments = media.segments(slots)
+        segments = replace(segments, maps=[]) if maps else segments
+        is_new, run = self.new_tokens.match(input_ids), compiled or self.language_model
+        return Call(wiring, features, segments, keys_values, is_new, run=run)
 
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
@@ -470,7 +499,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if getattr(self.config, name):
                 options.setdefault(name, True)
         with running(call):
-            out = self.language_model(**options, return_dict=True)
+            out = call.run(**options, return_dict=True)
         check_ran(call, self.language_model, embedded=embedded)
         return out
 
@@ -488,17 +517,18 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if lean:
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
-        targets = next_labels(labels)
+        targets = next_labels(on_host(labels))
         positions = (targets != IGNORED).nonzero()[:, 0]
-        targets = targets[positions]
+        targets, positions = (sent(x, call.media.device) for x in (targets[positions], positions))
         if lean:
             call.keep = positions
             call.targets = targets if self._head_is_last is not False else None
         out = self._run_language_model(input_ids, call, options)
         if call.nll is not None and self._head_is_last is None and len(positions):
             # A few LMs change the logits behind their head (Gemma 2 caps them). What went through as losses was then
-            # changed as well, and the labelled positions are computed at once, from now on.
-            self._head_is_last = bool(torch.equal(out.logits.flatten(), call.nll))
+            # changed as well, and the labelled positions are computed at once, from now on. (The values are compared,
+            # which has to be waited for, only where the tensor is another one.)
+            self._head_is_last = out.logits is call.left_head or bool(torch.equal(out.logits.flatten(), call.nll))
             if not self._head_is_last:
                 call.targets = None
                 out = self._run_language_model(input_ids, call, options)
@@ -557,6 +587,18 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         new = next(x for x in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if x is not None).shape[1]
         inputs["phi"] = generation.phi_of_step(self.config, input_ids, new, past_key_values, phi)
         return inputs
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """Return a call whose language model, gated blocks and all, is a compiled graph; `generate` decodes with it.
+
+        That is with a static cache, on a GPU by itself, elsewhere if `compile_config` says so for all devices. What is
+        around it decides shapes, on the host, and is not compiled.
+        """
+        options = (compile_config or self._default_compile_config()).to_dict()
+        known = getattr(self, "_compiled_lm", None)
+        if known is None or known[:2] != (options, self.language_model):
+            known = self._compiled_lm = (options, self.language_model, torch.compile(self.language_model, **options))
+        return functools.partial(self.__call__, compiled_language_model=known[2])
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Let a search for candidates in the prompt know the new tokens too."""

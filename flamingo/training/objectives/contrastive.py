@@ -22,6 +22,7 @@ from flamingo.training.distributed.fsdp import FsdpUnit, Processes
 from flamingo.training.distributed.units import layer_units
 from flamingo.training.objectives.build import load_tokenizer
 from flamingo.training.objectives.protocol import BatchShape, Setup
+from flamingo.transfer import sent
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 """Normalisation of images that an encoder trained here expects; written beside its weights."""
@@ -29,6 +30,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 class ContrastiveObjective:
     """open_clip's contrastive loss over the pairs of all processes."""
+
+    host_inputs: frozenset[str] = frozenset()
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         """The loss compares every image with every text of the whole batch, gathered with gradients."""
@@ -45,7 +48,7 @@ class ContrastiveObjective:
         unchanged, and FSDP2's average over processes then matches the gathered gradients.
         """
         raw = batch["image"].float() / 255.0
-        mean, std = (raw.new_tensor(value)[:, None, None] for value in (MEAN, STD))
+        mean, std = (sent(torch.tensor(value)[:, None, None], raw.device) for value in (MEAN, STD))
         images, texts, scale = model((raw - mean) / std, batch["text"])[:3]
         # CLIP's own limit on the temperature (Radford et al. 2021, section 2.5) keeps training stable.
         loss: Tensor = self._loss(images, texts, scale.clamp(max=100.0))

@@ -33,6 +33,8 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "
 class FlamingoObjective:
     """Next-token prediction on text given the images before it (paper, equation 1)."""
 
+    host_inputs = frozenset(MODEL_INPUTS) - {"pixel_values"} | {"labels"}
+
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""
         return {"text": int((batch["labels"][:, 1:] != IGNORED).sum())}
