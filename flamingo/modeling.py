@@ -486,8 +486,8 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             else:
                 segments = media.segments(slots)
         segments = replace(segments, maps=[]) if maps else segments
-        is_new, run = self.new_tokens.match(input_ids), compiled or self.language_model
-        return Call(wiring, features, segments, keys_values, is_new, run=run)
+        is_new = self.new_tokens.match(input_ids)
+        return Call(wiring, features, segments, keys_values, is_new, run=compiled)
 
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
@@ -499,7 +499,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if getattr(self.config, name):
                 options.setdefault(name, True)
         with running(call):
-            out = call.run(**options, return_dict=True)
+            out = (self.language_model if call.run is None else call.run)(**options, return_dict=True)
         check_ran(call, self.language_model, embedded=embedded)
         return out
 

@@ -73,7 +73,7 @@ class Call:
     left_head: Tensor | None = None
     """What left the head with them."""
     run: Any = None
-    """The language model, compiled or not."""
+    """The language model as it was compiled, if it was."""
     ran: set[str] = field(default_factory=set)
     """Keys of the blocks that ran, "embedding" and "head"."""
 
