@@ -76,9 +76,8 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs, seconds))
     model, objective, part_of = setup.model, setup.objective, setup.part_of
     collate = setup.collate(collates)
-    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
-    share |= {"num_workers": config.data.num_workers, "storage_seconds": seconds}
-    share |= {"pin_memory": processes.device.type == "cuda"}  # by the loader's thread; without workers when it is sent
+    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size, "storage_seconds": seconds}
+    share |= {"num_workers": config.data.num_workers, "pin_memory": processes.device.type == "cuda"}
     loader = MixLoader(
         specs,
         collate,

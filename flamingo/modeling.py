@@ -391,8 +391,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         kwargs = checked_arguments(self.language_model, kwargs, type(self))
         ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
         where = self._runs_on(pixel_values, media_features, inputs_embeds, ids)
-        if sequence_ids is not None:
-            sequence_ids = sent(sequence_ids, where)
+        if (sequence_ids := _sent(sequence_ids, where)) is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(ids), media_cache, past_key_values, images)
@@ -400,9 +399,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         phi = fitted_phi(on_host(phi), (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
         attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
         # What shapes depend on is known by now, and the rest goes to the device.
-        ids, attention_mask, position_ids = (
-            sent(x, where) if isinstance(x, Tensor) else x for x in (ids, attention_mask, position_ids)
-        )
+        ids, attention_mask, position_ids = (_sent(x, where) for x in (ids, attention_mask, position_ids))
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
@@ -623,6 +620,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def _sent(x: Any, where: torch.device) -> Any:
+    """Return an argument that may be a tensor on its way to the device."""
+    return sent(x, where) if isinstance(x, Tensor) else x
 
 
 def last_of(logits: Float[Tensor, "B T V"], keep: int | Tensor) -> Float[Tensor, "B K V"]:

@@ -1,4 +1,4 @@
-"""torch.compile: a decode step is one graph with the tokens of eager ones; training compiles a bounded number of times."""
+"""torch.compile: a decode step is one graph with the tokens of eager ones; training compiles a bounded number."""
 
 from __future__ import annotations
 

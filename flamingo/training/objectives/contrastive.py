@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip
 import torch
@@ -31,7 +31,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 class ContrastiveObjective:
     """open_clip's contrastive loss over the pairs of all processes."""
 
-    host_inputs: frozenset[str] = frozenset()
+    host_inputs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         """The loss compares every image with every text of the whole batch, gathered with gradients."""

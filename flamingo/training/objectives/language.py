@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 class LanguageObjective:
     """Next-token prediction on text."""
 
-    host_inputs = frozenset({"labels"})
+    host_inputs: ClassVar[frozenset[str]] = frozenset({"labels"})
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""
