@@ -387,27 +387,36 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Raises:
             UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
-        compiled = kwargs.pop("compiled_language_model", None)  # of `get_compiled_call`
-        kwargs = checked_arguments(self.language_model, kwargs, type(self))
+        compiled, kwargs = kwargs.pop("compiled_lm", None), checked_arguments(self.language_model, kwargs, type(self))
         ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
         where = self._runs_on(pixel_values, media_features, inputs_embeds, ids)
         if (sequence_ids := _sent(sequence_ids, where)) is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(ids), media_cache, past_key_values, images)
-        phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
-        phi = fitted_phi(on_host(phi), (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
+        phi = self._phi(phi, ids, media, past_key_values, embedded=inputs_embeds is not None)
         attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
-        # What shapes depend on is known by now, and the rest goes to the device.
-        ids, attention_mask, position_ids = (_sent(x, where) for x in (ids, attention_mask, position_ids))
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
-        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
-        early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
-        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring, compiled)
+        kwargs |= {
+            "attention_mask": _sent(attention_mask, where),
+            "past_key_values": past_key_values,
+            "use_cache": cached,
+        }
+        early = self._add_options(
+            kwargs, ids.shape[1], _sent(position_ids, where), inputs_embeds, logits_to_keep, labels
+        )
+        call = self._call(ids := sent(ids, where), phi, media, kwargs, output_cross_attentions, wiring, compiled)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
+
+    def _phi(
+        self, phi: Tensor | None, ids: Tensor, media: MediaCache, past: Cache | None, *, embedded: bool
+    ) -> Int[Tensor, "B T"]:
+        """Return which image each token sees, on the host: as given, else counted."""
+        phi = checked_phi(self.config, ids, media, past) if phi is None else phi
+        return fitted_phi(on_host(phi), (ids.shape[0], ids.shape[1]), embedded=embedded)
 
     def _add_options(
         self,
@@ -595,7 +604,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         known = getattr(self, "_compiled_lm", None)
         if known is None or known[:2] != (options, self.language_model):
             known = self._compiled_lm = (options, self.language_model, torch.compile(self.language_model, **options))
-        return functools.partial(self.__call__, compiled_language_model=known[2])
+        return functools.partial(self.__call__, compiled_lm=known[2])
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Let a search for candidates in the prompt know the new tokens too."""
@@ -623,7 +632,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
 
 
 def _sent(x: Any, where: torch.device) -> Any:
-    """Return an argument that may be a tensor on its way to the device."""
+    """Return an argument on its way to the device if it is a tensor; what shapes depend on was looked at before."""
     return sent(x, where) if isinstance(x, Tensor) else x
 
 

@@ -131,7 +131,7 @@ class MediaCache:
             segments = segments_of_step(slots >= 0).on(self.features.device)
             self.steps.clear()  # these are copies; those of rows that have been re-ordered are not needed again
             self.steps[key] = Step(self.features[seen], segments, rows)
-        return self.steps[key]  # type: ignore[no-any-return]
+        return self.steps[key]
 
     def hosted(self) -> MediaCache:
         """Return the cache with its integers on the host; waits for those that are not."""
@@ -295,7 +295,7 @@ def recall(cache: Any) -> MediaCache | None:
         media = media.moved(lambda rows: rows)
     if length == known:
         return media
-    history, images = on_host(media.history[:, :length]), on_host(media.images)
+    history, images = on_host(media.history[:, :length]), on_host(media.images)  # type: ignore[index]
     position = torch.arange(images.shape[1])
     images = images.masked_fill(position >= history[:, -1:].abs(), -1)
     return replace(media, images=images, history=history, mask=None if media.mask is None else media.mask[:, :length])

@@ -143,8 +143,10 @@ def _run(
 def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> PromptState:
     """Read the caller's inputs; his cache and what it remembers of images are branched, not used."""
     past = inputs.get("past_key_values")
-    given = (inputs.get(name) for name in ("input_ids", "attention_mask", "phi"))
-    ids, mask, phi = (on_host(x) if isinstance(x, Tensor) else x for x in given)
+    ids: Any = inputs["input_ids"]
+    mask: Any = inputs.get("attention_mask")
+    phi: Any = inputs.get("phi")
+    ids, mask, phi = (on_host(x) if isinstance(x, Tensor) else x for x in (ids, mask, phi))
     images = ImageInputs(**{name: inputs.get(name) for name in ImageInputs._fields})
     media = model.media_of(len(ids), inputs.get("media_cache"), past, images).hosted().branch()
     before = cached_length(past)

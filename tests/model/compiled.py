@@ -34,7 +34,7 @@ def decode(family: str) -> None:
     backend = "inductor" if family == "llama" else "aot_eager"
     model = subject(partial(tiny_lm, family))
     config = CompileConfig(fullgraph=True, mode="default", dynamic=False, backend=backend)
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
     static: dict[str, Any] = {"cache_implementation": "static", "compile_config": config}
     prompts: list[Any] = [document(model), document(model, (1, 2, 0)), document(model, (2, 2, 1))]
     for inputs in prompts:
