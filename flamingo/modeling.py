@@ -373,11 +373,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
             image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
-            labels: like `input_ids`, -100 where there is no loss; shifted here.
+            labels: like `input_ids`, -100 for none; shifted. `num_items_in_batch`: divisor, by default their number.
             past_key_values: the cache of earlier calls, with their images; `use_cache`: by default off with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.
-            num_items_in_batch: what the sum of the token losses is divided by; by default the number of labels.
             logits_to_keep: only the last so many positions' logits; 0 all. Or a tensor of positions.
             skip_logits: with labels, no logits, the head over labelled positions only; the default in training.
             output_cross_attentions: return every block's attention weights, computed the slow way.
@@ -398,14 +397,9 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
-        kwargs |= {
-            "attention_mask": _sent(attention_mask, where),
-            "past_key_values": past_key_values,
-            "use_cache": cached,
-        }
-        early = self._add_options(
-            kwargs, ids.shape[1], _sent(position_ids, where), inputs_embeds, logits_to_keep, labels
-        )
+        attention_mask, position_ids = (_sent(x, where) for x in (attention_mask, position_ids))
+        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
+        early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
         call = self._call(ids := sent(ids, where), phi, media, kwargs, output_cross_attentions, wiring, compiled)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, num_items_in_batch, lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
