@@ -371,12 +371,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         """Run the model.
 
         Args:
-            input_ids: tokens; each `<image>` stands for one image or clip.
-            attention_mask: (B, past + T), 0 for padding.
+            input_ids: tokens, `<image>` for each image or clip; `attention_mask`: (B, past + T), 0 for padding.
             pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
             image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
-            labels: like `input_ids`, -100 for none; shifted. `num_items_in_batch`: divisor, by default their number.
+            labels: like `input_ids`, -100 where there is no loss; shifted here.
             past_key_values: the cache of earlier calls, with their images; `use_cache`: by default off with labels.
             position_ids: by default counted from `attention_mask`, so that left padding changes nothing.
             sequence_ids: where rows are packed, which sequence each token is of, 0 padding (`packing.py`); needs `phi`.

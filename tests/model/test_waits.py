@@ -6,11 +6,13 @@ for a value fails; copies that the host would wait for are looked for too. What 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
-from flamingo.conformance.tiny_models import FAMILIES, document, subject, tiny_lm
+from flamingo.conformance.tiny_models import FAMILIES, SIZE, document, subject, tiny_lm
 from flamingo.inference import scoring
 from flamingo.inference.generation import FiniteLogits, StopNotFinite
 from flamingo.labels import IGNORED
 from flamingo.layers import attention
+from flamingo.training.model_config import AlignOptions
+from flamingo.training.objective_table import OBJECTIVES
+from flamingo.training.objectives import lora
+from flamingo.training.objectives.align import Aligned, AlignObjective
+from flamingo.training.objectives.contrastive import ContrastiveObjective
 from flamingo.training.objectives.flamingo import FlamingoObjective
-from flamingo.training.objectives.protocol import add_terms, on_device
+from flamingo.training.objectives.language import LanguageObjective
+from flamingo.training.objectives.preference import PreferenceObjective
+from flamingo.training.objectives.protocol import Objective, add_terms, on_device
 from flamingo.training.optim import adamw
+from tests.training.world import CLIP
 
 CUDA = torch.device("cuda", 0)
 COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
@@ -64,14 +74,12 @@ class HostIsReal(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def train_step(model: Any, batch: dict[str, Tensor]) -> None:
+def update(model: Any, objective: Objective, batch: dict[str, Tensor], where: torch.device) -> None:
     """An update. The engine of autograd takes a device that is not there for none, so there gradients are given."""
-    objective, where = FlamingoObjective(), model.device
     backward = where.type == "cpu" or torch.cuda.is_available()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.95), eps=1e-8)
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     with torch.set_grad_enabled(backward):
         loss = add_terms(objective.sums(model, on_device(objective, batch, where)).values())
     if backward:
@@ -82,6 +90,14 @@ def train_step(model: Any, batch: dict[str, Tensor]) -> None:
     nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def train_step(model: Any, batch: dict[str, Tensor]) -> None:
+    update(model, FlamingoObjective(), labelled(batch), model.device)
+
+
+def labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
 
 
 @torch.no_grad()
@@ -138,3 +154,59 @@ def test_no_step_asks_the_device(family: str, step: str, monkeypatch: pytest.Mon
             model.to_empty(device=device)
             with HostIsReal():
                 run(model, batch)
+
+
+def of_flamingo() -> tuple[Any, Objective, dict[str, Tensor]]:
+    model = subject(lambda: tiny_lm("llama"))
+    return model, FlamingoObjective(), labelled(document(model, side="right"))
+
+
+def of_language() -> tuple[Any, Objective, dict[str, Tensor]]:
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
+    return tiny_lm("llama"), LanguageObjective(), labelled({"input_ids": ids, "attention_mask": ids.sign()})
+
+
+def of_contrastive() -> tuple[Any, Objective, dict[str, Tensor]]:
+    shape: dict[str, Any] = copy.deepcopy(CLIP)
+    shape["text_cfg"]["vocab_size"] = 50
+    batch = {"image": torch.zeros(3, 3, 16, 16, dtype=torch.uint8), "text": torch.zeros(3, 8, dtype=torch.long)}
+    return open_clip.CLIP(**shape), ContrastiveObjective(), batch
+
+
+def of_preference() -> tuple[Any, Objective, dict[str, Tensor]]:
+    model = subject(lambda: tiny_lm("llama"))
+    model.freeze({"resampler": "frozen", "cross_attention": "frozen", "new_tokens": "frozen"})
+    lora.add_adapters(model.language_model, rank=2, alpha=4.0)
+    batch = labelled(document(model, side="right"))
+    pixels = batch.pop("pixel_values")
+    pairs = {name: torch.cat([value, value]) for name, value in batch.items()}
+    return model, PreferenceObjective(0.1), {**pairs, "pixel_values": pixels}
+
+
+def of_align() -> tuple[Any, Objective, dict[str, Tensor]]:
+    model = Aligned(subject(lambda: tiny_lm("llama")), AlignOptions())
+    batch = {"image": torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8), "text": torch.full((3, 2), 5)}
+    return model, AlignObjective(0.07), {**batch, "share": torch.full((3, 2), 0.5), "name": torch.arange(3)}
+
+
+SUBJECTS = {
+    "flamingo": of_flamingo,
+    "language": of_language,
+    "contrastive": of_contrastive,
+    "preference": of_preference,
+    "align": of_align,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the fake mode itself looks at
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_asks_the_device(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "xformers_error", lambda: "it takes no tensors that hold nothing")
+    with torch.cuda.device(CUDA) if torch.cuda.is_available() else nullcontext():
+        model, objective, batch = SUBJECTS[name]()
+        model.to("meta")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=device)
+            with HostIsReal():
+                update(model, objective, batch, device)

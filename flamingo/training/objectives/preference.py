@@ -65,7 +65,7 @@ def log_probs(
     """Return the log-probability of all labelled tokens of each row, and the latents of the images."""
     out = model(**inputs, labels=labels, loss_reduction="none", skip_logits=True, use_cache=False)
     rows = sent((next_labels(on_host(labels)) != IGNORED).nonzero()[:, 0] // labels.shape[1], out.loss.device)
-    return torch.zeros(len(labels), device=rows.device).index_add(0, rows, -out.loss), out.media_features
+    return out.loss.new_zeros(len(labels)).index_add(0, rows, -out.loss), out.media_features
 
 
 def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]) -> Setup:
