@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.batches import collate as collates
 from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
@@ -78,8 +78,8 @@ def run(config: TrainConfig, mixtures: Mixtures, processes: fsdp.Processes, clea
     setup = objective_module.build(config.model, claim.folder, processes, lambda: document_texts(specs, seconds))
     model, objective, part_of = setup.model, setup.objective, setup.part_of
     collate = setup.collate(collates)
-    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size}
-    share |= {"num_workers": config.data.num_workers, "storage_seconds": seconds}
+    share: dict[str, Any] = {"rank": processes.rank, "world_size": processes.size, "storage_seconds": seconds}
+    share |= {"num_workers": config.data.num_workers, "pin_memory": processes.device.type == "cuda"}
     loader = MixLoader(
         specs,
         collate,
@@ -203,21 +203,21 @@ def accumulate_gradients(
     strategy: fsdp.ShardingStrategy | None,
 ) -> dict[protocol.Term, float]:
     """Add the gradients of all micro-batches; return the sum of each loss term on this process, undivided."""
-    sums = dict.fromkeys(divisors, 0.0)
+    losses: dict[protocol.Term, list[Tensor]] = {}
     remaining = sum(len(batches) for batches in micro_batches.values())
     for name, batches in micro_batches.items():
         for batch in batches:
             remaining -= 1
             if strategy is not None:  # gradients are reduced once, with the last micro-batch
                 fsdp.prepare_backward(model, strategy, last=remaining == 0)
-            tensors = {key: value.to(processes.device, non_blocking=True) for key, value in batch.items()}
-            terms = objective.sums(model, tensors)
+            terms = objective.sums(model, protocol.on_device(objective, batch, processes.device))
             # FSDP2 averages gradients over processes, hence the factor: divisors are already those of all.
             scale = weights[name] * processes.size
             protocol.add_terms(value * (scale / divisors[name, term]) for term, value in terms.items()).backward()
             for term, value in terms.items():
-                sums[name, term] += float(value.detach())
-    return sums
+                losses.setdefault((name, term), []).append(value.detach())
+    # Read only now: whoever reads a value waits for the device to have computed it.
+    return {key: sum(map(float, losses.get(key, [])), 0.0) for key in divisors}
 
 
 def checked(config: TrainConfig) -> tuple[list[tuple[stages.Stage, Mixtures]], list[str]]:

@@ -41,7 +41,7 @@ from flamingo.training.memory_plan.dry_run import plan_step
 from flamingo.training.memory_plan.ledger import Ledger
 from flamingo.training.metrics.throughput import Flops
 from flamingo.training.objectives.flamingo import FlamingoObjective
-from flamingo.training.objectives.protocol import parallelize
+from flamingo.training.objectives.protocol import on_device, parallelize
 from flamingo.training.optim import build_optimizer
 
 REPEATS = 5
@@ -189,7 +189,7 @@ def _batch(rows: list[Row], device: str) -> dict[str, Tensor]:
     ids, labels = (torch.stack([getattr(each, name) for each in rows]) for name in ("ids", "labels"))
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "image_counts": counts}
     batch["pixel_values"] = torch.cat([each.images for each in rows])[:, None]
-    return {name: value.to(device) for name, value in batch.items()}
+    return on_device(FlamingoObjective(), batch, torch.device(device))
 
 
 class Training:

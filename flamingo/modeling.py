@@ -10,6 +10,7 @@ width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    CompileConfig,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -64,8 +66,9 @@ from flamingo.language.packing import packed_inputs
 from flamingo.layers.attention import laid_out
 from flamingo.layers.connector import connector_class
 from flamingo.layers.cross_attention import GatedCrossAttentionBlock
-from flamingo.layers.media_mask import Segments, segments_from_slots, segments_of_rows, slots_from_phi
+from flamingo.layers.media_mask import Segments, segments_of_rows, slots_from_phi
 from flamingo.pretrained import FlamingoPreTrainedModel
+from flamingo.transfer import on_host, sent
 from flamingo.vision.encoder import VisionEncoder, build_encoder, distinct, encode, flat_frames, frames_of, touched
 
 
@@ -95,7 +98,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
         """Return the latents of each image or clip; uint8 pixels are normalised with the encoder's statistics.
 
         `pixel_values` is (I, F, C, S, S), or (frames of all images, C, S, S) with `frame_counts`. Without gradients
-        equal images are encoded once.
+        equal images are encoded once, if they are on the host: on a device one would have to wait to see which.
 
         Raises:
             UserError: images of another size than the encoder's, or counts that do not fit the frames.
@@ -105,13 +108,25 @@ class EncodesMedia(FlamingoPreTrainedModel):
                 f"the images are {pixel_values.shape[-1]} px wide, but the encoder takes "
                 f"{self.vision_encoder.image_size} px; build the ImageTransform with that size"
             )
-        frames, counts = flat_frames(pixel_values, None if frame_counts is None else frame_counts.tolist())
-        if torch.is_grad_enabled() or not counts or type(frames) is not Tensor:  # a plan's have no values to compare
-            return encode(self.vision_encoder, self.resampler, frames, counts)
-        kept, positions = distinct(frames, counts)
-        frames, counts = frames_of(frames, counts, kept)
-        latents = encode(self.vision_encoder, self.resampler, frames, counts)
-        return latents if len(kept) == len(positions) else latents[torch.tensor(positions, device=latents.device)]
+        frames, counts = flat_frames(pixel_values, None if frame_counts is None else on_host(frame_counts).tolist())
+        positions: list[int] = []
+        known = frames.device.type == "cpu" and type(frames) is Tensor  # a plan's have no values to compare
+        if known and counts and not torch.is_grad_enabled():
+            kept, positions = distinct(frames, counts)
+            positions = positions if len(kept) < len(positions) else []
+            frames, counts = frames_of(frames, counts, kept)
+        latents = encode(self.vision_encoder, self.resampler, sent(frames, self._runs_on(frames)), counts)
+        return latents[sent(torch.tensor(positions), latents.device)] if positions else latents
+
+    def _runs_on(self, *inputs: Tensor | None) -> torch.device:
+        """Return the device that the model runs on: its own, or where its weights, or an input, only visit (FSDP2)."""
+        own = self.device
+        if own.type not in ("cpu", "meta"):
+            return own
+        mesh = getattr(next(self.parameters()), "device_mesh", None)
+        if mesh is not None and mesh.device_type != "cpu":
+            return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+        return next((x.device for x in inputs if x is not None and x.device.type != "cpu"), torch.device("cpu"))
 
     def media_cache(
         self,
@@ -131,7 +146,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
         if image_counts is None:
             if rows > 1 and number:
                 raise UserError(f"{number} images for {rows} rows need image_counts, the number of images of each row")
-            image_counts = torch.tensor([number] + [0] * (rows - 1), device=self.device)
+            image_counts = torch.tensor([number] + [0] * (rows - 1))
         if len(image_counts) != rows:
             raise UserError(f"image_counts has {len(image_counts)} entries for {rows} rows")
         if media_features is None:
@@ -140,7 +155,7 @@ class EncodesMedia(FlamingoPreTrainedModel):
             # Encoder and resampler do not run; see `_encode_some`.
             skipped: Iterable[nn.Parameter] = (*self.vision_encoder.parameters(), *self.resampler.parameters())
             media_features = touched(media_features, (p for p in skipped if p.requires_grad))
-        return MediaCache.of(media_features, image_counts.to(media_features.device))
+        return MediaCache.of(media_features, image_counts)
 
     def _encode_some(self, pixel_values: Tensor | None, frame_counts: Tensor | None) -> Tensor:
         if pixel_values is not None and len(pixel_values):
@@ -270,6 +285,10 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         self.config.tie_word_embeddings = bool(getattr(lm.config, "tie_word_embeddings", False))
         self._head_is_last = False if changes_logits(lm.config.get_text_config(decoder=True)) else None
 
+    def check_ids(self, input_ids: Int[Tensor, "B T"]) -> None:
+        """Raise UserError where an id has no row in the tables; only ids on the host are looked at."""
+        check_ids(input_ids, self._wiring())
+
     @property
     def lm_takes_positions(self) -> bool:
         """Whether the language model's `forward` has `position_ids`."""
@@ -352,8 +371,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         """Run the model.
 
         Args:
-            input_ids: tokens; each `<image>` stands for one image or clip.
-            attention_mask: (B, past + T), 0 for padding.
+            input_ids: tokens, `<image>` for each image or clip; `attention_mask`: (B, past + T), 0 for padding.
             pixel_values: all images, (I, F, C, S, S), or frames (N, C, S, S); or `media_features`, or a `media_cache`.
             image_counts: images of each row, may be left out for one; `frame_counts`: frames of each, if they differ.
             phi: the image each token sees, 1-based within its row, 0 none; by default `<image>` tokens are counted.
@@ -370,23 +388,31 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         Raises:
             UserError: images that do not match the counts or tags, ids without a row, unknown arguments, misfits.
         """
-        kwargs = checked_arguments(self.language_model, kwargs, type(self))
+        compiled, kwargs = kwargs.pop("compiled_lm", None), checked_arguments(self.language_model, kwargs, type(self))
         ids = self._ids(input_ids, inputs_embeds, wiring := self._wiring())
-        if sequence_ids is not None:
+        where = self._runs_on(pixel_values, media_features, inputs_embeds, ids)
+        if (sequence_ids := _sent(sequence_ids, where)) is not None:
             attention_mask, position_ids, use_cache = packed_inputs(self, sequence_ids, phi, past_key_values, use_cache)
         images = ImageInputs(pixel_values, media_features, image_counts, frame_counts)
         media = self.media_of(len(ids), media_cache, past_key_values, images)
-        phi = checked_phi(self.config, ids, media, past_key_values) if phi is None else phi
-        phi = fitted_phi(phi, (ids.shape[0], ids.shape[1]), embedded=inputs_embeds is not None)
+        phi = self._phi(phi, ids, media, past_key_values, embedded=inputs_embeds is not None)
         attention_mask = call_mask(self, ids, attention_mask, media, past_key_values, position_ids)
         lean = (self.training and labels is not None) if skip_logits is None else skip_logits
         cached = (not self.training and labels is None) if use_cache is None else use_cache
+        attention_mask, position_ids = (_sent(x, where) for x in (attention_mask, position_ids))
         kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": cached}
         early = self._add_options(kwargs, ids.shape[1], position_ids, inputs_embeds, logits_to_keep, labels)
-        call = self._call(ids, phi, media, kwargs, output_cross_attentions, wiring)
+        call = self._call(ids := sent(ids, where), phi, media, kwargs, output_cross_attentions, wiring, compiled)
         loss, out = self._run_with_loss(ids, call, kwargs, labels, reducer(loss_reduction, num_items_in_batch), lean)
         out.logits = out.logits if early or lean else last_of(out.logits, logits_to_keep)
         return self._output(out, loss, phi, media, call.segments, lean)
+
+    def _phi(
+        self, phi: Tensor | None, ids: Tensor, media: MediaCache, past: Cache | None, *, embedded: bool
+    ) -> Int[Tensor, "B T"]:
+        """Return which image each token sees, on the host: as given, else counted."""
+        phi = checked_phi(self.config, ids, media, past) if phi is None else phi
+        return fitted_phi(on_host(phi), (ids.shape[0], ids.shape[1]), embedded=embedded)
 
     def _add_options(
         self,
@@ -418,7 +444,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             UserError: neither is given, they differ in shape, an id has no row, or the LM takes no embeddings.
         """
         if input_ids is not None:
-            check_ids(input_ids, wiring, training=self.training)
+            check_ids(input_ids, wiring)
         if inputs_embeds is None:
             if input_ids is None:
                 raise UserError("forward needs input_ids, as from the processor, or inputs_embeds")
@@ -435,7 +461,14 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         return input_ids
 
     def _call(
-        self, input_ids: Tensor, phi: Tensor, media: MediaCache, options: dict[str, Any], maps: bool, wiring: Wiring
+        self,
+        input_ids: Tensor,
+        phi: Tensor,
+        media: MediaCache,
+        options: dict[str, Any],
+        maps: bool,
+        wiring: Wiring,
+        compiled: Any,
     ) -> Call:
         """Return what the hooks need to know; makes the LM's cache that is asked for and missing."""
         if options["use_cache"]:
@@ -443,14 +476,20 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
                 options["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
             reset, mask = self.config.media_reset_token_id, options["attention_mask"]
             remember(options["past_key_values"], media, phi, input_ids, mask, reset)
+        features, keys_values = media.features, media.keys_values if options["use_cache"] else None
+        images, maps = on_host(media.images), maps or media.maps is not None
         if self.config.attend_all_previous:
-            segments = segments_of_rows(phi, media.images)
+            segments = segments_of_rows(phi, images).on(features.device)
         else:
-            segments = segments_from_slots(slots_from_phi(phi, media.images), len(media.features))
-        if maps or media.maps is not None:
-            segments = replace(segments, maps=[])
-        keys_values = media.keys_values if options["use_cache"] else None
-        return Call(wiring, media.features, segments, keys_values, self.new_tokens.match(input_ids))
+            slots = slots_from_phi(phi, images)
+            fixed = phi.shape[1] == 1 and bool(options["use_cache"]) and compiled is not None and not maps
+            if fixed and (step := media.step(slots)) is not None:
+                features, segments, keys_values = step
+            else:
+                segments = media.segments(slots)
+        segments = replace(segments, maps=[]) if maps else segments
+        is_new = self.new_tokens.match(input_ids)
+        return Call(wiring, features, segments, keys_values, is_new, run=compiled)
 
     def _run_language_model(self, input_ids: Tensor, call: Call, options: dict[str, Any]) -> Any:
         """Run the LM while the hooks know this call."""
@@ -462,7 +501,7 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if getattr(self.config, name):
                 options.setdefault(name, True)
         with running(call):
-            out = self.language_model(**options, return_dict=True)
+            out = (self.language_model if call.run is None else call.run)(**options, return_dict=True)
         check_ran(call, self.language_model, embedded=embedded)
         return out
 
@@ -480,17 +519,18 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
             if lean:
                 raise ValueError("skip_logits needs labels")
             return None, self._run_language_model(input_ids, call, options)
-        targets = next_labels(labels)
+        targets = next_labels(on_host(labels))
         positions = (targets != IGNORED).nonzero()[:, 0]
-        targets = targets[positions]
+        targets, positions = (sent(x, call.media.device) for x in (targets[positions], positions))
         if lean:
             call.keep = positions
             call.targets = targets if self._head_is_last is not False else None
         out = self._run_language_model(input_ids, call, options)
         if call.nll is not None and self._head_is_last is None and len(positions):
             # A few LMs change the logits behind their head (Gemma 2 caps them). What went through as losses was then
-            # changed as well, and the labelled positions are computed at once, from now on.
-            self._head_is_last = bool(torch.equal(out.logits.flatten(), call.nll))
+            # changed as well, and the labelled positions are computed at once, from now on. (The values are compared,
+            # which has to be waited for, only where the tensor is another one.)
+            self._head_is_last = out.logits is call.left_head or bool(torch.equal(out.logits.flatten(), call.nll))
             if not self._head_is_last:
                 call.targets = None
                 out = self._run_language_model(input_ids, call, options)
@@ -550,6 +590,18 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
         inputs["phi"] = generation.phi_of_step(self.config, input_ids, new, past_key_values, phi)
         return inputs
 
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """Return a call whose language model, gated blocks and all, is a compiled graph; `generate` decodes with it.
+
+        That is with a static cache, on a GPU by itself, elsewhere if `compile_config` says so for all devices. What is
+        around it decides shapes, on the host, and is not compiled.
+        """
+        options = (compile_config or self._default_compile_config()).to_dict()
+        known = getattr(self, "_compiled_lm", None)
+        if known is None or known[:2] != (options, self.language_model):
+            known = self._compiled_lm = (options, self.language_model, torch.compile(self.language_model, **options))
+        return functools.partial(self.__call__, compiled_lm=known[2])
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Let a search for candidates in the prompt know the new tokens too."""
         candidates: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
@@ -579,6 +631,11 @@ class FlamingoForConditionalGeneration(EncodesMedia, GenerationMixin):
     ) -> Float[Tensor, "B n"]:
         """Return log-probabilities (B, n) of the candidates; see `flamingo.inference.scoring.score_candidates`."""
         return scoring.score_candidates(self, prompt_inputs, candidates, batch_size=batch_size)
+
+
+def _sent(x: Any, where: torch.device) -> Any:
+    """Return an argument on its way to the device if it is a tensor; what shapes depend on was looked at before."""
+    return sent(x, where) if isinstance(x, Tensor) else x
 
 
 def last_of(logits: Float[Tensor, "B T V"], keep: int | Tensor) -> Float[Tensor, "B K V"]:

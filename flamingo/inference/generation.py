@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -42,6 +45,7 @@ from flamingo.inference.prompts import (
 )
 from flamingo.inference.protocol import MediaModel
 from flamingo.labels import SOFT_ID
+from flamingo.transfer import on_host, sent
 
 
 def default_generation_config(lm: PreTrainedModel, config: FlamingoConfig) -> GenerationConfig:
@@ -95,7 +99,10 @@ def generate(
     keep_unwanted(model, kwargs, options)
     prompt = _checked_prompt(model, inputs, kwargs, options)
     # Before the caller's own: they may set what they forbid to minus infinity, and choose by what NaN makes of a sum.
-    kwargs["logits_processor"] = LogitsProcessorList([FiniteLogits(), *(kwargs.get("logits_processor") or ())])
+    finite = FiniteLogits()
+    kwargs["logits_processor"] = LogitsProcessorList([finite, *(kwargs.get("logits_processor") or ())])
+    others = kwargs.get("stopping_criteria") or ()
+    kwargs["stopping_criteria"] = StoppingCriteriaList([StopNotFinite(finite), *others])
     media = prompt.media
     if prompt.phi is not None:
         kwargs["phi"] = prompt.phi
@@ -106,25 +113,53 @@ def generate(
     # Without a mask transformers would infer one of its own; a mask of ones it leaves out.
     ones = prompt.ids.new_ones(len(prompt.ids), prompt.width)
     mask = ones if prompt.mask is None else prompt.mask
-    out = base_generate(input_ids=prompt.ids, attention_mask=mask, media_cache=media, **kwargs)
+    ids, mask = (sent(x, prompt.device) for x in (prompt.ids, mask))
+    out = base_generate(input_ids=ids, attention_mask=mask, media_cache=media, **kwargs)
+    finite.check()
     if not isinstance(out, Tensor) and output_cross_attentions:
         out.cross_attentions = tuple(media.maps or ())
     return _with_prompts(out, prompt)
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits of which the largest is not finite: a token would be chosen from them all the same."""
+    """Notes logits of which the largest is not finite, without waiting for them; `check` refuses them afterwards."""
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None
+        """Whether any row's were, in any step."""
+        self._steps: list[tuple[Tensor, int]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return (B, V) scores as they are. Raises UserError, naming the row and the token."""
+        """Return (B, V) scores; rows of zeros for those that are refused, of which nothing can be drawn."""
         best = scores.amax(-1)  # NaN if one of them is
-        if not bool(best.isfinite().all()):
-            row = int((~best.isfinite()).nonzero()[0])
-            raise UserError(
-                f"the logits of row {row} are not finite ({float(best[row])}) after {input_ids.shape[1]} tokens: look "
-                "at the pixel values given, or compute in float32 or bfloat16 instead of float16"
-            )
-        return scores
+        bad = ~best.isfinite()
+        self.bad = bad.any() if self.bad is None else self.bad | bad.any()
+        self._steps = [*self._steps, (best, input_ids.shape[1])]
+        return scores.masked_fill(bad[:, None], 0.0)
+
+    def check(self) -> None:
+        """Raise UserError, naming the row and the token, if a token was chosen from such logits."""
+        if self.bad is None or not bool(self.bad):
+            return
+        for best, tokens in self._steps:
+            for row, value in enumerate(best.tolist()):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"the logits of row {row} are not finite ({value}) after {tokens} tokens: look at the pixel "
+                        "values given, or compute in float32 or bfloat16 instead of float16"
+                    )
+
+
+class StopNotFinite(StoppingCriteria):
+    """Ends all rows with the step whose logits are refused."""
+
+    def __init__(self, finite: FiniteLogits) -> None:
+        self._finite = finite
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows end, (B,), without waiting for the answer."""
+        none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return none if self._finite.bad is None else none | self._finite.bad.to(none.device)
 
 
 class WithoutSoftPrompts(LogitsProcessorList):
@@ -155,6 +190,8 @@ class Prompt:
     """Tokens of a row, those in the cache included."""
     given: Tensor | None = None
     """The ids as the caller padded them, where that was another way."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where they are run. Until then they are on the host."""
 
 
 class Options:
@@ -261,8 +298,14 @@ def _checked_prompt(model: MediaModel, inputs: Tensor | None, kwargs: dict[str, 
     ids = kwargs.pop("input_ids", None)
     if inputs is not None and ids is not None:
         raise UserError("generate has the prompt twice, as its first argument and as input_ids; give one")
-    read = _prompt if kwargs.get("inputs_embeds") is None else _embedded
-    prompt = read(model, ids if inputs is None else inputs, kwargs, options)
+    ids, embeds = ids if inputs is None else inputs, kwargs.get("inputs_embeds")
+    read = _prompt if embeds is None else _embedded
+    for name in ("attention_mask", "phi"):
+        if isinstance(kwargs.get(name), Tensor):
+            kwargs[name] = on_host(kwargs[name])
+    prompt = read(model, None if ids is None else on_host(ids), kwargs, options)
+    where = [x.device for x in (embeds, ids) if x is not None and x.device.type != "cpu"]
+    prompt.device, prompt.media = next(iter(where), model.language_model.device), prompt.media.hosted()
     new, what = options.new_tokens(prompt.ids.shape[1] or prompt.width)
     check_length(model, prompt.width, prompt.mask, new, what)
     rows, assistant = len(prompt.ids), options("assistant_model")
@@ -292,6 +335,7 @@ def _prompt(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any], optio
         raise UserError(f"attention_mask is of shape {tuple(mask.shape)}, but input_ids of {tuple(ids.shape)}")
     check_rows(ids, mask)
     media = model.media_of(len(ids), given, None, images).branch()
+    model.check_ids(ids)
     if phi is None:
         check_counts(count_phi(model.config, ids), media)
     prompt = Prompt(ids, mask, phi, media, images, ids.shape[1])
@@ -299,7 +343,17 @@ def _prompt(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any], optio
         prompt.given = ids
         prompt.ids, prompt.mask, *moved = left_padded(ids, mask, *(() if phi is None else (phi,)))
         prompt.phi = moved[0] if moved else None
+    if phi is None:
+        prompt.phi = _known_phi(model, count_phi(model.config, prompt.ids))
     return prompt
+
+
+def _known_phi(model: MediaModel, tags: Tensor) -> Tensor | None:
+    """Return which image each token sees where that of the tokens to come is known too: the last one of the prompt.
+
+    `<image>` is never given, so only a token that resets would have to be looked for in every step.
+    """
+    return None if model.config.media_reset_token_id is not None else tags
 
 
 def _begun(model: MediaModel) -> Tensor:
@@ -307,7 +361,7 @@ def _begun(model: MediaModel) -> Tensor:
     bos = model.generation_config.bos_token_id
     if bos is None:
         raise UserError("generate needs input_ids, as from the processor")
-    return torch.tensor([[bos]], device=model.language_model.device)
+    return torch.tensor([[bos]])
 
 
 def _continued(
@@ -322,6 +376,7 @@ def _continued(
 ) -> Prompt:
     """Read rows that go on behind a cache. The cache gets a row for each copy, if it has one for each prompt."""
     before, remembered = cached_length(past), recall(past)
+    remembered = None if remembered is None else remembered.hosted()
     repeated = remembered is not None and copies > 1 and len(remembered.images) == copies * len(ids)
     if remembered is not None and repeated:
         remembered = remembered.moved(lambda rows: rows[::copies])
@@ -343,7 +398,8 @@ def _continued(
     media = _media_behind(model, past, len(ids), given, images, remembered, tags if whole and phi is None else None)
     if phi is None:
         check_counts(tags, media, seen)
-    elif not whole and phi.shape == ids.shape:
+        phi = _known_phi(model, tags)
+    if phi is not None and not whole and phi.shape == ids.shape:
         phi = torch.cat([phi.new_zeros(len(phi), before), phi], dim=1)
     if copies > 1 and not repeated:
         if not all(hasattr(layer, "batch_repeat_interleave") for layer in past.layers):
@@ -413,7 +469,7 @@ def _embedded(model: MediaModel, ids: Tensor | None, kwargs: dict[str, Any], opt
         check_counts(phi := count_phi(model.config, ids), media)
     elif phi is None and bool((media.images >= 0).any()):
         raise UserError("inputs_embeds do not say where the images are; give input_ids of the same width too, or phi")
-    ids = torch.zeros(rows, 0, dtype=torch.long, device=kwargs["inputs_embeds"].device) if ids is None else ids
+    ids = torch.zeros(rows, 0, dtype=torch.long) if ids is None else ids
     phi = ids.new_zeros(rows, width) if phi is None else phi
     return Prompt(ids, mask, phi, media, images, width)
 
@@ -423,7 +479,7 @@ def _with_prompts(out: Any, prompt: Prompt) -> Any:
     if prompt.given is not None:
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = prompt.given.repeat_interleave(len(sequences) // len(prompt.given), dim=0)
-        sequences[:, : prompts.shape[1]] = prompts
+        sequences[:, : prompts.shape[1]] = sent(prompts, sequences.device)
     return out
 
 
@@ -454,7 +510,8 @@ def phi_of_step(
     if input_ids.shape[1] == before + new:
         return count_phi(config, input_ids)[:, before:]
     remembered = recall(past)
-    return count_phi(config, input_ids[:, -new:], seen=None if remembered is None else remembered.seen)
+    seen = None if remembered is None or remembered.seen is None else on_host(remembered.seen)
+    return count_phi(config, on_host(input_ids[:, -new:]), seen=seen)
 
 
 def transition_scores(

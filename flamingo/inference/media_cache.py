@@ -5,6 +5,9 @@ tokens and beams. It rides on `past_key_values`, so that a hand-written decoding
 it belongs to the call, so two calls in two threads do not meet. Beams need no copies: they share their prompt's
 images in the flat stack.
 
+Which images a row has, and how many it has seen, decide shapes and are therefore on the host (`transfer.py`), until
+somebody re-indexes the rows by indices on a device: then they follow there.
+
 Whatever re-indexes the rows of such a cache re-indexes what it remembers (`RemembersImages`), and a cache that was cut
 to less text has seen only the images of that text (`recall`). Nothing in here is changed in place, so copies may share.
 
@@ -26,7 +29,8 @@ from transformers.cache_utils import Cache
 
 from flamingo.errors import UserError
 from flamingo.layers.cross_attention import KeysValues
-from flamingo.layers.media_mask import image_table, images_so_far
+from flamingo.layers.media_mask import Segments, image_table, images_so_far, segments_from_slots, segments_of_step
+from flamingo.transfer import on_host, sent
 
 
 class ImageInputs(NamedTuple):
@@ -56,6 +60,8 @@ class MediaCache:
     """The attention mask of the tokens of the cache, if there was one, for a next call without."""
     maps: list[tuple[Tensor, ...]] | None = None
     """Where each forward pass of `generate` leaves its attention maps, if they are asked for."""
+    steps: dict[Any, Any] = field(default_factory=dict)
+    """What steps of one token need, by the images they see: the next step sees them too."""
 
     @property
     def seen(self) -> Int[Tensor, "B"] | None:
@@ -73,6 +79,7 @@ class MediaCache:
         Raises:
             UserError: the counts do not sum to the number of images.
         """
+        image_counts = on_host(image_counts)
         total = int(image_counts.sum())
         if total != len(features):
             raise UserError(f"image_counts sum to {total}, but {len(features)} images are given")
@@ -86,8 +93,8 @@ class MediaCache:
         """
         if len(image_counts) != len(self.images):
             raise UserError(f"{len(image_counts)} rows continue a cache of {len(self.images)} rows")
-        more = image_table(image_counts, start=len(self.features))
-        images = torch.cat([self.images, more], dim=1)
+        more = image_table(on_host(image_counts), start=len(self.features))
+        images = torch.cat([on_host(self.images), more], dim=1)
         images = images.gather(1, (images < 0).long().argsort(dim=1, stable=True))
         if len(features) and len(self.features) and features.shape[1] != self.features.shape[1]:
             raise UserError(
@@ -100,8 +107,36 @@ class MediaCache:
 
     def branch(self, rows: Int[Tensor, "B"] | None = None) -> MediaCache:
         """Return a cache of some `rows` that shares the tensors; what is added to it, this one does not see."""
-        images = self.images if rows is None else self.images[rows]
-        return replace(self, images=images, keys_values=dict(self.keys_values), maps=None)
+        images = on_host(self.images)
+        images = images if rows is None else images[rows]
+        return replace(self, images=images, keys_values=dict(self.keys_values), steps={}, maps=None)
+
+    def segments(self, slots: Int[Tensor, "B T"]) -> Segments:
+        """Return the tokens grouped by image, on the device of the latents; `slots` are on the host."""
+        if slots.shape[1] != 1:
+            return segments_from_slots(slots, len(self.features)).on(self.features.device)
+        key = (len(self.features), *slots[:, 0].tolist())
+        if key not in self.steps:
+            self.steps[key] = segments_from_slots(slots, len(self.features)).on(self.features.device)
+        return self.steps[key]
+
+    def step(self, slots: Int[Tensor, "B 1"]) -> Step | None:
+        """Return a step of one token a row in the shapes of a compiled one; None where a block has not run yet."""
+        key = ("compiled", len(self.features), *slots[:, 0].tolist())
+        if key not in self.steps:
+            if not self.keys_values or not len(self.features):
+                return None
+            seen = sent(slots[:, 0].clamp(min=0), self.features.device)
+            rows = {name: (k[seen], v[seen]) for name, (k, v) in self.keys_values.items()}
+            segments = segments_of_step(slots >= 0).on(self.features.device)
+            self.steps.clear()  # these are copies; those of rows that have been re-ordered are not needed again
+            self.steps[key] = Step(self.features[seen], segments, rows)
+        return self.steps[key]
+
+    def hosted(self) -> MediaCache:
+        """Return the cache with its integers on the host; waits for those that are not."""
+        history, mask = (None if x is None else on_host(x) for x in (self.history, self.mask))
+        return replace(self, images=on_host(self.images), history=history, mask=mask)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> MediaCache:
         """Return the cache with its rows as `move` puts them; rows of beams are made rows of their own first."""
@@ -110,6 +145,14 @@ class MediaCache:
         images = self.images.repeat_interleave(len(self.history) // max(len(self.images), 1), dim=0)
         mask = None if self.mask is None else move(self.mask)
         return replace(self, images=move(images), history=move(self.history), mask=mask)
+
+
+class Step(NamedTuple):
+    """A step of one token a row, with an image for each row: nothing in it has a shape that depends on the images."""
+
+    features: Float[Tensor, "B L E"]
+    segments: Segments
+    keys_values: dict[str, KeysValues]
 
 
 class RemembersImages(Cache):
@@ -125,7 +168,7 @@ class RemembersImages(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows, and their images, in another order."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.media = self.media.moved(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self.media = self.media.moved(lambda rows: _rows(rows, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, and its images."""
@@ -135,11 +178,22 @@ class RemembersImages(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, and their images."""
         super().batch_select_indices(indices)
-        self.media = self.media.moved(lambda rows: rows[indices])
+        self.media = self.media.moved(lambda rows: _rows(rows, indices))
+
+    def reset(self) -> None:
+        """Forget the text, and what its rows have seen."""
+        super().reset()
+        self.media = replace(self.media, history=None, mask=None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies and pickles find the class, which no module holds."""
         return _blank, (self.kind,), dict(vars(self))
+
+
+def _rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Return some rows. What is on the host goes to the indices; to bring those there would be waited for."""
+    where = indices.device if rows.device.type == "cpu" else rows.device
+    return sent(rows, where)[sent(indices, where)]
 
 
 @lru_cache
@@ -179,8 +233,15 @@ def remember(
 ) -> None:
     """Have a cache remember the images of a call, before the language model puts the call's T tokens into it."""
     past = cached_length(cache)
-    now = images_so_far(phi, input_ids, reset_token_id, media.seen if past else None)
-    before = media.history[:, :past] if past and media.history is not None else now.new_zeros(len(now), past)
+    # On the host, unless the ids, with which a reset comes, or what came before are not.
+    where = phi.device if media.history is None or not past else media.history.device
+    where = where if reset_token_id is None or where.type != "cpu" else input_ids.device
+    seen = sent(media.seen, where) if past and media.seen is not None else None
+    input_ids = input_ids if reset_token_id is None else sent(input_ids, where)
+    now = images_so_far(sent(phi, where), input_ids, reset_token_id, seen)
+    before = now.new_zeros(len(now), past)
+    if past and media.history is not None:
+        before = sent(media.history[:, :past], where)
     if len(before) != len(now):
         before = before.repeat_interleave(len(now) // max(len(before), 1), dim=0)
     total = past + now.shape[1]
@@ -201,7 +262,11 @@ def cached_length(cache: Any) -> int:
         raise UserError(
             f"past_key_values is a {type(cache).__name__}; give a Cache, as DynamicCache(keys_and_values_of_each_layer)"
         )
-    return int(cache.get_seq_length())
+    length = cache.get_seq_length()
+    history = getattr(getattr(cache, "media", None), "history", None)
+    if isinstance(length, Tensor) and length.device.type != "cpu" and history is not None:
+        return int(history.shape[1])  # a static cache counts on its device
+    return int(length)
 
 
 def recall(cache: Any) -> MediaCache | None:
@@ -230,9 +295,9 @@ def recall(cache: Any) -> MediaCache | None:
         media = media.moved(lambda rows: rows)
     if length == known:
         return media
-    history = media.history[:, :length]  # type: ignore[index]
-    position = torch.arange(media.images.shape[1], device=media.images.device)
-    images = media.images.masked_fill(position >= history[:, -1:].abs(), -1)
+    history, images = on_host(media.history[:, :length]), on_host(media.images)  # type: ignore[index]
+    position = torch.arange(images.shape[1])
+    images = images.masked_fill(position >= history[:, -1:].abs(), -1)
     return replace(media, images=images, history=history, mask=None if media.mask is None else media.mask[:, :length])
 
 
@@ -246,8 +311,8 @@ def check_counts(phi: Int[Tensor, "B T"], media: MediaCache, seen: Int[Tensor, "
     Raises:
         UserError: they differ; names the row and both numbers.
     """
-    tags, images = phi.amax(1), (media.images >= 0).sum(1)
-    tags = tags if seen is None else torch.maximum(tags, seen.abs())
+    tags, images = on_host(phi).amax(1), (on_host(media.images) >= 0).sum(1)
+    tags = tags if seen is None else torch.maximum(tags, on_host(seen).abs())
     tags = tags[:: max(len(tags) // max(len(images), 1), 1)]
     if len(wrong := (tags != images).nonzero()[:, 0]):
         row = int(wrong[0])

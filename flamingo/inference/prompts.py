@@ -19,6 +19,7 @@ from flamingo.errors import UserError
 from flamingo.inference.media_cache import MediaCache, cached_length, check_counts
 from flamingo.inference.protocol import MediaModel
 from flamingo.layers.media_mask import phi_from_ids
+from flamingo.transfer import on_host
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +43,8 @@ def checked_phi(
     config: FlamingoConfig, input_ids: Int[Tensor, "B T"], media: MediaCache, past_key_values: Any
 ) -> Int[Tensor, "B T"]:
     """Return `count_phi` behind what a cache has seen. Raises UserError where images and tags differ in number."""
-    seen = media.seen if cached_length(past_key_values) else None
-    phi = count_phi(config, input_ids, seen=seen)
+    seen = on_host(media.seen) if cached_length(past_key_values) and media.seen is not None else None
+    phi = count_phi(config, on_host(input_ids), seen=seen)
     check_counts(phi, media, seen)
     return phi
 
@@ -91,7 +92,7 @@ def inferred_mask(model: MediaModel, input_ids: Int[Tensor, "B T"], *, trailing:
     own = model.generation_config
     ends = own.eos_token_id
     others = {own.bos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    return mask_from_padding(input_ids, own.pad_token_id, others, trailing=trailing)
+    return mask_from_padding(on_host(input_ids), own.pad_token_id, others, trailing=trailing)
 
 
 def call_mask(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
@@ -33,6 +34,10 @@ class MediaModel(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; takes and returns what `FlamingoForConditionalGeneration.forward` does."""
+        ...
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise UserError where an id, on the host, has no row in the tables."""
         ...
 
     def media_of(self, rows: int, given: MediaCache | None, past: Cache | None, inputs: ImageInputs) -> MediaCache:

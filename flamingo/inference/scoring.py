@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from flamingo.inference.prompts import (
     token_phi,
 )
 from flamingo.inference.protocol import MediaModel
+from flamingo.transfer import on_host, sent
 
 BATCH = 64
 """Candidates of a row that are run together; the logits of their inner nodes, about as many times V, are in memory."""
@@ -42,7 +43,7 @@ Candidates = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 
 @dataclass
 class PromptState:
-    """The prompts of a call, padded left, and what running them gave."""
+    """The prompts of a call, padded left and on the host, and what running them gave."""
 
     ids: Tensor
     mask: Tensor
@@ -93,6 +94,28 @@ def score_candidates(
     options = per_row_candidates(candidates, len(prompt.ids))
     longest = max(len(option) for row in options for option in row)
     check_length(model, prompt.mask.shape[1], prompt.mask, longest, "tokens of a candidate")
+    scores = torch.empty(len(options), len(options[0]))
+    batches = list(_run(model, prompt, options, batch_size))
+    for positions, tries, found in batches:
+        for row, (chosen, trie) in enumerate(zip(positions, tries, strict=True)):
+            scores[row, chosen] = _totals(trie, found[row])
+    if not bool(scores.isfinite().all()):
+        row, option = (~scores.isfinite()).nonzero()[0].tolist()
+        raise UserError(
+            f"the log-probability of candidate {option} in row {row} is not finite ({float(scores[row, option])}): "
+            "look at the pixel values given, or compute in float32 or bfloat16 instead of float16"
+        )
+    assert prompt.logits is not None
+    return sent(scores, prompt.logits.device)
+
+
+def _run(
+    model: MediaModel, prompt: PromptState, options: list[list[list[int]]], batch_size: int
+) -> Iterator[tuple[list[list[int]], list[Trie], list[list[Found]]]]:
+    """Run the prompts; yield, for each batch of candidates, which they are, each row's trie, and what was found of it.
+
+    Nothing here waits for a device: all batches run before the first result is read.
+    """
     out = model(
         input_ids=prompt.ids,
         attention_mask=prompt.mask,
@@ -104,34 +127,33 @@ def score_candidates(
         logits_to_keep=1,
     )
     prompt.past, prompt.logits = out.past_key_values, out.logits[:, -1].float()
-    number = len(options[0])
-    scores = prompt.logits.new_empty(len(options), number)
     # Sorted, so that candidates which begin alike are run together.
-    orders = [sorted(range(number), key=row.__getitem__) for row in options]
-    for start in range(0, number, batch_size):
+    orders = [sorted(range(len(row)), key=row.__getitem__) for row in options]
+    for start in range(0, len(orders[0]), batch_size):
         positions = [order[start : start + batch_size] for order in orders]
         tries = [Trie.of([row[i] for i in chosen]) for row, chosen in zip(options, positions, strict=True)]
-        for row, (chosen, totals) in enumerate(zip(positions, _totals(model, prompt, tries), strict=True)):
-            scores[row, chosen] = totals
-    if not bool(scores.isfinite().all()):
-        row, option = (~scores.isfinite()).nonzero()[0].tolist()
-        raise UserError(
-            f"the log-probability of candidate {option} in row {row} is not finite ({float(scores[row, option])}): "
-            "look at the pixel values given, or compute in float32 or bfloat16 instead of float16"
-        )
-    return scores
+        behind = _by_tree if takes_tree(model, prompt.past) else _by_levels
+        found = behind(model, prompt, tries) if any(trie.inner for trie in tries) else [[] for _ in tries]
+        for row, trie in enumerate(tries):
+            roots = [node for node, parent in enumerate(trie.parents) if parent < 0]
+            found[row].append(_found(prompt.logits[row : row + 1], [(node, 0, trie.tokens[node]) for node in roots]))
+        yield positions, tries, found
 
 
 def _prompt(model: MediaModel, inputs: Mapping[str, Any]) -> PromptState:
     """Read the caller's inputs; his cache and what it remembers of images are branched, not used."""
-    ids, past = inputs["input_ids"], inputs.get("past_key_values")
-    mask, phi = inputs.get("attention_mask"), inputs.get("phi")
+    past = inputs.get("past_key_values")
+    ids: Any = inputs["input_ids"]
+    mask: Any = inputs.get("attention_mask")
+    phi: Any = inputs.get("phi")
+    ids, mask, phi = (on_host(x) if isinstance(x, Tensor) else x for x in (ids, mask, phi))
     images = ImageInputs(**{name: inputs.get(name) for name in ImageInputs._fields})
-    media = model.media_of(len(ids), inputs.get("media_cache"), past, images).branch()
+    media = model.media_of(len(ids), inputs.get("media_cache"), past, images).hosted().branch()
     before = cached_length(past)
     check_rows(ids, None)
     if phi is None:
         seen = media.seen if before else None
+        seen = None if seen is None else on_host(seen)
         phi = count_phi(model.config, ids, seen=seen)
         check_counts(phi, media, seen)
     mask = inferred_mask(model, ids) if mask is None and not before else call_mask(model, ids, mask, media, past)
@@ -154,29 +176,25 @@ def _branch(cache: Cache) -> Cache:
     return out
 
 
-def _totals(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[Tensor]:
-    """Return each row's scores of its trie's candidates."""
-    assert prompt.logits is not None
-    behind = _by_tree if takes_tree(model, prompt.past) else _by_levels
-    by_node = behind(model, prompt, tries) if any(trie.inner for trie in tries) else [{} for _ in tries]
-    out = []
-    for row, trie in enumerate(tries):
-        roots = [node for node, parent in enumerate(trie.parents) if parent < 0]
-        by_node[row] |= _read(prompt.logits[row : row + 1], [(node, 0, trie.tokens[node]) for node in roots])
-        totals: list[float] = []
-        for node, parent in enumerate(trie.parents):
-            totals.append(by_node[row][node] + (totals[parent] if parent >= 0 else 0.0))
-        out.append(prompt.logits.new_tensor([totals[end] for end in trie.ends]))
-    return out
+Found = tuple[tuple[int, ...], Tensor]
+"""Nodes of a trie, and the log-probability of each where the model ran."""
 
 
-def _read(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> dict[int, float]:
+def _totals(trie: Trie, found: list[Found]) -> Tensor:
+    """Return the scores of a trie's candidates, from what was found of its nodes."""
+    by_node = {node: value for nodes, values in found for node, value in zip(nodes, values.tolist(), strict=True)}
+    totals: list[float] = []
+    for node, parent in enumerate(trie.parents):
+        totals.append(by_node[node] + (totals[parent] if parent >= 0 else 0.0))
+    return torch.tensor([totals[end] for end in trie.ends])
+
+
+def _found(logits: Float[Tensor, "N V"], wanted: list[tuple[int, int, int]]) -> Found:
     """Return each node's log-probability, for triples of node, position of its logits, and token."""
     nodes, positions, tokens = zip(*wanted, strict=True) if wanted else ((), (), ())
     logits = logits.float()
-    where = torch.tensor(positions, dtype=torch.long, device=logits.device)
-    values = logits[where, list(tokens)] - logits.logsumexp(-1)[where]
-    return dict(zip(nodes, values.tolist(), strict=True))
+    where, chosen = (sent(torch.tensor(x, dtype=torch.long), logits.device) for x in (positions, tokens))
+    return nodes, logits[where, chosen] - logits.logsumexp(-1)[where]
 
 
 def takes_tree(model: MediaModel, cache: Cache | None) -> bool:
@@ -198,7 +216,7 @@ def takes_tree(model: MediaModel, cache: Cache | None) -> bool:
     )
 
 
-def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[list[Found]]:
     """Run all inner nodes of a row as one sequence in which each attends to the prompt, its ancestors and itself."""
     rows, width = len(tries), max(len(trie.inner) for trie in tries)
     ids = torch.zeros(rows, width, dtype=torch.long)
@@ -209,17 +227,17 @@ def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[
         for node, position in positions[row].items():
             ids[row, position], depths[row, position] = trie.tokens[node], trie.depths[node]
             related[row, position, [positions[row][other] for other in trie.path(node)]] = True
-    device, mask = prompt.ids.device, prompt.mask.bool()
-    seen = torch.cat([mask[:, None].expand(-1, width, -1), related.to(device)], dim=-1)[:, None]
+    mask = prompt.mask.bool()
+    seen = torch.cat([mask[:, None].expand(-1, width, -1), related], dim=-1)[:, None]
     config: Any = model.language_model.config.get_text_config(decoder=True)
     if config._attn_implementation == "eager":  # adds the mask to its scores
         dtype = model.language_model.dtype
         seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     assert prompt.past is not None
     out = model(
-        input_ids=ids.to(device),
+        input_ids=ids,
         attention_mask=seen,
-        position_ids=mask.sum(1, keepdim=True) + depths.to(device),
+        position_ids=mask.sum(1, keepdim=True) + depths,
         phi=prompt.phi[:, -1:].expand(-1, width),
         media_cache=prompt.media.branch(),
         past_key_values=_branch(prompt.past),
@@ -227,24 +245,23 @@ def _by_tree(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[
         return_dict=True,
     )
     return [
-        _read(out.logits[row], [(n, positions[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])
+        [_found(out.logits[row], [(n, positions[row][p], t) for n, (p, t) in enumerate(trie.edges()) if p >= 0])]
         for row, trie in enumerate(tries)
     ]
 
 
-def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[dict[int, float]]:
+def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> list[list[Found]]:
     """Run the inner nodes of one depth after the other, each as a row with a copy of its parent's cache."""
-    by_node: list[dict[int, float]] = [{} for _ in tries]
+    found: list[list[Found]] = [[] for _ in tries]
     position = {(row, -1): row for row in range(len(tries))}
     cache, depth = prompt.past, 0
     while level := [(row, node) for row, trie in enumerate(tries) for node in trie.inner if trie.depths[node] == depth]:
         assert cache is not None
-        parents = torch.tensor(
-            [position[row, tries[row].parents[node]] for row, node in level], device=prompt.ids.device
-        )
-        rows = torch.tensor([row for row, _ in level], device=prompt.ids.device)
+        assert prompt.logits is not None
+        parents = torch.tensor([position[row, tries[row].parents[node]] for row, node in level])
+        rows = torch.tensor([row for row, _ in level])
         cache = _branch(cache)
-        cache.reorder_cache(parents)  # type: ignore[arg-type]  # any index of rows
+        cache.reorder_cache(sent(parents, prompt.logits.device))  # type: ignore[arg-type]  # any index of rows
         depth += 1
         logits = model(
             input_ids=prompt.ids.new_tensor([[tries[row].tokens[node]] for row, node in level]),
@@ -258,8 +275,8 @@ def _by_levels(model: MediaModel, prompt: PromptState, tries: list[Trie]) -> lis
         position = {key: slot for slot, key in enumerate(level)}
         for slot, (row, node) in enumerate(level):
             children = [(n, 0, t) for n, (p, t) in enumerate(tries[row].edges()) if p == node]
-            by_node[row] |= _read(logits[slot : slot + 1], children)
-    return by_node
+            found[row].append(_found(logits[slot : slot + 1], children))
+    return found
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,11 @@ class Call:
     kept: Float[Tensor, "N D"] | None = None
     """Hidden states at those positions, on their way from the head's input to the losses."""
     nll: Float[Tensor, "N"] | None = None
-    """The losses as they left the head."""
+    """The losses."""
+    left_head: Tensor | None = None
+    """What left the head with them."""
+    run: Any = None
+    """The language model as it was compiled, if it was."""
     ran: set[str] = field(default_factory=set)
     """Keys of the blocks that ran, "embedding" and "head"."""
 
@@ -396,13 +400,6 @@ def _gate(block: Any) -> Tensor:
     return gate if isinstance(gate, Tensor) else next(p for p in block.parameters() if p.is_floating_point())
 
 
-def _segments_on(segments: Segments, device: torch.device) -> Segments:
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(segments).items() if isinstance(value, Tensor)
-    }
-    return replace(segments, **moved)
-
-
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the gated block in front of a decoder layer."""
     call = _thread.call
@@ -425,7 +422,7 @@ def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     mapped = call.wiring.mapped
     where = _gate(block).device if mapped else x.device
     media = call.media.to(where, _computes_in(block))
-    segments = _segments_on(call.segments, where) if mapped else call.segments
+    segments = call.segments.on(where) if mapped else call.segments
     out = block(x.to(media), media, segments=segments, cache=call.cache, key=key).to(x.dtype)
     return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
 
@@ -500,7 +497,8 @@ def _after_head(head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         chunk=chunk_of(output.shape[-1], kept.device),
         frozen_head=frozen,
     )
-    return call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+    call.left_head = call.nll[None, :, None].clone()  # FSDP2 warns of a module that returns a view
+    return call.left_head
 
 
 def _is_long(hidden: Tensor, wiring: Wiring) -> bool:
@@ -517,17 +515,23 @@ def _logits(head: nn.Module, ids: tuple[int, ...], hidden: Tensor, new_logits: T
 
 
 def _with_new(ids: tuple[int, ...], output: Tensor, logits: Tensor) -> Tensor:
-    """Put the new tokens' logits in their columns, and behind the LM's."""
+    """Put the new tokens' logits in their columns, and behind the LM's.
+
+    By slices, one for ids in a row: a list of indices would have to travel to the device first.
+    """
     size = output.shape[-1]
+    logits = logits.to(output.dtype)
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    inside = [j for j in order if ids[j] < size]
-    if inside:
-        columns = torch.tensor([ids[j] for j in inside], device=output.device)
-        output = output.index_copy(-1, columns, logits[..., inside].to(output.dtype))
-    beyond = order[len(inside) :]
-    if not beyond:
-        return output
-    return torch.cat([output, logits[..., beyond].to(output.dtype)], dim=-1)
+    while order:
+        start = ids[order[0]]
+        run = [j for n, j in enumerate(order) if ids[j] == start + n and (ids[j] < size) == (start < size)]
+        order = order[len(run) :]
+        columns = torch.cat([logits[..., j : j + 1] for j in run], dim=-1)
+        if start < size:
+            output = output.slice_scatter(columns, -1, start, start + len(run))
+        else:
+            output = torch.cat([output, columns], dim=-1)
+    return output
 
 
 def embedding_table(lm: Any) -> Any:

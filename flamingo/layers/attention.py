@@ -63,9 +63,8 @@ def attention_weights(
 
     The slow way, which copies the keys for every query; for maps to look at.
     """
-    lengths = torch.tensor(segments.lengths, dtype=torch.long, device=q.device)
-    indices = segments.images[:, None] if segments.reach is None else segments.reach
-    indices = indices.repeat_interleave(lengths, dim=0)
+    group = segments.unpad // segments.pad.shape[1]
+    indices = (segments.images[:, None] if segments.reach is None else segments.reach)[group]
     keys = k[indices.clamp(min=0)]
     scores = torch.einsum("nhk,nmlhk->nhml", q, keys) * q.shape[-1] ** -0.5
     if segments.upto is not None:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flamingo.errors import UserError
+from flamingo.transfer import sent
 
 # Strings, because the modules import this one.
 CONNECTORS = {
@@ -101,8 +102,8 @@ def by_length(
     groups, order = [], []
     for frames in sorted(set(counts)):
         which = [image for image, count in enumerate(counts) if count == frames]
-        indices = (first[which][:, None] + torch.arange(frames)).to(features.device)
+        indices = sent(first[which][:, None] + torch.arange(frames), features.device)
         groups.append(work(features[indices]))
         order += which
-    back = torch.tensor(order).argsort().to(features.device)
+    back = sent(torch.tensor(order).argsort(), features.device)
     return torch.cat(groups).index_select(0, back)

@@ -117,13 +117,15 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
 
         With a `cache`, `cache[key]` keeps the projected media; what it lacks of `media` is projected and appended.
         """
-        keys_values = None if cache is None else cache.get(key)
-        if keys_values is None or not len(keys_values[0]):  # no image until now: the number of latents was not known
+        known = None if cache is None else cache.get(key)
+        if known is not None and len(known[0]) >= len(media):
+            keys_values = known
+        elif known is None or not len(known[0]):  # no image until now: the number of latents was not known
             keys_values = self.attn.project(media)
-        elif len(keys_values[0]) < len(media):
-            new = self.attn.project(media[len(keys_values[0]) :])
-            keys_values = (torch.cat([keys_values[0], new[0]]), torch.cat([keys_values[1], new[1]]))
-        if cache is not None:
+        else:
+            new = self.attn.project(media[len(known[0]) :])
+            keys_values = (torch.cat([known[0], new[0]]), torch.cat([known[1], new[1]]))
+        if cache is not None and keys_values is not known:
             cache[key] = keys_values
         # With gradients the attention runs even over no tokens: every process of a sharded run must produce a gradient
         # (of zeros) for the same parameters, whether its batch has images or not.
@@ -136,4 +138,6 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         flat = x.flatten(0, 1)
         update = self.attn(flat.index_select(0, segments.tokens), keys_values, segments)
         update = self.attn_gate.tanh() * update
+        if segments.counts is not None:
+            update = update.where(segments.counts[:, None], 0.0)
         return flat.index_add(0, segments.tokens, update.to(flat.dtype)).view_as(x)

@@ -10,13 +10,15 @@ seen, S the most tokens that one image has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from flamingo.errors import UserError
+from flamingo.transfer import sent
 
 
 def phi_from_ids(
@@ -154,6 +156,15 @@ class Segments:
     """And this is how many of them, from the first, each token of `pad` sees."""
     maps: list[Tensor] | None = None
     """Where each block leaves its attention weights (N, H, L or M * L), if they are asked for."""
+    counts: Bool[Tensor, "N"] | None = None
+    """Where tokens have a place whether they see an image or not, so that shapes stay the same: which of them do."""
+
+    def on(self, device: torch.device) -> Segments:
+        """Return the same on a device. They are made on the host, where their lengths are known without waiting."""
+        moved: dict[str, Any] = {
+            name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def segments_from_slots(slots: Int[Tensor, "B T"], num_images: int) -> Segments:
@@ -169,6 +180,15 @@ def segments_from_slots(slots: Int[Tensor, "B T"], num_images: int) -> Segments:
         images, counts, longest = _in_chunks(images, counts, -(-len(tokens) // len(counts)))
         whole = False
     return Segments(tokens, images, counts.tolist(), *_padded(counts, longest), sees, whole)
+
+
+def segments_of_step(sees: Bool[Tensor, "B 1"]) -> Segments:
+    """Give each row's one token an image of its own, the row's in a stack of B; one that sees none does not count.
+
+    Shapes depend on the number of rows alone, so that the steps of any prompts are one compiled graph.
+    """
+    rows = torch.arange(len(sees))
+    return Segments(rows, rows, [1] * len(rows), rows[:, None], rows, sees, True, counts=sees[:, 0])
 
 
 def segments_of_rows(phi: Int[Tensor, "B T"], images: Int[Tensor, "R M"]) -> Segments:

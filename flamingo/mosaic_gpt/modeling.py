@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flamingo.mosaic_gpt.configuration import MosaicGPTConfig
+from flamingo.transfer import sent
 
 
 def alibi_slopes(heads: int, bias_max: float | int = 8) -> Float[Tensor, "H"]:
@@ -226,7 +227,8 @@ class MosaicGPTModel(MosaicGPTPreTrainedModel):
             length, offset = cache.get_mask_sizes(x.shape[1], 0)
         queries = torch.arange(x.shape[1], device=x.device) + past
         keys = torch.arange(length, device=x.device) + offset
-        slopes = alibi_slopes(self.config.n_heads, self.config.alibi_bias_max).to(x.device, _precise(x.dtype))
+        slopes = alibi_slopes(self.config.n_heads, self.config.alibi_bias_max).to(_precise(x.dtype))
+        slopes = sent(slopes, x.device)
         return alibi_bias(slopes, queries, keys, attention_mask, x.dtype)
 
 

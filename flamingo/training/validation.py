@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.metrics.throughput import mean_terms
-from flamingo.training.objectives.protocol import Objective
+from flamingo.training.objectives.protocol import Objective, on_device
 
 
 @contextmanager
@@ -49,8 +48,7 @@ def validation_losses(
         for step in steps:
             for name, batches in step.items():
                 for batch in batches:
-                    tensors: dict[str, Any] = {key: value.to(processes.device) for key, value in batch.items()}
-                    for term, total in objective.sums(model, tensors).items():
+                    for term, total in objective.sums(model, on_device(objective, batch, processes.device)).items():
                         sums[name, term] = sums.get((name, term), 0.0) + float(total)
                     for term, count in objective.counts(batch).items():
                         counts[name, term] = counts.get((name, term), 0.0) + count

@@ -31,6 +31,7 @@ from transformers import initialization as init
 
 from flamingo.config import VisionConfig
 from flamingo.errors import UserError
+from flamingo.transfer import sent
 from flamingo.vision.features import FrozenFeatures
 
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
@@ -327,8 +328,8 @@ def flat_frames(
             f"frame_counts has {len(counts)} entries up to {max(counts, default=0)}, but pixel_values has {given} "
             f"images of {frames} frames"
         )
-    kept = torch.arange(frames, device=pixel_values.device) < torch.tensor(counts, device=pixel_values.device)[:, None]
-    return pixel_values[kept], counts
+    kept = (torch.arange(frames) < torch.tensor(counts, dtype=torch.long)[:, None]).flatten().nonzero()[:, 0]
+    return pixel_values.flatten(0, 1).index_select(0, sent(kept, pixel_values.device)), counts
 
 
 def distinct(frames: Shaped[Tensor, "N C S S"], counts: Sequence[int]) -> tuple[list[int], list[int]]:

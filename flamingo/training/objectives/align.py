@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ class Aligned(nn.Module):
         """Return what the block makes of each image, ungated, and the LM's embeddings of each text, added by share."""
         attn = self.block.attn
         media = self.flamingo.encode_media(image[:, None])
-        segments = segments_from_slots(torch.arange(len(text), device=text.device)[:, None], len(text))
+        segments = segments_from_slots(torch.arange(len(text))[:, None], len(text)).on(media.device)
         seen = attn(self.image_token.to(media).expand(len(text), -1), attn.project(media), segments)
         return seen.float(), (F.embedding(text, self.table).float() * share[..., None]).sum(1)
 
@@ -76,6 +76,8 @@ class AlignObjective:
 
     The distance sets the length of what the block adds: that of an embedding, which the InfoNCE does not see.
     """
+
+    host_inputs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature

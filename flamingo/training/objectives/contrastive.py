@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip
 import torch
@@ -30,6 +30,7 @@ from flamingo.training.distributed.units import layer_units
 from flamingo.training.model_config import ModelConfig, VisionSource
 from flamingo.training.objectives.build import load_tokenizer
 from flamingo.training.objectives.protocol import BatchShape, Setup
+from flamingo.transfer import sent
 from flamingo.vision.encoder import RESIZE_MODES
 
 NEW = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
@@ -38,6 +39,8 @@ NEW = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_
 
 class ContrastiveObjective:
     """open_clip's contrastive loss over the pairs of all processes."""
+
+    host_inputs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, rank: int = 0, world_size: int = 1, images: Mapping[str, Any] = NEW) -> None:
         """The loss compares every image with every text of the whole batch, gathered with gradients.
@@ -58,7 +61,7 @@ class ContrastiveObjective:
         unchanged, and FSDP2's average over processes then matches the gathered gradients.
         """
         raw = batch["image"].float() / 255.0
-        mean, std = (raw.new_tensor(value)[:, None, None] for value in (self._mean, self._std))
+        mean, std = (sent(torch.tensor(value)[:, None, None], raw.device) for value in (self._mean, self._std))
         images, texts, scale = model((raw - mean) / std, batch["text"])[:3]
         # CLIP's own limit on the temperature (Radford et al. 2021, section 2.5) keeps training stable.
         loss: Tensor = self._loss(images, texts, scale.clamp(max=100.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_counts", "
 
 class FlamingoObjective:
     """Next-token prediction on text given the images before it (paper, equation 1)."""
+
+    host_inputs: ClassVar[frozenset[str]] = frozenset(MODEL_INPUTS) - {"pixel_values"} | {"labels"}
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,25 @@ from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives import build as builders
 from flamingo.training.objectives import lora
 from flamingo.training.objectives.protocol import BatchShape, Setup
+from flamingo.transfer import on_host, sent
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of next-token cross-entropies in fp32: `(B, T, V)` and `(B, T)` to a scalar.
 
-    Labelled positions are selected by integers alone, which a memory plan computes for real: their number is a shape.
+    Labelled positions are selected by integers alone, on the host, which a memory plan computes for real: their number
+    is a shape.
     """
-    targets = next_labels(labels)
+    targets = next_labels(on_host(labels))
     positions = (targets != IGNORED).nonzero()[:, 0]
-    return F.cross_entropy(logits.flatten(0, 1).index_select(0, positions).float(), targets[positions], reduction="sum")
+    targets, positions = (sent(x, logits.device) for x in (targets[positions], positions))
+    return F.cross_entropy(logits.flatten(0, 1).index_select(0, positions).float(), targets, reduction="sum")
 
 
 class LanguageObjective:
     """Next-token prediction on text."""
+
+    host_inputs: ClassVar[frozenset[str]] = frozenset({"labels"})
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return the number of labelled tokens."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,14 @@ from flamingo.training.distributed.fsdp import Processes
 from flamingo.training.model_config import ModelConfig
 from flamingo.training.objectives import flamingo, lora
 from flamingo.training.objectives.protocol import BatchShape, Setup
+from flamingo.transfer import on_host, sent
 
 
 class PreferenceObjective(flamingo.FlamingoObjective):
     """Direct preference optimization on the batches of `data.batches.collate.PreferenceCollate`."""
+
+    # Both rows of a pair show the same images, which are encoded once; that they are the same is seen on the host.
+    host_inputs: ClassVar[frozenset[str]] = flamingo.FlamingoObjective.host_inputs | {"pixel_values"}
 
     def __init__(self, beta: float) -> None:
         """`beta` holds the model to the reference."""
@@ -60,8 +64,8 @@ def log_probs(
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "I L E"]]:
     """Return the log-probability of all labelled tokens of each row, and the latents of the images."""
     out = model(**inputs, labels=labels, loss_reduction="none", skip_logits=True, use_cache=False)
-    rows = (next_labels(labels) != IGNORED).nonzero()[:, 0] // labels.shape[1]
-    return torch.zeros(len(labels), device=out.loss.device).index_add(0, rows, -out.loss), out.media_features
+    rows = sent((next_labels(on_host(labels)) != IGNORED).nonzero()[:, 0] // labels.shape[1], out.loss.device)
+    return out.loss.new_zeros(len(labels)).index_add(0, rows, -out.loss), out.media_features
 
 
 def build(model: ModelConfig, run_dir: Path, processes: Processes, texts: Callable[[], Iterable[str]]) -> Setup:

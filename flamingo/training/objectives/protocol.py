@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from flamingo.training.distributed.fsdp import (
 )
 from flamingo.training.model_config import ModelConfig
 from flamingo.training.objective_table import OBJECTIVES
+from flamingo.transfer import sent
 
 Term = tuple[str, str]
 """Names of a dataset and of a term of its loss."""
@@ -53,6 +54,9 @@ class Objective(Protocol):
     from the batch alone: the first backward of an update already needs the divisor of the whole update.
     """
 
+    host_inputs: ClassVar[frozenset[str]]
+    """Tensors of a batch that `sums` gets on the host, because their values decide shapes (`flamingo/transfer.py`)."""
+
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Return what each term of this batch is divided by, as this micro-batch's share of it."""
 
@@ -70,6 +74,11 @@ class Objective(Protocol):
 
         Integers are real and on the CPU; images are on the meta device.
         """
+
+
+def on_device(objective: Objective, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch as `objective.sums` takes it, on its way to the device."""
+    return {name: x if name in objective.host_inputs else sent(x, device) for name, x in batch.items()}
 
 
 def count_terms(objective: Objective, micro_batches: MicroBatches) -> dict[Term, float]:
