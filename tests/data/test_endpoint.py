@@ -102,7 +102,8 @@ def test_an_endpoint_that_is_down_ends_the_run(fault: Fault, message: str, reque
         chatting(always(fault)) as server,
         pytest.raises(UserError, match=re.escape(message)) as raised,
     ):
-        ask(server.url, tmp_path, QUESTIONS, concurrency=1, timeout_s=0.2 if fault.stalls else 20.0)
+        timeout_s = 0.2 if fault.stalls else 20.0
+        ask(server.url, tmp_path, QUESTIONS, concurrency=1, timeout_s=timeout_s, key_env="NO_KEY")
     assert str(raised.value).endswith(": none of 12 replies came")
     assert not (tmp_path / "log.jsonl").exists()
     assert fault.stalls or len(server.requests) == requests  # of those that stall, the last may come too late

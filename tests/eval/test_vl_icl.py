@@ -187,7 +187,7 @@ def test_open_ended_queries_show_what_they_bring(tmp_path: Path) -> None:
     queries = open_ended()
     task = open_mi(tmp_path, queries)
     assert task.max_shots() == 10  # two classes of five
-    others = set()
+    others: set[str] = set()
     for at, row in enumerate(queries):
         episode = task.episode(f"query {at}", 10, 0)
         assert (episode.query.question, episode.golds) == ("This is a\nAnswer:", (row["answer"],))
