@@ -98,11 +98,11 @@ def always(fault: Fault) -> Answer:
     ],
 )
 def test_an_endpoint_that_is_down_ends_the_run(fault: Fault, message: str, requests: int, tmp_path: Path) -> None:
+    timeout_s = 0.2 if fault.stalls else 20.0
     with (
         chatting(always(fault)) as server,
         pytest.raises(UserError, match=re.escape(message)) as raised,
     ):
-        timeout_s = 0.2 if fault.stalls else 20.0
         ask(server.url, tmp_path, QUESTIONS, concurrency=1, timeout_s=timeout_s, key_env="NO_KEY")
     assert str(raised.value).endswith(": none of 12 replies came")
     assert not (tmp_path / "log.jsonl").exists()
