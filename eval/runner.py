@@ -96,11 +96,11 @@ def check_context(tasks: Mapping[str, Task], grid: Grid, responder: Responder) -
         kept = wanted = 0
         for query_id in grid.query_ids(task):
             episode = task.episode(query_id, shots, grid.seeds[0])
-            prompt = responder.builder.build(episode, task.max_new_tokens)
-            kept, wanted = max(kept, prompt.shots_kept), len(episode.demos)
-            if kept == wanted:
+            shown = responder.builder.build(episode, task.max_new_tokens).shots_kept
+            kept, wanted = max(kept, shown), max(wanted, len(episode.demos))
+            if shown == len(episode.demos):
                 break
-        if kept < wanted:
+        else:
             raise UserError(
                 f"shots={shots} does not fit the model's context for task {name}: at most {kept} of {wanted} "
                 "demonstrations fit; use fewer shots"
@@ -119,7 +119,17 @@ def run_cell(
     ablate, strategy = ablations.ABLATIONS[cell.images], STRATEGIES[cell.strategy]
     episodes = [ablate(task.episode(query_id, cell.shots, cell.seed), cell.seed) for query_id in query_ids]
     settings, builder = settings or PromptingSettings(), engine.responder.builder
-    runs = [strategy(Query(task, episode, builder, settings, cell.seed)) for episode in episodes]
+
+    def steps(query_id: str, episode: Episode) -> Steps:
+        """Step what was asked before in the same conversation first; the engine asks equal requests only once."""
+        answers: list[str] = []
+        for name in task.earlier(query_id):
+            before = task.continued(ablate(task.episode(name, cell.shots, cell.seed), cell.seed), answers)
+            answers.append((yield from strategy(Query(task, before, builder, settings, cell.seed))).answer)
+        last = task.continued(episode, answers)
+        return (yield from strategy(Query(task, last, builder, settings, cell.seed)))
+
+    runs = list(map(steps, query_ids, episodes))
     outcomes = step_together(runs, engine, on_batch)
     return [_sample(task, cell, episode, outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
 

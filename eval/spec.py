@@ -81,6 +81,8 @@ class TaskSpec:
     chat: bool = False
     """Whether demonstrations and query are turns of a conversation, written by the model's chat template; `prefix` is
     its system message. Then neither `before`, `separator` nor `end_of_chunk` has a meaning."""
+    history: Literal["given", "own"] = "given"
+    """Whose answers `{history}` shows in a conversation: the data's, or those that the model itself gave."""
     options: Literal["lines", "inline"] = "lines"
     """How `{options}` in a question is written: lines (`A. red`, one a line) or inline (`(A) red (B) blue`)."""
     answer_as: Literal["text", "letter"] = "text"
@@ -132,7 +134,8 @@ class TaskSpec:
     max_new_tokens: AtLeast1 = 32
     """Longest generated answer, in tokens."""
     ways: Annotated[int, Field(ge=2)] = 2
-    """Binding: classes in an episode. Shots are examples of each."""
+    """Binding: classes in an episode. Shots are examples of each. With demos=balanced also how many classes are shown
+    out of those that a query brings, its own among them."""
     min_images: AtLeast1 = 9
     """Binding: classes with fewer different images are left out; one more than the most shots."""
     ask: str = ""
@@ -158,6 +161,8 @@ class TaskSpec:
         if self.output != "rank":
             for name in sorted(NEEDS_RANKING.intersection(self.metrics)):
                 yield f"metrics has {name}, which compares candidates: set output=rank"
+        if self.history == "own" and "{history}" not in self.question:
+            yield "history=own has no effect on a question without {history}: remove it"
         if self.own_names and (self.names or self.names_source is not None):
             yield "own_names is set, so names and names_source have no effect: remove them"
         if self.chat and (self.before or self.separator or not self.end_of_chunk or self.kind == "binding"):

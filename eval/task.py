@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -169,6 +169,20 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Said:
+    """A turn that is over, of the item with this id."""
+
+    id: str
+    question: str
+    answer: str
+
+
+def history_of(said: Iterable[Said]) -> str:
+    """Return what was said, as questions show it."""
+    return "".join(f"Question: {turn.question}\nAnswer: {turn.answer}\n" for turn in said)
+
+
+@dataclass(frozen=True)
 class Example:
     """One item of a task's data, in the query set or in the support set.
 
@@ -184,6 +198,8 @@ class Example:
     candidates: tuple[str, ...] = ()  # the item's own closed answers
     group: str = ""  # the data set's name for the image (or for whatever else ties scores together)
     is_open: bool = False  # its answer is generated even if the task ranks
+    support: tuple[Example, ...] = ()  # the only demonstrations that may be shown for it, where the data say so
+    said: tuple[Said, ...] = ()  # what was said before it in its conversation
 
     @property
     def cluster(self) -> str:
@@ -290,6 +306,14 @@ class Task(Protocol):
     def content_free(self, turn: Turn) -> Turn:
         """Return the query without content, which contextual calibration compares with."""
         return turn.blank()
+
+    def earlier(self, query_id: str) -> Sequence[str]:
+        """Return the ids of the turns whose answers by the model this query shows, first to last."""
+        return ()
+
+    def continued(self, episode: Episode, answers: Sequence[str]) -> Episode:
+        """Return the episode after the model's `answers` to the turns before it."""
+        return episode
 
     def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
         """Prepare to choose demonstrations by image similarity; called once, before the first episode."""

@@ -105,6 +105,8 @@ class Endpoint:
         if left:
             reasons = "; ".join(f"{count} times: {why}" for why, count in self._failed.most_common())
             why = str(self._stop) if self._stop is not None else f"questions have failed ({reasons})"
+            if left == len(todo):
+                raise UserError(f"{why}: none of {len(todo)} replies came")
             raise UserError(
                 f"{why}: {len(todo) - left} of {len(todo)} replies came and are kept in {self.log.path}, the same "
                 "command asks only for the others"
@@ -180,6 +182,10 @@ class Endpoint:
                 why = (
                     f"status {status}{_message(response)}" if status != 200 else f"no chat completion{_head(response)}"
                 )
+                if status in (401, 403):
+                    key = self.config.key_env
+                    state = "refuses the key in" if os.environ.get(key, "").strip() else "wants a key, and none is in"
+                    raise UserError(f"{self._url} {state} {key} (key_env names the variable): {why}")
                 if status != 200 and status not in _PASSING and status < 500:
                     raise UserError(f"{self._url} does not serve model={self.config.model}: {why}")
                 pause = self._pause(response, pause, why)

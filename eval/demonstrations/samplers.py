@@ -114,9 +114,12 @@ SAMPLERS = {
     "rices_text": "the most similar questions, nearest last",
     "rices_joint": "both; the images' share after a colon, 0.5 by default",
     "mmr": "similar to the query and not to each other; the query's share after a colon, 0.5 by default",
+    "given": "those that the query itself brings, in their order, the last ones if it brings more",
     "file": "ids from a JSON file after a colon: {query id, or * for all: [id, ...]}, the last next to the query",
 }
 """Names in a task's `demos`, and what each shows."""
+OF_OWN = ("given", "random", "balanced")
+"""Those that can choose among demonstrations that each query brings."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def draw(
     """Draw `shots` demonstrations for `query`, nested over `shots`.
 
     Raises:
-        UserError: the support set has too few examples that may be shown.
+        UserError: the support set has too few examples that may be shown (with `given` all of them are, then).
     """
     if shots == 0:
         return Demonstrations((), 0)
@@ -202,7 +205,9 @@ def draw(
         else:
             chosen.append(support[index])
         if len(chosen) == shots:
-            return Demonstrations(tuple(reversed(chosen)), refused.total(), tuple(sorted(refused.items())))
+            break
+    if len(chosen) == shots or sampler == "given":
+        return Demonstrations(tuple(reversed(chosen)), refused.total(), tuple(sorted(refused.items())))
     raise UserError(
         f"query {query.id} needs {shots} demonstrations (demos={sampler}), but only {len(chosen)} of the support set's "
         f"{len(support)} may be shown; use fewer shots or a larger support set"
@@ -223,6 +228,8 @@ def _nearest_first(
     order = generator("demos", task_hash, seed, whose).permutation(len(support)).tolist()
     if sampler.name == "same_kind":
         return (index for index in order if support[index].kind == query.kind)
+    if sampler.name == "given":
+        return range(len(support) - 1, -1, -1)
     if sampler.name == "balanced":
         return _balanced(support, order, (task_hash, seed, query.id))
     if sampler.name == "file":

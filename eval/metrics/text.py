@@ -7,6 +7,7 @@ parsed is wrong and counted; no score here ever guesses.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Sequence
 
 from eval.metrics.captions import Cider, rouge_l
@@ -34,6 +35,15 @@ def folded_match(answer: str, golds: Sequence[str]) -> float:
 
 def _folded(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def words_match(answer: str, golds: Sequence[str]) -> float:
+    """Return 1.0 if `answer` equals one of `golds` but for letter case, white space and ASCII punctuation (SMMILE)."""
+    return float(bool(_words(answer)) and _words(answer) in [_words(gold) for gold in golds])
+
+
+def _words(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def ivqa_accuracy(answer: str, golds: Sequence[str]) -> float:
@@ -71,6 +81,7 @@ Score = Callable[[str, Sequence[str]], float]
 SCORES: dict[str, Score] = {
     "exact_match": exact_match,
     "accuracy": folded_match,
+    "words_match": words_match,
     "vqa_accuracy": vqa_accuracy,
     "vqa_accuracy_by_value": vqa_accuracy_by_value,
     "ivqa": ivqa_accuracy,

@@ -78,7 +78,10 @@ def shares_png(summary: Summary, axes: Mapping[str, Axis]) -> bytes:
     for place in places[len(panels) :]:
         place.set_visible(False)
     for place, (key, bars) in zip(places, panels, strict=False):
-        _panel(place, key, axes[key].choices if not axes[key].compares else ["first", "no difference", "second"], bars)
+        if axes[key].compares:  # grey: it is about both systems
+            _panel(place, key, ["first", "no difference", "second"], bars, MORE[-1:])
+        else:
+            _panel(place, key, axes[key].choices, bars, MORE)
     handles = {label: handle for p in places for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     buffer = io.BytesIO()
@@ -100,7 +103,9 @@ def _bars(summary: Summary, key: str) -> dict[str, list[Row]]:
     return bars
 
 
-def _panel(panel: Axes, title: str, options: Sequence[str], bars: Mapping[str, Sequence[Row]]) -> None:
+def _panel(
+    panel: Axes, title: str, options: Sequence[str], bars: Mapping[str, Sequence[Row]], colours: Sequence[str]
+) -> None:
     height = 0.8 / len(bars)
     for number, (name, rows) in enumerate(bars.items()):
         y = np.arange(len(options)) + number * height
@@ -108,7 +113,13 @@ def _panel(panel: Axes, title: str, options: Sequence[str], bars: Mapping[str, S
         ends = 100 * np.array([row["interval"] for row in rows], dtype=np.float64)  # none is nan
         errors = np.maximum(0, np.nan_to_num([values - ends[:, 0], ends[:, 1] - values]))
         panel.barh(
-            y, values, height, xerr=errors, color=MORE[number], label=name, error_kw={"elinewidth": 0.8, "capsize": 2}
+            y,
+            values,
+            height,
+            xerr=errors,
+            color=colours[number],
+            label=name,
+            error_kw={"elinewidth": 0.8, "capsize": 2},
         )
     labels = [textwrap.fill(option, 24, max_lines=2) for option in options]
     panel.set_yticks(np.arange(len(options)) + 0.4 - height / 2, labels, fontsize=7)

@@ -29,6 +29,12 @@ def answers_of(runs: Sequence[SavedRun], settings: Mapping[str, str]) -> Pairs:
                 f"the first is {only[0][1]} of {only[0][0]}; give both runs the same tasks and limit"
             )
         for key, sample in first.items():
+            if sample.turns[-1:] != other[key].turns[-1:] and _goes_on(runs[0], key[0]):
+                raise UserError(
+                    f"{runs[0].folder} and {run.folder} were not asked the same: with history=own each conversation of "
+                    f"{key[0]} went on from its model's answers (question {key[1]}); give one run, or evaluate with "
+                    "history=given"
+                )
             if sample.golds != other[key].golds:
                 raise UserError(
                     f"question {key[1]} of {key[0]} has other gold answers in the second run: the data differ"
@@ -53,6 +59,11 @@ def _answers(run: SavedRun, settings: Mapping[str, str]) -> dict[tuple[str, str]
             )
         answers[key] = sample
     return answers
+
+
+def _goes_on(run: SavedRun, task: str) -> bool:
+    """Return whether later questions of a task show what the model itself answered."""
+    return run.results.get("tasks", {}).get(task, {}).get("definition", {}).get("history") == "own"
 
 
 def text_of(sample: Sample) -> str:

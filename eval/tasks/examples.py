@@ -11,11 +11,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
 from eval.demonstrations.retrieval import Retriever
-from eval.demonstrations.samplers import draw, parse_sampler, read_listed
+from eval.demonstrations.samplers import OF_OWN, draw, parse_sampler, read_listed
 from eval.metrics.stems import Stems
 from eval.metrics.text import clean, scorer
 from eval.spec import TaskSpec
-from eval.task import Baselines, Embedder, Episode, Example, Frame, Task, Turn, content_hash, hash_order
+from eval.task import (
+    Baselines,
+    Embedder,
+    Episode,
+    Example,
+    Frame,
+    Task,
+    Turn,
+    content_hash,
+    generator,
+    hash_order,
+    history_of,
+)
 from flamingo.errors import UserError
 
 LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_from")
@@ -23,7 +35,7 @@ LOCATIONS = ("source", "support", "root", "published", "expected", "candidates_f
 _LATER = (
     "form prefix before separator end_of_chunk options answer_as demo_answer zero_shot num_beams length_penalty cut "
     "remove metrics support_size ranking rank_end open_metric stem ask own_names chat templates class_names "
-    "captions_each"
+    "captions_each history"
 )
 LATER = frozenset(_LATER.split())
 """Settings that came later: they count in the hash where they are not at their default, so older tasks keep theirs."""
@@ -71,11 +83,13 @@ class ExampleTask(Task):
         order = [examples[index] for index in hash_order([example.id for example in examples], "queries", name)]
         queries = order[: spec.queries]
         rest = [] if spec.queries is None else order[spec.queries :]  # if all are queries, none is left to show
-        self._support = list(rest if support is None else support)
+        self._own = any(example.support for example in examples)
+        self._support = [] if self._own else list(rest if support is None else support)
         _check_overlap(name, queries, support)
         self._queries = {example.id: example for example in queries}
-        if len(self._queries) != len(queries):
-            twice = [key for key, count in Counter(example.id for example in queries).items() if count > 1]
+        self._turns = {example.id: example for example in examples if spec.history == "own"}
+        shown = examples if spec.history == "own" else queries
+        if twice := [key for key, count in Counter(example.id for example in shown).items() if count > 1]:
             raise UserError(f"task {name}: two queries have the id {twice[0]!r}; ids must be unique")
         if not queries:
             raise UserError(f"task {name}: source.path={spec.source.path} has no item to ask about")
@@ -90,6 +104,7 @@ class ExampleTask(Task):
         self._open_score = scorer(spec.open_metric or spec.metric, [query.golds for query in queries])
         definition = definition_of(spec)
         self._sampler = parse_sampler(spec.demos)
+        self._check_own(queries)
         self._listed = read_listed(self._sampler.path, self._support) if self._sampler.name == "file" else None
         self._retriever: Retriever | None = None
         # The content of a list of demonstrations counts, not its path.
@@ -98,7 +113,8 @@ class ExampleTask(Task):
         definition |= {} if stems is None else {"stems": stems.hash}
         self.description |= {} if stems is None else {"stems": stems.description}
         self.description |= {"vocabulary": f"{len(vocabulary)} answers"} if vocabulary else {}
-        self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support]))
+        own = [demo for query in queries for demo in query.support]
+        self.hash = content_hash(name, definition, *(_identity(d) for d in [*queries, *self._support, *own]))
         self._answers = _answers_by_kind(self._support)
 
     def query_ids(self) -> Sequence[str]:
@@ -106,8 +122,46 @@ class ExampleTask(Task):
         return list(self._queries)
 
     def max_shots(self) -> int:
-        """Return the size of the support set."""
-        return len(self._support)
+        """Return the size of the support set; of those that queries bring the smallest, with `given` the largest."""
+        if not self._own:
+            return len(self._support)
+        if self._sampler.name == "given":
+            return max(len(query.support) for query in self._queries.values())
+        return min(map(self._fewest, self._queries.values()))
+
+    def _fewest(self, query: Example) -> int:
+        """Return how many demonstrations of a query's own there are, whichever of the other classes are drawn."""
+        if self._sampler.name != "balanced":
+            return len(query.support)
+        counts = Counter(demo.label for demo in query.support)
+        return counts.pop(query.label, 0) + sum(sorted(counts.values())[: self._spec.ways - 1])
+
+    def _check_own(self, queries: Sequence[Example]) -> None:
+        """Raise UserError where `demos` does not fit with what the queries bring, or do not bring."""
+        where = f"task {self.name}: demos={self._spec.demos}"
+        if not self._own:
+            if self._sampler.name == "given":
+                raise UserError(f"{where} shows what each query brings, and these bring nothing; use another of demos")
+            return
+        if self._sampler.name not in OF_OWN or self._spec.support is not None:
+            raise UserError(
+                f"{where}: the queries bring their own demonstrations; leave out support=, and set demos to one of "
+                f"{', '.join(OF_OWN)}"
+            )
+        if bare := [query.id for query in queries if not query.support]:
+            raise UserError(f"{where}: query {bare[0]} brings no demonstrations, which others do; correct the file")
+        for query in queries if self._sampler.name == "balanced" else ():
+            if (ways := len({query.label, *(demo.label for demo in query.support)})) < self._spec.ways:
+                raise UserError(f"{where}, ways={self._spec.ways}: query {query.id} brings {ways} classes; lower ways")
+
+    def _may_show(self, query: Example, seed: int, sampler: str) -> Sequence[Example]:
+        """Return what demonstrations are drawn from; balanced ones of a query's own are of its class and `ways` - 1."""
+        if not self._own or sampler != "balanced":
+            return query.support if self._own else self._support
+        others = sorted({demo.label for demo in query.support} - {query.label})
+        order = generator("ways", self.hash, seed, query.id).permutation(len(others)).tolist()
+        kept = {query.label, *(others[index] for index in order[: self._spec.ways - 1])}
+        return [demo for demo in query.support if demo.label in kept]
 
     def episode(self, query_id: str, shots: int, seed: int) -> Episode:
         """Return the query with `shots` demonstrations from the support set; at 0 shots as `zero_shot` defines."""
@@ -117,9 +171,9 @@ class ExampleTask(Task):
         return self._episode(query_id, shots, seed, self._spec.demos)
 
     def _episode(self, query_id: str, shots: int, seed: int, sampler: str) -> Episode:
-        query = self._queries[query_id]
+        query = self._turns.get(query_id) or self._queries[query_id]
         demos = draw(
-            self._support,
+            self._may_show(query, seed, sampler),
             query,
             shots,
             task_hash=self.hash,
@@ -142,11 +196,25 @@ class ExampleTask(Task):
             frame=self._frame,
         )
 
+    def earlier(self, query_id: str) -> Sequence[str]:
+        """Return the turns before this one, with history=own."""
+        return [turn.id for turn in self._turns[query_id].said] if self._turns else ()
+
+    def continued(self, episode: Episode, answers: Sequence[str]) -> Episode:
+        """Put the model's answers in the place of the data's."""
+        if not answers:
+            return episode
+        said = self._turns[episode.query_id].said
+        own = [replace(turn, answer=answer) for turn, answer in zip(said, answers, strict=True)]
+        question = episode.query.question.replace(history_of(said), history_of(own), 1)
+        return replace(episode, query=replace(episode.query, question=question))
+
     def connect(self, embed: Embedder, query_ids: Sequence[str]) -> None:
         """Embed support and queries if demonstrations are chosen by similarity."""
         if not self._sampler.retrieves or not self._support:
             return
-        queries = [self._queries[query_id] for query_id in query_ids]
+        asked = dict.fromkeys(name for query_id in query_ids for name in (*self.earlier(query_id), query_id))
+        queries = [self._turns.get(name) or self._queries[name] for name in asked]
         weight = self._sampler.weight(all(d.turn.image is not None for d in [*self._support, *queries]))
         try:
             self._retriever = Retriever(self._support, queries, weight, embed)
@@ -196,6 +264,10 @@ class ExampleTask(Task):
         if self._spec.output == "rank":
             closed = [self._candidates(query) for query in queries]
             chance = sum(1 / len(several) for several in closed if several) / len(queries)  # an open one: 0
+        if self._own:
+            modes = [_mode(Counter(demo.turn.answer for demo in query.support)) for query in queries]
+            own = [self._score(mode, query.golds) for mode, query in zip(modes, queries, strict=True)]
+            return Baselines(chance, sum(own) / len(own), "the most frequent answer that the query itself brings")
         if not self._support:
             return Baselines(chance, None, None)
         overall = sum(self._answers.values(), Counter())

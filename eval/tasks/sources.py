@@ -73,7 +73,9 @@ def check_images(items: Sequence[Item]) -> None:
 
     It says how many.
     """
-    images = [item["image"] for item in items if isinstance(item["image"], StoredImage)]
+    every = [part for item in items for part in (item, *item.get("support", ()))]
+    shown = [image for item in every for image in item.get("images", (item["image"],))]
+    images = [image for image in shown if isinstance(image, StoredImage)]
     files = {image.file for image in images if image.file is not None}
     missing = sorted(str(file) for file in files if not file.exists())
     if missing:
@@ -131,7 +133,9 @@ def _example(name: str, item: Item, spec: TaskSpec) -> Example:
         )
     candidates = tuple(letters(choices) if spec.answer_as == "letter" else choices)
     label, group = item["label"] or golds[0], item.get("group", "")
-    return Example(item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False))
+    support = tuple(_example(name, demo, spec) for demo in item.get("support", ()))
+    facts = item["id"], turn, golds, item["kind"], label, candidates, group, item.get("open", False)
+    return Example(*facts, support, tuple(item.get("said", ())))
 
 
 def _filled(name: str, template: str, values: Mapping[str, str]) -> str:

@@ -89,7 +89,7 @@ def always(fault: Fault) -> Answer:
     [
         (error(500, "oops"), "does not answer (status 500: oops, at each of 3 tries", 3),
         (Fault(body="<html>\x1b[2J"), "does not answer (no chat completion: <html>\\x1b[2J, at each", 3),
-        (error(401, "wrong key"), "does not serve model=m: status 401: wrong key", 1),
+        (error(401, "wrong key"), "wants a key, and none is in NO_KEY (key_env names the variable): status 401", 1),
         (error(404, "no such model"), "does not serve model=m: status 404: no such model", 1),
         (Fault(307, headers={"Location": "/elsewhere"}), "does not serve model=m: status 307", 1),
         (error(429, "insufficient_quota"), "has no quota left for this key", 1),
@@ -98,12 +98,14 @@ def always(fault: Fault) -> Answer:
     ],
 )
 def test_an_endpoint_that_is_down_ends_the_run(fault: Fault, message: str, requests: int, tmp_path: Path) -> None:
+    timeout_s = 0.2 if fault.stalls else 20.0
     with (
         chatting(always(fault)) as server,
         pytest.raises(UserError, match=re.escape(message)) as raised,
     ):
-        ask(server.url, tmp_path, QUESTIONS, concurrency=1, timeout_s=0.2 if fault.stalls else 20.0)
-    assert "0 of 12 replies came and are kept in" in str(raised.value)
+        ask(server.url, tmp_path, QUESTIONS, concurrency=1, timeout_s=timeout_s, key_env="NO_KEY")
+    assert str(raised.value).endswith(": none of 12 replies came")
+    assert not (tmp_path / "log.jsonl").exists()
     assert fault.stalls or len(server.requests) == requests  # of those that stall, the last may come too late
 
 
@@ -119,6 +121,17 @@ def test_an_endpoint_that_is_down_ends_the_run(fault: Fault, message: str, reque
 def test_options_that_no_request_can_have_are_refused(options: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings_of(EndpointConfig, {"url": "http://127.0.0.1:9", "model": "m", "options": options})
+
+
+def test_a_refused_key_is_named_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-123")
+    with (
+        chatting(always(error(403, "no"))) as server,
+        pytest.raises(UserError, match="refuses the key in JUDGE_KEY") as e,
+    ):
+        ask(server.url, tmp_path, ["x"], key_env="JUDGE_KEY")
+    assert server.keys == ["Bearer sk-123"]
+    assert "sk-123" not in str(e.value)
 
 
 def test_a_key_that_no_header_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from eval.__main__ import main
 from eval.compose import load_config
+from eval.prompting.prompts import Completion, EncodedPrompt
+from eval.runner import Grid, run
 from eval.spec import SourceSpec, TaskSpec
 from eval.task import Example, Task
 from eval.tasks.build import build_task
 from eval.tasks.sources import read_examples
 from flamingo.errors import UserError
 from tests.eval.finished import sample, write_run
+from tests.eval.worlds import Constant
 from tests.fixtures import png
 
 TEST = """<?xml version="1.0" encoding="UTF-8"?>
@@ -155,6 +160,55 @@ def test_conversations_are_asked_turn_by_turn(tmp_path: Path) -> None:
     assert (first.kind, second.kind) == ("turn 1", "turn 2")
     assert first.cluster == second.cluster  # turns of one conversation are not independent
     assert second.query.image is not None
+
+
+class Counting(Constant):
+    """A model whose answer is how often it was answered before in its prompt; it remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.asked: list[str] = []
+
+    def generate(self, prompts: Sequence[EncodedPrompt], features: Tensor, max_new_tokens: int) -> list[Completion]:
+        texts = [prompt.turns[-1][1] for prompt in prompts]
+        self.asked += texts
+        return [Completion(f"said {text.count('Answer:') - 1}\nand more", True) for text in texts]
+
+
+def test_a_conversation_goes_on_from_the_models_own_answers(tmp_path: Path) -> None:
+    talks = [talk("One?", "a", "Two?", "b", "Three?", "c"), talk("Uno?", "a", "Due?", "said 1") | {"id": "u"}]
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    words = ["model=m", "task=conversations", f"task.conversations.source.path={tmp_path}/talks.json"]
+    given, own = (
+        build_task("conversations", load_config([*words, *more]).task["conversations"])
+        for more in ([], ["task.conversations.history=own"])
+    )
+    assert given.hash != own.hash
+    model = Counting()
+    samples, _ = run({"c": own}, Grid([0], [0], ["real"]), model)
+    by_id = {sample.query_id: sample for sample in samples}
+    assert by_id["t.3"].turns[-1][1] == (
+        "Question: One?\nAnswer: said 0\nQuestion: Two?\nAnswer: said 1\nQuestion: Three?\nAnswer:"
+    )
+    assert by_id["t.3"].golds == ("c",)
+    assert by_id["u.2"].score == 1
+    assert len(model.asked) == 5  # every turn once, although later ones need the earlier answers
+    for limit in range(1, 5):  # what is asked does not depend on which turns are scored
+        some, _ = run({"c": own}, Grid([0], [0], ["real"], limit=limit), Counting())
+        assert [sample.turns for sample in some] == [by_id[sample.query_id].turns for sample in some]
+    first, _ = run({"c": given}, Grid([0], [0], ["real"]), Counting())
+    assert {s.query_id: s.turns[-1][1] for s in first}["t.2"] == "Question: One?\nAnswer: a\nQuestion: Two?\nAnswer:"
+
+
+def test_own_answers_are_only_for_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    (tmp_path / "talks.json").write_text(json.dumps([talk("One?", "a"), talk("Two?", "b")]))
+    words = [f"task.conversations.source.path={tmp_path}/talks.json", "task.conversations.history=own"]
+    with pytest.raises(UserError, match=r"two queries have the id 't\.1'"):
+        build_task("c", load_config(["model=m", "task=conversations", *words]).task["conversations"])
+    with pytest.raises(UserError, match=r"history=own has no effect on a question without \{history\}"):
+        load_config(["model=m", "task=conversations", *words, "task.conversations.question='{question}'"])
 
 
 @pytest.mark.parametrize(

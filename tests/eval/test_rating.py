@@ -314,6 +314,22 @@ def test_runs_that_were_asked_otherwise_are_refused(
     assert "earlier sheets" in refused([str(seeds), f"out={tmp_path / 'x'}", "demo_seed=0"], capsys)
 
 
+def test_conversations_that_went_on_differently_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Raters, and a judge, see one question above both answers."""
+    for name in ("one", "two"):
+        turns = [((None, "Question: First?"),), ((None, f"Answer: {name}\nQuestion: Next?"),)]
+        write_run(tmp_path / name, [sample(f"t.{at}", "x", turns=shown) for at, shown in enumerate(turns, 1)])
+    words = [str(tmp_path / "one"), str(tmp_path / "two"), f"out={tmp_path / 'x'}"]
+    for name in ("one", "two"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        results["tasks"] = {"talk": {"definition": {"history": "own"}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert "each conversation of talk went on from its model's answers (question t.2)" in refused(words, capsys)
+    assert main(["rate", *words[:1], words[2]]) == 0  # one alone is rated
+
+
 def _cell(seed: int) -> Any:
     return sample("a", "x").cell.__class__("talk", 0, seed, "real")
 

@@ -13,7 +13,7 @@ from eval.spec import SourceSpec
 from eval.tasks.formats.captions import coco_captions, karpathy, textcaps, vatex, youcook2
 from eval.tasks.formats.choices import medmcqa, medqa, mmlu, nextqa_choice, pubmedqa, scienceqa, star
 from eval.tasks.formats.files import Item
-from eval.tasks.formats.in_context import vl_icl
+from eval.tasks.formats.in_context import smmile, vl_icl
 from eval.tasks.formats.labels import hateful_memes, imagenet, rareact, winoground
 from eval.tasks.formats.long_form import conversations, healthsearchqa, liveqa, medicationqa
 from eval.tasks.formats.mmmu import mmmu
@@ -28,7 +28,7 @@ FORMATS: dict[str, Reader] = {
         *(medmcqa, medqa, mmlu, mmmu, nextqa_choice, pubmedqa, scienceqa, star),
         *(hateful_memes, imagenet, rareact, winoground),
         *(conversations, healthsearchqa, liveqa, medicationqa),
-        vl_icl,
+        *(smmile, vl_icl),
     )
 }
 """Name in a task's `source.format` to its reader."""

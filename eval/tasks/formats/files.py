@@ -16,7 +16,8 @@ from eval.tasks.formats.rows import Row
 
 Item = dict[str, Any]
 """One question: id, image, question, answers (accepted ones), kind, label, text (the answer's node in the document, or
-None); optionally choices, rationale, group (what ties scores together) and values (for the question's `{...}`)."""
+None); optionally choices, rationale, group (what ties scores together), values (for the question's `{...}`), support
+(items, the only ones that may be shown as its demonstrations) and said (the turns before it)."""
 
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 

@@ -26,7 +26,7 @@ def hub_questions(path: Path, source: SourceSpec) -> Iterator[Item]:
     """
     seen: dict[str, EncodedImage] = {}  # most images have several questions
     for name, row in hub_rows(path, source):
-        image, group = _image(row, source, seen)
+        image, group = hub_image(row, source, seen)
         answer = row.text("answer").strip()
         kind = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
         yield item(row, name, image, row.text("question"), [answer], kind, group=group)
@@ -48,8 +48,8 @@ def hub_rows(path: Path, source: SourceSpec) -> Iterator[tuple[str, Row]]:
         yield f"{stem}.{count}", row
 
 
-def _image(row: Row, source: SourceSpec, seen: dict[str, EncodedImage]) -> tuple[EncodedImage, str]:
-    """Return a row's image and what is the same for all rows that show it."""
+def hub_image(row: Row, source: SourceSpec, seen: dict[str, EncodedImage]) -> tuple[EncodedImage, str]:
+    """Return a row's image and what is the same for all rows that show it; `seen` are the images of rows before it."""
     stored = row.get("image")
     data, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
     if isinstance(data, bytes):

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from data.records import one_line, read_bytes
 from eval.spec import SourceSpec
+from eval.task import Said, history_of
 from eval.tasks.formats.files import Item, image_of, item
 from eval.tasks.formats.rows import Row, csv_rows, json_rows
 from flamingo.errors import UserError
@@ -85,21 +86,21 @@ def _table(path: Path) -> Iterator[Row]:
 def conversations(path: Path, source: SourceSpec) -> Iterator[Item]:
     """Read conversations in LLaVA's form, an item for each answer: what was said before it is `{history}`.
 
-    The history has the data's own answers, so each turn is scored by itself; the kind is the turn's number.
+    The history has the data's own answers (with the task's history=own the model's); the kind is the turn's number.
     """
     for row in json_rows(path):
         name, file = row.name("id"), row.text("image", "")
         image = image_of(source, file, row) if file else None
-        history, question, turn = "", "", 0
-        for said in row.rows("conversations"):
-            speaker = SPEAKERS.get(said.text("from"))
-            text = " ".join(re.sub("<image>", " ", said.text("value")).split())
+        question, said = "", list[Said]()
+        for part in row.rows("conversations"):
+            speaker = SPEAKERS.get(part.text("from"))
+            text = " ".join(re.sub("<image>", " ", part.text("value")).split())
             if speaker is None or (speaker == "answer") != bool(question) or not text:
-                raise said.fault("is not a question of human and an answer of gpt in turn, with a text")
+                raise part.fault("is not a question of human and an answer of gpt in turn, with a text")
             if speaker == "question":
                 question = text
                 continue
-            turn += 1
-            values = {"history": history}
-            yield item(row, f"{name}.{turn}", image, question, [text], f"turn {turn}", group=name, values=values)
-            history, question = f"{history}Question: {question}\nAnswer: {text}\n", ""
+            turn, more = len(said) + 1, {"values": {"history": history_of(said)}, "said": tuple(said)}
+            yield item(row, f"{name}.{turn}", image, question, [text], f"turn {turn}", group=name, **more)
+            said.append(Said(f"{name}.{turn}", question, text))
+            question = ""
