@@ -121,7 +121,7 @@ def table_rows(
     try:
         for row in reader:
             if row and not header:
-                header = _header(path, row, needed)
+                header = header_of(path, row, needed)
             elif row and len(row) != len(header):
                 raise UserError(
                     f"{path}: line {begin} has {len(row)} cells and the header {len(header)}; put a cell that has a "
@@ -136,7 +136,8 @@ def table_rows(
         ) from None
 
 
-def _header(path: Path, row: Iterable[str], needed: Sequence[str]) -> list[str]:
+def header_of(path: object, row: Iterable[str], needed: Sequence[str] = ()) -> list[str]:
+    """Return the columns of a table. Raises UserError if one of `needed` is missing, or a name occurs twice."""
     header = list(row)
     if missing := [name for name in needed if name not in header]:
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(header)}")

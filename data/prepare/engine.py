@@ -27,6 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from data.errors import StorageError
 from data.prepare.executors import EXECUTORS, RESUME, run_jobs
 from data.prepare.images import ImageRule
 from data.prepare.units import InputUnit, SourceModule, Tally, fingerprint, options_of, parse_part, write_json
@@ -327,7 +328,7 @@ def run_unit(source: str, args: argparse.Namespace, number: int, unit: InputUnit
                 tally.documents += 1
                 tally.images += len(document.images)
     except UserError as error:
-        if not args.skip_bad_files:
+        if not args.skip_bad_files or isinstance(error, StorageError):  # a store that is away is no damaged file
             raise
         print(f"skipped: {error}", file=sys.stderr)
         tally = Tally()

@@ -6,6 +6,7 @@ import argparse
 import base64
 import binascii
 import os
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from data.prepare.inputs import LFS
 from data.prepare.units import Dropped
+from data.shards.places import place
 from flamingo.errors import UserError
 from flamingo.vision.image_files import UnreadableFormat, read_image, sniff
 
@@ -113,16 +115,18 @@ def _what_it_is(data: bytes) -> str:
 
 
 class ImageFolder:
-    """Images by their path below a folder. No name or link leads out of it."""
+    """Images by their path below a folder, also of a store. No name or link leads out of it."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = place(root)
         if not self.root.is_dir():
             raise UserError(f"image folder {root} does not exist; correct --images")
-        self._real = str(self.root.resolve())
+        self._real = str(self.root.resolve()) if isinstance(self.root, Path) else str(self.root)
 
     def is_inside(self, name: str) -> bool:
         """Return whether an absolute path, as open_clip's tables have them, is one below the folder as it was given."""
+        if not isinstance(self.root, Path):
+            return False
         path = os.path.normpath(name)
         return any(os.path.commonpath([path, root]) == root for root in (str(self.root.absolute()), self._real))
 
@@ -134,6 +138,11 @@ class ImageFolder:
             inside = os.path.isabs(name) and self.is_inside(name)  # noqa: PTH117
             if not inside and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):  # noqa: PTH117
                 raise Dropped("image's name leads out of its folder")
+            if not isinstance(self.root, Path):
+                try:
+                    return (self.root / posixpath.normpath(name.removeprefix(f"{self.root}/"))).read_bytes()
+                except FileNotFoundError:
+                    continue
             path = self.root / name
             try:
                 real = os.path.realpath(path)

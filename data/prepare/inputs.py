@@ -11,12 +11,14 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from data.prepare.units import InputUnit
 from data.records import is_array, one_line, parse_json
+from data.remote.download import expand
+from data.shards.places import Place, RemotePath, files_below, is_store, matches, place
 from flamingo.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
@@ -24,22 +26,30 @@ CHUNK = 64_000_000  # bytes of a text file in one unit
 LONGEST_LINE = 1 << 28  # bytes; images in base64 are far shorter
 
 
-def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Place]]:
     """Return (label, path) of every input file, sorted by label: files, folders (searched whole) and patterns.
+
+    They may be those of a store (s3://bucket/folder), whose patterns may have braces too.
 
     Raises UserError for an input that is not there, holds no file of these kinds, is a pipe or a device, which may
     never end and cannot be read twice, or is a Git-LFS pointer.
     """
-    labels: dict[Path, str] = {}
+    labels: dict[Place, str] = {}
     for item in inputs:
         path = Path(item)
-        if path.is_dir():
+        new: dict[Place, str]
+        if is_store(item):
+            new = _stored(item, suffixes)
+        elif path.is_dir():
             inside = [
                 file for file in path.rglob("*") if file.name.lower().endswith(tuple(suffixes)) and file.is_file()
             ]
             new = {file: file.relative_to(path).as_posix() for file in inside}
         elif "://" in item:
-            raise UserError(f"input {item} is a URL; download it, or mount it as a folder, and give that path")
+            raise UserError(
+                f"input {item} is a URL; inputs are files, folders and those of a store (s3://bucket/folder): download "
+                "it, and give its path"
+            )
         elif any(c in item for c in "*?[") and not path.exists():
             new = {Path(file): Path(file).name for file in glob.glob(item)}  # noqa: PTH207 (may be absolute)
         elif path.exists():
@@ -49,15 +59,47 @@ def input_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[st
         if not new:
             raise UserError(f"input {item} holds no {' or '.join(suffixes)} file; correct the path")
         labels |= new
-    for path in labels:
-        if not path.is_file():
-            kind = "folder" if path.is_dir() else "pipe or a device"
-            raise UserError(f"input {path} is a {kind}, not a file; write what it gives to a file, and give that path")
-        refuse_pointer(path)
+    for file in labels:
+        if isinstance(file, Path) and not file.is_file():
+            kind = "folder" if file.is_dir() else "pipe or a device"
+            raise UserError(f"input {file} is a {kind}, not a file; write what it gives to a file, and give that path")
+        if file.stat().st_size < 1024:
+            refuse_pointer(file)
     return sorted(((label, path) for path, label in labels.items()), key=lambda item: (item[0], str(item[1])))
 
 
-def refuse_pointer(path: Path) -> None:
+def _stored(item: str, suffixes: Sequence[str]) -> dict[Place, str]:
+    """Return the label of every file of a store that an input means. Raises UserError for one that is not there."""
+    found: dict[Place, str] = {}
+    for url in expand(item):
+        path = RemotePath(url.rstrip("/"))
+        new: dict[Place, str]
+        if path.is_file():
+            new = {path: path.name}
+        elif any(c in url for c in "*?["):
+            new = {match: match.name for match in matches(url)}
+        else:
+            inside = files_below(path)
+            if not inside:
+                raise UserError(f"input {url} does not exist; correct the path")
+            new = {
+                RemotePath(f"{path}/{name}", size): name
+                for name, size in inside.items()
+                if name.lower().endswith(tuple(suffixes))
+            }
+        found |= new
+    return found
+
+
+def folder_files(item: str) -> dict[str, int] | None:
+    """Return the name and bytes of every file in a folder and its folders; None for an input that is no folder."""
+    path = place(item)
+    if isinstance(path, Path):
+        return files_below(path) if path.is_dir() else None
+    return files_below(path) or None
+
+
+def refuse_pointer(path: Place) -> None:
     """Raise UserError when a file is only a Git-LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
@@ -105,17 +147,17 @@ def json_lines(unit: InputUnit) -> Iterator[tuple[str, Any]]:
 
 def _lines(unit: InputUnit) -> Iterator[tuple[str, bytes]]:
     if unit.label.lower().endswith(".zip"):
-        with zipfile.ZipFile(unit.path) as archive:
+        with place(unit.path).open("rb") as packed, zipfile.ZipFile(packed) as archive:
             for name in archive.namelist():
                 if not name.endswith("/"):
                     with archive.open(name) as member:
                         yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(_all_lines(member), 1))
         return
     if unit.label.lower().endswith(".gz"):
-        with gzip.open(unit.path, "rb") as lines:
+        with place(unit.path).open("rb") as packed, gzip.open(packed, "rb") as lines:
             yield from ((f"{unit.label} line {n}", line) for n, line in enumerate(_all_lines(lines), 1))
         return
-    with Path(unit.path).open("rb") as file:
+    with place(unit.path).open("rb") as file:
         if unit.begin:
             file.seek(unit.begin - 1)
             _line(file)  # the rest of a line that began in the previous unit
@@ -135,13 +177,13 @@ def _all_lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     return iter(lambda: _line(file), b"")
 
 
-def json_spans(path: str | Path, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
+def json_spans(path: str | Place, inside: str | None = None) -> Iterator[tuple[str | None, int, int]]:
     """Yield (key, offset, size) of every item of a JSON array (key None) or object, without loading the file.
 
     `inside` names the member of the outer object whose items are read. Raises UserError, naming the byte, for other
     JSON.
     """
-    with Path(path).open("rb") as file:
+    with place(path).open("rb") as file:
         scanner = _Scanner(file, str(path))
         opening = scanner.take("[{")
         if inside is not None:
@@ -229,7 +271,7 @@ class _Scanner:
         return value, offset, size
 
 
-def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
+def array_units(path: Place, label: str, items: int) -> list[InputUnit]:
     """Return units of `items` consecutive items of a JSON array; `begin` and `end` are bytes."""
     units: list[InputUnit] = []
     size, spans, first = path.stat().st_size, [(o, s) for _, o, s in json_spans(path)], 0
@@ -241,7 +283,7 @@ def array_units(path: Path, label: str, items: int) -> list[InputUnit]:
 
 def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) of the items of a unit of a JSON array."""
-    with Path(unit.path).open("rb") as file:
+    with place(unit.path).open("rb") as file:
         file.seek(unit.begin)
         raw = file.read(unit.end - unit.begin)
     try:
@@ -255,7 +297,7 @@ def array_items(unit: InputUnit) -> Iterator[tuple[str, Any]]:
         yield f"{label} item {index}", value
 
 
-def record_units(path: Path, label: str, items: int) -> list[InputUnit]:
+def record_units(path: Place, label: str, items: int) -> list[InputUnit]:
     """Return units of a file of JSON lines, or of one that holds an array, whatever its name says."""
     with path.open("rb") as file:
         head = file.read(4096)
@@ -272,9 +314,9 @@ def records(unit: InputUnit) -> Iterator[tuple[str, Any]]:
     return array_items(unit) if " from item " in unit.label else json_lines(unit)
 
 
-def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: str | Place, begin: int, end: int | None, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (byte after it, row) of the rows that begin in [begin, end) of a UTF-8 table; rows may span lines."""
-    with Path(path).open("rb") as file:
+    with place(path).open("rb") as file:
         file.seek(begin)
         at = begin
 
@@ -295,7 +337,7 @@ def csv_rows(path: str | Path, begin: int, end: int | None, delimiter: str) -> I
             raise UserError(f"{path} is not a UTF-8 table: error near byte {at} ({one_line(error)})") from None
 
 
-def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUnit]:
+def csv_units(path: Place, label: str, rows: int, delimiter: str) -> list[InputUnit]:
     """Return units of `rows` consecutive rows of a table, the header left out."""
     size, units, begin, count = path.stat().st_size, [], -1, 0
     for at, _ in csv_rows(path, 0, None, delimiter):
@@ -309,13 +351,13 @@ def csv_units(path: Path, label: str, rows: int, delimiter: str) -> list[InputUn
     return units
 
 
-def folder_units(root: str | Path, names: Sequence[str], each: int) -> list[InputUnit]:
-    """Return units of `each` files of a folder, by their names below it; their `size` is that of all of them."""
-    units = []
+def folder_units(root: str, sizes: Mapping[str, int], each: int) -> list[InputUnit]:
+    """Return units of `each` files of a folder, from the bytes of each; the `size` of a unit is that of its files."""
+    units, names = [], sorted(sizes)
     for first in range(0, len(names), each):
         some = tuple(names[first : first + each])
-        size = sum((Path(root) / name).lstat().st_size for name in some)
-        units.append(InputUnit(f"{some[0]} and {len(some) - 1} more", str(root), first, first + len(some), size, some))
+        size = sum(sizes[name] for name in some)
+        units.append(InputUnit(f"{some[0]} and {len(some) - 1} more", root, first, first + len(some), size, some))
     return units
 
 

@@ -23,6 +23,7 @@ from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, Tally
 from data.prepare.web.address import same_address
 from data.records import json_objects, table_rows
+from data.shards.places import Place, RemotePath, fetched, is_store, place
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
 
@@ -83,6 +84,8 @@ class Lookup:
         if offset < 0:
             assert self.folder is not None
             return self.folder.read(path)
+        if is_store(path):
+            return RemotePath(path).read_bytes(offset, offset + size)
         if path not in self._open:
             if len(self._open) >= 64:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -117,17 +120,20 @@ def _opened(path: str, inode: int, changed: int) -> Lookup:
 
 def build_url_lookup(path: Path, images: Sequence[str]) -> None:
     """Write the lookup of images by URL from the values of --images. Raises UserError."""
-    maps = [Path(item) for item in images if Path(item).suffix in (".csv", ".tsv", ".jsonl")]
+    maps = [place(item) for item in images if place(item).suffix in (".csv", ".tsv", ".jsonl")]
     if maps and len(images) > 1:
         raise UserError("--images takes one map (.csv, .tsv, .jsonl), or tars and folders of tars; not both")
     if maps and not maps[0].is_file():
         raise UserError(f"--images {maps[0]} does not exist; correct the path")
     files = [(str(maps[0]), maps[0])] if maps else input_files(images, (".tar",))
-    stamp = json.dumps([(str(file.resolve()), file.stat().st_size) for _, file in files])
+    stamp = json.dumps(
+        [(str(file.resolve() if isinstance(file, Path) else file), file.stat().st_size) for _, file in files]
+    )
     if path.exists() and _stamp_of(path) == stamp:
         return  # made before the run was interrupted
     if maps:
-        build_lookup(path, _map_entries(maps[0]), str(maps[0].parent), stamp)
+        with fetched(maps[0]) as copy:
+            build_lookup(path, _map_entries(copy), str(maps[0].parent), stamp)
     else:
         build_lookup(path, _tar_entries(files), stamp=stamp)
 
@@ -137,7 +143,7 @@ def _stamp_of(path: Path) -> str:
         return str(base.execute("SELECT path FROM files WHERE id = -1").fetchone()[0])
 
 
-def _tar_entries(files: Sequence[tuple[str, Path]]) -> Iterator[Entry]:
+def _tar_entries(files: Sequence[tuple[str, Place]]) -> Iterator[Entry]:
     for label, tar in files:
         for sample in tar_samples(tar, label, Tally()):
             images = sample.images()

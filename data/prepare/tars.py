@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
+from data.remote.copies import shard_copy
+from data.shards.places import Place
 from data.shards.samples import IMAGE, SampleMember, samples_of
 
 
@@ -33,16 +35,18 @@ class TarSample:
         return [member.suffix for member in sorted(images, key=lambda member: member.number)]
 
 
-def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSample]:
+def tar_samples(path: str | Place, label: str, tally: Tally) -> Iterator[TarSample]:
     """Yield the samples of a tar in its order. A key that occurs again later in the tar is dropped and counted.
 
     Every header is read before the first sample is yielded, so a truncated or damaged tar raises UserError at once.
-    Names are only keys: nothing is extracted, links are not followed.
+    Names are only keys: nothing is extracted, links are not followed. A tar of a store is copied for that long.
     """
-    groups = list(samples_of(path, lambda name: tally.drop_document("file without a suffix", f"{label} {name}")))
-    seen: set[str] = set()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as held:
+        copy = held.enter_context(shard_copy(str(path)))
+        groups = list(samples_of(copy, lambda name: tally.drop_document("file without a suffix", f"{label} {name}")))
+        seen: set[str] = set()
+        descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+        held.callback(os.close, descriptor)
         for key, members in groups:
             where = f"{label} key {key}"
             if key in seen:
@@ -54,8 +58,6 @@ def tar_samples(path: str | Path, label: str, tally: Tally) -> Iterator[TarSampl
                 if parts.setdefault(member.suffix, member) is not member:
                     tally.drop_image(f"second .{member.suffix} of its sample", where)
             yield TarSample(key, where, parts, descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def json_samples(unit: InputUnit, tally: Tally) -> Iterator[tuple[TarSample, dict[str, Any]]]:

@@ -28,4 +28,9 @@ def shard_copy(shard: str) -> Iterator[Path]:
         if not shard.startswith("pipe:"):
             with contextlib.suppress(UserError):
                 download(f"{shard}.idx", index_path(copy))
-        yield copy
+        try:
+            yield copy
+        except UserError as error:
+            if str(copy) not in str(error):
+                raise
+            raise UserError(str(error).replace(str(copy), shard)) from None

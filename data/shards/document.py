@@ -182,12 +182,12 @@ def caption_of(text: bytes | None, facts: Mapping[str, Any], key: str = "caption
     Byte-order marks and blanks around it are left out. `prepare` and training in place both ask here. Raises
     ContentError when there is no caption, ValueError for bytes that are not text and values of other types.
     """
-    caption = "" if text is None else decode_text(text).strip()
+    caption = "" if text is None else _visible(decode_text(text))
     if not caption:
         value = facts.get(key)
         if not isinstance(value, str | None):
             raise ValueError("caption is not text")
-        caption = (value or "").strip()
+        caption = _visible(value or "")
     if not caption:
         has = f"the JSON has {', '.join(map(str, list(facts)[:12]))}" if facts else "there is no JSON"
         raise ContentError("no caption", f"{'blank' if text is not None else 'no'} .txt, and {has}")
@@ -197,6 +197,12 @@ def caption_of(text: bytes | None, facts: Mapping[str, Any], key: str = "caption
         except UnicodeEncodeError:
             raise ValueError("caption is not Unicode") from None
     return caption
+
+
+def _visible(text: str) -> str:
+    """Return a text without the blanks around it; nothing where no character of it is seen (zero width, control)."""
+    text = text.strip()
+    return text if text.isprintable() or any(c.isprintable() and c != " " for c in text) else ""
 
 
 def decode_text(raw: bytes) -> str:

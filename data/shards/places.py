@@ -1,23 +1,35 @@
-"""Where shards are written: a folder on a disk, or behind a URL that fsspec writes to, such as s3://bucket/folder.
+"""Where files are read and shards written: a folder on a disk, or a URL of fsspec's, such as s3://bucket/folder.
 
 `place` makes a `pathlib.Path` of the one and a `RemotePath` of the other, which has the few of its methods that
-writing shards takes. An object of a store appears when all of it has arrived, so nothing there is ever half written.
+preparing takes. An object of a store appears when all of it has arrived, so nothing there is ever half written. A store
+that does not answer, or is busy, is asked again for `PATIENCE` seconds.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
+from data.errors import StorageError
+from data.shards.retry import FIRST_WAIT, PATIENCE, Backoff
 from flamingo.errors import UserError
 from flamingo.files import write_atomically
+
+T = TypeVar("T")
+AHEAD = 4 << 20  # bytes that are asked for at once of a file that is read piece by piece
+
+
+class _AwayError(OSError):
+    """A store that does not answer or is busy: another attempt may end otherwise."""
 
 
 def is_store(name: str | Path) -> bool:
@@ -37,22 +49,49 @@ def store_errors(url: str) -> Iterator[None]:
         raise UserError(
             f"{url} is refused ({error or 'permission denied'}); check the credentials and the URL"
         ) from None
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # no object can have this name
+            raise FileNotFoundError(f"{url}: {error}") from None
+        answer = getattr(error.__cause__, "response", None) or {}
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500:
+            raise _AwayError(str(error) or type(error).__name__) from error
+        if status >= 400:
+            raise UserError(f"{url} is refused ({error}); correct the URL") from None
         raise
     except Exception as error:  # botocore's have no common base with OSError
         name, said = type(error).__name__, " ".join(str(error).split())
-        if "Credential" in name or "Token" in name:
+        if "Credential" in name or "Token" in name or name in ("ProfileNotFound", "PartialCredentialsError"):
             raise UserError(f"{url}: {said}; give credentials as its command line tool takes them") from None
-        if name in ("ParamValidationError", "NoRegionError", "InvalidRegionError"):
+        if isinstance(error, ValueError) or name in ("ParamValidationError", "NoRegionError", "InvalidRegionError"):
             raise UserError(f"{url}: {said}; correct the URL") from None
-        raise OSError(f"{url}: {said or name}") from error
+        raise _AwayError(f"{url}: {said or name}") from error
 
 
-@contextmanager
-def _writing(url: str) -> Iterator[None]:
+def ask(url: str, question: Callable[[Any], T]) -> T:
+    """Return what `question` makes of the file system of a URL; it is asked again while the store is away.
+
+    Raises:
+        FileNotFoundError: there is no such file or bucket.
+        StorageError: the store was away for `PATIENCE` seconds.
+        UserError: the store refuses; another attempt would end the same way.
+    """
+    system, backoff = file_system(url), Backoff(url, PATIENCE, None, FIRST_WAIT)
+    while True:
+        try:
+            with store_errors(url):
+                return question(system)
+        except _AwayError as error:
+            if not backoff.wait(error):
+                raise StorageError(
+                    f"{url} could not be reached in {backoff.spent()}: {error}; run the same command again when the "
+                    "store answers"
+                ) from None
+
+
+def _write(url: str, question: Callable[[Any], object]) -> None:
     try:
-        with store_errors(url):
-            yield
+        ask(url, question)
     except FileNotFoundError as error:
         raise UserError(f"cannot write {url}: {error}; create the bucket, or correct the URL") from None
 
@@ -78,6 +117,8 @@ class RemotePath:
     """A file or folder of a store, with methods as those of `pathlib.Path`. A folder is there when it holds a file."""
 
     url: str
+    size: int | None = field(default=None, compare=False)
+    """Of a file in bytes, where a listing has told it."""
 
     def __str__(self) -> str:
         return self.url
@@ -94,6 +135,11 @@ class RemotePath:
         return self.url.rstrip("/").rpartition("/")[2]
 
     @property
+    def suffix(self) -> str:
+        """The end of the last part, from its last dot on."""
+        return PurePosixPath(self.name).suffix
+
+    @property
     def parent(self) -> RemotePath:
         """The folder that this is in."""
         return RemotePath(self.url.rstrip("/").rpartition("/")[0])
@@ -102,25 +148,40 @@ class RemotePath:
         """Return its neighbour."""
         return self.parent / name
 
+    def _kind(self) -> str:
+        try:
+            return str(ask(self.url, lambda system: system.info(self.url))["type"])
+        except FileNotFoundError:
+            return ""
+
     def exists(self) -> bool:
         """Return whether it is there."""
-        with store_errors(self.url):
-            return bool(file_system(self.url).exists(self.url))
+        return bool(self._kind())
+
+    def is_file(self) -> bool:
+        """Return whether it is a file."""
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        """Return whether it is a folder."""
+        return self._kind() == "directory"
 
     def stat(self) -> Any:
         """Return an object with `st_size`. Raises FileNotFoundError."""
-        with store_errors(self.url):
-            return SimpleNamespace(st_size=int(file_system(self.url).size(self.url)))
+        size = self.size if self.size is not None else ask(self.url, lambda system: system.size(self.url))
+        return SimpleNamespace(st_size=int(size))
 
-    def read_bytes(self) -> bytes:
-        """Return a file. Raises FileNotFoundError."""
-        with store_errors(self.url):
-            return bytes(file_system(self.url).cat_file(self.url))
+    def read_bytes(self, begin: int | None = None, end: int | None = None) -> bytes:
+        """Return a file, or bytes [begin, end) of it. Raises FileNotFoundError."""
+        return bytes(ask(self.url, lambda system: system.cat_file(self.url, start=begin, end=end)))
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """Open a file for reading bytes, of which a few MB are asked for at once. Raises FileNotFoundError."""
+        return io.BufferedReader(_Ranges(self), AHEAD)
 
     def write_bytes(self, body: bytes) -> None:
         """Write a file."""
-        with _writing(self.url):
-            file_system(self.url).pipe_file(self.url, body)
+        _write(self.url, lambda system: system.pipe_file(self.url, body))
 
     def iterdir(self) -> Iterator[RemotePath]:
         """Yield what is in a folder."""
@@ -129,11 +190,37 @@ class RemotePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove a file."""
         try:
-            with store_errors(self.url):
-                file_system(self.url).rm_file(self.url)
+            ask(self.url, lambda system: system.rm_file(self.url))
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+
+class _Ranges(io.RawIOBase):
+    """The bytes of a file of a store, each piece asked for by itself, so that a broken connection costs one piece."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path, self.at, self.size = path, 0, path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        if (end := min(self.at + len(buffer), self.size)) <= self.at:
+            return 0
+        body = self.path.read_bytes(self.at, end)
+        if len(body) != end - self.at:
+            raise UserError(f"{self.path} became shorter while it was read; start again when it is complete")
+        buffer[: len(body)] = body
+        self.at = end
+        return len(body)
 
 
 Place = Path | RemotePath
@@ -150,11 +237,33 @@ def sizes_in(folder: Place) -> dict[str, int]:
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        with store_errors(folder.url):
-            listed = file_system(folder.url).ls(folder.url, detail=True)
+        listed = ask(folder.url, lambda system: system.ls(folder.url, detail=True))
         return {str(e["name"]).rpartition("/")[2]: int(e["size"]) for e in listed if e["type"] == "file"}
     except FileNotFoundError:
         return {}
+
+
+def files_below(folder: Place) -> dict[str, int]:
+    """Return the name below a folder and the bytes of every file in it and in its folders. Empty when it is none."""
+    if isinstance(folder, Path):
+        inside = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+        return {path.relative_to(folder).as_posix(): path.lstat().st_size for path in inside}
+    root = f"{folder}/"
+    return {path.url.removeprefix(root): path.stat().st_size for path in matches(root) if path.url.startswith(root)}
+
+
+def matches(pattern: str) -> list[RemotePath]:
+    """Return the files of a store that a pattern with `*`, `?` or `[` stands for; of a folder ("/" at its end) all."""
+    search = "find" if pattern.endswith("/") else "glob"
+    try:
+        listed = ask(pattern, lambda system: getattr(system, search)(pattern, detail=True))
+    except FileNotFoundError:
+        return []
+    scheme = pattern.partition("://")[0]
+    paths = {
+        f"{scheme}://{name.lstrip('/')}": int(info["size"]) for name, info in listed.items() if info["type"] == "file"
+    }
+    return [RemotePath(url, size) for url, size in sorted(paths.items()) if not url.endswith("/")]
 
 
 def put(target: Place, body: bytes) -> None:
@@ -170,8 +279,7 @@ def send(file: Path, target: Place) -> None:
     if isinstance(target, Path):
         write_atomically(target, lambda temporary: shutil.copyfile(file, temporary), shared=True)
         return
-    with _writing(target.url):
-        file_system(target.url).put_file(str(file), target.url)
+    _write(target.url, lambda system: system.put_file(str(file), target.url))
 
 
 def move(file: Path, target: Place) -> None:
@@ -188,8 +296,7 @@ def fetch(source: Place, target: Path) -> None:
     if isinstance(source, Path):
         shutil.copyfile(source, target)
         return
-    with store_errors(source.url):
-        file_system(source.url).get_file(source.url, str(target))
+    ask(source.url, lambda system: system.get_file(source.url, str(target)))
 
 
 @contextmanager
@@ -208,7 +315,5 @@ def remove_folder(folder: Place) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with store_errors(folder.url):
-        system = file_system(folder.url)
-        if system.exists(folder.url):
-            system.rm(folder.url, recursive=True)
+    if folder.exists():
+        ask(folder.url, lambda system: system.rm(folder.url, recursive=True))

@@ -118,10 +118,7 @@ def make_folder(name: str | Path | RemotePath) -> Place:
     """Create a folder to write into, if needed, and return it. Raises UserError for other URLs or when that fails."""
     folder = output_place(name)
     if not isinstance(folder, Path):
-        try:
-            folder.exists()
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error}; try again when the store answers") from None
+        folder.exists()  # a store that refuses, or is away, says so before anything is done
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

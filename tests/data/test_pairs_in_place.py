@@ -79,6 +79,7 @@ SILENT: dict[str, list[tuple[str, bytes]]] = {
     "a JSON without a caption": [("k.json", b'{"url": "u"}')],
     "a caption of null": [("k.json", b'{"caption": null}')],
     "an empty caption": [("k.json", b'{"caption": " "}')],
+    "nothing that is seen": [("k.txt", "\ufeff\u200b \u200e\0\n".encode()), ("k.json", b'{"caption": "\\u200b"}')],
     "a caption that is a list": [("k.json", b'{"caption": ["a", "b"]}')],
     "a caption that is a number": [("k.json", b'{"caption": 3}')],
     "half a character": [("k.json", b'{"caption": "\\ud83d"}')],

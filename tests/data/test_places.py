@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import StorageError
 from data.shards.places import RemotePath, fetched, is_store, move, place, put, remove_folder, send, sizes_in
 from flamingo.errors import UserError
 
@@ -52,3 +53,27 @@ def test_stores_are_told_from_paths_and_addresses() -> None:
 def test_a_store_that_nobody_knows_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"nosuchstore://b/x cannot be opened: .*nosuchstore"):
         place("nosuchstore://b/x").exists()
+
+
+class Away:
+    """A file system that does not answer at first."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.asked = failures, 0
+
+    def pipe_file(self, url: str, body: bytes) -> None:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise ConnectionResetError("gone")
+
+
+def test_a_store_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.places.FIRST_WAIT", 0.001)
+    system = Away(failures=2)
+    monkeypatch.setattr("data.shards.places.file_system", lambda url: system)
+    put(place("s3://bucket/a"), b"x")
+    assert system.asked == 3
+    monkeypatch.setattr("data.shards.places.PATIENCE", 0.0)
+    system = Away(failures=1)
+    with pytest.raises(StorageError, match=r"s3://bucket/a could not be reached in 1 attempts .*: gone; run the same"):
+        put(place("s3://bucket/a"), b"x")

@@ -177,8 +177,8 @@ def test_an_output_that_is_no_folder(tars: Path, tmp_path: Path) -> None:
 
 
 def test_an_input_that_is_a_url(tmp_path: Path) -> None:
-    said = refusal(tmp_path / "out", "pairs", "s3://bucket/{00..02}.tar")
-    assert "input s3://bucket/{00..02}.tar is a URL; download it, or mount it as a folder" in said
+    said = refusal(tmp_path / "out", "pairs", "https://host/{00..02}.tar")
+    assert "input https://host/{00..02}.tar is a URL; inputs are files, folders and those of a store" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -134,6 +134,8 @@ def test_mistakes(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes(b"image,caption\n\xff,x\n")
     assert "t.csv is not a UTF-8 table" in refusal(tmp_path / "o", "pairs", table)
+    table.write_bytes(b"image,caption,caption\n0.jpg,x,y\n")
+    assert "t.csv has two columns 'caption'" in refusal(tmp_path / "p", "pairs", table)
     shard.write_bytes(shard.read_bytes()[:700])
     assert "a.tar is truncated" in refusal(tmp_path / "o", "pairs", shard)
     assert "--min-side" in refusal(tmp_path / "o", "pairs", tmp_path / "empty", "--min-side", "0")

@@ -17,6 +17,7 @@ the last is kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -38,6 +39,7 @@ from data.prepare.web.duplicates import (
     site_of,
     tabulate,
 )
+from data.remote.copies import shard_copy
 from data.shards.document import Document, Image, Node, Text, is_conversation
 from data.shards.index import build_index, index_path, load_index
 from data.shards.places import is_store
@@ -123,9 +125,11 @@ def _count(unit: InputUnit, path: Path, skip: bool, near: Near) -> None:
 
 def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentError]]:
     """Yield (row, where, document or what is wrong with it) for each sample of a shard."""
-    index = load_index(unit.path) if index_path(unit.path).exists() else build_index(unit.path)
-    reader = ShardReader([index])
-    try:
+    with contextlib.ExitStack() as held:
+        copy = held.enter_context(shard_copy(unit.path))
+        index = load_index(copy) if index_path(copy).exists() else build_index(copy)
+        reader = ShardReader([index])
+        held.callback(reader.close)
         for row in range(len(index)):
             where = f"{unit.label} row {row} (key {index.key(row)})"
             try:
@@ -143,8 +147,6 @@ def _documents(unit: InputUnit) -> Iterator[tuple[int, str, Document | ContentEr
                 for node in sample.nodes
             ]
             yield row, where, Document("", nodes, images, sample.meta)
-    finally:
-        reader.close()
 
 
 @lru_cache(maxsize=2)

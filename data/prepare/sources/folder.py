@@ -15,14 +15,14 @@ import posixpath
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from urllib.parse import unquote
 
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments, from_base64
-from data.prepare.inputs import folder_units, input_files
+from data.prepare.inputs import folder_files, folder_units, input_files
 from data.prepare.markdown import parts_of
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
+from data.shards.places import files_below, place
 from flamingo.errors import UserError
 from flamingo.vision.image_files import SUFFIXES as IMAGES
 
@@ -41,10 +41,11 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     """Return units of a thousand documents."""
     result: list[InputUnit] = []
     for item in args.inputs:
-        if not Path(item).is_dir():
+        if folder_files(item) is None:
             raise UserError(f"input {item} is not a folder; give the folder of the documents")
-        names = [label for label, _ in input_files([item], SUFFIXES)]
-        result += folder_units(item, names, IN_A_UNIT)
+        result += folder_units(
+            item, {name: path.stat().st_size for name, path in input_files([item], SUFFIXES)}, IN_A_UNIT
+        )
     return result
 
 
@@ -57,9 +58,10 @@ def _folder(root: str) -> ImageFolder:
 def _by_name(root: str) -> dict[str, list[str]]:
     """Return the images of a folder by their names in small letters, those with the shortest path first."""
     names: dict[str, list[str]] = {}
-    for path in Path(root).rglob("*"):
-        if path.suffix.lower()[1:] in IMAGES:
-            names.setdefault(path.name.lower(), []).append(path.relative_to(root).as_posix())
+    for path in files_below(place(root)):
+        name = path.rpartition("/")[2].lower()
+        if name.rpartition(".")[2] in IMAGES:
+            names.setdefault(name, []).append(path)
     return {name: sorted(paths, key=lambda path: (path.count("/"), path)) for name, paths in names.items()}
 
 

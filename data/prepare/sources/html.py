@@ -14,12 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data.prepare.images import ImageFolder
-from data.prepare.inputs import folder_units, input_files
+from data.prepare.inputs import folder_files, folder_units, input_files
 from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.prepare.web.charset import decode_html
 from data.prepare.web.documents import add_web_arguments, check_web_arguments, lookup_of, page_address, web_document
 from data.shards.document import Document
+from data.shards.places import place
 
 LAYOUT = "interleaved"
 SUFFIXES = (".html", ".htm", ".xhtml")
@@ -37,11 +38,11 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     check_web_arguments(args)
     result: list[InputUnit] = []
     for item in args.inputs:
-        if Path(item).is_dir():
-            names = [label for label, _ in input_files([item], SUFFIXES)]
-            result += folder_units(item, names, IN_A_UNIT)
+        files = input_files([item], SUFFIXES)
+        if folder_files(item) is not None:
+            result += folder_units(item, {name: path.stat().st_size for name, path in files}, IN_A_UNIT)
             continue
-        for label, path in input_files([item], SUFFIXES):
+        for label, path in files:
             result.append(InputUnit(label, str(path.parent), 0, 1, path.stat().st_size, (path.name,)))
     return result
 
@@ -61,7 +62,7 @@ def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterat
     """Yield a document for each page."""
     folder = _folder(unit.path)
     for name in unit.names:
-        html = decode_html((Path(unit.path) / name).read_bytes())
+        html = decode_html((place(unit.path) / name).read_bytes())
         url = page_address(html)
         document = web_document(html, url if args.images else "", name, args, _fetcher(name, args, folder), tally)
         if document is not None:

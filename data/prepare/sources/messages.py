@@ -28,6 +28,7 @@ from data.prepare.turns import add_turn_arguments, turn_nodes
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
 from data.shards.document import Document
+from data.shards.places import place
 
 LAYOUT = "interleaved"
 IN_A_UNIT = 10_000
@@ -78,7 +79,7 @@ def _folder(root: str) -> ImageFolder:
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
     """Yield a document for each row."""
-    rule, here = ImageRule.of(args), Path(unit.path)
+    rule, here = ImageRule.of(args), place(unit.path)
     root = args.images or (unit.path if here.is_dir() else str(here.parent) if here.exists() else None)
     folder = None if root is None else _folder(root)
     for where, row in _rows(unit, args):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from data.prepare.turns import add_turn_arguments, question_and_answer, turn_nod
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.records import parse_json
 from data.shards.document import Document, Image
+from data.shards.places import Place
 from flamingo.errors import UserError
 from flamingo.processing.conversation import Message
 
@@ -58,7 +59,7 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     return result
 
 
-def _train_file(path: Path) -> Path | None:
+def _train_file(path: Place) -> Place | None:
     train = path.with_name(path.name.removesuffix(ENDING) + "_train.json")
     return train if path.name.endswith(ENDING) and train.exists() else None
 
@@ -73,7 +74,7 @@ def begin(args: argparse.Namespace, work: Path) -> None:
         build_lookup(work / "images.sqlite", _images(args.images, work))
 
 
-def _spans(files: list[Path], inside: str | None) -> Iterator[Entry]:
+def _spans(files: Sequence[Place], inside: str | None) -> Iterator[Entry]:
     for path in files:
         for key, offset, size in json_spans(path, inside):
             yield str(key), str(path), offset, size
@@ -96,7 +97,7 @@ def _images(images: list[str], work: Path) -> Iterator[Entry]:
                     out.write(text)
 
 
-def _index_of(path: Path) -> str:
+def _index_of(path: Place) -> str:
     """Return the column of a parquet file that holds the ids of its images. Raises UserError."""
     names = parquet_columns(str(path))[0]
     index = next((name for name in ("__index_level_0__", "id", "image_id") if name in names), None)

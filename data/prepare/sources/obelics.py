@@ -22,6 +22,7 @@ from data.prepare.lookup import build_url_lookup, open_lookup
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Node, Text
 from data.shards.mmc4 import add_text
+from data.shards.places import place
 from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
@@ -70,7 +71,7 @@ def parquet_columns(path: str) -> tuple[list[str], list[int]]:
     """Return the columns of a parquet file and the rows of each of its row groups. Raises UserError."""
     parquet = required("pyarrow.parquet", "reading parquet")
     try:
-        with parquet.ParquetFile(path) as file:
+        with place(path).open("rb") as opened, parquet.ParquetFile(opened) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             return list(file.schema_arrow.names), sizes
     except (ValueError, OSError) as error:
@@ -82,7 +83,7 @@ def parquet_rows(unit: InputUnit, columns: list[str] | None = None) -> Iterator[
     arrow = required("pyarrow", "reading parquet")
     parquet = required("pyarrow.parquet", "reading parquet")
     try:
-        with parquet.ParquetFile(unit.path) as file:
+        with place(unit.path).open("rb") as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             first = sum(file.metadata.row_group(group).num_rows for group in range(unit.begin))
             wanted = None if columns is None else [name for name in columns if name in names]

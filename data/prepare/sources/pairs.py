@@ -11,7 +11,6 @@ the facts beside an image, for instance `--where 'similarity>=0.28' 'punsafe<0.5
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +19,12 @@ from typing import Any
 from data.errors import ContentError
 from data.prepare.conditions import add_where, conditions_of, hold
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
-from data.prepare.inputs import csv_rows, csv_units, file_units, folder_units, input_files
+from data.prepare.inputs import csv_rows, csv_units, folder_files, folder_units, input_files
 from data.prepare.tars import tar_samples
 from data.prepare.units import Dropped, InputUnit, Tally
+from data.records import header_of
 from data.shards.document import Document, Image, Text, caption_of, facts_of
+from data.shards.places import place
 from flamingo.errors import UserError
 from flamingo.vision.image_files import SUFFIXES
 
@@ -48,25 +49,23 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     conditions_of(tuple(args.where))
     result: list[InputUnit] = []
     for item in args.inputs:
-        path = Path(item)
-        if path.suffix in TABLES and path.is_file():
-            ((label, table),) = input_files([item], (path.suffix,))
-            result += csv_units(table, label, IN_A_UNIT, TABLES[path.suffix])
-        elif path.is_dir() and not next(path.rglob("*.tar"), None):
-            names = sorted(_image_names(path))
-            if not names:
+        inside = folder_files(item)
+        if inside is not None and not any(name.lower().endswith(".tar") for name in inside):
+            images = {name: size for name, size in inside.items() if _is_image(name.rpartition("/")[2])}
+            if not images:
                 raise UserError(f"folder {item} holds neither tars nor images; correct the path")
-            result += folder_units(path, names, IN_A_UNIT)
-        else:
-            result += file_units([item], (".tar",))
+            result += folder_units(item, images, IN_A_UNIT)
+            continue
+        for label, path in input_files([item], (".tar",)):
+            if path.suffix in TABLES:
+                result += csv_units(path, label, IN_A_UNIT, TABLES[path.suffix])
+            else:
+                result.append(InputUnit(label, str(path), size=path.stat().st_size))
     return result
 
 
-def _image_names(root: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(root):
-        for name in files:
-            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix()
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith(".")
 
 
 def documents(unit: InputUnit, args: argparse.Namespace, tally: Tally) -> Iterator[Document]:
@@ -148,10 +147,10 @@ def beside(folder: ImageFolder, name: str, suffix: str) -> bytes | None:
 
 def _from_table(unit: InputUnit, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     delimiter = TABLES[Path(unit.path).suffix]
-    header = next(csv_rows(unit.path, 0, None, delimiter))[1]
+    header = header_of(unit.path, next(csv_rows(unit.path, 0, None, delimiter))[1])
     image = _column(header, args.image_column, ("image", "filepath", "path"), unit.path, "--image-column")
     caption = _column(header, args.caption_column, ("caption", "title", "text"), unit.path, "--caption-column")
-    folder = _folder(args.images or str(Path(unit.path).parent))
+    folder = _folder(args.images or str(place(unit.path).parent))
     label, _, first = unit.label.rpartition(" from row ")
     for row_number, (_, row) in enumerate(csv_rows(unit.path, unit.begin, unit.end, delimiter), int(first)):
         if not row:

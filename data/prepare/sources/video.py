@@ -14,12 +14,11 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from data.prepare.clips import add_clip_arguments, check_clip_arguments, frames_of
 from data.prepare.images import ImageFolder, ImageRule, add_image_arguments
-from data.prepare.inputs import file_units, folder_units
+from data.prepare.inputs import file_units, folder_files, folder_units
 from data.prepare.tars import json_of, tar_samples
 from data.prepare.units import Dropped, InputUnit, Tally
 from data.shards.document import Document, Image, Text
@@ -28,6 +27,7 @@ from flamingo.errors import UserError
 
 LAYOUT = "interleaved"
 IN_A_UNIT = 500
+ENDINGS = tuple(f".{suffix}" for suffix in VIDEOS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,19 +42,17 @@ def units(args: argparse.Namespace) -> list[InputUnit]:
     check_clip_arguments(args)
     result: list[InputUnit] = []
     for item in args.inputs:
-        path = Path(item)
-        if not path.is_dir() or next(path.rglob("*.tar"), None):
+        inside = folder_files(item)
+        if inside is None or any(name.lower().endswith(".tar") for name in inside):
             result += file_units([item], (".tar",))
             continue
-        names = sorted(
-            file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower()[1:] in VIDEOS
-        )
-        if not names:
+        videos = {name: size for name, size in inside.items() if name.lower().endswith(ENDINGS)}
+        if not videos:
             raise UserError(
                 f"folder {item} holds neither tars nor videos ({', '.join(VIDEOS)}); correct the path "
                 "(frames that were extracted before are given as tars)"
             )
-        result += folder_units(path, names, IN_A_UNIT)
+        result += folder_units(item, videos, IN_A_UNIT)
     return result
 
 

@@ -6,12 +6,12 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data.prepare.inputs import one_line, required
 from data.prepare.units import Dropped, InputUnit
 from data.prepare.web.address import cleaned
+from data.shards.places import place
 from flamingo.errors import UserError
 from flamingo.vision.image_files import sniff
 
@@ -56,7 +56,7 @@ def responses(
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.resource
     index = -1
     try:
-        with Path(unit.path).open("rb") as file:
+        with place(unit.path).open("rb") as file:
             for index, record in enumerate(warc.ArchiveIterator(file, record_types=kinds, parse_http=False)):
                 where = f"{unit.label} response {index}"
                 size = int(record.headers.get("Content-Length") or -1)
