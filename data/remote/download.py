@@ -23,10 +23,10 @@ from typing import BinaryIO
 from urllib.error import HTTPError
 
 from data.errors import StorageError
-from data.remote.redirects import urlopen
 from data.shards.places import file_system, store_errors
 from data.shards.retry import FIRST_WAIT, PATIENCE, Backoff
 from flamingo.errors import UserError
+from flamingo.redirects import urlopen
 
 TIMEOUT = 30.0  # seconds without a byte
 SLOWEST = 10_000  # bytes a second, over that time

@@ -88,7 +88,16 @@ class PromptTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def pieces(self, prompt: str, *, plain: bool = False) -> list[Text | Tag]:
-        """Return a prompt's texts and tags; `plain`: it is a user's, all of it is text."""
+        """Return a prompt's texts and tags; `plain`: it is a user's, all of it is text.
+
+        Raises:
+            UserError: it holds half a character, as JSON and files' names can, which no tokenizer takes.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            half = f"{prompt[error.start]!r} at position {error.start}"
+            raise UserError(f"the text is not Unicode ({half} is half a character): remove it") from None
         if plain:
             return [Text(unmarked(prompt), False)] if prompt else []
         out: list[Text | Tag] = []

@@ -9,12 +9,16 @@ Letters: C channels (3, RGB), h and w the image's own size, S side in pixels.
 from __future__ import annotations
 
 import base64
-import binascii
+import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+from urllib.request import Request
 
 import numpy as np
 import torch
@@ -26,6 +30,7 @@ from torchvision.transforms.v2 import functional as tv  # type: ignore[import-un
 
 from flamingo.constants import OPENAI_MEAN, OPENAI_STD
 from flamingo.errors import UserError
+from flamingo.redirects import IMAGE_HOSTS, urlopen
 from flamingo.vision.image_files import read_image, refuse_unread, upright
 
 LONGEST = 64  # long by short side beyond which "crop" cuts before it scales
@@ -34,7 +39,10 @@ ImageInput = Any
 """PIL image, path, URL, base64 text, bytes of a file, uint8 array or tensor of 1 to 3 (arrays: 4) channels in front or
 at the end; a list of them is a clip."""
 FETCH_SECONDS = 20.0
-"""How long an image's URL may take to answer."""
+"""How long a URL may take to answer, and after which its bytes are expected to come at `SLOWEST` bytes a second."""
+SLOWEST = 10_000
+FETCH_BYTES = 1 << 30
+"""Longest file that is fetched; clips are files, too."""
 
 
 @dataclass(frozen=True)
@@ -152,32 +160,46 @@ def read_source(source: str, where: str = "the image") -> bytes | Path:
     """Return what a URL, a `file:` or `data:` URL or base64 text holds; any other text is a path.
 
     Raises:
-        UserError: the URL cannot be fetched.
+        UserError: the URL cannot be fetched or decoded, or its server sends it on to a host that is not allowed.
     """
     if source.startswith(("http://", "https://")):
         return _fetch(source, where)
     if source.startswith("file://"):
         return Path(unquote(urlparse(source).path))
     if source.startswith("data:"):
-        return base64.b64decode(source.partition(",")[2])
-    # A path is as a rule shorter than any image in base64, and no path is longer than 4096 bytes.
-    if len(source) > 64 and (len(source) > 4096 or not Path(source).exists()):
         try:
+            return base64.b64decode(source.partition(",")[2])
+        except ValueError as error:
+            raise UserError(f"{where} is a data: URL that is not base64 ({error})") from error
+    # A path is as a rule shorter than any image in base64, and no path is longer than 4096 bytes.
+    if len(source) > 64 and (len(source) > 4096 or not os.path.exists(source)):  # noqa: PTH110 (which may raise)
+        with suppress(ValueError):
             return base64.b64decode(source, validate=True)
-        except binascii.Error:
-            pass
     return Path(source)
 
 
 def _fetch(url: str, where: str) -> bytes:
-    import httpx  # comes with huggingface_hub; only where a URL is given
-
+    """Return what a URL holds; a server that drips or sends without end is cut off."""
+    begun, parts, size = time.monotonic(), [], 0
     try:
-        answer = httpx.get(url, timeout=FETCH_SECONDS, follow_redirects=True)
-        return answer.raise_for_status().content
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        allowing = "flamingo.redirects.IMAGE_HOSTS.add({!r})"
+        with urlopen(Request(url), IMAGE_HOSTS, FETCH_SECONDS, f"{where}:", allowing) as answer:
+            while part := answer.read1(1 << 20):
+                parts.append(part)
+                size += len(part)
+                seconds = time.monotonic() - begun
+                if seconds > FETCH_SECONDS and size < SLOWEST * seconds:
+                    raise OSError(f"{size} bytes in {seconds:.0f} s, less than {SLOWEST} a second")
+                if size > FETCH_BYTES:
+                    raise OSError(f"it is longer than {FETCH_BYTES} bytes")
+            if answer.length:
+                raise OSError(f"the connection was closed {answer.length} bytes before its end")
+    except UserError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where}: {url} cannot be fetched ({reason}); give a file, bytes or a PIL image") from error
+    return b"".join(parts)
 
 
 def _tensor_to_rgb(image: Tensor, where: str) -> UInt8[Tensor, "3 h w"]:

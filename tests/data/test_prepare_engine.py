@@ -276,7 +276,13 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
 def test_a_killed_worker_and_ctrl_c_are_one_sentence(tmp_path: Path, interrupt: bool) -> None:
     tars = write_tars(tmp_path / "in", tars=30, pairs=200)
     command = [sys.executable, "-m", "data", "prepare", "pairs", str(tars), "--out", str(tmp_path / "out"), *SMALL]
-    process = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--workers", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run under nohup
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/pairs-*.tar")):
         assert time.monotonic() < deadline

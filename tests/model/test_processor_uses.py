@@ -78,6 +78,21 @@ def test_an_unreachable_url_is_one_sentence() -> None:
         make()(images="http://127.0.0.1:9/a.png", text="<image>")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a \ud800 b",
+        [{"type": "text", "text": "a\udfff"}],
+        [{"role": "user", "content": "a\udfff"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a\udfff"}]}],
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_half_a_character_is_one_sentence(text: Any, plain: bool) -> None:
+    with pytest.raises(UserError, match=r"not Unicode \('\\ud(800|fff)' at position \d+ is half a character\)"):
+        make("plain")(text=[text], split_special_tokens=plain)
+
+
 def test_normalised_pixels_are_what_the_encoder_makes_of_raw_ones() -> None:
     model, processor = tiny.flamingo("llama")
     raw = processor(images=[[picture()]], text=["<image>a"])

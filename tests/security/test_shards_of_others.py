@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
@@ -16,9 +17,14 @@ from data.dataset import DatasetSpec, open_store
 from data.remote.download import Trust, download
 from data.remote.shard_cache import ShardCache
 from data.shards.writer import read_manifest
+from eval.plugins.harness_prompts import image_of
 from eval.tasks.sources import shards_of
+from flamingo import FlamingoProcessor, ImageTransform
 from flamingo.errors import UserError
+from flamingo.vision.transform import read_source, to_rgb
 from tests.data.helpers import write_documents
+from tests.data.server import Behaviour, serving
+from tests.model import tiny
 from tests.training.world import config
 from train import checked_stage
 
@@ -159,3 +165,68 @@ def test_a_redirect_on_one_host_and_to_a_named_one_are_followed(tmp_path: Path) 
     with sending_to("/end") as there, sending_to(there.replace("127.0.0.1", "localhost") + "/end") as url:
         download(f"{url}/a.tar", tmp_path / "b.tar", trust=Trust(redirect_hosts=("localhost",)))
     assert (tmp_path / "b.tar").read_bytes() == b"tar!"
+
+
+def processor() -> FlamingoProcessor:
+    return FlamingoProcessor(tiny.tokenizer(), ImageTransform(16), chat_template="plain")
+
+
+FETCHING: dict[str, Callable[[str], object]] = {
+    "an image": to_rgb,
+    "a prompt's image": lambda url: processor()(images=url, text="<image>"),
+    "a chat's image": lambda url: processor()(
+        text=[{"role": "user", "content": [{"type": "image", "url": url}, {"type": "text", "text": "a"}]}]
+    ),
+    "a clip": lambda url: processor()(videos=url, text="<image>"),
+    "a harness's image": image_of,
+}
+
+
+@pytest.mark.parametrize("fetching", FETCHING)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("ftp://127.0.0.1/a.png", "another scheme"),
+        ("file:///etc/passwd", "cannot be fetched.*not allowed"),
+        ("http://localhost:1/end", r"another host, localhost;.*IMAGE_HOSTS\.add\('localhost'\)"),
+    ],
+)
+def test_a_server_of_an_image_sends_it_nowhere_else(fetching: str, place: str, message: str) -> None:
+    with sending_to(place) as url, pytest.raises(UserError, match=message):
+        FETCHING[fetching](f"{url}/a.png")
+
+
+def test_an_images_redirect_to_a_named_host_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flamingo.vision.transform.IMAGE_HOSTS", {"localhost"})
+    with sending_to("/end") as there, sending_to(there.replace("127.0.0.1", "localhost") + "/end") as url:
+        assert read_source(f"{url}/a.png") == b"tar!"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        (Behaviour(drip=0.05, faults=1, suffix=".png"), "bytes in .* s, less than 10000 a second"),
+        (Behaviour(drop_after=100, faults=1, suffix=".png"), r"closed \d+ bytes before its end"),
+        (Behaviour(body=b"x" * 5000, faults=1, suffix=".png"), "longer than 4000 bytes"),
+    ],
+)
+def test_a_server_that_drips_or_breaks_off_or_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour, message: str
+) -> None:
+    monkeypatch.setattr("flamingo.vision.transform.FETCH_SECONDS", 0.5)
+    monkeypatch.setattr("flamingo.vision.transform.FETCH_BYTES", 4000)
+    (tmp_path / "a.png").write_bytes(bytes(2000))
+    with serving(tmp_path, behaviour) as server, pytest.raises(UserError, match=message):
+        to_rgb(f"{server.url}/a.png")
+
+
+@pytest.mark.parametrize("text", ["data:image/png;base64,!", "data:image/png;base64,AAA", "data:"])
+def test_a_data_url_that_is_none_is_one_sentence(text: str) -> None:
+    for read in (to_rgb, FETCHING["a clip"]):
+        with pytest.raises(UserError, match=r"data: URL that is not base64|cannot be decoded"):
+            read(text)
+
+
+def test_base64_without_a_slash_is_no_path() -> None:
+    data = bytes(600)  # "AAAA...": longer than a file's name may be, shorter than a path
+    assert read_source(base64.b64encode(data).decode()) == data
