@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data.bench import table
 from data.bench.table import LEAST_FILL, speed_rows
+from tests import forks
 from tests.data.sources import command
 
 
@@ -39,7 +41,10 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
+def test_it_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are forks here, which have imported everything, and the tar to be indexed is a small one."""
+    monkeypatch.setattr(table.subprocess, "run", lambda command, cwd, **own: forks.run(command, cwd))
+    monkeypatch.setattr(table.index_rate, "__defaults__", (2_000,))
     sizes = ["--documents", 24, "--pairs", 200, "--rounds", 1, "--count", 2, "--warm", 1, "--layers", 1]
     status, shown, said = command("bench", "--out", tmp_path, *sizes)
     assert status in (0, 1), said  # so small it may well be slow

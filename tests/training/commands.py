@@ -16,6 +16,7 @@ import yaml
 
 from flamingo.training.config import TrainConfig
 from flamingo.training.distributed.fsdp import exit_process
+from tests.forks import Fork
 from train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,14 +43,25 @@ def begin(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=told, cwd=ROOT)
 
 
-def begin_two(command: list[list[str]], folder: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
-    """Starts both processes of a run without torchrun's agent, each with its command and its `log-RANK`."""
-    port = str(free_port())
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+def begin_two(programs: list[str], arguments: list[str], folder: Path) -> list[Fork]:
+    """Starts both processes of a run without torchrun, each with its program in Python and its `log-RANK`."""
+    port = free_port()
     return [
-        begin(each, folder / f"log-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **ranks)
-        for rank, each in enumerate(command)
+        Fork(_run_program, program, arguments, _told(rank, 2, port), log=folder / f"log-{rank}")
+        for rank, program in enumerate(programs)
     ]
+
+
+def _run_program(program: str, arguments: list[str], told: dict[str, str]) -> None:
+    os.environ.update(told)
+    sys.argv[1:] = arguments
+    exec(program, {"__name__": "__main__"})
+
+
+def _told(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells each process."""
+    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {**{name: str(value) for name, value in told.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
 def free_port() -> int:
@@ -82,8 +94,7 @@ def train_on(size: int, settings: TrainConfig) -> list[dict[str, Any]]:
 
 
 def _train(rank: int, size: int, port: int, settings: TrainConfig) -> None:
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(_told(rank, size, port))
     train(settings)
     exit_process(0)
 

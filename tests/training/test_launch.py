@@ -171,7 +171,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: Path, tmp_path: Path)
 def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_path: Path) -> None:
     """Process 1 cannot write what process 0 does not write; without torchrun's agent, which would end process 0."""
     settings = config(world, tmp_path / "run", "flamingo", steps=100000, checkpoint_every=1000)
-    arguments = given(settings, tmp_path)
     code = (
         "import os, sys, train, flamingo.training.metrics.throughput as metrics\n"
         "if os.environ['RANK'] == '1':\n"
@@ -183,7 +182,7 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
         "    metrics.Throughput.add = add\n"
         "train.compose.main(train.train, check=lambda config: [])\n"
     )
-    ranks = begin_two([[sys.executable, "-c", code, *arguments]] * 2, tmp_path)
+    ranks = begin_two([code] * 2, given(settings, tmp_path), tmp_path)
     assert ranks[1].wait(PATIENCE) == 1
     ended = time.monotonic()
     assert ranks[0].wait(60) == 1
