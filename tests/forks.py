@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
@@ -79,5 +79,6 @@ def _run(
         if path is not None:
             with path.open("ab") as file:
                 os.dup2(file.fileno(), number)
+    set_start_method(None, force=True)  # its own processes begin as those of any
     os.environ.update(environment)  # the server has that of its start
     target(*arguments)

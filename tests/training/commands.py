@@ -94,6 +94,7 @@ def train_on(size: int, settings: TrainConfig) -> list[dict[str, Any]]:
 
 
 def _train(rank: int, size: int, port: int, settings: TrainConfig) -> None:
+    mp.set_start_method(None, force=True)
     os.environ.update(_told(rank, size, port))
     train(settings)
     exit_process(0)
