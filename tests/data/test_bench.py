@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +44,13 @@ def test_ratios_are_taken_within_a_round() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes are forks here, which have imported everything, and the tar to be indexed is a small one."""
-    monkeypatch.setattr(table.subprocess, "run", lambda command, cwd, **own: forks.run(command, cwd))
+    """The loaders' processes are forks, which have imported everything, and the tar to be indexed is a small one."""
+    new = subprocess.run
+
+    def run(command: list[str], **own: Any) -> subprocess.CompletedProcess[str]:
+        return forks.run(command, own["cwd"]) if "data.bench.measure" in command else new(command, **own)
+
+    monkeypatch.setattr(table.subprocess, "run", run)
     monkeypatch.setattr(table.index_rate, "__defaults__", (2_000,))
     sizes = ["--documents", 24, "--pairs", 200, "--rounds", 1, "--count", 2, "--warm", 1, "--layers", 1]
     status, shown, said = command("bench", "--out", tmp_path, *sizes)
