@@ -45,9 +45,9 @@ $(VENV)/.installed: pyproject.toml requirements-peers.txt
 	$(PY) -m pip install --quiet --no-deps --requirement requirements-peers.txt
 	@touch $@
 
-# The quick tests on two processes; the slow ones start processes of their own.
+# Two processes at a time, and the tests of a file in one: the slow ones, too, wait for processes that start or end.
 test: peer-tests test-fast
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n 2 --dist loadfile
 
 # Never fails without a network: the tests that need them then skip and say why.
 peer-tests: setup

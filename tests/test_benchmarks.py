@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from benchmarks.ours import Ours
 from benchmarks.sizes import SIZES
 from benchmarks.table import print_tables
 from benchmarks.work import IGNORED, class_names, image_id, prompt, training_steps
+from tests.forks import Fork, run, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = SIZES["tiny"]
@@ -170,18 +173,42 @@ def test_both_evaluations_give_the_same_and_the_peer_encodes_again(capsys: pytes
     assert "same tokens" in capsys.readouterr().out
 
 
+class ForkedStep:
+    """A step's process, but for its start."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log, self.fork = log, Fork(run_python, command[1:], ROOT, dict(os.environ), log=log)
+        self.pid, self.poll = self.fork.pid, self.fork.poll
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.returncode = self.fork.wait(timeout)
+        said = self.log.read_text()
+        return "\n".join(line for line in said.splitlines() if line.startswith("[{")), said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_the_command_for_a_gpu_runs_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step begins as a user's do; all of them as forks, which need not import everything again."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--size", "tiny", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    chosen = ["--device", "cpu", "--size", "tiny", "--seconds", "5400", "--out", str(out)]
+    wrong = run([sys.executable, "-m", "benchmarks", "gpu", "dekode", *chosen], ROOT)
+    assert (wrong.returncode, "'dekode' is not a step" in wrong.stderr) == (2, True)
+    assert gpu.measured("device", "tiny", "cpu", 300.0)["rows"]
+    for limits in ("ONCE", "SIZED"):  # a busy machine is no failure
+        monkeypatch.setattr(gpu, limits, {name: 10 * seconds for name, seconds in getattr(gpu, limits).items()})
+    logs = (tmp_path / f"log-{number}" for number in itertools.count())
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **own: ForkedStep(command, next(logs)))
+    status = gpu.main(chosen)
+    stdout = capsys.readouterr().out
     results = {result["step"]: result for result in json.loads(out.read_text())["results"]}
     assert list(results) == [*gpu.ONCE, *gpu.SIZED] == list(gpu_steps.STEPS)
-    assert not [result for result in results.values() if "failed" in result], done.stdout
-    assert done.returncode == 0, done.stdout
+    assert not [result for result in results.values() if "failed" in result], stdout
+    assert status == 0, stdout
     for name, result in results.items():
-        assert f"| {name}" in done.stdout
+        assert f"| {name}" in stdout
         assert result["rows"], name
         assert all(row["holds"] in (True, None) for row in result["rows"]), name
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.bench import table
 from data.bench.table import LEAST_FILL, speed_rows
+from tests import forks
 from tests.data.sources import command
 
 
@@ -39,7 +43,15 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
+def test_it_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loaders' processes are forks, which have imported everything, and the tar to be indexed is a small one."""
+    new = subprocess.run
+
+    def run(command: list[str], **own: Any) -> subprocess.CompletedProcess[str]:
+        return forks.run(command, own["cwd"]) if "data.bench.measure" in command else new(command, **own)
+
+    monkeypatch.setattr(table.subprocess, "run", run)
+    monkeypatch.setattr(table.index_rate, "__defaults__", (2_000,))
     sizes = ["--documents", 24, "--pairs", 200, "--rounds", 1, "--count", 2, "--warm", 1, "--layers", 1]
     status, shown, said = command("bench", "--out", tmp_path, *sizes)
     assert status in (0, 1), said  # so small it may well be slow

@@ -6,23 +6,21 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.data import consume
 from tests.data.helpers import write_documents
+from tests.forks import Fork
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 
 
-def start(shards: Path | str, out: Path, world: int, workers: int) -> subprocess.Popen[bytes]:
+def start(shards: Path | str, out: Path, world: int, workers: int) -> Fork:
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.data.consume", str(shards), str(out), str(world), str(workers), str(STEPS)]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    return Fork(consume.main, str(shards), str(out), world, workers, STEPS)
 
 
 def ledger(out: Path) -> list[tuple[int, list[str]]]:
@@ -31,7 +29,7 @@ def ledger(out: Path) -> list[tuple[int, list[str]]]:
     return [tuple(json.loads(line)) for line in text.split("\n")[:-1]]
 
 
-def kill_after(process: subprocess.Popen[bytes], out: Path, lines: int) -> None:
+def kill_after(process: Fork, out: Path, lines: int) -> None:
     """SIGKILL to the process and its workers as soon as the ledger has this many lines."""
     deadline = time.monotonic() + 120
     while len(ledger(out)) < lines and process.poll() is None:

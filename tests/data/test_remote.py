@@ -162,7 +162,7 @@ def test_processes_do_not_fetch_the_same_shard_twice(shards: Path, tmp_path: Pat
     with serving(shards, Behaviour(seconds=0.1)) as server:
         url = f"{server.url}/documents-000000.tar"
         processes = [
-            multiprocessing.get_context("spawn").Process(target=fetch, args=(str(tmp_path), url)) for _ in range(3)
+            multiprocessing.get_context("forkserver").Process(target=fetch, args=(str(tmp_path), url)) for _ in range(3)
         ]
         for process in processes:
             process.start()

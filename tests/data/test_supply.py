@@ -134,8 +134,9 @@ def test_a_worker_that_ends_while_the_trainer_computes_is_reported_with_the_next
     loader = MixLoader([one(write_documents(tmp_path))], COLLATE, num_workers=2, prefetch_factor=1)
     held_out = MixLoader([one(tmp_path)], COLLATE, num_workers=1)
     steps, others = iter(loader), iter(held_out)
+    earlier = {child.pid for child in multiprocessing.active_children()}  # of other tests, not yet gone
     next(steps)
-    victim = next(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+    victim = next(pid for child in multiprocessing.active_children() if (pid := child.pid) and pid not in earlier)
     next(others)
     os.kill(victim, number)
     os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)

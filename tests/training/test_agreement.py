@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,8 @@ import pytest
 from data.shards.document import Document, Text
 from data.shards.writer import ShardWriter
 from flamingo.training.config import TrainConfig
-from tests.training.commands import ROOT, begin_two, given, lines
+from tests.forks import Fork
+from tests.training.commands import begin_two, given, lines
 from tests.training.world import config, swap_words, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,13 +28,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def two(settings: TrainConfig, folder: Path, nodes: list[Path], code: str = "") -> list[subprocess.Popen[bytes]]:
+def two(settings: TrainConfig, folder: Path, nodes: list[Path], code: str = "") -> list[Fork]:
     """Start both processes, each in the folder of its node; `code` runs first, with `rank` set."""
-    arguments = given(settings, folder)
     program = "import os, time, signal, train\nrank = int(os.environ['RANK'])\n"
     program += code + "\ntrain.compose.main(train.train, check=lambda config: train.checked(config)[1])\n"
-    started = [[sys.executable, "-c", f"import os; os.chdir({str(node)!r})\n{program}", *arguments] for node in nodes]
-    return begin_two(started, folder, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    programs = [f"import os; os.chdir({str(node)!r})\n{program}" for node in nodes]
+    return begin_two(programs, given(settings, folder), folder)
 
 
 def said(folder: Path) -> str:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import forks
 from tests.fixtures import png
 from tests.training.world import COLOURS, config, write_world
 from train import train
@@ -58,7 +58,7 @@ def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
             more = ["run.steps=40", "run.log_every=1", "optim.lr=3e-3", "run.tensorboard=false", "optim.warmup_steps=2"]
             more.append("data.datasets.mine.max_tokens=128")  # all that the start's small language model has
             command = [sys.executable, str(ROOT / "train.py"), *words[2:], *more]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = forks.run(command, folder, environment)
         assert done.returncode == 0, done.stderr[-3000:]
         if "PeftModel" in text:
             assert "loss after loading: " in done.stdout
@@ -70,7 +70,7 @@ def test_the_document_runs_from_top_to_bottom(folder: Path) -> None:
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])  # the start's language model is a random one, and stays frozen
     assert (folder / "runs/mine/model/adapter/adapter_model.safetensors").exists()
     verified = [sys.executable, "-m", "data", "verify", "shards/mine/train", "shards/mine/held_out"]
-    assert subprocess.run(verified, cwd=folder, env=environment, capture_output=True).returncode == 0
+    assert forks.run(verified, folder, environment).returncode == 0
 
 
 def test_every_key_of_the_document_exists() -> None:

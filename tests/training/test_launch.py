@@ -17,7 +17,7 @@ from flamingo.errors import UserError
 from flamingo.training.compose import compose
 from flamingo.training.distributed.fsdp import set_threads
 from flamingo.training.distributed.launch import first_host, join_launcher, restarted
-from tests.training.commands import ROOT, begin, begin_two, children, free_port, given, lines, torchrun
+from tests.training.commands import ROOT, begin, begin_two, children, free_port, given, lines, torchrun, train_on
 from tests.training.world import config, write_world
 
 # CPU time of tests is not theirs alone: how long something real may take.
@@ -34,10 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of the run on one process."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = given(config(world, folder / "run", "flamingo", steps=12), folder)
-    done = begin([sys.executable, str(ROOT / "train.py"), *arguments], folder / "log")
-    assert done.wait(PATIENCE) == 0, (folder / "log").read_text()[-3000:]
-    return [line["loss"] for line in lines(folder / "run")]
+    return [line["loss"] for line in train_on(1, config(world, folder / "run", "flamingo", steps=12))]
 
 
 def test_a_task_of_srun_is_told_who_it_is() -> None:
@@ -149,10 +146,8 @@ def test_a_killed_worker_is_started_again_from_the_last_checkpoint(world: Path, 
     assert "resumed" in log
     found = lines(tmp_path / "run")
     assert [line["step"] for line in found] == list(range(1, 25))
-    again = config(world, tmp_path / "again", "flamingo", steps=24)
-    other = begin([*torchrun("--standalone", "--nproc-per-node=2"), *given(again, tmp_path)], tmp_path / "log-again")
-    assert other.wait(PATIENCE) == 0
-    assert [line["loss"] for line in found] == [line["loss"] for line in lines(tmp_path / "again")]
+    again = train_on(2, config(world, tmp_path / "again", "flamingo", steps=24))
+    assert [line["loss"] for line in found] == [line["loss"] for line in again]
 
 
 @pytest.mark.slow
@@ -176,7 +171,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: Path, tmp_path: Path)
 def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_path: Path) -> None:
     """Process 1 cannot write what process 0 does not write; without torchrun's agent, which would end process 0."""
     settings = config(world, tmp_path / "run", "flamingo", steps=100000, checkpoint_every=1000)
-    arguments = given(settings, tmp_path)
     code = (
         "import os, sys, train, flamingo.training.metrics.throughput as metrics\n"
         "if os.environ['RANK'] == '1':\n"
@@ -188,7 +182,7 @@ def test_an_exception_names_its_process_and_stops_the_others(world: Path, tmp_pa
         "    metrics.Throughput.add = add\n"
         "train.compose.main(train.train, check=lambda config: [])\n"
     )
-    ranks = begin_two([[sys.executable, "-c", code, *arguments]] * 2, tmp_path)
+    ranks = begin_two([code] * 2, given(settings, tmp_path), tmp_path)
     assert ranks[1].wait(PATIENCE) == 1
     ended = time.monotonic()
     assert ranks[0].wait(60) == 1

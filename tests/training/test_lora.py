@@ -15,7 +15,7 @@ from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
 from flamingo.errors import UserError
 from flamingo.training.objectives import lora
-from tests.training.commands import begin, given, losses, torchrun
+from tests.training.commands import losses, train_on
 from tests.training.world import config, write_world
 from train import train
 
@@ -155,8 +155,7 @@ def test_adapters_of_a_language_run_on_two_processes(world: Path, tmp_path: Path
         settings.model.language.config = None
         settings.model.language.name = str(tmp_path / "lm" / "model")
         settings.model.freeze.language = "lora"
-        command = [*torchrun("--standalone", f"--nproc-per-node={size}"), *given(settings, tmp_path)]
-        assert begin(command, tmp_path / "log").wait(250) == 0, (tmp_path / "log").read_text()[-3000:]
+        train_on(size, settings)
     assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), abs=1e-5)
 
 

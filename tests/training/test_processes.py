@@ -1,23 +1,21 @@
-"""Real processes: two under torchrun with gloo against one, and a kill in the middle of a run."""
+"""Real processes: two with gloo against one, under torchrun and without, and a kill in the middle of a run."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flamingo.training.config import TrainConfig
+from tests.training.commands import ROOT, begin, given, lines, torchrun, train_on
 from tests.training.world import config, write_world
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
+TWO = torchrun("--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -25,35 +23,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def command(settings: TrainConfig, tmp_path: Path, processes: int = 1) -> list[str]:
-    """The command line that runs exactly these settings, through a YAML of its own."""
-    where = tmp_path / f"settings-{processes}-{Path(settings.run.dir).name}"
-    (where / "experiment").mkdir(parents=True, exist_ok=True)
-    body = yaml.safe_dump(json.loads(json.dumps(settings.as_dict())))
-    (where / "experiment" / "given.yaml").write_text(f"# @package _global_\n{body}")
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, str(ROOT / "train.py"), f"hydra.searchpath=[file://{where}]", "experiment=given"]
-
-
 def run(settings: TrainConfig, tmp_path: Path, processes: int = 1) -> list[dict[str, float]]:
-    done = subprocess.run(
-        command(settings, tmp_path, processes), capture_output=True, text=True, cwd=tmp_path, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return metrics(Path(settings.run.dir))
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Run the command."""
+    launcher = [sys.executable, str(ROOT / "train.py")] if processes == 1 else TWO
+    log = tmp_path / "log"
+    assert begin([*launcher, *given(settings, tmp_path)], log).wait(280) == 0, log.read_text()[-3000:]
+    return lines(Path(settings.run.dir))
 
 
 @pytest.mark.parametrize("objective", ["align", "contrastive", "language", "flamingo"])
 def test_two_processes_are_one(world: Path, tmp_path: Path, objective: str) -> None:
-    one = run(config(world, tmp_path / "one", objective, steps=4), tmp_path)
-    two = run(config(world, tmp_path / "two", objective, steps=4), tmp_path, processes=2)
+    one, two = (train_on(size, config(world, tmp_path / str(size), objective, steps=4)) for size in (1, 2))
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4, abs=2e-5)
 
@@ -68,21 +48,19 @@ def test_two_processes_of_which_one_has_no_image(world: Path, tmp_path: Path) ->
 
 
 def test_resumed_on_another_number_of_processes(world: Path, tmp_path: Path) -> None:
-    whole = run(config(world, tmp_path / "whole", "flamingo", steps=6), tmp_path)
-    run(config(world, tmp_path / "parts", "flamingo", steps=2), tmp_path, processes=2)
-    parts = run(config(world, tmp_path / "parts", "flamingo", steps=6), tmp_path)
+    whole = train_on(1, config(world, tmp_path / "whole", "flamingo", steps=6))
+    train_on(2, config(world, tmp_path / "parts", "flamingo", steps=2))
+    parts = train_on(1, config(world, tmp_path / "parts", "flamingo", steps=6))
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=2e-4)
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world: Path, tmp_path: Path) -> None:
-    whole = run(config(world, tmp_path / "whole", "flamingo", steps=60, checkpoint_every=5), tmp_path)
+    whole = train_on(1, config(world, tmp_path / "whole", "flamingo", steps=60, checkpoint_every=5))
     settings = config(world, tmp_path / "killed", "flamingo", steps=60, checkpoint_every=5)
     for target in (12, 37):
-        process = subprocess.Popen(
-            command(settings, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = begin([sys.executable, str(ROOT / "train.py"), *given(settings, tmp_path)], tmp_path / "log")
         deadline = time.monotonic() + 120
-        while len(metrics_so_far(tmp_path / "killed")) < target and time.monotonic() < deadline:
+        while len(lines(tmp_path / "killed")) < target and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.poll() is None, "the run ended before it was killed"
         os.killpg(process.pid, signal.SIGKILL)
@@ -90,8 +68,3 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world: Path, tmp_path: 
     resumed = run(settings, tmp_path)
     assert [line["step"] for line in resumed] == list(range(1, 61))
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
-
-
-def metrics_so_far(run_dir: Path) -> list[str]:
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []

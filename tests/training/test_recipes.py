@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from PIL import Image as PilImage
 
 from data.shards.document import Document, Image, Text
 from data.shards.writer import ShardWriter
+from tests import forks
 from tests.training.world import CLIP, COLOURS, LLAMA, config, write_world
 from train import train
 
@@ -90,7 +90,7 @@ def run_page(page: str, folder: Path, more: dict[str, list[str]]) -> str:
             words[1:2] = [str(ROOT / words[1])] if words[1] == "train.py" else words[1:2]
             command = [sys.executable, *words[1:], *more[name]]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = forks.run(command, folder, environment)
         assert done.returncode == 0, (text, done.stderr[-3000:])
         said += done.stdout
     return said

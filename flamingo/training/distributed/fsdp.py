@@ -185,7 +185,9 @@ def spawn(work: Callable[..., None], size: int, *arguments: Any) -> None:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the first that failed.
     """
     with TemporaryDirectory() as folder:
-        mp.spawn(_work, args=(size, str(Path(folder, "store")), work, arguments), nprocs=size)
+        given = (size, str(Path(folder, "store")), work, arguments)
+        # Forks of a server without threads; where it was told what to import (tests/conftest.py), they begin at once.
+        mp.start_processes(_work, args=given, nprocs=size, start_method="forkserver")
 
 
 def _work(rank: int, size: int, store: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
