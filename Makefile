@@ -25,10 +25,12 @@ TASKS       ?= $($(WHICH)_TASKS)
 # The experiments of the demo read and write below this folder.
 export DEMO = $(OUT)
 
-# The real demonstration. To try all its steps: make real REAL=runs/try REAL_TRAIN_ARGS='run.steps=3' REAL_EVAL_ARGS='queries=8'
+# The real demonstration. To try all its steps: make real REAL=runs/try REAL_EVAL_ARGS=limit=8 \
+#   REAL_TRAIN_ARGS='stages.align.run.steps=3 stages.flamingo.run.steps=3'
 REAL            ?= runs/real
 REAL_TRAIN_ARGS ?=
 REAL_EVAL_ARGS  ?=
+REAL_EVAL        = $(PY) -m eval model=$(REAL)/run/flamingo/model data=$(REAL)/data
 export REAL
 
 .PHONY: help setup test test-fast peer-tests check bench doctor demo toy learn real clean
@@ -88,8 +90,10 @@ learn:
 
 real: setup doctor $(REAL)/data/.complete
 	$(PY) train.py experiment=real $(REAL_TRAIN_ARGS)
-	$(PY) -m eval task=[labelled_binding,labelled_names] images=[real,shuffled] shots=[0,1,2,4] \
-	  model=$(REAL)/run/flamingo/model data=$(REAL)/data out=$(REAL)/eval $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=[labelled_binding,labelled_names] shots=[0,1,2,4] out=$(REAL)/eval $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=[labelled_binding,labelled_names] images=[shuffled] shots=[4] out=$(REAL)/shuffled $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=labelled_binding task.labelled_binding.ask=openmoji shots=[0,1,4] out=$(REAL)/unseen $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=labelled_naming shots=[0] out=$(REAL)/naming $(REAL_EVAL_ARGS)
 	@echo
 	@echo "Look at  $(REAL)/eval/gallery.html     prompts, images and answers"
 	@echo "         $(REAL)/eval/curve.png        accuracy against shots"
