@@ -1,7 +1,7 @@
 """What is compiled, and how often: for `test_compiled.py`, in a process of its own.
 
-    python -m tests.model.compiled decode llama      one graph, and the tokens of eager decoding
-    python -m tests.model.compiled train llama       graphs over 50 ragged batches, layer by layer
+    python -m tests.model.compiled decode gpt2 llama     one graph, and the tokens of eager decoding
+    python -m tests.model.compiled train gpt2 llama      graphs over 50 ragged batches, layer by layer
 
 A process of its own, because the tests check shapes at run time in every function, which torch.compile does not take.
 """
@@ -42,7 +42,7 @@ def decode(family: str) -> None:
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         ours, eager = model.generate(**inputs, **options, **static), model.generate(**inputs, **options)
         assert torch.equal(ours, eager), "other tokens than eager decoding"
-    print("graphs", graphs())
+    print(family, graphs())
 
 
 def ragged(image: int, source: random.Random) -> dict[str, Tensor]:
@@ -70,8 +70,11 @@ def train(family: str) -> None:
     for _ in range(BATCHES):
         objective.sums(model, ragged(model.config.image_token_id, source))["text"].backward()
         curve.append(graphs())
-    print("graphs", curve[0], curve[BATCHES // 2], curve[-1])
+    print(family, curve[0], curve[BATCHES // 2], curve[-1])
 
 
 if __name__ == "__main__":
-    {"decode": decode, "train": train}[sys.argv[1]](sys.argv[2])
+    for name in sys.argv[2:]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        {"decode": decode, "train": train}[sys.argv[1]](name)
