@@ -22,6 +22,8 @@ from data.shards.tar import LFS
 
 SLACK = 0.04  # bytes read needlessly, as a share of those needed, for the sake of fewer reads
 MAX_OPEN = 256
+LONGEST_TEXT = 10_000_000
+"""Characters of a document. A tokenizer takes 200 bytes and nearly a microsecond for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,9 @@ def runs(positions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def check_text(nodes: Sequence[Node]) -> None:
-    """Raise ContentError for text that is not Unicode (JSON can hold half a character), which no tokenizer accepts."""
+    """Raise ContentError for text that no tokenizer takes: half a character, which JSON can hold, or more than fits."""
+    if (length := sum(len(node.text) for node in nodes if isinstance(node, Text))) > LONGEST_TEXT:
+        raise ContentError("text too long", f"{length:,} characters; at most {LONGEST_TEXT:,} are tokenized at once")
     for node in nodes:
         if isinstance(node, Text) and not node.text.isascii():
             try:

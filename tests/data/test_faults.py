@@ -71,6 +71,11 @@ CONTENT: dict[str, tuple[list[tuple[str, bytes]], str, str]] = {
     "text is number": ([("bad.json", b'{"v":1,"nodes":[{"t":5}]}')], "bad text or JSON", "node 0 is neither"),
     "other version": ([("bad.json", b'{"v":9,"nodes":[]}')], "bad text or JSON", "format version 9"),
     "true as a version": ([("bad.json", b'{"v":true,"nodes":[]}')], "bad text or JSON", "format version True"),
+    "text without end": (
+        [("bad.json", b'{"v":1,"nodes":[{"t":"%s"},{"t":"%s"}]}' % (b"a " * 2_500_001, b"b " * 2_500_000))],
+        "text too long",
+        "10,000,002 characters; at most 10,000,000",
+    ),
     "half a letter": ([("bad.json", b'{"v":1,"nodes":[{"t":"\\ud800"}]}')], "bad text or JSON", "not Unicode"),
     "latin-1 caption": ([("bad.png", png(1)), ("bad.txt", b"caf\xe9")], "bad text or JSON", "not UTF-8"),
     "no text, no image": ([("bad.json", b'{"v":1,"nodes":[]}')], "empty", "no text or images"),
