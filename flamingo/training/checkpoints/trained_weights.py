@@ -50,7 +50,8 @@ class FrozenWeights:
     """
 
     def __init__(self, model: FlamingoForConditionalGeneration) -> None:
-        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        every = model.named_parameters(remove_duplicate=False)  # a tied one has several names
+        trained = {name for name, weight in every if weight.requires_grad}
         self._before = {
             name: tuple(_digest_of(value, dtype) for dtype in (torch.float32, torch.bfloat16))
             for name, value in model.state_dict().items()
