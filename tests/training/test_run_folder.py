@@ -15,6 +15,7 @@ from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.integrity import MARKER
 from flamingo.training.checkpoints.trained_weights import fingerprint
 from flamingo.training.compose import compose
+from flamingo.training.metrics import sinks
 from tests.training.adversities import snapshot
 from tests.training.commands import lines
 from tests.training.world import config, write_world
@@ -228,3 +229,13 @@ def test_one_weight_of_many_is_another_model() -> None:
             assert fingerprint(model) != before, name
             weight.view(-1)[7] = kept
     assert fingerprint(model) == before
+
+
+def test_figures_that_a_full_disk_does_not_take_are_one_sentence_at_the_end_too(world: Path, tmp_path: Path) -> None:
+    """What is buffered is written once more when the run closes them, which is after the first sentence."""
+    reports = sinks.MetricSinks(tmp_path, config(world, tmp_path, "language"), start=0, is_main=True)
+    reports._figures._file = Path("/dev/full").open("a")  # noqa: SIM115
+    for again in (lambda: reports.log(1, {"loss": 1.0}), reports.close):
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(.*No space left.*: free space or"):
+            again()
+    reports.close()

@@ -266,9 +266,7 @@ class MetricSinks:
         try:
             self._figures.log(step, values)
         except OSError as error:
-            raise UserError(
-                f"metrics.jsonl cannot be written ({error}): free space or choose another run.dir"
-            ) from error
+            raise _unwritten(error) from error
         for sink in list(self._sinks):
             try:
                 sink.log(step, values)
@@ -279,13 +277,24 @@ class MetricSinks:
             self._progress.update(step, f"loss {values['loss']:.3f}")
 
     def close(self) -> None:
-        """Close all; closing again does nothing."""
+        """Close all; closing again does nothing.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written; what is buffered of it is, at the latest, here.
+        """
         if self._progress is not None:
             self._progress.close()
             self._progress = None
-            self._figures.close()
             for sink in self._sinks:
                 try:
                     sink.close()
                 except Exception as error:  # as in `log`
                     print(f"{type(sink).__name__} may lack its last figures: {error}", file=sys.stderr, flush=True)
+            try:
+                self._figures.close()
+            except OSError as error:
+                raise _unwritten(error) from error
+
+
+def _unwritten(error: OSError) -> UserError:
+    return UserError(f"metrics.jsonl cannot be written ({error}): free space or choose another run.dir")
