@@ -48,3 +48,5 @@ def s3_server() -> Iterator[dict[str, str]]:
     finally:
         server.kill()
         server.wait()
+        if (module := sys.modules.get("s3fs")) is not None:  # fsspec keeps a client for the next server's test
+            module.S3FileSystem.clear_instance_cache()
