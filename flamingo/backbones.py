@@ -286,20 +286,18 @@ def from_backbones(
         add_bos_token: whether that copy begins each row with its BOS; None: as it does by itself.
         image_size: side of the images in pixels, where it is not the encoder's own.
         cross_attn_every_n_layers: a block before layers n-1, 2n-1, ...; `cross_attn_layers` numbers them instead.
-        connector: "perceiver", or another of `flamingo.layers.connector.CONNECTORS`.
-        resampler, cross_attention: options of the connector (`ResamplerConfig`) and of `CrossAttentionConfig`.
-        max_frames: short for `resampler={"max_frames": ...}`; also the most frames the processor takes of a clip.
+        connector: "perceiver", or another of `CONNECTORS`, of options `resampler`; `cross_attention`: of the blocks.
+        max_frames: `resampler={"max_frames": ...}`, and the most frames the processor takes of a clip.
         decoder_layers_path: attribute path of the LM's layers, if they are not recognised.
         vision_options: `mean`, `std`, `resize_mode`, `class_token`, `final_norm` of `VisionConfig`.
         dtype: of both backbones, built ones included; None: as they come. What joins them, and trains, is in float32.
-        quantization_config: transformers', for the LM by name: 4 or 8 bits.
-        seed: of the new parts' weights.
+        quantization_config: transformers', for the LM by name: 4 or 8 bits. `seed`: of the new parts' weights.
 
     Raises:
         UserError: a name that cannot be had, a missing argument, an option that does not exist.
     """
-    named = {"pretrained": vision_pretrained, "image_size": image_size, **(vision_options or {})}
-    encoder, described = load_vision(vision, **named)
+    named = {"image_size": image_size, **(vision_options or {})}
+    encoder, described = load_vision(vision, pretrained=vision_pretrained, **named)
     lm, lm_tokenizer = load_language(language, tokenizer, quantization_config)
     _check_and_cast(encoder, described.name, lm, dtype)
     resampler = dict(resampler or {}) | ({} if max_frames is None else {"max_frames": max_frames})
