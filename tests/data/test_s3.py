@@ -32,11 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[None]:
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto")
-    with s3_server() as variables, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    with s3_server():
         yield
 
 
