@@ -18,12 +18,12 @@ def fingerprint(module: nn.Module) -> str:
     return hash_tensors(module.state_dict())
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the same of named tensors."""
+def hash_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> str:
+    """Return the same of named tensors, or with their values in another precision."""
     digest = xxhash.xxh3_64()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         values = tensor.detach().to("cpu")
-        values = values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
+        values = values.to(dtype) if values.is_floating_point() else values
         digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

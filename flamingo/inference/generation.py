@@ -134,7 +134,7 @@ class FiniteLogits(LogitsProcessor):
         best = scores.amax(-1)  # NaN if one of them is
         bad = ~best.isfinite()
         self.bad = bad.any() if self.bad is None else self.bad | bad.any()
-        self._steps = [*self._steps, (best, input_ids.shape[1])]
+        self._steps.append((best, input_ids.shape[1]))
         return scores.masked_fill(bad[:, None], 0.0)
 
     def check(self) -> None:

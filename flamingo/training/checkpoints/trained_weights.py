@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -53,7 +52,7 @@ class FrozenWeights:
         every = model.named_parameters(remove_duplicate=False)  # a tied one has several names
         trained = {name for name, weight in every if weight.requires_grad}
         self._before = {
-            name: tuple(_digest_of(value, dtype) for dtype in (torch.float32, torch.bfloat16))
+            name: [hash_tensors({name: value}, dtype) for dtype in (torch.float32, torch.bfloat16)]
             for name, value in model.state_dict().items()
             if name not in trained
         }
@@ -65,20 +64,17 @@ class FrozenWeights:
         Raises:
             RuntimeError: a weight is missing or another than before; this is a fault of the library.
         """
-        found = {name: _digest_of(weights[name], weights[name].dtype) for name in self._before if name in weights}
-        odd = [name for name, before in self._before.items() if found.get(name) not in before]
+        odd = [
+            name
+            for name, before in self._before.items()
+            if name not in weights or hash_tensors({name: weights[name]}, weights[name].dtype) not in before
+        ]
         if odd:
             raise RuntimeError(
                 f"{len(odd)} frozen weights are not what they were before the run, the first is {odd[0]}: the model is "
                 "not written; its checkpoint is there. Please report this"
             )
         return f"frozen, and bit for bit as before: {', '.join(self._parts)}" if self._parts else ""
-
-
-def _digest_of(value: Tensor, dtype: torch.dtype) -> bytes:
-    value = value.detach().to("cpu")
-    kept = value.to(dtype) if value.is_floating_point() else value
-    return xxhash.xxh3_128_digest(kept.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def config_fingerprint(config: PreTrainedConfig) -> str:
