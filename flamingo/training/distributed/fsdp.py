@@ -238,10 +238,14 @@ def sharding_strategy(run: RunConfig, processes: int) -> ShardingStrategy | None
     if run.parallel == "none" or (run.parallel == "auto" and is_plain):
         return None
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    stored = run.sharding.frozen_dtype(run.precision)
+    # One process has nobody to share frozen weights with: gathering them would copy them in every forward and backward.
+    as_computed = (stored is torch.bfloat16) == (run.precision == "bf16")
+    alone = processes == 1 and as_computed and not run.sharding.cpu_offload
     return ShardingStrategy(
         precision=run.precision,
-        frozen=run.sharding.frozen,
-        frozen_dtype=run.sharding.frozen_dtype(run.precision),
+        frozen="replicate" if alone else run.sharding.frozen,
+        frozen_dtype=stored,
         shard_size=(run.sharding.size or per_machine) if run.parallel == "hybrid" else 0,
         offload=run.sharding.cpu_offload,
         keep_gathered=run.sharding.keep_gathered,
