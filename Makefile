@@ -30,7 +30,7 @@ export DEMO = $(OUT)
 REAL            ?= runs/real
 REAL_TRAIN_ARGS ?=
 REAL_EVAL_ARGS  ?=
-REAL_EVAL        = $(PY) -m eval model=$(REAL)/run/flamingo/model data=$(REAL)/data
+REAL_EVAL        = $(PY) -m eval dtype=bfloat16 model=$(REAL)/run/flamingo/model data=$(REAL)/data
 export REAL
 
 .PHONY: help setup test test-fast peer-tests check bench doctor demo toy learn real clean
@@ -93,6 +93,7 @@ real: setup doctor $(REAL)/data/.complete
 	$(REAL_EVAL) task=[labelled_binding,labelled_names] shots=[0,1,2,4] out=$(REAL)/eval $(REAL_EVAL_ARGS)
 	$(REAL_EVAL) task=[labelled_binding,labelled_names] images=[shuffled] shots=[4] out=$(REAL)/shuffled $(REAL_EVAL_ARGS)
 	$(REAL_EVAL) task=labelled_binding task.labelled_binding.ask=openmoji shots=[0,1,4] out=$(REAL)/unseen $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=labelled_binding task.labelled_binding.ways=4 shots=[4] out=$(REAL)/four_ways $(REAL_EVAL_ARGS)
 	$(REAL_EVAL) task=labelled_naming shots=[0] out=$(REAL)/naming $(REAL_EVAL_ARGS)
 	@echo
 	@echo "Look at  $(REAL)/eval/gallery.html     prompts, images and answers"
