@@ -95,9 +95,12 @@ real: setup doctor $(REAL)/data/.complete
 	$(REAL_EVAL) task=labelled_binding task.labelled_binding.ask=openmoji shots=[0,1,4] out=$(REAL)/unseen $(REAL_EVAL_ARGS)
 	$(REAL_EVAL) task=labelled_binding task.labelled_binding.ways=4 shots=[4] out=$(REAL)/four_ways $(REAL_EVAL_ARGS)
 	$(REAL_EVAL) task=labelled_naming shots=[0] out=$(REAL)/naming $(REAL_EVAL_ARGS)
+	$(REAL_EVAL) task=labelled_photographs task.labelled_photographs.source.path=$(REAL)/assets/photographs/table.csv \
+	  shots=[0] out=$(REAL)/photographs
 	@echo
 	@echo "Look at  $(REAL)/eval/gallery.html     prompts, images and answers"
 	@echo "         $(REAL)/eval/curve.png        accuracy against shots"
+	@echo "         $(REAL)/photographs/gallery.html  eight photographs, right or wrong"
 	@echo "         $(REAL)/run/flamingo/loss.png the loss of each data set"
 
 $(REAL)/data/.complete: $(VENV)/.real

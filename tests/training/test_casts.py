@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo.conformance.tiny_models import document, subject, tiny_lm
-from flamingo.training.distributed.fsdp import Processes, ShardingStrategy, prepare_backward, shard
+from flamingo.training.config import RunConfig, Sharding
+from flamingo.training.distributed.fsdp import (
+    Processes,
+    ShardingStrategy,
+    prepare_backward,
+    shard,
+    sharding_strategy,
+)
 from flamingo.training.distributed.units import flamingo_units
 from flamingo.training.objectives.flamingo import FlamingoObjective
 
@@ -76,3 +83,20 @@ def test_hidden_states_and_media_reach_the_blocks_in_the_precision_they_have(fro
     assert text not in widened
     assert media not in widened
     assert text not in casts.shapes.get((torch.float32, torch.bfloat16), [])
+
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "sharding", "frozen"),
+    [
+        (1, "bf16", Sharding(), "replicate"),
+        (2, "bf16", Sharding(), "shard"),
+        (2, "bf16", Sharding(frozen="replicate"), "replicate"),
+        (1, "bf16", Sharding(cpu_offload=True), "shard"),
+        (1, "bf16", Sharding(frozen_precision="fp32"), "shard"),  # gathering casts them
+        (1, "fp32", Sharding(), "replicate"),
+    ],
+)
+def test_one_process_gathers_no_frozen_weights(processes: int, precision: Any, sharding: Sharding, frozen: str) -> None:
+    strategy = sharding_strategy(RunConfig(parallel="fsdp", precision=precision, sharding=sharding), processes)
+    assert strategy is not None
+    assert strategy.frozen == frozen
