@@ -52,6 +52,14 @@ def training_kernel(labels: Tensor | None, device: torch.device, *, in_bf16: boo
     return nullcontext()
 
 
+def usual_kernel(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which torch chooses SDPA's kernel, inside `training_kernel` too."""
+    return sdpa_kernel(_EVERY_KERNEL) if device.type == "cpu" else nullcontext()
+
+
+_EVERY_KERNEL = [kernel for kernel in SDPBackend.__members__.values() if kernel is not SDPBackend.ERROR]
+
+
 def attend_segments(
     q: Float[Tensor, "N H K"], k: Float[Tensor, "I L H K"], v: Float[Tensor, "I L H K"], segments: Segments
 ) -> Float[Tensor, "N H K"]:

@@ -31,6 +31,7 @@ from transformers import initialization as init
 
 from flamingo.config import VisionConfig
 from flamingo.errors import UserError
+from flamingo.layers.attention import usual_kernel
 from flamingo.transfer import sent
 from flamingo.vision.features import FrozenFeatures
 
@@ -80,7 +81,8 @@ class VisionEncoder(nn.Module):
             shape = (1, -1, 1, 1)
             pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
         # Autograd records nothing where neither weights nor pixels ask for it: a frozen encoder leaves no graph.
-        return patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
+        with usual_kernel(pixels.device):  # an image's tokens do not depend on the rows of text that show it
+            return patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
 
     def initialize(self) -> None:
         """Set mean and deviation as the config has them, for a file that lacks them."""

@@ -15,6 +15,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from flamingo import FlamingoForConditionalGeneration, UserError
 from flamingo.backbones import load_language, load_vision, open_clip_config
 from flamingo.config import VisionConfig
+from flamingo.layers.attention import training_kernel
 from flamingo.vision.encoder import VisionEncoder, patch_tokens
 from tests.model import tiny
 
@@ -97,6 +98,18 @@ def test_encoder_normalises_uint8_only_and_has_no_gradient() -> None:
     assert not encoder(raw).requires_grad
     encoder.requires_grad_(True)
     assert encoder(raw).requires_grad
+
+
+def test_tokens_do_not_depend_on_the_rows_that_show_the_image() -> None:
+    """In bf16 two kernels differ in their last bits; which one runs must not follow from the text's length."""
+    config = VisionConfig(kind="transformers", width=24, image_size=tiny.SIZE, mean=(0.5, 0.5, 0.5), std=(0.25,) * 3)
+    encoder = VisionEncoder(tiny.vision().bfloat16(), config).requires_grad_(False)
+    raw = tiny.picture(0)[None, None]
+    with training_kernel(torch.zeros(2, 8), raw.device, in_bf16=True):
+        inside = encoder(raw)
+        plain = patch_tokens(encoder.tower, ((raw[0].float() / 255 - 0.5) / 0.25).bfloat16())
+    assert torch.equal(inside, encoder(raw))
+    assert not torch.equal(inside[0], plain)
 
 
 def test_mistakes_are_one_sentence(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
