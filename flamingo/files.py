@@ -10,7 +10,11 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+
+PARTIAL = ".partial"
+"""The end of the name that a file or folder has until it is whole."""
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
@@ -27,11 +31,14 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random rather than the process's id: two containers on one file system often have the same one.
     unique = f".{secrets.randbelow(10**12)}" if shared else ""
-    temporary = path.with_name(f".{path.name}{unique}.partial")
+    temporary = path.with_name(f".{path.name}{unique}{PARTIAL}")
     temporary.unlink(missing_ok=True)  # of a run that was killed
     try:
         if callable(content):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             content(temporary)
+            share([temporary], mode)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
@@ -51,17 +58,25 @@ def write_folder(folder: Path, *writers: Callable[[Path], object], overwrite: bo
         OSError: the folder cannot be written, or whatever a writer raises. The older folder stays, the temporary one
             is removed, which also frees its space.
     """
-    temporary = folder.with_name(f"{folder.name}.partial")
+    temporary = folder.with_name(f"{folder.name}{PARTIAL}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         temporary.mkdir(parents=True)
         for write in writers:
             write(temporary)
+        share(temporary.rglob("*.safetensors"), temporary.stat().st_mode)
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def share(files: Iterable[Path], mode: int) -> None:
+    """Let whoever may read a file of `mode` read these too: safetensors 0.8 writes for its owner alone."""
+    for file in files:
+        with suppress(PermissionError):  # a file system without permissions
+            file.chmod(mode & 0o666)
 
 
 def whole_lines(path: Path) -> list[bytes]:

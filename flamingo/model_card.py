@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flamingo.files import PARTIAL
+
 CARD = "README.md"
 _TEXT = """\
 ---
@@ -53,7 +55,7 @@ says of an image may be wrong. *Fill in: what it was made and tested for, and wh
 
 ## Training data
 
-*Fill in: data sets with their licences, how they were filtered, how many images and tokens were seen.*
+{training}
 
 ## Licence
 
@@ -63,6 +65,16 @@ says of an image may be wrong. *Fill in: what it was made and tested for, and wh
 
 *Fill in: tasks, shots, decoding, scores and the command that gives them.*
 """
+
+
+_TRAINING = "*Fill in: data sets with their licences, how they were filtered, how many images and tokens were seen.*"
+
+
+def add_training(folder: Path, facts: str) -> None:
+    """Write what a run trained on into the card of the model in `folder`, ahead of what people have to fill in."""
+    file = folder / CARD
+    if file.exists():
+        file.write_text(file.read_text().replace(_TRAINING, f"{facts}\n\n{_TRAINING}"))
 
 
 def write_card(folder: Path, model: Any) -> None:
@@ -76,7 +88,8 @@ def write_card(folder: Path, model: Any) -> None:
     options = {name: value for name, value in config.resampler_config.items() if value is not None}
     file.write_text(
         _TEXT.format(
-            title=folder.resolve().name,
+            title=folder.resolve().name.removesuffix(PARTIAL),
+            training=_TRAINING,
             vision=config.vision.name or config.vision.kind,
             size=config.vision.image_size,
             connector=config.connector,

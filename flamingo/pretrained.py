@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flamingo import hub, storage
 from flamingo.config import FlamingoConfig
 from flamingo.errors import UserError
+from flamingo.files import share
 from flamingo.language.hooks import (
     NewTokens,
     recompute_in_call,
@@ -263,7 +264,10 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             )
         with storage.described(self):
             super().save_pretrained(save_directory, *args, **options)
-        write_card(Path(save_directory), self)
+        folder = Path(save_directory)
+        if (written := folder / "config.json").exists():
+            share(folder.glob("*.safetensors"), written.stat().st_mode)
+        write_card(folder, self)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:

@@ -22,6 +22,7 @@ from flamingo.configs.validate import flatten
 from flamingo.errors import UserError
 from flamingo.files import write_atomically, write_folder
 from flamingo.folder_lock import holds, lock_folder
+from flamingo.model_card import add_training
 from flamingo.training.checkpoints import store
 from flamingo.training.checkpoints.ema import Ema
 from flamingo.training.checkpoints.trained_weights import trained_fingerprint
@@ -386,6 +387,20 @@ def export(write: Callable[[dict[str, Tensor], Path], Any], weights: dict[str, T
         ) from error
 
 
+def _write_model(setup: Setup, config: TrainConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    setup.export(weights, folder)
+    add_training(folder, trained_on(config))
+
+
+def trained_on(config: TrainConfig) -> str:
+    """Return what a run trains on and how, as the model's card says it."""
+    model, run = config.model, config.run
+    start = f"`{model.init}`" if model.init else "the backbones above"
+    how = f"Objective `{config.objective}`, {run.steps:,} updates in {run.precision}, seed {run.seed}, from {start}."
+    names = [f"- `{name}`, {data['batch_size']} samples an update" for name, data in config.data.datasets.items()]
+    return "\n".join([how, "", *names])
+
+
 def write_results(
     config: TrainConfig,
     setup: Setup,
@@ -409,7 +424,7 @@ def write_results(
         with weights_in_place:  # on the CPU the whole weights are the model's own memory
             weights = store.full_weights(setup.model)
             if processes.is_main:
-                export(setup.export, weights, run_dir / name)
+                export(lambda *given: _write_model(setup, config, *given), weights, run_dir / name)
             processes.wait_long()  # a large model takes longer to write than a collective may wait
     if processes.is_main:
         for (name, reason), number in replaced.items():

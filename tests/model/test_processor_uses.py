@@ -281,6 +281,8 @@ def test_the_card_says_the_shape_and_is_never_written_over(tmp_path: Path) -> No
         "in front of 2 of 4 layers",
     ):
         assert wanted in text
+    weights, config = (tmp_path / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # colleagues may read it, too
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -107,6 +107,16 @@ def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
     return settings
 
 
+def test_the_card_of_a_trained_model_says_what_it_trained_on(world: Path, tmp_path: Path) -> None:
+    train(config(world, tmp_path / "run", "flamingo", steps=2, seed=3))
+    folder = tmp_path / "run" / "model"
+    card = (folder / "README.md").read_text()
+    assert "# model\n" in card
+    assert "Objective `flamingo`, 2 updates in fp32, seed 3, from the backbones above.\n\n- `pages`, 8 samples" in card
+    assert card.index("- `pairs`, 4 samples an update") < card.index("*Fill in: data sets with their licences")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_few_shot_evaluations_leave_no_trace(world: Path, tmp_path: Path) -> None:
     write_scenes(tmp_path / "data" / "toy" / "heldout" / "scene_pairs", 208)
     train(config(world, tmp_path / "plain", "flamingo", steps=4))
