@@ -49,8 +49,13 @@ def match_dtypes(model: nn.Module, state_dict: Mapping[str, Tensor] | None, file
     """Give every weight of a model on the meta device the precision that it has in the checkpoint.
 
     A config that names a precision which no weight of the checkpoint has asks for that one, as in transformers.
+
+    Raises:
+        UserError: a weight is made of integers and no quantiser is there to read them.
     """
     stored = {key: value.dtype for key, value in (state_dict or {}).items()} or _dtypes_in(files)
+    if load_config.hf_quantizer is None:
+        _refuse_integers(model, stored)
     stored = {key: dtype for key, dtype in stored.items() if dtype.is_floating_point and dtype.itemsize > 1}
     if not _keep.get() or load_config.dtype not in stored.values():
         return
@@ -69,6 +74,17 @@ def match_dtypes(model: nn.Module, state_dict: Mapping[str, Tensor] | None, file
             continue
         if quantizer is None or quantizer.pre_quantized or not quantizer.param_needs_quantization(model, name):
             tensor.data = tensor.data.to(wanted)
+
+
+def _refuse_integers(model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        dtype = stored.get(name, tensor.dtype)
+        if tensor.is_floating_point() and not dtype.is_floating_point:
+            raise UserError(
+                f"the weight {name} is stored as {str(dtype).removeprefix('torch.')} and config.json says nothing of a "
+                "quantisation (quantization_config), so its values mean nothing: copy the folder again, or quantise "
+                "the model with transformers"
+            )
 
 
 def _dtypes_in(files: Sequence[str | Path] | None) -> dict[str, torch.dtype]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -92,6 +93,20 @@ def test_the_training_export_keeps_them(tmp_path: Path) -> None:
     expected = copy.deepcopy(model)
     save_flamingo(model, processor, dict(model.state_dict()), tmp_path)
     assert_same(expected, FlamingoForConditionalGeneration.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("part", ["language_model", "resampler", "vision_encoder"])
+def test_integers_that_nobody_can_read_are_refused(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    model, _ = tiny.flamingo("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(key for key, value in weights.items() if key.startswith(part) and value.ndim == 2)
+    save_file(weights | {name: weights[name].round().to(dtype)}, file, {"format": "pt"})
+    for kind in (FlamingoForConditionalGeneration, AutoModelForImageTextToText):
+        with pytest.raises(UserError, match=f"{name} is stored as {str(dtype).removeprefix('torch.')} and config.json"):
+            kind.from_pretrained(tmp_path)
 
 
 def test_backbones_in_a_precision_and_what_trains_in_float32(tmp_path: Path) -> None:
