@@ -66,6 +66,8 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
         join_launcher()
         train(compose(arguments, check))
         return
+    if {"-m", "--multirun"} & set(arguments) and {"-c", "--cfg", "-i", "--info"} & set(arguments):
+        raise UserError("-m and --cfg (or --info) do not go together: leave out -m to see the config of one run")
     parsed = {argument: override for argument in arguments if (override := parse(argument))}
     # Mistakes are named here, not by a job that has waited in a queue. A sweep's values are checked by its jobs.
     sweeps = {text for text, override in parsed.items() if override.is_sweep_override()}
@@ -78,8 +80,9 @@ def run_command_line(train: Callable[[TrainConfig], object], check: Callable[[Tr
     folders = [str(choice) for override in places for choice in override.sweep_iterator()]
     folder = os.path.commonpath(folders) if folders else common.run.dir
     if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed.values()):
-        # What hydra writes of its own goes below the run folders.
-        sys.argv.append(f"hydra.sweep.dir={quoted(folder or '.')}")
+        # What hydra writes of its own goes below the run folders; beside the other overrides, for options may follow.
+        first = next((place for place, text in enumerate(arguments, 1) if text in parsed), len(sys.argv))
+        sys.argv.insert(first, f"hydra.sweep.dir={quoted(folder or '.')}")
     if "launch=" in " ".join(arguments):  # a submitted job begins in the folder of this command, with its environment
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {override.key_or_group for text, override in parsed.items() if text not in sweeps}

@@ -81,6 +81,23 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("arguments", [["experiment=demo", "--cfg", "job"], ["--cfg", "job", "experiment=demo"]])
+def test_the_config_is_printed_wherever_it_is_asked_for(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "experiment" not in done.stdout
+    assert "\nobjective: flamingo\n" in done.stdout
+
+
+def test_the_config_of_a_sweep_is_refused_in_a_line() -> None:
+    arguments = ["-m", "experiment=demo", "run.seed=1,2", "--cfg", "job"]
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: -m and --cfg (or --info) do not go together: leave out -m to see the config of one run\n"
+    )
+
+
 def test_all_mistakes_are_named_in_one_go() -> None:
     arguments = ["experiment=nope", "run.stepz=3", "run.steps=many", "run.log_every=true", "optim.schedule=linear"]
     arguments += ["run.ema=1", "~run.seed", "model.resampler.depth=0", "data.datasets.a.batch_size=0"]
