@@ -129,13 +129,29 @@ def _unchunked(body: bytes) -> bytes:
     return body  # crawlers store bodies unchunked under the header as it was
 
 
+def _inflated(body: bytes, window: int) -> bytes:
+    """Return all members of a body, one behind another. Raises zlib.error where it is not compressed."""
+    parts: list[bytes] = []
+    left = MAX_RECORD
+    while not parts or body.startswith(b"\x1f\x8b"):
+        unpacker = zlib.decompressobj(window)
+        parts.append(unpacker.decompress(body, left))
+        if not unpacker.eof:
+            if not unpacker.unconsumed_tail and window < 0:  # no header: anything at all may begin like this
+                raise zlib.error("no end")
+            raise Dropped("body too large" if unpacker.unconsumed_tail else "compressed body is cut off")
+        left -= len(parts[-1])
+        if left <= 0:
+            raise Dropped("body too large")
+        body = unpacker.unused_data
+    return b"".join(parts)
+
+
 def _decompressed(body: bytes, name: str) -> bytes:
-    if name in ("gzip", "x-gzip", "deflate"):
+    if body and name in ("gzip", "x-gzip", "deflate"):
         for window in (47, -15) if name == "deflate" else (47,):
-            unpacker = zlib.decompressobj(window)
             try:
-                if whole := unpacker.decompress(body, MAX_RECORD):
-                    return whole
+                return _inflated(body, window)
             except zlib.error:
                 continue
     elif name == "br":
