@@ -29,7 +29,6 @@ from data.dataset import DatasetSpec, dataset_specs, document_texts, too_small
 from data.loading.loader import MixLoader, StorageError
 from eval.in_training import Evaluations, FewShotEvaluation
 from flamingo.configs.validate import refuse
-from flamingo.layers.attention import training_kernel
 from flamingo.training import compose, optim, run_folder, stages
 from flamingo.training.checkpoints import ema, store
 from flamingo.training.config import TrainConfig, unavailable
@@ -211,10 +210,7 @@ def accumulate_gradients(
             remaining -= 1
             if strategy is not None:  # gradients are reduced once, with the last micro-batch
                 fsdp.prepare_backward(model, strategy, last=remaining == 0)
-            inputs = protocol.on_device(objective, batch, processes.device)
-            in_bf16 = strategy is not None and strategy.precision == "bf16"
-            with training_kernel(batch.get("labels"), processes.device, in_bf16=in_bf16):
-                terms = objective.sums(model, inputs)
+            terms = protocol.sums_of(objective, model, batch, processes.device, strategy)
             # FSDP2 averages gradients over processes, hence the factor: divisors are already those of all.
             scale = weights[name] * processes.size
             protocol.add_terms(value * (scale / divisors[name, term]) for term, value in terms.items()).backward()
