@@ -132,18 +132,22 @@ def test_multimodal_cot() -> None:
     short = ["run.steps=2", "stages.rationale.data.datasets.rationale.batch_size=4"]
     two = [*short, "stages.answer.data.datasets.answer.batch_size=4"]
     asked = ["rationale_tokens=8", "limit=6"]
-    settings = {"run.dir=runs/cot": two, "run.dir=runs/cot_direct": short, "run.dir=runs/cot_joint": short}
-    settings |= {"task=jsonl": asked}
+    controls = ("direct", "joint", "direct_unseen", "joint_unseen")
+    settings = {"run.dir=runs/cot": two, "task=jsonl": asked}
+    settings |= {f"run.dir=runs/cot_{control}": short for control in controls}
     ran = run_page("multimodal_cot", settings, {"6000": "40", "400}": "24}"})
-    assert len(ran) == 11
+    assert len(ran) == 17
     rationale, answer = results("runs/cot/eval/rationale"), results("runs/cot/eval/answer")
-    for row in (rationale, answer, results("runs/cot_joint/eval")):
+    for row in (rationale, answer, results("runs/cot_joint/eval"), results("runs/cot_joint_unseen/eval")):
         assert (row["strategy"], row["shots"], row["n"]) == ("two_stage", 0, 6)
         assert row["metrics"]["rationale_rouge_l"]["n"] == 6
     assert rationale["metrics"] == answer["metrics"]  # the second run reads what the first has written
-    direct = results("runs/cot_direct/eval")
-    assert (direct["strategy"], direct["metrics"]) == ("plain", {})
-    _training_rows_are_prompts(FlamingoProcessor.from_pretrained("runs/cot/answer/model"))
+    for control in ("direct", "direct_unseen"):
+        direct = results(f"runs/cot_{control}/eval")
+        assert (direct["strategy"], direct["metrics"]) == ("plain", {})
+    processor = FlamingoProcessor.from_pretrained("runs/cot/answer/model")
+    assert processor.image_token_id not in _first_ids(processor, "shards/cot/joint_unseen")
+    _training_rows_are_prompts(processor)
 
 
 def _training_rows_are_prompts(processor: FlamingoProcessor) -> None:
