@@ -57,7 +57,9 @@ def usual_kernel(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_EVERY_KERNEL) if device.type == "cpu" else nullcontext()
 
 
-_EVERY_KERNEL: list[SDPBackend] = [kernel for kernel in SDPBackend.__members__.values() if kernel is not SDPBackend.ERROR]
+_EVERY_KERNEL: list[SDPBackend] = [
+    kernel for kernel in SDPBackend.__members__.values() if kernel is not SDPBackend.ERROR
+]
 
 
 def attend_segments(

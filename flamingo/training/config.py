@@ -41,6 +41,7 @@ class DataConfig:
     """How long storage that is away, or a server that gives nothing, is waited for: before the run begins, and before
     it ends."""
     seed: int = 0
+    """Order of the samples; on the command line `run.seed` unless it is set."""
     allow_pipe: bool = False
     """Whether shards may be shell commands, `pipe:COMMAND`, which run as the user who trains."""
 

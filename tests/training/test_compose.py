@@ -81,6 +81,12 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_one_seed_is_for_weights_and_order_alike() -> None:
+    for arguments, expected in ((["run.seed=5"], (5, 5)), (["run.seed=5", "data.seed=2"], (5, 2)), ([], (0, 0))):
+        config = compose(["experiment=real", *arguments], lambda config: [])
+        assert [(s.config.run.seed, s.config.data.seed) for s in stages_of(config)[0]] == [expected] * 2
+
+
 @pytest.mark.parametrize("arguments", [["experiment=demo", "--cfg", "job"], ["--cfg", "job", "experiment=demo"]])
 def test_the_config_is_printed_wherever_it_is_asked_for(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
