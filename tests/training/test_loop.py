@@ -107,6 +107,21 @@ def evaluated(world: Path, run_dir: Path, data: Path) -> TrainConfig:
     return settings
 
 
+def test_another_seed_draws_other_weights(world: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        settings = config(world, tmp_path / name, "flamingo", steps=1, seed=seed)
+        settings.optim.lr = 1e-20
+        train(settings)
+        found[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    for name, weight in found["one"].items():
+        assert torch.equal(weight, found["again"][name]), name
+    drawn = {
+        name.split(".")[0] for name, weight in found["one"].items() if not torch.equal(weight, found["other"][name])
+    }
+    assert {"resampler", "cross_attn_blocks", "new_tokens"} <= drawn
+
+
 def test_the_card_of_a_trained_model_says_what_it_trained_on(world: Path, tmp_path: Path) -> None:
     train(config(world, tmp_path / "run", "flamingo", steps=2, seed=3))
     folder = tmp_path / "run" / "model"

@@ -116,6 +116,7 @@ def build_flamingo(model: ModelConfig) -> tuple[FlamingoForConditionalGeneration
         cross_attention=asdict(model.cross_attention),
         image_size=size,
         vision_options=options,
+        seed=torch.initial_seed(),  # the run's
     )
     if vision.resize_mode:  # of the processor, and of the model's config, which is what a saved folder remembers
         flamingo, processor = built
