@@ -140,26 +140,18 @@ DRAWINGS = (
     ),
 )
 PACKAGES = (LANGUAGE, VISION, NAMES, *DRAWINGS)
-PHOTOGRAPHS = (
-    ("cat", "skimage", "data/chelsea.png", "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb"),
-    ("hot beverage", "skimage", "data/coffee.png", "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7"),
-    ("rocket", "skimage", "data/rocket.jpg", "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c"),
-    (
-        "motorcycle",
-        "skimage",
-        "data/motorcycle_left.png",
-        "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
-    ),
-    ("coin", "skimage", "data/coins.png", "f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba"),
-    ("full moon", "skimage", "data/moon.png", "78739619d11f7eb9c165bb5d2efd4772cee557812ec847532dbb1d92ef71f577"),
-    ("camera", "skimage", "data/camera.png", "b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a"),
-    (
-        "blossom",
-        "sklearn",
-        "datasets/images/flower.jpg",
-        "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
-    ),
-)
+PHOTOGRAPHS = [
+    line.split(", ")
+    for line in """\
+cat, skimage, data/chelsea.png, 596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb
+hot beverage, skimage, data/coffee.png, cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7
+rocket, skimage, data/rocket.jpg, c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c
+motorcycle, skimage, data/motorcycle_left.png, db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179
+coin, skimage, data/coins.png, f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba
+full moon, skimage, data/moon.png, 78739619d11f7eb9c165bb5d2efd4772cee557812ec847532dbb1d92ef71f577
+camera, skimage, data/camera.png, b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a
+blossom, sklearn, datasets/images/flower.jpg, a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638""".splitlines()
+]
 """A thing, the installed package with a photograph of it, the file in it and the file's SHA-256."""
 OTHER_NAMES = (
     *("dog", "horse", "elephant", "banana", "bread", "hamburger", "bicycle", "airplane", "sailboat", "umbrella"),

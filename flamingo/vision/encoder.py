@@ -82,9 +82,9 @@ class VisionEncoder(nn.Module):
         if pixels.dtype == torch.uint8:
             shape = (1, -1, 1, 1)
             pixels = (pixels.float() / 255 - self.mean.float().view(shape)) / self.std.float().view(shape)
-        # Autograd records nothing where neither weights nor pixels ask for it: a frozen encoder leaves no graph.
-        if self._is_convolutional and not pixels.is_cuda:  # several times faster on a CPU: see docs/benchmarks.md
+        if self._is_convolutional and not pixels.is_cuda:  # a third less time on a CPU: docs/benchmarks.md
             pixels = pixels.contiguous(memory_format=torch.channels_last)
+        # Autograd records nothing where neither weights nor pixels ask for it: a frozen encoder leaves no graph.
         with usual_kernel(pixels.device):  # an image's tokens do not depend on the rows of text that show it
             return patch_tokens(self.tower, pixels.to(dtype), class_token=self.class_token, final_norm=self.final_norm)
 
