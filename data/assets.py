@@ -150,7 +150,8 @@ motorcycle, skimage, data/motorcycle_left.png, db18e9c4157617403c3537a6ba355dfea
 coin, skimage, data/coins.png, f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba
 full moon, skimage, data/moon.png, 78739619d11f7eb9c165bb5d2efd4772cee557812ec847532dbb1d92ef71f577
 camera, skimage, data/camera.png, b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a
-blossom, sklearn, datasets/images/flower.jpg, a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638""".splitlines()
+blossom, sklearn, datasets/images/flower.jpg, a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638
+""".splitlines()
 ]
 """A thing, the installed package with a photograph of it, the file in it and the file's SHA-256."""
 OTHER_NAMES = (
